@@ -1,0 +1,161 @@
+"""`headrace.toml`, decoded once into frozen structs that reject unknown keys. Every default is safe to run.
+
+The environment is read by entry points only, for addresses: HEADRACE_BROKERS, HEADRACE_STORE, HEADRACE_WEBHDFS,
+PORT_BASE, HEADRACE_HOME (where local state lies, `.headrace`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from headrace.contract.errors import ConfigRejected
+
+Millis = Annotated[int, Meta(gt=0, le=86_400_000)]
+Count = Annotated[int, Meta(gt=0)]
+
+PORTS: dict[str, int] = {
+    "forward": 24224,
+    "collector": 8088,
+    "serving": 8080,
+    "console": 8090,
+    "tensorboard": 6006,
+    "kafka": 9092,
+    "kafka_controller": 9093,
+    "namenode": 8020,
+    "namenode_http": 9870,
+    "datanode": 9866,
+    "datanode_http": 9864,
+    "datanode_ipc": 9867,
+    "lighthouse": 29510,
+    "supervisor": 9009,
+    "metrics_ingest": 9101,
+    "metrics_stream": 9102,
+    "metrics_sink": 9103,
+    "metrics_aggregate": 9104,
+    "metrics_crawl": 9105,
+    "metrics_train": 9106,
+    "metrics_serve": 9107,
+    "metrics_shop": 9108,
+}
+"""Every port, loopback by default. With PORT_BASE=n the i-th of this table moves to n + i."""
+
+
+def port(name: str, base: int | None = None) -> int:
+    """Return the port of `name`, moved by `base`.
+
+    >>> port("serving"), port("serving", 30_000)
+    (8080, 30002)
+    """
+    return PORTS[name] if base is None else base + list(PORTS).index(name)
+
+
+class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[log]"""
+
+    partitions: Annotated[int, Meta(gt=0, le=256)] = 4
+    """P of `events` and `samples`; fixed for a generation."""
+    generation: Count = 1
+
+
+class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[ingest]"""
+
+    batch_ms: Millis = 20
+    """Longest time that an event waits for company."""
+    batch_rows: Count = 2_000
+    batch_bytes: Count = 900_000
+    """Most bytes in one Kafka record; below the broker's 1 MB limit."""
+    punctuate_ms: Millis = 100
+    skew_ms: Millis = 60_000
+    """An event time further ahead of the gateway's clock is a dead letter (`future`)."""
+    silent_ms: Millis = 10_000
+    """A gateway whose punctuation is this far behind the others' no longer holds the watermark."""
+    repeat_horizon_ms: Millis = 3_600_000
+    """How long a gateway remembers chunks and event ids."""
+    chunk_bytes_max: Count = 16_777_216
+    """Largest message, compressed or not. 16 MiB."""
+    buffer_bytes_max: Count = 134_217_728
+    """Bytes read and not yet acked by Kafka, over all connections; beyond it the gateway stops reading."""
+    connections_max: Count = 4_096
+    dead_letter_bytes: Count = 16_384
+    """Most raw bytes kept of a refused event."""
+
+
+class JoinConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[join]"""
+
+    pending_max: Count = 2_000_000
+    """Most impressions that wait for feedback in one partition."""
+    early_feedback_ms: Millis = 600_000
+    """How long feedback that came first waits for its impression, in watermark time. 10 minutes."""
+    resolved_ms: Millis = 600_000
+    """How long a resolved request is remembered, to know duplicates and late feedback from orphans."""
+    repeat_horizon_ms: Millis = 3_600_000
+    """How long event ids are remembered, in watermark time. One hour."""
+    snapshot_ms: Millis = 5_000
+    """Time between snapshots of the state."""
+
+
+class AggregateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[aggregate]"""
+
+    grid_ms: Millis = 1_000
+    """Values are written at multiples of this event time, once all watermarks have passed it."""
+    snapshot_ms: Millis = 5_000
+
+
+class SinkConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[sink]"""
+
+    commit_ms: Millis = 3_000
+    """Longest time between commits to the lake while samples come."""
+    commit_rows: Count = 200_000
+
+
+class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[train]"""
+
+    wait_ms: Millis = 50
+    """Longest time that samples wait for a step to fill."""
+    publish_ms: Millis = 200
+    """Time between deltas."""
+    snapshot_ms: Millis = 30_000
+    """Time between full snapshots; a checkpoint is written with each."""
+    threads: Count = 1
+    """Threads of the math library; part of what bit equality needs."""
+
+
+class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[serve]"""
+
+    workers: Annotated[int, Meta(gt=0, le=64)] = 1
+    candidates_max: Count = 1_000
+    rows_max: Count = 4_194_304
+    """Rows that one copy of the table can hold."""
+
+
+class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file. `module` and `object` name the user's Python file (beside the TOML) and its Project."""
+
+    module: str = "project.py"
+    object: str = "PROJECT"
+    log: LogConfig = LogConfig()
+    ingest: IngestConfig = IngestConfig()
+    join: JoinConfig = JoinConfig()
+    aggregate: AggregateConfig = AggregateConfig()
+    sink: SinkConfig = SinkConfig()
+    train: TrainConfig = TrainConfig()
+    serve: ServeConfig = ServeConfig()
+
+
+def decode_config(text: bytes, *, where: str = "headrace.toml") -> Config:
+    """Return the configuration. Raises `ConfigRejected` with the path of the wrong key."""
+    try:
+        return msgspec.toml.decode(text, type=Config)
+    except msgspec.ValidationError as error:
+        raise ConfigRejected(f"{where}: {error}. See README's table of settings.") from error
+    except msgspec.DecodeError as error:
+        raise ConfigRejected(f"{where} is not TOML: {error}.") from error

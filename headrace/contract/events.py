@@ -1,0 +1,153 @@
+"""The `events` topic: schemas of its records and how they are written and read.
+
+One Kafka record holds one Arrow record batch of one kind, as an Arrow IPC stream; its headers say which. Growth rules
+of every schema here: a new column is nullable and comes last; a column never changes its type or meaning; a reader
+fills a column that is missing with null and ignores one that it does not know.
+
+| header | on | meaning |
+|---|---|---|
+| `kind` | all | `impression`, `feedback`, `aggregate`, `external`, `spec`, `punctuation` |
+| `type` | feedback | the feedback event type's name |
+| `gateway`, `epoch`, `seq` | from ingest | who wrote it; `seq` counts the gateway's records of this epoch and partition |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from headrace.contract.errors import EventRejected
+from headrace.contract.project import FeedbackType, FieldType, Project
+
+IMPRESSION, FEEDBACK, AGGREGATE = "impression", "feedback", "aggregate"
+EXTERNAL, SPEC, PUNCTUATION = "external", "spec", "punctuation"
+ENCODINGS = frozenset({IMPRESSION, FEEDBACK, AGGREGATE, EXTERNAL})
+
+ARROW_TYPES: dict[FieldType, pa.DataType] = {
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "string": pa.string(),
+    "bool": pa.bool_(),
+}
+
+ENVELOPE = (
+    pa.field("event_id", pa.string(), nullable=False),
+    pa.field("request_id", pa.string(), nullable=False),
+    pa.field("place", pa.int32(), nullable=False),
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("event_time_ms", pa.int64(), nullable=False),
+)
+"""Columns that impressions and feedback share, first and in this order."""
+
+AGGREGATE_SCHEMA = pa.schema(
+    [
+        pa.field("counter", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("as_of_ms", pa.int64(), nullable=False),
+        pa.field("epoch", pa.int64(), nullable=False),
+        pa.field("counts", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""Values of a counter of another key than the partition's: one row a (counter, key), `counts` in declared order.
+
+`key` is the field's value as a string. A row holds until a newer one comes; all zeros when the window has emptied.
+"""
+
+
+def impression_schema(project: Project) -> pa.Schema:
+    """Return the columns of impression batches: envelope, `version`, raw fields, `counter.*` as served (float32)."""
+    return pa.schema(
+        [
+            *ENVELOPE,
+            pa.field("version", pa.string()),
+            *(pa.field(name, ARROW_TYPES[kind]) for name, kind in project.impression.fields.items()),
+            *(pa.field(name, pa.float32()) for name in project.features.counter_columns()),
+        ]
+    )
+
+
+def feedback_schema(project: Project, feedback: FeedbackType) -> pa.Schema:
+    """Return the columns of a feedback type's batches: envelope, `value` (float64), raw fields.
+
+    The partition key's raw field is added where the type does not declare it.
+    """
+    fields = dict(feedback.fields)
+    fields.setdefault(project.impression.key, project.impression.fields[project.impression.key])
+    return pa.schema(
+        [
+            *ENVELOPE,
+            pa.field("value", pa.float64()),
+            *(pa.field(name, ARROW_TYPES[kind]) for name, kind in fields.items()),
+        ]
+    )
+
+
+class Punctuation(msgspec.Struct, frozen=True):
+    """A gateway's promise for one partition: it will append no event older than `time_ms` there after this record.
+
+    `counts` are the gateway's totals of this epoch (declared events): read, appended, dead_lettered, repeated.
+    """
+
+    gateway: str
+    epoch: int
+    time_ms: int
+    bye: bool = False
+    counts: dict[str, int] = {}
+
+
+def encode_batch(batch: pa.RecordBatch) -> bytes:
+    """Return `batch` as an Arrow IPC stream with one batch, LZ4-compressed buffers."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def decode_batch(data: bytes, schema: pa.Schema | None = None) -> pa.RecordBatch:
+    """Return the one batch in `data`, fitted to `schema` by the growth rules when one is given.
+
+    Raises `EventRejected` (`bad_batch`) when `data` is no such stream or a column changed its type.
+    """
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+            table = reader.read_all().combine_chunks()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise EventRejected("bad_batch", f"no Arrow IPC stream of {len(data)} bytes: {error}") from error
+    batches = table.to_batches()
+    batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+    return batch if schema is None else fit(batch, schema)
+
+
+def fit(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Return `batch` with exactly `schema`'s columns: missing ones null, unknown ones gone."""
+    if batch.schema.equals(schema):
+        return batch
+    columns: list[pa.Array] = []
+    for field in schema:
+        index = batch.schema.get_field_index(field.name)
+        if index < 0:
+            columns.append(pa.nulls(batch.num_rows, field.type))
+            continue
+        column = batch.column(index)
+        if column.type != field.type:
+            raise EventRejected("bad_batch", f"column {field.name!r} is {column.type}; the schema says {field.type}.")
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def encode_punctuation(punctuation: Punctuation) -> bytes:
+    """Return the record's value: compact JSON."""
+    return msgspec.json.encode(punctuation)
+
+
+def decode_punctuation(data: bytes) -> Punctuation:
+    """Read what `encode_punctuation` wrote; unknown fields are ignored (growth rule)."""
+    return msgspec.json.decode(data, type=Punctuation)
+
+
+def batch_from_rows(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Return rows as a batch, for tests and low rates."""
+    return pa.RecordBatch.from_pylist(list(rows), schema=schema)

@@ -1,0 +1,90 @@
+"""Samples: what the join emits, the lake stores and the trainer learns.
+
+A `samples` record holds one Arrow batch of the samples that one `events` record resolved. Its headers:
+
+| header | meaning |
+|---|---|
+| `after` | "offset:rank", the position of the last sample before this record in the partition; "-1:-1" for none |
+| `last` | "offset:rank" of this record's last row |
+| `spec` | digest of the feature spec that made `slots` and `numeric` |
+
+A reader drops rows whose position is not greater than its own; where `after` is beyond its own position, it waits and
+alarms: a worker that was declared dead may have written out of turn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from headrace.contract.events import ARROW_TYPES
+from headrace.contract.positions import Position
+from headrace.contract.project import Project
+
+_LEAD = (
+    pa.field("partition", pa.int32(), nullable=False),
+    pa.field("offset", pa.int64(), nullable=False),
+    pa.field("rank", pa.int32(), nullable=False),
+    pa.field("event_id", pa.string(), nullable=False),
+    pa.field("request_id", pa.string(), nullable=False),
+    pa.field("place", pa.int32(), nullable=False),
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("event_time_ms", pa.int64(), nullable=False),
+    pa.field("impression_offset", pa.int64(), nullable=False),
+    pa.field("impression_row", pa.int32(), nullable=False),
+    pa.field("task", pa.string(), nullable=False),
+    pa.field("label", pa.float32(), nullable=False),
+    pa.field("weight", pa.float32(), nullable=False),
+    pa.field("feedback_id", pa.string()),
+    pa.field("feedback_time_ms", pa.int64()),
+    pa.field("version", pa.string()),
+)
+"""Position, identity (`event_id` and `event_time_ms` are the impression's), label, and the version that scored it."""
+
+_TAIL = (
+    pa.field("slots", pa.list_(pa.int64()), nullable=False),
+    pa.field("numeric", pa.list_(pa.float32()), nullable=False),
+    pa.field("spec", pa.string(), nullable=False),
+)
+"""`slots` has F ids a row (uint64 bits in int64, since the lake knows no unsigned), `numeric` D numbers."""
+
+
+def sample_schema(project: Project) -> pa.Schema:
+    """Return the columns of samples: lead, raw fields, `counter.*` as known at the impression, slots, numbers, spec."""
+    return pa.schema(
+        [
+            *_LEAD,
+            *(pa.field(name, ARROW_TYPES[kind]) for name, kind in project.impression.fields.items()),
+            *(pa.field(name, pa.float32()) for name in project.features.counter_columns()),
+            *_TAIL,
+        ]
+    )
+
+
+def matrix(column: pa.Array, width: int) -> npt.NDArray[np.generic]:
+    """Return a list column as a [rows, width] array without a copy where Arrow allows it."""
+    values: npt.NDArray[np.generic] = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), width)
+
+
+def list_column(values_NW: npt.NDArray[np.generic], kind: pa.DataType) -> pa.ListArray:
+    """Return a [rows, width] array as a list column of `kind`; the inverse of `matrix`."""
+    rows, width = values_NW.shape
+    offsets = pa.array(np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(values_NW).reshape(-1), type=kind))
+
+
+def format_position(position: Position) -> str:
+    """Return the header form, "offset:rank"."""
+    return f"{position.offset}:{position.rank}"
+
+
+def parse_position(text: str) -> Position:
+    """Read the header form.
+
+    >>> parse_position("7:2")
+    Position(offset=7, rank=2)
+    """
+    offset, rank = text.split(":")
+    return Position(int(offset), int(rank))

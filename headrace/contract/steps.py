@@ -1,0 +1,51 @@
+"""The `steps` topic: the commit of training. Nobody applies, checkpoints or publishes step n before record n is read back."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class StepRange(msgspec.Struct, frozen=True):
+    """What one worker took in one step.
+
+    `live`: samples of `partition` with position > after and <= upto, as [offset, rank].
+    `stored`: rows [start, stop) of the lake at `version`, in total order (event time, partition, offset, rank);
+    there `partition` is -1.
+    """
+
+    kind: str
+    worker: int = 0
+    partition: int = -1
+    after: tuple[int, int] = (-1, -1)
+    upto: tuple[int, int] = (-1, -1)
+    version: int = -1
+    start: int = 0
+    stop: int = 0
+    rows: int = 0
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One committed training step of one model run; workers learn in order of `worker`, then `ranges`' order."""
+
+    model: str
+    run: str
+    """Changes when a run starts afresh; steps of one run are numbered 1, 2, 3 ... without a gap."""
+    step: int
+    ranges: tuple[StepRange, ...]
+    positions: dict[str, list[int]]
+    """Positions contained after this step, as `Positions.to_json`."""
+    quorum: int = 0
+    world: int = 1
+    recipe: str = ""
+    """Digest of recipe and spec."""
+    seed: int = 0
+
+
+def encode_step(step: Step) -> bytes:
+    """Return the record's value: compact JSON, keys in declared order."""
+    return msgspec.json.encode(step)
+
+
+def decode_step(data: bytes) -> Step:
+    """Read what `encode_step` wrote; unknown fields are ignored (growth rule)."""
+    return msgspec.json.decode(data, type=Step)

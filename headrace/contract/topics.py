@@ -1,0 +1,65 @@
+"""Names, partitions and retention of the topics. Names carry the generation from 2 on: `events.g2`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headrace.contract.log import TopicSpec
+
+DAY_MS = 86_400_000
+
+
+class Topics(msgspec.Struct, frozen=True):
+    """The topics of one generation."""
+
+    generation: int = 1
+
+    def _name(self, base: str) -> str:
+        return base if self.generation == 1 else f"{base}.g{self.generation}"
+
+    @property
+    def events(self) -> str:
+        """All that can change an output, in one order a partition."""
+        return self._name("events")
+
+    @property
+    def samples(self) -> str:
+        """Labelled batches with positions; partition i holds what events-partition i resolved."""
+        return self._name("samples")
+
+    @property
+    def features(self) -> str:
+        """Current counters for serving's memory; compacted."""
+        return self._name("features")
+
+    @property
+    def steps(self) -> str:
+        """The commit of training."""
+        return self._name("steps")
+
+    @property
+    def model(self) -> str:
+        """Snapshot manifests and gate decisions; compacted."""
+        return self._name("model")
+
+    @property
+    def deltas(self) -> str:
+        """Deltas of the model."""
+        return self._name("deltas")
+
+    @property
+    def dead_letters(self) -> str:
+        """What was refused, why, from where."""
+        return self._name("dead-letters")
+
+    def specs(self, partitions: int) -> tuple[TopicSpec, ...]:
+        """Return every topic as it is created."""
+        return (
+            TopicSpec(self.events, partitions, retention_ms=7 * DAY_MS),
+            TopicSpec(self.samples, partitions, retention_ms=7 * DAY_MS),
+            TopicSpec(self.features, 1, compacted=True),
+            TopicSpec(self.steps, 1),
+            TopicSpec(self.model, 1, compacted=True),
+            TopicSpec(self.deltas, 1, retention_ms=DAY_MS),
+            TopicSpec(self.dead_letters, 1, retention_ms=28 * DAY_MS),
+        )
