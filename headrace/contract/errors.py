@@ -1,11 +1,11 @@
 """Every error that Headrace raises on purpose, sorted by what the caller does next.
 
-    HeadraceError
-    ├── EventRejected     dead-letter the event, go on with the next one
-    ├── ConfigRejected    refuse to start, tell the user which line to change
-    ├── Overloaded        slow down and offer the same thing again
-    ├── Unavailable       back off, retry, stop after a while: something outside is away
-    └── InvariantBroken   stop at once and keep the evidence: going on would corrupt data
+HeadraceError
+├── EventRejected     dead-letter the event, go on with the next one
+├── ConfigRejected    refuse to start, tell the user which line to change
+├── Overloaded        slow down and offer the same thing again
+├── Unavailable       back off, retry, stop after a while: something outside is away
+└── InvariantBroken   stop at once and keep the evidence: going on would corrupt data
 """
 
 from __future__ import annotations

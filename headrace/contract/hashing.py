@@ -18,7 +18,8 @@ _MIX2 = U64(0x94D049BB133111EB)
 
 def hash_text(text: str | bytes, *, salt: int = 0) -> int:
     """Return the 64-bit XXH64 of `text` (UTF-8) under `salt`, as an unsigned integer."""
-    return xxhash.xxh64_intdigest(text, seed=salt)
+    data = text.encode() if isinstance(text, str) else text
+    return xxhash.xxh64_intdigest(data, seed=salt)
 
 
 def partition_of(key: str, partitions: int) -> int:

@@ -71,7 +71,9 @@ def matrix(column: pa.Array, width: int) -> npt.NDArray[np.generic]:
 def list_column(values_NW: npt.NDArray[np.generic], kind: pa.DataType) -> pa.ListArray:
     """Return a [rows, width] array as a list column of `kind`; the inverse of `matrix`."""
     rows, width = values_NW.shape
-    offsets = pa.array(np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32))
+    offsets = pa.array(
+        np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32)
+    )
     return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(values_NW).reshape(-1), type=kind))
 
 
