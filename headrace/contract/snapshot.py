@@ -63,7 +63,7 @@ def encode_weights(weights: Weights, manifest: Manifest) -> bytes:
     """Return weights and manifest as one Arrow IPC stream."""
     shapes = {name: list(array.shape) for name, array in weights.dense.items()}
     dense = b"".join(np.ascontiguousarray(a, dtype="<f4").tobytes() for a in weights.dense.values())
-    rows, width = weights.values_KV.shape
+    width = weights.values_KV.shape[1]
     values = pa.FixedSizeListArray.from_arrays(pa.array(weights.values_KV.reshape(-1), pa.float32()), width)
     schema = pa.schema(
         [pa.field("key", pa.int64()), pa.field("values", pa.list_(pa.float32(), width))],
@@ -77,7 +77,7 @@ def encode_weights(weights: Weights, manifest: Manifest) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([pa.array(weights.keys_K, pa.int64()), values], schema=schema))
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def decode_weights(data: bytes) -> tuple[Weights, Manifest]:

@@ -1,4 +1,4 @@
-"""The `steps` topic: the commit of training. Nobody applies, checkpoints or publishes step n before record n is read back."""
+"""The `steps` topic is the commit of training: nobody applies, checkpoints or publishes a step before reading it back."""
 
 from __future__ import annotations
 
