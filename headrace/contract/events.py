@@ -8,7 +8,7 @@ fills a column that is missing with null and ignores one that it does not know.
 |---|---|---|
 | `kind` | all | `impression`, `feedback`, `aggregate`, `external`, `spec`, `punctuation` |
 | `type` | feedback | the feedback event type's name |
-| `gateway`, `epoch`, `seq` | from ingest | who wrote it; `seq` counts the gateway's records of this epoch and partition |
+| `gateway`, `epoch`, `seq` | from ingest | who wrote it; `seq` counts its records of this epoch and partition |
 """
 
 from __future__ import annotations

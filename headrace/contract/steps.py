@@ -1,4 +1,4 @@
-"""The `steps` topic is the commit of training: nobody applies, checkpoints or publishes a step before reading it back."""
+"""The `steps` topic commits training: nobody applies, checkpoints or publishes a step before reading it back."""
 
 from __future__ import annotations
 
