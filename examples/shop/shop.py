@@ -1,0 +1,78 @@
+"""The demo shop's project: what a user of Headrace writes. Events, label, features and recipe; data only, no I/O.
+
+Names are those of KuaiRand's tables. Columns that are known only afterwards (play time, likes, ...) are not declared,
+so that no stage can take one for a feature.
+"""
+
+from __future__ import annotations
+
+from headrace.contract.project import FeedbackType, FieldType, ImpressionType, Project, Recipe, Task
+from headrace.contract.spec import Bucket, Categorical, Counter, Cross, FeatureSpec, Numeric, Rate
+
+REQUEST: dict[str, FieldType] = {
+    "user_id": "int64",
+    "video_id": "int64",
+    "time_ms": "int64",
+    "hourmin": "int64",
+    "tab": "int64",
+    "duration_ms": "int64",
+}
+"""Of the request itself; `time_ms` is when the row was logged originally, the event's own time is the demo's now."""
+
+USER: dict[str, FieldType] = {
+    "user_active_degree": "string",
+    "follow_user_num_range": "string",
+    "fans_user_num_range": "string",
+    "friend_user_num_range": "string",
+    "register_days": "int64",
+    "onehot_feat1": "int64",
+    "onehot_feat2": "int64",
+    "onehot_feat3": "int64",
+    "onehot_feat8": "int64",
+    "onehot_feat9": "int64",
+}
+"""Of the user's profile."""
+
+VIDEO: dict[str, FieldType] = {
+    "author_id": "int64",
+    "video_type": "string",
+    "upload_type": "string",
+    "music_id": "int64",
+    "tag": "string",
+}
+"""Of the catalogue."""
+
+CLICK: dict[str, FieldType] = {"video_id": "int64", "author_id": "int64"}
+"""What a click carries besides the partition key: the keys of the counters that count it."""
+
+COUNTERS = (
+    Counter(name="user", key="user_id"),
+    Counter(name="video", key="video_id"),
+    Counter(name="author", key="author_id"),
+)
+
+FEATURES = FeatureSpec(
+    counters=COUNTERS,
+    features=(
+        *(Categorical(field=name) for name in ("user_id", "video_id", "author_id", "music_id", "tag", "tab")),
+        *(Categorical(field=name) for name in ("video_type", "upload_type")),
+        *(Categorical(field=name) for name in USER if name != "register_days"),
+        Bucket(field="hourmin", edges=tuple(100.0 * hour for hour in range(1, 24))),
+        Bucket(field="duration_ms", edges=(5e3, 7e3, 1e4, 1.5e4, 2e4, 3e4, 4.5e4, 6e4, 9e4, 1.2e5, 1.8e5, 3e5)),
+        Bucket(field="register_days", edges=(7.0, 30.0, 90.0, 180.0, 365.0, 730.0, 1460.0)),
+        Cross(fields=("tab", "tag")),
+        Cross(fields=("tab", "video_id")),
+        Cross(fields=("tab", "user_id")),
+        Numeric(field="duration_ms", scale=0.1),
+        *(Rate(of=f"counter.{c.name}.click", over=f"counter.{c.name}.impression", prior=0.45) for c in COUNTERS),
+    ),
+)
+
+PROJECT = Project(
+    name="shop",
+    impression=ImpressionType(tag="shop.impression", key="user_id", fields={**REQUEST, **USER, **VIDEO}),
+    feedback=(FeedbackType(name="click", tag="shop.click", fields=CLICK),),
+    tasks=(Task(name="click", feedback="click", window_ms=10_000),),
+    features=FEATURES,
+    recipe=Recipe(task="click", dim=8, hidden=(64, 32), batch_rows=512),
+).checked()
