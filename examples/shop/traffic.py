@@ -22,8 +22,10 @@ from headrace.contract.events import ARROW_TYPES
 from headrace.contract.project import FieldType
 
 OUTCOMES = frozenset(
-    "is_click is_like is_follow is_comment is_forward is_hate long_view play_time_ms profile_stay_time "
-    "comment_stay_time is_profile_enter".split()
+    (
+        *("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view"),
+        *("play_time_ms", "profile_stay_time", "comment_stay_time", "is_profile_enter"),
+    )
 )
 """Columns that are known only after the impression; never a feature."""
 

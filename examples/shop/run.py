@@ -1,0 +1,237 @@
+"""The demo web shop: asks for scores, shows, logs what it showed, and what the visitor did.
+
+For each visit, in event-time order at `rate` a second:
+
+1. ask serving to rank; without an answer the page is shown all the same, and logged without a version;
+2. log the impression, stamped now, with the answer's version and the counters as they were served;
+3. after the visitor's delay, log the click, if there is one.
+
+Event ids come from the run's id and the row number. `progress` keeps the lowest row that is not done yet: after a
+kill -9 the shop goes on from there, and what it says again has the same ids, which the pipeline drops.
+"""
+
+from __future__ import annotations
+
+import heapq
+import http.client
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.contract.clock import Clock
+from headrace.contract.metrics import Metrics
+from headrace.contract.project import Project
+from headrace.examples.shop.traffic import Traffic, Visit
+
+logger = logging.getLogger("headrace.shop")
+
+Log = Callable[[str, dict[str, Any]], None]
+"""Gives one event (tag, record) to the shipper; keeps it on disk where the gateway is away."""
+
+CANDIDATE = ("video_id", "author_id", "duration_ms", "video_type", "upload_type", "music_id", "tag")
+"""Fields of what is shown; all others belong to the request and its user."""
+
+THREADS = 4
+TURN_S = 0.005
+SAVE_S = 0.5
+# 0.5 s: a page that waits longer for its order is shown without one.
+ANSWER_S = 0.5
+AWAY_S = 0.2
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What the shop reads of `POST /v1/rank`'s answer."""
+
+    version: str = ""
+    scores: list[float] = []
+    served: list[dict[str, float | None]] = []
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Where to go on: every row below `row` of `run` is done, its click included."""
+
+    run: str
+    row: int = 0
+
+
+@dataclass
+class Ranker:
+    """Asks serving over one kept-alive connection; one a thread."""
+
+    host: str
+    port: int
+    metrics: Metrics
+    _connection: http.client.HTTPConnection | None = None
+    _away_until: float = 0.0
+
+    def ask(self, request_id: str, visit: Visit) -> Answer | None:
+        """Return the answer, or None where serving is away, refuses, or is slower than `ANSWER_S`."""
+        if time.monotonic() < self._away_until:
+            return None
+        candidate = {name: visit.fields[name] for name in CANDIDATE if name in visit.fields}
+        context = {name: value for name, value in visit.fields.items() if name not in candidate}
+        body = msgspec.json.encode({"request_id": request_id, "context": context, "candidates": [candidate]})
+        begin = time.perf_counter()
+        try:
+            if self._connection is None:
+                self._connection = http.client.HTTPConnection(self.host, self.port, timeout=ANSWER_S)
+            self._connection.request("POST", "/v1/rank", body, {"Content-Type": "application/json"})
+            response = self._connection.getresponse()
+            data = response.read()
+            if response.status != 200:
+                raise http.client.HTTPException(f"status {response.status}")
+            answer = msgspec.json.decode(data, type=Answer)
+        except (OSError, http.client.HTTPException, msgspec.DecodeError):
+            self.metrics.add("errors_total", reason="rank")
+            self.close()
+            self._away_until = time.monotonic() + AWAY_S
+            return None
+        self.metrics.add("requests_total")
+        self.metrics.observe("request_seconds", time.perf_counter() - begin)
+        return answer
+
+    def close(self) -> None:
+        """Let the connection go; the next `ask` opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+@dataclass
+class Shop:
+    """One shop's state between turns. `log` is called by the thread of `run` alone."""
+
+    project: Project
+    traffic: Traffic
+    rate: float
+    log: Log
+    metrics: Metrics
+    clock: Clock
+    progress: Path
+    host: str
+    port: int
+    stop: threading.Event
+    shown: queue.Queue[tuple[Visit, Answer | None]] = field(default_factory=lambda: queue.Queue(256))
+    asked: queue.Queue[Visit | None] = field(default_factory=lambda: queue.Queue(64))
+    clicks: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
+    """Clicks to come, a heap by (due time in ms, row)."""
+    open_rows: set[int] = field(default_factory=set)
+    run_id: str = ""
+    next_row: int = 0
+
+    def run(self) -> None:
+        """Serve visits until `stop` is set; after the last row say so and idle."""
+        saved = load_progress(self.progress)
+        self.run_id, self.next_row = saved.run, saved.row
+        logger.info("run %s from row %d of %s at %g/s", saved.run, saved.row, self.traffic.label, self.rate)
+        threads = [threading.Thread(target=self._ask, name=f"ask-{i}", daemon=True) for i in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        visits, due, saved_at, said = self.traffic.visits(saved.row), time.monotonic(), 0.0, False
+        while not self.stop.is_set():
+            due = self._admit(visits, due)
+            self._show()
+            self._click()
+            if time.monotonic() - saved_at > SAVE_S:
+                save_progress(self.progress, Progress(self.run_id, self._done_below()))
+                saved_at = time.monotonic()
+            if not said and self.next_row >= len(self.traffic) and not self.open_rows:
+                logger.info("all %d rows are shown; idle. `headrace clean` begins afresh", len(self.traffic))
+                said = True
+        save_progress(self.progress, Progress(self.run_id, self._done_below()))
+        for _ in threads:
+            self._offer(None)
+
+    def _admit(self, visits: Iterator[Visit], due: float) -> float:
+        """Queue the visits that are due and return when the next one is; a delay is not made up for by a burst."""
+        now = time.monotonic()
+        due = max(due, now - 20 * TURN_S)
+        while due <= now and not self.asked.full():
+            visit = next(visits, None)
+            if visit is None:
+                return now
+            self.open_rows.add(visit.row)
+            self.next_row = visit.row + 1
+            self.asked.put(visit)
+            due += 1 / self.rate
+        return due
+
+    def _ask(self) -> None:
+        ranker = Ranker(self.host, self.port, self.metrics)
+        while (visit := self.asked.get()) is not None:
+            self.shown.put((visit, ranker.ask(self._request_id(visit.row), visit)))
+        ranker.close()
+
+    def _show(self) -> None:
+        """Log what was shown, and remember its click. Waits at most `TURN_S`."""
+        try:
+            item = self.shown.get(timeout=TURN_S)
+            while True:
+                self._impression(*item)
+                item = self.shown.get_nowait()
+        except queue.Empty:
+            return
+
+    def _impression(self, visit: Visit, answer: Answer | None) -> None:
+        now_ms, request_id = self.clock.now_ms(), self._request_id(visit.row)
+        envelope = {"event_id": request_id, "request_id": request_id, "place": 0, "event_time_ms": now_ms}
+        record: dict[str, Any] = {**envelope, **visit.fields}
+        if answer is not None:
+            record["version"] = answer.version
+            record |= answer.served[0] if answer.served else {}
+        self.log(self.project.impression.tag, record)
+        self.metrics.add("events_appended_total", reason="impression")
+        if not visit.clicked:
+            self.open_rows.discard(visit.row)
+            return
+        feedback = self.project.feedback[0]
+        names = {self.project.impression.key, *feedback.fields}
+        click = {name: visit.fields[name] for name in names if name in visit.fields}
+        click |= {"event_id": f"{request_id}/{feedback.name}", "request_id": request_id, "place": 0}
+        heapq.heappush(self.clicks, (now_ms + visit.delay_ms, visit.row, click))
+
+    def _click(self) -> None:
+        feedback = self.project.feedback[0]
+        while self.clicks and self.clicks[0][0] <= self.clock.now_ms():
+            _, row, click = heapq.heappop(self.clicks)
+            self.log(feedback.tag, {**click, "event_time_ms": self.clock.now_ms()})
+            self.metrics.add("events_appended_total", reason="feedback")
+            self.open_rows.discard(row)
+
+    def _offer(self, visit: Visit | None) -> None:
+        try:
+            self.asked.put(visit, timeout=ANSWER_S)
+        except queue.Full:
+            return
+
+    def _done_below(self) -> int:
+        return min(self.open_rows, default=self.next_row)
+
+    def _request_id(self, row: int) -> str:
+        return f"{self.run_id}-{row}"
+
+
+def load_progress(path: Path) -> Progress:
+    """Return the saved progress, or a new run where there is none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Progress)
+    except FileNotFoundError:
+        fresh = Progress(uuid.uuid4().hex[:12])
+        save_progress(path, fresh)
+        return fresh
+
+
+def save_progress(path: Path, progress: Progress) -> None:
+    """Replace the file in one step, so that a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_bytes(msgspec.json.encode(progress))
+    draft.replace(path)

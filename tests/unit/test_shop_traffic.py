@@ -1,0 +1,79 @@
+"""The shop's rows.
+
+Goal: nothing known only afterwards can reach a feature, and the rows are what they are said to be. Method: the
+declared names against the outcome columns; the real rows loaded twice, the second time with every outcome changed.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.events import impression_schema
+from headrace.contract.sample import sample_schema
+from headrace.examples.shop import traffic
+from headrace.examples.shop.shop import PROJECT
+
+FIELDS = PROJECT.impression.fields
+
+
+def test_no_outcome_is_declared_anywhere():
+    assert not traffic.OUTCOMES & set(FIELDS)
+    assert not traffic.OUTCOMES & set(impression_schema(PROJECT).names)
+    assert not traffic.OUTCOMES & set(sample_schema(PROJECT).names)
+    for feedback in PROJECT.feedback:
+        assert not traffic.OUTCOMES & set(feedback.fields)
+
+
+def test_a_declared_outcome_is_refused():
+    with pytest.raises(ConfigRejected, match="long_view"):
+        traffic.synthetic({**FIELDS, "long_view": "int64"}, rows=10)
+
+
+def test_every_column_of_the_log_is_a_feature_or_an_outcome_or_unused(shared: Path):
+    with gzip.open(next((shared / "data/kuairand").glob(traffic.IMPRESSIONS)), "rt") as file:
+        header = file.readline().strip().split(",")
+    assert set(header) >= traffic.OUTCOMES
+    assert set(header) - traffic.OUTCOMES - set(FIELDS) == {"date", "is_rand"}
+
+
+def test_changed_outcomes_change_no_feature(shared: Path, tmp_path: Path):
+    source = shared / "data/kuairand"
+    for name in (traffic.USERS, traffic.VIDEOS):
+        (tmp_path / name).symlink_to(source / name)
+    rows = pyarrow.csv.read_csv(next(source.glob(traffic.IMPRESSIONS))).slice(0, 5_000)
+    for name in traffic.OUTCOMES:
+        at = rows.column_names.index(name)
+        rows = rows.set_column(at, name, pa.array(np.random.default_rng(1).integers(2, size=rows.num_rows)))
+    with gzip.open(tmp_path / "impressions_changed.csv.gz", "wb") as file:
+        pyarrow.csv.write_csv(rows, file)
+    real = traffic.kuairand(source, FIELDS, rows_max=5_000)
+    changed = traffic.kuairand(tmp_path, FIELDS)
+    assert changed.features.equals(real.features)
+    assert (changed.clicked_N != real.clicked_N).any()
+
+
+def test_real_rows_are_whole_and_in_order(shared: Path):
+    rows = traffic.kuairand(shared / "data/kuairand", FIELDS)
+    assert len(rows) == 167_281
+    assert 0.45 < rows.clicked_N.mean() < 0.452
+    assert (np.diff(rows.features["time_ms"].to_numpy()) >= 0).all()
+    assert (rows.delay_ms_N >= 0).all() and (rows.delay_ms_N <= 700).all()
+    assert [v.row for v in rows.visits(167_270)] == list(range(167_270, 167_281))
+
+
+def test_synthetic_rows_are_labelled_and_repeat():
+    one, two = traffic.synthetic(FIELDS, rows=2_000), traffic.synthetic(FIELDS, rows=2_000)
+    assert "SYNTHETIC" in one.label and "oracle" in one.label
+    assert one.features.equals(two.features) and (one.clicked_N == two.clicked_N).all()
+
+
+def test_a_wrong_data_folder_is_refused_and_not_replaced(shop_dir: Path, tmp_path: Path):
+    with pytest.raises(ConfigRejected, match="DATA="):
+        traffic.find_data(shop_dir, str(tmp_path))
