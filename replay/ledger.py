@@ -40,9 +40,6 @@ KEYS = pa.schema(
 )
 """What identifies a sample and says where it lies."""
 
-UNDECLARED = "undeclared"
-"""Dead letters of this reason are no declared events; the ledger leaves them out."""
-
 # A rank is below 2**22 (join.pending_max of 2 million impressions may expire in one record), an offset below 2**41.
 RANK_BITS = 22
 
@@ -91,7 +88,7 @@ class ModelCounts(msgspec.Struct, kw_only=True):
 
 
 class Ledger(msgspec.Struct, kw_only=True):
-    """All totals, integers. `read` counts what gateways have settled; `unsettled` is still in their buffers."""
+    """All totals, integers. `read` counts events that have their outcome; what a gateway still holds is in none."""
 
     read: int = 0
     appended: int = 0
@@ -117,7 +114,6 @@ class Ledger(msgspec.Struct, kw_only=True):
     stored: int = 0
     lost: int = 0
     twice: int = 0
-    unsettled: int = 0
     closes: bool = False
     tasks: dict[str, TaskCounts] = {}
     models: dict[str, ModelCounts] = {}
@@ -154,6 +150,8 @@ class Found:
     steps: Sequence[Step]
     stored_keys: StoredKeys
     letters: Sequence[DeadLetter]
+    tags: frozenset[str]
+    """Declared tags: a dead letter of another tag is no declared event, and left out of the totals."""
     punctuations: Sequence[Punctuation]
 
 
@@ -211,10 +209,9 @@ def _draw_gateways(ledger: Ledger, expected: Expected, found: Found) -> None:
     for counts in said.values():
         total.update(counts)
     ledger.appended = sum(expected.rows.values())
-    ledger.dead_lettered = sum(letter.reason != UNDECLARED for letter in found.letters)
+    ledger.dead_lettered = sum(letter.tag in found.tags for letter in found.letters)
     ledger.repeated = total["repeated"]
     settled = total["appended"] + total["dead_lettered"] + total["repeated"]
-    ledger.unsettled = max(0, total["read"] - settled)
     ledger.read = (
         settled + max(0, ledger.appended - total["appended"]) + max(0, ledger.dead_lettered - total["dead_lettered"])
     )
