@@ -130,7 +130,8 @@ class Decoder:
 
     def _too_large(self) -> Refused:
         return Refused(
-            "too_large", f"a message is larger than {self._bytes_max} bytes; raise ingest.chunk_bytes_max or cut chunks."
+            "too_large",
+            f"a message is larger than {self._bytes_max} bytes; raise ingest.chunk_bytes_max or cut chunks.",
         )
 
 

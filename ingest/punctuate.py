@@ -1,0 +1,49 @@
+"""Punctuation: what a gateway promises each partition, and when. Pure.
+
+1. A promise's time is min(clock, event time of the oldest event that Kafka has not confirmed).
+2. It is queued after every event it speaks of, and the producer keeps the order within a partition.
+3. It never goes back within an epoch: an event that comes later and is older than the last promise is late by its own
+   doing, and the stream's rule (expiry counts from the watermark when it was read) keeps it whole.
+4. While the former promise to a partition has no receipt, none is added: a broker that is away is not flooded.
+5. After the last event of a clean shutdown comes `bye`: this gateway no longer holds the watermark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headrace.contract.events import Punctuation
+
+
+class Punctuator:
+    """When to speak, and what was promised, over all partitions of one gateway's epoch."""
+
+    def __init__(self, gateway: str, epoch: int, partitions: int, every_ms: int) -> None:
+        self._gateway = gateway
+        self._epoch = epoch
+        self._every_s = every_ms / 1000
+        self._due = 0.0
+        self._promised = [0] * partitions
+        self._unconfirmed = [False] * partitions
+
+    def due(self, monotonic_s: float) -> bool:
+        """Say whether it is time, and wait for the next turn if so."""
+        if monotonic_s < self._due:
+            return False
+        self._due = monotonic_s + self._every_s
+        return True
+
+    def promise(
+        self, partition: int, now_ms: int, oldest_ms: int | None, counts: Mapping[str, int], *, bye: bool = False
+    ) -> Punctuation | None:
+        """Return the next punctuation of `partition`; None while the former one has no receipt (except `bye`)."""
+        if self._unconfirmed[partition] and not bye:
+            return None
+        time_ms = max(self._promised[partition], now_ms if oldest_ms is None else min(now_ms, oldest_ms))
+        self._promised[partition] = time_ms
+        self._unconfirmed[partition] = True
+        return Punctuation(self._gateway, self._epoch, time_ms, bye=bye, counts=dict(counts))
+
+    def confirmed(self, partition: int) -> None:
+        """Take the receipt, good or bad: the next promise replaces this one anyway."""
+        self._unconfirmed[partition] = False

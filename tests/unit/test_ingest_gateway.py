@@ -1,0 +1,212 @@
+"""Goal: each event has one outcome with the right words, and an ack means Kafka has it. Method: the gateway without
+sockets on a log and a clock in memory."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import msgpack
+import pytest
+from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, impression, message
+
+from headrace.contract.config import IngestConfig
+from headrace.contract.hashing import partition_of
+from headrace.contract.topics import Topics
+from headrace.ingest.forward_protocol import Message
+from headrace.ingest.gateway import Gateway, Peer
+
+P = 4
+
+
+class World:
+    def __init__(self, **config: Any) -> None:
+        self.log, self.clock, self.counts = ShakyLog(Random(1)), HandClock(), Counts()
+        self.gateway = Gateway(PROJECT, IngestConfig(**config), Topics(), P, self.log, self.counts, self.clock, "g1")
+        self.acks: list[str] = []
+
+    def offer(self, what: Message, peer: Peer | None = None) -> None:
+        name = str(what.chunk)
+        self.gateway.offer(what, 100, peer or Peer("10.0.0.1"), lambda: self.acks.append(name))
+
+    def settle(self, ticks: int = 12) -> None:
+        for _ in range(ticks):
+            self.clock.ms += 5
+            self.gateway.tick()
+
+
+def test_events_land_in_the_partition_of_their_key_with_their_fields() -> None:
+    world = World()
+    world.offer(message("shop.impression", [impression(n, price=n, title=f"t{n}", new=True) for n in range(20)], "c"))
+    world.settle()
+    rows = world.log.rows("impression")
+    assert sorted(r["item_id"] for r in rows) == list(range(20))
+    assert all(r["_partition"] == partition_of(r["key"], P) and r["key"] == str(r["user_id"]) for r in rows)
+    assert {(r["place"], r["event_time_ms"], r["version"], r["new"]) for r in rows} == {(0, START_MS, None, True)}
+    assert world.acks == ["c"]
+    assert world.gateway.counts == {"read": 20, "appended": 20, "dead_lettered": 0, "repeated": 0}
+    assert world.gateway.buffer_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"user_id": None}, "no_partition_key"),
+        ({"request_id": ""}, "no_request_id"),
+        ({"item_id": "seven"}, "bad_type"),
+        ({"item_id": True}, "bad_type"),
+        ({"item_id": 1.5}, "bad_type"),
+        ({"item_id": 2**63}, "bad_type"),
+        ({"price": float("nan")}, "bad_type"),
+        ({"title": 5}, "bad_type"),
+        ({"place": -1}, "bad_type"),
+        ({"event_id": [1]}, "bad_type"),
+        ({"event_time_ms": START_MS + 3_600_000}, "future"),
+        ({"event_time_ms": "now"}, "bad_type"),
+        ({"counter.user.click": "many"}, "bad_type"),
+        ({"title": "x" * 2_000_000}, "bad_type"),
+    ],
+)
+def test_a_bad_event_is_a_dead_letter_and_its_neighbours_go_on(record: dict[str, Any], reason: str) -> None:
+    world = World()
+    big = "title" in record and isinstance(record["title"], str)
+    world.offer(message("shop.impression", [impression(1), impression(2, **record), impression(3)], "c"))
+    if big:
+        world = World(batch_bytes=10_000)
+        text = "".join(chr(33 + (i * i) % 9_000) for i in range(40_000))
+        world.offer(message("shop.impression", [impression(1), impression(2, title=text), impression(3)], "c"))
+        reason = "too_large"
+    world.settle()
+    assert sorted(r["event_id"] for r in world.log.rows()) == ["e1", "e3"]
+    (letter,) = world.log.letters()
+    assert (letter.reason, letter.tag, letter.origin) == (reason, "shop.impression", "10.0.0.1")
+    assert letter.raw_truncated or msgpack.unpackb(letter.raw)["item_id"] in (2, record.get("item_id"))
+    assert world.acks == ["c"]
+    assert world.gateway.counts == {"read": 3, "appended": 2, "dead_lettered": 1, "repeated": 0}
+
+
+def test_other_refusals_have_their_own_reasons() -> None:
+    world = World()
+    world.offer(message("shop.cart", [{"a": 1}], "c1"))
+    world.offer(message("shop.order", [{"request_id": "r", "user_id": 1, "extra": 1}], "c2"))
+    world.offer(message("shop.impression", ["text", impression(1)], "c3"))
+    world.offer(Message("shop.impression", [], "c4", problem="cut off", raw=b"\xff" * 99_999))
+    world.settle()
+    letters = {letter.reason: letter for letter in world.log.letters()}
+    assert sorted(letters) == ["bad_chunk", "bad_type", "undeclared", "unknown_field"]
+    assert letters["undeclared"].time_ns == START_MS * 10**6
+    assert letters["bad_chunk"].raw_truncated
+    assert len(letters["bad_chunk"].raw) == IngestConfig().dead_letter_bytes
+    assert sorted(world.acks) == ["c1", "c2", "c3", "c4"]
+    assert world.counts.totals["events_dead_lettered_total:undeclared"] == 1
+    assert world.gateway.counts["read"] == 4  # The undeclared one is nobody's.
+
+
+def test_text_that_is_not_utf8_is_kept_but_decides_nothing() -> None:
+    world = World()
+    records = [impression(1, title=b"caf\xe9"), impression(2, request_id=b"\xff"), impression(3, title=b"bin")]
+    world.offer(message("shop.impression", records, "c"))
+    world.settle()
+    assert [(r["event_id"], r["title"]) for r in sorted(world.log.rows(), key=lambda r: r["event_id"])] == [
+        ("e1", "caf\ufffd"),
+        ("e3", "bin"),
+    ]
+    assert [letter.reason for letter in world.log.letters()] == ["bad_type"]
+
+
+def test_no_ack_before_the_receipt_and_a_broker_away_loses_nothing() -> None:
+    world = World()
+    world.log.away = True
+    world.offer(message("shop.impression", [impression(1)], "c1"))
+    world.settle(1_000)
+    assert world.acks == []
+    assert world.gateway.buffer_bytes > 0
+    world.log.away = False
+    world.settle()
+    assert world.acks == ["c1"]
+    assert len(world.log.rows()) == 1
+    assert len(world.log.promises()) < 10 * P, "a broker that is away is not flooded with punctuation"
+
+
+def test_a_chunk_again_on_a_new_connection_counts_once_and_on_the_same_one_twice() -> None:
+    world = World()
+    content = [{"request_id": "r", "user_id": 1, "item_id": 1}]
+    first, second = Peer("10.0.0.1"), Peer("10.0.0.1")
+    world.offer(message("shop.impression", content, "hash"), first)
+    world.offer(message("shop.impression", content, "hash"), second)
+    assert world.acks == [], "a repeat of what is still on its way waits for it"
+    world.settle()
+    world.offer(message("shop.impression", content, "hash"), Peer("10.0.0.1"))
+    assert world.acks == ["hash"] * 3
+    assert len(world.log.rows()) == 1
+    world.offer(message("shop.impression", content, "hash"), first)
+    world.offer(message("shop.impression", content, "hash"), Peer("10.0.0.2"))
+    world.settle()
+    assert len({r["event_id"] for r in world.log.rows()}) == 3
+    assert world.gateway.counts == {"read": 5, "appended": 3, "dead_lettered": 0, "repeated": 2}
+
+
+def test_the_same_chunk_id_under_another_tag_is_another_chunk() -> None:
+    world = World()
+    content = [{"request_id": "r", "user_id": 1, "item_id": 1}]
+    world.offer(message("shop.impression", content, "hash"))
+    world.offer(message("shop.click", content, "hash"))
+    world.settle()
+    assert [r["_kind"] for r in world.log.rows()] == ["impression", "feedback"]
+
+
+def test_an_event_id_again_in_another_chunk_is_repeated_and_acked_after_the_first() -> None:
+    world = World()
+    world.log.away = True
+    world.offer(message("shop.impression", [impression(1)], "c1"))
+    world.offer(message("shop.impression", [impression(1), impression(2)], "c2"))
+    world.settle()
+    assert world.acks == []
+    world.log.away = False
+    world.settle()
+    assert sorted(world.acks) == ["c1", "c2"]
+    assert world.gateway.counts == {"read": 3, "appended": 2, "dead_lettered": 0, "repeated": 1}
+
+
+def test_a_refused_event_may_be_offered_again_under_its_id() -> None:
+    world = World()
+    world.offer(message("shop.impression", [impression(1, item_id="x")], "c1"))
+    world.settle()
+    world.offer(message("shop.impression", [impression(1)], "c2"))
+    world.settle()
+    assert [r["event_id"] for r in world.log.rows()] == ["e1"]
+
+
+def test_signals_that_are_no_logs_are_acked_and_skipped() -> None:
+    world = World()
+    world.offer(Message("m", [], "c", signal=1))
+    assert world.acks == ["c"]
+    world.settle()
+    assert world.log.rows() == world.log.letters() == []
+
+
+def test_batches_keep_their_bounds() -> None:
+    world = World(batch_rows=10, batch_bytes=4_000)
+    world.offer(message("shop.impression", [impression(n, title=f"{n * 7919}" * 40) for n in range(95)], "c"))
+    world.settle()
+    records = [(value, headers) for _, value, headers in world.log.records["events"] if headers["kind"] == "impression"]
+    assert len(world.log.rows()) == 95
+    assert max(len(value) for value, _ in records) <= 4_000
+    numbers = [(p, int(h["seq"])) for p, _, h in world.log.records["events"]]
+    assert all([s for q, s in numbers if q == p] == sorted({s for q, s in numbers if q == p}) for p in range(P))
+
+
+def test_punctuation_waits_for_the_oldest_event_and_ends_with_a_goodbye() -> None:
+    world = World(batch_ms=1_000)
+    old = START_MS - 5_000
+    world.offer(message("shop.impression", [impression(1, event_time_ms=old)], "c"))
+    world.settle(60)
+    assert {promise.time_ms for _, _, promise in world.log.promises()} == {old}
+    while not world.gateway.drained():
+        world.settle(1)
+    world.gateway.goodbye()
+    world.log.poll(0)
+    last = {partition: promise for _, partition, promise in world.log.promises()}
+    assert sorted(last) == list(range(P))
+    assert all(p.bye and p.time_ms == world.clock.ms for p in last.values())
+    assert last[0].counts == {"read": 1, "appended": 1, "dead_lettered": 0, "repeated": 0}
