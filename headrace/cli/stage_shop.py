@@ -1,0 +1,95 @@
+"""The demo shop's traffic: asks serving to rank, shows, logs impressions and clicks through `headrace.sender`.
+
+Rows come from DATA= (a folder with KuaiRand), else shared/data/kuairand beside the checkout, else a seeded generator.
+RATE= or --rate is impressions a second; 0 shows nothing. It goes on where it stopped, a kill -9 included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import threading
+from typing import Any
+
+from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
+from headrace.contract.errors import ConfigRejected, Overloaded
+from headrace.examples.shop.run import Log, Shop
+from headrace.examples.shop.traffic import find_data, load_traffic
+from headrace.sender import Sender
+
+HELP = "demo traffic: ask, show, log, click"
+
+RATE = 300.0
+RATE_MAX = 100_000.0
+
+logger = logging.getLogger("headrace.shop")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    add_common(parser)
+    parser.add_argument("--rate", type=_rate, default=None, help=f"impressions a second (RATE; {RATE:g})")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run until SIGTERM."""
+    runtime, stop = open_runtime(args), stop_event()
+    metrics = runtime.metrics("shop")
+    rate = args.rate if args.rate is not None else _rate(os.environ.get("RATE") or str(RATE))
+    folder = find_data(runtime.project_dir, os.environ.get("DATA"))
+    traffic = load_traffic(folder, runtime.project.impression.fields)
+    logger.info("rows: %s", traffic.label)
+    metrics.ready(True)
+    if rate == 0:
+        logger.info("RATE=0: the shop shows nothing")
+        stop.wait()
+        return 0
+    sender = Sender("", HOST, _forward_port(runtime), spool_dir=runtime.home / "spool" / "shop")
+    shop = Shop(
+        project=runtime.project,
+        traffic=traffic,
+        rate=rate,
+        log=keeping(sender, stop),
+        metrics=metrics,
+        clock=runtime.clock,
+        progress=runtime.home / "shop.json",
+        host=HOST,
+        port=runtime.port("serving"),
+        stop=stop,
+    )
+    shop.run()
+    # 2 s of the 5 that a clean shutdown has; what has no ack by then stays in the spool for the next start.
+    sender.close(timeout=2.0)
+    return 0
+
+
+def keeping(sender: Sender, stop: threading.Event) -> Log:
+    """Return a log that waits while the spool is full: the shop slows down rather than lose an event."""
+
+    def log(tag: str, record: dict[str, Any]) -> None:
+        while not stop.is_set():
+            try:
+                sender.emit(tag, record)
+                return
+            except Overloaded as error:
+                logger.warning("%s", error)
+                stop.wait(1.0)
+
+    return log
+
+
+def _forward_port(runtime: Runtime) -> int:
+    """Return where the shipper listens: SHIPPER_PORT when one stands between, else the gateway."""
+    told = os.environ.get("SHIPPER_PORT")
+    return int(told) if told else runtime.port("forward")
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= RATE_MAX:
+        raise ConfigRejected(f"RATE={text!r}: a number from 0 to {RATE_MAX:,.0f} impressions a second is wanted.")
+    return rate
