@@ -134,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="15 s of clicks instead of 60")
     parser.add_argument(
-        "--own", action="store_true", help="start a stack of its own, with the shop at 300/s, and end it"
+        "--own", action="store_true", help="start a stack of its own, with the shop at 300/s"
     )
     parser.add_argument("--rate", type=float, default=20.0, help="clicks a second")
     args = parser.parse_args()

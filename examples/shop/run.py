@@ -33,8 +33,8 @@ from headrace.examples.shop.traffic import Traffic, Visit
 
 logger = logging.getLogger("headrace.shop")
 
-Log = Callable[[str, dict[str, Any]], None]
-"""Gives one event (tag, record) to the shipper; keeps it on disk where the gateway is away."""
+Log = Callable[[str, dict[str, Any]], bool]
+"""Gives one event (tag, record) to the shipper, which keeps it on disk until the gateway has it. False: not taken."""
 
 CANDIDATE = ("video_id", "author_id", "duration_ms", "video_type", "upload_type", "music_id", "tag")
 """Fields of what is shown; all others belong to the request and its user."""
@@ -124,6 +124,7 @@ class Shop:
     clicks: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
     """Clicks to come, a heap by (due time in ms, row)."""
     open_rows: set[int] = field(default_factory=set)
+    """Rows that are not done; one whose event was not taken stays here, and the next start shows it again."""
     run_id: str = ""
     next_row: int = 0
 
@@ -187,7 +188,8 @@ class Shop:
         if answer is not None:
             record["version"] = answer.version
             record |= answer.served[0] if answer.served else {}
-        self.log(self.project.impression.tag, record)
+        if not self.log(self.project.impression.tag, record):
+            return
         self.metrics.add("events_appended_total", reason="impression")
         if not visit.clicked:
             self.open_rows.discard(visit.row)
@@ -202,7 +204,8 @@ class Shop:
         feedback = self.project.feedback[0]
         while self.clicks and self.clicks[0][0] <= self.clock.now_ms():
             _, row, click = heapq.heappop(self.clicks)
-            self.log(feedback.tag, {**click, "event_time_ms": self.clock.now_ms()})
+            if not self.log(feedback.tag, {**click, "event_time_ms": self.clock.now_ms()}):
+                continue
             self.metrics.add("events_appended_total", reason="feedback")
             self.open_rows.discard(row)
 

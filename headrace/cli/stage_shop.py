@@ -67,14 +67,14 @@ def main(args: argparse.Namespace) -> int:
 def keeping(sender: Sender, stop: threading.Event) -> Log:
     """Return a log that waits while the spool is full: the shop slows down rather than lose an event."""
 
-    def log(tag: str, record: dict[str, Any]) -> None:
-        while not stop.is_set():
+    def log(tag: str, record: dict[str, Any]) -> bool:
+        while True:
             try:
-                sender.emit(tag, record)
-                return
+                return sender.emit(tag, record)
             except Overloaded as error:
                 logger.warning("%s", error)
-                stop.wait(1.0)
+                if stop.wait(1.0):
+                    return False
 
     return log
 

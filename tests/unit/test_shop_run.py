@@ -44,10 +44,11 @@ def open_shop(path: Path, logged: list[tuple[str, dict[str, Any]]], until: int) 
         unheard.bind(("127.0.0.1", 0))
         stop = threading.Event()
 
-        def log(tag: str, record: dict[str, Any]) -> None:
+        def log(tag: str, record: dict[str, Any]) -> bool:
             logged.append((tag, record))
             if len(logged) >= until:
                 stop.set()
+            return True
 
         port = unheard.getsockname()[1]
         shop = run.Shop(PROJECT, ROWS, 1_000.0, log, _Metrics(), _Clock(), path, "127.0.0.1", port, stop)
