@@ -133,9 +133,7 @@ def main() -> int:
     """Measure and print; 1 when a click never reached an answer."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="15 s of clicks instead of 60")
-    parser.add_argument(
-        "--own", action="store_true", help="start a stack of its own, with the shop at 300/s"
-    )
+    parser.add_argument("--own", action="store_true", help="start a stack of its own, with the shop at 300/s")
     parser.add_argument("--rate", type=float, default=20.0, help="clicks a second")
     args = parser.parse_args()
     with Stack.open(own=args.own, shop_rate=300) as stack:
