@@ -357,8 +357,8 @@ class Sender(FluentSender):  # type: ignore[misc]
         while not self._stop:
             if not out:
                 out = memoryview(self._next_messages())
-            writers = [sock] if out else []
-            readable, writable, _ = select.select([sock, self._wake_r], writers, [], self._pause_s())
+            readers: list[Any] = [sock, self._wake_r]
+            readable, writable, _ = select.select(readers, [sock] if out else [], [], self._pause_s())
             if self._wake_r in readable:
                 os.read(self._wake_r, 4_096)
             if sock in readable:
