@@ -29,6 +29,7 @@ import msgspec
 from headrace.contract.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
+from headrace.examples.shop.freshness import Freshness
 from headrace.examples.shop.traffic import Traffic, Visit
 
 logger = logging.getLogger("headrace.shop")
@@ -119,6 +120,7 @@ class Shop:
     host: str
     port: int
     stop: threading.Event
+    freshness: Freshness | None = None
     shown: queue.Queue[tuple[Visit, Answer | None]] = field(default_factory=lambda: queue.Queue(256))
     asked: queue.Queue[Visit | None] = field(default_factory=lambda: queue.Queue(64))
     clicks: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
@@ -187,6 +189,8 @@ class Shop:
         record: dict[str, Any] = {**envelope, **visit.fields}
         if answer is not None:
             record["version"] = answer.version
+            if self.freshness is not None:
+                self.freshness.answered(answer.version)
             record |= answer.served[0] if answer.served else {}
         if not self.log(self.project.impression.tag, record):
             return
@@ -206,6 +210,8 @@ class Shop:
             _, row, click = heapq.heappop(self.clicks)
             if not self.log(feedback.tag, {**click, "event_time_ms": self.clock.now_ms()}):
                 continue
+            if self.freshness is not None:
+                self.freshness.clicked(click["event_id"])
             self.metrics.add("events_appended_total", reason="feedback")
             self.open_rows.discard(row)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected, Overloaded
+from headrace.examples.shop.freshness import Freshness
 from headrace.examples.shop.run import Log, Shop
 from headrace.examples.shop.traffic import find_data, load_traffic
 from headrace.sender import Sender
@@ -46,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
         stop.wait()
         return 0
     sender = Sender("", HOST, _forward_port(runtime), spool_dir=runtime.home / "spool" / "shop")
+    freshness = Freshness(runtime.topics, metrics, runtime.clock)
+    threading.Thread(target=freshness.run, args=(runtime.reader(), stop), name="freshness", daemon=True).start()
     shop = Shop(
         project=runtime.project,
         traffic=traffic,
@@ -57,6 +60,7 @@ def main(args: argparse.Namespace) -> int:
         host=HOST,
         port=runtime.port("serving"),
         stop=stop,
+        freshness=freshness,
     )
     shop.run()
     # 2 s of the 5 that a clean shutdown has; what has no ack by then stays in the spool for the next start.
