@@ -1,0 +1,37 @@
+"""Reading topics for the ledger.
+
+Goal: the samples topic is read by the reader's rule (repeats dropped, out-of-turn records held), and a topic is read
+to where it ended. Method: the log in memory.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from headrace.contract.events import encode_batch
+from headrace.contract.log import Record
+from headrace.replay.ledger import KEYS
+from headrace.replay.scan import sample_keys
+
+
+def record(at: int, after: str, offsets: list[tuple[int, int]]) -> Record:
+    rows = [{"partition": 0, "offset": o, "rank": r, "event_id": f"{o}.{r}", "task": "click"} for o, r in offsets]
+    headers = {"after": after, "last": "{}:{}".format(*offsets[-1])}
+    return Record("samples", 0, at, None, encode_batch(pa.RecordBatch.from_pylist(rows, schema=KEYS)), headers, 0)
+
+
+def test_repeats_are_dropped_and_out_of_turn_records_wait():
+    records = [
+        record(0, "-1:-1", [(2, 0), (2, 1)]),
+        record(1, "4:0", [(6, 0)]),
+        record(2, "-1:-1", [(2, 0), (2, 1), (3, 0)]),
+        record(3, "3:0", [(4, 0)]),
+        record(4, "3:0", [(4, 0), (6, 0)]),
+        record(5, "6:0", [(7, 0)]),
+    ]
+    keys = sample_keys(records)
+    assert keys["event_id"].to_pylist() == ["2.0", "2.1", "3.0", "4.0", "6.0", "7.0"]
+
+
+def test_no_samples_are_an_empty_table():
+    assert sample_keys([]).equals(KEYS.empty_table())
