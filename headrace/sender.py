@@ -331,7 +331,7 @@ class Sender(FluentSender):  # type: ignore[misc]
             try:
                 self._reconnect()
                 self._converse(self.socket)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, msgpack.UnpackException) as error:
                 self.last_error = error
             self._close()
             with self._turn:
@@ -380,19 +380,21 @@ class Sender(FluentSender):  # type: ignore[misc]
     def _next_messages(self) -> bytes:
         """Return the chunks that may go now, at most about 1 MiB of them."""
         parts: list[bytes] = []
+        segments: list[_Segment] = []
         size = 0
-        synced: set[int] = set()
         with self._turn:
             with suppress(Overloaded):
                 self._close_chunks(time.monotonic(), away=False)
             while self._ready and len(self._sent) < self._window and size < 1_048_576:
                 chunk = self._ready.popleft()
                 self._sent[chunk.id] = chunk
-                if self._fsync and id(chunk.segment) not in synced:
-                    chunk.segment.sync()
-                    synced.add(id(chunk.segment))
+                if chunk.segment not in segments:
+                    segments.append(chunk.segment)
                 parts.append(chunk.message())
                 size += chunk.size
+        if self._fsync:
+            for segment in segments:
+                segment.sync()
         return b"".join(parts)
 
     def _pause_s(self) -> float:
