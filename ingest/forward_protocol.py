@@ -72,10 +72,17 @@ class Message(msgspec.Struct, frozen=True):
     raw: bytes = b""
 
 
-class Decoder:
-    """Turns one connection's bytes into messages, however they are cut."""
+class Ping(NamedTuple):
+    """The first value of a connection that begins with a handshake, as it came."""
 
-    def __init__(self, message_bytes_max: int) -> None:
+    value: Any
+
+
+class Decoder:
+    """Turns one connection's bytes into messages, however they are cut; with `greets`, a `Ping` comes first."""
+
+    def __init__(self, message_bytes_max: int, *, greets: bool = False) -> None:
+        self._greets = greets
         self._bytes_max = message_bytes_max
         self._fed = 0
         self._taken = 0
@@ -94,7 +101,7 @@ class Decoder:
         """Bytes of a message that has not ended yet."""
         return self._fed - self._taken
 
-    def feed(self, data: bytes) -> Iterator[tuple[Message, int]]:
+    def feed(self, data: bytes) -> Iterator[tuple[Message | Ping, int]]:
         """Yield each message that `data` completes, with its size on the wire.
 
         Raises `Refused` on bytes that are no forward message, or one beyond the bound; nothing can follow then.
@@ -110,7 +117,7 @@ class Decoder:
             if self.pending_bytes > self._bytes_max:
                 raise self._too_large()
 
-    def _complete(self) -> Iterator[tuple[Message, int]]:
+    def _complete(self) -> Iterator[tuple[Message | Ping, int]]:
         while True:
             try:
                 value = self._unpacker.unpack()
@@ -124,6 +131,10 @@ class Decoder:
             size, self._taken = taken - self._taken, taken
             if size > self._bytes_max:
                 raise self._too_large()
+            if self._greets:
+                self._greets = False
+                yield Ping(value), size
+                continue
             # fluentd keeps nil free as a heartbeat inside a connection.
             if value is not None:
                 yield read_message(value, self._bytes_max), size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +22,16 @@ from headrace.contract.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
-from headrace.ingest.forward_protocol import Decoder, Refused, encode_ack
+from headrace.ingest.forward_protocol import Decoder, Ping, Refused, encode_ack
 from headrace.ingest.gateway import Gateway, Peer, peer_of
+from headrace.ingest.handshake import Handshake
 
 log = logging.getLogger("headrace.ingest")
 
 DRAIN_S = 4.0
 """Longest clean shutdown; the supervisor kills after 5."""
 _TICK_BUSY_S, _TICK_IDLE_S = 0.002, 0.01
+_PONG_BYTES_MAX = 4_096
 _ACK_BYTES_MAX = 1_048_576
 """A peer that leaves this many bytes of acks unread is cut off. 1 MiB is some 20,000 acks."""
 
@@ -36,7 +39,10 @@ _ACK_BYTES_MAX = 1_048_576
 class Server:
     """Connections of one gateway, and the task that keeps it ticking."""
 
-    def __init__(self, gateway: Gateway, config: IngestConfig, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self, gateway: Gateway, config: IngestConfig, metrics: Metrics, clock: Clock, place: Place | None = None
+    ) -> None:
+        self.place = place or Place()
         self.gateway, self.config, self.metrics, self._clock = gateway, config, metrics, clock
         self.connections: set[Connection] = set()
         self.partial_bytes = 0
@@ -111,7 +117,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._decoder = Decoder(server.config.chunk_bytes_max)
+        self._decoder = Decoder(server.config.chunk_bytes_max, greets=bool(server.place.shared_key))
+        self._handshake: Handshake | None = None
         self._transport: asyncio.Transport | None = None
         self._peer = Peer("unknown")
         self.partial_bytes = 0
@@ -128,6 +135,9 @@ class Connection(asyncio.Protocol):
             return
         server.connections.add(self)
         server.metrics.set("connections_open", len(server.connections))
+        if server.place.shared_key:
+            self._handshake = Handshake(server.place.shared_key, server.place.name, os.urandom(16))
+            transport.write(self._handshake.helo())
         if server.paused:
             self.pause()
 
@@ -136,6 +146,9 @@ class Connection(asyncio.Protocol):
         server = self._server
         try:
             for message, size in self._decoder.feed(data):
+                if isinstance(message, Ping):
+                    self._greet(message)
+                    continue
                 acked = None if message.chunk is None else partial(self._ack, encode_ack(message.chunk))
                 server.gateway.offer(message, size, self._peer, acked)
         except Refused as refused:
@@ -144,6 +157,14 @@ class Connection(asyncio.Protocol):
         self._account(self._decoder.pending_bytes)
         if server.gateway.buffer_bytes + server.partial_bytes > server.config.buffer_bytes_max:
             server.balance()
+
+    def _greet(self, ping: Ping) -> None:
+        if self._handshake is None or self._transport is None:
+            raise Refused("no_ping", "a PING that nobody asked for")
+        pong, refusal = self._handshake.answer(ping.value)
+        self._transport.write(pong)
+        if refusal:
+            raise Refused(refusal, "the handshake failed: does the client have this gateway's shared key?")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the peer; its chunks go on, their acks go nowhere."""
@@ -158,7 +179,11 @@ class Connection(asyncio.Protocol):
         log.warning("%s refused (%s): %s", self._peer.origin, reason, why)
         self._account(0)
         if self._transport is not None:
-            self._transport.abort()
+            # A PONG with its refusal may still go out; a peer that reads nothing is not waited for.
+            if self._transport.get_write_buffer_size() > _PONG_BYTES_MAX:
+                self._transport.abort()
+            else:
+                self._transport.close()
             self._transport = None
         self._server.connections.discard(self)
 
@@ -198,6 +223,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 24224
     name: str = "gateway"
     """Stable over restarts: a newer epoch of the same name replaces the older in the watermark."""
+    shared_key: str = ""
+    """With one, each connection begins with Fluent's handshake; a secret, so it comes from the environment."""
     share_port: bool = False
     """Several gateway processes on one port (SO_REUSEPORT); each needs a name of its own."""
 
@@ -216,6 +243,6 @@ def run(
 ) -> None:
     """Serve until `stop` is set, then drain within `DRAIN_S` and return. `ready` gets the bound port."""
     gateway = Gateway(project, config, topics, partitions, producer, metrics, clock, place.name)
-    server = Server(gateway, config, metrics, clock)
+    server = Server(gateway, config, metrics, clock, place)
     asyncio.run(server.serve(place.host, place.port, stop, share_port=place.share_port, ready=ready))
     producer.flush(0.5)

@@ -1,12 +1,14 @@
 """Gateway: take events over Fluent forward, append them to Kafka in columnar batches, ack what Kafka has.
 
 On SIGTERM it stops reading, appends what it holds, acks it, says goodbye to every partition and exits 0 in 5 seconds.
+HEADRACE_SHARED_KEY in the environment asks every shipper for Fluent's shared-key handshake.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import threading
 
@@ -43,7 +45,11 @@ def main(args: argparse.Namespace) -> int:
     port = args.port or runtime.port("forward")
     producer = runtime.producer()
     place = server.Place(
-        host=args.host, port=port, name=args.name or f"{socket.gethostname()}-{port}", share_port=args.share_port
+        host=args.host,
+        port=port,
+        name=args.name or f"{socket.gethostname()}-{port}",
+        shared_key=os.environ.get("HEADRACE_SHARED_KEY", ""),
+        share_port=args.share_port,
     )
     try:
         server.run(

@@ -13,7 +13,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from headrace.ingest.forward_protocol import Decoder, Message, encode_ack
+from headrace.ingest.forward_protocol import Decoder, Message, Ping, encode_ack
+from headrace.ingest.handshake import Handshake
 
 BOUND = 1 << 20
 
@@ -36,8 +37,9 @@ def _plain(value: Any) -> Any:
 def _decode(data: bytes, step: int) -> list[Message]:
     decoder = Decoder(BOUND)
     messages = [m for at in range(0, len(data), step) for m, _ in decoder.feed(data[at : at + step])]
+    assert all(isinstance(m, Message) for m in messages)
     assert decoder.pending_bytes == 0
-    return messages
+    return [m for m in messages if isinstance(m, Message)]
 
 
 def _connections(shared: Path) -> list[tuple[str, bytes, dict[str, Any]]]:
@@ -86,5 +88,37 @@ def test_acks_equal_those_of_real_servers(shared: Path) -> None:
 
 
 def test_headers_need_not_be_minimal() -> None:
-    body = b"\xdd\x00\x00\x00\x02" + msgpack.packb("t") + b"\xdd\x00\x00\x00\x01" + b"\xdd\x00\x00\x00\x02" + b"\x05\x80"
+    body = (
+        b"\xdd\x00\x00\x00\x02" + msgpack.packb("t") + b"\xdd\x00\x00\x00\x01" + b"\xdd\x00\x00\x00\x02" + b"\x05\x80"
+    )
     assert [(m.tag, m.entries[0].time_ns, m.entries[0].record) for m in _decode(body, 3)] == [("t", 5 * 10**9, {})]
+
+
+def test_handshakes_of_real_clients_are_answered_to_the_byte(shared: Path) -> None:
+    seen = 0
+    for path in sorted((shared / "wire").glob("*.json")):
+        capture = json.loads(path.read_text())
+        config = capture.get("server_config") if isinstance(capture, dict) else None
+        for connection in capture["connections"] if config and "shared_key" in config else ():
+            helo = connection.get("helo")
+            if helo is None:
+                continue
+            users = {config["username"]: config["password"]} if config.get("username") else None
+            nonce, salt = bytes.fromhex(helo["nonce"]), bytes.fromhex(helo["auth"])
+            for key, refusal in ((config["shared_key"], ""), ("another", "shared_key")):
+                server = Handshake(key, config["self_hostname"], nonce, users=users, salt=salt)
+                decoder = Decoder(BOUND, greets=True)
+                (ping, _), *_rest = decoder.feed((path.parent / connection["file"]).read_bytes())
+                assert isinstance(ping, Ping)
+                pong, why = server.answer(ping.value)
+                assert why == refusal
+                if not refusal:
+                    assert connection["server_to_client_hex"].startswith((server.helo() + pong).hex()), path.name
+            if users:
+                wrong = Handshake(config["shared_key"], "x", nonce, users={"alice": "other"}, salt=salt)
+                assert wrong.answer(ping.value)[1] == "password"
+            seen += 1
+    assert seen >= 6
+    capture = json.loads((shared / "wire" / "server-handshake-fluentd.json").read_text())
+    refused, _ = Handshake("k", "server.test", b"n").answer(["PING", "h", "salt", "no digest", "", ""])
+    assert refused.hex() == capture["bad_key"]["pong_hex"]

@@ -17,7 +17,7 @@ from ingest_world import PROJECT, Counts, HandClock
 from headrace.backends.log_memory import MemoryLog
 from headrace.contract.config import IngestConfig
 from headrace.contract.topics import Topics
-from headrace.ingest.forward_protocol import Decoder, Message, Refused, chunk_text, decompress, encode_ack
+from headrace.ingest.forward_protocol import Decoder, Message, Ping, Refused, chunk_text, decompress, encode_ack
 from headrace.ingest.gateway import Gateway, Peer
 
 BOUND = 100_000
@@ -71,7 +71,8 @@ def messages(draw: st.DrawFn) -> tuple[bytes, tuple[str, Any, list[tuple[int, An
     return msgpack.packb(value + ([option] if option or draw(st.booleans()) else [])), (tag, chunk, meaning)
 
 
-def _meaning(message: Message) -> tuple[str, Any, list[tuple[int | None, Any]]]:
+def _meaning(message: Message | Ping) -> tuple[str, Any, list[tuple[int | None, Any]]]:
+    assert isinstance(message, Message)
     assert message.problem == ""
     return message.tag, message.chunk, [(e.time_ns, e.record) for e in message.entries]
 
@@ -100,6 +101,7 @@ def test_mutated_bytes_never_crash_and_never_hold_more_than_the_bound(
     offered, acked = 0, []
     try:
         for message, size in decoder.feed(wire[:at] + junk + wire[at + len(junk) :] + wire):
+            assert isinstance(message, Message)
             offered += 1
             gateway.offer(message, size, Peer("a"), lambda: acked.append(1))
     except Refused as refused:
@@ -139,6 +141,7 @@ def test_any_record_is_appended_or_a_dead_letter(sent: list[dict[str, Any]]) -> 
     wire = msgpack.packb(["shop.impression", [[1, record] for record in sent], {"chunk": "c"}])
     acked: list[int] = []
     for message, size in Decoder(BOUND).feed(wire):
+        assert isinstance(message, Message)
         gateway.offer(message, size, Peer("a"), lambda: acked.append(1))
     for _ in range(8):
         clock.ms += 10
@@ -156,6 +159,7 @@ def test_acks_echo_type_and_bytes(chunk: str | bytes) -> None:
 
 def test_text_that_is_not_utf8_is_echoed_to_the_byte() -> None:
     ((message, _),) = Decoder(BOUND).feed(b"\x93\xa1t\x90\x81\xa5chunk\xa3\xff\xfe\n")
+    assert isinstance(message, Message)
     assert message.chunk is not None
     assert encode_ack(message.chunk) == b"\x81\xa3ack\xa3\xff\xfe\n"
 

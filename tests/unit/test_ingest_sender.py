@@ -4,6 +4,7 @@ of a few lines that acks when told, and the real one for what they must agree on
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from random import Random
 from typing import Any
 
 import fluent.sender
+import msgpack
 import pytest
 from ingest_world import PROJECT, Counts, ShakyLog
 
@@ -40,11 +42,11 @@ class WallClock:
 class Running:
     """The real server in a thread, on a log in memory."""
 
-    def __init__(self, port: int = 0, log: ShakyLog | None = None, **config: Any) -> None:
+    def __init__(self, port: int = 0, log: ShakyLog | None = None, *, shared_key: str = "", **config: Any) -> None:
         self.log, self.counts, self._stop = log or ShakyLog(Random(0)), Counts(), threading.Event()
         self._up = threading.Event()
         self.port = 0
-        place = server.Place(port=port)
+        place = server.Place(port=port, shared_key=shared_key)
         self._thread = threading.Thread(
             target=server.run,
             args=(PROJECT, IngestConfig(**config), Topics(), 4, self.log, self.counts, WallClock(), place, self._stop),
@@ -250,3 +252,42 @@ def test_reading_stops_at_the_bound_and_goes_on(tmp_path: Path) -> None:
     sender.close()
     running.stop()
     assert len(set(running.ids())) == 30_000
+
+
+@pytest.mark.parametrize("key", ["s3cret", "wrong", None])
+def test_a_shared_key_is_asked_for_before_anything_is_taken(key: str | None) -> None:
+    running = Running(shared_key="s3cret")
+    event = msgpack.packb(["shop.impression", [[1, _record(1)]], {"chunk": "c"}])
+    with socket.create_connection(("127.0.0.1", running.port)) as sock, sock.makefile("rb") as stream:
+        sock.settimeout(5)
+        incoming = msgpack.Unpacker(stream, read_size=1)
+        kind, option = incoming.unpack()
+        assert kind == "HELO"
+        if key is not None:
+            digest = hashlib.sha512(b"salt" + b"me" + option["nonce"] + key.encode()).hexdigest()
+            sock.sendall(msgpack.packb(["PING", "me", "salt", digest, "", ""]))
+            assert incoming.unpack()[1] is (key == "s3cret")
+        with contextlib.suppress(OSError):
+            sock.sendall(event)
+        try:
+            answer = incoming.unpack()
+        except (msgpack.OutOfData, ConnectionResetError):
+            answer = None
+    running.stop()
+    assert answer == ({"ack": "c"} if key == "s3cret" else None)
+    assert len(running.log.rows()) == (1 if key == "s3cret" else 0)
+    refusals = {None: "no_ping", "wrong": "shared_key", "s3cret": ""}
+    assert key == "s3cret" or running.counts.totals[f"connections_refused_total:{refusals[key]}"] == 1
+
+
+def test_connections_beyond_the_bound_are_refused() -> None:
+    running = Running(connections_max=3)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection(("127.0.0.1", running.port))) for _ in range(4)]
+        socks[3].settimeout(5)
+        assert socks[3].recv(1) == b""
+        assert running.counts.totals["connections_refused_total:connections_max"] == 1
+        socks[0].sendall(msgpack.packb(["shop.impression", 1, _record(1), {"chunk": "c"}]))
+        socks[0].settimeout(5)
+        assert msgpack.unpackb(socks[0].recv(100)) == {"ack": "c"}
+    running.stop()
