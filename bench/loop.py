@@ -3,7 +3,7 @@
 Method: a stack of its own, the shop silent. Impressions and clicks go in through `headrace.sender` as fast as the spool
 takes them, all stages sharing this machine; each stage's counter is read ten times a second. A stage's rate is that of
 its own counter between 10 % and 90 % of its total, so that start and tail do not count. The whole loop's rate is all
-impressions over the time from the first line sent to the last sample learnt; the label window (10 s, waited for by
+impressions over the time from the first line sent to the last sample learnt; the label window (waited for by
 every impression without a click) is taken off, since it is no work.
 """
 

@@ -32,7 +32,7 @@ OUTCOMES = frozenset(
 IMPRESSIONS, USERS, VIDEOS = "impressions_*.csv.gz", "users.csv.gz", "videos.csv.gz"
 
 # KuaiRand's own rule for a valid play in single-column pages is 7 s; sped up 10 times, so that the demo's window can
-# be 10 s. There is no time of the click in the data: the delay is synthetic.
+# be 2 s. There is no time of the click in the data: the delay is synthetic.
 VALID_PLAY_MS, SPEED = 7_000, 10
 
 Fields = Mapping[str, FieldType]
