@@ -5,6 +5,7 @@ Weights and the formula are those of `scoring`. Axes: B samples, F slots, V = 1 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -26,7 +27,7 @@ class DeepFM:
         self.layers = len(widths) - 1
         generator = torch.Generator().manual_seed(seed)
         self.weights: dict[str, torch.Tensor] = {"bias": torch.zeros(1), "numeric": torch.zeros(numerics)}
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             # He's scale for ReLU layers; the last one begins small, so that the first answers are the linear part's.
             scale = math.sqrt(2 / max(fan_in, 1)) * (0.1 if i == self.layers - 1 else 1.0)
             self.weights[f"w{i}"] = torch.randn(fan_in, fan_out, generator=generator) * scale

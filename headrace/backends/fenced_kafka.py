@@ -1,0 +1,139 @@
+"""A topic of one partition with one pen: a transactional producer whose newest holder fences all earlier ones."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import confluent_kafka as ck
+
+from headrace.contract.errors import InvariantBroken, Unavailable
+
+log = logging.getLogger("headrace.kafka")
+
+_FENCED = (
+    ck.KafkaError._FENCED,
+    ck.KafkaError.INVALID_PRODUCER_EPOCH,
+    getattr(ck.KafkaError, "PRODUCER_FENCED", 90),
+)
+
+
+class FencedKafka:
+    """Writes and reads back partition 0 of `topic` under transactional id `pen`. For one thread.
+
+    Protocol: 1. `open` takes the pen; a pending append of an earlier holder is aborted by the broker. 2. `append`
+    commits one record as one transaction. 3. `read` sees committed records only.
+    """
+
+    def __init__(self, brokers: str, topic: str, pen: str, *, timeout_s: float = 10.0) -> None:
+        self._topic, self._pen, self._timeout_s = topic, pen, timeout_s
+        self._common: dict[str, Any] = {
+            "bootstrap.servers": brokers,
+            "reconnect.backoff.ms": 10,
+            "reconnect.backoff.max.ms": 1_000,
+            "broker.address.family": "v4",
+            "log_level": 3,
+            "error_cb": lambda error: log.debug("%s: %s", pen, error),
+        }
+        self._producer: ck.Producer | None = None
+        self._consumer: ck.Consumer | None = None
+        self._at = -1
+
+    def open(self) -> None:
+        """Take the pen. Raises `Unavailable`; call again then."""
+        self._producer = None
+        producer = ck.Producer(
+            {
+                **self._common,
+                "transactional.id": self._pen,
+                "transaction.timeout.ms": 15_000,
+                "linger.ms": 0,
+                "acks": "all",
+            }
+        )
+        try:
+            producer.init_transactions(self._timeout_s)
+        except ck.KafkaException as error:
+            raise self._named(error, "take the pen of") from error
+        self._producer = producer
+
+    def append(self, value: bytes) -> None:
+        """Commit one record.
+
+        Raises `Unavailable` when it is not known whether it was written: `open` again and `read`. Raises
+        `InvariantBroken` when another holder has the pen.
+        """
+        producer = self._producer
+        if producer is None:
+            raise Unavailable(f"{self._topic}: the pen is not held; open it first.")
+        try:
+            producer.begin_transaction()
+            producer.produce(self._topic, value, partition=0)
+            producer.commit_transaction(self._timeout_s)
+        except (ck.KafkaException, BufferError) as error:
+            self._producer = None
+            raise self._named(error, "append to") from error
+
+    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
+        """Return committed records from `offset` on, with their offsets.
+
+        `wait_s` 0 reads to the present end; else it returns what comes first within `wait_s`, perhaps nothing.
+        Raises `Unavailable` when the broker stays away.
+        """
+        consumer = self._reading()
+        if wait_s == 0 or self._at != offset:
+            consumer.assign([ck.TopicPartition(self._topic, 0, offset)])
+            self._at = offset
+        found: list[tuple[int, bytes]] = []
+        deadline = time.monotonic() + (wait_s or self._timeout_s)
+        while (left := deadline - time.monotonic()) > 0:
+            message = consumer.poll(left)
+            if message is None:
+                break
+            error = message.error()
+            if error is None:
+                at, value = message.offset(), message.value()
+                if at is None or value is None:
+                    continue
+                found.append((at, value))
+                self._at = at + 1
+                deadline = time.monotonic() + self._timeout_s if wait_s == 0 else deadline
+                if wait_s:
+                    return found
+            elif error.code() == ck.KafkaError._PARTITION_EOF:
+                if wait_s == 0:
+                    return found
+            elif error.code() == ck.KafkaError._AUTO_OFFSET_RESET:
+                raise InvariantBroken(f"{self._topic}: offset {offset} is not in the log; was the topic made anew?")
+        if wait_s == 0:
+            raise Unavailable(f"{self._topic}: the end was not reached within {self._timeout_s} s without a record.")
+        return found
+
+    def close(self) -> None:
+        """Let go of both clients."""
+        if self._consumer is not None:
+            self._consumer.close()
+        self._producer = self._consumer = None
+
+    def _reading(self) -> ck.Consumer:
+        if self._consumer is None:
+            self._consumer = ck.Consumer(
+                {
+                    **self._common,
+                    "group.id": "headrace-steps",
+                    "enable.auto.commit": False,
+                    "enable.partition.eof": True,
+                    "auto.offset.reset": "error",
+                    "isolation.level": "read_committed",
+                    "fetch.wait.max.ms": 20,
+                    "fetch.queue.backoff.ms": 5,
+                }
+            )
+        return self._consumer
+
+    def _named(self, error: Exception, what: str) -> Exception:
+        code = error.args[0].code() if isinstance(error, ck.KafkaException) else None
+        if code in _FENCED:
+            return InvariantBroken(f"another process took the pen of {self._topic} ({self._pen}): this one stops.")
+        return Unavailable(f"cannot {what} {self._topic}: {error}")

@@ -1,0 +1,182 @@
+"""A small world for the trainer's tests: a project, samples from a seed, a memory log, and a process that can be killed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.backends.clock import VirtualClock
+from headrace.backends.fenced_memory import FencedMemory, Pens
+from headrace.backends.log_memory import MemoryLog
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.contract.config import TrainConfig
+from headrace.contract.events import encode_batch
+from headrace.contract.positions import Positions
+from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
+from headrace.contract.sample import list_column, sample_schema
+from headrace.contract.spec import Categorical, FeatureSpec, Numeric
+from headrace.contract.topics import Topics
+from headrace.stream.features.featurize import featurize
+from headrace.trainer.run import Parts, Trainer
+
+PARTITIONS = 3
+PROJECT = Project(
+    name="small",
+    impression=ImpressionType(
+        tag="t.impression", key="user", fields={"user": "int64", "item": "int64", "price": "float64"}
+    ),
+    feedback=(FeedbackType(name="click", tag="t.click", fields={}),),
+    tasks=(Task(name="click", feedback="click", window_ms=1_000),),
+    features=FeatureSpec(
+        features=(Categorical(field="user"), Categorical(field="item"), Numeric(field="price", scale=0.1))
+    ),
+    recipe=Recipe(dim=4, hidden=(8,), batch_rows=32),
+).checked()
+TOPICS = Topics()
+
+
+class Killed(BaseException):
+    """The process died here: nothing that it had in memory remains."""
+
+
+class FaultyBlobs:
+    """A dictionary; `away` makes every call fail."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    def put(self, name: str, data: bytes) -> None:
+        self.objects[name] = data
+
+    def get(self, name: str) -> bytes | None:
+        return self.objects.get(name)
+
+    def list(self, prefix: str) -> list[str]:
+        return sorted(n for n in self.objects if n.rpartition("/")[0] == prefix)
+
+    def delete(self, name: str) -> None:
+        self.objects.pop(name, None)
+
+
+def samples(seed: int, partition: int, count: int, *, offset: int = 0, spec: str | None = None) -> pa.RecordBatch:
+    """Return `count` samples of one partition, one position each, from a seed."""
+    rng = np.random.default_rng([seed, partition, offset])
+    user, item = rng.integers(0, 40, count), rng.integers(0, 15, count)
+    label = (rng.random(count) < 1 / (1 + np.exp(-((user % 5) + (item % 3) - 3.0)))).astype(np.float32)
+    at = np.arange(count, dtype=np.int64)
+    time_ms = 1_000_000 + (offset + at) * 20 + partition
+    raw = pa.RecordBatch.from_pydict(
+        {"user": pa.array(user), "item": pa.array(item), "price": pa.array(rng.random(count) * 50)}
+    )
+    slots_NF, numeric_ND = featurize(raw, PROJECT.features)
+    ids = [f"{partition}-{offset + i}" for i in range(count)]
+    columns = {
+        "partition": pa.array([partition] * count, pa.int32()),
+        "offset": pa.array((offset + at) // 3),
+        "rank": pa.array(((offset + at) % 3).astype(np.int32)),
+        "event_id": pa.array(ids),
+        "request_id": pa.array(ids),
+        "place": pa.array([0] * count, pa.int32()),
+        "key": pa.array([str(u) for u in user]),
+        "event_time_ms": pa.array(time_ms),
+        "impression_offset": pa.array(offset + at),
+        "impression_row": pa.array([0] * count, pa.int32()),
+        "task": pa.array(["click"] * count),
+        "label": pa.array(label),
+        "weight": pa.array(np.ones(count, np.float32)),
+        "feedback_id": pa.array([None] * count, pa.string()),
+        "feedback_time_ms": pa.array([int(t) + 100 if y else None for t, y in zip(time_ms, label, strict=True)]),
+        "version": pa.array([None] * count, pa.string()),
+        "user": raw["user"],
+        "item": raw["item"],
+        "price": raw["price"],
+        "slots": list_column(slots_NF, pa.int64()),
+        "numeric": list_column(numeric_ND, pa.float32()),
+        "spec": pa.array([spec or PROJECT.features.digest()] * count),
+    }
+    schema = sample_schema(PROJECT)
+    return pa.RecordBatch.from_arrays(
+        [columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema
+    )
+
+
+def send(log: MemoryLog, batch: pa.RecordBatch, *, after: tuple[int, int]) -> tuple[int, int]:
+    """Append one `samples` record and return its last position."""
+    last = (batch["offset"][-1].as_py(), batch["rank"][-1].as_py())
+    headers = {"after": f"{after[0]}:{after[1]}", "last": f"{last[0]}:{last[1]}", "spec": batch["spec"][0].as_py()}
+    log.append(TOPICS.samples, batch["partition"][0].as_py(), encode_batch(batch), None, headers)
+    return last
+
+
+def cut(seed: int, partition: int, count: int) -> list[tuple[pa.RecordBatch, tuple[int, int]]]:
+    """Return a partition's samples as records of random lengths, each with its `after`."""
+    rng, whole = Random(f"{seed}/{partition}"), samples(seed, partition, count)
+    records, at, after = [], 0, (-1, -1)
+    while at < count:
+        rows = whole.slice(at, rng.randint(1, 40))
+        records.append((rows, after))
+        after = (rows["offset"][-1].as_py(), rows["rank"][-1].as_py())
+        at += rows.num_rows
+    return records
+
+
+@dataclass
+class Lake:
+    """A lake of given rows."""
+
+    rows: pa.Table
+    positions: Positions
+    next_offsets: dict[int, int]
+    version: int = 5
+
+    def state(self, version: int | None = None) -> Lake:
+        return self
+
+    def read(self, version: int | None = None) -> pa.Table:
+        return self.rows
+
+
+@dataclass
+class World:
+    """What outlives a process: the log, the store, the pen, time."""
+
+    lake: Lake | None = None
+    log: MemoryLog = field(default_factory=lambda: MemoryLog(lambda: 0))
+    blobs: FaultyBlobs = field(default_factory=FaultyBlobs)
+    pens: Pens = field(default_factory=Pens)
+    clock: VirtualClock = field(default_factory=lambda: VirtualClock(1_000_000))
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.log.admin().ensure_topics(TOPICS.specs(PARTITIONS))
+
+    def is_set(self) -> bool:
+        return self.stopped
+
+    def parts(self, **changes: object) -> Parts:
+        """Return a new process's parts."""
+        values: dict[str, object] = {
+            "project": PROJECT,
+            "config": TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000),
+            "topics": TOPICS,
+            "reader": self.log.reader(),
+            "producer": self.log.producer(),
+            "pen": FencedMemory(self.log, TOPICS.steps, "pen", self.pens),
+            "blobs": self.blobs,
+            "metrics": MemoryMetrics(),
+            "clock": self.clock,
+            "stop": self,
+            "lake": self.lake,
+            "background": False,
+        }
+        return Parts(**{**values, **changes})  # type: ignore[arg-type]
+
+    def drain(self, trainer: Trainer) -> None:
+        """Turn until all that lies in the topic is learnt and published."""
+        idle = 0
+        while idle < 4:
+            idle = 0 if trainer.turn() else idle + 1
+            self.clock.advance(0.03)

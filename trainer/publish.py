@@ -1,0 +1,223 @@
+"""Publication: full snapshots now and then, deltas several times a second, in one chain a snapshot.
+
+Rules of the chain: a delta moves the model from `base` to `version`, and each delta's base is the version before it,
+across snapshots too. A snapshot names the offset in `deltas` where the first delta with its version as base will lie.
+Only committed steps are published. A snapshot's blob and the checkpoint are written by a thread of their own; while
+it is busy no other is begun, and when the store is away training and deltas go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from headrace.contract.blobs import Blobs
+from headrace.contract.clock import Clock
+from headrace.contract.errors import HeadraceError, Overloaded, Unavailable
+from headrace.contract.log import Producer
+from headrace.contract.metrics import Metrics
+from headrace.contract.positions import Positions
+from headrace.contract.project import Project
+from headrace.contract.snapshot import Manifest, Weights, encode_manifest, encode_weights
+from headrace.contract.topics import Topics
+from headrace.trainer.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
+from headrace.trainer.model.digest import digest
+from headrace.trainer.model.learner import Learner
+
+logger = logging.getLogger("headrace.train")
+
+# 262,144 rows of 9 floats and a key are 11 MB: a third of the largest record. More is a snapshot's business.
+DELTA_ROWS_MAX = 262_144
+SNAPSHOTS_KEPT = 3
+
+
+def version_of(run: str, step: int) -> str:
+    """Return the text that every answer names: "<run>-<step>"."""
+    return f"{run}-{step}"
+
+
+@dataclass
+class Publisher:
+    """Publishes one run's model. Called by the training thread alone."""
+
+    project: Project
+    run: str
+    topics: Topics
+    producer: Producer
+    blobs: Blobs
+    metrics: Metrics
+    clock: Clock
+    deltas_end: Callable[[], int]
+    """Tells the offset that the next record of `deltas` will get; asked once."""
+    background: bool = True
+    """False writes snapshots before `snapshot` returns: for tests."""
+
+    def __post_init__(self) -> None:
+        self._chain, self._base, self._seq = "", "", 0
+        self._touched: list[npt.NDArray[np.int64]] = []
+        self._next_offset = -1
+        self._failed = False
+        self.unstored = False
+        """True after a snapshot that the store or Kafka did not take: try again soon."""
+        self._writer: threading.Thread | None = None
+
+    def note(self, touched_K: npt.NDArray[np.int64]) -> None:
+        """Remember the keys that a committed step changed."""
+        self._touched.append(touched_K)
+
+    @property
+    def wants_snapshot(self) -> bool:
+        """True before the first snapshot, and after a delta was lost."""
+        return not self._chain or self._failed
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a snapshot is being written."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def delta(self, learner: Learner, positions: Positions) -> bool:
+        """Publish what changed since the last delta; False when that must wait for a snapshot or for Kafka."""
+        version = version_of(self.run, learner.step)
+        if version == self._base:
+            return True
+        keys_K = np.unique(np.concatenate([np.empty(0, np.int64), *self._touched]))
+        if self.wants_snapshot or len(keys_K) > DELTA_ROWS_MAX:
+            self._failed = True
+            return False
+        manifest = Manifest(
+            kind="delta",
+            model=self.project.name,
+            run=self.run,
+            step=learner.step,
+            version=version,
+            base=self._base,
+            chain=self._chain,
+            seq=self._seq + 1,
+            positions=positions.to_json(),
+            generation=positions.generation,
+            spec=self.project.features.digest(),
+            dim=self.project.recipe.dim,
+            created_ms=self.clock.now_ms(),
+        )
+        try:
+            self.producer.send(
+                self.topics.deltas,
+                0,
+                encode_weights(learner.weights(keys_K), manifest),
+                key=self.project.name.encode(),
+                headers={"version": version, "base": self._base, "chain": self._chain},
+                delivered=self._delivered,
+            )
+        except (Overloaded, Unavailable) as error:
+            logger.warning("delta %s waits: %s", version, error)
+            return False
+        self._base, self._seq, self._touched = version, self._seq + 1, []
+        self.metrics.add("deltas_published_total")
+        return True
+
+    def snapshot(self, learner: Learner, positions: Positions, meta: Meta, evaluation: Arrays) -> bool:
+        """Begin a snapshot and a checkpoint of the model as it is; False when one is still being written, or Kafka
+        does not tell where the chain begins."""
+        if self.is_busy:
+            return False
+        if not self.wants_snapshot and not self.delta(learner, positions) and not self.wants_snapshot:
+            return False
+        try:
+            if self.producer.flush(5.0):
+                return False
+            if self._next_offset < 0:
+                self._next_offset = self.deltas_end()
+        except Unavailable as error:
+            logger.warning("snapshot waits: %s", error)
+            return False
+        version = version_of(self.run, learner.step)
+        state = learner.state()
+        manifest = Manifest(
+            kind="snapshot",
+            model=self.project.name,
+            run=self.run,
+            step=learner.step,
+            version=version,
+            positions=positions.to_json(),
+            generation=positions.generation,
+            spec=self.project.features.digest(),
+            spec_json=msgspec.json.encode(self.project.features).decode(),
+            recipe_json=msgspec.json.encode(self.project.recipe).decode(),
+            dim=self.project.recipe.dim,
+            blob=f"snapshots/{self.project.name}/{self.run}-{learner.step:012d}",
+            deltas_offset=self._next_offset,
+            created_ms=self.clock.now_ms(),
+        )
+        weights = Weights(
+            state["table.keys"].astype(np.int64), state["table.values"].astype(np.float32), learner.dense.dense()
+        )
+        self._chain, self._base, self._seq, self._touched, self._failed = version, version, 0, [], False
+        checkpoint = Checkpoint(meta, state, evaluation)
+        self.unstored = False
+        if not self.background:
+            self._write(manifest, weights, checkpoint)
+            return True
+        self._writer = threading.Thread(
+            target=self._write, args=(manifest, weights, checkpoint), name="snapshot", daemon=True
+        )
+        self._writer.start()
+        return True
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for the snapshot that is being written, at most `timeout_s`."""
+        if self._writer is not None:
+            self._writer.join(timeout_s)
+        self.producer.flush(1.0)
+
+    def _delivered(self, error: Exception | None, offset: int) -> None:
+        if error is None:
+            self._next_offset = offset + 1
+            return
+        logger.warning("a delta was not delivered, a snapshot begins a new chain: %s", error)
+        self.metrics.add("errors_total", reason="delta")
+        self._failed = True
+
+    def _write(self, manifest: Manifest, weights: Weights, checkpoint: Checkpoint) -> None:
+        """1. The blob. 2. The manifest that announces it. 3. The checkpoint. A failure leaves what came before."""
+        try:
+            manifest = msgspec.structs.replace(manifest, digest=digest(checkpoint.learner))
+            data = encode_weights(weights, manifest)
+            manifest = msgspec.structs.replace(manifest, sha256=hashlib.sha256(data).hexdigest())
+            self.blobs.put(manifest.blob, data)
+            self._announce(manifest)
+            self.metrics.add("snapshots_published_total")
+        except (HeadraceError, OSError) as error:
+            logger.warning("snapshot %s was not published: %s", manifest.version, error)
+            self.metrics.add("errors_total", reason="snapshot")
+            self.unstored = True
+            return
+        try:
+            name = write_checkpoint(self.blobs, self.project.name, checkpoint)
+            folder = f"snapshots/{self.project.name}"
+            for old in sorted(n.rpartition("/")[2] for n in self.blobs.list(folder))[:-SNAPSHOTS_KEPT]:
+                self.blobs.delete(f"{folder}/{old}")
+            logger.info("snapshot and checkpoint %s, %d rows", name, len(weights.keys_K))
+        except (HeadraceError, OSError) as error:
+            logger.warning("checkpoint at step %d was not written; learning goes on: %s", manifest.step, error)
+            self.metrics.add("errors_total", reason="checkpoint")
+
+    def _announce(self, manifest: Manifest) -> None:
+        receipts: list[Exception | None] = []
+        self.producer.send(
+            self.topics.model,
+            0,
+            encode_manifest(manifest),
+            key=f"{manifest.model}/snapshot".encode(),
+            headers={"kind": "snapshot", "version": manifest.version},
+            delivered=lambda error, _: receipts.append(error),
+        )
+        self.producer.flush(10.0)
+        if not receipts or receipts[0] is not None:
+            raise Unavailable(f"the manifest of {manifest.version} got no receipt: {receipts}")

@@ -1,0 +1,360 @@
+"""The training process: recover, then propose, commit, learn, publish, over and over.
+
+Protocol of one step:
+
+1. read ahead until a batch is full or its first row has waited `wait_ms`;
+2. propose position ranges; write them as step n and read step n back (`steps_log`);
+3. take the rows of the ranges; score them, learn them;
+4. publish and checkpoint, by time.
+
+Recovery: the newest checkpoint of this recipe; redo exactly the steps recorded after it; go on with 1. A run that has
+steps but no checkpoint yet is redone from step 1. The steps of another recipe are another run's, and are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from headrace.contract.blobs import Blobs
+from headrace.contract.clock import Clock
+from headrace.contract.config import TrainConfig
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.log import Producer, Reader
+from headrace.contract.metrics import Metrics
+from headrace.contract.positions import Positions
+from headrace.contract.project import Project
+from headrace.contract.steps import Step, StepRange
+from headrace.contract.topics import Topics
+from headrace.trainer.board import Board
+from headrace.trainer.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
+from headrace.trainer.evaluate import Evaluation
+from headrace.trainer.model.learner import Learner
+from headrace.trainer.publish import Publisher
+from headrace.trainer.source import Cursor, Lake, Source, known_ms
+from headrace.trainer.steps_log import Pen, StepsLog
+
+logger = logging.getLogger("headrace.train")
+
+T = TypeVar("T")
+
+_REPORT_S = 1.0
+_RETRY_SNAPSHOT_S = 2.0
+
+
+class Stopped(Exception):
+    """The process was asked to stop while it waited."""
+
+
+class Stop(Protocol):
+    """A threading.Event, or what acts like one."""
+
+    def is_set(self) -> bool:
+        """Say whether the process was asked to stop."""
+
+
+class StageMetrics(Metrics, Protocol):
+    """Metrics that also answer the readiness probe."""
+
+    def ready(self, is_ready: bool, reason: str = "") -> None:
+        """Say whether the stage works."""
+
+
+@dataclass
+class Parts:
+    """What a trainer is wired to."""
+
+    project: Project
+    config: TrainConfig
+    topics: Topics
+    reader: Reader
+    producer: Producer
+    pen: Pen
+    blobs: Blobs
+    metrics: StageMetrics
+    clock: Clock
+    stop: Stop
+    lake: Lake | None = None
+    board: Board | None = None
+    background: bool = True
+
+
+def digest_of(project: Project) -> str:
+    """Return the digest of what makes a run's bits: recipe and feature spec."""
+    return recipe_digest({"recipe": msgspec.json.encode(project.recipe), "spec": msgspec.json.encode(project.features)})
+
+
+def new_evaluation(project: Project) -> Evaluation:
+    """Return an empty evaluation of the recipe's task."""
+    task = next(t for t in project.tasks if t.name == project.recipe.task)
+    return Evaluation(project.features, window_ms=task.window_ms, key_field=project.impression.key)
+
+
+class Trainer:
+    """One worker's loop. `recover` once, then `turn` again and again."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.project = parts, parts.project
+        self.window_ms = next(t.window_ms for t in self.project.tasks if t.name == self.project.recipe.task)
+        self.source = Source(
+            self.project,
+            parts.reader,
+            parts.topics.samples,
+            generation=parts.topics.generation,
+            metrics=parts.metrics,
+            lake=parts.lake,
+        )
+        self.steps = StepsLog(parts.pen, self.project.name, pause=self._pause)
+        self.recipe = digest_of(self.project)
+        self.learner = Learner(self.project.recipe, self.project.features)
+        self.evaluation = new_evaluation(self.project)
+        self.run_id = ""
+        self.publisher: Publisher | None = None
+        self.learnt = 0
+        self._waiting_since = -1.0
+        self._published_at = self._snapshot_at = self._reported_at = float("-inf")
+
+    def recover(self) -> None:
+        """Bring the learner to the last recorded step, and publish it. Waits while Kafka or the store is away."""
+        checkpoint = self._retrying(
+            "read checkpoints",
+            lambda: newest_checkpoint(self.parts.blobs, self.project.name, recipe=self.recipe),
+        )
+        steps = [
+            (at, s)
+            for at, s in self.steps.recover(checkpoint.meta.steps_offset if checkpoint else 0)
+            if s.recipe == self.recipe
+        ]
+        newest = steps[-1][1].run if steps else (checkpoint.meta.run if checkpoint else "")
+        if checkpoint is not None and newest == checkpoint.meta.run:
+            self._resume(checkpoint)
+        else:
+            self.run_id = newest or f"r{self.parts.clock.now_ms():013x}"
+            first = next((s for _, s in steps if s.run == self.run_id), None)
+            self._retrying("find where to begin", lambda: self._begin(first))
+        todo = [s for _, s in steps if s.run == self.run_id and s.step > self.learner.step]
+        if todo:
+            logger.info("redoing %d recorded steps of run %s after step %d", len(todo), self.run_id, self.learner.step)
+        for step in todo:
+            if step.step != self.learner.step + 1:
+                raise InvariantBroken(f"step {step.step} of run {self.run_id} follows step {self.learner.step}.")
+            self._await_rows(step.ranges)
+            self._apply(step)
+        self.publisher = Publisher(
+            self.project,
+            self.run_id,
+            self.parts.topics,
+            self.parts.producer,
+            self.parts.blobs,
+            self.parts.metrics,
+            self.parts.clock,
+            lambda: self.parts.reader.end_offsets(self.parts.topics.deltas)[0],
+            self.parts.background,
+        )
+        self._snapshot()
+        logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
+
+    @property
+    def positions(self) -> Positions:
+        """What the model contains."""
+        return self.source.positions()
+
+    def turn(self) -> bool:
+        """Do one step if rows wait, then publish what is due; return whether a step was done."""
+        self.parts.producer.poll(0)
+        step = self._propose()
+        if step is not None:
+            self.steps.commit(step)
+            self._apply(step)
+        self._publish()
+        return step is not None
+
+    def run(self) -> None:
+        """Recover and turn until `stop`; what is published last is a snapshot and a checkpoint."""
+        self.parts.metrics.ready(False, "recovering")
+        self.recover()
+        while not self.parts.stop.is_set():
+            try:
+                self.turn()
+                self._report()
+                if self.publisher and not self.publisher.wants_snapshot and not self.publisher.is_busy:
+                    self.parts.metrics.ready(True)
+            except Unavailable as error:
+                logger.warning("Kafka or the store is away: %s", error)
+                self._pause(0.5)
+        self.close()
+
+    def close(self) -> None:
+        """Leave a checkpoint of the last step, within 3 s."""
+        if self.publisher is not None:
+            self.publisher.close(1.0)
+            self._snapshot()
+            self.publisher.close(3.0)
+        if self.parts.board is not None:
+            self.parts.board.close()
+
+    def _begin(self, first: Step | None) -> None:
+        """Begin afresh; a run that was begun before begins at the lake version that its first step names."""
+        stored = next((r for r in first.ranges if r.kind == "stored"), None) if first else None
+        if stored is not None:
+            self.source.begin_stored(stored.version)
+        elif first is not None:
+            self.source.begin(Cursor())
+        else:
+            self.source.begin(None)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        self.run_id = checkpoint.meta.run
+        self.learner.load(checkpoint.learner)
+        self.evaluation.load(checkpoint.evaluation)
+        self._retrying("go on from the checkpoint", lambda: self.source.begin(checkpoint.meta.cursor))
+        logger.info("checkpoint of run %s at step %d", self.run_id, self.learner.step)
+
+    def _propose(self) -> Step | None:
+        rows_max, now = self.project.recipe.batch_rows, self.parts.clock.monotonic()
+        ready = self.source.ready_rows()
+        if ready < rows_max:
+            waited = now - self._waiting_since if self._waiting_since >= 0 else 0.0
+            left = self.parts.config.wait_ms / 1000 - waited
+            # 5 ms: rows that come while others wait are joined without spinning.
+            self.source.poll(max(min(left, 0.005), 0.0) if ready else 0.05)
+            ready = self.source.ready_rows()
+            if ready and self._waiting_since < 0:
+                self._waiting_since = now
+            if not ready or (ready < rows_max and now - self._waiting_since < self.parts.config.wait_ms / 1000):
+                return None
+        self._waiting_since = -1.0
+        ranges = self.source.propose(rows_max)
+        if not ranges:
+            return None
+        return Step(
+            model=self.project.name,
+            run=self.run_id,
+            step=self.learner.step + 1,
+            ranges=ranges,
+            positions=self.source.positions_after(ranges).to_json(),
+            recipe=self.recipe,
+            seed=self.project.recipe.seed,
+        )
+
+    def _apply(self, step: Step) -> None:
+        metrics, is_stored = self.parts.metrics, self.source.is_stored
+        rows = self.source.take(step.ranges)
+        batch = self.source.batch(rows)
+        known_B = known_ms(rows, self.window_ms)
+        if is_stored:
+            item_B = self.evaluation.item_rate(batch)
+        else:
+            score_B, item_B = self.evaluation.before(self.learner, batch)
+        report = self.learner.learn(batch)
+        if is_stored:
+            score_B = report.prediction_B
+        if self.publisher is not None:
+            self.publisher.note(report.touched_K)
+        closed = self.evaluation.after(self.learner, batch, score_B, item_B, known_B)
+        self.learnt += report.learnt
+        metrics.add("steps_total")
+        metrics.add("samples_learnt_total", report.learnt)
+        metrics.add("samples_refused_total", report.refused)
+        if self.parts.board is not None:
+            for end_ms, figures in closed:
+                self.parts.board.scalars(
+                    {
+                        "window/auc": figures.auc,
+                        "window/auc_item_rate": figures.auc_item_rate,
+                        "window/log_loss": figures.log_loss,
+                        "window/log_loss_constant": figures.log_loss_constant,
+                        "window/samples": figures.samples,
+                    },
+                    step=self.learner.step,
+                    now_ms=end_ms,
+                )
+
+    def _publish(self) -> None:
+        publisher, now, config = self.publisher, self.parts.clock.monotonic(), self.parts.config
+        if publisher is None:
+            return
+        wait_s = _RETRY_SNAPSHOT_S if publisher.unstored else config.snapshot_ms / 1000
+        if publisher.wants_snapshot or now - self._snapshot_at >= wait_s:
+            self._snapshot()
+        elif now - self._published_at >= config.publish_ms / 1000 and publisher.delta(self.learner, self.positions):
+            self._published_at = now
+
+    def _snapshot(self) -> None:
+        if self.publisher is None:
+            return
+        meta = Meta(
+            run=self.run_id,
+            step=self.learner.step,
+            steps_offset=self.steps.offset,
+            recipe=self.recipe,
+            cursor=self.source.cursor(),
+            created_ms=self.parts.clock.now_ms(),
+        )
+        if self.publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
+            self._snapshot_at = self.parts.clock.monotonic()
+
+    def _report(self) -> None:
+        now, metrics = self.parts.clock.monotonic(), self.parts.metrics
+        if now - self._reported_at < _REPORT_S:
+            return
+        self._reported_at = now
+        figures = self.evaluation.total.figures()
+        values = {"log_loss": figures.log_loss, "auc": figures.auc, "auc_item_rate": figures.auc_item_rate}
+        metrics.set("model_step", self.learner.step)
+        metrics.set("table_rows", len(self.learner.table))
+        metrics.set("lag_records", self.source.ready_rows())
+        if figures.samples:
+            metrics.set("auc_constant", figures.auc_constant)
+            metrics.set("log_loss", figures.log_loss)
+            metrics.set("auc", figures.auc)
+            metrics.set("auc_item_rate", figures.auc_item_rate)
+        if self.parts.board is not None:
+            values |= {"table_rows": len(self.learner.table), "samples_learnt": self.learnt}
+            self.parts.board.scalars(values, step=self.learner.step, now_ms=self.parts.clock.now_ms())
+
+    def _await_rows(self, ranges: tuple[StepRange, ...]) -> None:
+        while not self.source.has(ranges):
+            self._retrying("read recorded samples", lambda: self.source.poll(0.2))
+            self._check()
+
+    def _retrying(self, what: str, attempt: Callable[[], T]) -> T:
+        delay = 0.1
+        while True:
+            try:
+                return attempt()
+            except Unavailable as error:
+                logger.warning("cannot %s yet: %s", what, error)
+                self.parts.metrics.ready(False, f"cannot {what}: {error}")
+                self._pause(delay)
+                delay = min(2 * delay, 5.0)
+
+    def _pause(self, seconds: float) -> None:
+        self._check()
+        self.parts.clock.sleep(seconds)
+        self._check()
+
+    def _check(self) -> None:
+        if self.parts.stop.is_set():
+            raise Stopped
+
+
+def train(parts: Parts) -> None:
+    """Run one worker until `stop` is set."""
+    import torch
+
+    torch.set_num_threads(parts.config.threads)
+    try:
+        Trainer(parts).run()
+    except Stopped:
+        logger.info("stopped while waiting")
+
+
+def board_at(folder: Path) -> Board:
+    """Return a board that writes below `folder`/train."""
+    return Board(folder / "train")

@@ -1,0 +1,399 @@
+"""Where samples come from: the lake at one version in total order, then the topic from the lake's positions.
+
+The reader keeps one position a partition. Rows at or below it are dropped; a record whose `after` lies beyond it is
+held back, with an alarm, until the rows between have come. Nothing moves the position but `take`, which is called for
+ranges that the steps log has committed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.contract.errors import InvariantBroken
+from headrace.contract.events import decode_batch
+from headrace.contract.log import Reader, Record
+from headrace.contract.metrics import Metrics
+from headrace.contract.positions import START, Position, Positions
+from headrace.contract.project import Project
+from headrace.contract.sample import matrix, parse_position, sample_schema
+from headrace.contract.steps import StepRange
+from headrace.stream.features.featurize import featurize
+from headrace.trainer.model.learner import Batch
+
+logger = logging.getLogger("headrace.train")
+
+# Ranks stay far below 2^24: a record holds at most a few thousand rows, and expiries are bounded by join.pending_max.
+_RANK_BITS = 24
+HELD_MAX = 10_000
+"""Most records that wait for a gap before them to close."""
+BUFFER_ROWS = 65_536
+"""Rows read ahead of training, over all partitions; beyond it reading pauses."""
+TOTAL_ORDER = [
+    ("event_time_ms", "ascending"),
+    ("partition", "ascending"),
+    ("offset", "ascending"),
+    ("rank", "ascending"),
+]
+
+
+class LakeState(Protocol):
+    """What one version of the lake holds."""
+
+    @property
+    def version(self) -> int:
+        """The Delta table's version."""
+
+    @property
+    def positions(self) -> Positions:
+        """Everything at or below these is in the lake."""
+
+    @property
+    def next_offsets(self) -> Mapping[int, int]:
+        """The `samples` offsets to go on from."""
+
+
+class Lake(Protocol):
+    """The stored samples."""
+
+    def state(self, version: int | None = None) -> LakeState | None:
+        """Return the newest version's state (or that version's); None while there is no lake."""
+
+    def read(self, version: int | None = None) -> pa.Table:
+        """Return that version's rows, in any order."""
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """Where a run has got to. `lake_version` -1: it began without a lake, or is done with it."""
+
+    positions: dict[str, list[int]] = {}
+    next_offsets: dict[str, int] = {}
+    lake_version: int = -1
+    lake_taken: int = 0
+
+
+@dataclass
+class _Chunk:
+    """Rows of one record that are not taken yet, of the recipe's task, in position order."""
+
+    rows: pa.RecordBatch
+    order_N: npt.NDArray[np.int64]
+    record: int
+    last: Position
+
+
+@dataclass
+class _Partition:
+    taken: Position = START
+    """The last position whose rows were given out."""
+    read: Position = START
+    """The last position that was buffered."""
+    next_offset: int = 0
+    """The next `samples` record to read."""
+    chunks: deque[_Chunk] = field(default_factory=deque)
+    held: list[tuple[Position, Position, Record]] = field(default_factory=list)
+    """(after, last, record) of records with a gap before them."""
+
+    @property
+    def rows(self) -> int:
+        return sum(c.rows.num_rows for c in self.chunks)
+
+
+def _pair(position: Position) -> tuple[int, int]:
+    return (position.offset, position.rank)
+
+
+def _order(position: Position) -> int:
+    return (position.offset << _RANK_BITS) + position.rank
+
+
+class Source:
+    """Reads one task's samples. For one thread."""
+
+    def __init__(
+        self,
+        project: Project,
+        reader: Reader,
+        topic: str,
+        *,
+        generation: int,
+        metrics: Metrics,
+        lake: Lake | None = None,
+    ) -> None:
+        self._project, self._reader, self._topic, self._metrics, self._lake = project, reader, topic, metrics, lake
+        self._schema = sample_schema(project)
+        self._generation = generation
+        self._partitions: dict[int, _Partition] = {}
+        self._stored: pa.Table | None = None
+        self._stored_taken = 0
+        self._lake_version = -1
+        self._assigned = False
+
+    def begin(self, cursor: Cursor | None) -> None:
+        """Go on from `cursor`; without one, from the lake's newest version, else from the topic's beginning."""
+        self._stored, self._lake_version, self._stored_taken = None, -1, 0
+        begins = self._reader.begin_offsets(self._topic)
+        if cursor is None:
+            state = self._lake.state() if self._lake is not None else None
+            self._partitions = {p: _Partition(next_offset=b) for p, b in begins.items()}
+            if state is not None:
+                self._open_lake(state.version)
+        else:
+            positions = Positions.from_json(self._generation, cursor.positions)
+            self._partitions = {
+                p: _Partition(positions.at(p), positions.at(p), cursor.next_offsets.get(str(p), b))
+                for p, b in begins.items()
+            }
+            if cursor.lake_version >= 0:
+                self._open_lake(cursor.lake_version)
+                self._stored_taken = cursor.lake_taken
+                self._leave_lake_if_done()
+        self._assigned = False
+
+    def begin_stored(self, version: int) -> None:
+        """Begin afresh at this version of the lake: what a run's first recorded step says."""
+        begins = self._reader.begin_offsets(self._topic)
+        self._partitions = {p: _Partition(next_offset=b) for p, b in begins.items()}
+        self._open_lake(version)
+        self._assigned = False
+
+    def poll(self, timeout_s: float) -> None:
+        """Read ahead. Raises what the reader raises; the next call goes on from the same place."""
+        if self._stored is not None or sum(p.rows for p in self._partitions.values()) >= BUFFER_ROWS:
+            return
+        if not self._assigned:
+            self._reader.assign({(self._topic, p): s.next_offset for p, s in self._partitions.items()})
+            self._assigned = True
+        try:
+            records = self._reader.poll(256, timeout_s)
+        except BaseException:
+            self._assigned = False
+            raise
+        for record in records:
+            self._partitions[record.partition].next_offset = record.offset + 1
+            self._intake(record)
+
+    def ready_rows(self) -> int:
+        """Return how many rows could be taken now."""
+        if self._stored is not None:
+            return int(self._stored.num_rows) - self._stored_taken
+        return sum(p.rows for p in self._partitions.values())
+
+    @property
+    def is_stored(self) -> bool:
+        """True while rows come from the lake."""
+        return self._stored is not None
+
+    def propose(self, rows_max: int) -> tuple[StepRange, ...]:
+        """Return what the next step could take: at most `rows_max` rows, shared evenly among partitions."""
+        if self._stored is not None:
+            stop = min(self._stored.num_rows, self._stored_taken + rows_max)
+            count = stop - self._stored_taken
+            return (
+                StepRange(kind="stored", version=self._lake_version, start=self._stored_taken, stop=stop, rows=count),
+            )
+        waiting = {p: s for p, s in sorted(self._partitions.items()) if s.chunks}
+        ranges, left = [], rows_max
+        for i, (number, partition) in enumerate(waiting.items()):
+            quota = left // (len(waiting) - i)
+            upto, rows = _upto(partition, quota)
+            if upto > partition.taken:
+                ranges.append(
+                    StepRange(kind="live", partition=number, after=_pair(partition.taken), upto=_pair(upto), rows=rows)
+                )
+            left -= rows
+        return tuple(ranges)
+
+    def positions_after(self, ranges: tuple[StepRange, ...]) -> Positions:
+        """Return the positions that the model contains once these ranges are learnt."""
+        moves = {r.partition: Position(*r.upto) for r in ranges if r.kind == "live"}
+        return self.positions().advanced(moves)
+
+    def positions(self) -> Positions:
+        """Return the positions that the model contains; none of the lake's before all of it is taken."""
+        by_partition = {p: s.taken for p, s in sorted(self._partitions.items()) if s.taken > START}
+        return Positions(self._generation, by_partition)
+
+    def has(self, ranges: tuple[StepRange, ...]) -> bool:
+        """Say whether every row of these ranges is read."""
+        for r in ranges:
+            if r.kind == "stored":
+                if self._stored is None or r.version != self._lake_version or r.start != self._stored_taken:
+                    raise InvariantBroken(
+                        f"a recorded step takes lake rows {r.start}..{r.stop} of version {r.version}; this run is at "
+                        f"row {self._stored_taken} of version {self._lake_version}."
+                    )
+            elif self._partitions[r.partition].read < Position(*r.upto):
+                return False
+        return True
+
+    def take(self, ranges: tuple[StepRange, ...]) -> pa.Table:
+        """Give out the rows of committed ranges, in the ranges' order, and move on behind them.
+
+        Raises `InvariantBroken` when the rows found are not those that the step counted.
+        """
+        parts: list[pa.Table] = []
+        for r in ranges:
+            if r.kind == "stored":
+                if self._stored is None:
+                    raise InvariantBroken("a step of stored rows came after the lake was done.")
+                parts.append(self._stored.slice(r.start, r.stop - r.start))
+                self._stored_taken = r.stop
+            else:
+                parts.append(self._take_live(r))
+            if parts[-1].num_rows != r.rows:
+                raise InvariantBroken(f"{r} counts {r.rows} rows and {parts[-1].num_rows} were found.")
+        table = pa.concat_tables(parts) if parts else self._schema.empty_table()
+        self._leave_lake_if_done()
+        return table
+
+    def cursor(self) -> Cursor:
+        """Return where to go on from, for a checkpoint."""
+        offsets = {}
+        for number, p in sorted(self._partitions.items()):
+            records = [c.record for c in p.chunks] + [record.offset for _, _, record in p.held]
+            offsets[str(number)] = min([p.next_offset, *records])
+        return Cursor(self.positions().to_json(), offsets, self._lake_version, self._stored_taken)
+
+    def batch(self, rows: pa.Table) -> Batch:
+        """Return rows as the learner takes them."""
+        return to_batch(rows, self._project)
+
+    def _open_lake(self, version: int) -> None:
+        if self._lake is None:
+            raise InvariantBroken(f"the run is at version {version} of a lake, and no lake is given.")
+        stored = stored_order(self._lake.read(version), self._project.recipe.task)
+        if not stored.num_rows:
+            return  # nothing to learn there: the topic has it all
+        self._stored, self._lake_version, self._stored_taken = stored, version, 0
+        logger.info("learning %d stored samples of lake version %d", stored.num_rows, version)
+
+    def _leave_lake_if_done(self) -> None:
+        if self._stored is None or self._stored_taken < self._stored.num_rows or self._lake is None:
+            return
+        state = self._lake.state(self._lake_version)
+        if state is None:
+            raise InvariantBroken(f"version {self._lake_version} of the lake is gone; was the store emptied?")
+        for number, partition in self._partitions.items():
+            at = state.positions.at(number)
+            following = max(partition.next_offset, state.next_offsets.get(number, partition.next_offset))
+            self._partitions[number] = _Partition(at, at, following)
+        self._stored, self._stored_taken, self._lake_version = None, 0, -1
+        self._assigned = False
+
+    def _intake(self, record: Record) -> None:
+        if record.value is None:
+            return
+        partition = self._partitions[record.partition]
+        after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
+        if last <= partition.read:
+            return
+        if after > partition.read:
+            self._metrics.add("gap_total")
+            logger.warning(
+                "gap: %s/%d offset %d begins after %s and only %s was read; it waits",
+                *(record.topic, record.partition, record.offset, tuple(after), tuple(partition.read)),
+            )
+            partition.held.append((after, last, record))
+            if len(partition.held) > HELD_MAX:
+                raise InvariantBroken(
+                    f"{len(partition.held)} records of {record.topic}/{record.partition} wait for samples after "
+                    f"{tuple(partition.read)} that never came. Keep the topic; `headrace ledger` shows what is missing."
+                )
+            return
+        self._buffer(partition, record, last)
+        while True:
+            fitting = next((h for h in partition.held if h[0] <= partition.read), None)
+            if fitting is None:
+                return
+            partition.held.remove(fitting)
+            if fitting[1] > partition.read:
+                self._buffer(partition, fitting[2], fitting[1])
+
+    def _buffer(self, partition: _Partition, record: Record, last: Position) -> None:
+        rows = decode_batch(record.value or b"", self._schema)
+        order_N = (rows["offset"].to_numpy() << _RANK_BITS) + rows["rank"].to_numpy()
+        keep_N = order_N > _order(partition.read)
+        task_N = pc.equal(rows["task"], self._project.recipe.task).to_numpy(zero_copy_only=False)
+        keep_N &= task_N
+        if not keep_N.all():
+            rows, order_N = rows.filter(pa.array(keep_N)), order_N[keep_N]
+        partition.chunks.append(_Chunk(rows, order_N, record.offset, last))
+        partition.read = last
+
+    def _take_live(self, wanted: StepRange) -> pa.Table:
+        partition, upto = self._partitions[wanted.partition], Position(*wanted.upto)
+        if tuple(partition.taken) != tuple(wanted.after):
+            raise InvariantBroken(
+                f"a step takes partition {wanted.partition} after {wanted.after}; this run stands at {partition.taken}."
+            )
+        parts: list[pa.RecordBatch] = []
+        while partition.chunks:
+            chunk = partition.chunks[0]
+            count = int(np.searchsorted(chunk.order_N, _order(upto), side="right"))
+            if count:
+                parts.append(chunk.rows.slice(0, count))
+            if chunk.last <= upto:
+                partition.chunks.popleft()
+                continue
+            chunk.rows, chunk.order_N = chunk.rows.slice(count), chunk.order_N[count:]
+            break
+        partition.taken = upto
+        return pa.Table.from_batches(parts, self._schema)
+
+
+def _upto(partition: _Partition, rows_max: int) -> tuple[Position, int]:
+    """Return the position that takes at most `rows_max` rows, and how many rows that is."""
+    upto, rows = partition.taken, 0
+    for chunk in partition.chunks:
+        room = rows_max - rows
+        if chunk.rows.num_rows <= room:
+            upto, rows = chunk.last, rows + chunk.rows.num_rows
+            continue
+        if room:
+            order = int(chunk.order_N[room - 1])
+            upto, rows = Position(order >> _RANK_BITS, order & ((1 << _RANK_BITS) - 1)), rows + room
+        break
+    return upto, rows
+
+
+def stored_order(rows: pa.Table, task: str) -> pa.Table:
+    """Return one task's rows in total order: event time, partition, offset, rank."""
+    return rows.filter(pc.equal(rows["task"], task)).sort_by(TOTAL_ORDER)
+
+
+def to_batch(rows: pa.Table, project: Project) -> Batch:
+    """Return sample rows as the learner takes them; rows of another spec's digest are featurized again."""
+    spec = project.features
+    table = rows.combine_chunks()
+    batches = table.to_batches()
+    batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+    if batch.num_rows and pc.all(pc.equal(batch["spec"], spec.digest())).as_py():
+        slots_BF, numeric_BD = matrix(batch["slots"], spec.slots), matrix(batch["numeric"], spec.numerics)
+    else:
+        slots_BF, numeric_BD = featurize(batch, spec)
+    return Batch(
+        np.array(slots_BF, np.int64),
+        np.array(numeric_BD, np.float32),
+        np.array(batch["label"], np.float32),
+        np.array(batch["weight"], np.float32),
+        np.array(batch["event_time_ms"], np.int64),
+    )
+
+
+def known_ms(rows: pa.Table, window_ms: int) -> npt.NDArray[np.int64]:
+    """Return when each sample's label was known, in event time: int64 [B].
+
+    That is the feedback's time for a positive, the window's end for a negative.
+    """
+    by_window = pc.add(rows["event_time_ms"], window_ms)
+    return np.array(pc.coalesce(rows["feedback_time_ms"], by_window), np.int64)

@@ -1,0 +1,111 @@
+"""The `steps` record is the commit of training. Nobody applies, checkpoints or publishes step n before reading it back.
+
+Protocol:
+
+1. The trainer takes the pen: an earlier holder's appends fail from then on.
+2. It reads all steps after its checkpoint and redoes exactly those.
+3. It appends step n, then reads it back. Where the append's outcome is unknown, it takes the pen again, reads to the
+   end, and appends again only if step n is not there.
+4. It applies step n.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.steps import Step, decode_step, encode_step
+
+T = TypeVar("T")
+
+logger = logging.getLogger("headrace.train")
+
+# 10 s: a commit's record shows within milliseconds; a broker that restarts is back within 20 s, so two turns cover it.
+_READ_BACK_S = 10.0
+
+
+class Pen(Protocol):
+    """A topic of one partition with one writer at a time; see `headrace.backends.fenced_kafka`."""
+
+    def open(self) -> None:
+        """Take the pen from whoever holds it."""
+
+    def append(self, value: bytes) -> None:
+        """Commit one record."""
+
+    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
+        """Return committed records from `offset` on."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
+class StepsLog:
+    """One model's steps. `offset` is the next record to read; it travels in the checkpoint."""
+
+    def __init__(self, pen: Pen, model: str, *, pause: Callable[[float], None]) -> None:
+        self._pen, self._model, self._pause = pen, model, pause
+        self.offset = 0
+
+    def recover(self, offset: int) -> list[tuple[int, Step]]:
+        """Take the pen and return (offset, step) of this model's steps from `offset` on."""
+        self.offset = offset
+        self._retrying("take the pen of the steps", self._pen.open)
+        return self._retrying("read the steps", self._read)
+
+    def commit(self, step: Step) -> None:
+        """Return when `step` was read back. Waits while Kafka is away; `pause` may raise to end the wait.
+
+        Raises `InvariantBroken` when another trainer took over, or when the log holds another step of this number.
+        """
+        value, known = encode_step(step), True
+        delay = 0.1
+        while True:
+            try:
+                if not known:
+                    self._pen.open()
+                    if self._seen(step, self._read()):
+                        return
+                    known = True
+                self._pen.append(value)
+                known = False
+                found = self._read(_READ_BACK_S)
+                while found:
+                    if self._seen(step, found):
+                        return
+                    found = self._read(_READ_BACK_S)
+                raise Unavailable(f"step {step.step} was appended but not read back in {_READ_BACK_S} s.")
+            except Unavailable as error:
+                known = False
+                logger.warning("step %d waits: %s", step.step, error)
+                self._pause(delay)
+                delay = min(2 * delay, 5.0)
+
+    def _seen(self, step: Step, found: list[tuple[int, Step]]) -> bool:
+        for _, other in found:
+            if other == step:
+                return True
+            raise InvariantBroken(
+                f"the steps log holds step {other.step} of run {other.run} where step {step.step} of run {step.run} "
+                "was written: another trainer is at work. This one stops; the supervisor starts it anew."
+            )
+        return False
+
+    def _read(self, wait_s: float = 0.0) -> list[tuple[int, Step]]:
+        records = self._pen.read(self.offset, wait_s)
+        steps = [(offset, decode_step(value)) for offset, value in records]
+        if records:
+            self.offset = records[-1][0] + 1
+        return [(offset, step) for offset, step in steps if step.model == self._model]
+
+    def _retrying(self, what: str, attempt: Callable[[], T]) -> T:
+        delay = 0.1
+        while True:
+            try:
+                return attempt()
+            except Unavailable as error:
+                logger.warning("cannot %s yet: %s", what, error)
+                self._pause(delay)
+                delay = min(2 * delay, 5.0)
