@@ -1,4 +1,4 @@
-"""A small world for the trainer's tests: a project, samples from a seed, a memory log, and a process that can be killed."""
+"""A small world for the trainer's tests: a project, samples from a seed, a memory log, a process to be killed."""
 
 from __future__ import annotations
 

@@ -51,4 +51,4 @@ def score(
     """Return the probability of a positive for each sample: float32 [B]."""
     batch, slots = slots_BF.shape
     values_NV = lookup(np.ascontiguousarray(slots_BF).reshape(-1))
-    return sigmoid(logits(values_NV.reshape(batch, slots, -1), numeric_BD, dense))
+    return sigmoid(logits(values_NV.reshape(batch, slots, values_NV.shape[-1]), numeric_BD, dense))

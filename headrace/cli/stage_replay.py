@@ -1,0 +1,54 @@
+"""Replay *as trained*: learn the recorded steps again, and compare the digest with the live model's.
+
+Exit status 1 when the digests differ. `--json` prints one object on the standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+
+from headrace.backends.lake_delta import DeltaLake
+from headrace.cli.runtime import add_common, open_runtime
+
+HELP = "run stored samples through the same learner again"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    add_common(parser)
+    parser.add_argument("--step", type=int, metavar="N", help="replay up to step N; the newest snapshot's by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(log_level="WARNING")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Replay once."""
+    import torch
+
+    from headrace.replay.replay import as_trained
+
+    runtime = open_runtime(args)
+    torch.set_num_threads(runtime.config.train.threads)
+    result = as_trained(
+        runtime.project,
+        runtime.topics,
+        runtime.reader(),
+        DeltaLake(runtime.lake_uri),
+        step=args.step,
+        progress=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if args.json:
+        print(msgspec.json.encode(result).decode())
+    else:
+        verdict = {True: "equal to the live model's", False: "NOT the live model's", None: "no live digest to compare"}
+        print(
+            f"run {result.run} step {result.step}: {result.rows} samples, {result.from_lake} from the lake, "
+            f"{result.from_topic} from the topic, {result.seconds} s"
+        )
+        print(f"digest {result.digest}: {verdict[result.equal]}")
+        if result.equal is False:
+            print(f"live   {result.live_digest}")
+    return 0 if result.equal is not False else 1

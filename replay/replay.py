@@ -1,0 +1,235 @@
+"""Replay *as trained*: the recorded steps, the stored samples, the same learner, and the digest it must reach.
+
+1. The newest snapshot manifest with a digest says which run and step to reach (or the caller does).
+2. `steps` says what each step of that run took.
+3. The rows come from the lake, and from the samples topic those that the lake does not hold yet.
+4. The same learner learns them in the same order; equal digests mean equal bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.events import decode_batch
+from headrace.contract.log import Reader
+from headrace.contract.positions import Position
+from headrace.contract.project import Project
+from headrace.contract.sample import parse_position, sample_schema
+from headrace.contract.snapshot import Manifest, decode_manifest
+from headrace.contract.steps import Step, StepRange, decode_step
+from headrace.contract.topics import Topics
+from headrace.trainer.model.learner import Learner
+from headrace.trainer.run import digest_of
+from headrace.trainer.source import Lake, stored_order, to_batch
+
+_RANK_BITS = 24
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replay found; `equal` is None where the live digest of that step is not known."""
+
+    model: str
+    run: str
+    step: int
+    rows: int
+    digest: str
+    live_digest: str
+    equal: bool | None
+    from_lake: int
+    from_topic: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Rows of one partition, in position order."""
+
+    rows: pa.Table
+    order_N: npt.NDArray[np.int64]
+
+
+def as_trained(
+    project: Project,
+    topics: Topics,
+    reader: Reader,
+    lake: Lake | None,
+    *,
+    step: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """Replay the newest run of `project` up to its newest snapshot (or up to `step`) and compare digests.
+
+    Raises `ConfigRejected` where nothing was published yet, or the run was trained by another recipe or spec;
+    `InvariantBroken` where recorded samples are found nowhere.
+    """
+    began = time.monotonic()
+    manifests = read_manifests(reader, topics, project.name)
+    if not manifests:
+        raise ConfigRejected(
+            f"no snapshot of model {project.name!r} is published; `headrace status` shows the trainer."
+        )
+    run = manifests[-1].run
+    target = manifests[-1].step if step is None else step
+    live = next((m.digest for m in reversed(manifests) if m.run == run and m.step == target), "")
+    steps = read_steps(reader, topics, project.name, run, target)
+    if any(s.recipe != digest_of(project) for s in steps):
+        raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
+    progress(f"run {run}: {len(steps)} steps, {sum(r.rows for s in steps for r in s.ranges)} samples")
+    rows = Rows(project, topics, reader, lake, steps)
+    learner, learnt, said = Learner(project.recipe, project.features), 0, time.monotonic()
+    for one in steps:
+        batch = to_batch(rows.of(one), project)
+        learner.learn(batch)
+        learnt += len(batch)
+        if time.monotonic() - said > 2.0:
+            said = time.monotonic()
+            progress(f"step {one.step} of {target}, {learnt} samples")
+    digest = learner.digest()
+    return Result(
+        model=project.name,
+        run=run,
+        step=target,
+        rows=learnt,
+        digest=digest,
+        live_digest=live,
+        equal=digest == live if live else None,
+        from_lake=rows.from_lake,
+        from_topic=learnt - rows.from_lake,
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def read_manifests(reader: Reader, topics: Topics, model: str) -> list[Manifest]:
+    """Return the snapshot manifests of `model` that the topic still holds, oldest first."""
+    values = read_all(reader, topics.model, key=f"{model}/snapshot".encode())
+    return [m for m in map(decode_manifest, values) if m.kind == "snapshot" and m.digest]
+
+
+def read_steps(reader: Reader, topics: Topics, model: str, run: str, upto: int) -> list[Step]:
+    """Return steps 1..`upto` of a run. Raises `InvariantBroken` where one is missing."""
+    steps = [s for s in map(decode_step, read_all(reader, topics.steps)) if s.model == model and s.run == run]
+    steps = [s for s in steps if s.step <= upto]
+    if [s.step for s in steps] != list(range(1, upto + 1)):
+        raise InvariantBroken(
+            f"the steps topic holds {len(steps)} of the {upto} steps of run {run}, or in another order."
+        )
+    return steps
+
+
+def read_all(reader: Reader, topic: str, *, key: bytes | None = None) -> list[bytes]:
+    """Return the values of a topic of one partition up to its present end, in order, of one key where one is given.
+
+    Control records of transactions take offsets too, so the end is where nothing comes for a second.
+    """
+    begin, end = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
+    reader.assign({(topic, 0): begin})
+    values: list[bytes] = []
+    at = begin
+    while at < end:
+        records = reader.poll(1_000, 1.0)
+        if not records:
+            break
+        at = records[-1].offset + 1
+        values += [r.value for r in records if r.value is not None and r.offset < end and key in (None, r.key)]
+    return values
+
+
+class Rows:
+    """Finds the samples of recorded ranges: in the lake, else in the topic."""
+
+    def __init__(
+        self, project: Project, topics: Topics, reader: Reader, lake: Lake | None, steps: Sequence[Step]
+    ) -> None:
+        self._project, self._schema, self._lake = project, sample_schema(project), lake
+        self._stored: dict[int, pa.Table] = {}
+        self.from_lake = 0
+        need: dict[int, Position] = {}
+        for r in (r for s in steps for r in s.ranges if r.kind == "live"):
+            need[r.partition] = max(need.get(r.partition, Position(-1, -1)), Position(*r.upto))
+        state = lake.state() if lake is not None else None
+        self._lake_upto = {p: state.positions.at(p) for p in need} if state is not None else {}
+        stored = lake.read() if lake is not None and state is not None else self._schema.empty_table()
+        offsets = dict(state.next_offsets) if state is not None else {}
+        missing = {p: upto for p, upto in need.items() if upto > self._lake_upto.get(p, Position(-1, -1))}
+        later = self._from_topic(reader, topics.samples, missing, offsets) if missing else []
+        task = project.recipe.task
+        self._live: dict[int, _Store] = {}
+        for partition in need:
+            parts = [stored.filter(pc.equal(stored["partition"], partition)).select(self._schema.names)]
+            parts += [pa.Table.from_batches([b]) for p, b in later if p == partition]
+            self._live[partition] = _indexed(parts, self._schema, task)
+
+    def of(self, step: Step) -> pa.Table:
+        """Return a step's rows, in the order in which they were learnt."""
+        return pa.concat_tables([self._of(r) for r in step.ranges]) if step.ranges else self._schema.empty_table()
+
+    def _of(self, wanted: StepRange) -> pa.Table:
+        if wanted.kind == "stored":
+            rows = self._version(wanted.version).slice(wanted.start, wanted.stop - wanted.start)
+            self.from_lake += rows.num_rows
+        else:
+            store = self._live[wanted.partition]
+            low, high = (int(np.searchsorted(store.order_N, _order(x), side="right")) for x in _ends(wanted))
+            rows = store.rows.slice(low, high - low)
+            if Position(*wanted.upto) <= self._lake_upto.get(wanted.partition, Position(-1, -1)):
+                self.from_lake += rows.num_rows
+        if rows.num_rows != wanted.rows:
+            raise InvariantBroken(
+                f"{wanted} took {wanted.rows} samples and {rows.num_rows} are stored. `headrace ledger` shows which."
+            )
+        return rows
+
+    def _version(self, version: int) -> pa.Table:
+        if version not in self._stored:
+            if self._lake is None:
+                raise InvariantBroken(f"the run began with version {version} of a lake, and no lake is given.")
+            rows = self._lake.read(version).select(self._schema.names).cast(self._schema)
+            self._stored[version] = stored_order(rows, self._project.recipe.task)
+        return self._stored[version]
+
+    def _from_topic(
+        self, reader: Reader, topic: str, missing: dict[int, Position], offsets: dict[int, int]
+    ) -> list[tuple[int, pa.RecordBatch]]:
+        begins = reader.begin_offsets(topic)
+        reader.assign({(topic, p): max(begins[p], offsets.get(p, 0)) for p in missing})
+        have = {p: self._lake_upto.get(p, Position(-1, -1)) for p in missing}
+        found: list[tuple[int, pa.RecordBatch]] = []
+        idle = 0
+        while any(have[p] < upto for p, upto in missing.items()):
+            records = reader.poll(256, 1.0)
+            idle = 0 if records else idle + 1
+            # 10 s: the rows were read by the trainer before, so a topic that gives nothing for so long lost them.
+            if idle >= 10:
+                raise InvariantBroken(f"samples up to {missing} are wanted and the topic ends at {have}.")
+            for record in records:
+                if record.value is None:
+                    continue
+                found.append((record.partition, decode_batch(record.value, self._schema)))
+                have[record.partition] = max(have[record.partition], parse_position(record.headers["last"]))
+        return found
+
+
+def _order(position: tuple[int, int]) -> int:
+    return (position[0] << _RANK_BITS) + position[1]
+
+
+def _ends(wanted: StepRange) -> tuple[tuple[int, int], tuple[int, int]]:
+    return wanted.after, wanted.upto
+
+
+def _indexed(parts: list[pa.Table], schema: pa.Schema, task: str) -> _Store:
+    """Return rows of one task in position order, each position once: the lake and the topic may both hold it."""
+    table = pa.concat_tables([t.cast(schema) for t in parts])
+    table = table.filter(pc.equal(table["task"], task))
+    order_N = (table["offset"].to_numpy() << _RANK_BITS) + table["rank"].to_numpy()
+    kept_K, first_K = np.unique(order_N, return_index=True)
+    return _Store(table.take(pa.array(first_K)), kept_K)

@@ -1,0 +1,84 @@
+"""Goal: replay reaches the live digest from the lake, from the topic, and from both; and says so when it does not.
+
+Method: a trainer learns a seeded world, the samples are then given to the replay by different ways.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from trainer_world import PARTITIONS, PROJECT, TOPICS, Lake, World, cut, send
+
+from headrace.contract.errors import InvariantBroken
+from headrace.contract.positions import Position, Positions
+from headrace.replay.replay import as_trained
+from headrace.trainer.run import Trainer
+
+COUNT = 200
+
+
+def lake_of(seed: int, records: int) -> Lake:
+    """Return a lake of each partition's first records."""
+    batches, upto, offsets = [], {}, {}
+    for partition in range(PARTITIONS):
+        taken = cut(seed, partition, COUNT)[:records]
+        batches += [rows for rows, _ in taken]
+        upto[partition] = Position(taken[-1][0]["offset"][-1].as_py(), taken[-1][0]["rank"][-1].as_py())
+        offsets[partition] = len(taken)
+    return Lake(pa.Table.from_batches(batches), Positions(1, upto), offsets)
+
+
+def learnt(seed: int, lake: Lake | None = None) -> tuple[World, Trainer]:
+    world = World(lake=lake)
+    for partition in range(PARTITIONS):
+        for rows, after in cut(seed, partition, COUNT):
+            send(world.log, rows, after=after)
+    trainer = Trainer(world.parts())
+    trainer.recover()
+    world.drain(trainer)
+    trainer.close()
+    return world, trainer
+
+
+@pytest.mark.parametrize("records", [None, 3, 10_000])
+def test_replay_reaches_the_live_digest(records):
+    world, trainer = learnt(1)
+    lake = None if records is None else lake_of(1, records)
+    result = as_trained(PROJECT, TOPICS, world.log.reader(), lake)
+    assert result.equal is True
+    assert result.digest == trainer.learner.digest()
+    assert result.rows == PARTITIONS * COUNT
+    assert (result.from_lake == 0) == (records is None)
+    assert (result.from_topic == 0) == (records == 10_000)
+
+
+def test_stored_first_then_live():
+    """A run that begins with the lake learns each sample once, resumes anywhere, and is replayed."""
+    world, trainer = learnt(2, lake_of(2, 4))
+    assert trainer.learnt == PARTITIONS * COUNT
+    again = Trainer(world.parts())
+    again.recover()
+    assert again.learner.digest() == trainer.learner.digest()
+    world.blobs.objects.clear()
+    redone = Trainer(world.parts())
+    redone.recover()
+    assert redone.learner.digest() == trainer.learner.digest()
+    assert as_trained(PROJECT, TOPICS, world.log.reader(), world.lake).equal is True
+
+
+def test_a_changed_sample_is_found():
+    world, _ = learnt(3)
+    lake = lake_of(3, 10_000)
+    label = lake.rows.column("label").to_numpy().copy()
+    label[5] = 1 - label[5]
+    at = lake.rows.schema.get_field_index("label")
+    lake.rows = lake.rows.set_column(at, lake.rows.schema.field(at), pa.chunked_array([label]))
+    assert as_trained(PROJECT, TOPICS, world.log.reader(), lake).equal is False
+
+
+def test_a_missing_sample_is_found():
+    world, _ = learnt(4)
+    lake = lake_of(4, 10_000)
+    lake.rows = lake.rows.slice(1)
+    with pytest.raises(InvariantBroken, match="are stored"):
+        as_trained(PROJECT, TOPICS, world.log.reader(), lake)
