@@ -19,7 +19,9 @@ from headrace.contract.log import TopicSpec
 from headrace.ingest import server
 
 HELP = "gateway: Fluent forward in, batches to Kafka out"
-_RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 5.0
+_RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
+_ADMIN_S = 2.0
+"""One question to a broker that may be away: shorter than the 5 s in which a stage must stop."""
 
 log = logging.getLogger("headrace.ingest")
 
@@ -40,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     metrics = runtime.metrics("ingest")
     metrics.ready(False, "waiting for Kafka")
     partitions = runtime.config.log.partitions
-    if not _topics_exist(runtime.admin(), runtime.topics.specs(partitions), stop):
+    if not _topics_exist(KafkaAdmin(runtime.brokers, timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop):
         return 0
     port = args.port or runtime.port("forward")
     producer = runtime.producer()
