@@ -1,0 +1,99 @@
+"""Accounts for every event: read, joined, stored, learnt, lost, twice.
+
+The events log is joined once more and held, id by id, against the lake and the steps, up to the positions that each has
+committed. It reads only; traffic may flow meanwhile. Exit code 1 when something is lost or counted twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+import pyarrow as pa
+
+from headrace.backends.lake_delta import DeltaLake
+from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.contract.dead_letters import decode_dead_letter
+from headrace.contract.positions import Positions
+from headrace.contract.steps import decode_step
+from headrace.replay.ledger import KEYS, Found, Ledger, draw
+from headrace.replay.rejoin import rejoin
+from headrace.replay.scan import read_all, sample_keys
+from headrace.trainer.source import stored_order
+
+HELP = "account for every event: read, joined, learnt, lost, twice"
+
+COLUMNS = [*KEYS.names, "event_time_ms"]
+
+ROWS = (
+    ("gateway", ("read", "appended", "dead_lettered", "repeated")),
+    ("log", ("impressions", "feedback", "external", "repeated_in_log")),
+    ("label", ("positives", "negatives", "waiting")),
+    ("feedback", ("matched", "duplicate", "late", "orphans", "pending")),
+    ("model", ("samples", "learnt", "refused", "sampled_out", "in_flight")),
+    ("lake", ("stored",)),
+    ("verdict", ("lost", "twice")),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    add_common(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object for programs")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draw the ledger of the running stack and print it."""
+    args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
+    ledger = take_stock(open_runtime(args))
+    if args.json:
+        print(msgspec.json.encode(ledger).decode())
+    else:
+        print(table(ledger))
+    sys.stdout.flush()
+    return 1 if ledger.lost or ledger.twice else 0
+
+
+def take_stock(runtime: Runtime) -> Ledger:
+    """Read effects before causes (steps, lake, samples, events), so that what an effect contains is found in the log.
+
+    Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
+    """
+    topics, reader, project = runtime.topics, runtime.reader(), runtime.project
+    steps = [decode_step(r.value) for r in read_all(reader, topics.steps, marked=True) if r.value is not None]
+    lake = DeltaLake(runtime.lake_uri)
+    state = lake.state()
+    stored = lake.read(state.version).select(KEYS.names).cast(KEYS) if state is not None else KEYS.empty_table()
+    topic = sample_keys(read_all(reader, topics.samples))
+    expected, punctuations = rejoin(project, runtime.config, read_all(reader, topics.events))
+    letters = [decode_dead_letter(r.value) for r in read_all(reader, topics.dead_letters) if r.value is not None]
+    reader.close()
+
+    def stored_keys(version: int) -> pa.Table:
+        return stored_order(lake.read(version), project.recipe.task).select(KEYS.names).cast(KEYS)
+
+    found = Found(
+        topic=topic,
+        lake=stored,
+        lake_positions=state.positions if state is not None else Positions(topics.generation),
+        steps=[step for step in steps if step.model == project.name],
+        stored_keys=stored_keys,
+        letters=letters,
+        tags=frozenset({project.impression.tag, *(feedback.tag for feedback in project.feedback)}),
+        punctuations=punctuations,
+    )
+    return draw(expected, found, task=project.recipe.task)
+
+
+def table(ledger: Ledger) -> str:
+    """Return the ledger for people."""
+    lines = [
+        f"{title:<10}" + "".join(f"{name} {getattr(ledger, name):,}   " for name in names).rstrip()
+        for title, names in ROWS
+    ]
+    lines += [f"  {reason:<20} {count:,}" for reason, count in sorted(ledger.dead_letters.items())]
+    lines += [f"run {m.run}: {m.steps:,} steps, {m.learnt:,} learnt" for m in ledger.models.values()]
+    where = [f"lost in {w}: {n:,}" for w, n in ledger.lost_where.items() if n]
+    where += [f"twice in {w}: {n:,}" for w, n in ledger.twice_where.items() if n]
+    return "\n".join([*lines, *where, "the ledger closes" if ledger.closes else "THE LEDGER DOES NOT CLOSE"])
