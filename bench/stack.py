@@ -95,7 +95,7 @@ class Stack:
     def read(self, topic: str) -> list[Record]:
         """Return every record of `topic` up to now."""
         reader = self.reader()
-        records = list(read_all(reader, getattr(self.topics, topic)))
+        records = list(read_all(reader, getattr(self.topics, topic), marked=topic == "steps"))
         reader.close()
         return records
 
@@ -128,6 +128,17 @@ class Stack:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return dict(json.loads(answer.read()))
+
+    def lake_uri(self) -> str:
+        """Return where the Delta table of samples lies."""
+        told = self.env.get("HEADRACE_STORE")
+        store = told or f"hdfs://127.0.0.1:{self.port('namenode')}/headrace"
+        return f"{store.removeprefix('file:')}/lake/samples"
+
+    def pids(self) -> dict[str, int]:
+        """Return the process id of everything that runs, by stage name."""
+        rows = self.json("status")["processes"]
+        return {row["name"]: int(row["pid"]) for row in rows if row.get("pid")}
 
     def sender(self, name: str) -> Sender:
         """Return a sender with a spool of its own."""

@@ -283,6 +283,6 @@ def lake(stack: Stack) -> Any:
 def test_slots_have_the_declared_width(outcome: Outcome):
     table = lake(outcome.stack)
     slots = matrix(table["slots"].combine_chunks(), PROJECT.features.slots)
-    assert slots.shape == (IMPRESSIONS + (table.num_rows - IMPRESSIONS), PROJECT.features.slots)
+    assert slots.shape == (table.num_rows, PROJECT.features.slots)
     manifests = [decode_manifest(r.value) for r in outcome.stack.read("model") if r.value is not None]
     assert {m.spec for m in manifests if m.kind == "snapshot"} == {PROJECT.features.digest()}
