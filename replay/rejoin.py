@@ -1,0 +1,102 @@
+"""What should be: the events log through the same pure join again, without features, which no identity depends on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import msgspec
+import pyarrow as pa
+
+from headrace.contract.config import Config
+from headrace.contract.errors import EventRejected, InvariantBroken
+from headrace.contract.events import (
+    EXTERNAL,
+    FEEDBACK,
+    IMPRESSION,
+    PUNCTUATION,
+    Punctuation,
+    decode_batch,
+    decode_punctuation,
+)
+from headrace.contract.log import Record
+from headrace.contract.project import Project
+from headrace.contract.spec import FeatureSpec
+from headrace.replay.ledger import KEYS, Expected, TaskCounts
+from headrace.replay.scan import in_order
+from headrace.stream.join import JoinState
+
+# 1 s before the newest record: partitions are read to ends that were asked one after the other, and totals in one may
+# speak of appends beyond the end of another.
+SETTLED_MS = 1_000
+
+
+def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple[Expected, list[Punctuation]]:
+    """Return what the join makes of `records`, and the gateways' punctuation that carries settled totals.
+
+    Raises `InvariantBroken` when the log no longer begins at offset 0: what preceded can't be told any more.
+    """
+    plain = msgspec.structs.replace(project, features=FeatureSpec())
+    states: dict[int, JoinState] = {}
+    rows = {IMPRESSION: 0, FEEDBACK: 0, EXTERNAL: 0}
+    tables: list[pa.Table] = []
+    said: list[tuple[int, Punctuation]] = []
+    answers = Counter[str]()
+    newest_ms = 0
+    for record in records:
+        state = states.get(record.partition)
+        if state is None:
+            if record.offset != 0:
+                raise InvariantBroken(
+                    f"{record.topic}/{record.partition} begins at offset {record.offset}: retention took what the "
+                    "ledger needs. Raise the topic's retention, or begin a new generation."
+                )
+            state = states[record.partition] = JoinState(
+                plain, config.join, silent_ms=config.ingest.silent_ms, partition=record.partition
+            )
+        before = state.totals.feedback
+        emitted = state.take(record)
+        answers[record.headers.get("type", "")] += state.totals.feedback - before
+        if emitted is not None:
+            tables.append(pa.Table.from_batches([emitted.batch.select(KEYS.names)]).cast(KEYS))
+        kind, newest_ms = record.headers.get("kind", ""), max(newest_ms, record.timestamp_ms)
+        if record.value is not None and kind == PUNCTUATION:
+            said.append((record.timestamp_ms, decode_punctuation(record.value)))
+        elif record.value is not None and kind in rows:
+            rows[kind] += _row_count(record.value)
+    samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else KEYS.empty_table()
+    settled = [p for at, p in said if at <= newest_ms - SETTLED_MS or p.bye]
+    return _expected(project, samples, rows, answers, list(states.values())), settled
+
+
+def _expected(
+    project: Project, samples: pa.Table, rows: dict[str, int], answers: Counter[str], states: list[JoinState]
+) -> Expected:
+    tasks = {}
+    for i, task in enumerate(project.tasks):
+        counts = [state.totals.tasks[i] for state in states]
+        tasks[task.name] = TaskCounts(
+            **{
+                name: sum(getattr(c, name) for c in counts)
+                for name in (
+                    *("impressions", "positives", "negatives", "waiting"),
+                    *("matched", "duplicate", "late", "orphans", "pending"),
+                )
+            }
+        )
+        tasks[task.name].feedback = answers[task.feedback]
+    return Expected(
+        samples=samples,
+        rows=rows,
+        repeated_in_log=sum(state.totals.repeated_in_log for state in states),
+        tasks=tasks,
+        impressions=sum(state.totals.impressions for state in states),
+        feedback=sum(state.totals.feedback for state in states),
+    )
+
+
+def _row_count(value: bytes) -> int:
+    try:
+        return int(decode_batch(value).num_rows)
+    except EventRejected:
+        return 0
