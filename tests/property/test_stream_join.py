@@ -52,6 +52,8 @@ PROJECT = Project(
     recipe=Recipe(task="click"),
 ).checked()
 CONFIG = JoinConfig(early_feedback_ms=400, resolved_ms=1600, repeat_horizon_ms=3200)
+# Nothing is forgotten: every repeat is known as one.
+LONG = JoinConfig(early_feedback_ms=400, resolved_ms=1600, repeat_horizon_ms=3_600_000)
 SCHEMAS = {
     "impression": impression_schema(PROJECT),
     "click": feedback_schema(PROJECT, PROJECT.feedback[0]),
@@ -120,13 +122,13 @@ def records(items: list[Item], random: Random | None) -> list[Record]:
     return made
 
 
-def state() -> JoinState:
-    return JoinState(PROJECT, CONFIG, silent_ms=300, partition=0)
+def state(config: JoinConfig = CONFIG) -> JoinState:
+    return JoinState(PROJECT, config, silent_ms=300, partition=0)
 
 
-def drain(log: list[Record], crash: Random | None = None) -> tuple[pa.Table, JoinState]:
+def drain(log: list[Record], crash: Random | None = None, config: JoinConfig = CONFIG) -> tuple[pa.Table, JoinState]:
     """Return all samples by the reader's rule; `crash` restores from an older snapshot now and then."""
-    join, stored, at = state(), None, 0
+    join, stored, at = state(config), None, 0
     tables: list[pa.RecordBatch] = []
     taken = (-1, -1)
     while at < len(log):
@@ -168,7 +170,7 @@ def test_a_crash_and_restore_changes_no_bit(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_ledger_of_a_task_closes(seed):
-    samples, join = drain(records(traffic(seed, 1500), Random(seed)))
+    samples, join = drain(records(traffic(seed, 1500), Random(seed)), config=LONG)
     for task, counts in zip(PROJECT.tasks, join.totals.tasks, strict=True):
         assert counts.impressions == counts.positives + counts.negatives + counts.waiting
         answered = counts.matched + counts.duplicate + counts.late + counts.orphans + counts.pending
