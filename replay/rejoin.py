@@ -9,14 +9,13 @@ import msgspec
 import pyarrow as pa
 
 from headrace.contract.config import Config
-from headrace.contract.errors import EventRejected, InvariantBroken
+from headrace.contract.errors import InvariantBroken
 from headrace.contract.events import (
     EXTERNAL,
     FEEDBACK,
     IMPRESSION,
     PUNCTUATION,
     Punctuation,
-    decode_batch,
     decode_punctuation,
 )
 from headrace.contract.log import Record
@@ -36,7 +35,7 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
 
     Raises `InvariantBroken` when the log no longer begins at offset 0: what preceded can't be told any more.
     """
-    plain = msgspec.structs.replace(project, features=FeatureSpec())
+    plain = _identities_only(project)
     states: dict[int, JoinState] = {}
     rows = {IMPRESSION: 0, FEEDBACK: 0, EXTERNAL: 0}
     tables: list[pa.Table] = []
@@ -95,8 +94,21 @@ def _expected(
     )
 
 
+def _identities_only(project: Project) -> Project:
+    """Return `project` without raw fields, counters and features: the join then carries little else than ids."""
+    replace, key = msgspec.structs.replace, project.impression.key
+    return replace(
+        project,
+        impression=replace(project.impression, fields={key: project.impression.fields[key]}),
+        feedback=tuple(replace(feedback, fields={}) for feedback in project.feedback),
+        features=FeatureSpec(),
+    )
+
+
 def _row_count(value: bytes) -> int:
+    """Return how many rows a record holds, decoding its first column only; 0 where it can't be decoded."""
     try:
-        return int(decode_batch(value).num_rows)
-    except EventRejected:
+        with pa.ipc.open_stream(pa.py_buffer(value), options=pa.ipc.IpcReadOptions(included_fields=[0])) as reader:
+            return sum(batch.num_rows for batch in reader)
+    except (pa.ArrowInvalid, OSError):
         return 0
