@@ -1,60 +1,99 @@
-"""Blobs as files under a folder (local disk, CephFS mount): written aside, synced, renamed into place."""
+"""Blobs as files below a folder: a local disk, or any POSIX mount such as CephFS.
+
+A write is: 1. a new file below `.unfinished/`, 2. fsync, 3. rename onto its name, 4. fsync of the folder. A crash
+before 3 leaves the old object; the leftover is swept when it is an hour old.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 import uuid
 from pathlib import Path
 
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import InvariantBroken, Unavailable
 
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished"
+
+
+def checked_name(name: str) -> str:
+    """Return `name`, or raise `InvariantBroken` where it could leave the root or hide from `list`.
+
+    >>> checked_name("state/stream/0/100.arrow")
+    'state/stream/0/100.arrow'
+    """
+    if not name or any(not part or part.startswith(".") for part in name.split("/")):
+        raise InvariantBroken(f"blob name {name!r}: parts are neither empty nor begin with a dot.")
+    return name
 
 
 class FileBlobs:
-    """Blobs below `root`, which is created when missing."""
+    """Named byte strings below `root`, which is created when the first one is put."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Unavailable(f"the store {root} cannot be written: {error}.") from error
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._swept = False
 
     def put(self, name: str, data: bytes) -> None:
-        """Store atomically; see `contract.blobs.Blobs`."""
-        path = self._root / name
+        """Store `data` under `name`, atomically and durably. Raises `Unavailable` when the disk refuses."""
+        target = self.root / checked_name(name)
+        unfinished = self.root / UNFINISHED
+        part = unfinished / uuid.uuid4().hex
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
-            with open(aside, "wb") as file:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._sweep(unfinished)
+            with part.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            part.replace(target)
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         except OSError as error:
-            raise Unavailable(f"{path} could not be written: {error}.") from error
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise Unavailable(f"{len(data)} bytes for {target} were not stored: {error}") from error
 
     def get(self, name: str) -> bytes | None:
-        """Return the object, or None."""
+        """Return the object, or None where there is none."""
         try:
-            return (self._root / name).read_bytes()
-        except FileNotFoundError:
+            return (self.root / checked_name(name)).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
-            raise Unavailable(f"{self._root / name} could not be read: {error}.") from error
+            raise Unavailable(f"{self.root / name} cannot be read: {error}") from error
 
     def list(self, prefix: str) -> list[str]:
-        """Return the names directly in folder `prefix`, sorted."""
-        folder = self._root / prefix
-        if not folder.is_dir():
+        """Return the full names of the objects directly in folder `prefix` ("" is the root), sorted."""
+        folder = self.root / checked_name(prefix.rstrip("/")) if prefix else self.root
+        lead = f"{prefix.rstrip('/')}/" if prefix else ""
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(lead + e.name for e in entries if not e.name.startswith(".") and e.is_file())
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(
-            f"{prefix.rstrip('/')}/{entry.name}"
-            for entry in folder.iterdir()
-            if entry.is_file() and not entry.name.startswith(_UNFINISHED)
-        )
+        except OSError as error:
+            raise Unavailable(f"{folder} cannot be listed: {error}") from error
 
     def delete(self, name: str) -> None:
-        """Remove the object, if it is there."""
-        (self._root / name).unlink(missing_ok=True)
+        """Remove the object; nothing happens where there is none."""
+        try:
+            (self.root / checked_name(name)).unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise Unavailable(f"{self.root / name} cannot be deleted: {error}") from error
+
+    def _sweep(self, unfinished: Path) -> None:
+        if self._swept:
+            return
+        self._swept = True
+        for leftover in unfinished.iterdir():
+            with contextlib.suppress(OSError):
+                if leftover.stat().st_mtime < time.time() - 3_600:
+                    leftover.unlink()

@@ -1,96 +1,163 @@
-"""Blobs on HDFS over WebHDFS, by the `hdfs` library.
+"""Blobs on HDFS over WebHDFS, through the `hdfs` library: no Java and no libhdfs in the stages.
 
-HDFS's rename never replaces. So an object is written aside, and renamed to its name; where that name is taken, the old
-object is first renamed to `<name>.old`, which a reader takes when the name itself is missing. A crash between the two
-renames therefore leaves the old object readable, and the next `put` clears it.
+A write is: 1. a new file below `.unfinished/`, closed, 2. one rename with OVERWRITE, which the NameNode does in one
+transaction. Plain WebHDFS rename never replaces, and delete + rename would leave a moment without the object.
+A reply that is lost makes the whole write repeat with a new temporary name, which changes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import logging
+import os
 import time
 import uuid
 from collections.abc import Callable
+from posixpath import dirname
 from typing import TypeVar
+from urllib.parse import quote
 
 import requests
 from hdfs import HdfsError, InsecureClient
 
+from headrace.backends.blobs_file import UNFINISHED, checked_name
 from headrace.contract.errors import Unavailable
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("headrace.hdfs")
 
-_UNFINISHED = ".unfinished-"
-_OLD = ".old"
 T = TypeVar("T")
+Names = list[str]
+
+_ABSENT = ("FileNotFoundException", "NoSuchFileException")
+_REFUSED = ("AccessControlException", "QuotaExceededException", "SecurityException")
 
 
 class HdfsBlobs:
-    """Blobs below `root` of the file system whose NameNode's HTTP address is `webhdfs`."""
+    """Named byte strings below `root` (an absolute HDFS path). For one thread at a time.
 
-    def __init__(self, webhdfs: str, root: str, *, user: str = "headrace", attempts: int = 4) -> None:
-        session = requests.Session()
-        session.trust_env = False  # A proxy for the internet is none for the cluster.
-        self._client = InsecureClient(webhdfs, user=user, session=session, timeout=20)
-        self._root = root.rstrip("/")
-        self._attempts = attempts
-        self._where = webhdfs
+    Every call tries again with 0.1 to 2 s between for at most `patience_s`, then raises `Unavailable`: a NameNode
+    that was killed is back in 5 to 20 s, so the default of 45 s is twice that.
+    """
 
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _retry(self, what: str, call: Callable[[], T]) -> T:
-        """Run `call`, up to `attempts` times with 0.2, 0.4, 0.8 s between."""
-        for attempt in range(self._attempts):
-            try:
-                return call()
-            except (HdfsError, requests.RequestException) as error:
-                if attempt + 1 == self._attempts:
-                    raise Unavailable(f"HDFS at {self._where}: {what} failed {attempt + 1} times: {error}.") from error
-                time.sleep(0.2 * 2**attempt)
-        raise Unavailable(f"HDFS at {self._where}: {what} was never tried.")
+    def __init__(
+        self, webhdfs: str, root: str, *, user: str | None = None, patience_s: float = 45.0, timeout_s: float = 10.0
+    ) -> None:
+        self.root = "/" + root.strip("/")
+        self._url = webhdfs.rstrip("/")
+        self._user = user or os.environ.get("HADOOP_USER_NAME") or getpass.getuser()
+        self._session = requests.Session()
+        # Loopback and cluster addresses are never behind the proxy that the user's package index needs.
+        self._session.trust_env = False
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._client = InsecureClient(self._url, user=self._user, session=self._session, timeout=timeout_s)
+        self._folders: set[str] = set()
+        self._away = False
+        self._swept = False
 
     def put(self, name: str, data: bytes) -> None:
-        """Store atomically; see the module."""
-        self._retry(f"writing {name}", lambda: self._put(name, data))
-
-    def _put(self, name: str, data: bytes) -> None:
-        path = self._path(name)
-        folder = path.rsplit("/", 1)[0]
-        aside = f"{folder}/{_UNFINISHED}{uuid.uuid4().hex}"
-        self._client.write(aside, data=data, overwrite=True)
-        if self._client.status(path, strict=False) is not None:
-            self._client.delete(path + _OLD)
-            self._client.rename(path, path + _OLD)
-        self._client.rename(aside, path)
-        self._client.delete(path + _OLD)
+        """Store `data` under `name`, atomically: a reader sees the old object or the new one."""
+        target = f"{self.root}/{checked_name(name)}"
+        self._retried(f"write of {len(data)} bytes to {target}", lambda: self._put(target, data))
 
     def get(self, name: str) -> bytes | None:
-        """Return the object, or None."""
-        return self._retry(f"reading {name}", lambda: self._get(name))
-
-    def _get(self, name: str) -> bytes | None:
-        for path in (self._path(name), self._path(name) + _OLD, self._path(name)):
-            if self._client.status(path, strict=False) is not None:
-                with self._client.read(path) as reader:
-                    return bytes(reader.read())
-        return None
+        """Return the object, or None where there is none."""
+        target = f"{self.root}/{checked_name(name)}"
+        return self._retried(f"read of {target}", lambda: self._get(target))
 
     def list(self, prefix: str) -> list[str]:
-        """Return the names directly in folder `prefix`, sorted."""
-        return self._retry(f"listing {prefix}", lambda: self._list(prefix))
-
-    def _list(self, prefix: str) -> list[str]:
-        folder = self._path(prefix.rstrip("/"))
-        if self._client.status(folder, strict=False) is None:
-            return []
-        names = {
-            entry.removesuffix(_OLD)
-            for entry, status in self._client.list(folder, status=True)
-            if status["type"] == "FILE" and not entry.startswith(_UNFINISHED)
-        }
-        return sorted(f"{prefix.rstrip('/')}/{entry}" for entry in names)
+        """Return the full names of the objects directly in folder `prefix` ("" is the root), sorted."""
+        folder = f"{self.root}/{checked_name(prefix.rstrip('/'))}" if prefix else self.root
+        lead = f"{prefix.rstrip('/')}/" if prefix else ""
+        return self._retried(f"list of {folder}", lambda: self._list(folder, lead))
 
     def delete(self, name: str) -> None:
-        """Remove the object, if it is there."""
-        self._retry(f"deleting {name}", lambda: self._client.delete(self._path(name)))
+        """Remove the object; nothing happens where there is none."""
+        target = f"{self.root}/{checked_name(name)}"
+        self._retried(f"delete of {target}", lambda: self._client.delete(target))
+
+    def _put(self, target: str, data: bytes) -> None:
+        part = f"{self.root}/{UNFINISHED}/{uuid.uuid4().hex}"
+        self._sweep()
+        folder = dirname(target)
+        if folder not in self._folders:
+            self._client.makedirs(folder)
+            self._folders.add(folder)
+        try:
+            self._client.write(part, data=data, overwrite=True)
+            self._rename_over(part, target)
+        except HdfsError:
+            # The folder may have been removed by somebody else since; make it again on the next try.
+            self._folders.discard(folder)
+            with contextlib.suppress(HdfsError, requests.RequestException):
+                self._client.delete(part)
+            raise
+
+    def _rename_over(self, source: str, target: str) -> None:
+        reply = self._session.put(
+            f"{self._url}/webhdfs/v1{quote(source)}",
+            params={"op": "RENAME", "destination": target, "renameoptions": "OVERWRITE", "user.name": self._user},
+            timeout=self._timeout_s,
+        )
+        if reply.status_code != 200 or b"false" in reply.content:
+            raise HdfsError(f"rename to {target} answered {reply.status_code}: {reply.text[:500]}")
+
+    def _get(self, target: str) -> bytes | None:
+        status = self._client.status(target, strict=False)
+        if status is None or status["type"] != "FILE":
+            return None
+        with self._client.read(target) as stream:
+            data = bytes(stream.read())
+        after = self._client.status(target, strict=False)
+        if after is not None and after["length"] != len(data):
+            # Cut short by a DataNode that died, or replaced while it was read: read it again.
+            raise HdfsError(f"{target}: {len(data)} bytes were read and HDFS says {after['length']}.")
+        return data
+
+    def _list(self, folder: str, lead: str) -> Names:
+        status = self._client.status(folder, strict=False)
+        if status is None or status["type"] != "DIRECTORY":
+            return []
+        entries = self._client.list(folder, status=True)
+        return sorted(lead + n for n, s in entries if s["type"] == "FILE" and not n.startswith("."))
+
+    def _sweep(self) -> None:
+        """Remove leftovers of crashed writes, an hour old, once a process."""
+        if self._swept:
+            return
+        folder = f"{self.root}/{UNFINISHED}"
+        if self._client.status(folder, strict=False) is not None:
+            for name, status in self._client.list(folder, status=True):
+                if status["modificationTime"] < (time.time() - 3_600) * 1_000:
+                    self._client.delete(f"{folder}/{name}")
+        self._swept = True
+
+    def _retried(self, what: str, call: Callable[[], T]) -> T:
+        deadline, pause = time.monotonic() + self._patience_s, 0.1
+        while True:
+            try:
+                result = call()
+            except (HdfsError, requests.RequestException, OSError) as error:
+                kind = getattr(error, "exception", None) or ""
+                if kind in _ABSENT:
+                    # The object went between two of our own requests: the next try sees it gone.
+                    pause = min(pause, 0.1)
+                first = str(error).strip().splitlines()[:1]
+                if kind in _REFUSED:
+                    raise Unavailable(f"HDFS refuses the {what}: {first}") from error
+                if time.monotonic() + pause > deadline:
+                    raise Unavailable(
+                        f"HDFS at {self._url} did not do the {what} in {self._patience_s} s: {first}. "
+                        "`headrace doctor` says whether it is down or in safe mode."
+                    ) from error
+                if not self._away:
+                    log.warning("HDFS does not answer (%s: %s); trying again", what, first)
+                    self._away = True
+                time.sleep(pause)
+                pause = min(2.0, pause * 1.7)
+            else:
+                if self._away:
+                    log.info("HDFS answers again")
+                    self._away = False
+                return result

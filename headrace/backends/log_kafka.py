@@ -1,60 +1,85 @@
-"""The log on Kafka, by confluent-kafka: an idempotent producer, readers that assign by hand, topic creation."""
+"""The log on Kafka: idempotent appends with receipts, reads by offset without a group, topics created once.
+
+Readers own their offsets: a deleted offset is an error (`auto.offset.reset=error`), never a silent skip.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import confluent_kafka
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+import confluent_kafka as ck
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.log import Delivered, Record, TopicSpec
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("headrace.kafka")
 
-MESSAGE_BYTES_MAX = 33_554_432
-"""32 MiB: a delta with a large dense part still fits in one record."""
-_CALL_S = 10.0
+RECORD_BYTES_MAX = 32 * 1024 * 1024
+"""Largest record of any topic: a delta of 32 MiB holds a million rows of 8 floats. The broker is set to the same."""
+
+# librdkafka asks again within 10 to 1000 ms, so that a broker that is back after its restart is found at once.
+_CLIENT: dict[str, Any] = {
+    "reconnect.backoff.ms": 10,
+    "reconnect.backoff.max.ms": 1_000,
+    "socket.keepalive.enable": True,
+    "broker.address.family": "v4",
+    "log_level": 4,
+    "message.max.bytes": RECORD_BYTES_MAX,
+}
 
 
-def _common(brokers: str) -> dict[str, Any]:
-    return {
-        "bootstrap.servers": brokers,
-        "reconnect.backoff.ms": 50,
-        "reconnect.backoff.max.ms": 1_000,
-        "log_level": 2,
-        "logger": logger,
-    }
+class _Link:
+    """Tells once when the broker goes away and once when it is back."""
+
+    def __init__(self, who: str) -> None:
+        self.away_since: float | None = None
+        self._who = who
+
+    def on_error(self, error: Any) -> None:
+        """Take librdkafka's global errors."""
+        if error.code() in (ck.KafkaError._ALL_BROKERS_DOWN, ck.KafkaError._TRANSPORT):
+            if self.away_since is None and error.code() == ck.KafkaError._ALL_BROKERS_DOWN:
+                self.away_since = time.monotonic()
+                log.warning("%s: no broker answers; trying again until one does", self._who)
+        else:
+            log.warning("%s: %s", self._who, error)
+
+    def back(self) -> None:
+        """Note that a broker answered."""
+        if self.away_since is not None:
+            log.info("%s: a broker answers again, after %.1f s", self._who, time.monotonic() - self.away_since)
+            self.away_since = None
 
 
 class KafkaProducer:
-    """Appends with acks=all, idempotent, in order; retries for ever while the broker is away.
+    """Appends in call order per partition, idempotent, acks=all.
 
-    `transactional_id` gives a fenced producer: see `commit`. Not thread-safe but for `send`.
+    A record that gets no receipt within 5 minutes fails: its callback has `Unavailable`. The local queue holds
+    100,000 records or 256 MiB; `send` raises `Overloaded` beyond. Thread-safe; callbacks run in `poll` and `flush`.
     """
 
-    def __init__(self, brokers: str, *, linger_ms: float = 2.0, transactional_id: str | None = None) -> None:
-        settings: dict[str, Any] = {
-            **_common(brokers),
-            "enable.idempotence": True,
-            "acks": "all",
-            "linger.ms": linger_ms,
-            "compression.type": "lz4",
-            "message.max.bytes": MESSAGE_BYTES_MAX,
-            "queue.buffering.max.kbytes": 262_144,
-            "delivery.timeout.ms": 2_147_483_647,
-        }
-        if transactional_id is not None:
-            settings |= {"transactional.id": transactional_id, "delivery.timeout.ms": 60_000}
-        self._producer = confluent_kafka.Producer(settings)
-
-    @property
-    def raw(self) -> Any:
-        """The confluent producer, for transactions."""
-        return self._producer
+    def __init__(self, brokers: str, *, linger_ms: float = 2.0, queue_max: int = 100_000) -> None:
+        self._link = _Link("producer")
+        self._producer = ck.Producer(
+            {
+                **_CLIENT,
+                "bootstrap.servers": brokers,
+                "enable.idempotence": True,
+                "acks": "all",
+                "linger.ms": linger_ms,
+                "compression.type": "lz4",
+                "delivery.timeout.ms": 300_000,
+                "retry.backoff.ms": 50,
+                "queue.buffering.max.messages": queue_max,
+                "queue.buffering.max.kbytes": 262_144,
+                "error_cb": self._link.on_error,
+            }
+        )
 
     def send(
         self,
@@ -66,127 +91,231 @@ class KafkaProducer:
         headers: Mapping[str, str] | None = None,
         delivered: Delivered | None = None,
     ) -> None:
-        """Queue one record; see `contract.log.Producer`."""
-
-        def receipt(error: Any, message: Any) -> None:
-            if delivered is not None:
-                delivered(KafkaException(error) if error is not None else None, -1 if error else message.offset())
-            elif error is not None:
-                logger.error("a record for %s/%d was not delivered: %s", topic, partition, error)
-
+        """Queue one record. Raises `Overloaded` when the local queue is full; nothing was queued then."""
+        record: dict[str, Any] = {
+            "value": value,
+            "key": key,
+            "partition": partition,
+            "headers": [(name, text.encode()) for name, text in (headers or {}).items()],
+            "on_delivery": self._receipt(delivered),
+        }
         try:
-            self._producer.produce(
-                topic,
-                value=value,
-                key=key,
-                partition=partition,
-                headers=[(k, v.encode()) for k, v in (headers or {}).items()],
-                on_delivery=receipt,
-            )
+            self._producer.produce(topic, **record)
         except BufferError as error:
-            raise Overloaded(f"Kafka's local queue is full ({len(self._producer)} records); poll and retry.") from error
+            raise Overloaded(
+                f"{len(self._producer)} records wait for Kafka and the queue is full; poll, then offer it again."
+            ) from error
+        except ck.KafkaException as error:
+            raise Unavailable(f"Kafka takes no record of {len(value or b'')} bytes for {topic}: {error}") from error
 
     def poll(self, timeout_s: float) -> None:
-        """Run delivery callbacks that are due."""
+        """Run delivery callbacks that are due, waiting at most `timeout_s`."""
         self._producer.poll(timeout_s)
 
     def flush(self, timeout_s: float) -> int:
-        """Wait for receipts; return how many records still have none."""
+        """Wait for receipts; return how many records still have none after `timeout_s`."""
         return int(self._producer.flush(timeout_s))
 
     def close(self) -> None:
-        """Flush for at most 5 s."""
-        left = self._producer.flush(5)
+        """Flush for at most 2 s, so that a clean stop stays under 5 s, and let go."""
+        left = self._producer.flush(2.0)
         if left:
-            logger.warning("%d records had no receipt when the producer closed", left)
+            log.warning("producer closed with %d records without receipt", left)
+
+    def _receipt(self, delivered: Delivered | None) -> Callable[[Any, Any], None]:
+        def on_delivery(error: Any, message: Any) -> None:
+            if error is None:
+                self._link.back()
+            if delivered is None:
+                if error is not None:
+                    log.error("a record of %s was not delivered: %s", message.topic(), error)
+            elif error is None:
+                delivered(None, message.offset())
+            else:
+                delivered(Unavailable(f"{message.topic()}/{message.partition()}: {error}"), -1)
+
+        return on_delivery
 
 
 class KafkaReader:
-    """Reads assigned partitions by offset, committed records only; owns no group."""
+    """Reads assigned partitions by offset; belongs to no group and commits nothing. For one thread."""
 
-    def __init__(self, brokers: str, *, latest: bool = False) -> None:
-        self._ends_group = "headrace-reader"
-        self._consumer = confluent_kafka.Consumer(
+    def __init__(self, brokers: str, *, timeout_s: float = 10.0) -> None:
+        self._link = _Link("reader")
+        self._timeout_s = timeout_s
+        self._consumer = ck.Consumer(
             {
-                **_common(brokers),
-                "group.id": self._ends_group,
+                **_CLIENT,
+                "bootstrap.servers": brokers,
+                "group.id": "headrace-reader",  # librdkafka wants one; with assign() no group is ever joined.
                 "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
                 "auto.offset.reset": "error",
                 "isolation.level": "read_committed",
-                "fetch.wait.max.ms": 100,
-                "fetch.min.bytes": 1,
+                "fetch.wait.max.ms": 50,
+                "fetch.queue.backoff.ms": 10,
                 "fetch.error.backoff.ms": 50,
-                "fetch.message.max.bytes": 4_194_304,
-                "queued.max.messages.kbytes": 65_536,
-                "topic.metadata.refresh.interval.ms": 30_000,
+                "max.partition.fetch.bytes": 8 * 1024 * 1024,
+                "fetch.max.bytes": RECORD_BYTES_MAX + 1024 * 1024,
+                "receive.message.max.bytes": 2 * RECORD_BYTES_MAX,
+                "queued.max.messages.kbytes": 32_768,
+                "error_cb": self._link.on_error,
             }
         )
+        self._next: dict[tuple[str, int], int] = {}
+        self._failed: list[Any] = []
 
     def assign(self, offsets: Mapping[tuple[str, int], int]) -> None:
-        """Read on from these offsets; replaces the former assignment."""
-        self._consumer.assign([TopicPartition(t, p, o) for (t, p), o in sorted(offsets.items())])
+        """Read on from these offsets (each the next one to read); replaces the former assignment."""
+        self._next = dict(offsets)
+        self._failed = []
+        self._consumer.assign([ck.TopicPartition(topic, p, offset) for (topic, p), offset in offsets.items()])
 
     def poll(self, records_max: int, timeout_s: float) -> Sequence[Record]:
-        """Return up to `records_max` records: the first within `timeout_s`, then what is already here."""
-        found: list[Record] = []
-        try:
-            first = self._consumer.poll(timeout_s)
-            if first is None:
-                return found
-            messages = [first]
-            if records_max > 1:
-                messages += self._consumer.consume(records_max - 1, 0)
-        except KafkaException as error:
-            raise Unavailable(f"Kafka does not answer: {error}.") from error
-        for message in messages:
-            error = message.error()
-            if error is not None:
-                self._judge(error, message)
-                continue
-            found.append(_record(message))
-        return found
+        """Return up to `records_max` records, in order within a partition; empty after `timeout_s` without any.
 
-    @staticmethod
-    def _judge(error: Any, message: Any) -> None:
-        if error.code() in (KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET):
-            raise InvariantBroken(
-                f"{message.topic()}/{message.partition()}: the offset to read on from is not in the topic any more "
-                f"({error}). Reading on would skip records; restore from an older position or the lake."
-            )
-        if error.code() == KafkaError._PARTITION_EOF or error.retriable():
-            return
-        if error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._RESOLVE):
-            return  # The client reconnects by itself; an empty poll says "nothing yet".
-        raise Unavailable(f"Kafka: {error}.")
-
-    def _watermarks(self, topic: str) -> dict[int, tuple[int, int]]:
-        try:
-            found = self._consumer.list_topics(topic, timeout=_CALL_S).topics[topic]
-            if found.error is not None:
-                raise Unavailable(f"topic {topic!r}: {found.error}.")
-            return {
-                p: self._consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=_CALL_S, cached=False)
-                for p in sorted(found.partitions)
-            }
-        except KafkaException as error:
-            raise Unavailable(f"Kafka does not answer about {topic!r}: {error}.") from error
+        The first record is handed on at once with what came with it: nothing waits for `records_max`.
+        Raises `Unavailable` while no broker answers or the topic is missing, `InvariantBroken` when an offset is gone.
+        """
+        if not self._next:
+            return ()
+        failed, self._failed = self._failed, []
+        for message in failed:
+            self._on_error(message)
+        first = self._consumer.poll(timeout_s)
+        if first is None:
+            if self._link.away_since is not None:
+                self._partitions(next(iter(self._next))[0], timeout_s=1.0)
+            return ()
+        messages = [first, *(self._consumer.consume(records_max - 1, 0.0) if records_max > 1 else ())]
+        records = [_record(m) for m in messages if m.error() is None]
+        for record in records:
+            self._next[record.topic, record.partition] = record.offset + 1
+        # Errors that came along wait for the next call: raising now would lose the records beside them.
+        self._failed = [m for m in messages if m.error() is not None]
+        if records:
+            self._link.back()
+        elif self._failed:
+            failed, self._failed = self._failed, []
+            for message in failed:
+                self._on_error(message)
+        return records
 
     def begin_offsets(self, topic: str) -> dict[int, int]:
         """Return the first kept offset of each partition."""
-        return {p: low for p, (low, _) in self._watermarks(topic).items()}
+        return {p: self._watermarks(topic, p)[0] for p in self._partitions(topic)}
 
     def end_offsets(self, topic: str) -> dict[int, int]:
         """Return, a partition, the offset that the next record will get."""
-        return {p: high for p, (_, high) in self._watermarks(topic).items()}
+        return {p: self._watermarks(topic, p)[1] for p in self._partitions(topic)}
 
     def close(self) -> None:
         """Let go."""
         self._consumer.close()
 
+    def _on_error(self, message: Any) -> None:
+        """Raise what the error means; return where reading goes on by itself."""
+        error, topic, partition = message.error(), message.topic(), message.partition()
+        if error.code() == ck.KafkaError._AUTO_OFFSET_RESET and topic is not None:
+            wanted = self._next.get((topic, partition), -1)
+            begin, end = self._watermarks(topic, partition)
+            if not begin <= wanted <= end:
+                raise InvariantBroken(
+                    f"{topic}/{partition}: offset {wanted} is wanted, the log has [{begin}, {end}). Reading on would "
+                    "skip events; restore from a state that still lies in the log."
+                )
+            # A broker that has just restarted may refuse an offset which it has: ask again from the same place.
+            log.warning("reader: %s/%s: offset %d was refused and is there; asking again", topic, partition, wanted)
+            self.assign(self._next)
+        elif error.code() == ck.KafkaError._ALL_BROKERS_DOWN:
+            self._link.on_error(error)
+        elif error.code() in (ck.KafkaError.UNKNOWN_TOPIC_OR_PART, ck.KafkaError._UNKNOWN_TOPIC):
+            raise Unavailable(f"topic {topic!r} does not exist; `headrace up` creates it.")
+        elif error.fatal():
+            raise InvariantBroken(f"the Kafka client stopped for good: {error}")
+        else:
+            log.warning("reader: %s/%s: %s", topic, partition, error)
+
+    def _partitions(self, topic: str, timeout_s: float | None = None) -> list[int]:
+        try:
+            meta = self._consumer.list_topics(topic, timeout=timeout_s or self._timeout_s).topics[topic]
+        except ck.KafkaException as error:
+            raise Unavailable(f"Kafka does not answer: {error}. `headrace status` shows the broker.") from error
+        if meta.error is not None or not meta.partitions:
+            raise Unavailable(f"topic {topic!r}: {meta.error or 'no partitions'}; `headrace up` creates it.")
+        self._link.back()
+        return sorted(meta.partitions)
+
+    def _watermarks(self, topic: str, partition: int) -> tuple[int, int]:
+        try:
+            found = self._consumer.get_watermark_offsets(ck.TopicPartition(topic, partition), timeout=self._timeout_s)
+        except ck.KafkaException as error:
+            raise Unavailable(f"Kafka does not tell the offsets of {topic}/{partition}: {error}") from error
+        if found is None:
+            raise Unavailable(f"Kafka did not tell the offsets of {topic}/{partition} in {self._timeout_s} s.")
+        return int(found[0]), int(found[1])
+
+
+class KafkaAdmin:
+    """Creates topics with the broker's default replication; never deletes one."""
+
+    def __init__(self, brokers: str, *, timeout_s: float = 20.0) -> None:
+        settings: dict[str, Any] = {**_CLIENT, "bootstrap.servers": brokers, "error_cb": _Link("admin").on_error}
+        self._admin = AdminClient(settings)
+        self._timeout_s = timeout_s
+
+    def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
+        """Create what is missing, and return when the broker shows all of it.
+
+        Raises `ConfigRejected` where a topic exists with another partition count, `Unavailable` without a broker.
+        """
+        have = self._counts()
+        missing = [spec for spec in topics if spec.name not in have]
+        if missing:
+            made = self._admin.create_topics(
+                [NewTopic(s.name, s.partitions, -1, config=_settings(s)) for s in missing],
+                operation_timeout=self._timeout_s,
+                request_timeout=self._timeout_s,
+            )
+            for name, future in made.items():
+                try:
+                    future.result()
+                except ck.KafkaException as error:
+                    if error.args[0].code() != ck.KafkaError.TOPIC_ALREADY_EXISTS:
+                        raise Unavailable(f"topic {name!r} was not created: {error}") from error
+            have = self._shown({s.name for s in topics})
+        for spec in topics:
+            if have[spec.name] != spec.partitions:
+                raise ConfigRejected(
+                    f"topic {spec.name!r} has {have[spec.name]} partitions and the configuration says "
+                    f"{spec.partitions}; the count is fixed for a generation: raise log.generation, or set "
+                    "log.partitions back."
+                )
+
+    def _counts(self) -> dict[str, int]:
+        try:
+            topics = self._admin.list_topics(timeout=self._timeout_s).topics
+        except ck.KafkaException as error:
+            raise Unavailable(f"Kafka does not answer in {self._timeout_s} s: {error}") from error
+        return {name: len(meta.partitions) for name, meta in topics.items() if meta.error is None and meta.partitions}
+
+    def _shown(self, names: set[str]) -> dict[str, int]:
+        deadline = time.monotonic() + self._timeout_s
+        while not names <= (have := self._counts()).keys():
+            if time.monotonic() > deadline:
+                raise Unavailable(f"topics {sorted(names - have.keys())} do not appear after {self._timeout_s} s.")
+            time.sleep(0.02)
+        return have
+
+
+def _settings(spec: TopicSpec) -> dict[str, str]:
+    settings = {"max.message.bytes": str(RECORD_BYTES_MAX)}
+    if spec.compacted:
+        return settings | {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "3600000"}
+    return settings | {"cleanup.policy": "delete", "retention.ms": str(spec.retention_ms)}
+
 
 def _record(message: Any) -> Record:
-    headers = {name: value.decode() for name, value in (message.headers() or [])}
+    headers = {name: (raw or b"").decode("utf-8", "replace") for name, raw in message.headers() or ()}
     return Record(
         message.topic(),
         message.partition(),
@@ -196,43 +325,3 @@ def _record(message: Any) -> Record:
         headers,
         message.timestamp()[1],
     )
-
-
-class KafkaAdmin:
-    """Creates topics; never deletes one."""
-
-    def __init__(self, brokers: str, *, replicas: int = 1) -> None:
-        self._admin = AdminClient(_common(brokers))
-        self._replicas = replicas
-
-    def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
-        """Create what is missing; see `contract.log.Admin`."""
-        try:
-            there = self._admin.list_topics(timeout=_CALL_S).topics
-        except KafkaException as error:
-            raise Unavailable(f"Kafka does not answer: {error}.") from error
-        missing = []
-        for topic in topics:
-            found = there.get(topic.name)
-            if found is None:
-                missing.append(NewTopic(topic.name, topic.partitions, self._replicas, config=_settings(topic)))
-            elif len(found.partitions) != topic.partitions:
-                raise ConfigRejected(
-                    f"topic {topic.name!r} has {len(found.partitions)} partitions and log.partitions says "
-                    f"{topic.partitions}. Another count is a new generation: raise log.generation."
-                )
-        if not missing:
-            return
-        for name, future in self._admin.create_topics(missing).items():
-            try:
-                future.result(timeout=_CALL_S)
-            except KafkaException as error:
-                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                    raise Unavailable(f"topic {name!r} could not be created: {error}.") from error
-
-
-def _settings(topic: TopicSpec) -> dict[str, str]:
-    size = {"max.message.bytes": str(MESSAGE_BYTES_MAX)}
-    if topic.compacted:
-        return {**size, "cleanup.policy": "compact", "segment.ms": "3600000"}
-    return {**size, "retention.ms": str(topic.retention_ms)}

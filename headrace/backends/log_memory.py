@@ -1,58 +1,70 @@
-"""A log in memory that passes the same suite as Kafka: for simulation, unit tests and replay."""
+"""The log in this process: same contract as Kafka's, for tests, simulations and replay."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
-from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.log import Delivered, Record, TopicSpec
 
 
 class MemoryLog:
-    """All topics of one broker. Share it between producers and readers; thread-safe."""
+    """Topics as lists of records. Thread-safe; hand it to any number of producers, readers and admins."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+        self.now_ms = now_ms
+        self.changed = threading.Condition()
         self.topics: dict[str, list[list[Record]]] = {}
-        self._changed = threading.Condition()
+        self.begins: dict[tuple[str, int], int] = {}
 
-    def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
-        """Create what is missing; see `contract.log.Admin`."""
-        for topic in topics:
-            found = self.topics.setdefault(topic.name, [[] for _ in range(topic.partitions)])
-            if len(found) != topic.partitions:
-                raise ConfigRejected(f"topic {topic.name!r} has {len(found)} partitions, not {topic.partitions}.")
+    def partitions(self, topic: str) -> list[list[Record]]:
+        """Return the topic's partitions. Raises `Unavailable` where there is no such topic."""
+        try:
+            return self.topics[topic]
+        except KeyError:
+            raise Unavailable(f"topic {topic!r} does not exist; ensure_topics creates it.") from None
 
     def append(
-        self, topic: str, partition: int, key: bytes | None, value: bytes | None, headers: Mapping[str, str]
+        self, topic: str, partition: int, value: bytes | None, key: bytes | None, headers: Mapping[str, str]
     ) -> int:
         """Append one record and return its offset."""
-        with self._changed:
-            records = self.topics[topic][partition]
-            records.append(Record(topic, partition, len(records), key, value, dict(headers), 0))
-            self._changed.notify_all()
-            return len(records) - 1
+        with self.changed:
+            records = self.partitions(topic)[partition]
+            offset = self.begins[topic, partition] + len(records)
+            records.append(Record(topic, partition, offset, key, value, dict(headers), self.now_ms()))
+            self.changed.notify_all()
+            return offset
 
-    def producer(self) -> MemoryProducer:
-        """Return a new producer."""
-        return MemoryProducer(self)
+    def trim(self, topic: str, partition: int, begin: int) -> None:
+        """Delete what lies before offset `begin`, as retention does."""
+        with self.changed:
+            first = self.begins[topic, partition]
+            del self.partitions(topic)[partition][: max(0, begin - first)]
+            self.begins[topic, partition] = max(first, begin)
+
+    def producer(self, queue_max: int = 100_000) -> MemoryProducer:
+        """Return a producer on this log."""
+        return MemoryProducer(self, queue_max)
 
     def reader(self) -> MemoryReader:
-        """Return a new reader."""
+        """Return a reader on this log."""
         return MemoryReader(self)
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait for an append, at most `timeout_s`."""
-        with self._changed:
-            self._changed.wait(timeout_s)
+    def admin(self) -> MemoryAdmin:
+        """Return an admin on this log."""
+        return MemoryAdmin(self)
 
 
 class MemoryProducer:
-    """Appends at once; receipts run at the next `poll` or `flush`, as Kafka's do."""
+    """Appends at once; receipts wait for `poll`, as with Kafka."""
 
-    def __init__(self, log: MemoryLog) -> None:
+    def __init__(self, log: MemoryLog, queue_max: int = 100_000) -> None:
         self._log = log
-        self._due: list[tuple[Delivered, int]] = []
+        self._queue_max = queue_max
+        self._receipts: deque[tuple[Delivered | None, Exception | None, int]] = deque()
 
     def send(
         self,
@@ -64,29 +76,36 @@ class MemoryProducer:
         headers: Mapping[str, str] | None = None,
         delivered: Delivered | None = None,
     ) -> None:
-        """Append one record."""
-        offset = self._log.append(topic, partition, key, value, headers or {})
-        if delivered is not None:
-            self._due.append((delivered, offset))
+        """Append one record. Raises `Overloaded` when `queue_max` receipts wait for `poll`."""
+        if len(self._receipts) >= self._queue_max:
+            raise Overloaded(f"{self._queue_max} records wait for their receipts; poll, then offer this one again.")
+        try:
+            offset = self._log.append(topic, partition, value, key, headers or {})
+        except (Unavailable, IndexError) as error:
+            self._receipts.append((delivered, Unavailable(f"{topic}/{partition}: {error}"), -1))
+        else:
+            self._receipts.append((delivered, None, offset))
 
     def poll(self, timeout_s: float) -> None:
-        """Run receipts that are due."""
-        due, self._due = self._due, []
-        for delivered, offset in due:
-            delivered(None, offset)
+        """Run the callbacks that are due; all are, so it never waits."""
+        for _ in range(len(self._receipts)):
+            delivered, error, offset = self._receipts.popleft()
+            if delivered is not None:
+                delivered(error, offset)
 
     def flush(self, timeout_s: float) -> int:
-        """Run receipts; none is ever outstanding."""
-        self.poll(timeout_s)
+        """Run all callbacks; return 0."""
+        while self._receipts:
+            self.poll(0.0)
         return 0
 
     def close(self) -> None:
-        """Run receipts."""
-        self.poll(0)
+        """Run all callbacks."""
+        self.flush(0.0)
 
 
 class MemoryReader:
-    """Reads assigned partitions by offset."""
+    """Reads assigned partitions in turn, as Kafka's does."""
 
     def __init__(self, log: MemoryLog) -> None:
         self._log = log
@@ -97,31 +116,65 @@ class MemoryReader:
         self._next = dict(offsets)
 
     def poll(self, records_max: int, timeout_s: float) -> Sequence[Record]:
-        """Return up to `records_max` records, partition by partition."""
-        found = self._take(records_max)
-        if not found and timeout_s > 0:
-            self._log.wait(timeout_s)
-            found = self._take(records_max)
-        return found
-
-    def _take(self, records_max: int) -> list[Record]:
-        found: list[Record] = []
-        for (topic, partition), offset in self._next.items():
-            records = self._log.topics[topic][partition]
-            if offset > len(records):
-                raise InvariantBroken(f"{topic}/{partition} ends at {len(records)}, before offset {offset}.")
-            taken = records[offset : offset + records_max - len(found)]
-            found.extend(taken)
-            self._next[topic, partition] = offset + len(taken)
-        return found
+        """Return up to `records_max` records, in order within a partition."""
+        with self._log.changed:
+            taken = self._take(records_max)
+            if not taken and timeout_s > 0:
+                self._log.changed.wait_for(self._has_more, timeout_s)
+                taken = self._take(records_max)
+            return taken
 
     def begin_offsets(self, topic: str) -> dict[int, int]:
-        """Return 0 for each partition: nothing is ever deleted."""
-        return dict.fromkeys(range(len(self._log.topics[topic])), 0)
+        """Return the first kept offset of each partition."""
+        with self._log.changed:
+            return {p: self._log.begins[topic, p] for p in range(len(self._log.partitions(topic)))}
 
     def end_offsets(self, topic: str) -> dict[int, int]:
-        """Return, a partition, the offset that the next record will get."""
-        return {p: len(records) for p, records in enumerate(self._log.topics[topic])}
+        """Return the next offset of each partition."""
+        with self._log.changed:
+            return {p: self._log.begins[topic, p] + len(r) for p, r in enumerate(self._log.partitions(topic))}
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Let go."""
+        self._next = {}
+
+    def _has_more(self) -> bool:
+        return any(n < self._log.begins[t, p] + len(self._log.partitions(t)[p]) for (t, p), n in self._next.items())
+
+    def _take(self, records_max: int) -> list[Record]:
+        taken: list[Record] = []
+        for (topic, partition), following in self._next.items():
+            records = self._log.partitions(topic)[partition]
+            begin = self._log.begins[topic, partition]
+            end = begin + len(records)
+            if not begin <= following <= end:
+                raise InvariantBroken(
+                    f"{topic}/{partition}: offset {following} is wanted, the log has [{begin}, {end}). "
+                    "Reading on would skip events; restore from a state that still lies in the log."
+                )
+            start = following - begin
+            some = records[start : start + records_max - len(taken)]
+            taken.extend(some)
+            self._next[topic, partition] = following + len(some)
+        return taken
+
+
+class MemoryAdmin:
+    """Creates topics in a `MemoryLog`."""
+
+    def __init__(self, log: MemoryLog) -> None:
+        self._log = log
+
+    def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
+        """Create what is missing; raise `ConfigRejected` where a topic has another partition count."""
+        with self._log.changed:
+            for spec in topics:
+                have = self._log.topics.get(spec.name)
+                if have is None:
+                    self._log.begins.update({(spec.name, p): 0 for p in range(spec.partitions)})
+                    self._log.topics[spec.name] = [[] for _ in range(spec.partitions)]
+                elif len(have) != spec.partitions:
+                    raise ConfigRejected(
+                        f"topic {spec.name!r} has {len(have)} partitions and the configuration says {spec.partitions}; "
+                        "the count is fixed for a generation: raise log.generation, or set log.partitions back."
+                    )

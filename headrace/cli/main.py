@@ -1,62 +1,74 @@
-"""The `headrace` command: one verb a module, `headrace.cli.stage_<verb>`, imported only when it is asked for."""
+"""`headrace VERB`: finds the verb's module, imports only that one, and turns errors into exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 
-from headrace.cli.runtime import add_common
 from headrace.contract.errors import ConfigRejected, HeadraceError
 
-VERBS: dict[str, str] = {
-    "up": "start the whole stack on this machine and show what happens",
-    "down": "stop what `up` started",
-    "status": "show each process: state, port, memory, log file",
-    "logs": "follow the log of a stage",
-    "doctor": "look for what would keep the stack from running, and name the remedy",
-    "clean": "delete the local state (says what)",
-    "ledger": "account for every event: nothing lost, nothing twice",
-    "replay": "train again as trained and compare digests",
-    "ingest": "run the gateway: Fluent forward in, Kafka out",
-    "stream": "run the join: events in, samples out",
-    "aggregate": "run the aggregator: counters over all partitions",
-    "sink": "run the sink: samples into the lake",
-    "train": "run the trainer: lake, then live; publishes the model",
-    "serve": "run serving: POST /v1/rank on the live model",
-    "shop": "run the demo shop's traffic",
+VERBS: dict[str, tuple[str, str]] = {
+    "up": ("stack_up", "start everything on this machine: Kafka, HDFS, all stages, the demo shop"),
+    "down": ("stack_down", "stop everything that `up` started"),
+    "status": ("stack_status", "show each process, its state, port, memory and log file"),
+    "logs": ("stack_logs", "show and follow a process's log file"),
+    "doctor": ("stack_doctor", "find what keeps the stack from running, and say the remedy"),
+    "clean": ("stack_clean", "delete local state, after saying what goes"),
+    "ledger": ("stage_ledger", "account for every event: read, joined, learnt, lost, twice"),
+    "replay": ("stage_replay", "run stored samples through the same learner again"),
+    "ingest": ("stage_ingest", "gateway: Fluent forward in, batches to Kafka out"),
+    "stream": ("stage_stream", "join impressions with feedback, featurize, emit samples"),
+    "sink": ("stage_sink", "write samples to the Delta table of the lake"),
+    "aggregate": ("stage_aggregate", "windowed counters of keys other than the partition's"),
+    "train": ("stage_train", "learn from the lake, then from the topic; publish snapshots and deltas"),
+    "serve": ("stage_serve", "answer POST /v1/rank with the newest model"),
+    "shop": ("stage_shop", "demo traffic: ask, show, log, click"),
+    "tensorboard": ("stage_tensorboard", "serve TensorBoard on the trainer's scalars"),
 }
+"""Verb -> (module of headrace.cli, phrase for the help)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return its exit status. 2 means: refused to start, change the configuration."""
+    """Run one verb; 0 is success, 1 a named error, 2 a wrong call, 130 an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in words if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(
         prog="headrace",
         description="Online learning end to end. Each verb has its own --help.",
-        epilog="Addresses come from the environment: HEADRACE_BROKERS, HEADRACE_STORE, HEADRACE_WEBHDFS, PORT_BASE, "
-        "HEADRACE_HOME.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="verbs:\n" + "\n".join(f"  {name:<12} {phrase}" for name, (_, phrase) in VERBS.items()),
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    asked = next((word for word in words if not word.startswith("-")), None)
-    for verb, phrase in VERBS.items():
-        sub = verbs.add_parser(verb, help=phrase, description=phrase[0].upper() + phrase[1:] + ".")
-        if verb == asked:
-            module = importlib.import_module(f"headrace.cli.stage_{verb}")
-            add_common(sub)
-            sub.description = module.HELP
-            module.add_arguments(sub)
-            sub.set_defaults(run=module.main)
-    args = parser.parse_args(words)
+    parser.add_argument("verb", metavar="VERB", choices=list(VERBS), help="one of the verbs below")
+    if verb not in VERBS or words[0] != verb:
+        parser.parse_args(words[:1] or ["--help"])
+        return 2
+    module_name, phrase = VERBS[verb]
     try:
-        return int(args.run(args))
+        module = importlib.import_module(f"headrace.cli.{module_name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"headrace.cli.{module_name}":
+            raise
+        print(f"headrace {verb}: this build has no such stage ({error.name}).", file=sys.stderr)
+        return 1
+    of_verb = argparse.ArgumentParser(
+        prog=f"headrace {verb}",
+        description=module.__doc__ or phrase,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(of_verb)
+    try:
+        return int(module.main(of_verb.parse_args(words[1:])))
     except ConfigRejected as error:
-        print(f"headrace {args.verb}: {error}", file=sys.stderr)
+        print(f"headrace {verb}: {error}", file=sys.stderr)
         return 2
     except HeadraceError as error:
-        logging.getLogger("headrace").critical("%s: %s", type(error).__name__, error)
+        print(f"headrace {verb}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,8 @@
-"""What an entry point hands to a stage: the user's project, the settings, and the backends that were chosen."""
+"""What an entry point needs to start a stage: the user's project, addresses, and the backends chosen from them.
+
+Addresses come from flags, else from the environment, else from what `headrace up` wrote to `.headrace/stack.json`,
+else from the defaults of `headrace.contract.config.PORTS`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Literal
+
+import msgspec
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.blobs_hdfs import HdfsBlobs
@@ -19,140 +25,212 @@ from headrace.backends.clock import SystemClock
 from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.contract.blobs import Blobs
-from headrace.contract.config import Config, decode_config
-from headrace.contract.config import port as port_of
+from headrace.contract.config import PORTS, Config, decode_config, port
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.metrics import Stage
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
 
+HOST = "127.0.0.1"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+class Addresses(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the running stack is; `headrace up` writes it, every other verb of the checkout reads it."""
+
+    brokers: str
+    store: str
+    webhdfs: str | None = None
+    port_base: int | None = None
+    project: str = ""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Everything a stage's entry point needs; made once by `runtime(args)`."""
+    """One started entry point."""
 
     project: Project
     config: Config
-    project_dir: Path
-    home: Path
+    topics: Topics
     brokers: str
     store: str
-    webhdfs: str
+    """`file:/absolute/path` or `hdfs://host:port/path`."""
+    webhdfs: str | None
+    home: Path
+    """Local state, `.headrace`."""
     port_base: int | None
-
-    @property
-    def topics(self) -> Topics:
-        """The topics of the configured generation."""
-        return Topics(self.config.log.generation)
+    project_dir: Path
+    clock: SystemClock = field(default_factory=SystemClock)
 
     def port(self, name: str) -> int:
-        """Return the port of `name`, moved by PORT_BASE."""
-        return port_of(name, self.port_base)
+        """Return the port of `name` from the table of `headrace.contract.config`."""
+        return port(name, self.port_base)
 
     def metrics(self, stage: Stage) -> PrometheusMetrics:
-        """Return the stage's metrics, served on its port."""
-        metrics = PrometheusMetrics(stage)
-        metrics.serve(self.port(f"metrics_{stage}"))
-        return metrics
+        """Start the stage's /metrics, /readyz and /healthz."""
+        return PrometheusMetrics(stage, self.port(f"metrics_{stage}"))
 
-    def producer(self, *, linger_ms: float = 2.0, transactional_id: str | None = None) -> KafkaProducer:
-        """Return a new idempotent producer."""
-        return KafkaProducer(self.brokers, linger_ms=linger_ms, transactional_id=transactional_id)
+    def producer(self, *, linger_ms: float = 2.0) -> KafkaProducer:
+        """Return a producer of these brokers."""
+        return KafkaProducer(self.brokers, linger_ms=linger_ms)
 
     def reader(self) -> KafkaReader:
-        """Return a new reader."""
+        """Return a reader of these brokers."""
         return KafkaReader(self.brokers)
 
     def admin(self) -> KafkaAdmin:
-        """Return a new admin."""
+        """Return an admin of these brokers."""
         return KafkaAdmin(self.brokers)
 
-    def clock(self) -> SystemClock:
-        """Return the machine's clock."""
-        return SystemClock()
-
     def blobs(self) -> Blobs:
-        """Return the blob store below `<store>/blobs`."""
-        if self.store.startswith("file:"):
-            return FileBlobs(Path(self.store.removeprefix("file:")) / "blobs")
-        return HdfsBlobs(self.webhdfs, f"{urlsplit(self.store).path.rstrip('/')}/blobs")
+        """Return the store's blobs, below `<store>/blobs`."""
+        return open_blobs(self.store, self.webhdfs)
 
     @property
     def lake_uri(self) -> str:
-        """Where the table of samples lies, as deltalake takes it: a path or an hdfs:// address."""
-        root = self.store.removeprefix("file:").rstrip("/")
-        return f"{root}/lake/samples" + ("" if self.config.log.generation == 1 else f".g{self.config.log.generation}")
+        """Where the Delta table of samples lies: a path, or an hdfs:// address."""
+        return f"{self.store.removeprefix('file:')}/lake/samples"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        """Where the trainer writes its scalars and TensorBoard reads them."""
+        return self.home / "tensorboard"
+
+
+def open_blobs(store: str, webhdfs: str | None) -> Blobs:
+    """Return the blobs of a store. Raises `ConfigRejected` for an address of another kind."""
+    if store.startswith("file:"):
+        return FileBlobs(Path(store.removeprefix("file:")) / "blobs")
+    if store.startswith("hdfs://"):
+        host, _, path = store.removeprefix("hdfs://").partition("/")
+        return HdfsBlobs(webhdfs or f"http://{host.partition(':')[0]}:9870", f"{path}/blobs")
+    raise ConfigRejected(f"STORE is {store!r}; it is file:/absolute/path or hdfs://host:port/path.")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every verb takes."""
-    parser.add_argument(
-        "--project",
-        metavar="DIR",
-        default=os.environ.get("HEADRACE_PROJECT") or default_project(),
-        help="folder with headrace.toml and your Python file (default: $HEADRACE_PROJECT, else the demo shop)",
+    """Add the flags that every stage has."""
+    parser.add_argument("--project", metavar="DIR", help="folder with headrace.toml (HEADRACE_PROJECT; examples/shop)")
+    parser.add_argument("--brokers", help="Kafka's addresses (HEADRACE_BROKERS)")
+    parser.add_argument("--store", help="file:/path or hdfs://host:port/path (HEADRACE_STORE)")
+    parser.add_argument("--webhdfs", help="http://host:port of the NameNode (HEADRACE_WEBHDFS)")
+    parser.add_argument("--home", metavar="DIR", help="local state (HEADRACE_HOME; .headrace)")
+    parser.add_argument("--port-base", type=int, help="moves all ports together (PORT_BASE)")
+    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+
+
+def open_runtime(args: argparse.Namespace) -> Runtime:
+    """Return the runtime that flags and environment describe; sets logging up. Raises `ConfigRejected`."""
+    set_logging(getattr(args, "log_level", "INFO"))
+    home = find_home(getattr(args, "home", None))
+    at = find_addresses(args, home)
+    project_dir = find_project(at.project)
+    config, project = load_project(project_dir)
+    return Runtime(
+        project=project,
+        config=config,
+        topics=Topics(config.log.generation),
+        brokers=at.brokers,
+        store=at.store,
+        webhdfs=at.webhdfs,
+        home=home,
+        port_base=at.port_base,
+        project_dir=project_dir,
     )
-    parser.add_argument("--log-level", default=os.environ.get("HEADRACE_LOG_LEVEL", "INFO"), help="default: INFO")
 
 
-def default_project() -> str:
-    """Return the demo shop's folder."""
-    return str(Path(__file__).resolve().parents[2] / "examples" / "shop")
+def find_home(flag: str | None = None) -> Path:
+    """Return the folder of local state: flag, HEADRACE_HOME, or `.headrace` here or in a folder above."""
+    told = flag or os.environ.get("HEADRACE_HOME")
+    if told:
+        return Path(told).absolute()
+    here = Path.cwd()
+    return next((p / ".headrace" for p in (here, *here.parents) if (p / ".headrace").is_dir()), here / ".headrace")
 
 
-def setup_logging(level: str) -> None:
-    """Log to stderr, one line an event; chatty libraries at WARNING."""
-    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr)
-    for noisy in ("aiokafka", "faust", "hdfs", "urllib3", "httpx", "uvicorn.access", "mode", "kafka"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+def find_addresses(args: argparse.Namespace, home: Path) -> Addresses:
+    """Return addresses from flags, environment, the last `up`, or defaults, in this order."""
+    saved = read_addresses(home)
+    told_base = getattr(args, "port_base", None) or _number("PORT_BASE")
+    base = told_base if told_base is not None or saved is None else saved.port_base
+    if saved is not None and told_base is not None and told_base != saved.port_base:
+        saved = None  # its addresses belong to other ports
+
+    def pick(flag: str, variable: str, before: str | None, default: str | None) -> str | None:
+        return getattr(args, flag, None) or os.environ.get(variable) or before or default
+
+    store = pick("store", "HEADRACE_STORE", saved.store if saved else None, None)
+    store = store or f"hdfs://{HOST}:{port('namenode', base)}/headrace"
+    return Addresses(
+        brokers=pick("brokers", "HEADRACE_BROKERS", saved.brokers if saved else None, None)
+        or f"{HOST}:{port('kafka', base)}",
+        store=store,
+        webhdfs=pick(
+            "webhdfs",
+            "HEADRACE_WEBHDFS",
+            saved.webhdfs if saved and saved.store == store else None,
+            f"http://{HOST}:{port('namenode_http', base)}" if store.startswith(f"hdfs://{HOST}:") else None,
+        ),
+        port_base=base,
+        project=pick("project", "HEADRACE_PROJECT", saved.project if saved else None, "") or "",
+    )
 
 
-def runtime(args: argparse.Namespace) -> Runtime:
-    """Load settings and project, read the environment. Raises `ConfigRejected` naming what to change."""
-    setup_logging(args.log_level)
-    folder = Path(args.project).resolve()
-    config, project = load_project(folder)
-    base = os.environ.get("PORT_BASE") or None
+def read_addresses(home: Path) -> Addresses | None:
+    """Return what the last `up` wrote, or None."""
     try:
-        port_base = int(base) if base else None
-    except ValueError as error:
-        raise ConfigRejected(f"PORT_BASE={base!r} is no number; give one such as 30000.") from error
-    home = Path(os.environ.get("HEADRACE_HOME") or ".headrace").resolve()
-    brokers = os.environ.get("HEADRACE_BROKERS") or f"127.0.0.1:{port_of('kafka', port_base)}"
-    store = os.environ.get("HEADRACE_STORE") or f"hdfs://127.0.0.1:{port_of('namenode', port_base)}/headrace"
-    if not store.startswith(("file:/", "hdfs://")):
-        raise ConfigRejected(f"HEADRACE_STORE={store!r}: give file:/absolute/path or hdfs://host:port/path.")
-    host = urlsplit(store).hostname or "127.0.0.1"
-    webhdfs = os.environ.get("HEADRACE_WEBHDFS") or f"http://{host}:{port_of('namenode_http', port_base)}"
-    return Runtime(project, config, folder, home, brokers, store, webhdfs, port_base)
+        return msgspec.json.decode((home / "stack.json").read_bytes(), type=Addresses)
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+        return None
+
+
+def find_project(told: str) -> Path:
+    """Return the user's folder: the one told, `examples/shop` here, or the shop that is installed."""
+    if told:
+        return Path(told).absolute()
+    here = Path.cwd() / "examples" / "shop"
+    if (here / "headrace.toml").exists():
+        return here
+    return Path(__file__).parents[2] / "examples" / "shop"
 
 
 def load_project(folder: Path) -> tuple[Config, Project]:
-    """Read `headrace.toml` and import the Python file that it names, under a name that meets nobody else's."""
-    toml = folder / "headrace.toml"
-    if not toml.is_file():
-        raise ConfigRejected(f"{toml} is not there. --project takes the folder that holds it; see examples/shop.")
-    config = decode_config(toml.read_bytes(), where=str(toml))
-    path = folder / config.module
-    if not path.is_file():
-        raise ConfigRejected(f"{toml} says module = {config.module!r}, and {path} is not there.")
-    spec = importlib.util.spec_from_file_location("headrace_user_project", path)
-    if spec is None or spec.loader is None:
-        raise ConfigRejected(f"{path} cannot be imported: it is no Python file.")
+    """Return the decoded headrace.toml and the checked Project that it names. Raises `ConfigRejected`."""
+    file = folder / "headrace.toml"
+    if not file.exists():
+        raise ConfigRejected(f"{file} does not exist; --project or HEADRACE_PROJECT names the folder that holds it.")
+    config = decode_config(file.read_bytes(), where=str(file))
+    module_file = folder / config.module
+    spec = importlib.util.spec_from_file_location("headrace_project", module_file)
+    if spec is None or spec.loader is None or not module_file.exists():
+        raise ConfigRejected(f"{file}: module {config.module!r} is no Python file in {folder}.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules.setdefault("headrace_project", module)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     spec.loader.exec_module(module)
     project = getattr(module, config.object, None)
     if not isinstance(project, Project):
-        raise ConfigRejected(f"{path} has no headrace Project named {config.object!r}; see examples/shop/shop.py.")
+        raise ConfigRejected(f"{module_file} has no Project named {config.object!r}, but {type(project).__name__}.")
     return config, project.checked()
 
 
-def stop_on_signals() -> threading.Event:
-    """Return an event that SIGTERM and SIGINT set."""
+def set_logging(level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO") -> None:
+    """Log to stderr, one line an event."""
+    logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr, force=True)
+
+
+def stop_event() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set: the stage then has 5 s to stop cleanly."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    if not text.isdigit() or not 1_024 <= int(text) <= 65_535 - len(PORTS):
+        raise ConfigRejected(f"{variable}={text!r}: a number from 1024 to {65_535 - len(PORTS)} is wanted.")
+    return int(text)

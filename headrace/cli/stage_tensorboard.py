@@ -1,0 +1,33 @@
+"""Serve TensorBoard on the scalars that the trainer writes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from headrace.cli.runtime import HOST, add_common, find_addresses, find_home
+from headrace.contract.config import port
+
+HELP = "serve TensorBoard on the trainer's scalars"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Become TensorBoard: the supervisor's signals then reach it directly."""
+    home = find_home(args.home)
+    folder = home / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    listen = port("tensorboard", find_addresses(args, home).port_base)
+    sys.stdout.flush()
+    os.execv(
+        sys.executable,
+        [
+            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", HOST),
+            *("--port", str(listen), "--reload_interval", "5", "--load_fast", "false"),
+        ],
+    )
