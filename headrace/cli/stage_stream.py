@@ -1,0 +1,41 @@
+"""Joins impressions with feedback, featurizes, and emits samples; any number of these share the partitions."""
+
+from __future__ import annotations
+
+import argparse
+
+from headrace.cli.runtime import add_common, open_runtime, stop_event
+
+HELP = "join impressions with feedback, featurize, emit samples"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the stage's flags."""
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the stage until SIGTERM."""
+    from headrace.stream.app import run
+
+    runtime = open_runtime(args)
+    stop = stop_event()
+    metrics = runtime.metrics("stream")
+    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    producer = runtime.producer(linger_ms=1.0)
+    try:
+        return run(
+            runtime.project,
+            runtime.config,
+            runtime.topics,
+            runtime.brokers,
+            producer,
+            runtime.blobs(),
+            metrics,
+            runtime.clock,
+            runtime.home / "faust" / "stream",
+            stop,
+            metrics.ready,
+        )
+    finally:
+        metrics.close()

@@ -1,0 +1,168 @@
+"""The aggregator's core: counters over all partitions, settled on a grid of event time. Pure.
+
+What a grid point T holds does not depend on how partitions were read in turn: of every partition exactly the rows that
+lie before the punctuation with which that partition's own watermark reached T.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.contract.errors import EventRejected
+from headrace.contract.events import (
+    FEEDBACK,
+    IMPRESSION,
+    PUNCTUATION,
+    decode_batch,
+    decode_punctuation,
+    feedback_schema,
+    impression_schema,
+)
+from headrace.contract.log import Record
+from headrace.contract.project import Project
+from headrace.stream.features.counters import CounterState, key_strings, value_as_of
+from headrace.stream.memory import Memory, key_of
+from headrace.stream.watermark import Watermark
+
+
+@dataclass(frozen=True)
+class Settled:
+    """One key's counts as of a grid point; `buckets` is empty when nothing is in the window any more."""
+
+    counter: str
+    key: str
+    as_of_ms: int
+    counts: list[float]
+    bucket_ms: int
+    buckets: dict[int, list[int]]
+
+
+class AggregatorState:
+    """Counters of every key, and per partition what its watermark has not settled yet."""
+
+    def __init__(self, project: Project, partitions: int, *, grid_ms: int, silent_ms: int, horizon_ms: int) -> None:
+        self.project, self.grid_ms = project, grid_ms
+        self.counters = [CounterState(c) for c in project.features.counters]
+        self.offsets = [-1] * partitions
+        self.watermarks = [Watermark(silent_ms) for _ in range(partitions)]
+        self.seen = [Memory(horizon_ms) for _ in range(partitions)]
+        self.staged: list[deque[tuple[int, int, str, int, int]]] = [deque() for _ in range(partitions)]
+        """Per partition (grid point reached before it, counter, key, entry, event time), in log order."""
+        self.settled_ms = -1
+        self.epoch_seen = -1
+        self._schemas = {f.name: feedback_schema(project, f) for f in project.feedback}
+        self._impressions = impression_schema(project)
+
+    def take(self, record: Record) -> list[Settled]:
+        """Apply one record and return what it settled; one at or below the partition's offset is ignored."""
+        partition = record.partition
+        if record.offset <= self.offsets[partition] or record.value is None:
+            return []
+        self.offsets[partition] = record.offset
+        kind = record.headers.get("kind", "")
+        try:
+            if kind == PUNCTUATION:
+                watermark_ms = self.watermarks[partition].take(decode_punctuation(record.value))
+                self.seen[partition].advance(watermark_ms)
+                return self._settle()
+            if kind == IMPRESSION:
+                self._stage(partition, IMPRESSION, decode_batch(record.value, self._impressions))
+            elif kind == FEEDBACK and record.headers.get("type", "") in self._schemas:
+                name = record.headers["type"]
+                self._stage(partition, name, decode_batch(record.value, self._schemas[name]))
+        except EventRejected:
+            pass  # The join counts it.
+        return []
+
+    def _stage(self, partition: int, name: str, batch: Any) -> None:
+        reached = self.watermarks[partition].time_ms // self.grid_ms
+        seen = self.seen[partition]
+        fresh: list[int] = []
+        for row, event_id in enumerate(batch.column("event_id").to_pylist()):
+            key = key_of(name, event_id)
+            if seen.get(key) is None:
+                seen.put(key)
+                fresh.append(row)
+        times = batch.column("event_time_ms").to_pylist()
+        for index, state in enumerate(self.counters):
+            if name not in state.counter.counts:
+                continue
+            entry = state.counter.counts.index(name)
+            keys = key_strings(batch.column(state.counter.key))
+            for row in fresh:
+                key_text = keys[row]
+                if key_text is not None:
+                    self.staged[partition].append((reached, index, key_text, entry, times[row]))
+
+    def _settle(self) -> list[Settled]:
+        top = min(w.time_ms for w in self.watermarks) // self.grid_ms
+        if top < 0:
+            return []
+        settled: list[Settled] = []
+        grid = self.settled_ms // self.grid_ms + 1 if self.settled_ms >= 0 else top
+        # After a silence only points at which something can change are worth a visit: rows, or a bucket's end.
+        while grid <= top:
+            settled += self._settle_at(grid)
+            grid += 1
+            if grid < top and not any(self.staged) and not any(c.rows for c in self.counters):
+                grid = top
+        self.settled_ms = max(self.settled_ms, top * self.grid_ms)
+        return settled
+
+    def _settle_at(self, grid: int) -> list[Settled]:
+        as_of_ms = grid * self.grid_ms
+        changed: list[set[str]] = [set() for _ in self.counters]
+        for index, state in enumerate(self.counters):
+            left = as_of_ms // state.width_ms - state.counter.buckets
+            before = (as_of_ms - self.grid_ms) // state.width_ms - state.counter.buckets
+            for bucket in range(max(before, left - 2 * state.counter.buckets) + 1, left + 1):
+                changed[index] |= state.keys_of(bucket)
+        for rows in self.staged:
+            while rows and rows[0][0] < grid:
+                _, index, key, entry, time_ms = rows.popleft()
+                self.counters[index].add(key, entry, time_ms)
+                changed[index].add(key)
+        settled = [
+            self._value(state, key, as_of_ms)
+            for state, keys in zip(self.counters, changed, strict=True)
+            for key in sorted(keys)
+        ]
+        for state in self.counters:
+            state.advance(as_of_ms)
+        return settled
+
+    def _value(self, state: CounterState, key: str, as_of_ms: int) -> Settled:
+        row = state.rows.get(key, {})
+        bottom = as_of_ms // state.width_ms - state.counter.buckets
+        counts = [float(c) for c in value_as_of(row, state.counter, as_of_ms)]
+        kept = {b: list(c) for b, c in sorted(row.items()) if b > bottom}
+        return Settled(state.counter.name, key, as_of_ms, counts, state.width_ms, kept)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the state as dicts, lists, numbers, texts and bytes."""
+        return {
+            "offsets": self.offsets,
+            "watermarks": [w.to_plain() for w in self.watermarks],
+            "seen": [m.to_plain() for m in self.seen],
+            "staged": [[list(item) for item in rows] for rows in self.staged],
+            "counters": [c.to_plain() for c in self.counters],
+            "settled_ms": self.settled_ms,
+            "epoch_seen": self.epoch_seen,
+        }
+
+    def load_plain(self, plain: dict[str, Any]) -> None:
+        """Take over what `to_plain` gave."""
+        self.offsets = list(plain["offsets"])
+        _load_each(self.watermarks, plain["watermarks"])
+        _load_each(self.seen, plain["seen"])
+        _load_each(self.counters, plain["counters"])
+        self.staged = [deque((r, i, k, e, t) for r, i, k, e, t in rows) for rows in plain["staged"]]
+        self.settled_ms, self.epoch_seen = plain["settled_ms"], plain["epoch_seen"]
+
+
+def _load_each(several: Sequence[Any], plains: Sequence[Any]) -> None:
+    for one, plain in zip(several, plains, strict=True):
+        one.load_plain(plain)

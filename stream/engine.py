@@ -1,0 +1,219 @@
+"""The Faust shell of every consumer: group, assignment and polling are Faust's; where to go on from is the state's.
+
+1. At the first record of a partition after an assignment the stage restores its state, which says the next offset.
+2. Records before it are skipped; when Faust is beyond it, the consumer seeks back.
+3. Records are handed on one by one, in order; none is acknowledged before the stage says that its effect is durable.
+4. A revoked partition's state is dropped: its new owner restores its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import faust
+from faust.types import TP
+
+from headrace.contract.errors import HeadraceError, InvariantBroken
+from headrace.contract.log import Record
+
+log = logging.getLogger("headrace.engine")
+
+TICK_S = 0.005
+SEEK_WAIT_S = 20.0
+"""After a seek the wanted record comes within a fetch; longer means that the log does not have it."""
+STOP_S = 3.0
+
+
+class Stage(Protocol):
+    """What a stage does with its partitions; called from one event loop."""
+
+    async def begin(self, partition: int) -> int | None:
+        """Restore the partition's state and return the next offset that it wants; None for the earliest."""
+
+    async def take(self, record: Record) -> None:
+        """Apply one record."""
+
+    async def tick(self) -> None:
+        """Do what is due; called every 5 ms. Raises to stop the process with exit status 1."""
+
+    def drop(self, partitions: set[int]) -> None:
+        """Forget these partitions' state."""
+
+    async def finish(self) -> None:
+        """Make what is possible durable within 2 seconds: the process stops."""
+
+
+class Engine:
+    """One Faust app over one topic, run until `stop` is set."""
+
+    def __init__(self, name: str, brokers: str, topic: str, partitions: int, datadir: Path) -> None:
+        self.app = faust.App(
+            name,
+            broker=[f"kafka://{address}" for address in brokers.split(",")],
+            store="memory://",
+            datadir=str(datadir),
+            key_serializer="raw",
+            value_serializer="raw",
+            topic_partitions=partitions,
+            topic_disable_leader=True,
+            topic_allow_declare=False,
+            stream_wait_empty=False,
+            stream_buffer_maxsize=1_024,
+            broker_commit_interval=0.5,
+            broker_session_timeout=10.0,
+            broker_heartbeat_interval=2.0,
+            broker_request_timeout=30.0,
+            consumer_auto_offset_reset="earliest",
+            consumer_max_fetch_size=8 * 1024 * 1024,
+            web_enabled=False,
+        )
+        self.topic = topic
+        self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)
+        self.next: dict[int, int] = {}
+        self._held: dict[int, deque[Any]] = {}
+        self._seeking: dict[int, float] = {}
+        self._failure: BaseException | None = None
+
+    def acknowledge(self, partition: int, upto: int) -> None:
+        """Let Faust commit the partition's records up to offset `upto`, whose effects are durable."""
+        held = self._held.get(partition)
+        while held and held[0].offset <= upto:
+            held.popleft().ack(self.app.consumer)
+
+    def lag(self) -> int:
+        """Return how many records lie in the log beyond what was taken, over all partitions."""
+        total = 0
+        for partition, following in list(self.next.items()):
+            high = self.app.consumer.highwater(TP(self.topic, partition))
+            total += max(0, (high or 0) - following)
+        return total
+
+    def run(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
+        """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may mend."""
+        return asyncio.run(self._main(stage, stop, ready))
+
+    async def _main(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
+        app = self.app
+
+        @app.agent(self.channel, name=f"{app.conf.id}-agent")
+        async def agent(stream: Any) -> None:
+            async for event in stream.noack().events():
+                try:
+                    await self._take(stage, event)
+                except asyncio.CancelledError:
+                    raise
+                except BaseException as error:
+                    self._failure = self._failure or error
+                    await asyncio.sleep(3600)
+
+        async def revoked(_app: Any, partitions: set[TP], **_: Any) -> None:
+            self._forget(stage, {tp.partition for tp in partitions if tp.topic == self.topic})
+
+        app.on_partitions_revoked.connect(revoked, weak=False)
+        ready(False, "waiting for Kafka's group")
+        app.finalize()
+        starting = asyncio.ensure_future(app.start())
+        status = 0
+        try:
+            while not stop.is_set() and self._failure is None:
+                await asyncio.sleep(TICK_S)
+                if starting.done() and starting.exception() is not None:
+                    self._failure = starting.exception()
+                elif app.crashed:
+                    self._failure = app.crash_reason
+                else:
+                    await stage.tick()
+                    if self.next:
+                        ready(True, "")
+        except Exception as error:
+            self._failure = error
+        ready(False, "stopping")
+        if self._failure is not None:
+            status = 1
+            log.error(
+                "stopping: %s: %s",
+                type(self._failure).__name__,
+                self._failure,
+                exc_info=None if isinstance(self._failure, HeadraceError) else self._failure,
+            )
+        else:
+            await _bounded(stage.finish(), "durable state")
+        starting.cancel()
+        await _bounded(app.stop(), "Faust")
+        return status
+
+    def _forget(self, stage: Stage, partitions: set[int]) -> None:
+        stage.drop(partitions)
+        for partition in partitions:
+            self.next.pop(partition, None)
+            self._held.pop(partition, None)
+            self._seeking.pop(partition, None)
+
+    async def _take(self, stage: Stage, event: Any) -> None:
+        message = event.message
+        partition, offset = message.partition, message.offset
+        if partition not in self.next:
+            self.next[partition] = await self._begin(stage, partition)
+        following = self.next[partition]
+        if offset < following:
+            message.ack(self.app.consumer)
+            return
+        if offset > following:
+            await self._seek(partition, offset, following)
+            return
+        self._seeking.pop(partition, None)
+        record = Record(
+            self.topic, partition, offset, message.key, message.value, _headers(message), int(message.timestamp * 1000)
+        )
+        # The value is the bulk; only the message's place is needed until it is acknowledged.
+        message.value = None
+        self._held.setdefault(partition, deque()).append(message)
+        await stage.take(record)
+        if partition in self.next:
+            self.next[partition] = offset + 1
+
+    async def _begin(self, stage: Stage, partition: int) -> int:
+        wanted = await stage.begin(partition)
+        tp = TP(self.topic, partition)
+        earliest: int = (await self.app.consumer.earliest_offsets(tp))[tp]
+        if wanted is None:
+            wanted = earliest
+        elif wanted < earliest:
+            raise InvariantBroken(
+                f"{self.topic}/{partition}: the state goes on from offset {wanted}, the log begins at {earliest}. "
+                "Reading on would skip events; raise log.generation to begin anew."
+            )
+        log.info("%s/%d: going on from offset %d", self.topic, partition, wanted)
+        return wanted
+
+    async def _seek(self, partition: int, offset: int, wanted: int) -> None:
+        now = asyncio.get_running_loop().time()
+        since = self._seeking.setdefault(partition, now)
+        if since == now:
+            log.info("%s/%d: Faust is at %d, seeking back to %d", self.topic, partition, offset, wanted)
+            await self.app.consumer.seek_wait({TP(self.topic, partition): wanted})
+        elif now - since > SEEK_WAIT_S:
+            raise InvariantBroken(
+                f"{self.topic}/{partition}: offset {wanted} does not come, {offset} does; the log has a gap."
+            )
+
+
+async def _bounded(work: Any, what: str) -> None:
+    try:
+        await asyncio.wait_for(work, STOP_S)
+    except (TimeoutError, asyncio.CancelledError):
+        log.warning("%s did not finish in %g s; the next start goes on from the last snapshot", what, STOP_S)
+    except Exception as error:
+        log.warning("%s: %s", what, error)
+
+
+def _headers(message: Any) -> dict[str, str]:
+    headers = message.headers or ()
+    pairs = headers.items() if hasattr(headers, "items") else headers
+    return {name: value.decode() if isinstance(value, bytes) else str(value) for name, value in pairs}

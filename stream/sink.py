@@ -1,0 +1,208 @@
+"""The sink: samples from their topic to the lake, each once.
+
+1. At an assignment ask the lake's newest version: the offset to go on from and the last position it holds.
+2. Drop rows that are not beyond the partition's position. A record that begins after a position not reached yet was
+   written out of turn: it is left out, counted (`gap_total`) and comes again from the partition's owner.
+3. Every `sink.commit_ms`, or `sink.commit_rows`, commit rows, offsets and positions in one Delta commit.
+4. Then let Faust commit. When a commit fails, everything since the last one is dropped and read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.contract.clock import Clock
+from headrace.contract.config import Config
+from headrace.contract.errors import Unavailable
+from headrace.contract.events import decode_batch
+from headrace.contract.log import Record
+from headrace.contract.metrics import Metrics
+from headrace.contract.positions import START, Position, Positions
+from headrace.contract.project import Project
+from headrace.contract.sample import parse_position, sample_schema
+from headrace.contract.topics import Topics
+from headrace.stream.engine import Engine
+
+log = logging.getLogger("headrace.sink")
+
+
+class LakeState(Protocol):
+    """What one version of the lake holds."""
+
+    @property
+    def version(self) -> int:
+        """The table's version."""
+
+    @property
+    def positions(self) -> Positions:
+        """Everything at or below these is in the lake."""
+
+    @property
+    def next_offsets(self) -> Mapping[int, int]:
+        """The `samples` offsets to go on from."""
+
+
+class Lake(Protocol):
+    """Where samples are stored; rows and places in one commit."""
+
+    def append(
+        self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
+    ) -> int:
+        """Commit all or nothing and return the version."""
+
+    def state(self, version: int | None = None) -> LakeState | None:
+        """Return where the lake has got to; None while there is none."""
+
+
+class SinkStage:
+    """The shell around the lake; see the module for the protocol."""
+
+    def __init__(self, project: Project, config: Config, lake: Lake, metrics: Metrics, clock: Clock) -> None:
+        self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
+        self.schema = sample_schema(project)
+        self.engine: Engine | None = None
+        self.positions: dict[int, Position] = {}
+        self.next: dict[int, int] = {}
+        self.batches: list[tuple[int, pa.RecordBatch]] = []
+        self.rows = 0
+        self._moved: set[int] = set()
+        self._due_s = 0.0
+        self._metrics_due_s = 0.0
+        self._committing: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
+
+    async def begin(self, partition: int) -> int | None:
+        """Ask the lake where the partition goes on."""
+        if self._committing is not None:
+            await asyncio.wait([self._committing])
+        state = await asyncio.to_thread(_patiently, self.lake.state, self.clock)
+        self.positions[partition] = START if state is None else state.positions.at(partition)
+        return None if state is None else state.next_offsets.get(partition)
+
+    async def take(self, record: Record) -> None:
+        """Keep what is new of one record for the next commit."""
+        partition, own = record.partition, self.positions[record.partition]
+        self.next[partition] = record.offset + 1
+        self._moved.add(partition)
+        self.metrics.add("records_read_total")
+        if record.value is None:
+            return
+        after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
+        if after > own:
+            self.metrics.add("gap_total")
+            log.error(
+                "samples/%d offset %d begins after %s, the lake is at %s: written out of turn and left out; its "
+                "owner sends it again. If this repeats, compare `headrace ledger`.",
+                partition,
+                record.offset,
+                after,
+                own,
+            )
+            return
+        if last <= own:
+            return
+        batch = decode_batch(record.value, self.schema)
+        offset_N, rank_N = batch["offset"].to_numpy(), batch["rank"].to_numpy()
+        fresh_N = (offset_N > own.offset) | ((offset_N == own.offset) & (rank_N > own.rank))
+        fresh = batch if fresh_N.all() else batch.filter(pa.array(np.asarray(fresh_N)))
+        self.batches.append((partition, fresh))
+        self.rows += fresh.num_rows
+        self.positions[partition] = last
+        while self.rows >= 2 * self.config.commit_rows and self._failure is None:
+            await asyncio.sleep(0.01)
+
+    async def tick(self) -> None:
+        """Begin a commit that is due."""
+        if self._failure is not None:
+            raise self._failure
+        now_s = self.clock.monotonic()
+        if self._committing is None and self.batches and (now_s >= self._due_s or self.rows >= self.config.commit_rows):
+            self._begin_commit()
+        if now_s >= self._metrics_due_s and self.engine is not None:
+            self._metrics_due_s = now_s + 1.0
+            self.metrics.set("lag_records", self.engine.lag())
+
+    def drop(self, partitions: set[int]) -> None:
+        """Forget what is not committed of revoked partitions; the lake tells the new owner where to go on."""
+        self.batches = [(p, b) for p, b in self.batches if p not in partitions]
+        self.rows = sum(b.num_rows for _, b in self.batches)
+        self._moved -= partitions
+        for partition in partitions:
+            self.positions.pop(partition, None)
+            self.next.pop(partition, None)
+
+    async def finish(self) -> None:
+        """Commit what is there."""
+        if self._committing is not None:
+            await asyncio.wait([self._committing])
+        if self.batches and self._failure is None:
+            self._begin_commit()
+        if self._committing is not None:
+            await asyncio.wait([self._committing])
+
+    def _begin_commit(self) -> None:
+        self._due_s = self.clock.monotonic() + self.config.commit_ms / 1000
+        batches, moved = [b for _, b in self.batches], sorted(self._moved)
+        offsets = {p: self.next[p] for p in moved}
+        positions = {p: self.positions[p] for p in moved}
+        self.batches, self.rows, self._moved = [], 0, set()
+        self._committing = asyncio.ensure_future(self._commit(batches, offsets, positions))
+
+    async def _commit(
+        self, batches: list[pa.RecordBatch], offsets: dict[int, int], positions: dict[int, Position]
+    ) -> None:
+        start_s = self.clock.monotonic()
+        try:
+            version = await asyncio.to_thread(self.lake.append, batches, offsets, positions)
+        except Unavailable as error:
+            # Whether it happened or not, the lake knows: the next start asks it.
+            self._failure = error
+            return
+        finally:
+            self._committing = None
+        for partition, following in offsets.items():
+            if self.engine is not None:
+                self.engine.acknowledge(partition, following - 1)
+        self.metrics.add("rows_stored_total", sum(b.num_rows for b in batches))
+        self.metrics.set("lake_version", version)
+        self.metrics.observe("commit_seconds", self.clock.monotonic() - start_s)
+
+
+def _patiently(ask: Callable[[], LakeState | None], clock: Clock) -> LakeState | None:
+    """Return the lake's state; a store that is away is asked for 45 s, twice as long as a NameNode needs to return."""
+    end_s, wait_s = clock.monotonic() + 45.0, 0.1
+    while True:
+        try:
+            return ask()
+        except Unavailable:
+            if clock.monotonic() > end_s:
+                raise
+            clock.sleep(wait_s)
+            wait_s = min(5.0, wait_s * 2)
+
+
+def run(
+    project: Project,
+    config: Config,
+    topics: Topics,
+    brokers: str,
+    lake: Lake,
+    metrics: Metrics,
+    clock: Clock,
+    datadir: Path,
+    stop: threading.Event,
+    ready: Callable[[bool, str], None],
+) -> int:
+    """Store samples until `stop`; return the exit status."""
+    stage = SinkStage(project, config, lake, metrics, clock)
+    name = f"headrace-sink-g{topics.generation}"
+    stage.engine = Engine(name, brokers, topics.samples, config.log.partitions, datadir)
+    return stage.engine.run(stage, stop, ready)
