@@ -85,7 +85,7 @@ class StreamStage:
         folder = self._folder(partition)
         names = sorted(await self._blob(partial(self.blobs.list, folder)), key=_offset_of)
         for name in reversed(names):
-            data = await self._blob(partial(self.blobs.get, f"{folder}/{_base(name)}")))
+            data = await self._blob(partial(self.blobs.get, f"{folder}/{_base(name)}"))
             try:
                 if data is None:
                     continue
