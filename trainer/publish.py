@@ -77,6 +77,10 @@ class Publisher:
         """True before the first snapshot, and after a delta was lost."""
         return not self._chain or self._failed
 
+    def holds(self, step: int) -> bool:
+        """Say whether the newest snapshot is of this very step: then another would say nothing new."""
+        return not self.wants_snapshot and self._chain == version_of(self.run, step)
+
     @property
     def is_busy(self) -> bool:
         """True while a snapshot is being written."""

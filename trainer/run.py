@@ -286,7 +286,8 @@ class Trainer:
             self._published_at = now
 
     def _snapshot(self) -> None:
-        if self.publisher is None:
+        publisher = self.publisher
+        if publisher is None or (publisher.holds(self.learner.step) and not publisher.unstored):
             return
         meta = Meta(
             run=self.run_id,
@@ -296,7 +297,7 @@ class Trainer:
             cursor=self.source.cursor(),
             created_ms=self.parts.clock.now_ms(),
         )
-        if self.publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
+        if publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
             self._snapshot_at = self.parts.clock.monotonic()
 
     def _report(self) -> None:

@@ -36,7 +36,7 @@ logger = logging.getLogger("headrace.train")
 _RANK_BITS = 24
 HELD_MAX = 10_000
 """Most records that wait for a gap before them to close."""
-BUFFER_ROWS = 65_536
+BUFFER_ROWS = 131_072
 """Rows read ahead of training, over all partitions; beyond it reading pauses."""
 TOTAL_ORDER = [
     ("event_time_ms", "ascending"),
@@ -137,6 +137,7 @@ class Source:
         self._stored_taken = 0
         self._lake_version = -1
         self._assigned = False
+        self._ends: dict[int, int] = {}
 
     def begin(self, cursor: Cursor | None) -> None:
         """Go on from `cursor`; without one, from the lake's newest version, else from the topic's beginning."""
@@ -171,6 +172,7 @@ class Source:
         if self._stored is not None or sum(p.rows for p in self._partitions.values()) >= BUFFER_ROWS:
             return
         if not self._assigned:
+            self._ends = self._reader.end_offsets(self._topic)
             self._reader.assign({(self._topic, p): s.next_offset for p, s in self._partitions.items()})
             self._assigned = True
         try:
@@ -186,7 +188,12 @@ class Source:
         """Return how many rows could be taken now."""
         if self._stored is not None:
             return int(self._stored.num_rows) - self._stored_taken
-        return sum(p.rows for p in self._partitions.values())
+        total = sum(p.rows for p in self._partitions.values())
+        return 0 if total < BUFFER_ROWS and self._is_lopsided() else total
+
+    def _is_lopsided(self) -> bool:
+        """True while a backlog was read of some partitions only: learning on would run ahead of the others' time."""
+        return any(not p.chunks and p.next_offset < self._ends.get(n, 0) for n, p in self._partitions.items())
 
     @property
     def is_stored(self) -> bool:

@@ -33,7 +33,7 @@ class FencedKafka:
             "reconnect.backoff.ms": 10,
             "reconnect.backoff.max.ms": 1_000,
             "broker.address.family": "v4",
-            "log_level": 3,
+            "log_level": 2,
             "error_cb": lambda error: log.debug("%s: %s", pen, error),
         }
         self._producer: ck.Producer | None = None

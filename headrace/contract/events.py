@@ -24,6 +24,9 @@ from headrace.contract.project import FeedbackType, FieldType, Project
 
 IMPRESSION, FEEDBACK, AGGREGATE = "impression", "feedback", "aggregate"
 EXTERNAL, SPEC, PUNCTUATION = "external", "spec", "punctuation"
+# One thread: a record holds a few rows of many columns, and handing each column to a pool costs ten times the work.
+_READ = pa.ipc.IpcReadOptions(use_threads=False)
+_WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 ENCODINGS = frozenset({IMPRESSION, FEEDBACK, AGGREGATE, EXTERNAL})
 
 ARROW_TYPES: dict[FieldType, pa.DataType] = {
@@ -101,7 +104,7 @@ class Punctuation(msgspec.Struct, frozen=True):
 def encode_batch(batch: pa.RecordBatch) -> bytes:
     """Return `batch` as an Arrow IPC stream with one batch, LZ4-compressed buffers."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+    with pa.ipc.new_stream(sink, batch.schema, options=_WRITE) as writer:
         writer.write_batch(batch)
     return bytes(sink.getvalue())
 
@@ -112,7 +115,7 @@ def decode_batch(data: bytes, schema: pa.Schema | None = None) -> pa.RecordBatch
     Raises `EventRejected` (`bad_batch`) when `data` is no such stream or a column changed its type.
     """
     try:
-        with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+        with pa.ipc.open_stream(pa.py_buffer(data), options=_READ) as reader:
             table = reader.read_all().combine_chunks()
     except (pa.ArrowInvalid, OSError) as error:
         raise EventRejected("bad_batch", f"no Arrow IPC stream of {len(data)} bytes: {error}") from error
