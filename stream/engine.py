@@ -53,6 +53,9 @@ class Engine:
     """One Faust app over one topic, run until `stop` is set."""
 
     def __init__(self, name: str, brokers: str, topic: str, partitions: int, datadir: Path) -> None:
+        datadir.mkdir(parents=True, exist_ok=True)
+        for noisy in ("faust", "aiokafka", "mode"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         self.app = faust.App(
             name,
             broker=[f"kafka://{address}" for address in brokers.split(",")],
