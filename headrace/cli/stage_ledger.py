@@ -13,10 +13,14 @@ import msgspec
 import pyarrow as pa
 
 from headrace.backends.lake_delta import DeltaLake
-from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.cli.runtime import add_common, open_runtime
+from headrace.contract.config import Config
 from headrace.contract.dead_letters import decode_dead_letter
+from headrace.contract.log import Reader
 from headrace.contract.positions import Positions
+from headrace.contract.project import Project
 from headrace.contract.steps import decode_step
+from headrace.contract.topics import Topics
 from headrace.replay.ledger import KEYS, Found, Ledger, draw
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all, sample_keys
@@ -46,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Draw the ledger of the running stack and print it."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
-    ledger = take_stock(open_runtime(args))
+    runtime = open_runtime(args)
+    lake = DeltaLake(runtime.lake_uri, generation=runtime.topics.generation)
+    ledger = take_stock(runtime.project, runtime.config, runtime.topics, runtime.reader(), lake)
     if args.json:
         print(msgspec.json.encode(ledger).decode())
     else:
@@ -55,23 +61,21 @@ def main(args: argparse.Namespace) -> int:
     return 1 if ledger.lost or ledger.twice else 0
 
 
-def take_stock(runtime: Runtime) -> Ledger:
+def take_stock(project: Project, config: Config, topics: Topics, reader: Reader, lake: DeltaLake) -> Ledger:
     """Read effects before causes (steps, lake, samples, events), so that what an effect contains is found in the log.
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
     """
-    topics, reader, project = runtime.topics, runtime.reader(), runtime.project
     steps = [decode_step(r.value) for r in read_all(reader, topics.steps, marked=True) if r.value is not None]
-    lake = DeltaLake(runtime.lake_uri)
     state = lake.state()
-    stored = lake.read(state.version).select(KEYS.names).cast(KEYS) if state is not None else KEYS.empty_table()
+    stored = lake.read(state.version, KEYS.names).cast(KEYS) if state is not None else KEYS.empty_table()
     topic = sample_keys(read_all(reader, topics.samples))
-    expected, punctuations = rejoin(project, runtime.config, read_all(reader, topics.events))
+    expected, punctuations = rejoin(project, config, read_all(reader, topics.events))
     letters = [decode_dead_letter(r.value) for r in read_all(reader, topics.dead_letters) if r.value is not None]
     reader.close()
 
     def stored_keys(version: int) -> pa.Table:
-        return stored_order(lake.read(version), project.recipe.task).select(KEYS.names).cast(KEYS)
+        return stored_order(lake.read(version, COLUMNS), project.recipe.task).select(KEYS.names).cast(KEYS)
 
     found = Found(
         topic=topic,

@@ -6,10 +6,15 @@ though the ledger's one has no features. Method: the same records through both.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pyarrow as pa
 import pytest
 
+from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.log_memory import MemoryAdmin, MemoryLog
+from headrace.cli.stage_ledger import table, take_stock
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.events import (
@@ -21,6 +26,10 @@ from headrace.contract.events import (
     impression_schema,
 )
 from headrace.contract.log import Record
+from headrace.contract.positions import Positions
+from headrace.contract.sample import format_position
+from headrace.contract.steps import Step, StepRange, encode_step
+from headrace.contract.topics import Topics
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT
 from headrace.replay.ledger import KEYS
@@ -88,3 +97,35 @@ def test_a_log_whose_beginning_is_gone_is_refused():
     first = msgspec.structs.replace(log(40)[0], offset=7)
     with pytest.raises(InvariantBroken, match="begins at offset 7"):
         rejoin(PROJECT, Config(), [first])
+
+
+def test_stock_of_a_whole_loop_closes_and_a_row_taken_twice_does_not(tmp_path: Path):
+    topics, memory, lake = Topics(), MemoryLog(), DeltaLake(str(tmp_path / "lake"))
+    MemoryAdmin(memory).ensure_topics(topics.specs(2))
+    states = [JoinState(PROJECT, Config().join, silent_ms=10_000, partition=p) for p in range(2)]
+    batches, positions, ranges = [], {}, []
+    for record in log():
+        memory.append(topics.events, record.partition, record.value, None, record.headers)
+        emitted = states[record.partition].take(record)
+        if emitted is None:
+            continue
+        batches.append(emitted.batch)
+        headers = {"after": format_position(emitted.after), "last": format_position(emitted.last)}
+        memory.append(topics.samples, record.partition, encode_batch(emitted.batch), None, headers)
+        positions[record.partition] = emitted.last
+        rows = emitted.batch.num_rows
+        ranges.append(StepRange("live", 0, record.partition, emitted.after, emitted.last, rows=rows))
+    version = lake.append(batches, {0: 1, 1: 1}, positions)
+    known = Positions(1, positions).to_json()
+    made = Step(model="shop", run="r", step=1, ranges=tuple(ranges), positions=known)
+    memory.append(topics.steps, 0, encode_step(made), None, {})
+    ledger = take_stock(PROJECT, Config(), topics, memory.reader(), lake)
+    assert ledger.closes, ledger
+    assert ledger.stored == ledger.samples == ledger.learnt > 250
+    again = Step(
+        model="shop", run="r", step=2, positions=known, ranges=(StepRange("stored", version=version, stop=3, rows=3),)
+    )
+    memory.append(topics.steps, 0, encode_step(again), None, {})
+    ledger = take_stock(PROJECT, Config(), topics, memory.reader(), lake)
+    assert (ledger.twice_where["model"], ledger.closes) == (3, False)
+    assert "twice in model: 3" in table(ledger)
