@@ -1,0 +1,110 @@
+"""Where a local stack keeps things, which parts of it are its own, and on which ports they listen."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from headrace.contract.config import port
+from headrace.contract.errors import ConfigRejected
+
+HOST = "127.0.0.1"
+STATE_VERSION = 1
+"""Raised when state below `.headrace` changes its form; other versions are refused, never guessed at."""
+
+MARK = "HEADRACE_SUPERVISED"
+"""Variable that every process of a stack carries: its home. Orphans are found by it."""
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One local stack. Everything it writes lies below `home`, but for the jars, which all stacks share."""
+
+    home: Path
+    port_base: int | None
+    brokers: str
+    store: str
+    webhdfs: str | None
+    project: Path
+    own_kafka: bool
+    own_hdfs: bool
+    shipper: str = ""
+    """`fluentd` or `fluent-bit` between shop and gateway; "" for none."""
+
+    def port(self, name: str) -> int:
+        """Return the port of `name`."""
+        return port(name, self.port_base)
+
+    @property
+    def logs(self) -> Path:
+        """One log file a process."""
+        return self.home / "log"
+
+    @property
+    def shipper_port(self) -> int:
+        """Where a shipper listens; beside the supervisor's, which is no port of a stage."""
+        return 24_225 if self.port_base is None else self.port_base - 1
+
+    def prepare(self) -> None:
+        """Make the folders and stamp the state. Raises `ConfigRejected` for the state of another version."""
+        for folder in (self.home, self.logs, self.home / "run"):
+            folder.mkdir(parents=True, exist_ok=True)
+        stamp = self.home / "VERSION"
+        if not stamp.exists():
+            stamp.write_text(f"{STATE_VERSION}\n")
+        found = stamp.read_text().strip()
+        if found != str(STATE_VERSION):
+            raise ConfigRejected(
+                f"{self.home} holds state of version {found}; this build writes version {STATE_VERSION}. `make clean` "
+                "deletes it, or HEADRACE_HOME= puts new state elsewhere and keeps the old."
+            )
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of every process of the stack: the caller's, addresses, one thread a math library."""
+        env = {name: value for name, value in os.environ.items() if name != "PORT_BASE"}
+        env |= {
+            MARK: str(self.home),
+            "HEADRACE_HOME": str(self.home),
+            "HEADRACE_PROJECT": str(self.project),
+            "HEADRACE_BROKERS": self.brokers,
+            "HEADRACE_STORE": self.store,
+            "PYTHONUNBUFFERED": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "HEADRACE_FORWARD_PORT": str(self.port("forward")),
+        }
+        env |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        if self.webhdfs:
+            env["HEADRACE_WEBHDFS"] = self.webhdfs
+        if self.port_base is not None:
+            env["PORT_BASE"] = str(self.port_base)
+        if self.shipper:
+            env |= {
+                "SHIPPER_PORT": str(self.shipper_port),
+                "HEADRACE_SHIPPER_PORT": str(self.shipper_port),
+                "HEADRACE_SHIPPER_BUFFER": str(self.home / "shipper"),
+            }
+        return env
+
+    def save(self) -> None:
+        """Write the addresses to `stack.json`, where every other verb of this checkout finds them."""
+        addresses = {
+            "brokers": self.brokers,
+            "store": self.store,
+            "webhdfs": self.webhdfs,
+            "port_base": self.port_base,
+            "project": str(self.project),
+        }
+        part = self.home / "stack.json.part"
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(addresses)))
+        part.replace(self.home / "stack.json")
+
+
+def jar_folder(home: Path) -> Path:
+    """Return where fetched jars lie: in the checkout for all stacks of it, else in `home` (installed package)."""
+    return CHECKOUT / ".headrace" / "jars" if (CHECKOUT / "pyproject.toml").exists() else home / "jars"
