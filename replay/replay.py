@@ -29,7 +29,7 @@ from headrace.contract.steps import Step, StepRange, decode_step
 from headrace.contract.topics import Topics
 from headrace.trainer.model.learner import Learner
 from headrace.trainer.run import digest_of
-from headrace.trainer.source import Lake, stored_order, to_batch
+from headrace.trainer.source import Lake, conform, stored_order, to_batch
 
 _RANK_BITS = 24
 
@@ -164,7 +164,7 @@ class Rows:
         task = project.recipe.task
         self._live: dict[int, _Store] = {}
         for partition in need:
-            parts = [stored.filter(pc.equal(stored["partition"], partition)).select(self._schema.names)]
+            parts = [conform(stored.filter(pc.equal(stored["partition"], partition)), self._schema)]
             parts += [pa.Table.from_batches([b]) for p, b in later if p == partition]
             self._live[partition] = _indexed(parts, self._schema, task)
 
@@ -192,7 +192,7 @@ class Rows:
         if version not in self._stored:
             if self._lake is None:
                 raise InvariantBroken(f"the run began with version {version} of a lake, and no lake is given.")
-            rows = self._lake.read(version).select(self._schema.names).cast(self._schema)
+            rows = conform(self._lake.read(version), self._schema)
             self._stored[version] = stored_order(rows, self._project.recipe.task)
         return self._stored[version]
 
@@ -228,7 +228,7 @@ def _ends(wanted: StepRange) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _indexed(parts: list[pa.Table], schema: pa.Schema, task: str) -> _Store:
     """Return rows of one task in position order, each position once: the lake and the topic may both hold it."""
-    table = pa.concat_tables([t.cast(schema) for t in parts])
+    table = pa.concat_tables(parts)
     table = table.filter(pc.equal(table["task"], task))
     order_N = (table["offset"].to_numpy() << _RANK_BITS) + table["rank"].to_numpy()
     kept_K, first_K = np.unique(order_N, return_index=True)

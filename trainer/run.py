@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -354,8 +353,3 @@ def train(parts: Parts) -> None:
         Trainer(parts).run()
     except Stopped:
         logger.info("stopped while waiting")
-
-
-def board_at(folder: Path) -> Board:
-    """Return a board that writes below `folder`/train."""
-    return Board(folder / "train")

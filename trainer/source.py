@@ -278,7 +278,7 @@ class Source:
     def _open_lake(self, version: int) -> None:
         if self._lake is None:
             raise InvariantBroken(f"the run is at version {version} of a lake, and no lake is given.")
-        stored = stored_order(self._lake.read(version), self._project.recipe.task)
+        stored = stored_order(conform(self._lake.read(version), self._schema), self._project.recipe.task)
         if not stored.num_rows:
             return  # nothing to learn there: the topic has it all
         self._stored, self._lake_version, self._stored_taken = stored, version, 0
@@ -371,6 +371,13 @@ def _upto(partition: _Partition, rows_max: int) -> tuple[Position, int]:
             upto, rows = Position(order >> _RANK_BITS, order & ((1 << _RANK_BITS) - 1)), rows + room
         break
     return upto, rows
+
+
+def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return stored rows with exactly `schema`'s columns: missing ones null, unknown ones gone (growth rule)."""
+    have = set(rows.schema.names)
+    columns = [rows[f.name].cast(f.type) if f.name in have else pa.nulls(len(rows), f.type) for f in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def stored_order(rows: pa.Table, task: str) -> pa.Table:

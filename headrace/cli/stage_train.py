@@ -11,7 +11,7 @@ import argparse
 from headrace.backends.fenced_kafka import FencedKafka
 from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime, stop_event
-from headrace.trainer.board import board_at
+from headrace.trainer.board import Board
 
 HELP = "learn from the lake, then from the topic; publish snapshots and deltas"
 
@@ -42,8 +42,8 @@ def main(args: argparse.Namespace) -> int:
             metrics=metrics,
             clock=runtime.clock,
             stop=stop,
-            lake=DeltaLake(runtime.lake_uri),
-            board=board_at(runtime.tensorboard_dir),
+            lake=DeltaLake(runtime.lake_uri, generation=runtime.topics.generation),
+            board=Board(runtime.tensorboard_dir / "train"),
         )
     )
     return 0

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from trainer_world import PARTITIONS, PROJECT, TOPICS, Lake, World, cut, send
 
+from headrace.backends.lake_delta import DeltaLake
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.positions import Position, Positions
 from headrace.replay.replay import as_trained
@@ -64,6 +65,17 @@ def test_stored_first_then_live():
     redone.recover()
     assert redone.learner.digest() == trainer.learner.digest()
     assert as_trained(PROJECT, TOPICS, world.log.reader(), world.lake).equal is True
+
+
+def test_on_a_real_delta_table(tmp_path):
+    """The same through the Delta table that the sink writes: stored first, then live, then replayed."""
+    fake = lake_of(5, 4)
+    lake = DeltaLake(str(tmp_path / "lake"))
+    lake.append(fake.rows.to_batches(), fake.next_offsets, fake.positions.by_partition)
+    world, trainer = learnt(5, lake)
+    assert trainer.learnt == PARTITIONS * COUNT
+    result = as_trained(PROJECT, TOPICS, world.log.reader(), lake)
+    assert result.equal is True and result.from_lake == fake.rows.num_rows
 
 
 def test_a_changed_sample_is_found():
