@@ -228,7 +228,7 @@ def _ends(wanted: StepRange) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _indexed(parts: list[pa.Table], schema: pa.Schema, task: str) -> _Store:
     """Return rows of one task in position order, each position once: the lake and the topic may both hold it."""
-    table = pa.concat_tables(parts)
+    table = pa.concat_tables(parts).combine_chunks()
     table = table.filter(pc.equal(table["task"], task))
     order_N = (table["offset"].to_numpy() << _RANK_BITS) + table["rank"].to_numpy()
     kept_K, first_K = np.unique(order_N, return_index=True)
