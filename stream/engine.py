@@ -162,7 +162,7 @@ class Engine:
         message = event.message
         partition, offset = message.partition, message.offset
         if partition not in self.next:
-            self.next[partition] = await self._begin(stage, partition)
+            self.next[partition] = await self._begin(stage, partition, offset)
         following = self.next[partition]
         if offset < following:
             message.ack(self.app.consumer)
@@ -181,17 +181,19 @@ class Engine:
         if partition in self.next:
             self.next[partition] = offset + 1
 
-    async def _begin(self, stage: Stage, partition: int) -> int:
+    async def _begin(self, stage: Stage, partition: int, offset: int) -> int:
+        """Return the offset to go on from; `offset` is where Faust is."""
         wanted = await stage.begin(partition)
-        tp = TP(self.topic, partition)
-        earliest: int = (await self.app.consumer.earliest_offsets(tp))[tp]
-        if wanted is None:
-            wanted = earliest
-        elif wanted < earliest:
-            raise InvariantBroken(
-                f"{self.topic}/{partition}: the state goes on from offset {wanted}, the log begins at {earliest}. "
-                "Reading on would skip events; raise log.generation to begin anew."
-            )
+        # Asking the broker waits for the fetch that is under way, so it is done only when Faust is elsewhere.
+        if wanted is None or wanted < offset:
+            tp = TP(self.topic, partition)
+            earliest: int = (await self.app.consumer.earliest_offsets(tp))[tp]
+            if wanted is not None and wanted < earliest:
+                raise InvariantBroken(
+                    f"{self.topic}/{partition}: the state goes on from offset {wanted}, the log begins at {earliest}. "
+                    "Reading on would skip events; raise log.generation to begin anew."
+                )
+            wanted = earliest if wanted is None else wanted
         log.info("%s/%d: going on from offset %d", self.topic, partition, wanted)
         return wanted
 
