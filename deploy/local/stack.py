@@ -1,0 +1,165 @@
+"""A stack on this machine, brought up and down in numbered steps.
+
+Up: 1. take over or refuse what an earlier run left, 2. jars and formats, 3. supervisord, 4. Kafka and HDFS until they
+take work, 5. topics, 6. stages until each is ready. Down: the shop first, then the stages, then the infrastructure,
+then supervisord, then whatever carries this stack's mark.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from headrace.backends.log_kafka import KafkaAdmin
+from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.contract.log import TopicSpec
+from headrace.deploy.local import hdfs, kafka, probe
+from headrace.deploy.local.jars import ensure_jars
+from headrace.deploy.local.java import find_java
+from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder
+from headrace.deploy.local.supervise import Program, Supervisor, end_orphans, orphans
+
+INFRASTRUCTURE = ("kafka", "namenode", "datanode")
+STAGES = ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop")
+ALSO = ("tensorboard", "shipper")
+INFRASTRUCTURE_S = 90.0
+STAGES_S = 120.0
+
+Say = Callable[[str], None]
+
+
+def start(layout: Layout, topics: Sequence[TopicSpec], say: Say, *, stages: bool = True) -> None:
+    """Bring the stack up; returns when all that was started is ready.
+
+    Raises `Unavailable` with each part's reason when one is not ready in time; what runs then keeps running, so that
+    its log can be read.
+    """
+    layout.prepare()
+    with _only_one(layout):
+        raise_file_limit()
+        supervisor = Supervisor(layout)
+        if supervisor.running():
+            say("taking over what runs already")
+        else:
+            if orphans(layout.home):
+                say(f"ended {end_orphans(layout.home)} processes that a killed supervisor had left")
+            supervisor.start(programs(layout, say, stages=stages))
+        layout.save()
+        start_infrastructure(layout, supervisor, say)
+        KafkaAdmin(layout.brokers).ensure_topics(topics)
+        if stages:
+            names = [p.name for p in supervisor.processes() if p.name not in INFRASTRUCTURE]
+            supervisor.begin(names)
+            probes = {name: ask for name, ask in probe.stage_probes(layout).items() if name in names}
+            await_all(probes, STAGES_S, say)
+
+
+def start_infrastructure(layout: Layout, supervisor: Supervisor, say: Say) -> None:
+    """Start Kafka and HDFS, those that are this stack's own, and wait until both take work."""
+    supervisor.begin(INFRASTRUCTURE)
+    probes: dict[str, Callable[[], str]] = {"kafka": lambda: probe.kafka_trouble(layout.brokers)}
+    if layout.store.startswith("hdfs://"):
+        probes["hdfs"] = lambda: probe.hdfs_trouble(layout)
+    await_all(probes, INFRASTRUCTURE_S, say)
+
+
+def stop(layout: Layout, say: Say) -> None:
+    """End everything that the stack started; nothing of it lives when this returns."""
+    supervisor = Supervisor(layout)
+    if supervisor.running():
+        supervisor.end(("shop",))
+        supervisor.end((*STAGES, *ALSO))
+        supervisor.end(INFRASTRUCTURE)
+        supervisor.shutdown()
+        say("stopped")
+    if left := end_orphans(layout.home):
+        say(f"ended {left} processes that no supervisor answered for")
+
+
+def programs(layout: Layout, say: Say, *, stages: bool = True) -> list[Program]:
+    """Return what the supervisor is to run; fetches jars and formats storage on the way."""
+    found: list[Program] = []
+    if layout.own_kafka or layout.own_hdfs:
+        java = find_java()
+        say(f"Java {java.major} of {java.origin}: {java.path}")
+        jars = ensure_jars(jar_folder(layout.home), java, say)
+        with ThreadPoolExecutor(2) as pool:
+            waits = []
+            if layout.own_kafka:
+                waits.append(pool.submit(kafka.format_once, layout, java, jars["kafka"]))
+                found.append(Program("kafka", kafka.start_command(layout, java, jars["kafka"])))
+            if layout.own_hdfs:
+                waits.append(pool.submit(hdfs.format_once, layout, java, jars["hdfs"]))
+                found += [Program(n, c) for n, c in hdfs.start_commands(layout, java, jars["hdfs"]).items()]
+            for wait in waits:
+                wait.result()
+    if not stages:
+        return found
+    if layout.shipper:
+        found.append(Program("shipper", shipper_command(layout)))
+    command = [sys.executable, "-m", "headrace.cli.main"]
+    verbs = [*STAGES, "tensorboard"]
+    found += [Program(v, [*command, v]) for v in verbs if importlib.util.find_spec(f"headrace.cli.stage_{v}")]
+    return found
+
+
+def shipper_command(layout: Layout) -> list[str]:
+    """Return the command line of the shipper on the PATH, on the configuration in deploy/."""
+    (layout.home / "shipper").mkdir(exist_ok=True)
+    binary = shutil.which(layout.shipper)
+    if binary is None:
+        raise ConfigRejected(
+            f"SHIPPER={layout.shipper} and no {layout.shipper} on the PATH; install it, or leave it out."
+        )
+    folder = CHECKOUT / "deploy" / layout.shipper
+    file = folder / ("fluent.conf" if layout.shipper == "fluentd" else "fluent-bit.conf")
+    return [binary, "-c", str(file)]
+
+
+def await_all(probes: Mapping[str, Callable[[], str]], timeout_s: float, say: Say) -> None:
+    """Ask each probe until it answers "", side by side; tells each that becomes ready.
+
+    Raises `Unavailable` with the reasons of those that did not in `timeout_s`.
+    """
+    begin = time.monotonic()
+
+    def wait(name: str, ask: Callable[[], str]) -> str:
+        while reason := ask():
+            if time.monotonic() - begin > timeout_s:
+                return f"{name}: {reason}"
+            time.sleep(0.1)
+        say(f"{name} is ready after {time.monotonic() - begin:.1f} s")
+        return ""
+
+    with ThreadPoolExecutor(max(1, len(probes))) as pool:
+        reasons = [reason for reason in pool.map(lambda item: wait(*item), probes.items()) if reason]
+    if reasons:
+        raise Unavailable(
+            f"not ready after {timeout_s:.0f} s: {'; '.join(reasons)}. `headrace logs NAME` shows why; "
+            "`headrace down` stops the rest."
+        )
+
+
+def raise_file_limit() -> None:
+    """Let this process and its children open as many files as the hard limit allows, up to 65,536."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextmanager
+def _only_one(layout: Layout) -> Iterator[None]:
+    with (layout.home / "run" / "up.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigRejected(f"another `headrace up` works on {layout.home} right now; wait for it.") from error
+        yield

@@ -1,0 +1,269 @@
+"""The supervisor of a local stack: writes its configuration, starts it, asks it, and ends what it left behind.
+
+supervisord restarts whatever dies and keeps a rotated log file for each process. It listens on loopback TCP, since
+the path of a Unix socket is bound to about 107 bytes; a password in `.headrace` keeps other users out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.deploy.local.layout import HOST, MARK, Layout
+
+STOP_S = 6
+"""A process that gets SIGTERM has 5 s to stop cleanly; a second more, then SIGKILL."""
+
+
+class Program(msgspec.Struct, frozen=True):
+    """One process: its name and its command line."""
+
+    name: str
+    command: list[str]
+
+
+class Process(msgspec.Struct, frozen=True):
+    """One row of `status`. `memory_mb` sums the process and its children."""
+
+    name: str
+    state: str
+    pid: int
+    memory_mb: int
+    port: int
+    log: str
+    uptime_s: int
+
+
+class _Transport(xmlrpc.client.Transport):
+    """XML-RPC with a bound on every wait."""
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        connection = super().make_connection(host)
+        connection.timeout = 10.0
+        return connection
+
+
+class Supervisor:
+    """The supervisord of one layout, by XML-RPC."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._secret = layout.home / "run" / "secret"
+
+    def running(self) -> bool:
+        """Say whether this layout's own supervisord answers."""
+        try:
+            return bool(self._rpc().supervisor.getIdentification() == str(self.layout.home))
+        except (OSError, xmlrpc.client.Error, http.client.HTTPException):
+            return False
+
+    def start(self, programs: Sequence[Program]) -> None:
+        """Write the configuration and start supervisord, detached; returns when it answers."""
+        run = self.layout.home / "run"
+        if not self._secret.exists():
+            self._secret.touch(mode=0o600)
+            self._secret.write_text(secrets.token_hex(16))
+        conf = run / "supervisord.conf"
+        conf.touch(mode=0o600)
+        conf.write_text(configuration(self.layout, programs, self._secret.read_text()))
+        command = [sys.executable, "-m", "headrace.deploy.local.supervisord", "-n", "-c", str(conf)]
+        with (self.layout.logs / "supervisord.out").open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self.layout.environment(),
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 20
+        while not self.running():
+            if process.poll() is not None or time.monotonic() > deadline:
+                words = (self.layout.logs / "supervisord.out").read_text(errors="replace").strip()[-500:]
+                raise Unavailable(
+                    f"supervisord did not start (exit {process.poll()}): {words or 'no output'}. Is port "
+                    f"{self.layout.port('supervisor')} taken? `headrace doctor` says by whom."
+                )
+            time.sleep(0.05)
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Start these processes, those that do not run."""
+        rpc = self._rpc()
+        for row in rpc.supervisor.getAllProcessInfo():
+            if row["name"] in names and row["statename"] in ("STOPPED", "EXITED", "FATAL"):
+                rpc.supervisor.startProcess(row["name"], False)
+
+    def end(self, names: Sequence[str]) -> None:
+        """Stop these processes side by side and wait until they are gone."""
+        rpc = self._rpc()
+        waiting = set()
+        for row in rpc.supervisor.getAllProcessInfo():
+            if row["name"] in names and row["statename"] in ("RUNNING", "STARTING", "BACKOFF"):
+                with contextlib.suppress(xmlrpc.client.Fault):
+                    rpc.supervisor.stopProcess(row["name"], False)
+                    waiting.add(row["name"])
+        deadline = time.monotonic() + STOP_S + 4
+        while waiting and time.monotonic() < deadline:
+            states = {row["name"]: row["statename"] for row in rpc.supervisor.getAllProcessInfo()}
+            waiting = {name for name in waiting if states.get(name) in ("RUNNING", "STARTING", "STOPPING", "BACKOFF")}
+            time.sleep(0.05)
+
+    def shutdown(self) -> None:
+        """Ask supervisord to end with all that it runs; returns when it is gone or after 15 s."""
+        with contextlib.suppress(OSError, xmlrpc.client.Error, http.client.HTTPException):
+            self._rpc().supervisor.shutdown()
+        deadline = time.monotonic() + 15
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def processes(self) -> list[Process]:
+        """Return what runs and what does not. Empty when no supervisord answers."""
+        try:
+            rows = self._rpc().supervisor.getAllProcessInfo()
+        except (OSError, xmlrpc.client.Error, http.client.HTTPException):
+            return []
+        return [
+            Process(
+                name=row["name"],
+                state=row["statename"].lower(),
+                pid=int(row["pid"]),
+                memory_mb=memory_mb(int(row["pid"])),
+                port=port_of(self.layout, row["name"]),
+                log=row["stdout_logfile"],
+                uptime_s=int(row["now"] - row["start"]) if row["pid"] else 0,
+            )
+            for row in rows
+        ]
+
+    def _rpc(self) -> Any:
+        try:
+            secret = self._secret.read_text()
+        except OSError as error:
+            raise OSError("no supervisor was started here") from error
+        address = f"http://headrace:{secret}@{HOST}:{self.layout.port('supervisor')}/RPC2"
+        return xmlrpc.client.ServerProxy(address, transport=_Transport())
+
+
+def configuration(layout: Layout, programs: Sequence[Program], secret: str) -> str:
+    """Return supervisord.conf. Percent signs are doubled: supervisord expands them."""
+    supervisord = {
+        "logfile": layout.logs / "supervisor.log",
+        "logfile_maxbytes": "5MB",
+        "logfile_backups": 2,
+        "pidfile": layout.home / "run" / "supervisord.pid",
+        "identifier": layout.home,
+        "directory": layout.home,
+        "childlogdir": layout.logs,
+        "nodaemon": "true",
+        "silent": "true",
+    }
+    sections: dict[str, Mapping[str, object]] = {
+        "supervisord": supervisord,
+        "inet_http_server": {
+            "port": f"{HOST}:{layout.port('supervisor')}",
+            "username": "headrace",
+            "password": secret,
+        },
+        "rpcinterface:supervisor": {
+            "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+        },
+    }
+    for program in programs:
+        sections[f"program:{program.name}"] = {
+            "command": shlex.join(program.command),
+            "autostart": "false",
+            "autorestart": "true",
+            "startsecs": 1,
+            "startretries": 1_000_000,
+            "stopsignal": "TERM",
+            "stopwaitsecs": STOP_S,
+            "killasgroup": "true",
+            "redirect_stderr": "true",
+            "stdout_logfile": layout.logs / f"{program.name}.log",
+            "stdout_logfile_maxbytes": "20MB",
+            "stdout_logfile_backups": 2,
+        }
+    lines = []
+    for title, values in sections.items():
+        lines += [f"[{title}]", *(f"{name} = {str(value).replace('%', '%%')}" for name, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def port_of(layout: Layout, name: str) -> int:
+    """Return the port that people look for at process `name`, 0 where it has none."""
+    table = {"kafka": "kafka", "namenode": "namenode_http", "datanode": "datanode_http", "ingest": "forward"}
+    table |= {"serve": "serving", "tensorboard": "tensorboard"}
+    table |= {stage: f"metrics_{stage}" for stage in ("stream", "sink", "aggregate", "train", "shop")}
+    if name == "shipper":
+        return layout.shipper_port
+    return layout.port(table[name]) if name in table else 0
+
+
+def memory_mb(pid: int) -> int:
+    """Return the resident memory of a process and its children, 0 where it is gone."""
+    if not pid:
+        return 0
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += each.memory_info().rss
+    return total // 1_000_000
+
+
+def orphans(home: Path) -> list[psutil.Process]:
+    """Return the living processes that a stack of `home` started, but for this process and its ancestors."""
+    mine = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if (
+                process.pid not in mine
+                and process.status() != psutil.STATUS_ZOMBIE
+                and process.environ().get(MARK) == str(home)
+            ):
+                found.append(process)
+    return found
+
+
+def end_orphans(home: Path) -> int:
+    """End what a killed supervisord left behind: SIGTERM, after STOP_S SIGKILL. Returns how many there were.
+
+    supervisord is asked first and alone, so that it starts nothing anew. Raises `InvariantBroken` when one stays.
+    """
+    left = orphans(home)
+    count = len(left)
+    parents = [p for p in left if _is_supervisor(p)]
+    for group in (parents, left):
+        for process in group:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        _, alive = psutil.wait_procs(group, timeout=STOP_S)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+    if remaining := orphans(home):
+        raise InvariantBroken(f"processes {[p.pid for p in remaining]} of {home} do not end, not even by SIGKILL.")
+    return count
+
+
+def _is_supervisor(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "headrace.deploy.local.supervisord" in process.cmdline()
+    return False
