@@ -115,8 +115,8 @@ class Engine:
                     self._failure = self._failure or error
                     await asyncio.sleep(3600)
 
-        async def revoked(_app: Any, partitions: set[TP], **_: Any) -> None:
-            self._forget(stage, {tp.partition for tp in partitions if tp.topic == self.topic})
+        async def revoked(_app: Any, *partitions: Any, **_: Any) -> None:
+            self._forget(stage, {tp.partition for tp in partitions[0] if tp.topic == self.topic})
 
         app.on_partitions_revoked.connect(revoked, weak=False)
         ready(False, "waiting for Kafka's group")
