@@ -118,7 +118,8 @@ class Engine:
         async def revoked(_app: Any, *partitions: Any, **_: Any) -> None:
             self._forget(stage, {tp.partition for tp in partitions[0] if tp.topic == self.topic})
 
-        app.on_partitions_revoked.connect(revoked, weak=False)
+        hook: Any = revoked
+        app.on_partitions_revoked.connect(hook, weak=False)
         ready(False, "waiting for Kafka's group")
         app.finalize()
         starting = asyncio.ensure_future(app.start())
