@@ -133,7 +133,7 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     workers: Annotated[int, Meta(gt=0, le=64)] = 1
     candidates_max: Count = 1_000
-    rows_max: Count = 4_194_304
+    rows_max: Count = 1_048_576
     """Rows that one copy of the table can hold."""
 
 

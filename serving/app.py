@@ -1,0 +1,186 @@
+"""Serving's HTTP face: POST /v1/rank, GET /v1/model, /healthz, /readyz, /metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from headrace.contract.clock import Clock
+from headrace.contract.config import ServeConfig
+from headrace.contract.errors import EventRejected, Overloaded, Unavailable
+from headrace.contract.metrics import Metrics
+from headrace.contract.project import Project
+from headrace.contract.spec import FeatureSpec
+from headrace.serving.features import FeatureMemory
+from headrace.serving.scorer import merge, rank, spec_of
+from headrace.serving.shared_model import SharedModel
+
+BODY_BYTES_MAX = 4_194_304
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of POST /v1/rank: raw fields as declared; a candidate's field wins over the context's."""
+
+    request_id: Text
+    candidates: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
+    context: dict[str, Any] = {}
+    log: bool = False
+    """True lets serving log one impression a candidate; false leaves it to the service, which knows what was shown."""
+
+
+class Impressions(Protocol):
+    """What `serving.feedback.ImpressionLog` does."""
+
+    def log(
+        self,
+        *,
+        request_id: str,
+        version: str,
+        context: dict[str, Any],
+        candidates: Sequence[dict[str, Any]],
+        served: Sequence[dict[str, float]],
+        event_time_ms: int,
+    ) -> None:
+        """Log one impression a candidate."""
+
+
+@dataclass
+class Face:
+    """Everything that a request needs."""
+
+    project: Project
+    config: ServeConfig
+    shared: SharedModel
+    features: FeatureMemory
+    metrics: Metrics
+    metrics_text: Callable[[], bytes]
+    clock: Clock
+    impressions: Impressions
+    refused: Callable[[], str] = lambda: ""
+
+    async def rank(self, request: Request) -> Response:
+        """Score candidates with exactly one version of the model."""
+        started = time.perf_counter()
+        response = await self._rank(request)
+        self.metrics.add("requests_total", reason=str(response.status_code))
+        self.metrics.observe("request_seconds", time.perf_counter() - started)
+        return response
+
+    async def _rank(self, request: Request) -> Response:
+        body = await request.body()
+        if len(body) > BODY_BYTES_MAX:
+            return problem(413, f"{len(body)} bytes; at most {BODY_BYTES_MAX} are taken.", "send fewer candidates")
+        try:
+            ask = msgspec.json.decode(body, type=RankRequest)
+            if len(ask.candidates) > self.config.candidates_max:
+                count = len(ask.candidates)
+                return problem(422, f"{count} candidates", f"send at most {self.config.candidates_max} in one request")
+            raw = merge(self.project, ask.context, ask.candidates)
+            spec = self._spec()
+            served = [self.features.columns(spec, {**ask.context, **c}) for c in ask.candidates]
+            scores, meta = self.shared.read(lambda view: rank(view, raw, served))
+            version = meta.manifest.version
+            if ask.log:
+                self.impressions.log(
+                    request_id=ask.request_id,
+                    version=version,
+                    context=ask.context,
+                    candidates=ask.candidates,
+                    served=served,
+                    event_time_ms=self.clock.now_ms(),
+                )
+        except msgspec.ValidationError as error:
+            return problem(422, str(error), "see README: POST /v1/rank")
+        except msgspec.DecodeError as error:
+            return problem(400, f"no JSON: {error}", "send application/json")
+        except EventRejected as error:
+            return problem(422, str(error), f"mend the field ({error.reason})")
+        except (Unavailable, Overloaded) as error:
+            return problem(503, str(error), "ask again in a second")
+        return answer(200, {"request_id": ask.request_id, "version": version, "scores": scores, "served": served})
+
+    def _spec(self) -> FeatureSpec:
+        return spec_of(self.shared.meta().spec_json)
+
+    async def model(self, request: Request) -> Response:
+        """Say which version is served; with ?version=X, which events a recent version knew."""
+        asked = request.query_params.get("version")
+        try:
+            meta = self.shared.meta()
+        except Unavailable as error:
+            return problem(503, str(error), "ask again in a second")
+        if asked is not None:
+            positions = self.shared.positions_of(asked)
+            if positions is None:
+                return problem(404, f"version {asked!r} is not among the last 2,048", "ask for a newer one")
+            return answer(200, {"version": asked, "positions": positions})
+        manifest = meta.manifest
+        return answer(
+            200,
+            {
+                "model": manifest.model,
+                "version": manifest.version,
+                "run": manifest.run,
+                "step": manifest.step,
+                "positions": manifest.positions,
+                "generation": manifest.generation,
+                "age_seconds": max(0, self.clock.now_ms() - manifest.created_ms) / 1000,
+                "snapshot": meta.snapshot,
+                "spec": manifest.spec,
+                "digest": manifest.digest,
+                "refused": self.refused(),
+            },
+        )
+
+    def not_ready(self) -> str:
+        """Return why requests cannot be answered well yet; empty when they can."""
+        try:
+            self.shared.meta()
+        except Unavailable as error:
+            return str(error)
+        return "" if self.features.is_caught_up else "the counters are still being read from `features`"
+
+    async def readyz(self, request: Request) -> Response:
+        """200 when a model is loaded and the counters are read."""
+        reason = self.not_ready()
+        return Response(reason or "ready\n", 503 if reason else 200, media_type="text/plain")
+
+    async def healthz(self, request: Request) -> Response:
+        """200 while the process answers."""
+        return Response("ok\n", media_type="text/plain")
+
+    async def metrics_page(self, request: Request) -> Response:
+        """Prometheus' text format."""
+        return Response(self.metrics_text(), media_type="text/plain; version=0.0.4")
+
+
+def make_app(face: Face) -> Starlette:
+    """Return the ASGI application."""
+    return Starlette(
+        routes=[
+            Route("/v1/rank", face.rank, methods=["POST"]),
+            Route("/v1/model", face.model),
+            Route("/healthz", face.healthz),
+            Route("/readyz", face.readyz),
+            Route("/metrics", face.metrics_page),
+        ]
+    )
+
+
+def answer(status: int, body: dict[str, Any]) -> Response:
+    """Return `body` as JSON."""
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+def problem(status: int, error: str, step: str) -> Response:
+    """Return what is wrong and the next step."""
+    return answer(status, {"error": error, "next": step})

@@ -1,0 +1,38 @@
+"""What was served, logged as the next impressions: for services that let serving log for them (`"log": true`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.contract.project import Project
+from headrace.sender import Sender
+
+
+class ImpressionLog:
+    """Logs through `headrace.sender`, which keeps on disk what the gateway has not acknowledged."""
+
+    def __init__(self, project: Project, *, port: int, spool_dir: Path, host: str = "127.0.0.1") -> None:
+        prefix, _, self._label = project.impression.tag.rpartition(".")
+        self._sender = Sender(prefix, host=host, port=port, spool_dir=str(spool_dir))
+
+    def log(
+        self,
+        *,
+        request_id: str,
+        version: str,
+        context: Mapping[str, Any],
+        candidates: Sequence[Mapping[str, Any]],
+        served: Sequence[Mapping[str, float]],
+        event_time_ms: int,
+    ) -> None:
+        """Log one impression a candidate, under the id "<request id>#<place>". Raises `Overloaded`: the spool is full."""
+        for place, (candidate, counters) in enumerate(zip(candidates, served, strict=True)):
+            lead = {"event_id": f"{request_id}#{place}", "request_id": request_id, "place": place}
+            record = {**context, **candidate, **counters, **lead, "event_time_ms": event_time_ms, "version": version}
+            self._sender.emit(self._label, record)
+
+    def close(self) -> None:
+        """Send what is left, for a moment; the rest stays in the spool."""
+        self._sender.close()

@@ -1,0 +1,71 @@
+"""One context and N candidates to N scores: the same featurizer and the same forward pass as in training. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from headrace.contract.errors import EventRejected
+from headrace.contract.events import ARROW_TYPES
+from headrace.contract.project import Project, Recipe
+from headrace.contract.spec import FeatureSpec
+from headrace.serving.shared_model import View
+from headrace.stream.features.featurize import featurize
+from headrace.trainer.model.scoring import score
+
+
+@lru_cache(maxsize=8)
+def spec_of(spec_json: str) -> FeatureSpec:
+    """Return the spec that a model was trained on."""
+    return msgspec.json.decode(spec_json, type=FeatureSpec)
+
+
+@lru_cache(maxsize=8)
+def recipe_of(recipe_json: str) -> Recipe:
+    """Return the recipe that a model was trained with."""
+    return msgspec.json.decode(recipe_json, type=Recipe)
+
+
+def merge(project: Project, context: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
+    """Return the raw columns of all candidates; a candidate's field wins over the context's, a missing one is null.
+
+    Raises `EventRejected` (`unknown_field`, `bad_type`) that names the field.
+    """
+    declared = project.impression.fields
+    for where, fields in (("context", context), *((f"candidates[{i}]", c) for i, c in enumerate(candidates))):
+        unknown = fields.keys() - declared.keys()
+        if unknown and project.impression.unknown == "refuse":
+            raise EventRejected("unknown_field", f"$.{where} has {sorted(unknown)}; declared are {sorted(declared)}.")
+    columns: dict[str, pa.Array] = {}
+    for name, kind in declared.items():
+        common = context.get(name)
+        try:
+            columns[name] = pa.array([c.get(name, common) for c in candidates], ARROW_TYPES[kind])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise EventRejected("bad_type", f"field {name!r} must be {kind} or null: {error}.") from error
+    return columns
+
+
+def rank(view: View, raw: Mapping[str, pa.Array], served: Sequence[Mapping[str, float]]) -> list[float]:
+    """Return the probability of each candidate from one version of the model.
+
+    Args:
+        raw: as `merge` returns.
+        served: counter columns of each candidate.
+    """
+    spec, recipe = spec_of(view.meta.spec_json), recipe_of(view.meta.recipe_json)
+    columns = dict(raw)
+    for name in spec.counter_columns():
+        columns[name] = pa.array([row.get(name, 0.0) for row in served], pa.float32())
+    slots_NF, numeric_ND = featurize(columns, spec)
+    scores_N = score(
+        slots_NF,
+        numeric_ND,
+        lookup=lambda keys_K: view.lookup(keys_K, seed=recipe.seed, scale=recipe.init_scale),
+        dense=view.dense(),
+    )
+    return [float(s) for s in scores_N]

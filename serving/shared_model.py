@@ -1,0 +1,289 @@
+"""The model in shared memory: two copies that take turns, so that a request reads exactly one version.
+
+The writer applies a delta to the idle copy, flips the active number, waits (bounded) until no reader is in the other
+copy, and applies the delta there too. Each copy has a sequence number, odd while it is being written; a reader notes
+it before and checks it after, and asks again when it moved. So even a reader that the wait missed never returns a
+mixture: the sequence is the guarantee, the reader slots only make asking again rare.
+
+Memory order: x86-64 and the interpreter's own locked instructions keep stores in order and loads in order, which the
+sequence check needs. Cost: two copies of rows and dense weights, and every delta applied twice.
+
+Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [1024], ring of recent
+versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), values float32 [R, V].
+Key 0 marks an empty place; no slot id is ever 0.
+
+Legend: C places of the index, R rows at most, V values a row (linear, then embedding), K keys asked or changed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
+from headrace.contract.snapshot import Manifest, Weights
+from headrace.trainer.model.tables import initial_values
+
+Int64s = npt.NDArray[np.int64]
+Float32s = npt.NDArray[np.float32]
+T = TypeVar("T")
+
+_HEAD, _ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _READERS = 1024, 0, 1, 3, 5, 7, 8
+READERS_MAX = _HEAD - _READERS
+RING, RING_BYTES = 2048, 1024
+META_BYTES = 1_048_576
+DENSE_MAX = 4_194_304
+"""Most dense weights: 16 MiB a copy."""
+ASK_AGAIN_MAX = 1_000
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """What a copy says of itself."""
+
+    manifest: Manifest
+    """Of the snapshot or delta that made this version."""
+    snapshot: str
+    """The snapshot's version that this copy began with."""
+    spec_json: str
+    recipe_json: str
+    shapes: dict[str, list[int]]
+    applied_ms: int = 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _find(index_2C: Int64s, wanted_K: Int64s, out_K: Int64s) -> None:
+    mask = index_2C.shape[1] - 1
+    for i in range(wanted_K.shape[0]):
+        key = wanted_K[i]
+        at = (key ^ (key >> 29)) & mask
+        out_K[i] = -1
+        for _ in range(mask + 1):
+            found = index_2C[0, at]
+            if found == key:
+                out_K[i] = index_2C[1, at]
+                break
+            if found == 0:
+                break
+            at = (at + 1) & mask
+
+
+@numba.njit(cache=True, nogil=True)
+def _apply(index_2C: Int64s, values_RV: Float32s, rows: int, keys_K: Int64s, values_KV: Float32s) -> int:
+    mask = index_2C.shape[1] - 1
+    for i in range(keys_K.shape[0]):
+        key = keys_K[i]
+        at = (key ^ (key >> 29)) & mask
+        while index_2C[0, at] != key and index_2C[0, at] != 0:
+            at = (at + 1) & mask
+        if index_2C[0, at] == 0:
+            index_2C[1, at] = rows
+            index_2C[0, at] = key
+            rows += 1
+        row = index_2C[1, at]
+        for j in range(values_RV.shape[1]):
+            values_RV[row, j] = values_KV[i, j]
+    return rows
+
+
+class SharedModel:
+    """The region, opened by the writer (`create=True`) and by every reader. One writer; readers have numbers."""
+
+    def __init__(self, path: Path, *, dim: int, rows_max: int, reader: int = 0, create: bool = False) -> None:
+        if not 0 <= reader < READERS_MAX:
+            raise Overloaded(f"reader {reader}: at most {READERS_MAX} processes read one model.")
+        self.path, self.rows_max, self._reader = path, rows_max, reader
+        places, width = 1 << (2 * rows_max - 1).bit_length(), 1 + dim
+        sizes = [META_BYTES, DENSE_MAX * 4, places * 16, rows_max * width * 4]
+        size = _HEAD * 8 + RING * RING_BYTES + 2 * sum(-(-s // 4096) * 4096 for s in sizes)
+        if create:
+            path.unlink(missing_ok=True)
+            with open(path, "xb") as file:
+                file.truncate(size)  # Sparse: only pages that are written take memory.
+        with open(path, "r+b") as file:
+            if os.fstat(file.fileno()).st_size != size:
+                raise InvariantBroken(f"{path} has another size; the updater must make it anew: restart `serve`.")
+            self._map = mmap.mmap(file.fileno(), size)
+        raw = np.frombuffer(self._map, np.uint8)
+        self._head = raw[: _HEAD * 8].view(np.int64)
+        at = _HEAD * 8
+        self._ring = raw[at : at + RING * RING_BYTES].reshape(RING, RING_BYTES)
+        at += RING * RING_BYTES
+        self._meta: list[npt.NDArray[np.uint8]] = []
+        self._dense: list[Float32s] = []
+        self._index: list[Int64s] = []
+        self._values: list[Float32s] = []
+        for _ in range(2):
+            self._meta.append(raw[at : at + META_BYTES])
+            at += META_BYTES
+            self._dense.append(raw[at : at + DENSE_MAX * 4].view(np.float32))
+            at += DENSE_MAX * 4
+            self._index.append(raw[at : at + places * 16].view(np.int64).reshape(2, places))
+            at += -(-places * 16 // 4096) * 4096
+            self._values.append(raw[at : at + rows_max * width * 4].view(np.float32).reshape(rows_max, width))
+            at += -(-rows_max * width * 4 // 4096) * 4096
+        self._known: tuple[int, int, Meta] | None = None
+
+    # Reading.
+
+    def read(self, use: Callable[[View], T]) -> tuple[T, Meta]:
+        """Return `use(view)` and the meta of the one version that it saw.
+
+        Raises `Unavailable` while no model was loaded, or when a version could not be held for long enough.
+        """
+        for _ in range(ASK_AGAIN_MAX):
+            copy = int(self._head[_ACTIVE])
+            self._head[_READERS + self._reader] = copy + 1
+            try:
+                before = int(self._head[_SEQ + copy])
+                if before == 0:
+                    raise Unavailable("no model is loaded yet; ask again when /readyz says so.")
+                if before % 2 or int(self._head[_ACTIVE]) != copy:
+                    continue
+                try:
+                    meta = self._meta_of(copy, before)
+                    result = use(View(self, copy, meta))
+                except (msgspec.DecodeError, ValueError, IndexError):
+                    if int(self._head[_SEQ + copy]) == before:
+                        raise
+                    continue
+                if int(self._head[_SEQ + copy]) == before:
+                    return result, meta
+            finally:
+                self._head[_READERS + self._reader] = 0
+        raise Unavailable(f"the model changed {ASK_AGAIN_MAX} times while one request read it.")
+
+    def _meta_of(self, copy: int, seq: int) -> Meta:
+        if self._known is not None and self._known[:2] == (copy, seq):
+            return self._known[2]
+        size = int(self._head[_META_SIZE + copy])
+        meta = msgspec.json.decode(self._meta[copy][:size].tobytes(), type=Meta)
+        if int(self._head[_SEQ + copy]) == seq:
+            self._known = (copy, seq, meta)
+        return meta
+
+    def meta(self) -> Meta:
+        """Return what the active version says of itself."""
+        return self.read(lambda view: None)[1]
+
+    def positions_of(self, version: str) -> dict[str, list[int]] | None:
+        """Return the positions of a recent version (the last 2,048), or None."""
+        newest = int(self._head[_RING_NEXT])
+        for number in range(newest - 1, max(-1, newest - RING - 1), -1):
+            entry = self._ring[number % RING].tobytes().rstrip(b"\0")
+            try:
+                name, positions = msgspec.json.decode(entry, type=tuple[str, dict[str, list[int]]])
+            except msgspec.DecodeError:
+                continue  # It is being overwritten: older than all that are asked for.
+            if name == version:
+                return positions
+        return None
+
+    # Writing: one process only.
+
+    def replace(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+        """Load a whole model into both copies."""
+
+        def load(copy: int) -> None:
+            self._index[copy][0] = 0
+            self._head[_ROWS + copy] = 0
+            self._put(copy, weights, meta)
+
+        self._turn(load, meta, wait_s)
+
+    def apply(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+        """Apply a delta to both copies. Raises `Overloaded` before anything is written when rows do not fit."""
+        self._turn(lambda copy: self._put(copy, weights, meta), meta, wait_s)
+
+    def _turn(self, write: Callable[[int], None], meta: Meta, wait_s: float) -> None:
+        idle = 1 - int(self._head[_ACTIVE])
+        if int(self._head[_SEQ + idle]) == 0 and int(self._head[_SEQ + 1 - idle]) == 0:
+            self._written(idle, write)
+            self._head[_ACTIVE] = idle
+        else:
+            self._written(idle, write)
+            self._head[_ACTIVE] = idle
+            until = time.monotonic() + wait_s
+            while (self._head[_READERS:] == 2 - idle).any() and time.monotonic() < until:
+                time.sleep(0.0002)
+        self._written(1 - idle, write)
+        number = int(self._head[_RING_NEXT])
+        entry = msgspec.json.encode((meta.manifest.version, meta.manifest.positions))[:RING_BYTES]
+        self._ring[number % RING] = 0
+        self._ring[number % RING][: len(entry)] = np.frombuffer(entry, np.uint8)
+        self._head[_RING_NEXT] = number + 1
+
+    def _written(self, copy: int, write: Callable[[int], None]) -> None:
+        self._head[_SEQ + copy] += 1
+        write(copy)
+        self._head[_SEQ + copy] += 1
+
+    def check(self, weights: Weights, meta: Meta, *, fresh: bool) -> None:
+        """Raise `Overloaded` when a model or delta does not fit; call before `replace` or `apply`."""
+        rows = 0 if fresh else int(self._head[_ROWS + int(self._head[_ACTIVE])])
+        new = len(weights.keys_K)
+        if rows + new > self.rows_max and not fresh:
+            found_K = np.empty(new, np.int64)
+            _find(self._index[int(self._head[_ACTIVE])], weights.keys_K, found_K)
+            new = int((found_K < 0).sum())
+        if rows + new > self.rows_max:
+            raise Overloaded(f"{rows + new} rows do not fit; serve.rows_max is {self.rows_max}: raise it and restart.")
+        if sum(a.size for a in weights.dense.values()) > DENSE_MAX:
+            raise Overloaded(f"more than {DENSE_MAX} dense weights do not fit.")
+        if len(msgspec.json.encode(meta)) > META_BYTES:
+            raise Overloaded(f"a feature spec of more than {META_BYTES} bytes does not fit.")
+
+    def _put(self, copy: int, weights: Weights, meta: Meta) -> None:
+        at = 0
+        for array in weights.dense.values():
+            self._dense[copy][at : at + array.size] = array.reshape(-1)
+            at += array.size
+        rows = int(self._head[_ROWS + copy])
+        keys_K, values_KV = np.ascontiguousarray(weights.keys_K), np.ascontiguousarray(weights.values_KV)
+        self._head[_ROWS + copy] = _apply(self._index[copy], self._values[copy], rows, keys_K, values_KV)
+        data = msgspec.json.encode(meta)
+        self._meta[copy][: len(data)] = np.frombuffer(data, np.uint8)
+        self._head[_META_SIZE + copy] = len(data)
+
+    def remove(self) -> None:
+        """Delete the file; who has it open keeps it."""
+        self.path.unlink(missing_ok=True)
+
+
+class View:
+    """One copy during one `read`; not to be kept."""
+
+    def __init__(self, model: SharedModel, copy: int, meta: Meta) -> None:
+        self.meta = meta
+        self._index = model._index[copy]
+        self._values = model._values[copy]
+        self._flat = model._dense[copy]
+
+    def lookup(self, keys_K: Int64s, *, seed: int, scale: float) -> Float32s:
+        """Return the values of keys, float32 [K, V]; a key that was never learnt has its initial values."""
+        rows_K = np.empty(len(keys_K), np.int64)
+        _find(self._index, keys_K, rows_K)
+        values_KV: Float32s = self._values[rows_K]
+        missing_K = rows_K < 0
+        if missing_K.any():
+            dim = values_KV.shape[1] - 1
+            values_KV[missing_K] = initial_values(keys_K[missing_K], dim=dim, seed=seed, scale=scale)
+        return values_KV
+
+    def dense(self) -> dict[str, Float32s]:
+        """Return the dense weights by name, as views."""
+        found: dict[str, Float32s] = {}
+        at = 0
+        for name, shape in self.meta.shapes.items():
+            count = int(np.prod(shape, dtype=np.int64))
+            found[name] = self._flat[at : at + count].reshape(shape)
+            at += count
+        return found

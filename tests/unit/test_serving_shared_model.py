@@ -1,0 +1,119 @@
+"""Goal: a request reads exactly one version. Method: values that encode their version, many readers, one writer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headrace.contract.errors import Overloaded, Unavailable
+from headrace.contract.snapshot import Manifest, Weights
+from headrace.serving.shared_model import Meta, SharedModel, View
+
+KEYS = np.arange(1, 401, dtype=np.int64) * 7919
+DIM = 3
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def weights(step: int, keys: np.ndarray = KEYS) -> Weights:
+    dense = {"w": np.full((50, 40), step, np.float32)}
+    return Weights(keys, np.full((len(keys), 1 + DIM), step, np.float32), dense)
+
+
+def meta(step: int) -> Meta:
+    manifest = Manifest(
+        kind="delta", model="m", run="r", step=step, version=f"r-{step}", dim=DIM, positions={"0": [step, 0]}
+    )
+    return Meta(manifest, "r-0", "{}", "{}", {"w": [50, 40]})
+
+
+def opened(path: Path, *, create: bool = False, reader: int = 0) -> SharedModel:
+    return SharedModel(path, dim=DIM, rows_max=1_000, create=create, reader=reader)
+
+
+def steps_seen(view: View) -> set[float]:
+    rows = view.lookup(KEYS, seed=1, scale=0.0)
+    return {view.meta.manifest.step, *rows.reshape(-1).tolist(), *view.dense()["w"].reshape(-1).tolist()}
+
+
+def hammer(path: Path, reader: int, seconds: float, found: multiprocessing.Queue) -> None:
+    model, mixed, versions = opened(path, reader=reader), 0, set()
+    model.read(steps_seen)  # Compiles before the clock starts.
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        seen, read = model.read(steps_seen)
+        mixed += seen != {float(read.manifest.step)}
+        versions.add(read.manifest.step)
+    found.put((mixed, len(versions)))
+
+
+class WritesTheActiveCopy(SharedModel):
+    """The planted bug: no turns and no sequence."""
+
+    def apply(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+        self._put(int(self._head[0]), weights, meta)
+
+
+@pytest.mark.parametrize(("kind", "mixes"), [(SharedModel, False), (WritesTheActiveCopy, True)])
+def test_no_answer_mixes_versions_while_thousands_are_swapped(tmp_path: Path, kind: type[SharedModel], mixes: bool):
+    path = tmp_path / "model"
+    writer = kind(path, dim=DIM, rows_max=1_000, create=True)
+    writer.replace(weights(0), meta(0))
+    found = SPAWN.Queue()
+    readers = [SPAWN.Process(target=hammer, args=(path, 1 + i, 2.0, found)) for i in range(3)]
+    for reader in readers:
+        reader.start()
+    step, until = 0, time.monotonic() + 60
+    while any(r.is_alive() for r in readers) and time.monotonic() < until:
+        step += 1
+        writer.apply(weights(step), meta(step))
+    results = [found.get(timeout=20) for _ in readers]
+    for reader in readers:
+        reader.join(20)
+    assert step > 100 and (mixes or sum(versions for _, versions in results) > 20)
+    assert (sum(mixed for mixed, _ in results) > 0) == mixes
+
+
+def test_both_copies_take_every_delta(tmp_path: Path):
+    model = opened(tmp_path / "model", create=True)
+    model.replace(weights(0), meta(0))
+    for step in range(1, 6):
+        model.apply(weights(step, KEYS[step : step + 1]), meta(step))
+        rows, read = model.read(lambda view: view.lookup(KEYS[1:6], seed=1, scale=0.0)[:, 0].tolist())
+        assert read.manifest.version == f"r-{step}"
+        assert rows == [float(k) if k <= step else 0.0 for k in range(1, 6)]
+
+
+def test_recent_versions_tell_their_positions(tmp_path: Path):
+    model = opened(tmp_path / "model", create=True)
+    model.replace(weights(0), meta(0))
+    model.apply(weights(1), meta(1))
+    reader = opened(tmp_path / "model", reader=1)
+    assert reader.positions_of("r-0") == {"0": [0, 0]} and reader.positions_of("r-1") == {"0": [1, 0]}
+    assert reader.positions_of("r-2") is None
+
+
+def test_without_a_model_it_says_so(tmp_path: Path):
+    with pytest.raises(Unavailable, match="no model is loaded"):
+        opened(tmp_path / "model", create=True).meta()
+
+
+def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path: Path):
+    model = opened(tmp_path / "model", create=True)
+    model.replace(weights(0), meta(0))
+    more = weights(1, np.arange(1, 1_002, dtype=np.int64))
+    with pytest.raises(Overloaded, match="serve.rows_max is 1000"):
+        model.check(more, meta(1), fresh=False)
+    model.check(weights(1), meta(1), fresh=False)
+    assert model.meta().manifest.version == "r-0"
+
+
+def test_a_new_snapshot_forgets_the_old_rows(tmp_path: Path):
+    model = opened(tmp_path / "model", create=True)
+    model.replace(weights(4), meta(4))
+    model.replace(weights(5, KEYS[:1]), meta(5))
+    rows, _ = model.read(lambda view: view.lookup(KEYS[:2], seed=1, scale=0.0)[:, 0].tolist())
+    assert rows == [5.0, 0.0]
