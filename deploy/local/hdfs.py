@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -18,7 +19,7 @@ _WEB_XML = '<?xml version="1.0"?>\n<web-app xmlns="http://java.sun.com/xml/ns/ja
 
 def settings(layout: Layout) -> dict[str, dict[str, str]]:
     """Return the properties of core-site.xml and hdfs-site.xml."""
-    data = layout.home / "hdfs"
+    data = plain_path(layout)
     return {
         "core-site.xml": {
             "fs.defaultFS": f"hdfs://{HOST}:{layout.port('namenode')}",
@@ -53,6 +54,25 @@ def settings(layout: Layout) -> dict[str, dict[str, str]]:
             "dfs.namenode.num.extra.edits.retained": "10000",
         },
     }
+
+
+def plain_path(layout: Layout) -> Path:
+    """Return a path of the HDFS folder that its own URI does not escape, by a link in a private folder if need be.
+
+    The DataNode uses its folder's URI as a format string, so that the %20 of a space stops it (Hadoop 3.5.0).
+    """
+    folder = layout.home / "hdfs"
+    if "%" not in folder.as_uri():
+        return folder
+    note = layout.home / "run" / "hdfs-link"
+    if note.exists():
+        link = Path(note.read_text())
+        if link.is_symlink() and link.resolve() == folder.resolve():
+            return link
+    link = Path(tempfile.mkdtemp(prefix="headrace-")) / "hdfs"
+    link.symlink_to(folder, target_is_directory=True)
+    note.write_text(str(link))
+    return link
 
 
 def format_once(layout: Layout, java: Java, jars: Path) -> None:

@@ -78,6 +78,9 @@ def stop(layout: Layout, say: Say) -> None:
         supervisor.end((*STAGES, *ALSO))
         supervisor.end(INFRASTRUCTURE)
         supervisor.shutdown()
+        deadline = time.monotonic() + 5
+        while orphans(layout.home) and time.monotonic() < deadline:
+            time.sleep(0.05)
         say("stopped")
     if left := end_orphans(layout.home):
         say(f"ended {left} processes that no supervisor answered for")

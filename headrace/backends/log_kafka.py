@@ -28,7 +28,8 @@ _CLIENT: dict[str, Any] = {
     "reconnect.backoff.max.ms": 1_000,
     "socket.keepalive.enable": True,
     "broker.address.family": "v4",
-    "log_level": 4,
+    # Trouble comes to error_cb and is logged once a change of state; librdkafka's own log has a line an attempt.
+    "log_level": 2,
     "message.max.bytes": RECORD_BYTES_MAX,
 }
 
