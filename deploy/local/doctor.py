@@ -1,0 +1,222 @@
+"""Finds what keeps a stack from running, and says the remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+import shutil
+import socket
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from headrace.contract.config import PORTS
+from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local import probe
+from headrace.deploy.local.java import OLDEST, find_java
+from headrace.deploy.local.layout import HOST, STATE_VERSION, Layout
+from headrace.deploy.local.supervise import Supervisor, orphans
+
+DISK_BYTES = 3_000_000_000
+"""Logs, lake and snapshots of a few hours of the demo."""
+MEMORY_BYTES = 3_000_000_000
+"""Three JVMs of 512 MB heap and eight Python processes, the trainer with torch."""
+FILES = 4_096
+
+OUTSIDE_ONLY = ("collector", "console", "lighthouse", "metrics_crawl")
+"""Ports that no process of the local stack opens."""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing looked at. `remedy` is empty where all is well."""
+
+    what: str
+    found: str
+    level: str
+    """`ok`; `note`: it runs, and you should know; `trouble`: it will not run."""
+    remedy: str = ""
+
+
+def examine(layout: Layout) -> list[Finding]:
+    """Return what was found, in the order in which things are needed."""
+    running = Supervisor(layout).running()
+    findings = [*_java(layout), _venv(), _disk(layout.home), _memory(running), _files(), *_paths(layout.home)]
+    findings += _state(layout, running)
+    findings += list(_ports(layout)) if not running else [Finding("ports", "held by this stack, which runs", "ok")]
+    findings += list(_outside(layout, running))
+    return findings
+
+
+def _java(layout: Layout) -> list[Finding]:
+    if not layout.own_kafka and not layout.own_hdfs:
+        return [Finding("Java", "not needed: Kafka and HDFS are elsewhere", "ok")]
+    try:
+        java = find_java()
+    except ConfigRejected as error:
+        return [Finding("Java", "none that is new enough", "trouble", str(error))]
+    if "wheel" in java.origin:
+        return [
+            Finding("Java", f"no Java {OLDEST}+ on this machine; {java.origin} has {java.major}: {java.path}", "ok")
+        ]
+    return [Finding("Java", f"{java.major} of {java.origin}: {java.path}", "ok")]
+
+
+def _venv() -> Finding:
+    if importlib.util.find_spec("ensurepip") is not None:
+        return Finding("python3-venv", "there", "ok")
+    return Finding(
+        "python3-venv",
+        "this Python has no ensurepip, so it cannot make an environment",
+        "note",
+        "Debian and Ubuntu: apt install python3-venv; elsewhere: `uv venv .venv`, then make up VENV=.venv",
+    )
+
+
+def _disk(home: Path) -> Finding:
+    folder = next(p for p in (home, *home.parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 1e9:.1f} GB free for {home}"
+    if free < DISK_BYTES:
+        remedy = f"{DISK_BYTES / 1e9:.0f} GB are wanted: make room, `make clean`, or put HEADRACE_HOME= on another disk"
+        return Finding("disk", found, "trouble", remedy)
+    return Finding("disk", found, "ok")
+
+
+def _memory(running: bool) -> Finding:
+    free = psutil.virtual_memory().available
+    found = f"{free / 1e9:.1f} GB available"
+    if free < MEMORY_BYTES and not running:
+        remedy = f"{MEMORY_BYTES / 1e9:.0f} GB are wanted: close something, or use an outside Kafka and HDFS"
+        return Finding("memory", found, "trouble", f"{remedy} (BROKERS=, STORE=)")
+    return Finding("memory", found, "ok")
+
+
+def _files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    top = "no limit" if hard == resource.RLIM_INFINITY else f"{hard:,}"
+    found = f"{soft:,} a process, raised to at most {top} at start"
+    if hard != resource.RLIM_INFINITY and hard < FILES:
+        remedy = f"{FILES:,} are wanted: `ulimit -Hn`, /etc/security/limits.conf or the unit's LimitNOFILE="
+        return Finding("file handles", found, "trouble", remedy)
+    return Finding("file handles", found, "ok")
+
+
+def _paths(home: Path) -> Iterator[Finding]:
+    text = str(home)
+    for sign in (":", ",", "\n"):
+        if sign in text:
+            remedy = "move the checkout, or put the state elsewhere with HEADRACE_HOME="
+            yield Finding("path", f"{text!r} has {sign!r}, which Java's class path splits at", "trouble", remedy)
+            return
+    if " " in text or "%" in home.as_uri():
+        remedy = "nothing to do: HDFS is reached through a link in the temporary folder; a plain path needs none"
+        yield Finding("path", f"{text!r} has a space or a sign that addresses escape", "note", remedy)
+    else:
+        yield Finding("path", text, "ok")
+
+
+def _state(layout: Layout, running: bool) -> list[Finding]:
+    stamp = layout.home / "VERSION"
+    if stamp.exists() and stamp.read_text().strip() != str(STATE_VERSION):
+        found = f"{layout.home} is of version {stamp.read_text().strip()}, this build writes {STATE_VERSION}"
+        return [Finding("state", found, "trouble", "`make clean` deletes it; HEADRACE_HOME= puts new state elsewhere")]
+    left = [] if running else orphans(layout.home)
+    if left:
+        found = f"{len(left)} processes of a killed supervisor: {[p.pid for p in left]}"
+        return [Finding("state", found, "note", "`make up` and `make down` end them")]
+    return [Finding("state", f"{layout.home}{'' if stamp.exists() else ' (new)'}", "ok")]
+
+
+def _ports(layout: Layout) -> Iterator[Finding]:
+    mine = {p.pid for p in orphans(layout.home)}
+    skipped = set(OUTSIDE_ONLY)
+    skipped |= set() if layout.own_kafka else {"kafka", "kafka_controller"}
+    skipped |= set() if layout.own_hdfs else {n for n in PORTS if n.startswith(("namenode", "datanode"))}
+    taken = [(n, layout.port(n)) for n in PORTS if n not in skipped and not free_port(layout.port(n))]
+    taken = [(name, number) for name, number in taken if not mine & set(holders(number))]
+    for name, number in taken:
+        who = ", ".join(_describe(pid) for pid in holders(number)) or "a process of another user"
+        remedy = "stop it, or move all ports with PORT_BASE=30000"
+        yield Finding(f"port {number} ({name})", f"taken by {who}", "trouble", remedy)
+    if not taken:
+        yield Finding("ports", "all free", "ok")
+
+
+def free_port(number: int) -> bool:
+    """Say whether a server could listen on the loopback port now."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((HOST, number))
+        except OSError:
+            return False
+        return True
+
+
+def holders(number: int) -> list[int]:
+    """Return the processes that listen on a port, as far as this user may see."""
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.Error:
+        return []
+    listening = {c.pid for c in connections if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == number}
+    return sorted(pid for pid in listening if pid)
+
+
+def _describe(pid: int) -> str:
+    try:
+        process = psutil.Process(pid)
+        return f"{process.name()} (pid {pid}, user {process.username()})"
+    except psutil.Error:
+        return f"pid {pid}"
+
+
+def _outside(layout: Layout, running: bool) -> Iterator[Finding]:
+    if running or not layout.own_kafka:
+        reason = probe.kafka_trouble(layout.brokers)
+        remedy = (
+            "`headrace logs kafka` shows why; the supervisor starts it again"
+            if layout.own_kafka
+            else ("start it, or correct BROKERS=host:port")
+        )
+        where = f"at {layout.brokers}"
+        yield (
+            Finding("broker", f"down {where}: {reason}", "trouble", remedy)
+            if reason
+            else Finding("broker", f"answers {where}", "ok")
+        )
+    if layout.store.startswith("hdfs://") and (running or not layout.own_hdfs):
+        yield _hdfs(layout)
+    if layout.store.startswith("file:"):
+        yield _store_folder(Path(urllib.parse.urlsplit(layout.store).path))
+
+
+def _hdfs(layout: Layout) -> Finding:
+    reason = probe.hdfs_trouble(layout, patience_s=2.0)
+    if not reason:
+        return Finding("HDFS", f"takes writes at {layout.webhdfs}", "ok")
+    if "safe mode" in reason:
+        remedy = (
+            "it leaves safe mode by itself when the DataNodes have reported their blocks; if it was entered by hand or "
+            "for want of disk, make room, then `hdfs dfsadmin -safemode leave` (own HDFS: make down, make up)"
+        )
+        return Finding("HDFS", reason, "trouble", remedy)
+    remedy = (
+        "`headrace logs namenode` and `headrace logs datanode` show why"
+        if layout.own_hdfs
+        else ("start it, or correct STORE=hdfs://host:port/path and WEBHDFS=http://host:port")
+    )
+    return Finding("HDFS", reason, "trouble", remedy)
+
+
+def _store_folder(folder: Path) -> Finding:
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(nearest, os.W_OK):
+        return Finding(
+            "store", f"{folder} cannot be written", "trouble", "give this user the right, or name another STORE="
+        )
+    return Finding("store", f"{folder}", "ok")

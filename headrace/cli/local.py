@@ -1,0 +1,89 @@
+"""What the verbs of the local stack share: which stack is meant, and how it is shown."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from headrace.cli.runtime import HOST, find_addresses, find_home, find_project, read_addresses
+from headrace.contract.config import PORTS
+from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.supervise import Process
+
+SHIPPERS = ("", "fluentd", "fluent-bit")
+
+
+def add_stack_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which stack is meant."""
+    parser.add_argument("--home", metavar="DIR", help="local state (HEADRACE_HOME; .headrace)")
+    parser.add_argument("--port-base", type=int, metavar="N", help="moves all ports together (PORT_BASE)")
+
+
+def new_layout(args: argparse.Namespace) -> Layout:
+    """Return the stack that flags and environment ask for; what an earlier `up` wrote does not count.
+
+    Raises `ConfigRejected` for a port, store or shipper that cannot be.
+    """
+    home = find_home(args.home)
+    at = find_addresses(args, home / "no-earlier-stack")
+    if at.port_base is not None and not 1_024 < at.port_base <= 65_535 - len(PORTS):
+        raise ConfigRejected(f"PORT_BASE={at.port_base}: a number from 1025 to {65_535 - len(PORTS)} is wanted.")
+    if not at.store.startswith(("file:/", "hdfs://")):
+        raise ConfigRejected(f"STORE={at.store!r}: file:/absolute/path or hdfs://host:port/path is wanted.")
+    shipper = getattr(args, "shipper", None) or os.environ.get("SHIPPER") or ""
+    if shipper not in SHIPPERS:
+        raise ConfigRejected(f"SHIPPER={shipper!r}: fluentd or fluent-bit is wanted, or nothing.")
+    told_brokers = getattr(args, "brokers", None) or os.environ.get("HEADRACE_BROKERS")
+    told_store = getattr(args, "store", None) or os.environ.get("HEADRACE_STORE")
+    return Layout(
+        home=home,
+        port_base=at.port_base,
+        brokers=at.brokers,
+        store=at.store,
+        webhdfs=at.webhdfs,
+        project=find_project(at.project),
+        own_kafka=not told_brokers,
+        own_hdfs=not told_store,
+        shipper=shipper,
+    )
+
+
+def present_layout(args: argparse.Namespace) -> Layout:
+    """Return the stack that the last `up` started here, or the one it would start."""
+    home = find_home(args.home)
+    saved = read_addresses(home)
+    if saved is None:
+        return new_layout(args)
+    loopback = f"{HOST}:"
+    return Layout(
+        home=home,
+        port_base=saved.port_base,
+        brokers=saved.brokers,
+        store=saved.store,
+        webhdfs=saved.webhdfs,
+        project=Path(saved.project),
+        own_kafka=saved.brokers.startswith(loopback) and (home / "kafka").is_dir(),
+        own_hdfs=saved.store.startswith(f"hdfs://{loopback}") and (home / "hdfs").is_dir(),
+    )
+
+
+def table(processes: Sequence[Process]) -> str:
+    """Return the table of processes for people."""
+    rows = [("process", "state", "port", "memory", "up", "log file")]
+    for p in processes:
+        rows.append((p.name, p.state, str(p.port or "-"), f"{p.memory_mb} MB", f"{p.uptime_s} s", p.log))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]) for row in rows
+    )
+
+
+def quiet_clients() -> None:
+    """Let probes speak only through their results: a part that is not up yet is no warning."""
+    logging.basicConfig(level=logging.ERROR)
+    for name in ("headrace.hdfs", "headrace.kafka"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,0 +1,31 @@
+"""Show each process, its state, port, memory and log file. Exits 1 when nothing runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+
+from headrace.cli.local import add_stack_flags, present_layout, table
+from headrace.deploy.local.supervise import Supervisor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    add_stack_flags(parser)
+    parser.add_argument("--json", action="store_true", help='{"running", "home", "processes": [...]}')
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the table."""
+    layout = present_layout(args)
+    processes = Supervisor(layout).processes()
+    if args.json:
+        told = {"running": bool(processes), "home": str(layout.home), "processes": processes}
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(told)).decode() + "\n")
+    elif processes:
+        print(table(processes))
+    else:
+        print(f"nothing runs in {layout.home}; `make up` starts it.")
+    return 0 if processes else 1

@@ -1,0 +1,107 @@
+"""Start everything on this machine: Kafka, HDFS, all stages, the demo shop.
+
+In the foreground it then prints a line every few seconds, and Ctrl-C stops everything; with --detach it returns when
+all is ready. Running it again takes over what runs, and starts what does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+
+from headrace.cli.local import add_stack_flags, new_layout, present_layout, quiet_clients, table
+from headrace.cli.runtime import HOST, load_project
+from headrace.cli.watch import Watch
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.topics import Topics
+from headrace.deploy.local.doctor import examine
+from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.stack import start, stop
+from headrace.deploy.local.supervise import Supervisor
+
+LINE_S = 3.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    add_stack_flags(parser)
+    parser.add_argument("--detach", action="store_true", help="return when all is ready")
+    parser.add_argument("--project", metavar="DIR", help="folder with headrace.toml (HEADRACE_PROJECT; examples/shop)")
+    parser.add_argument("--brokers", help="an outside Kafka instead of one started here (HEADRACE_BROKERS)")
+    parser.add_argument("--store", help="file:/path or an outside hdfs://host:port/path (HEADRACE_STORE)")
+    parser.add_argument("--webhdfs", help="http://host:port of the outside NameNode (HEADRACE_WEBHDFS)")
+    parser.add_argument("--shipper", choices=["fluentd", "fluent-bit"], help="between shop and gateway (SHIPPER)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Bring the stack up; 0 when it is ready, or was stopped by Ctrl-C."""
+    quiet_clients()
+    layout, begin = new_layout(args), time.monotonic()
+    config, _ = load_project(layout.project)
+    _same_as_running(args, layout)
+    trouble = [f for f in examine(layout) if f.level != "ok"]
+    for finding in trouble:
+        print(f"{finding.level}: {finding.what}: {finding.found}\n  remedy: {finding.remedy}", file=sys.stderr)
+    if any(f.level == "trouble" and f.what not in ("broker", "HDFS") for f in trouble):
+        return 1
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _interrupt(stopped))
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True)
+
+    try:
+        start(layout, Topics(config.log.generation).specs(config.log.partitions), say)
+        _show(layout, time.monotonic() - begin)
+        if args.detach:
+            return 0
+        _follow(layout)
+    except KeyboardInterrupt:
+        print("\nstopping", flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop(layout, say)
+    return 0
+
+
+def _interrupt(stopped: threading.Event) -> None:
+    if not stopped.is_set():
+        stopped.set()
+        raise KeyboardInterrupt
+
+
+def _same_as_running(args: argparse.Namespace, layout: Layout) -> None:
+    """Refuse to change addresses under a running stack."""
+    before = present_layout(args)
+    if not Supervisor(before).running():
+        return
+    for name in ("port_base", "brokers", "store", "project"):
+        old, new = getattr(before, name), getattr(layout, name)
+        if old != new:
+            raise ConfigRejected(f"the stack of {layout.home} runs with {name} {old} and not {new}; `make down` first.")
+
+
+def _show(layout: Layout, took_s: float) -> None:
+    print(f"\n{table(Supervisor(layout).processes())}\n")
+    print(f"all ready after {took_s:.1f} s. State: {layout.home}")
+    print(f"  serving      http://{HOST}:{layout.port('serving')}/v1/model   POST /v1/rank")
+    print(f"  TensorBoard  http://{HOST}:{layout.port('tensorboard')}")
+    print(
+        f"  log events   forward protocol on {HOST}:{layout.shipper_port if layout.shipper else layout.port('forward')}"
+    )
+    print(f"  lake         {layout.store.removeprefix('file:')}/lake/samples")
+    print("  make status, make logs STAGE=train, make down", flush=True)
+
+
+def _follow(layout: Layout) -> None:
+    watch = Watch(layout)
+    print("a line every few seconds; Ctrl-C stops everything", flush=True)
+    while True:
+        time.sleep(LINE_S)
+        print(watch.line(), flush=True)
+        if not Supervisor(layout).running():
+            print("the stack was stopped from outside", flush=True)
+            return

@@ -1,0 +1,104 @@
+"""The line that `headrace up` prints every few seconds, read from the stages' own metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from headrace.cli.runtime import HOST
+from headrace.contract.metrics import Name, Stage
+from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.probe import http_get
+
+STAGES: tuple[Stage, ...] = ("ingest", "stream", "sink", "train", "serve", "shop")
+
+
+class Watch:
+    """Remembers the last reading, so that rates and recent percentiles can be told."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._before: dict[str, dict[str, float]] = {}
+        self._at = time.monotonic()
+
+    def line(self) -> str:
+        """Return one line: events/s, lag, freshness, AUC beside its baselines, live version. `-` is not known yet."""
+        with ThreadPoolExecutor(len(STAGES)) as pool:
+            texts = pool.map(self._read, STAGES)
+        now = dict(zip(STAGES, (parse(text) for text in texts), strict=True))
+        at = time.monotonic()
+        rate = self._rise("ingest", "events_read_total", now) / max(1e-9, at - self._at)
+        line = (
+            f"{time.strftime('%H:%M:%S')}  {rate:,.0f} events/s  lag {_number(_value(now, 'stream', 'lag_records'), 0)}"
+            f"+{_number(_value(now, 'train', 'lag_records'), 0)} records  freshness {self._freshness(now)}"
+            f"  AUC {_number(_value(now, 'train', 'auc'), 4)}"
+            f" (constant {_number(_value(now, 'train', 'auc_constant'), 4)},"
+            f" item rate {_number(_value(now, 'train', 'auc_item_rate'), 4)})"
+            f" over {_number(_value(now, 'train', 'samples_learnt_total'), 0)} rows  version {self._version()}"
+        )
+        self._before, self._at = now, at
+        return line
+
+    def _read(self, stage: Stage) -> str:
+        status, body = http_get(f"http://{HOST}:{self._layout.port(f'metrics_{stage}')}/metrics")
+        return body.decode(errors="replace") if status == 200 else ""
+
+    def _rise(self, stage: Stage, name: Name, now: dict[str, dict[str, float]]) -> float:
+        full = f"headrace_{stage}_{name}"
+        return max(0.0, now[stage].get(full, 0.0) - self._before.get(stage, {}).get(full, 0.0))
+
+    def _freshness(self, now: dict[str, dict[str, float]]) -> str:
+        """Return the median since the last line, from whichever stage measures it."""
+        for stage in ("shop", "serve", "train"):
+            p50 = median(f"headrace_{stage}_freshness_seconds", now[stage], self._before.get(stage, {}))
+            if p50 is not None:
+                return f"{p50 * 1_000:,.0f} ms"
+        return "-"
+
+    def _version(self) -> str:
+        status, body = http_get(f"http://{HOST}:{self._layout.port('serving')}/v1/model")
+        if status != 200:
+            return "-"
+        try:
+            return str(msgspec.json.decode(body).get("version") or "-")
+        except (msgspec.DecodeError, AttributeError):
+            return "-"
+
+
+def parse(text: str) -> dict[str, float]:
+    """Return a Prometheus text's samples: by name, summed over labels; histogram buckets by name and `le`.
+
+    >>> parse('a_total{reason="x"} 1\\na_total{reason=""} 2\\nb_bucket{le="0.5"} 3\\n')
+    {'a_total': 3.0, 'b_bucket 0.5': 3.0}
+    """
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("#") or " " not in line:
+            continue
+        name, _, value = line.rpartition(" ")
+        base, _, labels = name.partition("{")
+        if base.endswith("_bucket"):
+            edge = labels.partition('le="')[2].partition('"')[0]
+            base = f"{base} {edge}"
+        found[base] = found.get(base, 0.0) + float(value)
+    return found
+
+
+def median(name: str, now: dict[str, float], before: dict[str, float]) -> float | None:
+    """Return the upper edge of the bucket that holds the median of what was observed between two readings."""
+    lead = f"{name}_bucket "
+    rises = sorted((float(k.removeprefix(lead)), v - before.get(k, 0.0)) for k, v in now.items() if k.startswith(lead))
+    if not rises or rises[-1][1] <= 0:
+        return None
+    return next(edge for edge, count in rises if count >= rises[-1][1] / 2)
+
+
+def _value(now: dict[str, dict[str, float]], stage: Stage, name: Name) -> float:
+    return now[stage].get(f"headrace_{stage}_{name}", math.nan)
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:,.{digits}f}"
