@@ -1,0 +1,105 @@
+# Headrace: `make` alone shows what there is.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+ROOMS := ingest stream trainer serving replay examples deploy
+LINT := .headrace/lint
+
+# What the user says on the command line reaches every process by the environment.
+ifdef BROKERS
+export HEADRACE_BROKERS := $(BROKERS)
+endif
+ifdef STORE
+export HEADRACE_STORE := $(STORE)
+endif
+ifdef WEBHDFS
+export HEADRACE_WEBHDFS := $(WEBHDFS)
+endif
+ifdef PROJECT
+export HEADRACE_PROJECT := $(PROJECT)
+endif
+ifdef DATA
+export DATA
+endif
+ifdef PORT_BASE
+export PORT_BASE
+endif
+ifdef SHIPPER
+export SHIPPER
+endif
+ifdef RATE
+export RATE
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install up down status logs doctor ledger replay test test-long check format bench clean
+
+help: ## show this
+	@echo "make TARGET [VENV=dir] [PORT_BASE=30000] [STORE=file:/dir|hdfs://host:port/dir] [BROKERS=host:port] [PROJECT=dir]"
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+# The environment is made anew when it is missing, and brought up to date when pyproject.toml or a version has changed.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is wanted: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make environments. Debian, Ubuntu: apt install python3-venv. Or: uv venv --seed $(VENV)"; exit 1; }
+	$(PYTHON) -m venv "$(VENV)"
+
+# A torch that is there already (the small one for CPUs) stays, whatever version is pinned.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): about 3 GB from the package index the first time; run it again if the network breaks"
+	@if "$(BIN)/python" -m pip show -q torch >/dev/null 2>&1; then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > "$(VENV)/constraints.txt"
+	"$(BIN)/python" -m pip install --progress-bar on -c "$(VENV)/constraints.txt" -e .
+	@touch "$@"
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	"$(BIN)/python" -m pip install --progress-bar on -c "$(VENV)/constraints.txt" -e '.[dev]'
+	@touch "$@"
+
+install: $(VENV)/.installed ## install without starting anything
+
+up: $(VENV)/.installed ## start everything and show it; DETACH=1 returns when all is ready; SHIPPER=fluentd, RATE=1000
+	@"$(BIN)/headrace" up $(if $(DETACH),--detach)
+
+down: ## stop everything; nothing is left running
+	@if [ -x "$(BIN)/headrace" ]; then "$(BIN)/headrace" down; else echo "nothing is installed in $(VENV)"; fi
+
+status: $(VENV)/.installed ## each process, its state, port, memory, log file
+	@"$(BIN)/headrace" status
+
+logs: $(VENV)/.installed ## follow a log: make logs STAGE=train
+	@"$(BIN)/headrace" logs $(or $(STAGE),supervisor)
+
+doctor: $(VENV)/.installed ## what keeps it from running, and the remedy
+	@"$(BIN)/headrace" doctor
+
+ledger: $(VENV)/.installed ## account for every event
+	@"$(BIN)/headrace" ledger
+
+replay: $(VENV)/.installed ## learn again as recorded and compare with the live model
+	@"$(BIN)/headrace" replay
+
+test: $(VENV)/.installed-dev ## all tests but the long ones, the end-to-end test on real Kafka and HDFS included
+	"$(BIN)/python" -m pytest -m "not long" -rs $(ARGS)
+
+test-long: $(VENV)/.installed-dev ## the long ones too
+	"$(BIN)/python" -m pytest -rs $(ARGS)
+
+# Static tools cannot follow the mapping of packages to folders in pyproject.toml; they get it as links.
+check: $(VENV)/.installed-dev ## ruff, mypy --strict, import-linter
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	@rm -rf $(LINT) && mkdir -p $(LINT)/headrace
+	@for each in headrace/*.py headrace/*/; do ln -s "../../../$${each%/}" $(LINT)/headrace/; done
+	@for room in $(ROOMS); do ln -s "../../../$$room" $(LINT)/headrace/; done
+	cd $(LINT) && "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p headrace
+	PYTHONPATH=$(LINT) "$(BIN)/lint-imports"
+
+format: $(VENV)/.installed-dev ## let ruff format and sort
+	"$(BIN)/ruff" check --fix-only .
+	"$(BIN)/ruff" format .
+
+bench: $(VENV)/.installed-dev ## every benchmark, quick form
+	@for each in bench/freshness.py bench/loop.py; do echo "== $$each"; "$(BIN)/python" $$each --quick || exit 1; done
+
+clean: ## delete the local state (says what, asks); YES=1 does not ask
+	@if [ -x "$(BIN)/headrace" ]; then "$(BIN)/headrace" clean $(if $(YES),--yes); else echo "nothing is installed in $(VENV); state, if any: .headrace"; fi
