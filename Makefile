@@ -91,8 +91,8 @@ check: $(VENV)/.installed-dev ## ruff, mypy --strict, import-linter
 	@rm -rf $(LINT) && mkdir -p $(LINT)/headrace
 	@for each in headrace/*.py headrace/*/; do ln -s "../../../$${each%/}" $(LINT)/headrace/; done
 	@for room in $(ROOMS); do ln -s "../../../$$room" $(LINT)/headrace/; done
-	cd $(LINT) && "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p headrace
-	PYTHONPATH=$(LINT) "$(BIN)/lint-imports"
+	@bin="$$(cd "$(BIN)" && pwd)"; cd $(LINT) && "$$bin/mypy" --config-file ../../pyproject.toml --cache-dir ../mypy_cache -p headrace
+	@bin="$$(cd "$(BIN)" && pwd)"; cd $(LINT) && "$$bin/lint-imports" --no-cache ../../pyproject.toml
 
 format: $(VENV)/.installed-dev ## let ruff format and sort
 	"$(BIN)/ruff" check --fix-only .

@@ -29,8 +29,8 @@ from headrace.deploy.local.supervise import Program, Supervisor, end_orphans, or
 INFRASTRUCTURE = ("kafka", "namenode", "datanode")
 STAGES = ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop")
 ALSO = ("tensorboard", "shipper")
-INFRASTRUCTURE_S = 90.0
-STAGES_S = 120.0
+INFRASTRUCTURE_S = 180.0
+STAGES_S = 180.0
 
 Say = Callable[[str], None]
 
@@ -56,9 +56,11 @@ def start(layout: Layout, topics: Sequence[TopicSpec], say: Say, *, stages: bool
         KafkaAdmin(layout.brokers).ensure_topics(topics)
         if stages:
             names = [p.name for p in supervisor.processes() if p.name not in INFRASTRUCTURE]
-            supervisor.begin(names)
-            probes = {name: ask for name, ask in probe.stage_probes(layout).items() if name in names}
-            await_all(probes, STAGES_S, say)
+            probes = probe.stage_probes(layout)
+            # The shop comes last: its traffic would take the processor from those that still start.
+            for group in ([n for n in names if n != "shop"], ["shop"] if "shop" in names else []):
+                supervisor.begin(group)
+                await_all({name: probes[name] for name in group if name in probes}, STAGES_S, say)
 
 
 def start_infrastructure(layout: Layout, supervisor: Supervisor, say: Say) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -13,6 +14,8 @@ from headrace.contract.metrics import Name, Stage
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.probe import http_get
 
+Reading = Mapping[str, Mapping[str, float]]
+
 STAGES: tuple[Stage, ...] = ("ingest", "stream", "sink", "train", "serve", "shop")
 
 
@@ -21,14 +24,14 @@ class Watch:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._before: dict[str, dict[str, float]] = {}
+        self._before: Reading = {}
         self._at = time.monotonic()
 
     def line(self) -> str:
         """Return one line: events/s, lag, freshness, AUC beside its baselines, live version. `-` is not known yet."""
         with ThreadPoolExecutor(len(STAGES)) as pool:
             texts = pool.map(self._read, STAGES)
-        now = dict(zip(STAGES, (parse(text) for text in texts), strict=True))
+        now: dict[str, dict[str, float]] = {s: parse(text) for s, text in zip(STAGES, texts, strict=True)}
         at = time.monotonic()
         rate = self._rise("ingest", "events_read_total", now) / max(1e-9, at - self._at)
         line = (
@@ -46,11 +49,11 @@ class Watch:
         status, body = http_get(f"http://{HOST}:{self._layout.port(f'metrics_{stage}')}/metrics")
         return body.decode(errors="replace") if status == 200 else ""
 
-    def _rise(self, stage: Stage, name: Name, now: dict[str, dict[str, float]]) -> float:
+    def _rise(self, stage: Stage, name: Name, now: Reading) -> float:
         full = f"headrace_{stage}_{name}"
         return max(0.0, now[stage].get(full, 0.0) - self._before.get(stage, {}).get(full, 0.0))
 
-    def _freshness(self, now: dict[str, dict[str, float]]) -> str:
+    def _freshness(self, now: Reading) -> str:
         """Return the median since the last line, from whichever stage measures it."""
         for stage in ("shop", "serve", "train"):
             p50 = median(f"headrace_{stage}_freshness_seconds", now[stage], self._before.get(stage, {}))
@@ -87,7 +90,7 @@ def parse(text: str) -> dict[str, float]:
     return found
 
 
-def median(name: str, now: dict[str, float], before: dict[str, float]) -> float | None:
+def median(name: str, now: Mapping[str, float], before: Mapping[str, float]) -> float | None:
     """Return the upper edge of the bucket that holds the median of what was observed between two readings."""
     lead = f"{name}_bucket "
     rises = sorted((float(k.removeprefix(lead)), v - before.get(k, 0.0)) for k, v in now.items() if k.startswith(lead))
@@ -96,7 +99,7 @@ def median(name: str, now: dict[str, float], before: dict[str, float]) -> float 
     return next(edge for edge, count in rises if count >= rises[-1][1] / 2)
 
 
-def _value(now: dict[str, dict[str, float]], stage: Stage, name: Name) -> float:
+def _value(now: Reading, stage: Stage, name: Name) -> float:
     return now[stage].get(f"headrace_{stage}_{name}", math.nan)
 
 
