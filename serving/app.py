@@ -18,10 +18,9 @@ from headrace.contract.config import ServeConfig
 from headrace.contract.errors import EventRejected, Overloaded, Unavailable
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.contract.spec import FeatureSpec
 from headrace.serving.features import FeatureMemory
 from headrace.serving.scorer import merge, rank, spec_of
-from headrace.serving.shared_model import SharedModel
+from headrace.serving.shared_model import SharedModel, View
 
 BODY_BYTES_MAX = 4_194_304
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -65,7 +64,6 @@ class Face:
     metrics_text: Callable[[], bytes]
     clock: Clock
     impressions: Impressions
-    refused: Callable[[], str] = lambda: ""
 
     async def rank(self, request: Request) -> Response:
         """Score candidates with exactly one version of the model."""
@@ -85,9 +83,12 @@ class Face:
                 count = len(ask.candidates)
                 return problem(422, f"{count} candidates", f"send at most {self.config.candidates_max} in one request")
             raw = merge(self.project, ask.context, ask.candidates)
-            spec = self._spec()
-            served = [self.features.columns(spec, {**ask.context, **c}) for c in ask.candidates]
-            scores, meta = self.shared.read(lambda view: rank(view, raw, served))
+
+            def use(view: View) -> tuple[list[float], list[dict[str, float]]]:
+                served = self.features.columns(spec_of(view.meta.spec_json), raw, len(ask.candidates))
+                return rank(view, raw, served), served
+
+            (scores, served), meta = self.shared.read(use)
             version = meta.manifest.version
             if ask.log:
                 self.impressions.log(
@@ -108,9 +109,6 @@ class Face:
             return problem(503, str(error), "ask again in a second")
         return answer(200, {"request_id": ask.request_id, "version": version, "scores": scores, "served": served})
 
-    def _spec(self) -> FeatureSpec:
-        return spec_of(self.shared.meta().spec_json)
-
     async def model(self, request: Request) -> Response:
         """Say which version is served; with ?version=X, which events a recent version knew."""
         asked = request.query_params.get("version")
@@ -121,7 +119,7 @@ class Face:
         if asked is not None:
             positions = self.shared.positions_of(asked)
             if positions is None:
-                return problem(404, f"version {asked!r} is not among the last 2,048", "ask for a newer one")
+                return problem(404, f"version {asked!r} is not among the last 2,000", "ask for a newer one")
             return answer(200, {"version": asked, "positions": positions})
         manifest = meta.manifest
         return answer(
@@ -137,7 +135,7 @@ class Face:
                 "snapshot": meta.snapshot,
                 "spec": manifest.spec,
                 "digest": manifest.digest,
-                "refused": self.refused(),
+                "refused": self.shared.refused(),
             },
         )
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
+import pyarrow as pa
 
-from headrace.contract.errors import HeadraceError
+from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.log import Reader, Record
 from headrace.contract.spec import Counter, FeatureSpec
-from headrace.stream.features.counters import value_as_of
+from headrace.stream.features.counters import key_strings, value_as_of
 
 logger = logging.getLogger("headrace.serve")
 
@@ -38,7 +39,11 @@ class FeatureMemory:
         if record.value is None:
             self._rows.pop(name, None)
             return
-        entry = msgspec.json.decode(record.value, type=_Entry)
+        try:
+            entry = msgspec.json.decode(record.value, type=_Entry)
+        except msgspec.MsgspecError as error:
+            logger.error("record %d of %s holds no counter: %s", record.offset, record.topic, error)
+            return
         if entry.epoch < self._fence[0]:
             return
         self._fence = max(self._fence, (entry.epoch, entry.as_of_ms))
@@ -50,34 +55,46 @@ class FeatureMemory:
         row = self._rows.get(f"{counter.name}/{key}")
         return [0] * len(counter.counts) if row is None else value_as_of(row, counter, self.watermark_ms)
 
-    def columns(self, spec: FeatureSpec, fields: Mapping[str, Any]) -> dict[str, float]:
-        """Return every counter column of one candidate."""
-        found: dict[str, float] = {}
+    def columns(self, spec: FeatureSpec, raw: Mapping[str, pa.Array], rows: int) -> list[dict[str, float]]:
+        """Return every counter column of each of `rows` candidates; `raw` as `serving.scorer.merge` returns."""
+        served: list[dict[str, float]] = [{} for _ in range(rows)]
         for counter in spec.counters:
-            key = fields.get(counter.key)
-            counts = [0] * len(counter.counts) if key is None else self.counts(counter, str(key))
-            found.update(zip(counter.columns(), map(float, counts), strict=True))
-        return found
+            names = counter.columns()
+            known: dict[str | None, dict[str, float]] = {}
+            for row, key in zip(served, key_strings(raw[counter.key]), strict=True):
+                found = known.get(key)
+                if found is None:
+                    counts = [0] * len(names) if key is None else self.counts(counter, key)
+                    found = known[key] = dict(zip(names, map(float, counts), strict=True))
+                row.update(found)
+        return served
 
     def follow(self, reader: Reader, topic: str, stop: threading.Event) -> None:
         """Read the topic until `stop`; a broker that stays away leaves the memory as it is."""
-        begun = False
+        begun, is_away, seen, target, quiet_since = False, False, 0, 0, 0.0
         while not stop.is_set():
             try:
                 if not begun:
-                    begin, target = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
-                    reader.assign({(topic, 0): begin})
-                    begun, seen = True, begin
+                    seen, target = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
+                    reader.assign({(topic, 0): seen})
+                    begun, quiet_since = True, time.monotonic()
                 records = reader.poll(5_000, 0.2)
             except HeadraceError as error:
-                logger.warning("counters wait for Kafka: %s", error)
-                begun = False
-                stop.wait(1.0)
+                if not is_away:
+                    logger.warning("counters wait: %s", error)
+                # What was assigned is still assigned, unless compaction took the offset: then all is read again.
+                is_away, begun = True, begun and not isinstance(error, InvariantBroken)
+                stop.wait(0.5)
                 continue
+            if is_away and records:
+                logger.info("counters come again")
+                is_away = False
             for record in records:
                 self.take(record)
                 seen = record.offset + 1
-            # A compacted tail may end in markers that are never given: an empty poll is the end, too.
-            if seen >= target or not records:
+            if records:
+                quiet_since = time.monotonic()
+            # A compacted tail may end in markers that are never given: 3 s of silence are the end, too.
+            if seen >= target or time.monotonic() - quiet_since > 3.0:
                 self.is_caught_up = True
         reader.close()

@@ -15,6 +15,7 @@ class ImpressionLog:
 
     def __init__(self, project: Project, *, port: int, spool_dir: Path, host: str = "127.0.0.1") -> None:
         prefix, _, self._label = project.impression.tag.rpartition(".")
+        self._fields = tuple(project.impression.fields)
         self._sender = Sender(prefix, host=host, port=port, spool_dir=str(spool_dir))
 
     def log(
@@ -27,10 +28,11 @@ class ImpressionLog:
         served: Sequence[Mapping[str, float]],
         event_time_ms: int,
     ) -> None:
-        """Log one impression a candidate, under the id "<request id>#<place>". Raises `Overloaded`: the spool is full."""
+        """Log an impression a candidate, with the id "<request id>#<place>". Raises `Overloaded`: the spool is full."""
         for place, (candidate, counters) in enumerate(zip(candidates, served, strict=True)):
             lead = {"event_id": f"{request_id}#{place}", "request_id": request_id, "place": place}
-            record = {**context, **candidate, **counters, **lead, "event_time_ms": event_time_ms, "version": version}
+            fields = {name: candidate.get(name, context.get(name)) for name in self._fields}
+            record = {**fields, **counters, **lead, "event_time_ms": event_time_ms, "version": version}
             self._sender.emit(self._label, record)
 
     def close(self) -> None:

@@ -1,13 +1,30 @@
-"""The gate: what may be served. A refusal names its reason, and the model that is served stays."""
+"""The gate: what may be served. A refusal names its reason, and the model that is served stays.
+
+| reason | refused because |
+|---|---|
+| `sha256` | the blob is not the one that the manifest announced |
+| `damaged` | it cannot be read, or its dense weights do not match their digest |
+| `version`, `base` | it is another version's, or a delta for another version than the one that is served |
+| `recipe`, `spec` | the recipe is unknown here, or the spec needs a field that the project does not declare |
+| `dim`, `dense` | rows or dense weights have another shape than recipe and spec (a delta: than what is served) |
+| `not_finite` | a weight is NaN or infinite |
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Mapping
 
+import msgspec
 import numpy as np
 
-from headrace.contract.errors import InvariantBroken
+from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.project import Project, Recipe
 from headrace.contract.snapshot import Manifest, Weights, decode_weights
+from headrace.contract.spec import FeatureSpec
+
+Shapes = Mapping[str, list[int]]
 
 
 class Refused(InvariantBroken):
@@ -18,31 +35,64 @@ class Refused(InvariantBroken):
         self.reason = reason
 
 
-def admit_snapshot(manifest: Manifest, data: bytes, *, dim: int) -> Weights:
-    """Return the snapshot's weights, or raise `Refused`: wrong SHA-256, another version, wrong width, not finite."""
+def admit_snapshot(manifest: Manifest, data: bytes, *, project: Project) -> Weights:
+    """Return the weights of the snapshot that `manifest` announces, or raise `Refused`."""
     found = hashlib.sha256(data).hexdigest()
     if found != manifest.sha256:
         raise Refused("sha256", f"{manifest.blob} has SHA-256 {found}, its manifest says {manifest.sha256}.")
-    return _admit(manifest, data, dim)[0]
+    weights, inside = _decoded(data)
+    if inside.version != manifest.version:
+        raise Refused("version", f"the blob holds {inside.version}, its manifest says {manifest.version}.")
+    try:
+        recipe = msgspec.json.decode(manifest.recipe_json, type=Recipe)
+    except msgspec.MsgspecError as error:
+        raise Refused(
+            "recipe", f"{manifest.version} was trained by a recipe that is not known here: {error}"
+        ) from error
+    try:
+        spec = msgspec.json.decode(manifest.spec_json, type=FeatureSpec)
+        msgspec.structs.replace(project, features=spec).checked()
+    except (msgspec.MsgspecError, ConfigRejected) as error:
+        raise Refused("spec", f"{manifest.version} cannot be served by this project: {error}") from error
+    _check(weights, manifest.version, project.recipe.dim, _shapes(recipe, spec))
+    return weights
 
 
-def admit_delta(data: bytes, *, base: str, dim: int) -> tuple[Weights, Manifest]:
-    """Return a delta's weights and manifest, or raise `Refused`; `base` is the version that is served now."""
-    weights, manifest = _admit(None, data, dim)
+def admit_delta(data: bytes, *, base: str, dim: int, shapes: Shapes) -> tuple[Weights, Manifest]:
+    """Return a delta's weights and manifest, or raise `Refused`.
+
+    Args:
+        base: the version that is served now.
+        shapes: of its dense weights.
+    """
+    weights, manifest = _decoded(data)
     if manifest.base != base:
         raise Refused("base", f"delta {manifest.version} is for {manifest.base}; {base} is served.")
+    _check(weights, manifest.version, dim, shapes)
     return weights, manifest
 
 
-def _admit(expected: Manifest | None, data: bytes, dim: int) -> tuple[Weights, Manifest]:
+def _decoded(data: bytes) -> tuple[Weights, Manifest]:
     try:
-        weights, manifest = decode_weights(data)
-    except (InvariantBroken, KeyError, ValueError, OSError) as error:
+        return decode_weights(data)
+    except (InvariantBroken, msgspec.MsgspecError, KeyError, ValueError, TypeError, OSError) as error:
         raise Refused("damaged", f"weights of {len(data)} bytes cannot be read: {error}") from error
-    if expected is not None and manifest.version != expected.version:
-        raise Refused("version", f"the blob holds {manifest.version}, its manifest says {expected.version}.")
+
+
+def _check(weights: Weights, version: str, dim: int, shapes: Shapes) -> None:
     if weights.values_KV.shape[1] != 1 + dim:
-        raise Refused("dim", f"{manifest.version} has rows of {weights.values_KV.shape[1]} values, not {1 + dim}.")
+        raise Refused("dim", f"{version} has rows of {weights.values_KV.shape[1]} values, not {1 + dim}.")
+    found = {name: list(array.shape) for name, array in weights.dense.items()}
+    if found != dict(shapes):
+        raise Refused("dense", f"{version} has dense weights {found}; expected are {dict(shapes)}.")
     if not np.isfinite(weights.values_KV).all() or not all(np.isfinite(a).all() for a in weights.dense.values()):
-        raise Refused("not_finite", f"{manifest.version} has weights that are NaN or infinite.")
-    return weights, manifest
+        raise Refused("not_finite", f"{version} has weights that are NaN or infinite.")
+
+
+def _shapes(recipe: Recipe, spec: FeatureSpec) -> dict[str, list[int]]:
+    """Return the shapes of DeepFM's dense weights; see `headrace.trainer.model.scoring`."""
+    shapes = {"bias": [1], "numeric": [spec.numerics]}
+    widths = [spec.slots * recipe.dim + spec.numerics, *recipe.hidden, 1]
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+        shapes[f"w{i}"], shapes[f"b{i}"] = [fan_in, fan_out], [fan_out]
+    return shapes

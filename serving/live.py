@@ -1,9 +1,13 @@
 """The updater: keeps the shared model at the newest version. One thread of one process.
 
-1. Read the newest manifest of this model in `model`; load its blob when nothing is served, or the chain broke.
-2. Read `deltas` from the offset that the manifest names; apply each delta whose base is the version that is served.
-3. A delta whose base is another one: skip it when it is older than what is served, else wait for the next snapshot.
+1. Read `model` to its end; load the blob of the newest manifest of this model.
+2. Read `deltas` from the offset that the manifest names, and `model` on; apply each delta whose base is the version
+   that is served, and leave out every other.
+3. A newer snapshot is only noted while deltas lead on: they lead to its version and beyond. It is loaded when nothing
+   is served, when it is of another run, when a delta with another base showed that the chain is broken, or when no
+   delta comes.
 4. What the gate refuses changes nothing: the version that is served stays until a good snapshot comes.
+5. While Kafka or the store is away the served version stays, and reading goes on from where it was.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ import msgspec
 
 from headrace.contract.blobs import Blobs
 from headrace.contract.clock import Clock
-from headrace.contract.errors import HeadraceError, Overloaded
+from headrace.contract.errors import HeadraceError, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.log import Reader, Record
 from headrace.contract.metrics import Metrics
+from headrace.contract.project import Project
 from headrace.contract.snapshot import Manifest, Weights, decode_manifest
 from headrace.contract.topics import Topics
 from headrace.serving.gate import Refused, admit_delta, admit_snapshot
@@ -33,8 +38,7 @@ logger = logging.getLogger("headrace.serve")
 class Updater:
     """Follows one model. `reader` is this thread's own."""
 
-    model_name: str
-    dim: int
+    project: Project
     topics: Topics
     shared: SharedModel
     reader: Reader
@@ -42,53 +46,66 @@ class Updater:
     metrics: Metrics
     clock: Clock
     stop: threading.Event
-    refused: str = ""
-    """Why the newest snapshot or delta was refused; empty when none was since the last one that was taken."""
     _meta: Meta | None = field(default=None, init=False)
     _newest: Manifest | None = field(default=None, init=False)
     _tried: str = field(default="", init=False)
+    """The snapshot that was loaded or refused last."""
+    _is_broken: bool = field(default=False, init=False)
+    """A delta came whose base is not the served version, and which is newer."""
+    _begun: bool = field(default=False, init=False)
     _model_offset: int = field(default=0, init=False)
 
     def run(self) -> None:
-        """Follow until `stop`; what is served stays while Kafka or the store is away."""
-        begun = False
+        """Follow until `stop`. Raises on what must not be served on, such as a write that broke off."""
+        is_away = False
         while not self.stop.is_set():
             try:
-                if not begun:
-                    self._begin()
-                    begun = True
                 self.step(0.2)
-            except HeadraceError as error:
-                logger.warning("the model stays as it is: %s", error)
-                self.metrics.add("errors_total", reason="updater")
-                begun = False
-                self.stop.wait(1.0)
+            except Unavailable as error:
+                if not is_away:
+                    logger.warning("the served version stays: %s", error)
+                    self.metrics.add("errors_total", reason="updater")
+                is_away = True
+                self.stop.wait(0.5)
+            else:
+                if is_away:
+                    logger.info("versions come again")
+                is_away = False
         self.reader.close()
 
+    def step(self, timeout_s: float) -> None:
+        """Take what has come. Raises `Unavailable` while Kafka or the store is away: call again."""
+        if not self._begun:
+            self._begin()
+            self._begun = True
+        try:
+            records = self.reader.poll(200, timeout_s)
+        except InvariantBroken as error:
+            logger.warning("reading begins again: %s", error)
+            self.metrics.add("gap_total")
+            self._begun = False
+            return
+        self.take(records)
+
     def _begin(self) -> None:
-        """Read `model` to its end, then load and follow."""
         topic = self.topics.model
-        begin, end = self.reader.begin_offsets(topic)[0], self.reader.end_offsets(topic)[0]
-        self.reader.assign({(topic, 0): begin})
-        at, until = begin, self.clock.monotonic() + 5.0
-        while at < end and self.clock.monotonic() < until:
+        at, end = self.reader.begin_offsets(topic)[0], self.reader.end_offsets(topic)[0]
+        self.reader.assign({(topic, 0): at})
+        until = self.clock.monotonic() + 5.0
+        while at < end and self.clock.monotonic() < until and not self.stop.is_set():
             for record in self.reader.poll(100, 0.1):
                 self._note(record)
                 at = record.offset + 1
-        self._follow(end)
+        self._model_offset = at
+        self._follow()
 
-    def _follow(self, model_offset: int) -> None:
+    def _follow(self) -> None:
+        """Load the newest snapshot where it leads further, and read deltas from where its chain begins."""
         deltas = self.topics.deltas
+        self._load_newest()
         start = self.reader.end_offsets(deltas)[0] if self._newest is None else self._newest.deltas_offset
         start = max(start, self.reader.begin_offsets(deltas)[0])
-        self._load_newest()
-        self.reader.assign({(self.topics.model, 0): model_offset, (deltas, 0): start})
-        self._model_offset = model_offset
-
-    def step(self, timeout_s: float) -> None:
-        """Take what has come: manifests and deltas."""
-        records = self.reader.poll(200, timeout_s)
-        self.take(records)
+        self.reader.assign({(self.topics.model, 0): self._model_offset, (deltas, 0): start})
 
     def take(self, records: Sequence[Record]) -> None:
         """Take records of `model` and `deltas`, in order."""
@@ -96,62 +113,69 @@ class Updater:
             if record.topic == self.topics.model:
                 self._model_offset = record.offset + 1
                 self._note(record)
-                if self._meta is None and self._newest is not None:
-                    self._follow(self._model_offset)
-                    return
             else:
                 self._delta(record)
+        served, newest = self._meta.manifest if self._meta else None, self._newest
+        if newest is not None and newest.version != self._tried and self._leads_further(newest):
+            why = "nothing is served" if served is None else "no delta comes" if not records else ""
+            why = why or ("another run" if served and served.run != newest.run else "")
+            why = why or ("the chain is broken" if self._is_broken else "")
+            if why:
+                logger.info("loading snapshot %s: %s", newest.version, why)
+                self._follow()
         if self._meta is not None:
             self.metrics.set("model_age_seconds", (self.clock.now_ms() - self._meta.manifest.created_ms) / 1000)
-            # Behind the newest snapshot's run or step, and no delta leads there: the chain broke.
-            newest = self._newest
-            if newest is not None and self._is_behind(newest) and newest.version != self._tried and not records:
-                logger.warning("no delta leads from %s to %s: loading it", self._meta.manifest.version, newest.version)
-                self._follow(self._model_offset)
 
-    def _is_behind(self, newest: Manifest) -> bool:
+    def _leads_further(self, newest: Manifest) -> bool:
         served = self._meta.manifest if self._meta is not None else None
         return served is None or served.run != newest.run or served.step < newest.step
 
     def _note(self, record: Record) -> None:
         if record.value is None or record.headers.get("kind", "snapshot") != "snapshot":
             return
-        manifest = decode_manifest(record.value)
-        if manifest.model == self.model_name and manifest.kind == "snapshot":
+        try:
+            manifest = decode_manifest(record.value)
+        except msgspec.MsgspecError as error:
+            self._refuse(Refused("damaged", f"record {record.offset} of {record.topic} is no manifest: {error}"))
+            return
+        if manifest.model == self.project.name and manifest.kind == "snapshot":
             self._newest = manifest
 
     def _load_newest(self) -> None:
         manifest = self._newest
-        if manifest is None or manifest.version == self._tried or not self._is_behind(manifest):
+        if manifest is None or manifest.version == self._tried or not self._leads_further(manifest):
             return
-        data = self.blobs.get(manifest.blob)
+        data = self.blobs.get(manifest.blob)  # While the store is away this raises, and is tried again.
         self._tried = manifest.version
         try:
             if data is None:
                 raise Refused("no_blob", f"{manifest.blob} is not in the store.")
-            weights = admit_snapshot(manifest, data, dim=self.dim)
+            weights = admit_snapshot(manifest, data, project=self.project)
             meta = self._meta_from(manifest, weights, manifest.version, manifest.spec_json, manifest.recipe_json)
             self.shared.check(weights, meta, fresh=True)
         except (Refused, Overloaded) as error:
             self._refuse(error)
             return
         self._swap(meta, lambda: self.shared.replace(weights, meta))
+        self._is_broken = False
         logger.info("serving snapshot %s, %d rows", manifest.version, len(weights.keys_K))
 
     def _delta(self, record: Record) -> None:
-        if self._meta is None or record.value is None or (record.key or b"").decode() != self.model_name:
+        served = self._meta
+        if served is None or record.value is None or (record.key or b"").decode() != self.project.name:
             return
-        base = self._meta.manifest.version
-        told = record.headers.get("base")
-        if told is not None and told != base:
-            return  # Older than what is served, or of a chain that the next snapshot begins.
+        base = served.manifest.version
+        told = record.headers.get("base", base)
+        if told != base:
+            self._is_broken |= _is_newer(record.headers.get("version", ""), served.manifest)
+            return
         try:
-            weights, manifest = admit_delta(record.value, base=base, dim=self.dim)
-            before = self._meta
-            meta = self._meta_from(manifest, weights, before.snapshot, before.spec_json, before.recipe_json)
+            weights, manifest = admit_delta(record.value, base=base, dim=self.project.recipe.dim, shapes=served.shapes)
+            meta = self._meta_from(manifest, weights, served.snapshot, served.spec_json, served.recipe_json)
             self.shared.check(weights, meta, fresh=False)
         except (Refused, Overloaded) as error:
             self._refuse(error)
+            self._is_broken = True
             return
         self._swap(meta, lambda: self.shared.apply(weights, meta))
 
@@ -166,10 +190,16 @@ class Updater:
         self.metrics.observe("swap_seconds", time.perf_counter() - started)
         self.metrics.add("swaps_total")
         self.metrics.set("model_step", meta.manifest.step)
-        self._meta, self.refused = meta, ""
+        self._meta = meta
+        self.shared.note_refusal("")
 
     def _refuse(self, error: HeadraceError) -> None:
         reason = error.reason if isinstance(error, Refused) else "does_not_fit"
-        self.refused = f"{reason}: {error}"
+        self.shared.note_refusal(f"{reason}: {error}")
         self.metrics.add("errors_total", reason=reason)
         logger.error("refused, the served version stays: %s", error)
+
+
+def _is_newer(version: str, served: Manifest) -> bool:
+    run, _, step = version.rpartition("-")
+    return run != served.run or (step.isdigit() and int(step) > served.step)

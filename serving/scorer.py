@@ -11,11 +11,19 @@ import pyarrow as pa
 
 from headrace.contract.errors import EventRejected
 from headrace.contract.events import ARROW_TYPES
-from headrace.contract.project import Project, Recipe
+from headrace.contract.project import FieldType, Project, Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.serving.shared_model import View
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.scoring import score
+
+_TAKEN: dict[FieldType, frozenset[type]] = {
+    "int64": frozenset({int, type(None)}),
+    "float64": frozenset({float, int, type(None)}),
+    "string": frozenset({str, type(None)}),
+    "bool": frozenset({bool, type(None)}),
+}
+_EXACT_FLOAT = 2**53
 
 
 @lru_cache(maxsize=8)
@@ -43,11 +51,23 @@ def merge(project: Project, context: Mapping[str, Any], candidates: Sequence[Map
     columns: dict[str, pa.Array] = {}
     for name, kind in declared.items():
         common = context.get(name)
+        values = [c.get(name, common) for c in candidates]
+        if not set(map(type, values)) <= _TAKEN[kind]:
+            values = [_fitted(value, name, kind) for value in values]
         try:
-            columns[name] = pa.array([c.get(name, common) for c in candidates], ARROW_TYPES[kind])
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            columns[name] = pa.array(values, ARROW_TYPES[kind])
+        except (pa.ArrowException, OverflowError) as error:
             raise EventRejected("bad_type", f"field {name!r} must be {kind} or null: {error}.") from error
     return columns
+
+
+def _fitted(value: Any, name: str, kind: FieldType) -> Any:
+    """Return the value as the gateway takes it: 5.0 is an int64, 5.5 and True are none."""
+    if type(value) in _TAKEN[kind]:
+        return value
+    if kind == "int64" and isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT_FLOAT:
+        return int(value)
+    raise EventRejected("bad_type", f"field {name!r} must be {kind} or null; got {type(value).__name__}.")
 
 
 def rank(view: View, raw: Mapping[str, pa.Array], served: Sequence[Mapping[str, float]]) -> list[float]:

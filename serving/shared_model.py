@@ -5,12 +5,17 @@ copy, and applies the delta there too. Each copy has a sequence number, odd whil
 it before and checks it after, and asks again when it moved. So even a reader that the wait missed never returns a
 mixture: the sequence is the guarantee, the reader slots only make asking again rare.
 
-Memory order: x86-64 and the interpreter's own locked instructions keep stores in order and loads in order, which the
-sequence check needs. Cost: two copies of rows and dense weights, and every delta applied twice.
+Memory order: the check needs the data's loads to lie between the two loads of the sequence, and the data's stores
+between its two stores. `_fence` stands at each of these places: two lock operations in a row, through which no
+access moves on any platform that CPython supports (on x86-64 loads and stores keep their order anyway). The store of
+a reader's slot and its load of the sequence may change places; that is the reader that the wait misses.
 
-Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [1024], ring of recent
-versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), values float32 [R, V].
-Key 0 marks an empty place; no slot id is ever 0.
+Cost: two copies of rows and dense weights, every delta applied twice, 1 us a read, and a writer that waits for the
+slowest reader of the copy that it left, at most `wait_s`; a reader that is slower still reads again.
+
+Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [1024], what was refused,
+ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), values float32
+[R, V]. Key 0 marks an empty place; no slot id is ever 0.
 
 Legend: C places of the index, R rows at most, V values a row (linear, then embedding), K keys asked or changed.
 """
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +45,8 @@ T = TypeVar("T")
 
 _HEAD, _ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _READERS = 1024, 0, 1, 3, 5, 7, 8
 READERS_MAX = _HEAD - _READERS
-RING, RING_BYTES = 2048, 1024
+RING, RING_BYTES = 2048, 8192
+NOTE_BYTES = 4096
 META_BYTES = 1_048_576
 DENSE_MAX = 4_194_304
 """Most dense weights: 16 MiB a copy."""
@@ -57,6 +64,16 @@ class Meta(msgspec.Struct, frozen=True):
     recipe_json: str
     shapes: dict[str, list[int]]
     applied_ms: int = 0
+
+
+_fence_lock = threading.Lock()
+
+
+def _fence() -> None:
+    with _fence_lock:
+        pass
+    with _fence_lock:
+        pass
 
 
 @numba.njit(cache=True, nogil=True)
@@ -94,6 +111,16 @@ def _apply(index_2C: Int64s, values_RV: Float32s, rows: int, keys_K: Int64s, val
     return rows
 
 
+def region_bytes(dim: int, rows_max: int) -> int:
+    """Return the size of the region. Pages take memory when they are first written."""
+    sizes = [META_BYTES, DENSE_MAX * 4, _places(rows_max) * 16, rows_max * (1 + dim) * 4]
+    return _HEAD * 8 + NOTE_BYTES + RING * RING_BYTES + 2 * sum(-(-s // 4096) * 4096 for s in sizes)
+
+
+def _places(rows_max: int) -> int:
+    return 1 << (2 * rows_max - 1).bit_length()
+
+
 class SharedModel:
     """The region, opened by the writer (`create=True`) and by every reader. One writer; readers have numbers."""
 
@@ -101,9 +128,7 @@ class SharedModel:
         if not 0 <= reader < READERS_MAX:
             raise Overloaded(f"reader {reader}: at most {READERS_MAX} processes read one model.")
         self.path, self.rows_max, self._reader = path, rows_max, reader
-        places, width = 1 << (2 * rows_max - 1).bit_length(), 1 + dim
-        sizes = [META_BYTES, DENSE_MAX * 4, places * 16, rows_max * width * 4]
-        size = _HEAD * 8 + RING * RING_BYTES + 2 * sum(-(-s // 4096) * 4096 for s in sizes)
+        places, width, size = _places(rows_max), 1 + dim, region_bytes(dim, rows_max)
         if create:
             path.unlink(missing_ok=True)
             with open(path, "xb") as file:
@@ -115,6 +140,8 @@ class SharedModel:
         raw = np.frombuffer(self._map, np.uint8)
         self._head = raw[: _HEAD * 8].view(np.int64)
         at = _HEAD * 8
+        self._note = raw[at : at + NOTE_BYTES]
+        at += NOTE_BYTES
         self._ring = raw[at : at + RING * RING_BYTES].reshape(RING, RING_BYTES)
         at += RING * RING_BYTES
         self._meta: list[npt.NDArray[np.uint8]] = []
@@ -135,7 +162,7 @@ class SharedModel:
     # Reading.
 
     def read(self, use: Callable[[View], T]) -> tuple[T, Meta]:
-        """Return `use(view)` and the meta of the one version that it saw.
+        """Return `use(view)` and the meta of the one version that it saw. `use` may run again: it changes nothing.
 
         Raises `Unavailable` while no model was loaded, or when a version could not be held for long enough.
         """
@@ -148,13 +175,16 @@ class SharedModel:
                     raise Unavailable("no model is loaded yet; ask again when /readyz says so.")
                 if before % 2 or int(self._head[_ACTIVE]) != copy:
                     continue
+                _fence()
                 try:
                     meta = self._meta_of(copy, before)
                     result = use(View(self, copy, meta))
-                except (msgspec.DecodeError, ValueError, IndexError):
+                except Exception:
+                    # What `use` trips over in a copy that is being written says nothing about the model.
                     if int(self._head[_SEQ + copy]) == before:
                         raise
                     continue
+                _fence()
                 if int(self._head[_SEQ + copy]) == before:
                     return result, meta
             finally:
@@ -166,6 +196,7 @@ class SharedModel:
             return self._known[2]
         size = int(self._head[_META_SIZE + copy])
         meta = msgspec.json.decode(self._meta[copy][:size].tobytes(), type=Meta)
+        _fence()
         if int(self._head[_SEQ + copy]) == seq:
             self._known = (copy, seq, meta)
         return meta
@@ -175,17 +206,23 @@ class SharedModel:
         return self.read(lambda view: None)[1]
 
     def positions_of(self, version: str) -> dict[str, list[int]] | None:
-        """Return the positions of a recent version (the last 2,048), or None."""
+        """Return the positions of a recent version (one of the last 2,000 or so), or None."""
         newest = int(self._head[_RING_NEXT])
-        for number in range(newest - 1, max(-1, newest - RING - 1), -1):
-            entry = self._ring[number % RING].tobytes().rstrip(b"\0")
+        for number in range(newest, max(-1, newest - RING + 1), -1):
+            # One more than the newest: a version that readers see already may not be counted yet.
+            found = _text_in(self._ring[number % RING])
             try:
-                name, positions = msgspec.json.decode(entry, type=tuple[str, dict[str, list[int]]])
+                name, positions = msgspec.json.decode(found, type=tuple[str, dict[str, list[int]]])
             except msgspec.DecodeError:
-                continue  # It is being overwritten: older than all that are asked for.
-            if name == version:
+                continue
+            _fence()
+            if name == version and int(self._head[_RING_NEXT]) < number + RING:
                 return positions
         return None
+
+    def refused(self) -> str:
+        """Return why the newest snapshot or delta was refused; empty when none was since the last that was taken."""
+        return _text_in(self._note).decode(errors="replace")
 
     # Writing: one process only.
 
@@ -203,27 +240,30 @@ class SharedModel:
         """Apply a delta to both copies. Raises `Overloaded` before anything is written when rows do not fit."""
         self._turn(lambda copy: self._put(copy, weights, meta), meta, wait_s)
 
+    def note_refusal(self, why: str) -> None:
+        """Tell all processes why something was refused; "" takes it back."""
+        _put_text(self._note, why.encode()[: NOTE_BYTES - 8])
+
     def _turn(self, write: Callable[[int], None], meta: Meta, wait_s: float) -> None:
-        idle = 1 - int(self._head[_ACTIVE])
-        if int(self._head[_SEQ + idle]) == 0 and int(self._head[_SEQ + 1 - idle]) == 0:
-            self._written(idle, write)
-            self._head[_ACTIVE] = idle
-        else:
-            self._written(idle, write)
-            self._head[_ACTIVE] = idle
-            until = time.monotonic() + wait_s
-            while (self._head[_READERS:] == 2 - idle).any() and time.monotonic() < until:
-                time.sleep(0.0002)
-        self._written(1 - idle, write)
+        active = int(self._head[_ACTIVE])
+        if (self._head[_SEQ : _SEQ + 2] % 2).any():
+            raise InvariantBroken("a write of the model broke off half-way; restart `serve` to load it anew.")
         number = int(self._head[_RING_NEXT])
-        entry = msgspec.json.encode((meta.manifest.version, meta.manifest.positions))[:RING_BYTES]
-        self._ring[number % RING] = 0
-        self._ring[number % RING][: len(entry)] = np.frombuffer(entry, np.uint8)
+        _put_text(self._ring[number % RING], msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
+        self._written(1 - active, write)
+        self._head[_ACTIVE] = 1 - active
         self._head[_RING_NEXT] = number + 1
+        until = time.monotonic() + wait_s
+        while (self._head[_READERS:] == active + 1).any() and time.monotonic() < until:
+            time.sleep(0.0002)
+        self._written(active, write)
 
     def _written(self, copy: int, write: Callable[[int], None]) -> None:
+        """Write under an odd sequence. What raises leaves it odd: the copy is never read or written again."""
         self._head[_SEQ + copy] += 1
+        _fence()
         write(copy)
+        _fence()
         self._head[_SEQ + copy] += 1
 
     def check(self, weights: Weights, meta: Meta, *, fresh: bool) -> None:
@@ -234,6 +274,9 @@ class SharedModel:
             found_K = np.empty(new, np.int64)
             _find(self._index[int(self._head[_ACTIVE])], weights.keys_K, found_K)
             new = int((found_K < 0).sum())
+        positions = len(msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
+        if positions > RING_BYTES - 8:
+            raise Overloaded(f"positions of {positions} bytes do not fit into {RING_BYTES}.")
         if rows + new > self.rows_max:
             raise Overloaded(f"{rows + new} rows do not fit; serve.rows_max is {self.rows_max}: raise it and restart.")
         if sum(a.size for a in weights.dense.values()) > DENSE_MAX:
@@ -256,6 +299,27 @@ class SharedModel:
     def remove(self) -> None:
         """Delete the file; who has it open keeps it."""
         self.path.unlink(missing_ok=True)
+
+
+def _put_text(place: npt.NDArray[np.uint8], data: bytes) -> None:
+    """Write a text behind its length, which is 0 while it changes."""
+    length = place[:8].view(np.int64)
+    length[0] = 0
+    _fence()
+    if len(data) > len(place) - 8:
+        raise Overloaded(f"{len(data)} bytes do not fit into {len(place) - 8}.")
+    place[8 : 8 + len(data)] = np.frombuffer(data, np.uint8)
+    _fence()
+    length[0] = len(data)
+
+
+def _text_in(place: npt.NDArray[np.uint8]) -> bytes:
+    """Return the text of `_put_text`, or nothing while it changes."""
+    length = int(place[:8].view(np.int64)[0])
+    _fence()
+    data = place[8 : 8 + length].tobytes()
+    _fence()
+    return data if length == int(place[:8].view(np.int64)[0]) else b""
 
 
 class View:

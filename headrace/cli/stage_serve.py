@@ -7,24 +7,27 @@ import ctypes
 import hashlib
 import logging
 import os
+import shutil
 import signal
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
 from prometheus_client import generate_latest
 
-from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime
-from headrace.contract.errors import ConfigRejected
+from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
+from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.serving.app import Face, make_app
 from headrace.serving.features import FeatureMemory
 from headrace.serving.feedback import ImpressionLog
 from headrace.serving.live import Updater
-from headrace.serving.shared_model import SharedModel
+from headrace.serving.shared_model import SharedModel, region_bytes
 
 HELP = "answer POST /v1/rank on the live model, which changes while it answers"
 logger = logging.getLogger("headrace.serve")
@@ -41,35 +44,48 @@ def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM. The first process updates the model; all of them answer."""
     runtime = open_runtime(args)
     workers = args.workers or runtime.config.serve.workers
-    path = _region(runtime.home)
+    path = _region(runtime)
     shared = _open(runtime, path, reader=0, create=True)
     listener = _listen(runtime.port("serving"))
     children: list[int] = []
     for number in range(1, workers):
         child = os.fork()
         if child == 0:
-            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
-            os._exit(_work(runtime, _open(runtime, path, reader=number, create=False), listener, None))
+            _die_with_parent()
+            os._exit(_answer(runtime, path, number, listener))
         children.append(child)
     try:
         return _work(runtime, shared, listener, children)
     finally:
-        for child in children:
-            os.kill(child, signal.SIGTERM)
+        _end(children)
         shared.remove()
+
+
+def _answer(runtime: Runtime, path: Path, number: int, listener: socket.socket) -> int:
+    """Work as process `number`; whatever is raised ends here, in the forked process, with its line in the log."""
+    try:
+        return _work(runtime, _open(runtime, path, reader=number, create=False), listener, None)
+    except BaseException:
+        logger.exception("worker %d failed", number)
+        return 1
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
 
 
 def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, children: list[int] | None) -> int:
     """Answer requests; with `children`, update the model and watch them too. Returns the exit status."""
-    stop, is_first = threading.Event(), children is not None
+    # uvicorn raises the signal again when it has stopped: this handler takes it, and the exit status is 0.
+    stop, is_first = stop_event(), children is not None
     features, config = FeatureMemory(), runtime.config.serve
-    prometheus = runtime.metrics("serve") if is_first else None
-    metrics = prometheus or MemoryMetrics()
+    # Only the first process has the stage's metrics port; another one answers /metrics with its own requests.
+    metrics = runtime.metrics("serve") if is_first else PrometheusMetrics("serve", 0)
     updater: Updater | None = None
     if is_first:
         updater = Updater(
-            model_name=runtime.project.name,
-            dim=runtime.project.recipe.dim,
+            project=runtime.project,
             topics=runtime.topics,
             shared=shared,
             reader=runtime.reader(),
@@ -87,26 +103,37 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, childr
         shared=shared,
         features=features,
         metrics=metrics,
-        metrics_text=lambda: bytes(generate_latest(prometheus.registry)) if prometheus is not None else b"",
+        metrics_text=lambda: bytes(generate_latest(metrics.registry)),
         clock=runtime.clock,
         impressions=impressions,
-        refused=lambda: updater.refused if updater is not None else "",
     )
     server = uvicorn.Server(
         uvicorn.Config(make_app(face), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
     )
-    jobs = [threading.Thread(target=features.follow, args=(runtime.reader(), runtime.topics.features, stop))]
+    failures: list[str] = []
+
+    def guarded(name: str, work: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                logger.exception("%s failed; the stage ends", name)
+                failures.append(f"{name}: {error}")
+                server.should_exit = True
+
+        return threading.Thread(target=run, name=name, daemon=True)
+
+    reader = runtime.reader()
+    jobs = [guarded("counters", lambda: features.follow(reader, runtime.topics.features, stop))]
     if updater is not None:
-        jobs.append(threading.Thread(target=updater.run, name="updater"))
-        if prometheus is not None:
-            jobs.append(threading.Thread(target=_tell_readiness, args=(face, prometheus, stop)))
-    failures: list[int] = []
+        jobs.append(guarded("updater", updater.run))
+        jobs.append(guarded("readiness", lambda: _tell_readiness(face, metrics, stop)))
     if children:
-        jobs.append(threading.Thread(target=_watch, args=(children, server, failures, stop)))
+        jobs.append(guarded("workers", lambda: _watch(children, stop)))
     for job in jobs:
-        job.daemon = True
         job.start()
-    server.run(sockets=[listener])
+    if not stop.is_set():
+        server.run(sockets=[listener])
     stop.set()
     impressions.close()
     for job in jobs:
@@ -121,26 +148,39 @@ def _tell_readiness(face: Face, metrics: PrometheusMetrics, stop: threading.Even
         stop.wait(0.1 if reason else 1.0)
 
 
-def _watch(children: list[int], server: uvicorn.Server, failures: list[int], stop: threading.Event) -> None:
+def _watch(children: list[int], stop: threading.Event) -> None:
     """End the stage when a worker died: the supervisor starts all of it again."""
-    while not stop.is_set():
+    while not stop.wait(0.2):
         child, status = os.waitpid(-1, os.WNOHANG)
         if child and not stop.is_set():
-            logger.error("worker %d ended with status %d; restarting the stage", child, status)
             children.remove(child)
-            failures.append(child)
-            server.should_exit = True
-            return
-        time.sleep(0.2)
+            raise Unavailable(f"worker {child} ended with status {status}.")
 
 
-def _region(home: Path) -> Path:
-    """Return the file of the shared model: in memory where the system has /dev/shm, one for each local state."""
-    folder = Path("/dev/shm")
-    if not os.access(folder, os.W_OK):
-        folder = home / "run"
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"headrace-model-{hashlib.sha256(str(home).encode()).hexdigest()[:16]}"
+def _end(children: list[int]) -> None:
+    """Ask the workers to stop, and wait for them for at most 3 s."""
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+    until = time.monotonic() + 3.0
+    for child in children:
+        with suppress(ChildProcessError):
+            while os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < until:
+                time.sleep(0.02)
+
+
+def _region(runtime: Runtime) -> Path:
+    """Return the file of the shared model, one for each local state: in memory where /dev/shm has room for it."""
+    name = f"headrace-model-{hashlib.sha256(str(runtime.home).encode()).hexdigest()[:16]}"
+    memory, size = Path("/dev/shm"), region_bytes(runtime.project.recipe.dim, runtime.config.serve.rows_max)
+    if os.access(memory, os.W_OK):
+        (memory / name).unlink(missing_ok=True)
+        if shutil.disk_usage(memory).free > size:
+            return memory / name
+    folder = runtime.home / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.warning("/dev/shm has no room for %d MB; the model lies in %s", size // 1_000_000, folder)
+    return folder / name
 
 
 def _open(runtime: Runtime, path: Path, *, reader: int, create: bool) -> SharedModel:

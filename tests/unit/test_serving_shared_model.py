@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path: Path):
     model = opened(tmp_path / "model", create=True)
     model.replace(weights(0), meta(0))
     more = weights(1, np.arange(1, 1_002, dtype=np.int64))
-    with pytest.raises(Overloaded, match="serve.rows_max is 1000"):
+    with pytest.raises(Overloaded, match=r"serve\.rows_max is 1000"):
         model.check(more, meta(1), fresh=False)
     model.check(weights(1), meta(1), fresh=False)
     assert model.meta().manifest.version == "r-0"

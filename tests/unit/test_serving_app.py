@@ -1,0 +1,186 @@
+"""Goal: answers are those of the same model elsewhere, and errors tell the next step. Method: an ASGI client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from serving_world import PROJECT, RECIPE, SPEC, TOPICS, Client, Trainer, World
+
+from headrace.contract.log import Record
+from headrace.serving.app import make_app
+from headrace.serving.feedback import ImpressionLog
+from headrace.stream.features.featurize import featurize
+from headrace.trainer.model.scoring import score
+from headrace.trainer.model.tables import initial_values
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def client(world: World) -> Client:
+    return Client(make_app(world.face))
+
+
+@pytest.fixture
+def served(world: World) -> Trainer:
+    trainer, rng = Trainer(world), Random(1)
+    trainer.learn(rng)
+    trainer.snapshot()
+    for _ in range(3):
+        trainer.delta(trainer.learn(rng))
+    world.follow()
+    return trainer
+
+
+def counter(world: World, key: str, as_of_ms: int, buckets: dict[str, list[int]], epoch: int = 1) -> None:
+    value = msgspec.json.encode(
+        {"counter": "item", "key": key, "as_of_ms": as_of_ms, "epoch": epoch, "bucket_ms": 1_000, "buckets": buckets}
+    )
+    world.features.take(Record(TOPICS.features, 0, 0, f"item/{key}".encode(), value, {}, 0))
+
+
+def ask(client: Client, **changes: Any) -> Any:
+    body = {"request_id": "r1", "context": {"user": 3, "price": 2.0}, "candidates": [{"item": 1}, {"item": 2}]}
+    return client.post("/v1/rank", json=body | changes)
+
+
+def expected(world: World, version: str, rows: list[dict[str, Any]]) -> np.ndarray:
+    """Score as the trainer would: its featurizer, its forward pass, its rows."""
+    types = {"user": pa.int64(), "item": pa.int64(), "price": pa.float64()}
+    types |= dict.fromkeys(SPEC.counter_columns(), pa.float32())
+    slots, numeric = featurize({n: pa.array([r.get(n) for r in rows], t) for n, t in types.items()}, SPEC)
+    table, dense = world.models[version]
+
+    def lookup(keys: np.ndarray) -> np.ndarray:
+        first = initial_values(keys, dim=RECIPE.dim, seed=RECIPE.seed, scale=RECIPE.init_scale)
+        return np.array([table.get(k, first[i]) for i, k in enumerate(keys.tolist())], np.float32)
+
+    return score(slots, numeric, lookup=lookup, dense=dense)
+
+
+def test_scores_are_those_of_the_trainers_model(world: World, client: Client, served: Trainer):
+    counter(world, "2", 9_000, {"8": [5, 2], "7": [1, 0], "1": [9, 9]})
+    response = ask(client)
+    answer = response.json()
+    assert response.status_code == 200 and answer["request_id"] == "r1" and answer["version"] == served.version
+    assert answer["served"] == [
+        {"counter.item.impression": 0.0, "counter.item.click": 0.0},
+        {"counter.item.impression": 6.0, "counter.item.click": 2.0},
+    ]
+    rows = [{"user": 3, "price": 2.0, "item": i, **s} for i, s in zip((1, 2), answer["served"], strict=True)]
+    np.testing.assert_allclose(answer["scores"], expected(world, served.version, rows), rtol=1e-6)
+
+
+def test_the_next_answer_names_the_next_version(world: World, client: Client, served: Trainer):
+    first = ask(client).json()
+    served.delta(served.learn(Random(9)))
+    world.follow()
+    second = ask(client).json()
+    assert (first["version"], second["version"]) == ("a-4", "a-5") and first["scores"] != second["scores"]
+
+
+def test_a_candidates_field_wins_and_missing_ones_are_null(world: World, client: Client, served: Trainer):
+    answer = ask(client, context={"user": 3.0, "item": 7}, candidates=[{"item": 1, "price": None}, {}]).json()
+    rows = [{"user": 3, "item": i, **s} for i, s in zip((1, 7), answer["served"], strict=True)]
+    np.testing.assert_allclose(answer["scores"], expected(world, served.version, rows), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b"{"),
+        (400, b"\xff"),
+        (422, b"[]"),
+        (422, b'{"request_id": "r"}'),
+        (422, b'{"request_id": "r", "candidates": []}'),
+        (422, b'{"request_id": "", "candidates": [{}]}'),
+        (422, b'{"request_id": "r", "candidates": [1]}'),
+        (422, b'{"request_id": "r", "candidates": [{}], "contexts": {}}'),
+        (422, b'{"request_id": "r", "candidates": [{"item": "seven"}]}'),
+        (422, b'{"request_id": "r", "candidates": [{"item": 99999999999999999999999}]}'),
+        (422, b'{"request_id": "r", "candidates": [{"item": [1]}]}'),
+        (422, b'{"request_id": "r", "candidates": [{"item": 1.5}]}'),
+        (422, b'{"request_id": "r", "candidates": [{"item": true}]}'),
+        (422, b'{"request_id": "r", "candidates": [{"price": 1e999}]}'),
+        (422, b'{"request_id": "r", "candidates": [' + b",".join([b"{}"] * 51) + b"]}"),
+        (413, b" " * 5_000_000),
+    ],
+)
+def test_what_is_wrong_is_told_with_the_next_step(client: Client, served: Trainer, status: int, body: bytes):
+    response = client.post("/v1/rank", content=body)
+    assert response.status_code == status
+    assert sorted(response.json()) == ["error", "next"] and all(response.json().values())
+
+
+def test_without_a_model_it_is_not_ready(world: World, client: Client):
+    world.features.is_caught_up = True
+    assert ask(client).status_code == 503 and client.get("/v1/model").status_code == 503
+    assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
+
+
+def test_ready_needs_model_and_counters(world: World, client: Client, served: Trainer):
+    assert client.get("/readyz").status_code == 503
+    world.features.is_caught_up = True
+    assert client.get("/readyz").status_code == 200
+    assert client.get("/metrics").text.startswith("headrace_serve_")
+
+
+def test_model_tells_what_is_served_and_what_was_refused(world: World, client: Client, served: Trainer):
+    said = client.get("/v1/model").json()
+    assert said["version"] == "a-4" and said["step"] == 4 and said["positions"] == {"0": [4, 0]}
+    assert said["spec"] == SPEC.digest() and said["snapshot"] == "a-1" and said["age_seconds"] == 4.0
+    assert said["refused"] == ""
+    served.delta(served.learn(Random(2)), base="elsewhere")
+    world.log.append(TOPICS.deltas, 0, b"x", b"small", {"version": "a-6", "base": "a-4"})
+    world.follow()
+    assert client.get("/v1/model").json()["refused"].startswith("damaged: ")
+    assert client.get("/v1/model", params={"version": "a-3"}).json() == {"version": "a-3", "positions": {"0": [3, 0]}}
+    assert client.get("/v1/model", params={"version": "a-9"}).status_code == 404
+
+
+def test_log_true_logs_one_impression_a_candidate(world: World, client: Client, served: Trainer):
+    ask(client)
+    assert not world.logged.calls
+    answer = ask(client, log=True).json()
+    (call,) = world.logged.calls
+    assert call["version"] == answer["version"] and list(call["served"]) == answer["served"]
+
+
+def test_impressions_carry_declared_fields_counters_and_version(tmp_path: Path):
+    sent: list[tuple[str, dict[str, Any]]] = []
+    log = ImpressionLog(PROJECT, port=1, spool_dir=tmp_path)
+    log._sender.emit = lambda label, record: sent.append((label, record))  # type: ignore[method-assign]
+    log.log(
+        request_id="r",
+        version="a-1",
+        context={"user": 3, "secret": 1},
+        candidates=[{"item": 1}, {"item": 2, "user": 4}],
+        served=[{"counter.item.click": 1.0}, {"counter.item.click": 0.0}],
+        event_time_ms=77,
+    )
+    assert [label for label, _ in sent] == ["impression", "impression"]
+    assert sent[1][1] == {
+        "user": 4, "item": 2, "price": None, "counter.item.click": 0.0, "event_id": "r#1", "request_id": "r",
+        "place": 1, "event_time_ms": 77, "version": "a-1",
+    }  # fmt: skip
+    log.close()
+
+
+def test_counters_of_a_fenced_off_aggregator_are_dropped(world: World, client: Client, served: Trainer):
+    counter(world, "1", 9_000, {"8": [5, 2]}, epoch=2)
+    counter(world, "1", 9_500, {"8": [50, 20]}, epoch=1)
+    assert ask(client).json()["served"][0]["counter.item.impression"] == 5.0
+    counter(world, "2", 20_000, {"19": [1, 0]}, epoch=2)
+    assert ask(client).json()["served"][0]["counter.item.impression"] == 0.0, "the window went on"
+    world.features.take(Record(TOPICS.features, 0, 0, b"item/2", None, {}, 0))
+    world.features.take(Record(TOPICS.features, 0, 0, b"item/3", b"{", {}, 0))
+    assert ask(client).json()["served"][1]["counter.item.impression"] == 0.0
