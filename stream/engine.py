@@ -82,6 +82,7 @@ class Engine:
         self._held: dict[int, deque[Any]] = {}
         self._seeking: dict[int, float] = {}
         self._failure: BaseException | None = None
+        self._in_group = False
 
     def acknowledge(self, partition: int, upto: int) -> None:
         """Let Faust commit the partition's records up to offset `upto`, whose effects are durable."""
@@ -118,8 +119,20 @@ class Engine:
         async def revoked(_app: Any, *partitions: Any, **_: Any) -> None:
             self._forget(stage, {tp.partition for tp in partitions[0] if tp.topic == self.topic})
 
-        hook: Any = revoked
-        app.on_partitions_revoked.connect(hook, weak=False)
+        async def assigned(_app: Any, *_: Any, **__: Any) -> None:
+            self._in_group = True
+
+        hooks: list[Any] = [revoked, assigned]
+        app.on_partitions_revoked.connect(hooks[0], weak=False)
+        app.on_partitions_assigned.connect(hooks[1], weak=False)
+        assigned = asyncio.Event()
+
+        async def on_assigned(_app: Any, assigned_partitions: Any, **_: Any) -> None:
+            if assigned_partitions:
+                assigned.set()
+
+        assigned_hook: Any = on_assigned
+        app.on_partitions_assigned.connect(assigned_hook, weak=False)
         ready(False, "waiting for Kafka's group")
         app.finalize()
         starting = asyncio.ensure_future(app.start())
@@ -133,7 +146,7 @@ class Engine:
                     self._failure = app.crash_reason
                 else:
                     await stage.tick()
-                    if self.next:
+                    if self.next or assigned.is_set():
                         ready(True, "")
         except Exception as error:
             self._failure = error

@@ -217,6 +217,7 @@ def load_project(folder: Path) -> tuple[Config, Project]:
 def set_logging(level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO") -> None:
     """Log to stderr, one line an event."""
     logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr, force=True)
+    logging.getLogger("hdfs").setLevel(logging.WARNING)  # It tells each request at INFO.
 
 
 def stop_event() -> threading.Event:

@@ -21,7 +21,7 @@ from headrace.sender import Sender
 
 HELP = "demo traffic: ask, show, log, click"
 
-RATE = 300.0
+RATE = 200.0
 RATE_MAX = 100_000.0
 
 logger = logging.getLogger("headrace.shop")

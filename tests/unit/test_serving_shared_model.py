@@ -15,6 +15,7 @@ from headrace.serving.shared_model import Meta, SharedModel, View
 
 KEYS = np.arange(1, 401, dtype=np.int64) * 7919
 DIM = 3
+LAST = 3_000
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -39,15 +40,21 @@ def steps_seen(view: View) -> set[float]:
     return {view.meta.manifest.step, *rows.reshape(-1).tolist(), *view.dense()["w"].reshape(-1).tolist()}
 
 
-def hammer(path: Path, reader: int, seconds: float, found: multiprocessing.Queue) -> None:
-    model, mixed, versions = opened(path, reader=reader), 0, set()
-    model.read(steps_seen)  # Compiles before the clock starts.
+def hammer(kind: type[SharedModel], path: Path, reader: int, seconds: float, found: multiprocessing.Queue) -> None:
+    model, mixed, versions = kind(path, dim=DIM, rows_max=1_000, reader=reader), 0, set()
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while time.monotonic() < until and LAST not in versions:
         seen, read = model.read(steps_seen)
         mixed += seen != {float(read.manifest.step)}
         versions.add(read.manifest.step)
     found.put((mixed, len(versions)))
+
+
+class NeverWaits(SharedModel):
+    """The wait for readers misses all of them: the sequence alone must do."""
+
+    def apply(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+        super().apply(weights, meta, wait_s=0.0)
 
 
 class WritesTheActiveCopy(SharedModel):
@@ -57,23 +64,35 @@ class WritesTheActiveCopy(SharedModel):
         self._put(int(self._head[0]), weights, meta)
 
 
-@pytest.mark.parametrize(("kind", "mixes"), [(SharedModel, False), (WritesTheActiveCopy, True)])
+class NeverAsksAgain(NeverWaits):
+    """Another planted bug: the reader does not look at the sequence afterwards, and nobody waits for it."""
+
+    def read(self, use):
+        copy = int(self._head[0])
+        meta = self._meta_of(copy, int(self._head[1 + copy]))
+        return use(View(self, copy, meta)), meta
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixes"),
+    [(SharedModel, False), (NeverWaits, False), (WritesTheActiveCopy, True), (NeverAsksAgain, True)],
+)
 def test_no_answer_mixes_versions_while_thousands_are_swapped(tmp_path: Path, kind: type[SharedModel], mixes: bool):
     path = tmp_path / "model"
     writer = kind(path, dim=DIM, rows_max=1_000, create=True)
     writer.replace(weights(0), meta(0))
     found = SPAWN.Queue()
-    readers = [SPAWN.Process(target=hammer, args=(path, 1 + i, 2.0, found)) for i in range(3)]
+    readers = [SPAWN.Process(target=hammer, args=(kind, path, 1 + i, 90.0, found)) for i in range(2)]
     for reader in readers:
         reader.start()
-    step, until = 0, time.monotonic() + 60
-    while any(r.is_alive() for r in readers) and time.monotonic() < until:
-        step += 1
+    while not (writer._head[8:] > 0).any() and not mixes:
+        time.sleep(0.01)
+    for step in range(1, LAST + 1):
         writer.apply(weights(step), meta(step))
-    results = [found.get(timeout=20) for _ in readers]
+    results = [found.get(timeout=100) for _ in readers]
     for reader in readers:
         reader.join(20)
-    assert step > 100 and (mixes or sum(versions for _, versions in results) > 20)
+    assert mixes or sum(versions for _, versions in results) > 20
     assert (sum(mixed for mixed, _ in results) > 0) == mixes
 
 
