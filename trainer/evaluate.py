@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.spec import Bucket, Categorical, Cross, FeatureSpec
-from headrace.trainer.model.learner import Batch, Learner
+from headrace.trainer.model.batch import Batch
+from headrace.trainer.model.learner import Learner
 from headrace.trainer.model.scoring import Float32s, score
 from headrace.trainer.model.tables import Int64s, KeyIndex, initial_values
 

@@ -28,7 +28,7 @@ from headrace.contract.project import Project
 from headrace.contract.sample import matrix, parse_position, sample_schema
 from headrace.contract.steps import StepRange
 from headrace.stream.features.featurize import featurize
-from headrace.trainer.model.learner import Batch
+from headrace.trainer.model.batch import Batch
 
 logger = logging.getLogger("headrace.train")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from contextlib import suppress
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +42,16 @@ def steps_seen(view: View) -> set[float]:
     return {view.meta.manifest.step, *rows.reshape(-1).tolist(), *view.dense()["w"].reshape(-1).tolist()}
 
 
-def hammer(kind: type[SharedModel], path: Path, reader: int, seconds: float, found: multiprocessing.Queue) -> None:
+def hammer(kind: type[SharedModel], path: Path, reader: int, start: Barrier, found: multiprocessing.Queue) -> None:
     model, mixed, versions = kind(path, dim=DIM, rows_max=1_000, reader=reader), 0, set()
-    until = time.monotonic() + seconds
+    model.read(steps_seen)
+    start.wait(60)
+    until = time.monotonic() + 60
     while time.monotonic() < until and LAST not in versions:
-        seen, read = model.read(steps_seen)
-        mixed += seen != {float(read.manifest.step)}
-        versions.add(read.manifest.step)
+        with suppress(Unavailable):
+            seen, read = model.read(steps_seen)
+            mixed += seen != {float(read.manifest.step)}
+            versions.add(read.manifest.step)
     found.put((mixed, len(versions)))
 
 
@@ -55,6 +60,7 @@ class NeverWaits(SharedModel):
 
     def apply(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
         super().apply(weights, meta, wait_s=0.0)
+        time.sleep(0.0005)  # else a reader is overtaken every time, and gives up as it should
 
 
 class WritesTheActiveCopy(SharedModel):
@@ -81,12 +87,11 @@ def test_no_answer_mixes_versions_while_thousands_are_swapped(tmp_path: Path, ki
     path = tmp_path / "model"
     writer = kind(path, dim=DIM, rows_max=1_000, create=True)
     writer.replace(weights(0), meta(0))
-    found = SPAWN.Queue()
-    readers = [SPAWN.Process(target=hammer, args=(kind, path, 1 + i, 90.0, found)) for i in range(2)]
+    found, start = SPAWN.Queue(), SPAWN.Barrier(3)
+    readers = [SPAWN.Process(target=hammer, args=(kind, path, 1 + i, start, found)) for i in range(2)]
     for reader in readers:
         reader.start()
-    while not (writer._head[8:] > 0).any() and not mixes:
-        time.sleep(0.01)
+    start.wait(60)
     for step in range(1, LAST + 1):
         writer.apply(weights(step), meta(step))
     results = [found.get(timeout=100) for _ in readers]

@@ -7,7 +7,8 @@ import numpy as np
 from headrace.contract.project import Recipe
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric
 from headrace.trainer.evaluate import Evaluation, Tally, area_under_curve, item_slot
-from headrace.trainer.model.learner import Batch, Learner
+from headrace.trainer.model.batch import Batch
+from headrace.trainer.model.learner import Learner
 
 SPEC = FeatureSpec(features=(Categorical(field="user"), Categorical(field="item")))
 
