@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,11 +22,13 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def http_get(url: str, timeout_s: float = 2.0) -> tuple[int, bytes]:
     """Return status and body; status 0 and the reason where nobody answers."""
     try:
-        with _OPENER.open(url, timeout=timeout_s) as answer:
+        try:
+            answer = _OPENER.open(url, timeout=timeout_s)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
             return int(answer.status), bytes(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return 0, str(getattr(error, "reason", error)).encode()
 
 
