@@ -47,7 +47,7 @@ def hammer(kind: type[SharedModel], path: Path, reader: int, start: Barrier, fou
     model.read(steps_seen)
     start.wait(60)
     until = time.monotonic() + 60
-    while time.monotonic() < until and LAST not in versions:
+    while time.monotonic() < until and LAST not in versions and not mixed:
         with suppress(Unavailable):
             seen, read = model.read(steps_seen)
             mixed += seen != {float(read.manifest.step)}
