@@ -13,7 +13,7 @@ import pyarrow as pa
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.log import Reader, Record
 from headrace.contract.spec import Counter, FeatureSpec
-from headrace.stream.features.counters import key_strings, value_as_of
+from headrace.stream.features.counters import bucket_ms, key_strings, value_as_of
 
 logger = logging.getLogger("headrace.serve")
 
@@ -24,11 +24,21 @@ class _Entry(msgspec.Struct):
     buckets: dict[str, list[int]]
 
 
+class _Row:
+    """One key's buckets, never changed, and the value that was read of them last: (newest bucket then, counts)."""
+
+    __slots__ = ("buckets", "value")
+
+    def __init__(self, buckets: dict[int, list[int]]) -> None:
+        self.buckets = buckets
+        self.value: tuple[int, list[int]] | None = None
+
+
 class FeatureMemory:
     """Counters by (counter, key). Written by one thread, read by others; a read sees one key's value whole."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, dict[int, list[int]]] = {}
+        self._rows: dict[str, _Row] = {}
         self._fence: tuple[int, int] = (0, 0)
         self.watermark_ms = 0
         self.is_caught_up = False
@@ -48,12 +58,18 @@ class FeatureMemory:
             return
         self._fence = max(self._fence, (entry.epoch, entry.as_of_ms))
         self.watermark_ms = max(self.watermark_ms, entry.as_of_ms)
-        self._rows[name] = {int(b): counts for b, counts in entry.buckets.items()}
+        self._rows[name] = _Row({int(b): counts for b, counts in entry.buckets.items()})
 
     def counts(self, counter: Counter, key: str) -> list[int]:
         """Return one count for each of `counter.counts`, zeros where nothing is known."""
         row = self._rows.get(f"{counter.name}/{key}")
-        return [0] * len(counter.counts) if row is None else value_as_of(row, counter, self.watermark_ms)
+        if row is None:
+            return [0] * len(counter.counts)
+        now_ms = self.watermark_ms
+        bucket = now_ms // bucket_ms(counter)
+        if row.value is None or row.value[0] != bucket:
+            row.value = bucket, value_as_of(row.buckets, counter, now_ms)
+        return row.value[1]
 
     def columns(self, spec: FeatureSpec, raw: Mapping[str, pa.Array], rows: int) -> list[dict[str, float]]:
         """Return every counter column of each of `rows` candidates; `raw` as `serving.scorer.merge` returns."""

@@ -125,14 +125,6 @@ class Engine:
         hooks: list[Any] = [revoked, assigned]
         app.on_partitions_revoked.connect(hooks[0], weak=False)
         app.on_partitions_assigned.connect(hooks[1], weak=False)
-        assigned = asyncio.Event()
-
-        async def on_assigned(_app: Any, assigned_partitions: Any, **_: Any) -> None:
-            if assigned_partitions:
-                assigned.set()
-
-        assigned_hook: Any = on_assigned
-        app.on_partitions_assigned.connect(assigned_hook, weak=False)
         ready(False, "waiting for Kafka's group")
         app.finalize()
         starting = asyncio.ensure_future(app.start())
@@ -146,7 +138,7 @@ class Engine:
                     self._failure = app.crash_reason
                 else:
                     await stage.tick()
-                    if self.next or assigned.is_set():
+                    if self.next or self._in_group:
                         ready(True, "")
         except Exception as error:
             self._failure = error

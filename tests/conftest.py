@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from headrace.contract.config import PORTS, port
+from headrace.contract.topics import Topics
+from headrace.deploy.local import stack as local_stack
+from headrace.deploy.local.doctor import free_port
+from headrace.deploy.local.layout import HOST, Layout
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -22,3 +30,33 @@ def shared() -> Path:
 def shop_dir() -> Path:
     """The demo project's folder."""
     return CHECKOUT / "examples" / "shop"
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
+    """Real Kafka and real HDFS on free ports, without stages; ended with the session. Jars are the checkout's."""
+    base = free_base()
+    layout = Layout(
+        home=tmp_path_factory.mktemp("stack") / "home of it",
+        port_base=base,
+        brokers=f"{HOST}:{port('kafka', base)}",
+        store=f"hdfs://{HOST}:{port('namenode', base)}/headrace",
+        webhdfs=f"http://{HOST}:{port('namenode_http', base)}",
+        project=CHECKOUT / "examples" / "shop",
+        own_kafka=True,
+        own_hdfs=True,
+    )
+    try:
+        local_stack.start(layout, Topics().specs(2), print, stages=False)
+        yield layout
+    finally:
+        local_stack.stop(layout, print)
+
+
+def free_base() -> int:
+    """Return a PORT_BASE of which every port is free; below 32768, where the kernel takes its own from."""
+    start = 25_000 + os.getpid() % 100 * 60
+    for base in range(start, 32_000, len(PORTS) + 1):
+        if all(free_port(number) for number in range(base, base + len(PORTS))):
+            return base
+    raise RuntimeError(f"no {len(PORTS)} free ports in a row from {start} to 32000")

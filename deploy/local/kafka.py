@@ -61,7 +61,7 @@ def format_once(layout: Layout, java: Java, jars: Path) -> None:
     shutil.rmtree(folder / "data", ignore_errors=True)
     cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A", 1)
     command = [
-        *command_line(java, jars, folder, heap_mb=128),
+        *command_line(java, jars, folder, heap_mb=128, quick=True),
         *("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(file)),
     ]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -76,13 +76,13 @@ def start_command(layout: Layout, java: Java, jars: Path) -> list[str]:
     return [*command_line(java, jars, folder), "kafka.Kafka", str(folder / "server.properties")]
 
 
-def command_line(java: Java, jars: Path, *before: Path, heap_mb: int = HEAP_MB) -> list[str]:
+def command_line(java: Java, jars: Path, *before: Path, heap_mb: int = HEAP_MB, quick: bool = False) -> list[str]:
     """Return `java` with a bounded heap, warnings to stderr, and a class path of folders and jars."""
     simple = "-Dorg.slf4j.simpleLogger"
     return [
         java.path,
         f"-Xmx{heap_mb}m",
-        "-XX:+UseSerialGC" if heap_mb < HEAP_MB else "-XX:+UseG1GC",
+        *(("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1") if quick else ("-XX:+UseG1GC",)),
         "-XX:+ExitOnOutOfMemoryError",
         "-Djava.awt.headless=true",
         "-Djava.net.preferIPv4Stack=true",

@@ -31,18 +31,25 @@ from headrace.contract.steps import decode_step
 from headrace.examples.shop.shop import PROJECT
 from headrace.examples.shop.traffic import Visit
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 SEED = 20_261
 IMPRESSIONS = 20_000
-RATE = 400.0
+RATE = 250.0
 REPEAT_EVERY = 200
 BAD_EVERY = 250
-KILL_EVERY_S = 4.0
+KILL_EVERY_S = 7.0
 VICTIMS = ("ingest", "kafka", "stream", "train", "datanode", "serve", "sink", "namenode", "aggregate")
-DRAIN_S = 150.0
+DRAIN_S = 240.0
 TOML = """
 module = "shop.py"
+
+[log]
+partitions = 2
+
+[ingest]
+batch_ms = 50
+punctuate_ms = 200
 
 [join]
 early_feedback_ms = 5_000
@@ -134,7 +141,7 @@ def kill_all(stack: Stack, killed: list[str], stop: threading.Event) -> None:
 
 def ask(stack: Stack, body: bytes, answers: list[dict[str, Any]], stop: threading.Event) -> None:
     """Ask the same question without pause and keep the answers."""
-    while not stop.wait(0.01):
+    while not stop.wait(0.05):
         try:
             answers.append(stack.rank(body))
         except (OSError, ValueError):

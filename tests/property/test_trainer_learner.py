@@ -15,8 +15,8 @@ from headrace.contract.errors import InvariantBroken
 from headrace.contract.project import Recipe
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
 from headrace.trainer.checkpoint import Checkpoint, Meta, decode_checkpoint, encode_checkpoint
-from headrace.trainer.model.digest import digest
 from headrace.trainer.model.batch import Batch
+from headrace.trainer.model.digest import digest
 from headrace.trainer.model.learner import Learner
 from headrace.trainer.model.scoring import score
 from headrace.trainer.model.tables import KeyIndex, Table, initial_values
