@@ -37,4 +37,4 @@ class ImpressionLog:
 
     def close(self) -> None:
         """Send what is left, for a moment; the rest stays in the spool."""
-        self._sender.close()
+        self._sender.close(timeout=1.0)

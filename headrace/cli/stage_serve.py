@@ -135,9 +135,12 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, childr
     if not stop.is_set():
         server.run(sockets=[listener])
     stop.set()
+    _ask_to_end(children or [])
     impressions.close()
+    # 1 s for all: a thread that still waits for a broker ends with the process.
+    until = time.monotonic() + 1.0
     for job in jobs:
-        job.join(2)
+        job.join(max(0.0, until - time.monotonic()))
     return 1 if failures else 0
 
 
@@ -157,11 +160,15 @@ def _watch(children: list[int], stop: threading.Event) -> None:
             raise Unavailable(f"worker {child} ended with status {status}.")
 
 
-def _end(children: list[int]) -> None:
-    """Ask the workers to stop, and wait for them for at most 3 s."""
+def _ask_to_end(children: list[int]) -> None:
     for child in children:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)
+
+
+def _end(children: list[int]) -> None:
+    """Ask the workers to stop, and wait for them for at most 3 s."""
+    _ask_to_end(children)
     until = time.monotonic() + 3.0
     for child in children:
         with suppress(ChildProcessError):
