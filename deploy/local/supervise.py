@@ -80,25 +80,27 @@ class Supervisor:
         conf = run / "supervisord.conf"
         conf.touch(mode=0o600)
         conf.write_text(configuration(self.layout, programs, self._secret.read_text()))
-        command = [sys.executable, "-m", "headrace.deploy.local.supervisord", "-n", "-c", str(conf)]
-        with (self.layout.logs / "supervisord.out").open("wb") as out:
-            process = subprocess.Popen(
-                command,
+        out = self.layout.logs / "supervisord.out"
+        # It opens its port, then becomes a daemon: the exit status tells whether the port was free.
+        with out.open("wb") as file:
+            status = subprocess.run(
+                [sys.executable, "-m", "headrace.deploy.local.supervisord", "-c", str(conf)],
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 env=self.layout.environment(),
-                start_new_session=True,
-            )
+                timeout=60,
+                check=False,
+            ).returncode
         deadline = time.monotonic() + 20
-        while not self.running():
-            if process.poll() is not None or time.monotonic() > deadline:
-                words = (self.layout.logs / "supervisord.out").read_text(errors="replace").strip()[-500:]
-                raise Unavailable(
-                    f"supervisord did not start (exit {process.poll()}): {words or 'no output'}. Is port "
-                    f"{self.layout.port('supervisor')} taken? `headrace doctor` says by whom."
-                )
+        while status == 0 and not self.running() and time.monotonic() < deadline:
             time.sleep(0.05)
+        if not self.running():
+            words = out.read_text(errors="replace").strip()[-500:]
+            raise Unavailable(
+                f"supervisord did not start (exit {status}): {words or 'no output'}. Is port "
+                f"{self.layout.port('supervisor')} taken? `headrace doctor` says by whom."
+            )
 
     def begin(self, names: Sequence[str]) -> None:
         """Start these processes, those that do not run."""
@@ -168,7 +170,6 @@ def configuration(layout: Layout, programs: Sequence[Program], secret: str) -> s
         "identifier": layout.home,
         "directory": layout.home,
         "childlogdir": layout.logs,
-        "nodaemon": "true",
         "silent": "true",
     }
     sections: dict[str, Mapping[str, object]] = {

@@ -203,7 +203,9 @@ def test_the_ledger_closes_on_what_was_sent(outcome: Outcome):
     assert (ledger["lost"], ledger["twice"]) == (0, 0), json.dumps(ledger)
     assert ledger["impressions"] == IMPRESSIONS and ledger["feedback"] == len(sent.clicks)
     assert ledger["positives"] + ledger["negatives"] == ledger["stored"] == ledger["learnt"] == IMPRESSIONS
-    assert ledger["repeated"] + ledger["repeated_in_log"] >= sent.repeats
+    # A repeat dropped in the 200 ms before the gateway's kill has no punctuation to be told in: at 250 events/s and a
+    # repeat every 200 events that is one at most.
+    assert ledger["repeated"] + ledger["repeated_in_log"] >= sent.repeats - 1
 
 
 def test_bad_events_are_dead_letters_with_reasons(outcome: Outcome):
