@@ -67,7 +67,7 @@ class Supervisor:
     def running(self) -> bool:
         """Say whether this layout's own supervisord answers."""
         try:
-            return bool(self._rpc().supervisor.getIdentification() == str(self.layout.home))
+            return bool(self._ask("getIdentification") == str(self.layout.home))
         except (OSError, xmlrpc.client.Error, http.client.HTTPException):
             return False
 
@@ -104,30 +104,28 @@ class Supervisor:
 
     def begin(self, names: Sequence[str]) -> None:
         """Start these processes, those that do not run."""
-        rpc = self._rpc()
-        for row in rpc.supervisor.getAllProcessInfo():
+        for row in self._ask("getAllProcessInfo"):
             if row["name"] in names and row["statename"] in ("STOPPED", "EXITED", "FATAL"):
-                rpc.supervisor.startProcess(row["name"], False)
+                self._ask("startProcess", row["name"], False)
 
     def end(self, names: Sequence[str]) -> None:
         """Stop these processes side by side and wait until they are gone."""
-        rpc = self._rpc()
         waiting = set()
-        for row in rpc.supervisor.getAllProcessInfo():
+        for row in self._ask("getAllProcessInfo"):
             if row["name"] in names and row["statename"] in ("RUNNING", "STARTING", "BACKOFF"):
                 with contextlib.suppress(xmlrpc.client.Fault):
-                    rpc.supervisor.stopProcess(row["name"], False)
+                    self._ask("stopProcess", row["name"], False)
                     waiting.add(row["name"])
         deadline = time.monotonic() + STOP_S + 4
         while waiting and time.monotonic() < deadline:
-            states = {row["name"]: row["statename"] for row in rpc.supervisor.getAllProcessInfo()}
+            states = {row["name"]: row["statename"] for row in self._ask("getAllProcessInfo")}
             waiting = {name for name in waiting if states.get(name) in ("RUNNING", "STARTING", "STOPPING", "BACKOFF")}
             time.sleep(0.05)
 
     def shutdown(self) -> None:
         """Ask supervisord to end with all that it runs; returns when it is gone or after 15 s."""
         with contextlib.suppress(OSError, xmlrpc.client.Error, http.client.HTTPException):
-            self._rpc().supervisor.shutdown()
+            self._ask("shutdown")
         deadline = time.monotonic() + 15
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -135,7 +133,7 @@ class Supervisor:
     def processes(self) -> list[Process]:
         """Return what runs and what does not. Empty when no supervisord answers."""
         try:
-            rows = self._rpc().supervisor.getAllProcessInfo()
+            rows = self._ask("getAllProcessInfo")
         except (OSError, xmlrpc.client.Error, http.client.HTTPException):
             return []
         return [
@@ -151,13 +149,14 @@ class Supervisor:
             for row in rows
         ]
 
-    def _rpc(self) -> Any:
+    def _ask(self, method: str, *words: object) -> Any:
         try:
             secret = self._secret.read_text()
         except OSError as error:
             raise OSError("no supervisor was started here") from error
         address = f"http://headrace:{secret}@{HOST}:{self.layout.port('supervisor')}/RPC2"
-        return xmlrpc.client.ServerProxy(address, transport=_Transport())
+        with xmlrpc.client.ServerProxy(address, transport=_Transport()) as proxy:
+            return getattr(proxy.supervisor, method)(*words)
 
 
 def configuration(layout: Layout, programs: Sequence[Program], secret: str) -> str:
