@@ -196,7 +196,8 @@ def _open(runtime: Runtime, path: Path, *, reader: int, create: bool) -> SharedM
 
 
 def _listen(port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # With the protocol told: asyncio sets TCP_NODELAY on no other socket, and an answer would wait 40 ms for an ack.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
