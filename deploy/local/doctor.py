@@ -199,7 +199,7 @@ def _hdfs(layout: Layout) -> Finding:
     reason = probe.hdfs_trouble(layout, patience_s=2.0)
     if not reason:
         return Finding("HDFS", f"takes writes at {layout.webhdfs}", "ok")
-    if "safe mode" in reason:
+    if reason.startswith("HDFS is in safe mode"):
         remedy = (
             "it leaves safe mode by itself when the DataNodes have reported their blocks; if it was entered by hand or "
             "for want of disk, make room, then `hdfs dfsadmin -safemode leave` (own HDFS: make down, make up)"
