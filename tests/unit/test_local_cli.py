@@ -1,4 +1,4 @@
-"""The command line and the parts of the local stack that need no server: help, addresses, doctor, state, configuration."""
+"""The command line and the parts of the local stack that need no server: addresses, doctor, state, configuration."""
 
 from __future__ import annotations
 
