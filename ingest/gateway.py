@@ -93,7 +93,7 @@ class Gateway:
             batch_bytes=config.batch_bytes,
         )
         self.epoch = clock.now_ms()
-        self._punctuator = Punctuator(name, self.epoch, partitions, config.punctuate_ms)
+        self._punctuator = Punctuator(name, self.epoch, partitions, config.punctuate_ms, config.grace_ms)
         self._chunks_done = Repeats(config.repeat_horizon_ms, REMEMBERED_MAX)
         self._ids_done = Repeats(config.repeat_horizon_ms, REMEMBERED_MAX)
         self._chunks_open: dict[bytes, Owner] = {}

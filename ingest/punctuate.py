@@ -5,7 +5,9 @@
 3. It never goes back within an epoch: an event that comes later and is older than the last promise is late by its own
    doing, and the stream's rule (expiry counts from the watermark when it was read) keeps it whole.
 4. While the former promise to a partition has no receipt, none is added: a broker that is away is not flooded.
-5. After the last event of a clean shutdown comes `bye`: this gateway no longer holds the watermark.
+5. For `grace_ms` after its start it promises nothing: shippers that reconnect hand over what they held during the
+   outage before the watermark jumps over it.
+6. After the last event of a clean shutdown comes `bye`: this gateway no longer holds the watermark.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from headrace.contract.events import Punctuation
 class Punctuator:
     """When to speak, and what was promised, over all partitions of one gateway's epoch."""
 
-    def __init__(self, gateway: str, epoch: int, partitions: int, every_ms: int) -> None:
+    def __init__(self, gateway: str, epoch: int, partitions: int, every_ms: int, grace_ms: int = 0) -> None:
         self._gateway = gateway
         self._epoch = epoch
         self._every_s = every_ms / 1000
-        self._due = 0.0
+        self._grace_s = grace_ms / 1000
+        self._due: float | None = None
         self._promised = [0] * partitions
         self._unconfirmed = [False] * partitions
 
     def due(self, monotonic_s: float) -> bool:
         """Say whether it is time, and wait for the next turn if so."""
+        if self._due is None:
+            self._due = monotonic_s + self._grace_s
         if monotonic_s < self._due:
             return False
         self._due = monotonic_s + self._every_s

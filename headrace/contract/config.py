@@ -69,6 +69,9 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     batch_bytes: Count = 900_000
     """Most bytes in one Kafka record; below the broker's 1 MB limit."""
     punctuate_ms: Millis = 100
+    grace_ms: Annotated[int, Meta(ge=0, le=600_000)] = 2_500
+    """Time after its start in which a gateway promises nothing, so that shippers reconnect and hand over what they
+    held before the watermark jumps over the outage. More than `headrace.sender`'s longest back-off, 2 s."""
     skew_ms: Millis = 60_000
     """An event time further ahead of the gateway's clock is a dead letter (`future`)."""
     silent_ms: Millis = 10_000

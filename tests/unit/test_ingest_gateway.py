@@ -22,7 +22,7 @@ P = 4
 class World:
     def __init__(self, **config: Any) -> None:
         self.log, self.clock, self.counts = ShakyLog(Random(1)), HandClock(), Counts()
-        self.gateway = Gateway(PROJECT, IngestConfig(**config), Topics(), P, self.log, self.counts, self.clock, "g1")
+        self.gateway = Gateway(PROJECT, IngestConfig(**{"grace_ms": 0, **config}), Topics(), P, self.log, self.counts, self.clock, "g1")
         self.acks: list[str] = []
 
     def offer(self, what: Message, peer: Peer | None = None) -> None:
@@ -194,6 +194,16 @@ def test_batches_keep_their_bounds() -> None:
     assert max(len(value) for value, _ in records) <= 4_000
     numbers = [(p, int(h["seq"])) for p, _, h in world.log.records["events"]]
     assert all([s for q, s in numbers if q == p] == sorted({s for q, s in numbers if q == p}) for p in range(P))
+
+
+def test_nothing_is_promised_until_shippers_had_time_to_reconnect() -> None:
+    world = World(grace_ms=500)
+    world.settle(2)
+    begin_ms = world.clock.ms
+    while not world.log.promises():
+        world.settle(1)
+        assert world.clock.ms - begin_ms < 60_000
+    assert world.clock.ms - begin_ms >= 400
 
 
 def test_punctuation_waits_for_the_oldest_event_and_ends_with_a_goodbye() -> None:
