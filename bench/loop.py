@@ -59,6 +59,9 @@ class Probe(threading.Thread):
 def sustained(seen: list[tuple[float, float]]) -> float:
     """Return the rate between 10 % and 90 % of the rise of a counter.
 
+    A counter that rises in one step (the sink's commit) shows no such span: then all of it over all the time from the
+    first look to the step, a lower bound.
+
     >>> sustained([(float(t), 10.0 * t) for t in range(11)])
     10.0
     """
@@ -67,6 +70,8 @@ def sustained(seen: list[tuple[float, float]]) -> float:
     if value[-1] <= 0:
         return 0.0
     low, high = (int(np.searchsorted(value, share * value[-1])) for share in (0.1, 0.9))
+    if value[high] <= value[low]:
+        return float(value[-1] / max(at[high] - at[0], PROBE_S))
     return float((value[high] - value[low]) / max(at[high] - at[low], PROBE_S))
 
 
