@@ -43,9 +43,11 @@ class LakeState:
 class DeltaLake:
     """One table of samples. Safe for several writers: Delta refuses the second of two that move one partition."""
 
-    def __init__(self, uri: str, *, generation: int = 1) -> None:
+    def __init__(self, uri: str, *, generation: int = 1, partitions: int = PARTITIONS_MAX) -> None:
         self.uri = uri
         self.generation = generation
+        self.partitions = partitions
+        """How many partitions `state` asks for: each question reads the Delta log again, slow on HDFS."""
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
@@ -76,10 +78,10 @@ class DeltaLake:
             )
         except (DeltaError, CommitFailedError, OSError) as error:
             raise Unavailable(f"the lake at {self.uri} did not take a commit: {error}") from error
-        state = self.state()
-        if state is None:
+        table = self._table(None)
+        if table is None:
             raise InvariantBroken(f"the lake at {self.uri} is gone right after a commit; nothing may delete it.")
-        return state.version
+        return int(table.version())
 
     def state(self, version: int | None = None) -> LakeState | None:
         """Return the newest version's state (or that version's); None while there is no lake.
@@ -91,7 +93,7 @@ class DeltaLake:
             return None
         offsets: dict[int, int] = {}
         positions: dict[int, Position] = {}
-        for partition in range(PARTITIONS_MAX):
+        for partition in range(self.partitions):
             offset = table.transaction_version(self._offset_id(partition))
             if offset is not None:
                 offsets[partition] = offset

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     """Draw the ledger of the running stack and print it."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
-    lake = DeltaLake(runtime.lake_uri, generation=runtime.topics.generation)
+    lake = DeltaLake(runtime.lake_uri, generation=runtime.topics.generation, partitions=runtime.config.log.partitions)
     ledger = take_stock(runtime.project, runtime.config, runtime.topics, runtime.reader(), lake)
     if args.json:
         print(msgspec.json.encode(ledger).decode())

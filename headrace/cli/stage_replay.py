@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
         runtime.project,
         runtime.topics,
         runtime.reader(),
-        DeltaLake(runtime.lake_uri, generation=runtime.topics.generation),
+        DeltaLake(runtime.lake_uri, generation=runtime.topics.generation, partitions=runtime.config.log.partitions),
         step=args.step,
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )

@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
             runtime.config,
             runtime.topics,
             runtime.brokers,
-            DeltaLake(runtime.lake_uri, generation=runtime.topics.generation),
+            DeltaLake(runtime.lake_uri, generation=runtime.topics.generation, partitions=runtime.config.log.partitions),
             metrics,
             runtime.clock,
             runtime.home / "faust" / "sink",

@@ -42,7 +42,9 @@ def main(args: argparse.Namespace) -> int:
             metrics=metrics,
             clock=runtime.clock,
             stop=stop,
-            lake=DeltaLake(runtime.lake_uri, generation=runtime.topics.generation),
+            lake=DeltaLake(
+                runtime.lake_uri, generation=runtime.topics.generation, partitions=runtime.config.log.partitions
+            ),
             board=Board(runtime.tensorboard_dir / "train"),
         )
     )
