@@ -22,25 +22,25 @@ from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor, orphans
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 
 def write(layout: Layout, topic: str, text: bytes) -> None:
     """Leave something in the log and in the store."""
     assert layout.webhdfs
-    KafkaAdmin(layout.brokers, timeout_s=60).ensure_topics([TopicSpec(topic, 1)])
+    KafkaAdmin(layout.brokers, timeout_s=180).ensure_topics([TopicSpec(topic, 1)])
     producer = KafkaProducer(layout.brokers)
     producer.send(topic, 0, text)
-    assert producer.flush(60) == 0
+    assert producer.flush(180) == 0
     HdfsBlobs(layout.webhdfs, "/heal", patience_s=120).put("kept", text)
 
 
 def check(layout: Layout, topic: str, texts: list[bytes]) -> None:
     """All of it is there."""
     assert layout.webhdfs
-    reader, found = KafkaReader(layout.brokers, timeout_s=60), list[bytes | None]()
+    reader, found = KafkaReader(layout.brokers, timeout_s=180), list[bytes | None]()
     reader.assign({(topic, 0): 0})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while len(found) < len(texts) and time.monotonic() < deadline:
         found += [record.value for record in reader.poll(10, 0.5)]
     reader.close()
