@@ -22,7 +22,8 @@ P = 4
 class World:
     def __init__(self, **config: Any) -> None:
         self.log, self.clock, self.counts = ShakyLog(Random(1)), HandClock(), Counts()
-        self.gateway = Gateway(PROJECT, IngestConfig(**{"grace_ms": 0, **config}), Topics(), P, self.log, self.counts, self.clock, "g1")
+        settings = IngestConfig(**{"grace_ms": 0, **config})
+        self.gateway = Gateway(PROJECT, settings, Topics(), P, self.log, self.counts, self.clock, "g1")
         self.acks: list[str] = []
 
     def offer(self, what: Message, peer: Peer | None = None) -> None:
