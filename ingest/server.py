@@ -11,8 +11,9 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import msgspec
 
@@ -70,23 +71,42 @@ class Server:
         for connection in self.connections:
             connection.pause()
 
-    async def serve(self, host: str, port: int, stop: threading.Event, *, share_port: bool, ready: Ready) -> None:
-        """Serve until `stop`, then drain: cut, wait for receipts, ack, say goodbye."""
+    async def serve(
+        self,
+        host: str,
+        port: int,
+        stop: threading.Event,
+        *,
+        share_port: bool,
+        ready: Ready,
+        companions: Sequence[Companion] = (),
+    ) -> None:
+        """Serve until `stop`, then drain: cut, wait for receipts, ack, say goodbye.
+
+        `companions` run in the same loop, from before `ready` until the drain; what one raises ends the server too.
+        """
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(
             lambda: Connection(self), host, port, reuse_address=True, reuse_port=share_port or None, backlog=1024
         )
         bound = listener.sockets[0].getsockname()[1]
         log.info("forward on %s:%d, gateway epoch %d", host, bound, self.gateway.epoch)
+        stopping = asyncio.Event()
+        tasks = [loop.create_task(companion.run(self, stopping)) for companion in companions]
+        # One turn of the loop: a companion that listens has its port when we say that we are ready.
+        await asyncio.sleep(0)
         ready(bound)
         try:
             while not stop.is_set():
                 self._tick()
+                _raise_failed(tasks)
                 await asyncio.sleep(_TICK_BUSY_S if self.gateway.open_chunks else _TICK_IDLE_S)
             listener.close()
-            await self._drain()
+            stopping.set()
+            await self._drain(tasks)
         finally:
             listener.close()
+            await _end(tasks)
             for connection in list(self.connections):
                 connection.close()
             await asyncio.sleep(0)
@@ -95,14 +115,18 @@ class Server:
         self.gateway.tick()
         self.balance()
 
-    async def _drain(self) -> None:
+    async def _drain(self, companions: Sequence[asyncio.Task[None]]) -> None:
+        """Read from nobody, settle what is held; companions answer what they have begun meanwhile."""
         self.draining = True
         self.pause()
         until = self._clock.monotonic() + DRAIN_S
-        while not (done := self.gateway.drained()) and self._clock.monotonic() < until:
+        while self._clock.monotonic() < until:
             self._tick()
+            if all(task.done() for task in companions) and self.gateway.drained():
+                break
             await asyncio.sleep(_TICK_BUSY_S)
-        if done:
+        await _end(companions)
+        if done := self.gateway.drained():
             self.gateway.goodbye()
         log.info("drained" if done else "not drained: unacked chunks stay with their senders")
         # One turn of the loop, so that the last acks are written before the sockets close.
@@ -110,6 +134,31 @@ class Server:
 
 
 Ready = Callable[[int], None]
+
+
+class Companion(Protocol):
+    """Another way in that shares the gateway and its loop: the HTTP collector, the Kafka source."""
+
+    async def run(self, server: Server, stopping: asyncio.Event) -> None:
+        """Offer to `server.gateway` until `stopping`, take nothing new then, answer what was begun and return.
+
+        It has a part of `DRAIN_S` for that, is cancelled after it, and must wait while `server.paused`.
+        """
+
+
+def _raise_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        if task.done():
+            task.result()
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel what still runs, wait for it, log what failed on the way."""
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            log.warning("a companion ended with %s: %s", type(outcome).__name__, outcome)
 
 
 class Connection(asyncio.Protocol):
@@ -240,9 +289,13 @@ def run(
     place: Place,
     stop: threading.Event,
     ready: Ready = lambda port: None,
+    companions: Sequence[Companion] = (),
 ) -> None:
     """Serve until `stop` is set, then drain within `DRAIN_S` and return. `ready` gets the bound port."""
     gateway = Gateway(project, config, topics, partitions, producer, metrics, clock, place.name)
     server = Server(gateway, config, metrics, clock, place)
-    asyncio.run(server.serve(place.host, place.port, stop, share_port=place.share_port, ready=ready))
+    serving = server.serve(
+        place.host, place.port, stop, share_port=place.share_port, ready=ready, companions=companions
+    )
+    asyncio.run(serving)
     producer.flush(0.2)
