@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgpack
@@ -18,9 +18,21 @@ import msgspec
 import pyarrow as pa
 
 from headrace.contract.errors import HeadraceError
-
-GROUP_MARKERS = frozenset({0xFFFFFFFF, 0xFFFFFFFE})
-"""EventTime seconds with which fluent-bit opens and closes a group of OTLP records."""
+from headrace.ingest.msgpack_scan import (
+    ARRAY,
+    BAD,
+    BIN,
+    DONE,
+    LARGE,
+    MORE,
+    STR,
+    Buffer,
+    as_bytes,
+    entry_starts,
+    head,
+    skip,
+    skip_json,
+)
 
 _READ_BYTES = 262_144
 """Largest piece that is fed or decompressed at once. 256 KiB."""
@@ -58,18 +70,35 @@ class Entry(NamedTuple):
 class Message(msgspec.Struct, frozen=True):
     """One message: what the sender acks as a whole.
 
-    `problem` is set when the body cannot be decoded and never will be: `entries` is empty then and `raw` has its bytes.
+    `problem` is set when the body cannot be decoded and never will be: `body` is empty then and `raw` has its bytes.
     """
 
     tag: str
-    entries: list[Entry]
-    chunk: str | bytes | None
+    body: bytes = b""
+    """Entries one after the other, each MessagePack of [time, record] in any form that real clients send."""
+    chunk: str | bytes | None = None
     signal: int = 0
     """0 is logs; others (metrics, traces) have no entries: they are acked and skipped."""
     plain_bytes: int = 0
     """Size of the body after decompression; 0 where it was not packed."""
     problem: str = ""
     raw: bytes = b""
+    json: bool = False
+    """Sent as a bare JSON array; its ack is JSON too."""
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The entries as Python objects, group markers left out. Raises `ValueError` where the body ends inside one."""
+        return list(read_entries(self.body))
+
+
+def message_of(tag: str, entries: Iterable[tuple[int | None, Any]], chunk: str | bytes | None = None) -> Message:
+    """Return a message of (time in ns, record) pairs that came some other way than Fluent forward.
+
+    A value that MessagePack lacks becomes its text. Fluent's time reaches from 1970 to 2106; beyond it whole seconds.
+    """
+    body = b"".join(_pack([_event_time(time_ns), record]) for time_ns, record in entries)
+    return Message(tag, body, chunk, plain_bytes=len(body))
 
 
 class Ping(NamedTuple):
@@ -84,116 +113,164 @@ class Decoder:
     def __init__(self, message_bytes_max: int, *, greets: bool = False) -> None:
         self._greets = greets
         self._bytes_max = message_bytes_max
-        self._fed = 0
-        self._taken = 0
-        self._unpacker = msgpack.Unpacker(
-            max_buffer_size=message_bytes_max + _READ_BYTES,
-            max_str_len=message_bytes_max,
-            max_bin_len=message_bytes_max,
-            max_array_len=max(message_bytes_max // 4, 16),
-            max_map_len=max(message_bytes_max // 4, 16),
-            max_ext_len=65_536,
-            **_OPTIONS,
-        )
+        self._held = bytearray()
+        self._json = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Expect a new message at the start of what is held."""
+        self._at, self._todo, self._depth, self._quoted = 0, 1, 0, 0
 
     @property
     def pending_bytes(self) -> int:
         """Bytes of a message that has not ended yet."""
-        return self._fed - self._taken
+        return len(self._held)
 
     def feed(self, data: bytes) -> Iterator[tuple[Message | Ping, int]]:
         """Yield each message that `data` completes, with its size on the wire.
 
         Raises `Refused` on bytes that are no forward message, or one beyond the bound; nothing can follow then.
         """
-        for start in range(0, len(data), _READ_BYTES):
-            piece = data[start : start + _READ_BYTES]
-            try:
-                self._unpacker.feed(piece)
-            except msgpack.BufferFull as error:
-                raise self._too_large() from error
-            self._fed += len(piece)
-            yield from self._complete()
-            if self.pending_bytes > self._bytes_max:
-                raise self._too_large()
-
-    def _complete(self) -> Iterator[tuple[Message | Ping, int]]:
-        while True:
-            try:
-                value = self._unpacker.unpack()
-            except msgpack.OutOfData:
+        self._held += data
+        while self._held:
+            if self._todo == 1 and self._at == 0 and not self._start():
+                continue
+            size = self._scan()
+            if size < 0:
                 return
-            except (ValueError, TypeError, RecursionError) as error:
-                text = str(error) or type(error).__name__
-                reason = "too_large" if "exceeds max" in text else "bad_frame"
-                raise Refused(reason, f"no msgpack value after byte {self._taken}: {text}.") from error
-            taken = self._unpacker.tell()
-            size, self._taken = taken - self._taken, taken
-            if size > self._bytes_max:
-                raise self._too_large()
+            frame = bytes(memoryview(self._held)[:size])
+            del self._held[:size]
+            self._begin()
             if self._greets:
                 self._greets = False
-                yield Ping(value), size
-                continue
-            # fluentd keeps nil free as a heartbeat inside a connection.
-            if value is not None:
-                yield read_message(value, self._bytes_max), size
+                yield Ping(_value(frame)), size
+            elif self._json:
+                yield read_json(frame), size
+            elif frame != b"\xc0":
+                # fluentd keeps nil free as a heartbeat inside a connection.
+                yield read_message(frame, self._bytes_max), size
 
-    def _too_large(self) -> Refused:
-        return Refused(
-            "too_large",
-            f"a message is larger than {self._bytes_max} bytes; raise ingest.chunk_bytes_max or cut chunks.",
-        )
+    def _start(self) -> bool:
+        """Look at the first byte: JSON, MessagePack, or blanks between JSON values, which are dropped (False)."""
+        first = self._held[0]
+        if first in _BLANKS and not self._greets:
+            rest = self._held.lstrip(bytes(_BLANKS))
+            del self._held[: len(self._held) - len(rest)]
+            return False
+        # '[' alone is a small number in MessagePack, which begins no message.
+        self._json = first == _BRACKET and not self._greets
+        return True
+
+    def _scan(self) -> int:
+        """Return the size of the message that begins what is held, or -1 when it is not all there."""
+        held = as_bytes(self._held)
+        if self._json:
+            ended, self._at, self._depth, self._quoted = skip_json(held, len(held), self._at, self._depth, self._quoted)
+        else:
+            ended, self._at, self._todo = skip(held, len(held), self._at, self._todo, self._bytes_max)
+        if ended == BAD:
+            raise Refused("bad_frame", f"byte {self._at} of a message is no MessagePack.")
+        if ended == LARGE or self._at > self._bytes_max or (ended == MORE and len(held) > self._bytes_max):
+            raise Refused(
+                "too_large",
+                f"a message is larger than {self._bytes_max} bytes; raise ingest.chunk_bytes_max or cut chunks.",
+            )
+        return int(self._at) if ended == DONE else -1
 
 
-def read_message(value: Any, bytes_max: int) -> Message:
-    """Return what one decoded msgpack value says.
+def read_message(frame: bytes, bytes_max: int) -> Message:
+    """Return what one whole MessagePack value says.
 
     Raises `Refused` when it has none of the four forms, or its body decompresses to more than `bytes_max`.
     """
-    if not isinstance(value, list) or len(value) < 2:
-        raise Refused("bad_frame", f"a forward message is an array of 2 to 4 values, not {type(value).__name__}.")
-    tag = _text(value[0])
-    if tag is None:
-        raise Refused("bad_frame", f"a tag is a string, not {type(value[0]).__name__}.")
-    body = value[1]
-    packed = isinstance(body, str | bytes)
-    at = 2 if packed or isinstance(body, list) else 3
-    if at == 3 and (len(value) < 3 or _time_ns(body) is None):
-        raise Refused("bad_frame", "the second value is no list of entries, no packed body and no time.")
-    option = value[at] if len(value) > at and isinstance(value[at], dict) else {}
+    data = as_bytes(frame)
+    end = len(data)
+    kind, count, at = head(data, 0)
+    if kind != ARRAY or count < 2:
+        raise Refused("bad_frame", "a forward message is an array of 2 to 4 values.")
+    kind, size, start = head(data, at)
+    if kind not in (STR, BIN):
+        raise Refused("bad_frame", "a tag is a string.")
+    tag = frame[start : start + size].decode("utf-8", "surrogateescape")
+    at = start + size
+    kind, size, start = head(data, at)
+    _, after, _ = skip(data, end, at, 1, end)
+    packed = kind in (STR, BIN)
+    if packed or kind == ARRAY:
+        body, taken = frame[start:after], 2
+    else:
+        if count < 3 or _time_ns(_value(frame[at:after])) is None:
+            raise Refused("bad_frame", "the second value is no list of entries, no packed body and no time.")
+        _, last, _ = skip(data, end, after, 1, end)
+        body, taken, after = b"\x92" + frame[at:last], 3, last
+    option = _option(frame, int(after)) if count > taken else {}
     chunk = option.get("chunk")
     chunk = chunk if isinstance(chunk, str | bytes) else None
     signal = option.get("fluent_signal")
     if isinstance(signal, int) and signal != 0:
-        return Message(tag, [], chunk, signal)
+        return Message(tag, b"", chunk, signal)
     if packed:
-        return _read_packed(tag, body, option, chunk, bytes_max)
-    if isinstance(body, list):
-        return Message(tag, [entry for item in body if (entry := _entry(item)) is not None], chunk)
-    return Message(tag, [entry] if (entry := _entry([body, value[2]])) is not None else [], chunk)
+        try:
+            plain = decompress(body, _text(option.get("compressed")) or "text", bytes_max)
+        except (ValueError, OSError, zlib.error) as error:
+            return Message(tag, b"", chunk, problem=f"{type(error).__name__}: {error}", raw=body)
+        return Message(tag, plain, chunk, plain_bytes=len(plain))
+    return Message(tag, body, chunk)
 
 
-def _read_packed(tag: str, body: str | bytes, option: dict[Any, Any], chunk: str | bytes | None, most: int) -> Message:
-    wire = body if isinstance(body, bytes) else body.encode("utf-8", "surrogateescape")
+def _option(frame: bytes, at: int) -> dict[Any, Any]:
     try:
-        plain = decompress(wire, _text(option.get("compressed")) or "text", most)
-        entries = list(read_entries(plain))
-    except (ValueError, TypeError, RecursionError, OSError, zlib.error) as error:
-        return Message(tag, [], chunk, problem=f"{type(error).__name__}: {error}", raw=wire)
-    return Message(tag, entries, chunk, plain_bytes=len(plain))
+        unpacker = msgpack.Unpacker(**_OPTIONS)
+        unpacker.feed(frame[at:])
+        option = unpacker.unpack()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refused("bad_frame", f"the options are no map: {type(error).__name__}.") from error
+    return option if isinstance(option, dict) else {}
 
 
-def read_entries(plain: bytes) -> Iterator[Entry]:
-    """Yield the entries of a packed body, group markers left out. Raises `ValueError` when it ends inside one."""
-    unpacker = msgpack.Unpacker(max_buffer_size=max(len(plain), 1), **_OPTIONS)
-    unpacker.feed(plain)
-    for item in unpacker:
-        entry = _entry(item)
-        if entry is not None:
-            yield entry
-    if unpacker.tell() != len(plain):
-        raise ValueError(f"the body ends inside an entry, at byte {unpacker.tell()} of {len(plain)}")
+def _value(frame: bytes) -> Any:
+    try:
+        return msgpack.unpackb(frame, **_OPTIONS)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refused("bad_frame", f"no value of MessagePack: {type(error).__name__}.") from error
+
+
+def read_json(frame: bytes) -> Message:
+    """Return the message that a bare JSON array is: `["tag", time, record, option]` or `["tag", [entries], option]`.
+
+    Raises `Refused` on anything else.
+    """
+    try:
+        value = msgspec.json.decode(frame)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Refused("bad_frame", f"no JSON array: {error}") from error
+    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], str):
+        raise Refused("bad_frame", "a forward message in JSON is an array that begins with a tag.")
+    single = not isinstance(value[1], list)
+    if single and (len(value) < 3 or _time_ns(value[1]) is None):
+        raise Refused("bad_frame", "the second value is no list of entries and no time.")
+    items = [value[1:3]] if single else value[1]
+    option = value[3 if single else 2] if len(value) > (3 if single else 2) else None
+    chunk = option.get("chunk") if isinstance(option, dict) else None
+    body = b"".join(map(_pack, items))
+    return Message(value[0], body, chunk if isinstance(chunk, str) else None, json=True)
+
+
+def read_entries(body: bytes) -> Iterator[Entry]:
+    """Yield the entries of a plain body, group markers left out. Raises `ValueError` when it ends inside one."""
+    for start in entry_starts(as_bytes(body)):
+        yield read_entry(body, int(start))
+
+
+def read_entry(body: Buffer, start: int) -> Entry:
+    """Return the entry that begins at `start`; one that Python cannot hold has no time and its bytes as the record."""
+    data = as_bytes(body)
+    _, end, _ = skip(data, len(data), start, 1, len(data))
+    raw = data[start:end].tobytes()
+    try:
+        return _entry(msgpack.unpackb(raw, **_OPTIONS))
+    except (ValueError, TypeError, RecursionError):
+        return Entry(None, raw)
 
 
 def decompress(data: bytes, how: str, bytes_max: int) -> bytes:
@@ -238,14 +315,12 @@ def _bounded(pieces: Iterator[bytes], bytes_max: int) -> bytes:
     return b"".join(parts)
 
 
-def _entry(item: Any) -> Entry | None:
+def _entry(item: Any) -> Entry:
     if not isinstance(item, list) or len(item) < 2:
         return Entry(None, item)
     time, record = item[0], item[1]
     if isinstance(time, list) and time:
         time = time[0]
-    if isinstance(time, EventTime) and time.seconds in GROUP_MARKERS:
-        return None
     time_ns = _time_ns(time)
     return Entry(None, item) if time_ns is None else Entry(time_ns, record)
 
@@ -285,9 +360,48 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def encode_ack(chunk: str | bytes) -> bytes:
-    """Return the ack of `chunk`, verbatim in type and bytes."""
-    return bytes(msgpack.packb({"ack": chunk}, unicode_errors="surrogateescape"))
+def _event_time(time_ns: int | None) -> msgpack.ExtType | int | None:
+    if time_ns is None:
+        return None
+    if not 0 <= time_ns < _TIME_NS_MAX:
+        return time_ns // 1_000_000_000
+    seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
+    return msgpack.ExtType(0, seconds.to_bytes(4, "big") + nanoseconds.to_bytes(4, "big"))
+
+
+_TIME_NS_MAX = 0xFFFFFFFE * 1_000_000_000
+_BLANKS = b" \t\r\n"
+_BRACKET = ord("[")
+
+
+def _plain(value: Any) -> Any:
+    return str(value)
+
+
+def _pack(value: Any) -> bytes:
+    try:
+        return bytes(_PACKER.pack(value))
+    except OverflowError:
+        return bytes(_PACKER.pack(_with_big_numbers_as_text(value)))
+
+
+def _with_big_numbers_as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_with_big_numbers_as_text(k): _with_big_numbers_as_text(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_big_numbers_as_text(item) for item in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return str(value)
+    return value
+
+
+_PACKER = msgpack.Packer(unicode_errors="surrogateescape", default=_plain)
+
+
+def encode_ack(message: Message) -> bytes:
+    """Return the ack of `message`, its chunk verbatim in type and bytes; JSON where it came as JSON."""
+    ack = {"ack": message.chunk}
+    return msgspec.json.encode(ack) if message.json else bytes(msgpack.packb(ack, unicode_errors="surrogateescape"))
 
 
 def encode_record(record: Any) -> bytes:

@@ -2,9 +2,10 @@
 
 The way of a chunk, in the words that the tests use:
 
-1. *offer*: its events join the batches of their types. What was taken before counts as `repeated`; what is still on
-   its way is leaned on: this chunk is settled when that one is.
-2. *cut*: a due batch is checked by column and becomes one record a (partition, type); bad rows become dead letters.
+1. *offer*: its body joins the batch of its type, not decoded yet. A chunk that was taken before counts as `repeated`;
+   one that is still on its way is leaned on: this chunk is settled when that one is.
+2. *cut*: a due batch is decoded and checked by column and becomes one record a (partition, type); bad rows become dead
+   letters, events whose id was taken before count as `repeated`.
 3. *send*: records go out in order. A full local queue holds them back; a record that Kafka refuses is sent again
    until it is taken, because nothing was acked and the promise of punctuation still counts it.
 4. *settle*: a chunk whose every event has a receipt (dead letters included) is remembered, then acked.
@@ -15,13 +16,14 @@ was already appended.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
 from functools import partial
 from typing import Any
 
 import msgspec
-import xxhash
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from headrace.contract.clock import Clock
 from headrace.contract.config import IngestConfig
@@ -32,14 +34,21 @@ from headrace.contract.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
-from headrace.ingest.batcher import Batcher, Cut, Owner, Rows, cut
-from headrace.ingest.forward_protocol import Entry, Message, chunk_text, encode_record
+from headrace.ingest.batcher import Acked, Batcher, Cut, Outcome, Owner, Waiting, cut
+from headrace.ingest.columns import decode, hash_column, layout
+from headrace.ingest.forward_protocol import Entry, Message, chunk_text, encode_record, read_entry
+from headrace.ingest.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.punctuate import Punctuator
-from headrace.ingest.repeats import Occurrences, Repeats, digest
-from headrace.ingest.validate import check, declared_types, event_time_ms
+from headrace.ingest.repeats import EventIds, Occurrences, Repeats, digest
+from headrace.ingest.validate import Declared, check, declared_types
 
-REMEMBERED_MAX = 400_000
-"""Most event ids, and most chunks, in memory: about 80 bytes each, 32 MB together at most twice that."""
+CHUNKS_REMEMBERED = 400_000
+"""Most chunks in memory: about 80 bytes each, 32 MB."""
+IDS_REMEMBERED = 1_000_000
+"""Most event ids in memory: 50 MB."""
+_SLICE_ROWS = 20_000
+"""Most rows that are decoded at once: 20,000 rows of 30 columns take 10 MB while they are columns of numbers."""
+_SECOND_SEED = 1
 _RESEND_FIRST_S, _RESEND_MAX_S = 0.1, 5.0
 
 READ, APPENDED, DEAD, REPEATED = "read", "appended", "dead_lettered", "repeated"
@@ -53,7 +62,7 @@ class Outgoing(msgspec.Struct):
     value: bytes
     headers: dict[str, str]
     key: bytes | None
-    owners: Counter[Owner]
+    owners: list[tuple[Owner, int]]
     outcome: str
     rows: int
     reason: str = ""
@@ -85,7 +94,7 @@ class Gateway:
     ) -> None:
         self._config, self._topics, self._partitions = config, topics, partitions
         self._producer, self._metrics, self._clock, self._name = producer, metrics, clock, name
-        self._types = declared_types(project)
+        self._types = {tag: layout(declared) for tag, declared in declared_types(project).items()}
         self._batcher = Batcher(
             list(self._types.values()),
             batch_ms=config.batch_ms,
@@ -94,10 +103,11 @@ class Gateway:
         )
         self.epoch = clock.now_ms()
         self._punctuator = Punctuator(name, self.epoch, partitions, config.punctuate_ms, config.grace_ms)
-        self._chunks_done = Repeats(config.repeat_horizon_ms, REMEMBERED_MAX)
-        self._ids_done = Repeats(config.repeat_horizon_ms, REMEMBERED_MAX)
+        self._chunks_done = Repeats(config.repeat_horizon_ms, CHUNKS_REMEMBERED)
         self._chunks_open: dict[bytes, Owner] = {}
-        self._ids_open: dict[bytes, Owner] = {}
+        self._ids = EventIds(config.repeat_horizon_ms, IDS_REMEMBERED)
+        self._open: dict[int, Owner] = {}
+        self._taken = 0
         self._outbox: deque[Outgoing] = deque()
         self._resend: list[tuple[float, Outgoing]] = []
         self._unconfirmed: dict[int, Outgoing] = {}
@@ -109,35 +119,41 @@ class Gateway:
 
     # -- 1. offer
 
-    def offer(self, message: Message, size: int, peer: Peer, acked: Callable[[], None] | None) -> None:
+    def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None) -> None:
         """Take a message of `size` bytes; `acked` is called once, when Kafka has all of it. Never blocks."""
         if message.signal:
             if acked is not None:
-                acked()
+                acked(Outcome(0, 0, 0))
             return
         key, prefix = self._identify(message, peer)
-        declared = message.tag in self._types
-        count = len(message.entries)
+        made = self._types.get(message.tag)
+        try:
+            starts, problem, raw = entry_starts(as_bytes(message.body)), message.problem, message.raw
+        except ValueError as error:
+            starts, problem, raw = _NONE, str(error), message.body
         if key and key in self._chunks_done:
-            self._count(REPEATED, count, declared)
+            self._count(REPEATED, len(starts), made is not None)
             if acked is not None:
-                acked()
+                acked(Outcome(0, 0, len(starts)))
             return
-        owner = Owner(key, message.tag, peer.origin, size + message.plain_bytes)
+        self._taken += 1
+        owner = Owner(self._taken, key, message.tag, peer.origin, size + message.plain_bytes)
         owner.acks = [] if acked is None else [acked]
+        self._open[owner.number] = owner
         self.buffer_bytes += owner.size
         self.open_chunks += 1
         owner.waiting = 1
         first = self._chunks_open.get(key) if key else None
         if first is not None:
-            self._count(REPEATED, count, declared)
+            self._repeated(owner, len(starts), made is not None)
             self._lean(owner, first)
         else:
             self._chunks_open[key] = owner
-            if message.problem:
-                self._dead_letter(owner, "bad_chunk", message.problem, Entry(None, None), raw=message.raw)
-            elif declared:
-                self._buffer(owner, message, prefix)
+            if problem:
+                self._dead_letter(owner, "bad_chunk", problem, Entry(None, None), raw=raw)
+            elif made is not None:
+                owner.waiting += len(starts)
+                self._batcher.of(made, self._clock.monotonic()).add(message.body, starts, owner, prefix)
             else:
                 for entry in message.entries:
                     self._dead_letter(owner, "undeclared", "no declared event has this tag", entry)
@@ -154,33 +170,9 @@ class Gateway:
         prefix = f"{peer.origin}/{chunk_text(message.tag)}/{chunk_text(message.chunk)}/{nth}"
         return digest(peer.origin, message.tag, message.chunk, str(nth)), prefix
 
-    def _buffer(self, owner: Owner, message: Message, prefix: str) -> None:
-        rows = self._batcher.rows_of(self._types[message.tag], self._clock.monotonic())
-        count = len(message.entries)
-        leans: set[Owner] = set()
-        for at, entry in enumerate(message.entries):
-            record = entry.record
-            mark = _mark(record)
-            if mark is not None:
-                other = self._ids_open.get(mark)
-                if other is not None or mark in self._ids_done:
-                    self._count(REPEATED, 1, True)
-                    if other is not None and other is not owner:
-                        leans.add(other)
-                    continue
-                self._ids_open[mark] = owner
-                owner.ids.append(mark)
-            rows.records.append(record)
-            rows.times_ns.append(entry.time_ns)
-            rows.ids.append(f"{prefix}/{at}")
-            rows.owners.append(owner)
-            owner.waiting += 1
-            time_ms = event_time_ms(record.get("event_time_ms") if isinstance(record, dict) else None, entry.time_ns)
-            if time_ms is not None and (rows.oldest_ms is None or time_ms < rows.oldest_ms):
-                rows.oldest_ms = time_ms
-        rows.bytes += owner.size if count else 0
-        for other in leans:
-            self._lean(owner, other)
+    def _repeated(self, owner: Owner, events: int, declared: bool) -> None:
+        owner.repeated += events
+        self._count(REPEATED, events, declared)
 
     @staticmethod
     def _lean(owner: Owner, other: Owner) -> None:
@@ -190,43 +182,82 @@ class Gateway:
     # -- 2. cut
 
     def _cut_all(self) -> None:
-        for rows in self._batcher.take():
-            self._cut(rows)
+        for waiting in self._batcher.take():
+            self._cut(waiting)
 
-    def _cut(self, rows: Rows) -> None:
-        if not rows.records:
-            return
-        checked = check(
-            rows.declared,
-            rows.records,
-            rows.times_ns,
-            rows.ids,
-            now_ms=self._clock.now_ms(),
-            skew_ms=self._config.skew_ms,
-        )
+    def _cut(self, waiting: Waiting) -> None:
+        data = as_bytes(waiting.bodies[0] if len(waiting.bodies) == 1 else b"".join(waiting.bodies))
+        sizes = np.array([len(starts) for starts in waiting.starts], np.int64)
+        shifts = np.cumsum([0, *map(len, waiting.bodies[:-1])]).astype(np.int64)
+        chunk_N = np.repeat(np.arange(len(sizes)), sizes)
+        starts_N = np.concatenate(waiting.starts) + shifts[chunk_N]
+        nth_N = np.arange(len(starts_N)) - (np.cumsum(sizes) - sizes)[chunk_N]
+        for at in range(0, len(starts_N), _SLICE_ROWS):
+            part = slice(at, at + _SLICE_ROWS)
+            self._cut_slice(waiting, data, starts_N[part], chunk_N[part], nth_N[part])
 
-        def refuse(row: int, reason: str, detail: str) -> None:
-            entry = Entry(rows.times_ns[row], rows.records[row])
-            # A refused event was not taken: offered again after a fix, under its id, it is no repeat.
-            mark = _mark(entry.record)
-            if mark is not None:
-                self._ids_open.pop(mark, None)
-            self._dead_letter(rows.owners[row], reason, detail, entry, event_id=rows.ids[row], counted=False)
-
-        for row, (reason, detail) in checked.rejected.items():
-            refuse(row, reason, detail)
-        owners = [rows.owners[row] for row in checked.rows]
-        for piece in cut(checked.batch, owners, self._partitions, self._config.batch_bytes):
+    def _cut_slice(
+        self, waiting: Waiting, data: npt.NDArray[np.uint8], starts_N: I64s, chunk_N: I64s, nth_N: I64s
+    ) -> None:
+        declared, owners = waiting.layout.declared, waiting.owners
+        now_ms = self._clock.now_ms()
+        latest_ms = now_ms + self._config.skew_ms
+        decoded = decode(waiting.layout, data, starts_N, waiting.prefixes, chunk_N, nth_N, latest_ms)
+        batch, own_N = decoded.batch, decoded.own
+        if len(decoded.left):
+            entries = [read_entry(data, int(starts_N[row])) for row in decoded.left]
+            derived = [f"{waiting.prefixes[chunk_N[row]]}/{nth_N[row]}" for row in decoded.left]
+            checked = check(
+                declared,
+                [entry.record for entry in entries],
+                [entry.time_ns for entry in entries],
+                derived,
+                now_ms=now_ms,
+                skew_ms=self._config.skew_ms,
+            )
+            for at, (reason, detail) in checked.rejected.items():
+                owner = owners[chunk_N[decoded.left[at]]]
+                self._dead_letter(owner, reason, detail, entries[at], event_id=derived[at], counted=False)
+            own_N[decoded.left] = [_has_id(entry.record) for entry in entries]
+            batch, rows_M = _merge(batch, decoded.left, checked.batch, decoded.left[checked.rows])
+            own_N, chunk_N = own_N[rows_M], chunk_N[rows_M]
+        ids = batch.column("event_id")
+        first_N, second_N = hash_column(ids), hash_column(ids, _SECOND_SEED)
+        numbers = np.array([owner.number for owner in owners], np.int64)
+        found_N = self._ids.take(first_N, second_N, own_N, numbers[chunk_N], now_ms)
+        if found_N.any():
+            self._drop_repeats(owners, chunk_N, found_N)
+            keep = np.flatnonzero(found_N == 0)
+            batch = batch.take(pa.array(keep))
+            chunk_N, first_N, second_N = chunk_N[keep], first_N[keep], second_N[keep]
+        limit = self._config.batch_bytes
+        for piece in cut(batch, chunk_N, self._partitions, rows_max=self._config.batch_rows, bytes_max=limit):
             if isinstance(piece, Cut):
-                self._append(piece, rows.declared.kind, rows.declared.name)
-            else:
-                limit = f"one event is larger than ingest.batch_bytes, {self._config.batch_bytes} bytes"
-                refuse(checked.rows[piece], "too_large", limit)
+                self._append(piece, [(owners[i], rows) for i, rows in piece.owners.items()], declared)
+                continue
+            # A refused event was not taken: offered again after a fix, under its id, it is no repeat.
+            self._ids.forget(first_N[piece], second_N[piece])
+            detail = f"one event is larger than ingest.batch_bytes, {limit} bytes"
+            row = batch.slice(piece, 1).to_pylist()[0]
+            entry = Entry(row["event_time_ms"] * 1_000_000, row)
+            self._dead_letter(owners[chunk_N[piece]], "too_large", detail, entry, counted=False)
 
-    def _append(self, piece: Cut, kind: str, name: str) -> None:
-        headers = self._headers(piece.partition, kind)
-        if kind != name:
-            headers["type"] = name
+    def _drop_repeats(self, owners: list[Owner], chunk_N: I64s, found_N: I64s) -> None:
+        """Give every repeated event its outcome; where its first chunk is still open, lean on that."""
+        rows = np.flatnonzero(found_N)
+        pairs, counts = np.unique(np.stack([chunk_N[rows], found_N[rows]], axis=1), axis=0, return_counts=True)
+        for (chunk, number), events in zip(pairs.tolist(), counts.tolist(), strict=True):
+            owner = owners[chunk]
+            self._repeated(owner, events, True)
+            first = self._open.get(number)
+            if first is not None and first is not owner:
+                self._lean(owner, first)
+            self._settled(owner, events)
+
+    def _append(self, piece: Cut, owners: list[tuple[Owner, int]], declared: Declared) -> None:
+        headers = self._headers(piece.partition, declared.kind)
+        if declared.kind != declared.name:
+            headers["type"] = declared.name
         self._outbox.append(
             Outgoing(
                 self._topics.events,
@@ -234,7 +265,7 @@ class Gateway:
                 piece.value,
                 headers,
                 None,
-                piece.owners,
+                owners,
                 APPENDED,
                 piece.rows,
                 oldest_ms=piece.oldest_ms,
@@ -286,7 +317,7 @@ class Gateway:
                 encode_dead_letter(letter),
                 {"gateway": self._name, "epoch": str(self.epoch)},
                 owner.origin.encode(),
-                Counter([owner]),
+                [(owner, 1)],
                 DEAD,
                 1,
                 reason=reason,
@@ -339,18 +370,21 @@ class Gateway:
         if item.outcome == APPENDED:
             self._count(APPENDED, item.rows, True)
         else:
-            declared = next(iter(item.owners)).tag in self._types
-            self._count(DEAD, 1, declared, reason=item.reason)
-        for owner, rows in item.owners.items():
+            self._count(DEAD, 1, item.owners[0][0].tag in self._types, reason=item.reason)
+        for owner, rows in item.owners:
+            if item.outcome == APPENDED:
+                owner.appended += rows
+            else:
+                owner.dead += rows
             self._settled(owner, rows)
 
     def _punctuate(self, *, bye: bool = False) -> None:
-        waiting = self._batcher.oldest_ms()
+        # What waits is cut first: then the oldest event is known, and it goes before the promise.
+        self._cut_all()
+        self._send_all()
         held = [i for _, i in self._resend] + list(self._outbox) + list(self._unconfirmed.values())
         for partition in range(self._partitions):
             times = [i.oldest_ms for i in held if i.partition == partition and i.oldest_ms is not None]
-            if waiting is not None:
-                times.append(waiting)
             oldest = min(times, default=None)
             # A promise must not overtake events that the local queue refused.
             if self._outbox and not bye:
@@ -386,13 +420,11 @@ class Gateway:
             if self._chunks_open.get(one.key) is one:
                 del self._chunks_open[one.key]
                 self._chunks_done.add(one.key, now_ms)
-            for mark in one.ids:
-                if self._ids_open.pop(mark, None) is not None:
-                    self._ids_done.add(mark, now_ms)
+            del self._open[one.number]
             self.buffer_bytes -= one.size
             self.open_chunks -= 1
             for acked in one.acks:
-                acked()
+                acked(one.outcome())
             ready.extend((leaning, 1) for leaning in one.leaning)
             one.leaning = []
 
@@ -422,16 +454,24 @@ class Gateway:
         self._punctuate(bye=True)
 
 
-def _mark(record: Any) -> bytes | None:
-    """Return what stands for a record's own event id; None where it has none."""
+_NONE = np.empty(0, np.int64)
+
+
+def _has_id(record: Any) -> bool:
+    """Say whether a record brings an event id of its own."""
     own = record.get("event_id") if isinstance(record, dict) else None
-    if isinstance(own, str):
-        return xxhash.xxh3_128_digest(own.encode("utf-8", "surrogateescape")) if own else None
-    if isinstance(own, bytes):
-        return xxhash.xxh3_128_digest(own) if own else None
-    if isinstance(own, int) and not isinstance(own, bool):
-        return xxhash.xxh3_128_digest(str(own).encode())
-    return None
+    return bool(own) or (isinstance(own, int) and not isinstance(own, bool))
+
+
+def _merge(ordinary: pa.RecordBatch, left: I64s, checked: pa.RecordBatch, rows: I64s) -> tuple[pa.RecordBatch, I64s]:
+    """Return the batch with the rows `left` of it taken from `checked`, which has `rows` of them; and row numbers."""
+    fast = np.delete(np.arange(ordinary.num_rows), left)
+    all_rows = np.concatenate([fast, rows])
+    order = np.argsort(all_rows, kind="stable")
+    table = pa.Table.from_batches([ordinary.take(pa.array(fast)), checked])
+    merged = table.take(pa.array(order)).combine_chunks()
+    batches = merged.to_batches()
+    return batches[0] if batches else checked.slice(0, 0), all_rows[order]
 
 
 def peer_of(address: Any) -> Peer:

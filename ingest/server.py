@@ -23,6 +23,7 @@ from headrace.contract.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
+from headrace.ingest.batcher import Outcome
 from headrace.ingest.forward_protocol import Decoder, Ping, Refused, encode_ack
 from headrace.ingest.gateway import Gateway, Peer, peer_of
 from headrace.ingest.handshake import Handshake
@@ -198,7 +199,7 @@ class Connection(asyncio.Protocol):
                 if isinstance(message, Ping):
                     self._greet(message)
                     continue
-                acked = None if message.chunk is None else partial(self._ack, encode_ack(message.chunk))
+                acked = None if message.chunk is None else partial(self._ack, encode_ack(message))
                 server.gateway.offer(message, size, self._peer, acked)
         except Refused as refused:
             self.refuse(refused.reason, str(refused))
@@ -255,7 +256,7 @@ class Connection(asyncio.Protocol):
         self._server.partial_bytes += pending - self.partial_bytes
         self.partial_bytes = pending
 
-    def _ack(self, data: bytes) -> None:
+    def _ack(self, data: bytes, _outcome: Outcome) -> None:
         if self._transport is None or self._transport.is_closing():
             return
         # In one piece: fluent-bit parses a single read.

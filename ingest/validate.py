@@ -25,7 +25,7 @@ from headrace.contract.project import Project
 ID_BYTES_MAX = 512
 """Longest event id, request id and partition key, in characters."""
 ENVELOPE_NAMES = frozenset({"event_id", "request_id", "place", "event_time_ms"})
-_PLACE_MAX = 2**31 - 1
+PLACE_MAX = 2**31 - 1
 _EXACT_FLOAT = 2**53
 
 _NONE = type(None)
@@ -263,8 +263,8 @@ def _places(values: list[Any], reject: Reject) -> pa.Array:
         place = 0 if value is None else value
         if isinstance(place, float) and place.is_integer():
             place = int(place)
-        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place <= _PLACE_MAX:
-            reject(at, "bad_type", f"place is an integer from 0 to {_PLACE_MAX}, got {type(value).__name__}")
+        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place <= PLACE_MAX:
+            reject(at, "bad_type", f"place is an integer from 0 to {PLACE_MAX}, got {type(value).__name__}")
             place = 0
         fitted.append(place)
     return pa.array(fitted, pa.int32())

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from headrace.contract.config import PORTS, port
@@ -15,6 +16,10 @@ from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+# No example has a deadline: the first one of a compiled function waits for the compiler, and machines are busy.
+hypothesis.settings.register_profile("headrace", deadline=None)
+hypothesis.settings.load_profile("headrace")
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ def message(tag: str, records: list[Any], chunk: str | None = None, at_s: int = 
     """Return what a shipper's forward message says."""
     option = {} if chunk is None else {"chunk": chunk}
     wire = msgpack.packb([tag, [[at_s, record] for record in records], option])
-    return read_message(msgpack.unpackb(wire), 1 << 20)
+    return read_message(wire, 1 << 20)
 
 
 def impression(number: int, **more: Any) -> dict[str, Any]:

@@ -80,11 +80,11 @@ def test_acks_equal_those_of_real_servers(shared: Path) -> None:
     for name, data, connection in _connections(shared):
         wanted = _logs(connection)
         if len(wanted) == len(connection["messages"]) and any(m.get("ack_sent") for m in wanted):
-            acks = b"".join(encode_ack(m.chunk) for m in _decode(data, BOUND) if m.chunk is not None)
+            acks = b"".join(encode_ack(m) for m in _decode(data, BOUND) if m.chunk is not None)
             assert acks.hex() == connection["server_to_client_hex"], name
     for server in ("flb", "fluentd"):
         good = json.loads((shared / "wire" / f"server-handshake-{server}.json").read_text())["good"]
-        assert encode_ack("abc").hex() == good["ack_hex"]
+        assert encode_ack(Message("t", b"", "abc")).hex() == good["ack_hex"]
 
 
 def test_headers_need_not_be_minimal() -> None:

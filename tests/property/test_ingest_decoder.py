@@ -103,7 +103,7 @@ def test_mutated_bytes_never_crash_and_never_hold_more_than_the_bound(
         for message, size in decoder.feed(wire[:at] + junk + wire[at + len(junk) :] + wire):
             assert isinstance(message, Message)
             offered += 1
-            gateway.offer(message, size, Peer("a"), lambda: acked.append(1))
+            gateway.offer(message, size, Peer("a"), lambda _outcome: acked.append(1))
     except Refused as refused:
         assert refused.reason in ("bad_frame", "too_large")
     for _ in range(8):
@@ -142,7 +142,7 @@ def test_any_record_is_appended_or_a_dead_letter(sent: list[dict[str, Any]]) -> 
     acked: list[int] = []
     for message, size in Decoder(BOUND).feed(wire):
         assert isinstance(message, Message)
-        gateway.offer(message, size, Peer("a"), lambda: acked.append(1))
+        gateway.offer(message, size, Peer("a"), lambda _outcome: acked.append(1))
     for _ in range(8):
         clock.ms += 10
         gateway.tick()
@@ -153,7 +153,7 @@ def test_any_record_is_appended_or_a_dead_letter(sent: list[dict[str, Any]]) -> 
 
 @given(st.text(max_size=20) | st.binary(max_size=20))
 def test_acks_echo_type_and_bytes(chunk: str | bytes) -> None:
-    assert msgpack.unpackb(encode_ack(chunk)) == {"ack": chunk}
+    assert msgpack.unpackb(encode_ack(Message("t", b"", chunk))) == {"ack": chunk}
     assert chunk_text(chunk).encode().decode() == chunk_text(chunk)
 
 
@@ -161,7 +161,7 @@ def test_text_that_is_not_utf8_is_echoed_to_the_byte() -> None:
     ((message, _),) = Decoder(BOUND).feed(b"\x93\xa1t\x90\x81\xa5chunk\xa3\xff\xfe\n")
     assert isinstance(message, Message)
     assert message.chunk is not None
-    assert encode_ack(message.chunk) == b"\x81\xa3ack\xa3\xff\xfe\n"
+    assert encode_ack(message) == b"\x81\xa3ack\xa3\xff\xfe\n"
 
 
 @pytest.mark.parametrize("how", ["gzip", "zstd"])

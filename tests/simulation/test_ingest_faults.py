@@ -15,6 +15,7 @@ from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, impress
 from headrace.contract.config import IngestConfig
 from headrace.contract.events import PUNCTUATION, decode_batch
 from headrace.contract.topics import Topics
+from headrace.ingest.batcher import Outcome
 from headrace.ingest.forward_protocol import Message
 from headrace.ingest.gateway import Gateway, Peer
 
@@ -42,7 +43,7 @@ class Shipper:
             name = str(chunk.chunk)
             self._sent[name] = chunk
 
-            def acked() -> None:
+            def acked(_outcome: Outcome) -> None:
                 if self._peer is peer and self._random.random() > 0.1:
                     self._sent.pop(name, None)
 

@@ -1,0 +1,481 @@
+"""Entries to columns: a compiled decoder that makes no Python object a field. Pure.
+
+It takes the ordinary row and leaves every other to `validate.check`, which alone decides what is refused and why: a
+row is left when a value is not of its declared type, or anything else is unusual. A property test holds the two
+against each other.
+
+Legend: N rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numba
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from headrace.ingest.hash64 import xxh64
+from headrace.ingest.msgpack_scan import (
+    ARRAY,
+    BIN,
+    BOOL,
+    EXT,
+    FLOAT,
+    INT,
+    MAP,
+    NIL,
+    STR,
+    Flag,
+    I64s,
+    U8s,
+    Word,
+    big,
+    head,
+    skip,
+)
+from headrace.ingest.validate import ENVELOPE_NAMES, ID_BYTES_MAX, PLACE_MAX, Declared
+
+_INT, _FLOAT, _FLOAT32, _TEXT, _BOOL, _ID, _PLACE, _TIME = range(8)
+_KINDS = {pa.int64(): _INT, pa.float64(): _FLOAT, pa.float32(): _FLOAT32, pa.string(): _TEXT, pa.bool_(): _BOOL}
+_EXACT_FLOAT = 2.0**53
+_FLOAT32_MAX = 3.4028234663852886e38
+_NS_SECONDS_MAX = 9_223_372_036
+_NS = 1_000_000_000
+_NUMBER = -2
+"""In place of a length: the text is the decimal form of the number in `starts`."""
+
+Flags = npt.NDArray[np.uint8]
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """What the compiled decoder must know of a declared type."""
+
+    declared: Declared
+    names: U8s
+    name_at: I64s
+    kinds: I64s
+    at: dict[str, int]
+    """Column number by name."""
+
+
+def layout(declared: Declared) -> Layout:
+    """Return the layout of a declared type."""
+    names, kinds = [], []
+    for field in declared.schema:
+        if field.name in ENVELOPE_NAMES:
+            kinds.append({"place": _PLACE, "event_time_ms": _TIME}.get(field.name, _ID))
+        elif field.name == "key":
+            continue
+        else:
+            kinds.append(_KINDS[field.type])
+        names.append(field.name)
+    blob = [name.encode() for name in names]
+    ends = np.cumsum([0, *map(len, blob)]).astype(np.int64)
+    data = np.frombuffer(b"".join(blob), np.uint8)
+    return Layout(declared, data, ends, np.array(kinds, np.int64), {name: i for i, name in enumerate(names)})
+
+
+@numba.njit(cache=True)
+def valid_utf8(data: U8s, at: Word, size: Word) -> Flag:
+    """Say whether these bytes are UTF-8 (no surrogates, nothing overlong). Source: RFC 3629, section 4."""
+    end = at + size
+    while at < end:
+        first = data[at]
+        if first < 0x80:
+            at += 1
+            continue
+        if first < 0xC2 or first > 0xF4:
+            return False
+        low, high, more = 0x80, 0xBF, 1
+        if first >= 0xF0:
+            more = 3
+            if first == 0xF0:
+                low = 0x90
+            elif first == 0xF4:
+                high = 0x8F
+        elif first >= 0xE0:
+            more = 2
+            if first == 0xE0:
+                low = 0xA0
+            elif first == 0xED:
+                high = 0x9F
+        if at + more >= end or data[at + 1] < low or data[at + 1] > high:
+            return False
+        for i in range(2, more + 1):
+            if data[at + i] < 0x80 or data[at + i] > 0xBF:
+                return False
+        at += more + 1
+    return True
+
+
+@numba.njit(cache=True)
+def _same(data: U8s, at: Word, names: U8s, start: Word, size: Word) -> Flag:
+    for i in range(size):
+        if data[at + i] != names[start + i]:
+            return False
+    return True
+
+
+@numba.njit(cache=True)
+def _column_of(data: U8s, at: Word, size: Word, names: U8s, name_at: I64s) -> Word:
+    for column in range(len(name_at) - 1):
+        start = name_at[column]
+        if name_at[column + 1] - start == size and _same(data, at, names, start, size):
+            return column
+    return -1
+
+
+@numba.njit(cache=True)
+def _time_ns(data: U8s, at: Word) -> tuple[Flag, Word, Word]:
+    """Return (whether it is an ordinary time, nanoseconds, what follows)."""
+    kind, value, rest = head(data, at)
+    if kind == ARRAY:
+        if value < 1:
+            return False, 0, rest
+        kind, _, _ = head(data, rest)
+        if kind == ARRAY:
+            return False, 0, rest
+        ok, time_ns, rest = _plain_time(data, rest)
+        return ok, time_ns, skip(data, len(data), rest, value - 1, len(data))[1]
+    return _plain_time(data, at)
+
+
+@numba.njit(cache=True)
+def _plain_time(data: U8s, at: Word) -> tuple[Flag, Word, Word]:
+    kind, value, rest = head(data, at)
+    if kind == INT:
+        return -_NS_SECONDS_MAX < value < _NS_SECONDS_MAX, value * _NS, rest
+    if kind == EXT and value == 8 and data[rest - 1] == 0:
+        return True, big(data, rest, 4) * _NS + big(data, rest + 4, 4), rest + 8
+    return False, 0, skip(data, len(data), at, 1, len(data))[1]
+
+
+@numba.njit(cache=True)
+def _rows(
+    data: U8s,
+    starts_N: I64s,
+    names: U8s,
+    name_at: I64s,
+    kinds_C: I64s,
+    refuse_unknown: Flag,
+    latest_ms: Word,
+    ints_CN: npt.NDArray[np.int64],
+    floats_CN: npt.NDArray[np.float64],
+    lens_CN: npt.NDArray[np.int32],
+    valid_CN: Flags,
+    times_N: I64s,
+    left_N: Flags,
+) -> Word:
+    """Fill the columns; set `left_N` where a row is not ordinary, and return how many those are."""
+    number = np.zeros(8, np.uint8)
+    double = number.view(np.float64)
+    single = number.view(np.float32)
+    hints = np.full(256, -1, np.int64)
+    columns = len(kinds_C)
+    left = 0
+    for row in range(len(starts_N)):
+        left_N[row] = 1
+        left += 1
+        kind, count, at = head(data, starts_N[row])
+        if kind != ARRAY or count < 2:
+            continue
+        ok, time_ns, at = _time_ns(data, at)
+        times_N[row] = time_ns
+        kind, count, at = head(data, at)
+        if not ok or kind != MAP:
+            continue
+        for pair in range(count):
+            kind, size, at = head(data, at)
+            column = -1
+            if kind == STR:
+                if pair < 256:
+                    column = hints[pair]
+                    if column >= 0:
+                        start = name_at[column]
+                        if name_at[column + 1] - start != size or not _same(data, at, names, start, size):
+                            column = -1
+                if column < 0:
+                    column = _column_of(data, at, size, names, name_at)
+                    if pair < 256:
+                        hints[pair] = column
+                at += size
+            else:
+                # A key that is no text names no field, but it may be nested: leave the row.
+                ok = False
+                break
+            if column < 0:
+                if refuse_unknown:
+                    ok = False
+                    break
+                at = skip(data, len(data), at, 1, len(data))[1]
+                continue
+            kind, value, rest = head(data, at)
+            want = kinds_C[column]
+            valid_CN[column, row] = 1
+            at = rest
+            if kind == NIL:
+                valid_CN[column, row] = 0
+            elif kind == STR or kind == BIN:
+                at = rest + value
+                if want == _TEXT or (want == _ID and value <= ID_BYTES_MAX):
+                    ok = value < 2**31 and valid_utf8(data, rest, value)
+                    ints_CN[column, row], lens_CN[column, row] = rest, value
+                    if want == _ID and value == 0:
+                        valid_CN[column, row] = 0
+                else:
+                    ok = False
+            elif kind == INT:
+                if want == _FLOAT or want == _FLOAT32:
+                    floats_CN[column, row] = value
+                else:
+                    ok = want == _INT or want == _ID or want == _TIME or (want == _PLACE and 0 <= value <= PLACE_MAX)
+                    ints_CN[column, row], lens_CN[column, row] = value, _NUMBER
+            elif kind == FLOAT:
+                at = rest + value
+                for i in range(value):
+                    number[i] = data[rest + value - 1 - i]
+                real = double[0] if value == 8 else np.float64(single[0])
+                if want == _FLOAT:
+                    ok = real - real == 0.0
+                elif want == _FLOAT32:
+                    ok = -_FLOAT32_MAX <= real <= _FLOAT32_MAX
+                elif want == _INT:
+                    ok = -_EXACT_FLOAT <= real <= _EXACT_FLOAT and real == np.floor(real)
+                    ints_CN[column, row] = np.int64(real) if ok else 0
+                else:
+                    ok = False
+                floats_CN[column, row] = real
+            elif kind == BOOL:
+                ok = want == _BOOL
+                ints_CN[column, row] = value
+            else:
+                ok = False
+            if not ok:
+                break
+        if not ok:
+            continue
+        for column in range(columns):
+            if kinds_C[column] == _TIME:
+                if not valid_CN[column, row]:
+                    ints_CN[column, row] = time_ns // 1_000_000
+                if not 0 <= ints_CN[column, row] <= latest_ms:
+                    ok = False
+            elif kinds_C[column] == _PLACE and not valid_CN[column, row]:
+                ints_CN[column, row] = 0
+        if ok:
+            left_N[row] = 0
+            left -= 1
+    return left
+
+
+@numba.njit(cache=True)
+def _digits(number: Word) -> Word:
+    if number < 0:
+        # -(2**63) has no positive twin; its length is known.
+        return 20 if number == -(2**63) else 1 + _digits(-number)
+    size = 1
+    while number >= 10:
+        number //= 10
+        size += 1
+    return size
+
+
+@numba.njit(cache=True)
+def _write(number: Word, data: U8s, at: Word, size: Word) -> None:
+    low = at
+    if number < 0:
+        data[at] = 0x2D
+        low += 1
+    at += size - 1
+    while at >= low:
+        digit = number % 10 if number >= 0 else (-(number % -10))
+        data[at] = 0x30 + digit
+        number = (number - digit) // 10 if number >= 0 else -((-(number + digit)) // 10)
+        at -= 1
+
+
+@numba.njit(cache=True)
+def _gather(data: U8s, ints_N: I64s, lens_N: npt.NDArray[np.int32], valid_N: Flags) -> tuple[I64s, U8s]:
+    """Return the offsets and bytes of a text column; a number becomes its decimal text, null is empty."""
+    rows = len(ints_N)
+    offsets = np.zeros(rows + 1, np.int64)
+    for row in range(rows):
+        size = np.int64(0)
+        if valid_N[row]:
+            size = np.int64(lens_N[row])
+            if size == _NUMBER:
+                size = _digits(ints_N[row])
+        offsets[row + 1] = offsets[row] + size
+    text = np.empty(offsets[rows], np.uint8)
+    for row in range(rows):
+        at = offsets[row]
+        size = offsets[row + 1] - at
+        if size == 0:
+            continue
+        if lens_N[row] == _NUMBER:
+            _write(ints_N[row], text, at, size)
+        else:
+            start = ints_N[row]
+            for i in range(size):
+                text[at + i] = data[start + i]
+    return offsets, text
+
+
+@numba.njit(cache=True)
+def _gather_ids(
+    data: U8s,
+    ints_N: I64s,
+    lens_N: npt.NDArray[np.int32],
+    valid_N: Flags,
+    prefixes: U8s,
+    prefix_at: I64s,
+    chunk_N: I64s,
+    nth_N: I64s,
+) -> tuple[I64s, U8s]:
+    """Return event ids: an event's own, else its chunk's prefix, a slash and its place in the chunk."""
+    rows = len(ints_N)
+    offsets = np.zeros(rows + 1, np.int64)
+    for row in range(rows):
+        if valid_N[row]:
+            size = np.int64(lens_N[row])
+            if size == _NUMBER:
+                size = _digits(ints_N[row])
+        else:
+            chunk = chunk_N[row]
+            size = prefix_at[chunk + 1] - prefix_at[chunk] + 1 + _digits(nth_N[row])
+        offsets[row + 1] = offsets[row] + size
+    text = np.empty(offsets[rows], np.uint8)
+    for row in range(rows):
+        at = offsets[row]
+        size = offsets[row + 1] - at
+        if not valid_N[row]:
+            chunk = chunk_N[row]
+            for i in range(prefix_at[chunk], prefix_at[chunk + 1]):
+                text[at] = prefixes[i]
+                at += 1
+            text[at] = 0x2F
+            at += 1
+            _write(nth_N[row], text, at, offsets[row + 1] - at)
+        elif lens_N[row] == _NUMBER:
+            _write(ints_N[row], text, at, size)
+        else:
+            start = ints_N[row]
+            for i in range(size):
+                text[at + i] = data[start + i]
+    return offsets, text
+
+
+class Columns(msgspec.Struct, frozen=True):
+    """Decoded rows: `batch` has one row an entry, of which those in `left` hold nothing yet."""
+
+    batch: pa.RecordBatch
+    left: I64s
+    """Rows that are not ordinary, ascending."""
+    own: npt.NDArray[np.bool_]
+    """bool [N]: the event brings its id itself."""
+
+
+def decode(
+    made: Layout, data: U8s, starts_N: I64s, prefixes: Sequence[str], chunk_N: I64s, nth_N: I64s, latest_ms: int
+) -> Columns:
+    """Return the columns of the entries that begin at `starts_N`.
+
+    Args:
+        made: the type that all entries have by their tag.
+        data: bodies, one after the other, uint8.
+        starts_N: where each entry begins, as `entry_starts` found it, shifted by its body's place.
+        prefixes: one a chunk; how ids begin that events do not bring.
+        chunk_N, nth_N: which chunk a row belongs to and its place there.
+        latest_ms: latest event time that is taken.
+    """
+    rows, columns = len(starts_N), len(made.kinds)
+    ints = np.zeros((columns, rows), np.int64)
+    floats = np.zeros((columns, rows), np.float64)
+    lens = np.zeros((columns, rows), np.int32)
+    valid = np.zeros((columns, rows), np.uint8)
+    times, left = np.zeros(rows, np.int64), np.zeros(rows, np.uint8)
+    refuse = made.declared.refuse_unknown
+    count = _rows(
+        data, starts_N, made.names, made.name_at, made.kinds, refuse, latest_ms,
+        ints, floats, lens, valid, times, left,
+    )  # fmt: skip
+    key_at, request_at = made.at[made.declared.key], made.at["request_id"]
+    key_kind = int(made.kinds[key_at])
+    if key_kind == _INT:
+        lens[key_at] = _NUMBER
+    missing = (valid[request_at] == 0) | (valid[key_at] == 0)
+    if key_kind == _TEXT:
+        missing |= (lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX)
+    elif key_kind != _INT:
+        missing[:] = True
+    if missing.any():
+        left |= missing.astype(np.uint8)
+        count = int(np.count_nonzero(left))
+    if count:
+        valid[:, left == 1] = 0
+    own = valid[made.at["event_id"]] == 1
+    arrays: list[pa.Array] = []
+    for field in made.declared.schema:
+        c = key_at if field.name == "key" else made.at[field.name]
+        kind = _TEXT if field.name == "key" else int(made.kinds[c])
+        if field.name == "event_id":
+            blob = [prefix.encode("utf-8", "replace") for prefix in prefixes]
+            ends = np.cumsum([0, *map(len, blob)]).astype(np.int64)
+            joined = np.frombuffer(b"".join(blob) or b"\0", np.uint8)
+            offsets, text = _gather_ids(data, ints[c], lens[c], valid[c], joined, ends, chunk_N, nth_N)
+            arrays.append(_text(offsets, text, None, rows))
+        elif kind in (_TEXT, _ID):
+            offsets, text = _gather(data, ints[c], lens[c], valid[c])
+            arrays.append(_text(offsets, text, valid[c] if field.nullable else None, rows))
+        else:
+            arrays.append(_numbers(field.type, kind, ints[c], floats[c], valid[c] if field.nullable else None))
+    batch = pa.RecordBatch.from_arrays(arrays, schema=made.declared.schema)
+    return Columns(batch, np.flatnonzero(left), own)
+
+
+def _bitmap(valid_N: Flags | None) -> pa.Buffer | None:
+    if valid_N is None or valid_N.all():
+        return None
+    return pa.py_buffer(np.packbits(valid_N, bitorder="little"))
+
+
+def _text(offsets: I64s, text: U8s, valid_N: Flags | None, rows: int) -> pa.Array:
+    if offsets[-1] >= 2**31:
+        raise ValueError(f"{offsets[-1]} bytes of text in one column of a batch; Arrow's offsets hold 2 GiB")
+    buffers = [_bitmap(valid_N), pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(text)]
+    return pa.Array.from_buffers(pa.string(), rows, buffers)
+
+
+def _numbers(
+    kind: pa.DataType, code: int, ints_N: I64s, floats_N: npt.NDArray[np.float64], valid_N: Flags | None
+) -> pa.Array:
+    if code in (_FLOAT, _FLOAT32):
+        values = floats_N if code == _FLOAT else floats_N.astype(np.float32)
+        data = pa.py_buffer(values)
+    elif code == _BOOL:
+        data = pa.py_buffer(np.packbits(ints_N.astype(np.uint8), bitorder="little"))
+    else:
+        data = pa.py_buffer(ints_N.astype(np.int32) if code == _PLACE else ints_N)
+    return pa.Array.from_buffers(kind, len(ints_N), [_bitmap(valid_N), data])
+
+
+@numba.njit(cache=True)
+def _hashes(offsets: npt.NDArray[np.int32], text: U8s, rows: Word, seed: np.uint64) -> npt.NDArray[np.uint64]:
+    out = np.empty(rows, np.uint64)
+    for row in range(rows):
+        out[row] = xxh64(text, offsets[row], offsets[row + 1] - offsets[row], seed)
+    return out
+
+
+def hash_column(column: pa.Array, seed: int = 0) -> npt.NDArray[np.uint64]:
+    """Return XXH64 of every text of a string column without nulls, uint64 [N]; the same as `contract.hash_text`."""
+    rows = len(column)
+    _, offsets, text = column.buffers()
+    if rows == 0:
+        return np.empty(0, np.uint64)
+    places = np.frombuffer(offsets, np.int32)[column.offset : column.offset + rows + 1]
+    data = np.frombuffer(text, np.uint8) if text is not None and text.size else np.zeros(1, np.uint8)
+    return _hashes(places, data, rows, np.uint64(seed))

@@ -1,0 +1,208 @@
+"""MessagePack without objects: where values begin and end. Compiled, pure, over uint8 arrays.
+
+A value is skipped by counting what is still to come: a container adds its values to the count, so nesting needs no
+stack, and a scan that ran out of bytes goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+U8s = npt.NDArray[np.uint8]
+I64s = npt.NDArray[np.int64]
+Word: TypeAlias = Any
+"""An integer of 64 bits in compiled code, Python's own outside."""
+Flag: TypeAlias = Any
+Buffer: TypeAlias = bytes | bytearray | memoryview | U8s
+
+NIL, BOOL, INT, FLOAT, STR, BIN, ARRAY, MAP, EXT, BEYOND, BROKEN = range(11)
+"""Kinds of a head. BEYOND is an unsigned integer of more than 63 bits, BROKEN the one byte that is never used."""
+
+DONE, MORE, BAD, LARGE = range(4)
+"""How a scan ended: a value is whole; bytes are missing; no MessagePack; more than the bound is declared."""
+
+_MARK_LOW = np.int64(0xFFFFFFFE)
+
+
+@numba.njit(cache=True, inline="never")
+def big(data: U8s, at: Word, size: Word) -> Word:
+    """Return the big-endian unsigned integer of `size` bytes, its 64 bits read as signed."""
+    value = np.int64(0)
+    for i in range(size):
+        value = (value << np.int64(8)) | np.int64(data[at + i])
+    return value
+
+
+@numba.njit(cache=True)
+def head_bytes(first: Word) -> Word:
+    """Return how many bytes a head has that begins with `first`, payload not counted."""
+    if first < 0xC4:
+        return 1
+    if first < 0xE0:
+        return _HEAD_BYTES[first - 0xC4]
+    return 1
+
+
+# 0xc4 to 0xdf: bin8..32, ext8..32 (with the type), float32, float64, uint8..64, int8..64, fixext1..16, str8..32,
+# array16..32, map16..32. Numbers are all head.
+_HEAD_BYTES = np.array(
+    [2, 3, 5, 3, 4, 6, 5, 9, 2, 3, 5, 9, 2, 3, 5, 9, 2, 2, 2, 2, 2, 2, 3, 5, 3, 5, 3, 5], dtype=np.int64
+)
+
+
+@numba.njit(cache=True)
+def head(data: U8s, at: Word) -> tuple[Word, Word, Word]:
+    """Return (kind, value, where the payload or the next value begins) of the head at `at`, which is all there.
+
+    The value is the number itself (for FLOAT its size in bytes), or how many bytes or values follow. For EXT it is
+    the payload's length; the type is the byte before the payload.
+    """
+    first = np.int64(data[at])
+    if first < 0x80:
+        return INT, first, at + 1
+    if first >= 0xE0:
+        return INT, first - 256, at + 1
+    if first < 0x90:
+        return MAP, first - 0x80, at + 1
+    if first < 0xA0:
+        return ARRAY, first - 0x90, at + 1
+    if first < 0xC0:
+        return STR, first - 0xA0, at + 1
+    if first == 0xC0:
+        return NIL, np.int64(0), at + 1
+    if first == 0xC1:
+        return BROKEN, np.int64(0), at + 1
+    if first < 0xC4:
+        return BOOL, first - 0xC2, at + 1
+    rest = at + _HEAD_BYTES[first - 0xC4]
+    if first < 0xC7:
+        return BIN, big(data, at + 1, 1 << (first - 0xC4)), rest
+    if first < 0xCA:
+        return EXT, big(data, at + 1, 1 << (first - 0xC7)), rest
+    if first < 0xCC:
+        return FLOAT, np.int64(4) if first == 0xCA else np.int64(8), at + 1
+    if first < 0xD0:
+        value = big(data, at + 1, 1 << (first - 0xCC))
+        return (BEYOND if value < 0 else INT), value, rest
+    if first < 0xD4:
+        size = 1 << (first - 0xD0)
+        value = big(data, at + 1, size)
+        shift = np.int64(64 - 8 * size)
+        return INT, (value << shift) >> shift, rest
+    if first < 0xD9:
+        return EXT, np.int64(1) << (first - 0xD4), rest
+    if first < 0xDC:
+        return STR, big(data, at + 1, 1 << (first - 0xD9)), rest
+    if first < 0xDE:
+        return ARRAY, big(data, at + 1, 2 << (first - 0xDC)), rest
+    return MAP, big(data, at + 1, 2 << (first - 0xDE)), rest
+
+
+@numba.njit(cache=True)
+def skip(data: U8s, end: Word, at: Word, todo: Word, limit: Word) -> tuple[Word, Word, Word]:
+    """Go on over `todo` values from `at`; return (how it ended, where, how many values are still to come).
+
+    With MORE, `at` may lie beyond `end`: so far a payload is known to reach. LARGE when the values reach, or must
+    reach, beyond `limit`.
+    """
+    while todo > 0:
+        if at >= end:
+            return MORE, at, todo
+        size = head_bytes(np.int64(data[at]))
+        if at + size > end:
+            return MORE, at, todo
+        kind, value, rest = head(data, at)
+        todo -= 1
+        if kind == STR or kind == BIN or kind == EXT or kind == FLOAT:
+            at = rest + value
+        elif kind == ARRAY:
+            at, todo = rest, todo + value
+        elif kind == MAP:
+            at, todo = rest, todo + 2 * value
+        elif kind == BROKEN:
+            return BAD, at, todo
+        else:
+            at = rest
+        if at + todo > limit:
+            return LARGE, at, todo
+    return (DONE if at <= end else MORE), at, todo
+
+
+@numba.njit(cache=True)
+def is_group_marker(data: U8s, at: Word) -> Flag:
+    """Say whether the entry at `at` opens or closes a group of OTLP records: it is no record."""
+    kind, count, at = head(data, at)
+    if kind != ARRAY or count < 2:
+        return False
+    kind, count, rest = head(data, at)
+    if kind == ARRAY and count > 0:
+        kind, count, rest = head(data, rest)
+    return kind == EXT and count == 8 and data[rest - 1] == 0 and big(data, rest, 4) >= _MARK_LOW
+
+
+@numba.njit(cache=True)
+def _entries(data: U8s, end: Word, starts: I64s) -> tuple[Word, Word]:
+    at = np.int64(0)
+    found = 0
+    while at < end:
+        status, after, _ = skip(data, end, at, 1, end)
+        if status != DONE:
+            return -1, at
+        if not is_group_marker(data, at):
+            if found < len(starts):
+                starts[found] = at
+            found += 1
+        at = after
+    return found, at
+
+
+def entry_starts(body: U8s) -> I64s:
+    """Return where each entry of a plain body begins, int64 [N], group markers left out.
+
+    Raises `ValueError` when the body ends inside an entry or holds no MessagePack.
+    """
+    # 96 bytes an entry at first: most bodies are scanned once.
+    room = np.empty(len(body) // 96 + 4, np.int64)
+    found, at = _entries(body, len(body), room)
+    if found > len(room):
+        room = np.empty(found, np.int64)
+        found, at = _entries(body, len(body), room)
+    if found < 0:
+        raise ValueError(f"the body of {len(body)} bytes ends inside the entry at byte {at}, or that is no MessagePack")
+    return room[:found]
+
+
+@numba.njit(cache=True)
+def skip_json(data: U8s, end: Word, at: Word, depth: Word, quoted: Word) -> tuple[Word, Word, Word, Word]:
+    """Go on over a JSON array from `at`; return (DONE or MORE, where, depth, quoted).
+
+    `quoted` is 0 outside of a string, 1 inside, 2 after a backslash. The array ends where depth comes back to 0.
+    """
+    while at < end:
+        byte = data[at]
+        at += 1
+        if quoted == 2:
+            quoted = 1
+        elif quoted == 1:
+            if byte == 0x5C:
+                quoted = 2
+            elif byte == 0x22:
+                quoted = 0
+        elif byte == 0x22:
+            quoted = 1
+        elif byte == 0x5B or byte == 0x7B:
+            depth += 1
+        elif byte == 0x5D or byte == 0x7D:
+            depth -= 1
+            if depth <= 0:
+                return DONE, at, depth, quoted
+    return MORE, at, depth, quoted
+
+
+def as_bytes(data: Buffer) -> U8s:
+    """Return a buffer as uint8 without a copy."""
+    return np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
