@@ -154,6 +154,74 @@ def _plain_time(data: U8s, at: Word) -> tuple[Flag, Word, Word]:
 
 
 @numba.njit(cache=True)
+def _real(data: U8s, at: Word, size: Word, scratch: U8s) -> Word:
+    """Return the big-endian float of `size` bytes, 4 or 8."""
+    for i in range(size):
+        scratch[i] = data[at + size - 1 - i]
+    if size == 8:
+        return scratch.view(np.float64)[0]
+    return np.float64(scratch.view(np.float32)[0])
+
+
+@numba.njit(cache=True)
+def _value(
+    data: U8s,
+    at: Word,
+    want: Word,
+    row: Word,
+    ints_N: I64s,
+    floats_N: npt.NDArray[np.float64],
+    lens_N: npt.NDArray[np.int32],
+    valid_N: Flags,
+    scratch: U8s,
+) -> tuple[Flag, Word]:
+    """Put the value at `at` into its column; return (whether it is ordinary there, what follows)."""
+    kind, value, at = head(data, at)
+    valid_N[row] = 1
+    if kind == NIL:
+        valid_N[row] = 0
+        return True, at
+    if kind == STR or kind == BIN:
+        if want != _TEXT and (want != _ID or value > ID_BYTES_MAX):
+            return False, at
+        ints_N[row], lens_N[row] = at, value
+        if want == _ID and value == 0:
+            valid_N[row] = 0
+        return valid_utf8(data, at, value), at + value
+    if kind == INT:
+        if want == _FLOAT or want == _FLOAT32:
+            floats_N[row] = value
+            return True, at
+        ints_N[row], lens_N[row] = value, _NUMBER
+        return want == _INT or want == _ID or want == _TIME or (want == _PLACE and 0 <= value <= PLACE_MAX), at
+    if kind == FLOAT:
+        real = _real(data, at, value, scratch)
+        floats_N[row] = real
+        if want == _FLOAT:
+            return real - real == 0.0, at + value
+        if want == _FLOAT32:
+            return -_FLOAT32_MAX <= real <= _FLOAT32_MAX, at + value
+        if want != _INT or not -_EXACT_FLOAT <= real <= _EXACT_FLOAT:
+            return False, at
+        ints_N[row] = np.int64(real)
+        return real == np.floor(real), at + value
+    ints_N[row] = value
+    return kind == BOOL and want == _BOOL, at
+
+
+@numba.njit(cache=True)
+def _column_at(data: U8s, at: Word, size: Word, pair: Word, names: U8s, name_at: I64s, hints: I64s) -> Word:
+    """Return the column that a key names, or -1. Records of one sender have their keys in one order, which is tried."""
+    if pair >= len(hints):
+        return _column_of(data, at, size, names, name_at)
+    column = hints[pair]
+    if column >= 0 and name_at[column + 1] - name_at[column] == size and _same(data, at, names, name_at[column], size):
+        return column
+    hints[pair] = _column_of(data, at, size, names, name_at)
+    return hints[pair]
+
+
+@numba.njit(cache=True)
 def _rows(
     data: U8s,
     starts_N: I64s,
@@ -161,114 +229,45 @@ def _rows(
     name_at: I64s,
     kinds_C: I64s,
     refuse_unknown: Flag,
-    latest_ms: Word,
     ints_CN: npt.NDArray[np.int64],
     floats_CN: npt.NDArray[np.float64],
     lens_CN: npt.NDArray[np.int32],
     valid_CN: Flags,
     times_N: I64s,
     left_N: Flags,
-) -> Word:
-    """Fill the columns; set `left_N` where a row is not ordinary, and return how many those are."""
-    number = np.zeros(8, np.uint8)
-    double = number.view(np.float64)
-    single = number.view(np.float32)
+) -> None:
+    """Fill the columns; set `left_N` where a row is not ordinary."""
+    scratch = np.zeros(8, np.uint8)
     hints = np.full(256, -1, np.int64)
-    columns = len(kinds_C)
-    left = 0
     for row in range(len(starts_N)):
         left_N[row] = 1
-        left += 1
         kind, count, at = head(data, starts_N[row])
         if kind != ARRAY or count < 2:
             continue
-        ok, time_ns, at = _time_ns(data, at)
-        times_N[row] = time_ns
+        ok, times_N[row], at = _time_ns(data, at)
         kind, count, at = head(data, at)
         if not ok or kind != MAP:
             continue
         for pair in range(count):
             kind, size, at = head(data, at)
-            column = -1
-            if kind == STR:
-                if pair < 256:
-                    column = hints[pair]
-                    if column >= 0:
-                        start = name_at[column]
-                        if name_at[column + 1] - start != size or not _same(data, at, names, start, size):
-                            column = -1
-                if column < 0:
-                    column = _column_of(data, at, size, names, name_at)
-                    if pair < 256:
-                        hints[pair] = column
-                at += size
-            else:
-                # A key that is no text names no field, but it may be nested: leave the row.
-                ok = False
-                break
-            if column < 0:
-                if refuse_unknown:
-                    ok = False
-                    break
-                at = skip(data, len(data), at, 1, len(data))[1]
-                continue
-            kind, value, rest = head(data, at)
-            want = kinds_C[column]
-            valid_CN[column, row] = 1
-            at = rest
-            if kind == NIL:
-                valid_CN[column, row] = 0
-            elif kind == STR or kind == BIN:
-                at = rest + value
-                if want == _TEXT or (want == _ID and value <= ID_BYTES_MAX):
-                    ok = value < 2**31 and valid_utf8(data, rest, value)
-                    ints_CN[column, row], lens_CN[column, row] = rest, value
-                    if want == _ID and value == 0:
-                        valid_CN[column, row] = 0
-                else:
-                    ok = False
-            elif kind == INT:
-                if want == _FLOAT or want == _FLOAT32:
-                    floats_CN[column, row] = value
-                else:
-                    ok = want == _INT or want == _ID or want == _TIME or (want == _PLACE and 0 <= value <= PLACE_MAX)
-                    ints_CN[column, row], lens_CN[column, row] = value, _NUMBER
-            elif kind == FLOAT:
-                at = rest + value
-                for i in range(value):
-                    number[i] = data[rest + value - 1 - i]
-                real = double[0] if value == 8 else np.float64(single[0])
-                if want == _FLOAT:
-                    ok = real - real == 0.0
-                elif want == _FLOAT32:
-                    ok = -_FLOAT32_MAX <= real <= _FLOAT32_MAX
-                elif want == _INT:
-                    ok = -_EXACT_FLOAT <= real <= _EXACT_FLOAT and real == np.floor(real)
-                    ints_CN[column, row] = np.int64(real) if ok else 0
-                else:
-                    ok = False
-                floats_CN[column, row] = real
-            elif kind == BOOL:
-                ok = want == _BOOL
-                ints_CN[column, row] = value
-            else:
-                ok = False
+            # A key that is no text names no field, but it may be nested.
+            ok = kind == STR
             if not ok:
                 break
-        if not ok:
-            continue
-        for column in range(columns):
-            if kinds_C[column] == _TIME:
-                if not valid_CN[column, row]:
-                    ints_CN[column, row] = time_ns // 1_000_000
-                if not 0 <= ints_CN[column, row] <= latest_ms:
-                    ok = False
-            elif kinds_C[column] == _PLACE and not valid_CN[column, row]:
-                ints_CN[column, row] = 0
-        if ok:
-            left_N[row] = 0
-            left -= 1
-    return left
+            column = _column_at(data, at, size, pair, names, name_at, hints)
+            at += size
+            if column >= 0:
+                ok, at = _value(
+                    data, at, kinds_C[column], row,
+                    ints_CN[column], floats_CN[column], lens_CN[column], valid_CN[column], scratch,
+                )  # fmt: skip
+            elif refuse_unknown:
+                ok = False
+            else:
+                at = skip(data, len(data), at, 1, len(data))[1]
+            if not ok:
+                break
+        left_N[row] = 0 if ok else 1
 
 
 @numba.njit(cache=True)
@@ -398,23 +397,26 @@ def decode(
     valid = np.zeros((columns, rows), np.uint8)
     times, left = np.zeros(rows, np.int64), np.zeros(rows, np.uint8)
     refuse = made.declared.refuse_unknown
-    count = _rows(
-        data, starts_N, made.names, made.name_at, made.kinds, refuse, latest_ms,
-        ints, floats, lens, valid, times, left,
+    _rows(
+        data, starts_N, made.names, made.name_at, made.kinds, refuse, ints, floats, lens, valid, times, left
     )  # fmt: skip
+    place_at, time_at = made.at["place"], made.at["event_time_ms"]
+    ints[place_at][valid[place_at] == 0] = 0
+    event_times = np.where(valid[time_at] == 1, ints[time_at], times // 1_000_000)
+    ints[time_at] = event_times
     key_at, request_at = made.at[made.declared.key], made.at["request_id"]
     key_kind = int(made.kinds[key_at])
     if key_kind == _INT:
         lens[key_at] = _NUMBER
+    # What is missing, too long or out of time is for `check` to name.
     missing = (valid[request_at] == 0) | (valid[key_at] == 0)
     if key_kind == _TEXT:
         missing |= (lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX)
     elif key_kind != _INT:
         missing[:] = True
-    if missing.any():
-        left |= missing.astype(np.uint8)
-        count = int(np.count_nonzero(left))
-    if count:
+    missing |= (event_times < 0) | (event_times > latest_ms)
+    left |= missing.astype(np.uint8)
+    if left.any():
         valid[:, left == 1] = 0
     own = valid[made.at["event_id"]] == 1
     arrays: list[pa.Array] = []
