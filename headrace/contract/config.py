@@ -6,7 +6,7 @@ PORT_BASE, HEADRACE_HOME (where local state lies, `.headrace`).
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -60,6 +60,38 @@ class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     generation: Count = 1
 
 
+class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[[ingest.sources]]: a Kafka topic that a shipper writes by itself, read into Headrace's own."""
+
+    topic: Annotated[str, Meta(min_length=1, max_length=249)]
+    format: Literal["json", "msgpack", "gelf", "raw", "otlp_json"] = "json"
+    tag: str = ""
+    """Tag of every record, or of those without `tag_field`."""
+    tag_field: str = ""
+    """Field of the record that holds its tag; taken out of the record."""
+    time_field: str = "@timestamp"
+    """Field that holds the time (json, msgpack), taken out of the record; without it Kafka's timestamp counts."""
+    time_unit: Literal["s", "ms", "us", "ns"] = "s"
+    """Unit of a time that is a number."""
+    text_field: str = "message"
+    """Field that gets the text where the shipper wrote nothing else (raw, otlp_json)."""
+    brokers: str = ""
+    """Addresses; empty: Headrace's own brokers."""
+    group: str = ""
+    """Consumer group, which all gateways share; empty: `headrace-` and the topic."""
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a partition begins that the group has never read."""
+    in_flight_max: Count = 20_000
+    """Most records read and without their receipts."""
+
+    def __post_init__(self) -> None:
+        """Refuse a source whose records could have no tag."""
+        if not (self.tag or self.tag_field):
+            raise ValueError(
+                f"source {self.topic!r} needs tag or tag_field: a shipper's message does not bring its tag"
+            )
+
+
 class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[ingest]"""
 
@@ -85,6 +117,8 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     connections_max: Count = 4_096
     dead_letter_bytes: Count = 16_384
     """Most raw bytes kept of a refused event."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Topics of shippers that are read into `events`, each a table of its own."""
 
 
 class JoinConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -50,6 +50,8 @@ Name = Literal[
     "model_age_seconds",
     "freshness_seconds",
     "errors_total",
+    "source_settled_total",
+    "lines_skipped_total",
 ]
 
 
