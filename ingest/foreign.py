@@ -1,0 +1,277 @@
+"""Kafka messages as fluent-bit's `out_kafka` and fluentd's `kafka2` write them: bytes in, (tag, time, record) out. Pure.
+
+| format | written by | what is restored |
+|---|---|---|
+| `json` | fluent-bit (float, iso8601, iso8601_ns), kafka2 with and without `<inject>` | time to the last digit written |
+| `msgpack` | the same two | float64 time: the shortest decimal that means it |
+| `gelf` | fluent-bit | `_name` is `name` again; level is a number there; milliseconds |
+| `raw` | fluent-bit, anything | the text as one field; Kafka's timestamp |
+| `otlp_json` | fluent-bit | one message holds many records; whole nanoseconds |
+
+Bytes that are not UTF-8 stay as lone surrogates (PEP 383), as on the forward port.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import msgpack
+import msgspec
+
+from headrace.contract.config import SourceConfig
+
+_NS: dict[str, int] = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
+_EPOCH_DAY = date(1970, 1, 1).toordinal()
+_DIGITS_MAX = 40
+"""Longest number that is read as a time: beyond it no digit matters."""
+
+
+class Foreign(NamedTuple):
+    """One record of a message. `problem` says why it cannot be read; `raw` has its bytes then."""
+
+    tag: str
+    time_ns: int | None
+    record: Any
+    problem: str = ""
+    raw: bytes = b""
+
+
+class _Number(float):
+    """A float that remembers how JSON wrote it: a time has more digits than a float holds."""
+
+    text: str
+
+    def __new__(cls, text: str) -> _Number:
+        """Return the float, with its text."""
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+
+def read_foreign(source: SourceConfig, value: bytes | None, timestamp_ms: int | None) -> list[Foreign]:
+    """Return the records of one Kafka message, in order; one that cannot be read has its `problem`.
+
+    `timestamp_ms` is Kafka's own time of the message, for records that bring none.
+    """
+    if value is None:
+        return [Foreign(source.tag, None, None, "the message has no value")]
+    timestamp_ns = None if timestamp_ms is None else timestamp_ms * 1_000_000
+    try:
+        return _READERS[source.format](source, value, timestamp_ns)
+    except (ValueError, TypeError, RecursionError) as error:
+        # The first line without the value: a dead letter's detail never holds a user's content.
+        problem = f"no {source.format}: {_where(error)}"
+        return [Foreign(source.tag, None, None, problem, value)]
+
+
+def _where(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos}"
+    return f"{type(error).__name__}: {error}" if isinstance(error, _Unreadable) else type(error).__name__
+
+
+class _Unreadable(ValueError):
+    """What is wrong with a record, in words that hold none of it."""
+
+
+def _json(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
+    return [_mapped(source, _json_value(value), timestamp_ns, value)]
+
+
+def _msgpack(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
+    record = msgpack.unpackb(value, raw=False, unicode_errors="surrogateescape", strict_map_key=False)
+    return [_mapped(source, record, timestamp_ns, value)]
+
+
+def _raw(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
+    return [_tagged(source, {source.text_field: value.decode("utf-8", "surrogateescape")}, timestamp_ns, value)]
+
+
+def _gelf(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
+    record = _json_value(value)
+    if not isinstance(record, dict) or "version" not in record:
+        raise _Unreadable("a GELF message is a map with a version")
+    restored = {name: item for name, item in record.items() if name not in ("version", "timestamp", "short_message")}
+    for name in list(restored):
+        if name.startswith("_") and name[1:] not in restored:
+            restored[name[1:]] = restored.pop(name)
+    if "short_message" in record:
+        restored.setdefault(source.text_field, record["short_message"])
+    return [_tagged(source, restored, _time_of(record.get("timestamp"), "s", timestamp_ns), value)]
+
+
+def _otlp(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
+    found = []
+    for resource in _list(_json_value(value), "resourceLogs"):
+        for scope in _list(resource, "scopeLogs"):
+            for entry in _list(scope, "logRecords"):
+                try:
+                    found.append(_otlp_record(source, entry, timestamp_ns))
+                except (ValueError, TypeError, RecursionError) as error:
+                    raw = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogateescape")
+                    found.append(Foreign(source.tag, None, None, f"no log record of OTLP: {_where(error)}", raw))
+    return found
+
+
+def _otlp_record(source: SourceConfig, entry: Any, timestamp_ns: int | None) -> Foreign:
+    if not isinstance(entry, dict):
+        raise _Unreadable("a log record is a map")
+    record = {item["key"]: _any_value(item.get("value")) for item in _list(entry, "attributes")}
+    body = _any_value(entry.get("body"))
+    record |= body if isinstance(body, dict) else {source.text_field: body}
+    # 0 means unknown (OpenTelemetry, logs data model), and the time of observation stands in.
+    nanos = int(entry.get("timeUnixNano") or 0) or int(entry.get("observedTimeUnixNano") or 0)
+    raw = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return _tagged(source, record, nanos or timestamp_ns, raw)
+
+
+def _any_value(value: Any) -> Any:
+    """Return what an OTLP `AnyValue` holds; 64-bit integers travel as strings in its JSON."""
+    if not value:
+        return None
+    if not isinstance(value, dict) or len(value) != 1:
+        raise _Unreadable("a value is a map of one kind")
+    ((kind, inner),) = value.items()
+    if kind == "kvlistValue":
+        return {item["key"]: _any_value(item.get("value")) for item in _list(inner, "values")}
+    if kind == "arrayValue":
+        return [_any_value(item) for item in _list(inner, "values")]
+    if kind == "intValue":
+        return int(inner)
+    if kind == "doubleValue":
+        return float(inner)
+    if kind == "bytesValue":
+        return base64.b64decode(inner, validate=True)
+    if kind in ("stringValue", "boolValue"):
+        return inner
+    raise _Unreadable("a value of an unknown kind")
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    found = value.get(name) if isinstance(value, dict) else None
+    if found is None and isinstance(value, dict):
+        return []
+    if not isinstance(found, list):
+        raise _Unreadable(f"{name} is a list")
+    return found
+
+
+def _mapped(source: SourceConfig, record: Any, timestamp_ns: int | None, raw: bytes) -> Foreign:
+    """Take the time out of a record that shippers wrote beside its fields."""
+    if not isinstance(record, dict):
+        raise _Unreadable("the message is no map")
+    if source.time_field not in record:
+        return _tagged(source, record, timestamp_ns, raw)
+    time_ns = _time_of(record.pop(source.time_field), source.time_unit, None)
+    if time_ns is None:
+        raise _Unreadable(f"field {source.time_field!r} is no time; iso8601, or a number of {source.time_unit}")
+    return _tagged(source, record, time_ns, raw)
+
+
+def _tagged(source: SourceConfig, record: dict[Any, Any], time_ns: int | None, raw: bytes) -> Foreign:
+    tag = record.get(source.tag_field) if source.tag_field else None
+    if isinstance(tag, bytes):
+        tag = tag.decode("utf-8", "surrogateescape")
+    if isinstance(tag, str) and tag:
+        del record[source.tag_field]
+        return Foreign(tag, time_ns, record)
+    if not source.tag:
+        problem = f"field {source.tag_field!r} holds no tag, and the source declares none"
+        return Foreign("", time_ns, None, problem, raw)
+    return Foreign(source.tag, time_ns, record)
+
+
+def _json_value(value: bytes) -> Any:
+    try:
+        return _DECODER.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # fluentd writes bytes that are no UTF-8 as they are; Python's own reader takes them as lone surrogates.
+        return json.loads(value.decode("utf-8", "surrogateescape"), parse_float=_Number, parse_constant=_no_constant)
+
+
+def _no_constant(_text: str) -> Any:
+    raise _Unreadable("NaN and Infinity are no JSON")
+
+
+def _time_of(value: Any, unit: str, otherwise: int | None) -> int | None:
+    """Return nanoseconds since 1970 of a number or a string, None where it is no time, `otherwise` where it is null."""
+    if isinstance(value, bool) or value is None:
+        return otherwise
+    if isinstance(value, int):
+        return value * _NS[unit]
+    if isinstance(value, float):
+        return _decimal_ns(value.text if isinstance(value, _Number) else repr(value), unit, value)
+    if isinstance(value, msgpack.Timestamp):
+        return int(value.to_unix_nano())
+    if isinstance(value, msgpack.ExtType):
+        return _event_time_ns(value.code, value.data)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if not isinstance(value, str) or len(value) > _DIGITS_MAX:
+        return None
+    return _decimal_ns(value, unit, float(value)) if _NUMBER.fullmatch(value) else iso8601_ns(value)
+
+
+def _event_time_ns(code: int, data: bytes) -> int | None:
+    if code != 0 or len(data) != 8:
+        return None
+    return int.from_bytes(data[:4], "big") * _NS["s"] + int.from_bytes(data[4:], "big")
+
+
+def _decimal_ns(text: str, unit: str, value: float) -> int | None:
+    """Return a decimal number of `unit` as nanoseconds, nothing rounded before the last of them."""
+    # 1e13 s is the year 318,857: beyond, the digits are not worth their memory (1e300 has 300 of them).
+    if not math.isfinite(value) or abs(value) > 1e13 * _NS["s"] / _NS[unit] or len(text) > _DIGITS_MAX:
+        return None
+    return int((Decimal(text) * _NS[unit]).to_integral_value())
+
+
+def iso8601_ns(text: str) -> int | None:
+    """Return nanoseconds since 1970 of an ISO 8601 time, UTC where it names no zone; None where it is none.
+
+    >>> iso8601_ns("2026-03-01T12:34:56.123456789+0000") == iso8601_ns("2026-03-01T14:34:56.123456789+02:00")
+    True
+    """
+    found = _ISO.fullmatch(text)
+    if found is None:
+        return None
+    year, month, day, hour, minute, second = (int(found[n]) for n in range(1, 7))
+    try:
+        days = date(year, month, day).toordinal() - _EPOCH_DAY
+    except ValueError:
+        return None
+    # 60 is a leap second: the first of the next minute, as POSIX counts.
+    if hour > 23 or minute > 59 or second > 60:
+        return None
+    seconds = days * 86_400 + hour * 3_600 + minute * 60 + second - zone_s(found[8] or "Z")
+    return seconds * _NS["s"] + int((found[7] or "").ljust(9, "0")[:9])
+
+
+def zone_s(zone: str) -> int:
+    """Return the seconds that a zone such as `Z`, `+0200` or `-03:30` is ahead of UTC."""
+    if zone in ("Z", "z"):
+        return 0
+    digits = zone[1:].replace(":", "")
+    seconds = int(digits[:2]) * 3_600 + int(digits[2:] or 0) * 60
+    return -seconds if zone[0] == "-" else seconds
+
+
+_ISO = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9})\d*)?\s?(Z|z|[+-]\d\d(?::?\d\d)?)?", re.ASCII
+)
+_NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
+_DECODER = msgspec.json.Decoder(float_hook=_Number)
+_READERS: dict[str, Callable[[SourceConfig, bytes, int | None], list[Foreign]]] = {
+    "json": _json,
+    "msgpack": _msgpack,
+    "gelf": _gelf,
+    "raw": _raw,
+    "otlp_json": _otlp,
+}
