@@ -27,6 +27,7 @@ class Punctuator:
         self._grace_s = grace_ms / 1000
         self._due: float | None = None
         self._promised = [0] * partitions
+        self._before = [0] * partitions
         self._unconfirmed = [False] * partitions
 
     def due(self, monotonic_s: float) -> bool:
@@ -45,10 +46,15 @@ class Punctuator:
         if self._unconfirmed[partition] and not bye:
             return None
         time_ms = max(self._promised[partition], now_ms if oldest_ms is None else min(now_ms, oldest_ms))
-        self._promised[partition] = time_ms
+        self._before[partition], self._promised[partition] = self._promised[partition], time_ms
         self._unconfirmed[partition] = True
         return Punctuation(self._gateway, self._epoch, time_ms, bye=bye, counts=dict(counts))
 
     def confirmed(self, partition: int) -> None:
         """Take the receipt, good or bad: the next promise replaces this one anyway."""
+        self._unconfirmed[partition] = False
+
+    def refused(self, partition: int) -> None:
+        """Take the promise back that the local queue did not take: it was never made, and binds nobody."""
+        self._promised[partition] = self._before[partition]
         self._unconfirmed[partition] = False
