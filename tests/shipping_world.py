@@ -67,6 +67,9 @@ class Faults:
         )
 
 
+NO_FAULTS = Faults()
+
+
 class Broker:
     """The log that all gateways share. `seen` counts what lies there, by request id, once an event id."""
 
@@ -171,7 +174,8 @@ class Process:
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
         self.line = Line(world.broker, world.random, world.faults)
-        producer: Producer = world.wrap(Watched(self.line, self))
+        watched = Watched(self.line, self)
+        producer: Producer = world.wrap(watched) if world.wrap else watched
         config = IngestConfig(punctuate_ms=50, grace_ms=world.random.choice((0, 200)))
         self.gateway: Gateway = world.kind(PROJECT, config, Topics(), PARTITIONS, producer, Counts(), world.clock, name)
         self.open: dict[int, Chunk] = {}
@@ -287,14 +291,15 @@ class World:
 
     seed: int
     kind: type[Gateway] = Gateway
-    wrap: Wrap = staticmethod(lambda producer: producer)  # type: ignore[assignment]
-    faults: Faults | None = None  # type: ignore[assignment]
+    wrap: Wrap | None = None
+    faults: Faults = NO_FAULTS
     chunks: int = 10
     complaints: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
-        self.faults = self.faults or Faults.drawn(self.random)
+        if self.faults is NO_FAULTS:
+            self.faults = Faults.drawn(self.random)
         self.clock, self.broker = HandClock(), Broker()
         self.processes: list[Process] = []
         self.ended: list[Process] = []

@@ -1,8 +1,8 @@
 """Goal: whatever fails between a shipper and the log, each event is there, and once after repeated ids are dropped.
 
 Method: from a seed, shippers whose connections break before or after the ack, a broker that refuses, denies what it
-took and comes and goes, full queues, gateway processes of one name and of several that are killed, drained and stalled;
-checkers that know only what was offered, acked and appended. Then bugs are planted, and the same checkers must see them.
+took and comes and goes, full queues, gateway processes of one name and of several that are killed, drained, stalled;
+checkers that know only what was offered, acked and appended. Then bugs are planted; the same checkers must see them.
 """
 
 from __future__ import annotations
