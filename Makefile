@@ -32,7 +32,7 @@ export RATE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down status logs doctor ledger replay test test-long check format bench clean
+.PHONY: help install up down status logs doctor ledger chaos replay test test-long check format bench clean
 
 help: ## show this
 	@echo "make TARGET [VENV=dir] [PORT_BASE=30000] [STORE=file:/dir|hdfs://host:port/dir] [BROKERS=host:port] [PROJECT=dir]"
@@ -74,6 +74,9 @@ doctor: $(VENV)/.installed ## what keeps it from running, and the remedy
 
 ledger: $(VENV)/.installed ## account for every event
 	@"$(BIN)/headrace" ledger
+
+chaos: $(VENV)/.installed ## kill under load, in a stack of its own: make chaos STAGE=ingest [SEED=] [KILLS=20] [RATE=2000]
+	@"$(BIN)/headrace" chaos $(if $(STAGE),--stage $(STAGE)) $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS)) $(ARGS)
 
 replay: $(VENV)/.installed ## learn again as recorded and compare with the live model
 	@"$(BIN)/headrace" replay

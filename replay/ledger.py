@@ -159,7 +159,8 @@ def draw(expected: Expected, found: Found, *, task: str) -> Ledger:
     """Return the ledger. `task` is what the recipe learns; samples of other tasks count as sampled out."""
     ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0))
     ledger.dead_letters = dict(Counter(letter.reason for letter in found.letters))
-    _draw_gateways(ledger, expected, found)
+    letters = sum(letter.tag in found.tags for letter in found.letters)
+    draw_gateways(ledger, sum(expected.rows.values()), letters, found.punctuations)
     ledger.impressions, ledger.feedback = expected.impressions, expected.feedback
     ledger.repeated_in_log = expected.repeated_in_log
     for name in ("positives", "negatives", "waiting", "matched", "duplicate", "late", "orphans", "pending"):
@@ -192,15 +193,15 @@ def _closes(ledger: Ledger) -> bool:
     )
 
 
-def _draw_gateways(ledger: Ledger, expected: Expected, found: Found) -> None:
-    """Fill read, appended, dead_lettered, repeated.
+def draw_gateways(ledger: Ledger, appended: int, dead_lettered: int, punctuations: Iterable[Punctuation]) -> None:
+    """Fill read, appended, dead_lettered, repeated, from rows in the log, declared dead letters and punctuation.
 
     The log and the dead letters say what is there; the gateways' totals, newest of each epoch, say what was given
     receipts. A killed gateway's last totals may be older than its last records, never newer: totals beyond what is
     there are a loss.
     """
     said: dict[tuple[str, int], dict[str, int]] = {}
-    for punctuation in found.punctuations:
+    for punctuation in punctuations:
         if punctuation.counts:
             newest = said.setdefault((punctuation.gateway, punctuation.epoch), {})
             for name, value in punctuation.counts.items():
@@ -208,8 +209,7 @@ def _draw_gateways(ledger: Ledger, expected: Expected, found: Found) -> None:
     total = Counter[str]()
     for counts in said.values():
         total.update(counts)
-    ledger.appended = sum(expected.rows.values())
-    ledger.dead_lettered = sum(letter.tag in found.tags for letter in found.letters)
+    ledger.appended, ledger.dead_lettered = appended, dead_lettered
     ledger.repeated = total["repeated"]
     settled = total["appended"] + total["dead_lettered"] + total["repeated"]
     ledger.read = (

@@ -35,9 +35,17 @@ STAGES_S = 180.0
 Say = Callable[[str], None]
 
 
-def start(layout: Layout, topics: Sequence[TopicSpec], say: Say, *, stages: bool = True) -> None:
-    """Bring the stack up; returns when all that was started is ready.
+def start(
+    layout: Layout,
+    topics: Sequence[TopicSpec],
+    say: Say,
+    *,
+    stages: bool | Sequence[str] = True,
+    more: Sequence[Program] = (),
+) -> None:
+    """Bring the stack up, with all stages, with none, or with those named; returns when all that was started is ready.
 
+    `more` are further programs; one that has a stage's name takes its place.
     Raises `Unavailable` with each part's reason when one is not ready in time; what runs then keeps running, so that
     its log can be read.
     """
@@ -50,7 +58,7 @@ def start(layout: Layout, topics: Sequence[TopicSpec], say: Say, *, stages: bool
         else:
             if orphans(layout.home):
                 say(f"ended {end_orphans(layout.home)} processes that a killed supervisor had left")
-            supervisor.start(programs(layout, say, stages=stages))
+            supervisor.start(programs(layout, say, stages=stages, more=more))
         layout.save()
         start_infrastructure(layout, supervisor, say)
         KafkaAdmin(layout.brokers).ensure_topics(topics)
@@ -88,7 +96,9 @@ def stop(layout: Layout, say: Say) -> None:
         say(f"ended {left} processes that no supervisor answered for")
 
 
-def programs(layout: Layout, say: Say, *, stages: bool = True) -> list[Program]:
+def programs(
+    layout: Layout, say: Say, *, stages: bool | Sequence[str] = True, more: Sequence[Program] = ()
+) -> list[Program]:
     """Return what the supervisor is to run; fetches jars and formats storage on the way."""
     found: list[Program] = []
     if layout.own_kafka or layout.own_hdfs:
@@ -106,13 +116,13 @@ def programs(layout: Layout, say: Say, *, stages: bool = True) -> list[Program]:
             for wait in waits:
                 wait.result()
     if not stages:
-        return found
+        return [*found, *more]
     if layout.shipper:
         found.append(Program("shipper", shipper_command(layout)))
     command = [sys.executable, "-m", "headrace.cli.main"]
-    verbs = [*STAGES, "tensorboard"]
+    verbs = [*STAGES, "tensorboard"] if stages is True else list(stages)
     found += [Program(v, [*command, v]) for v in verbs if importlib.util.find_spec(f"headrace.cli.stage_{v}")]
-    return found
+    return [*(p for p in found if p.name not in {m.name for m in more}), *more]
 
 
 def shipper_command(layout: Layout) -> list[str]:

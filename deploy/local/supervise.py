@@ -130,6 +130,13 @@ class Supervisor:
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.05)
 
+    def pids(self) -> dict[str, int]:
+        """Return the process id of everything that runs or is starting. Empty when no supervisord answers."""
+        try:
+            return {row["name"]: int(row["pid"]) for row in self._ask("getAllProcessInfo") if row["pid"]}
+        except (OSError, xmlrpc.client.Error, http.client.HTTPException):
+            return {}
+
     def processes(self) -> list[Process]:
         """Return what runs and what does not. Empty when no supervisord answers."""
         try:

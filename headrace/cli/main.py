@@ -17,6 +17,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("stack_doctor", "find what keeps the stack from running, and say the remedy"),
     "clean": ("stack_clean", "delete local state, after saying what goes"),
     "ledger": ("stage_ledger", "account for every event: read, joined, learnt, lost, twice"),
+    "dead-letters": ("stage_dead_letters", "what was refused and why: list, show, retry after a fix"),
+    "chaos": ("stage_chaos", "kill processes at random under load, then account for every event"),
     "replay": ("stage_replay", "run stored samples through the same learner again"),
     "ingest": ("stage_ingest", "gateway: Fluent forward in, batches to Kafka out"),
     "stream": ("stage_stream", "join impressions with feedback, featurize, emit samples"),
