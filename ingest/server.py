@@ -1,21 +1,19 @@
-"""The gateway's sockets: Fluent forward over TCP on asyncio. It reads, hands over, acks; decisions are the gateway's.
+"""The gateway's shell: sockets, deadlines and the loop that ticks. What is taken is the gateway's decision.
 
-Bounds: connections (refused beyond), bytes read and not yet settled (all connections stop being read beyond it, go on
-below three quarters), one message, acks that a peer does not read. Nothing is dropped to keep a bound: what is not
-acked, its shipper still has.
+Bounds: connections (refused beyond, unless one that never sent a message can give way), bytes read and not yet settled
+(all connections stop being read beyond it, go on below three quarters), one message and the time that it takes, the
+handshake's time, acks that a peer does not read. Nothing is dropped to keep a bound: what is not acked, its shipper
+still has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import resource
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Protocol
-
-import msgspec
 
 from headrace.contract.clock import Clock
 from headrace.contract.config import IngestConfig
@@ -23,33 +21,84 @@ from headrace.contract.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
-from headrace.ingest.batcher import Outcome
-from headrace.ingest.forward_protocol import Decoder, Ping, Refused, encode_ack
-from headrace.ingest.gateway import Gateway, Peer, peer_of
-from headrace.ingest.handshake import Handshake
+from headrace.ingest.connection import Connection
+from headrace.ingest.gateway import Gateway
+from headrace.ingest.listen import Listeners
+from headrace.ingest.place import Place as Place
+from headrace.ingest.refusals import Refusals
+from headrace.ingest.tls import Identity, TlsGate
 
 log = logging.getLogger("headrace.ingest")
 
 DRAIN_S = 2.0
 """Longest wait for receipts at shutdown: with the producer's own 2 s a stage stays under the supervisor's 5 s."""
 _TICK_BUSY_S, _TICK_IDLE_S = 0.002, 0.01
-_PONG_BYTES_MAX = 4_096
-_ACK_BYTES_MAX = 1_048_576
-"""A peer that leaves this many bytes of acks unread is cut off. 1 MiB is some 20,000 acks."""
+_SWEEP_S, _RENEW_S = 0.25, 30.0
+_LINGER_S = 30.0
+"""How long a peer that ended its side may wait for its last acks."""
+_FILES_SPARE = 512
+"""Open files beside connections: Kafka, metrics, logs, the collector's."""
 
 
 class Server:
     """Connections of one gateway, and the task that keeps it ticking."""
 
     def __init__(
-        self, gateway: Gateway, config: IngestConfig, metrics: Metrics, clock: Clock, place: Place | None = None
+        self,
+        gateway: Gateway,
+        config: IngestConfig,
+        metrics: Metrics,
+        clock: Clock,
+        place: Place | None = None,
+        identity: Identity | None = None,
     ) -> None:
-        self.place = place or Place()
+        self.place, self.identity = place or Place(), identity
         self.gateway, self.config, self.metrics, self._clock = gateway, config, metrics, clock
-        self.connections: set[Connection] = set()
+        self.refusals = Refusals(metrics, clock)
+        self.connections: dict[Connection, None] = {}
+        """In the order in which they are read on after a pause."""
+        self.gates: set[TlsGate] = set()
+        self.strangers: dict[Connection, float] = {}
+        """Those that have not sent a whole message yet, oldest first, with the time of their coming."""
+        self.unfinished: set[Connection] = set()
+        """Those with a handshake or a message that has begun and not ended, and those that wait for last acks."""
         self.partial_bytes = 0
         self.paused = False
         self.draining = False
+
+    def now_s(self) -> float:
+        """Return the clock that deadlines are measured by."""
+        return self._clock.monotonic()
+
+    # -- who is connected
+
+    def has_room(self) -> bool:
+        """Say whether one more may come; at the bound a silent stranger gives way if there is one."""
+        if len(self.connections) + len(self.gates) < self.config.connections_max:
+            return True
+        oldest = next(iter(self.strangers), None)
+        if oldest is None or (self.now_s() - self.strangers[oldest]) * 1000 < self.config.handshake_ms:
+            return False
+        oldest.refuse("idle", "it never sent a message, and another connection wants its place")
+        return True
+
+    def take_in(self, connection: Connection) -> bool:
+        """Enter a new connection, or say that there is no room."""
+        if not self.has_room():
+            return False
+        self.connections[connection] = None
+        self.strangers[connection] = self.now_s()
+        self.metrics.set("connections_open", len(self.connections))
+        return True
+
+    def let_go(self, connection: Connection) -> None:
+        """Forget a connection. More than once is fine."""
+        self.connections.pop(connection, None)
+        self.strangers.pop(connection, None)
+        self.unfinished.discard(connection)
+        self.metrics.set("connections_open", len(self.connections))
+
+    # -- bounds
 
     def balance(self) -> None:
         """Stop or go on reading, by the bytes that are held."""
@@ -60,8 +109,13 @@ class Server:
         elif self.paused and not self.draining and held <= most * 3 // 4:
             self.paused = False
             log.info("holding %d bytes: reading goes on", held)
-            for connection in self.connections:
-                connection.resume()
+            for connection in list(self.connections):
+                # To the end of the order: if the bound is reached again on the way, the others come first next time.
+                if self.connections.pop(connection, connection) is None:
+                    self.connections[connection] = None
+                    connection.resume()
+                if self.paused:
+                    break
         if self.paused and self.partial_bytes > most // 2 and self.connections:
             # Messages that never end fill the bound: nobody could finish. The largest goes; its sender still has it.
             max(self.connections, key=lambda c: c.partial_bytes).refuse("partial_bound", "unfinished messages")
@@ -71,6 +125,24 @@ class Server:
         self.paused = True
         for connection in self.connections:
             connection.pause()
+
+    def _sweep(self) -> None:
+        """Close what is overdue. While the gateway does not read, nobody can finish anything and nobody is blamed."""
+        now_s, config = self.now_s(), self.config
+        for connection in list(self.unfinished):
+            waited_s = now_s - connection.since_s
+            if connection.half_closed:
+                if waited_s > _LINGER_S:
+                    connection.close()
+            elif self.paused:
+                continue
+            elif connection.greeting:
+                if waited_s * 1000 > config.handshake_ms:
+                    connection.refuse("handshake_timeout", f"no handshake within {config.handshake_ms} ms")
+            elif waited_s * 1000 > config.message_ms:
+                connection.refuse("message_timeout", f"a message took longer than {config.message_ms} ms")
+
+    # -- the loop
 
     async def serve(
         self,
@@ -87,27 +159,35 @@ class Server:
         `companions` run in the same loop, from before `ready` until the drain; what one raises ends the server too.
         """
         loop = asyncio.get_running_loop()
-        listener = await loop.create_server(
-            lambda: Connection(self), host, port, reuse_address=True, reuse_port=share_port or None, backlog=1024
-        )
-        bound = listener.sockets[0].getsockname()[1]
-        log.info("forward on %s:%d, gateway epoch %d", host, bound, self.gateway.epoch)
+        listeners = Listeners()
+        await listeners.open(self, host, port, share_port=share_port)
+        how = "with TLS" if self.identity is not None else "plain"
+        log.info("forward on %s:%d %s, gateway epoch %d", host, listeners.port, how, self.gateway.epoch)
         stopping = asyncio.Event()
         tasks = [loop.create_task(companion.run(self, stopping)) for companion in companions]
         # One turn of the loop: a companion that listens has its port when we say that we are ready.
         await asyncio.sleep(0)
-        ready(bound)
+        ready(listeners.port)
+        swept_s = renewed_s = self.now_s()
         try:
             while not stop.is_set():
                 self._tick()
                 _raise_failed(tasks)
+                if self.now_s() - swept_s > _SWEEP_S:
+                    swept_s = self.now_s()
+                    self._sweep()
+                if self.identity is not None and self.now_s() - renewed_s > _RENEW_S:
+                    renewed_s = self.now_s()
+                    self.identity.renew()
                 await asyncio.sleep(_TICK_BUSY_S if self.gateway.open_chunks else _TICK_IDLE_S)
-            listener.close()
+            listeners.close()
             stopping.set()
             await self._drain(tasks)
         finally:
-            listener.close()
+            listeners.close()
             await _end(tasks)
+            for gate in list(self.gates):
+                gate.cancel()
             for connection in list(self.connections):
                 connection.close()
             await asyncio.sleep(0)
@@ -162,123 +242,6 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
             log.warning("a companion ended with %s: %s", type(outcome).__name__, outcome)
 
 
-class Connection(asyncio.Protocol):
-    """One shipper."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._decoder = Decoder(server.config.chunk_bytes_max, greets=bool(server.place.shared_key))
-        self._handshake: Handshake | None = None
-        self._transport: asyncio.Transport | None = None
-        self._peer = Peer("unknown")
-        self.partial_bytes = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the peer in, or refuse it beyond the bound."""
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a forward connection is a stream")
-        self._transport = transport
-        self._peer = peer_of(transport.get_extra_info("peername"))
-        server = self._server
-        if len(server.connections) >= server.config.connections_max:
-            self.refuse("connections_max", f"{server.config.connections_max} connections are open")
-            return
-        server.connections.add(self)
-        server.metrics.set("connections_open", len(server.connections))
-        if server.place.shared_key:
-            self._handshake = Handshake(server.place.shared_key, server.place.name, os.urandom(16))
-            transport.write(self._handshake.helo())
-        if server.paused:
-            self.pause()
-
-    def data_received(self, data: bytes) -> None:
-        """Decode, offer; on what is no forward message, close."""
-        server = self._server
-        try:
-            for message, size in self._decoder.feed(data):
-                if isinstance(message, Ping):
-                    self._greet(message)
-                    continue
-                acked = None if message.chunk is None else partial(self._ack, encode_ack(message))
-                server.gateway.offer(message, size, self._peer, acked)
-        except Refused as refused:
-            self.refuse(refused.reason, str(refused))
-            return
-        self._account(self._decoder.pending_bytes)
-        if server.gateway.buffer_bytes + server.partial_bytes > server.config.buffer_bytes_max:
-            server.balance()
-
-    def _greet(self, ping: Ping) -> None:
-        if self._handshake is None or self._transport is None:
-            raise Refused("no_ping", "a PING that nobody asked for")
-        pong, refusal = self._handshake.answer(ping.value)
-        self._transport.write(pong)
-        if refusal:
-            raise Refused(refusal, "the handshake failed: does the client have this gateway's shared key?")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the peer; its chunks go on, their acks go nowhere."""
-        self._transport = None
-        self._account(0)
-        self._server.connections.discard(self)
-        self._server.metrics.set("connections_open", len(self._server.connections))
-
-    def refuse(self, reason: str, why: str) -> None:
-        """Close at once, counted; nothing further is acked here."""
-        self._server.metrics.add("connections_refused_total", reason=reason)
-        log.warning("%s refused (%s): %s", self._peer.origin, reason, why)
-        self._account(0)
-        if self._transport is not None:
-            # A PONG with its refusal may still go out; a peer that reads nothing is not waited for.
-            if self._transport.get_write_buffer_size() > _PONG_BYTES_MAX:
-                self._transport.abort()
-            else:
-                self._transport.close()
-            self._transport = None
-        self._server.connections.discard(self)
-
-    def pause(self) -> None:
-        """Read no more for now."""
-        if self._transport is not None and self._transport.is_reading():
-            self._transport.pause_reading()
-
-    def resume(self) -> None:
-        """Read on."""
-        if self._transport is not None and not self._transport.is_closing() and not self._transport.is_reading():
-            self._transport.resume_reading()
-
-    def close(self) -> None:
-        """Write what is left, then close."""
-        if self._transport is not None:
-            self._transport.close()
-
-    def _account(self, pending: int) -> None:
-        self._server.partial_bytes += pending - self.partial_bytes
-        self.partial_bytes = pending
-
-    def _ack(self, data: bytes, _outcome: Outcome) -> None:
-        if self._transport is None or self._transport.is_closing():
-            return
-        # In one piece: fluent-bit parses a single read.
-        self._transport.write(data)
-        self._server.metrics.add("chunks_acked_total")
-        if self._transport.get_write_buffer_size() > _ACK_BYTES_MAX:
-            self.refuse("slow_reader", "acks stay unread")
-
-
-class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a gateway listens and what it is called."""
-
-    host: str = "127.0.0.1"
-    port: int = 24224
-    name: str = "gateway"
-    """Stable over restarts: a newer epoch of the same name replaces the older in the watermark."""
-    shared_key: str = ""
-    """With one, each connection begins with Fluent's handshake; a secret, so it comes from the environment."""
-    share_port: bool = False
-    """Several gateway processes on one port (SO_REUSEPORT); each needs a name of its own."""
-
-
 def run(
     project: Project,
     config: IngestConfig,
@@ -291,12 +254,30 @@ def run(
     stop: threading.Event,
     ready: Ready = lambda port: None,
     companions: Sequence[Companion] = (),
+    identity: Identity | None = None,
 ) -> None:
-    """Serve until `stop` is set, then drain within `DRAIN_S` and return. `ready` gets the bound port."""
+    """Serve until `stop` is set, then drain within `DRAIN_S` and return. `ready` gets the bound port.
+
+    With an `identity` the port speaks TLS. Raises `ConfigRejected` where a port or socket cannot be had.
+    """
     gateway = Gateway(project, config, topics, partitions, producer, metrics, clock, place.name)
-    server = Server(gateway, config, metrics, clock, place)
+    server = Server(gateway, config, metrics, clock, place, identity)
+    _allow_files(config.connections_max)
     serving = server.serve(
         place.host, place.port, stop, share_port=place.share_port, ready=ready, companions=companions
     )
     asyncio.run(serving)
     producer.flush(0.2)
+
+
+def _allow_files(connections_max: int) -> None:
+    """Raise the soft limit of open files as far as the hard one allows; say so where connections will not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections_max + _FILES_SPARE
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log.warning(
+            "open files are limited to %d, ingest.connections_max is %d: raise ulimit -n", hard, connections_max
+        )

@@ -115,6 +115,19 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     buffer_bytes_max: Count = 134_217_728
     """Bytes read and not yet acked by Kafka, over all connections; beyond it the gateway stops reading."""
     connections_max: Count = 4_096
+    """Most open connections. At the bound one that never sent a message gives way, else the new one is refused."""
+    handshake_ms: Millis = 10_000
+    """Longest time for TLS and the shared-key handshake."""
+    message_ms: Millis = 60_000
+    """Longest time from a message's first byte to its last, while the gateway reads. Between messages any time may
+    pass."""
+    tls_cert: str = ""
+    """PEM file with the certificate and its chain; with one, the forward port speaks TLS 1.2 or newer and nothing else.
+    A relative path begins at the project's folder."""
+    tls_key: str = ""
+    """PEM file with the private key; empty where it is in `tls_cert`."""
+    tls_client_ca: str = ""
+    """PEM file with the authorities of client certificates; with one, a shipper must show a certificate."""
     dead_letter_bytes: Count = 16_384
     """Most raw bytes kept of a refused event."""
     sources: tuple[SourceConfig, ...] = ()

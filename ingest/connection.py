@@ -1,0 +1,204 @@
+"""One shipper's connection: bytes in, messages to the gateway, acks out.
+
+It ends by itself, with a counted reason, when its peer breaks the protocol, leaves a handshake or a message
+unfinished for too long, or does not read its acks. An idle connection between messages may stay for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING
+
+from headrace.ingest.batcher import Outcome
+from headrace.ingest.forward_protocol import Decoder, Ping, Refused, encode_ack
+from headrace.ingest.gateway import Peer, peer_of
+from headrace.ingest.handshake import Handshake
+
+if TYPE_CHECKING:
+    from headrace.ingest.server import Server
+
+log = logging.getLogger("headrace.ingest")
+
+_PONG_BYTES_MAX = 4_096
+_PING_BYTES_MAX = 65_536
+"""Most bytes taken from a peer that has not shown the key yet: a PING has some 300."""
+_ACK_BYTES_MAX = 1_048_576
+"""A peer that leaves this many bytes of acks unread is cut off. 1 MiB is some 20,000 acks."""
+_TLS_HELLO = b"\x16\x03"
+
+
+class Connection(asyncio.Protocol):
+    """One shipper. `trusted` asks for no handshake: a Unix socket's file mode has asked already."""
+
+    def __init__(self, server: Server, *, trusted: bool = False) -> None:
+        self._server = server
+        self._asks = bool(server.place.shared_key) and not trusted
+        self._decoder = Decoder(server.config.chunk_bytes_max, greets=self._asks)
+        self._handshake: Handshake | None = None
+        self._transport: asyncio.Transport | None = None
+        self._peer = Peer("unknown")
+        self._unacked = 0
+        self._fresh = True
+        self.since_s = server.now_s()
+        """When the open handshake or the unfinished message began, or the peer sent its end."""
+        self.half_closed = False
+        self.partial_bytes = 0
+
+    @property
+    def greeting(self) -> bool:
+        """Whether the handshake is still open."""
+        return self._asks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the peer in, or refuse it beyond the bound."""
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError("a forward connection is a stream")
+        self._transport = transport
+        self._peer = peer_of(transport.get_extra_info("peername"))
+        server = self._server
+        if not server.take_in(self):
+            self.refuse("connections_max", f"{server.config.connections_max} connections are open")
+            return
+        if self._asks:
+            place = server.place
+            users = place.users or None
+            self._handshake = Handshake(
+                place.shared_key, place.name, os.urandom(16), users=users, salt=os.urandom(16) if users else b""
+            )
+            # In one piece, as PONG and acks: fluent-bit parses a single read.
+            transport.write(self._handshake.helo())
+            server.unfinished.add(self)
+        if server.paused:
+            self.pause()
+
+    def data_received(self, data: bytes) -> None:
+        """Decode, offer; on what is no forward message, close."""
+        if self._fresh:
+            self._fresh = False
+            if data.startswith(_TLS_HELLO):
+                self.refuse("tls", "it speaks TLS and this port does not; set ingest.tls_cert and ingest.tls_key")
+                return
+        self.take(data)
+
+    def take(self, data: bytes) -> None:
+        """Offer the messages that `data` completes, as far as the buffer's bound allows; the rest waits undecoded."""
+        server = self._server
+        try:
+            moved = self._offer_all(data)
+            if self._asks and self._decoder.pending_bytes > _PING_BYTES_MAX:
+                raise Refused("too_large", f"more than {_PING_BYTES_MAX} bytes before the handshake's end")
+        except Refused as refused:
+            self.refuse(refused.reason, str(refused))
+            return
+        except Exception as error:
+            # A fault of ours must cost one connection, not all of them. Without the message: it may quote the event.
+            log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+            self.refuse("internal", f"{type(error).__name__} while decoding; its shipper still has the data")
+            return
+        self._account(self._decoder.pending_bytes)
+        if not self._asks:
+            if moved or not self.partial_bytes:
+                server.unfinished.discard(self)
+            if self.partial_bytes and self not in server.unfinished:
+                self.since_s = server.now_s()
+                server.unfinished.add(self)
+
+    def _offer_all(self, data: bytes) -> bool:
+        """Return whether a message was completed."""
+        server, moved = self._server, False
+        for message, size in self._decoder.feed(data):
+            moved = True
+            if isinstance(message, Ping):
+                self._greet(message)
+                continue
+            acked = None
+            if message.chunk is not None:
+                self._unacked += 1
+                acked = partial(self._ack, encode_ack(message))
+            server.gateway.offer(message, size, self._peer, acked)
+            server.strangers.pop(self, None)
+            if server.gateway.buffer_bytes + server.partial_bytes > server.config.buffer_bytes_max:
+                server.balance()
+                # One read of 256 KiB may hold gigabytes, packed: what is not taken yet waits for `resume`.
+                if server.paused:
+                    break
+        return moved
+
+    def _greet(self, ping: Ping) -> None:
+        if self._handshake is None or self._transport is None:
+            raise Refused("no_ping", "a PING that nobody asked for")
+        pong, refusal = self._handshake.answer(ping.value)
+        self._transport.write(pong)
+        if refusal:
+            raise Refused(
+                refusal, "the handshake failed: does the client have this gateway's key and its own password?"
+            )
+        self._asks, self._handshake = False, None
+
+    def eof_received(self) -> bool:
+        """Keep the way back open while acks are due: some clients send, end their side and read on."""
+        if self._transport is None or not self._unacked or self._transport.get_extra_info("ssl_object") is not None:
+            return False
+        self.half_closed = True
+        self.since_s = self._server.now_s()
+        self._server.unfinished.add(self)
+        self._account(0)
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the peer; its chunks go on, their acks go nowhere."""
+        self._transport = None
+        self._account(0)
+        self._server.let_go(self)
+
+    def refuse(self, reason: str, why: str) -> None:
+        """Close at once, counted; nothing further is acked here."""
+        self._server.refusals.add(self._peer.origin, reason, why)
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left, then close. A peer that reads nothing is not waited for."""
+        self._account(0)
+        if self._transport is not None and not self._transport.is_closing():
+            # A PONG with its refusal may still go out.
+            if self._transport.get_write_buffer_size() > _PONG_BYTES_MAX:
+                self._transport.abort()
+            else:
+                self._transport.close()
+        self._transport = None
+        self._server.let_go(self)
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        if self._transport is not None and not self._transport.is_closing() and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Take what waits undecoded, then read on, unless the bound is reached again."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        # The time in which the gateway did not read is not the peer's.
+        self.since_s = self._server.now_s()
+        if self.partial_bytes:
+            self.take(b"")
+        if self._transport is not None and not self._server.paused and not self._transport.is_reading():
+            self._transport.resume_reading()
+
+    def _account(self, pending: int) -> None:
+        self._server.partial_bytes += pending - self.partial_bytes
+        self.partial_bytes = pending
+
+    def _ack(self, data: bytes, _outcome: Outcome) -> None:
+        self._unacked -= 1
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._transport.write(data)
+        self._server.metrics.add("chunks_acked_total")
+        if self._transport.get_write_buffer_size() > _ACK_BYTES_MAX:
+            self.refuse("slow_reader", "acks stay unread")
+        elif self.half_closed and not self._unacked:
+            self.close()

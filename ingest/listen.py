@@ -1,0 +1,124 @@
+"""The sockets that a gateway listens on: TCP, plain or TLS; UDP for the heartbeat; a Unix socket.
+
+A port that cannot be had is told at start (`ConfigRejected`); one that is lost later shows in the stage's exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import stat
+from typing import TYPE_CHECKING
+
+from headrace.contract.errors import ConfigRejected
+from headrace.ingest.connection import Connection
+from headrace.ingest.tls import TlsGate
+
+if TYPE_CHECKING:
+    from headrace.ingest.server import Server
+
+log = logging.getLogger("headrace.ingest")
+
+_BACKLOG = 1_024
+_SOCKET_MODE = 0o660
+_PROBE_S = 0.5
+
+
+class Listeners:
+    """All of one server's listening sockets."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self._servers: list[asyncio.Server] = []
+        self._datagrams: asyncio.DatagramTransport | None = None
+        self._unix: tuple[str, int] | None = None
+
+    async def open(self, server: Server, host: str, port: int, *, share_port: bool) -> None:
+        """Listen. Raises `ConfigRejected` with the address that cannot be had."""
+        loop, shared = asyncio.get_running_loop(), share_port or None
+        try:
+            tcp = await loop.create_server(
+                lambda: _accept(server), host, port, reuse_address=True, reuse_port=shared, backlog=_BACKLOG
+            )
+            self._servers.append(tcp)
+            self.port = int(tcp.sockets[0].getsockname()[1])
+            self._datagrams, _ = await loop.create_datagram_endpoint(
+                lambda: Heartbeat(server), local_addr=(host, self.port), reuse_port=shared
+            )
+        except OSError as error:
+            self.close()
+            raise ConfigRejected(
+                f"cannot listen on {host}:{port or self.port}, TCP and UDP (heartbeats): {error.strerror or error}. "
+                "Is another gateway there? Several share a port with --share-port, each with a --name of its own."
+            ) from error
+        if server.place.socket_path:
+            await self._open_unix(server, server.place.socket_path)
+
+    async def _open_unix(self, server: Server, path: str) -> None:
+        try:
+            if await asyncio.to_thread(_answers, path):
+                raise ConfigRejected(f"another process listens on {path}; give this gateway a socket of its own.")
+            # asyncio takes a socket away that lies there unused; before it can be reached its mode must be right.
+            before = os.umask(0o777 & ~_SOCKET_MODE)
+            try:
+                unix = await asyncio.get_running_loop().create_unix_server(
+                    lambda: Connection(server, trusted=True), path, backlog=_BACKLOG
+                )
+            finally:
+                os.umask(before)
+        except OSError as error:
+            self.close()
+            raise ConfigRejected(f"cannot listen on the socket {path}: {error.strerror or error}.") from error
+        self._servers.append(unix)
+        self._unix = (path, os.stat(path).st_ino)
+        log.info("forward on %s", path)
+
+    def close(self) -> None:
+        """Take nobody in any more; connections go on."""
+        for listener in self._servers:
+            listener.close()
+        if self._datagrams is not None:
+            self._datagrams.close()
+        if self._unix is not None:
+            path, number = self._unix
+            # Only ours: a successor may have put its own there.
+            if os.path.exists(path) and os.stat(path).st_ino == number:
+                os.unlink(path)
+        self._servers, self._datagrams, self._unix = [], None, None
+
+
+def _accept(server: Server) -> asyncio.Protocol:
+    return Connection(server) if server.identity is None else TlsGate(server, server.identity.context)
+
+
+def _answers(path: str) -> bool:
+    """Say whether a process listens on the socket at `path`."""
+    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        return True
+
+
+class Heartbeat(asyncio.DatagramProtocol):
+    """fluentd's UDP heartbeat: one zero byte is answered with one. Nothing else is, so it amplifies nothing."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._transport: asyncio.DatagramTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the way out."""
+        if isinstance(transport, asyncio.DatagramTransport):
+            self._transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str | int, ...]) -> None:
+        """Answer, unless this gateway is about to leave."""
+        if data == b"\0" and self._transport is not None and not self._server.draining:
+            self._transport.sendto(b"\0", addr)
