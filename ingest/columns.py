@@ -82,6 +82,14 @@ def layout(declared: Declared) -> Layout:
 def valid_utf8(data: U8s, at: Word, size: Word) -> Flag:
     """Say whether these bytes are UTF-8 (no surrogates, nothing overlong). Source: RFC 3629, section 4."""
     end = at + size
+    if size > 16:
+        # Most text is ASCII, which is seen many bytes at once.
+        text = data[at:end]
+        high = np.uint8(0)
+        for i in range(len(text)):
+            high |= text[i]
+        if high < 0x80:
+            return True
     while at < end:
         first = data[at]
         if first < 0x80:
@@ -89,20 +97,20 @@ def valid_utf8(data: U8s, at: Word, size: Word) -> Flag:
             continue
         if first < 0xC2 or first > 0xF4:
             return False
-        low, high, more = 0x80, 0xBF, 1
+        low, top, more = 0x80, 0xBF, 1
         if first >= 0xF0:
             more = 3
             if first == 0xF0:
                 low = 0x90
             elif first == 0xF4:
-                high = 0x8F
+                top = 0x8F
         elif first >= 0xE0:
             more = 2
             if first == 0xE0:
                 low = 0xA0
             elif first == 0xED:
-                high = 0x9F
-        if at + more >= end or data[at + 1] < low or data[at + 1] > high:
+                top = 0x9F
+        if at + more >= end or data[at + 1] < low or data[at + 1] > top:
             return False
         for i in range(2, more + 1):
             if data[at + i] < 0x80 or data[at + i] > 0xBF:
@@ -168,44 +176,45 @@ def _value(
     data: U8s,
     at: Word,
     want: Word,
+    column: Word,
     row: Word,
-    ints_N: I64s,
-    floats_N: npt.NDArray[np.float64],
-    lens_N: npt.NDArray[np.int32],
-    valid_N: Flags,
+    ints_CN: npt.NDArray[np.int64],
+    floats_CN: npt.NDArray[np.float64],
+    lens_CN: npt.NDArray[np.int32],
+    valid_CN: Flags,
     scratch: U8s,
 ) -> tuple[Flag, Word]:
     """Put the value at `at` into its column; return (whether it is ordinary there, what follows)."""
     kind, value, at = head(data, at)
-    valid_N[row] = 1
+    valid_CN[column, row] = 1
     if kind == NIL:
-        valid_N[row] = 0
+        valid_CN[column, row] = 0
         return True, at
     if kind == STR or kind == BIN:
         if want != _TEXT and (want != _ID or value > ID_BYTES_MAX):
             return False, at
-        ints_N[row], lens_N[row] = at, value
+        ints_CN[column, row], lens_CN[column, row] = at, value
         if want == _ID and value == 0:
-            valid_N[row] = 0
+            valid_CN[column, row] = 0
         return valid_utf8(data, at, value), at + value
     if kind == INT:
         if want == _FLOAT or want == _FLOAT32:
-            floats_N[row] = value
+            floats_CN[column, row] = value
             return True, at
-        ints_N[row], lens_N[row] = value, _NUMBER
+        ints_CN[column, row], lens_CN[column, row] = value, _NUMBER
         return want == _INT or want == _ID or want == _TIME or (want == _PLACE and 0 <= value <= PLACE_MAX), at
     if kind == FLOAT:
         real = _real(data, at, value, scratch)
-        floats_N[row] = real
+        floats_CN[column, row] = real
         if want == _FLOAT:
             return real - real == 0.0, at + value
         if want == _FLOAT32:
             return -_FLOAT32_MAX <= real <= _FLOAT32_MAX, at + value
         if want != _INT or not -_EXACT_FLOAT <= real <= _EXACT_FLOAT:
             return False, at
-        ints_N[row] = np.int64(real)
+        ints_CN[column, row] = np.int64(real)
         return real == np.floor(real), at + value
-    ints_N[row] = value
+    ints_CN[column, row] = value
     return kind == BOOL and want == _BOOL, at
 
 
@@ -257,9 +266,9 @@ def _rows(
             column = _column_at(data, at, size, pair, names, name_at, hints)
             at += size
             if column >= 0:
+                # Whole arrays: a view of one row of them costs as much as the value.
                 ok, at = _value(
-                    data, at, kinds_C[column], row,
-                    ints_CN[column], floats_CN[column], lens_CN[column], valid_CN[column], scratch,
+                    data, at, kinds_C[column], column, row, ints_CN, floats_CN, lens_CN, valid_CN, scratch
                 )  # fmt: skip
             elif refuse_unknown:
                 ok = False
@@ -297,6 +306,16 @@ def _write(number: Word, data: U8s, at: Word, size: Word) -> None:
 
 
 @numba.njit(cache=True)
+def _copy(data: U8s, start: Word, text: U8s, at: Word, size: Word) -> None:
+    # A slice is copied by the machine's own routine, which pays from some 32 bytes on.
+    if size > 32:
+        text[at : at + size] = data[start : start + size]
+    else:
+        for i in range(size):
+            text[at + i] = data[start + i]
+
+
+@numba.njit(cache=True)
 def _gather(data: U8s, ints_N: I64s, lens_N: npt.NDArray[np.int32], valid_N: Flags) -> tuple[I64s, U8s]:
     """Return the offsets and bytes of a text column; a number becomes its decimal text, null is empty."""
     rows = len(ints_N)
@@ -317,9 +336,7 @@ def _gather(data: U8s, ints_N: I64s, lens_N: npt.NDArray[np.int32], valid_N: Fla
         if lens_N[row] == _NUMBER:
             _write(ints_N[row], text, at, size)
         else:
-            start = ints_N[row]
-            for i in range(size):
-                text[at + i] = data[start + i]
+            _copy(data, ints_N[row], text, at, size)
     return offsets, text
 
 
@@ -361,9 +378,7 @@ def _gather_ids(
         elif lens_N[row] == _NUMBER:
             _write(ints_N[row], text, at, size)
         else:
-            start = ints_N[row]
-            for i in range(size):
-                text[at + i] = data[start + i]
+            _copy(data, ints_N[row], text, at, size)
     return offsets, text
 
 

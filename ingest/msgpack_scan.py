@@ -28,7 +28,7 @@ DONE, MORE, BAD, LARGE = range(4)
 _MARK_LOW = np.int64(0xFFFFFFFE)
 
 
-@numba.njit(cache=True, inline="never")
+@numba.njit(cache=True)
 def big(data: U8s, at: Word, size: Word) -> Word:
     """Return the big-endian unsigned integer of `size` bytes, its 64 bits read as signed."""
     value = np.int64(0)
@@ -37,21 +37,42 @@ def big(data: U8s, at: Word, size: Word) -> Word:
     return value
 
 
-@numba.njit(cache=True)
-def head_bytes(first: Word) -> Word:
-    """Return how many bytes a head has that begins with `first`, payload not counted."""
-    if first < 0xC4:
-        return 1
-    if first < 0xE0:
-        return _HEAD_BYTES[first - 0xC4]
-    return 1
+def _table() -> tuple[I64s, I64s, I64s]:
+    """Return, by first byte: kind, the value that the byte itself holds, how many bytes of number follow."""
+    kinds, values, sizes = np.zeros((3, 256), np.int64)
+
+    def put(first: int, many: int, kind: int, value: int = 0, size: int = 0) -> None:
+        kinds[first : first + many] = kind
+        values[first : first + many] = value + np.arange(many)
+        sizes[first : first + many] = size
+
+    put(0x00, 0x80, INT)
+    put(0x80, 16, MAP)
+    put(0x90, 16, ARRAY)
+    put(0xA0, 32, STR)
+    put(0xC0, 1, NIL)
+    put(0xC1, 1, BROKEN)
+    put(0xC2, 2, BOOL)
+    put(0xCA, 1, FLOAT, 4)
+    put(0xCB, 1, FLOAT, 8)
+    put(0xE0, 32, INT, -32)
+    for i in range(5):
+        put(0xD4 + i, 1, EXT, 1 << i)
+    for i in range(4):
+        put(0xCC + i, 1, BEYOND if i == 3 else INT, size=1 << i)
+        put(0xD0 + i, 1, INT, value=_SIGNED, size=1 << i)
+    for i in range(3):
+        put(0xC4 + i, 1, BIN, size=1 << i)
+        put(0xC7 + i, 1, EXT, size=1 << i)
+        put(0xD9 + i, 1, STR, size=1 << i)
+    for i in range(2):
+        put(0xDC + i, 1, ARRAY, size=2 << i)
+        put(0xDE + i, 1, MAP, size=2 << i)
+    return kinds, values, sizes
 
 
-# 0xc4 to 0xdf: bin8..32, ext8..32 (with the type), float32, float64, uint8..64, int8..64, fixext1..16, str8..32,
-# array16..32, map16..32. Numbers are all head.
-_HEAD_BYTES = np.array(
-    [2, 3, 5, 3, 4, 6, 5, 9, 2, 3, 5, 9, 2, 3, 5, 9, 2, 2, 2, 2, 2, 2, 3, 5, 3, 5, 3, 5], dtype=np.int64
-)
+_SIGNED = -1
+_KIND, _VALUE, _SIZE = _table()
 
 
 @numba.njit(cache=True)
@@ -61,45 +82,20 @@ def head(data: U8s, at: Word) -> tuple[Word, Word, Word]:
     The value is the number itself (for FLOAT its size in bytes), or how many bytes or values follow. For EXT it is
     the payload's length; the type is the byte before the payload.
     """
-    first = np.int64(data[at])
-    if first < 0x80:
-        return INT, first, at + 1
-    if first >= 0xE0:
-        return INT, first - 256, at + 1
-    if first < 0x90:
-        return MAP, first - 0x80, at + 1
-    if first < 0xA0:
-        return ARRAY, first - 0x90, at + 1
-    if first < 0xC0:
-        return STR, first - 0xA0, at + 1
-    if first == 0xC0:
-        return NIL, np.int64(0), at + 1
-    if first == 0xC1:
-        return BROKEN, np.int64(0), at + 1
-    if first < 0xC4:
-        return BOOL, first - 0xC2, at + 1
-    rest = at + _HEAD_BYTES[first - 0xC4]
-    if first < 0xC7:
-        return BIN, big(data, at + 1, 1 << (first - 0xC4)), rest
-    if first < 0xCA:
-        return EXT, big(data, at + 1, 1 << (first - 0xC7)), rest
-    if first < 0xCC:
-        return FLOAT, np.int64(4) if first == 0xCA else np.int64(8), at + 1
-    if first < 0xD0:
-        value = big(data, at + 1, 1 << (first - 0xCC))
-        return (BEYOND if value < 0 else INT), value, rest
-    if first < 0xD4:
-        size = 1 << (first - 0xD0)
-        value = big(data, at + 1, size)
-        shift = np.int64(64 - 8 * size)
-        return INT, (value << shift) >> shift, rest
-    if first < 0xD9:
-        return EXT, np.int64(1) << (first - 0xD4), rest
-    if first < 0xDC:
-        return STR, big(data, at + 1, 1 << (first - 0xD9)), rest
-    if first < 0xDE:
-        return ARRAY, big(data, at + 1, 2 << (first - 0xDC)), rest
-    return MAP, big(data, at + 1, 2 << (first - 0xDE)), rest
+    first = data[at]
+    kind, size = _KIND[first], _SIZE[first]
+    rest = at + 1 + size
+    if size == 0:
+        return kind, _VALUE[first], rest + (1 if kind == EXT else 0)
+    value = big(data, at + 1, size)
+    if kind == EXT:
+        return kind, value, rest + 1
+    if kind == INT and _VALUE[first] == _SIGNED:
+        shift = 64 - 8 * size
+        return kind, (value << shift) >> shift, rest
+    if kind == BEYOND and value >= 0:
+        return INT, value, rest
+    return kind, value, rest
 
 
 @numba.njit(cache=True)
@@ -112,8 +108,8 @@ def skip(data: U8s, end: Word, at: Word, todo: Word, limit: Word) -> tuple[Word,
     while todo > 0:
         if at >= end:
             return MORE, at, todo
-        size = head_bytes(np.int64(data[at]))
-        if at + size > end:
+        first = data[at]
+        if at + 1 + _SIZE[first] + (_KIND[first] == EXT) > end:
             return MORE, at, todo
         kind, value, rest = head(data, at)
         todo -= 1
