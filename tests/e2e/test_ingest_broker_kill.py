@@ -1,0 +1,63 @@
+"""Real Kafka and two real gateway processes on one port, all killed with -9 under load.
+
+Goal: every event that was emitted is in the log at least once, and once after ids are dropped; nobody lends a hand.
+Method: a stack of its own; senders with acks (`headrace.sender` and raw forward chunks, half of them without event
+ids) at 1,000 events/s; SIGKILL to the broker twice and to each gateway; then the log is read from its beginning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from stack import SHOP
+
+from headrace.cli.runtime import load_project
+from headrace.deploy.local import chaos
+from headrace.deploy.local.chaos import Account, Kill
+from headrace.deploy.local.supervise import Supervisor
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(280)]
+
+RATE = 1_000
+KILLS = (
+    Kill("kafka", 3.0, when_ready=True),
+    Kill("ingest", 2.0, when_ready=True),
+    # While the broker is still coming back, the other gateway goes too.
+    Kill("kafka", 2.0, when_ready=True),
+    Kill("ingest-2", 1.0, when_ready=False),
+)
+
+
+@pytest.fixture(scope="module")
+def outcome() -> Iterator[tuple[Account, dict[str, int], dict[str, int]]]:
+    config, project = load_project(SHOP)
+    account = Account(seed=5, stages=["kafka", "ingest"], kills=list(KILLS), rate=RATE, seconds=0.0, rate_held=0.0)
+    begin = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - begin:6.1f} s  {text}")
+
+    with chaos.own_stack(SHOP, config, ("kafka", "ingest"), say, gateways=2) as layout:
+        before = Supervisor(layout).pids()
+        chaos.run(layout, project, config, account.kills, account, say)
+        yield account, before, Supervisor(layout).pids()
+
+
+def test_all_were_killed_and_are_back_by_themselves(outcome: tuple[Account, dict[str, int], dict[str, int]]) -> None:
+    account, before, after = outcome
+    assert {"kafka", "ingest", "ingest-2"} <= after.keys()
+    assert not set(before.values()) & set(after.values())
+    assert all(kill.pid for kill in account.kills)
+
+
+def test_every_event_is_in_the_log_and_once_after_ids_are_dropped(
+    outcome: tuple[Account, dict[str, int], dict[str, int]],
+) -> None:
+    account, _, _ = outcome
+    assert account.emitted > 5 * RATE
+    assert (account.lost, account.twice, account.made_up, account.bad_lost) == (0, 0, 0, 0)
+    assert account.closes
+    assert account.appended == account.emitted + account.repeated_in_log
+    assert account.repeated + account.repeated_in_log > 0, "kills made shippers send again, and that was seen"
