@@ -1,8 +1,8 @@
-"""Kafka messages as fluent-bit's `out_kafka` and fluentd's `kafka2` write them: bytes in, (tag, time, record) out. Pure.
+"""Kafka messages as fluent-bit's `out_kafka` and fluentd's `kafka2` write them: bytes to (tag, time, record). Pure.
 
 | format | written by | what is restored |
 |---|---|---|
-| `json` | fluent-bit (float, iso8601, iso8601_ns), kafka2 with and without `<inject>` | time to the last digit written |
+| `json` | fluent-bit (float, iso8601, iso8601_ns), kafka2 with and without `<inject>` | time to its last digit |
 | `msgpack` | the same two | float64 time: the shortest decimal that means it |
 | `gelf` | fluent-bit | `_name` is `name` again; level is a number there; milliseconds |
 | `raw` | fluent-bit, anything | the text as one field; Kafka's timestamp |

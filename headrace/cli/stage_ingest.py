@@ -1,7 +1,9 @@
 """Gateway: take events over Fluent forward, append them to Kafka in columnar batches, ack what Kafka has.
 
 On SIGTERM it stops reading, appends what it holds, acks it, says goodbye to every partition and exits 0 in 5 seconds.
-HEADRACE_SHARED_KEY in the environment asks every shipper for Fluent's shared-key handshake.
+Secrets come from the environment. HEADRACE_SHARED_KEY asks every shipper for Fluent's shared-key handshake,
+HEADRACE_USERS (`name:password`, one a line or parted by commas) for a user as well, HEADRACE_TLS_PASSWORD opens an
+encrypted TLS key. TLS begins with `ingest.tls_cert` and `ingest.tls_key` in headrace.toml, or the flags.
 """
 
 from __future__ import annotations
@@ -11,12 +13,22 @@ import logging
 import os
 import socket
 import threading
+from functools import partial
+from pathlib import Path
 
+import msgspec
+
+from headrace.backends.group_kafka import KafkaGroup
 from headrace.backends.log_kafka import KafkaAdmin
+from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.runtime import HOST, add_common, open_runtime, stop_event
+from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import Unavailable
 from headrace.contract.log import TopicSpec
 from headrace.ingest import server
+from headrace.ingest.kafka_source import KafkaSource
+from headrace.ingest.place import read_users
+from headrace.ingest.tls import Identity
 
 HELP = "gateway: Fluent forward in, batches to Kafka out"
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
@@ -33,30 +45,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="port to listen on (24224, moved by PORT_BASE)")
     parser.add_argument("--name", help="this gateway's name in punctuation, stable over restarts (host name and port)")
     parser.add_argument("--share-port", action="store_true", help="let several gateways listen on the port; name each")
+    parser.add_argument("--socket", metavar="PATH", default="", help="listen on this Unix socket too, as Docker logs")
+    parser.add_argument("--metrics-port", type=int, help="port of /metrics (9101, moved by PORT_BASE)")
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate and chain, PEM (ingest.tls_cert)")
+    parser.add_argument("--tls-key", metavar="FILE", help="private key, PEM (ingest.tls_key)")
+    parser.add_argument("--tls-client-ca", metavar="FILE", help="ask for client certificates (ingest.tls_client_ca)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     runtime = open_runtime(args)
-    stop = stop_event()
-    metrics = runtime.metrics("ingest")
-    metrics.ready(False, "waiting for Kafka")
-    partitions = runtime.config.log.partitions
-    if not _topics_exist(KafkaAdmin(runtime.brokers, timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop):
-        return 0
+    config = _with_tls(runtime.config.ingest, args, runtime.project_dir)
+    identity = Identity(config, os.environ.get("HEADRACE_TLS_PASSWORD", "")) if config.tls_cert else None
     port = args.port or runtime.port("forward")
-    producer = runtime.producer()
     place = server.Place(
         host=args.host,
         port=port,
         name=args.name or f"{socket.gethostname()}-{port}",
         shared_key=os.environ.get("HEADRACE_SHARED_KEY", ""),
+        users=read_users(os.environ.get("HEADRACE_USERS", "")),
         share_port=args.share_port,
-    )
+        socket_path=args.socket,
+    ).checked()
+    stop = stop_event()
+    metrics = PrometheusMetrics("ingest", args.metrics_port or runtime.port("metrics_ingest"))
+    metrics.ready(False, "waiting for Kafka")
+    partitions = runtime.config.log.partitions
+    if not _topics_exist(KafkaAdmin(runtime.brokers, timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop):
+        return 0
+    producer = runtime.producer()
     try:
         server.run(
             runtime.project,
-            runtime.config.ingest,
+            config,
             runtime.topics,
             partitions,
             producer,
@@ -65,12 +86,31 @@ def main(args: argparse.Namespace) -> int:
             place,
             stop,
             lambda _port: metrics.ready(True),
+            [
+                KafkaSource(source, partial(_open_group, source, runtime.brokers), metrics)
+                for source in runtime.config.ingest.sources
+            ],
+            identity=identity,
         )
     finally:
         metrics.ready(False, "stopping")
         producer.close()
         metrics.close()
     return 0
+
+
+def _with_tls(config: IngestConfig, args: argparse.Namespace, project_dir: Path) -> IngestConfig:
+    """Return the configuration with the flags' TLS files; those of the TOML lie relative to its folder."""
+    names = ("tls_cert", "tls_key", "tls_client_ca")
+    files = {name: str(project_dir / getattr(config, name)) for name in names if getattr(config, name)}
+    files |= {name: told for name in names if (told := getattr(args, name))}
+    return msgspec.structs.replace(config, **files)
+
+
+def _open_group(source: SourceConfig, own_brokers: str) -> KafkaGroup:
+    """Join the source's consumer group."""
+    group = source.group or f"headrace-{source.topic}"
+    return KafkaGroup(source.brokers or own_brokers, source.topic, group, start=source.start)
 
 
 def _topics_exist(admin: KafkaAdmin, specs: tuple[TopicSpec, ...], stop: threading.Event) -> bool:

@@ -185,9 +185,8 @@ def test_a_bad_log_record_does_not_stop_its_neighbours() -> None:
 )
 def test_times_in_every_unit_to_the_last_digit(unit: str, text: str, time_ns: int) -> None:
     source = SourceConfig(topic="t", tag="a", time_unit=unit)  # type: ignore[arg-type]
-    assert read_foreign(source, f'{{"@timestamp": {text}, "a": 0.1}}'.encode(), 5) == [
-        Foreign("a", time_ns, {"a": 0.1})
-    ]
+    value = f'{{"@timestamp": {text}, "a": 0.1}}'.encode()
+    assert read_foreign(source, value, 5) == [Foreign("a", time_ns, {"a": 0.1})]
 
 
 def test_a_leap_second_and_impossible_days() -> None:

@@ -1,0 +1,194 @@
+"""The Kafka source: a topic that shippers write by themselves, re-keyed through the gateway as it is.
+
+How nothing is lost and nothing counts twice, in the words that the tests use:
+
+1. *take*: records of the partitions held are taken in order, at most `in_flight_max` without their receipts, and none
+   while the gateway holds too much; the group's member stops fetching then.
+2. *name*: an event without an id gets `topic/partition/offset/timestamp` of its record, so that reading a record again
+   is a repeat. The timestamp tells a topic from another of its name, made anew or in another cluster.
+3. *offer*: the records of one partition go to the gateway as one message a tag; what cannot be read goes as a dead
+   letter, `bad_chunk`, with its bytes.
+4. *settle*: when every event of a run of records has its receipt, dead letters included, and so have all runs before
+   it, the group's position of the partition moves behind it.
+
+A crash, or a partition given to another gateway, anywhere before 4 means that records are read again; the gateway that
+appended them, else the stream, drops their events by id.
+
+Shippers write null keys by default, which spread over partitions: order between records is that of the partition only,
+and there is none where no key is configured. The join needs none (feedback that comes first waits for its impression,
+`join.early_feedback_ms`), but an impression then sees counters as they stood when it was read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from headrace.contract.config import SourceConfig
+from headrace.contract.group import Claim, Fetched, Group
+from headrace.contract.metrics import Metrics
+from headrace.ingest.batcher import Outcome
+from headrace.ingest.foreign import Foreign, read_foreign
+from headrace.ingest.forward_protocol import Message, message_of
+from headrace.ingest.gateway import Peer
+
+if TYPE_CHECKING:
+    from headrace.ingest.server import Server
+
+log = logging.getLogger("headrace.ingest")
+
+_TAKE_MAX = 1_000
+"""Most records in one turn of the loop: 10 ms of decoding, in which no connection is served."""
+_BUSY_S, _IDLE_S = 0.002, 0.02
+_TELL_S = 1.0
+_SETTLE_S, _LEAVE_S = 1.0, 0.8
+"""Longest waits at the end, for receipts and for the group: together less than the server's `DRAIN_S`, 2 s."""
+
+
+class Run(msgspec.Struct):
+    """Records of one partition that were offered together; `open` messages have no receipt yet."""
+
+    end: int
+    """Offset of the first record behind it."""
+    records: int
+    open: int
+
+
+class Positions:
+    """What was offered of each claim, in order, and how far it is settled without a hole. Pure."""
+
+    def __init__(self) -> None:
+        self._runs: defaultdict[Claim, deque[Run]] = defaultdict(deque)
+        self.in_flight = 0
+        """Records offered and not settled."""
+
+    def offered(self, claim: Claim, run: Run) -> None:
+        """Note a run, before any receipt of it comes."""
+        self._runs[claim].append(run)
+        self.in_flight += run.records
+
+    def settled(self, claim: Claim) -> int | None:
+        """Drop the claim's finished runs from its front; return the position behind them, None where it stays."""
+        runs, position = self._runs[claim], None
+        while runs and runs[0].open == 0:
+            run = runs.popleft()
+            position = run.end
+            self.in_flight -= run.records
+        if not runs:
+            del self._runs[claim]
+        return position
+
+
+class KafkaSource:
+    """One topic, read by one gateway: a companion of its server."""
+
+    def __init__(self, config: SourceConfig, open_group: Callable[[], Group], metrics: Metrics) -> None:
+        self._config, self._open_group, self._metrics = config, open_group, metrics
+        self._positions = Positions()
+        self._gap = 0
+
+    async def run(self, server: Server, stopping: asyncio.Event) -> None:
+        """Take, offer and settle until `stopping`; then wait for receipts, commit and leave the group, in 2 s."""
+        loop = asyncio.get_running_loop()
+        group = self._open_group()
+        closed = False
+        try:
+            tell_s = loop.time()
+            while not stopping.is_set():
+                busy = self.turn(server, group)
+                if loop.time() >= tell_s:
+                    tell_s = loop.time() + _TELL_S
+                    self._tell(group)
+                await asyncio.sleep(_BUSY_S if busy else _IDLE_S)
+            until = loop.time() + _SETTLE_S
+            while self._positions.in_flight and loop.time() < until:
+                await asyncio.sleep(_BUSY_S)
+            closed = True
+            await asyncio.to_thread(group.close, _LEAVE_S)
+        finally:
+            if not closed:
+                group.close(0.0)
+
+    def turn(self, server: Server, group: Group) -> bool:
+        """Take what may be taken and offer it; say whether there was any. Never blocks."""
+        room = self._config.in_flight_max - self._positions.in_flight
+        if room <= 0 or server.paused or server.draining:
+            return False
+        fetched = group.take(min(room, _TAKE_MAX))
+        for claim, records in groupby(fetched, lambda one: one.claim):
+            if group.held(claim):
+                self._offer(server, group, claim, list(records))
+        return bool(fetched)
+
+    def _offer(self, server: Server, group: Group, claim: Claim, records: Sequence[Fetched]) -> None:
+        """Offer a run of records; its position moves when the last receipt of its messages has come."""
+        messages = messages_of(self._config, records)
+        run = Run(records[-1].offset + 1, len(records), len(messages) + 1)
+        self._positions.offered(claim, run)
+        peer = Peer(f"kafka:{claim.topic}/{claim.partition}")
+        for message in messages:
+            server.gateway.offer(message, len(message.raw), peer, partial(self._acked, group, claim, run))
+        # One more than the messages: receipts that come at once must not settle a run that is half offered.
+        self._acked(group, claim, run, Outcome(0, 0, 0))
+
+    def _acked(self, group: Group, claim: Claim, run: Run, _outcome: Outcome) -> None:
+        run.open -= 1
+        if run.open:
+            return
+        self._metrics.add("source_settled_total", run.records, reason=self._config.topic)
+        position = self._positions.settled(claim)
+        if position is not None:
+            group.settle(claim, position)
+
+    def _tell(self, group: Group) -> None:
+        standing = group.standing()
+        self._metrics.set("lag_records", standing.lag_records, reason=self._config.topic)
+        if standing.gap_records > self._gap:
+            self._metrics.add("gap_total", standing.gap_records - self._gap, reason=self._config.topic)
+            self._gap = standing.gap_records
+
+
+def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Message]:
+    """Return what a run of records says: one message a tag, and one for each record that cannot be read. Pure."""
+    bodies: defaultdict[str, list[bytes]] = defaultdict(list)
+    unread: list[Message] = []
+    for one in records:
+        for nth, found in enumerate(read_foreign(source, one.value, one.timestamp_ms)):
+            body = b""
+            if not found.problem:
+                body, found = _packed(found, one, _event_id(source, one, nth))
+            if found.problem:
+                chunk = _event_id(source, one, nth)
+                unread.append(Message(found.tag, chunk=chunk, problem=found.problem, raw=found.raw))
+            else:
+                bodies[found.tag].append(body)
+    whole = [Message(tag, b"".join(parts), plain_bytes=sum(map(len, parts))) for tag, parts in bodies.items()]
+    return whole + unread
+
+
+def _packed(found: Foreign, one: Fetched, event_id: str) -> tuple[bytes, Foreign]:
+    """Return the record as an entry of a message, with its id; or what keeps it from being one."""
+    record: dict[Any, Any] = found.record
+    if not _has_id(record.get("event_id")):
+        record = {**record, "event_id": event_id}
+    try:
+        return message_of(found.tag, [(found.time_ns, record)]).body, found
+    except (ValueError, OverflowError, RecursionError) as error:
+        # Text with half a surrogate pair, or nesting that MessagePack's packer does not follow.
+        return b"", Foreign(found.tag, None, None, f"no record: {type(error).__name__}", one.value or b"")
+
+
+def _event_id(source: SourceConfig, one: Fetched, nth: int) -> str:
+    whole = f"{one.claim.topic}/{one.claim.partition}/{one.offset}/{one.timestamp_ms}"
+    return f"{whole}/{nth}" if source.format == "otlp_json" else whole
+
+
+def _has_id(value: Any) -> bool:
+    return bool(value) or (isinstance(value, int) and not isinstance(value, bool))
