@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from headrace.contract.errors import ConfigRejected
 from headrace.ingest.connection import Connection
@@ -36,7 +36,16 @@ class Listeners:
         self._unix: tuple[str, int] | None = None
 
     async def open(self, server: Server, host: str, port: int, *, share_port: bool) -> None:
-        """Listen. Raises `ConfigRejected` with the address that cannot be had."""
+        """Listen on all of them, or on none. Raises `ConfigRejected` with the address that cannot be had."""
+        try:
+            await self._open_port(server, host, port, share_port=share_port)
+            if server.place.socket_path:
+                await self._open_unix(server, server.place.socket_path)
+        except BaseException:
+            self.close()
+            raise
+
+    async def _open_port(self, server: Server, host: str, port: int, *, share_port: bool) -> None:
         loop, shared = asyncio.get_running_loop(), share_port or None
         try:
             tcp = await loop.create_server(
@@ -48,13 +57,10 @@ class Listeners:
                 lambda: Heartbeat(server), local_addr=(host, self.port), reuse_port=shared
             )
         except OSError as error:
-            self.close()
             raise ConfigRejected(
                 f"cannot listen on {host}:{port or self.port}, TCP and UDP (heartbeats): {error.strerror or error}. "
                 "Is another gateway there? Several share a port with --share-port, each with a --name of its own."
             ) from error
-        if server.place.socket_path:
-            await self._open_unix(server, server.place.socket_path)
 
     async def _open_unix(self, server: Server, path: str) -> None:
         try:
@@ -69,7 +75,6 @@ class Listeners:
             finally:
                 os.umask(before)
         except OSError as error:
-            self.close()
             raise ConfigRejected(f"cannot listen on the socket {path}: {error.strerror or error}.") from error
         self._servers.append(unix)
         self._unix = (path, os.stat(path).st_ino)
@@ -115,8 +120,8 @@ class Heartbeat(asyncio.DatagramProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the way out."""
-        if isinstance(transport, asyncio.DatagramTransport):
-            self._transport = transport
+        # A cast: Python 3.11's datagram transport does not say that it is one.
+        self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str | int, ...]) -> None:
         """Answer, unless this gateway is about to leave."""
