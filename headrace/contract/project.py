@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.mapping import AccessLog, check_mappings
 from headrace.contract.spec import Bucket, Categorical, Cross, FeatureSpec, Numeric, Rate
 
 FieldType = Literal["int64", "float64", "string", "bool"]
@@ -80,6 +81,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
     features: FeatureSpec
     recipe: Recipe = Recipe()
     name: str = "default"
+    mappings: tuple[AccessLog, ...] = ()
+    """Access logs whose lines are events; see `headrace.contract.mapping`."""
 
     def checked(self) -> Project:
         """Return self, or raise `ConfigRejected` naming the first declaration that contradicts another."""
@@ -87,6 +90,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         kinds = {f.name for f in self.feedback}
         if self.impression.key not in raw:
             raise ConfigRejected(f"impression.key {self.impression.key!r} is not one of its fields {sorted(raw)}.")
+        fields_by_tag = {self.impression.tag: self.impression.fields, **{f.tag: f.fields for f in self.feedback}}
+        check_mappings(self.mappings, fields_by_tag, self.impression.key)
         for task in self.tasks:
             if task.feedback not in kinds:
                 raise ConfigRejected(f"task {task.name!r} names feedback {task.feedback!r}; declared: {sorted(kinds)}.")
