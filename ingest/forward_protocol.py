@@ -85,6 +85,8 @@ class Message(msgspec.Struct, frozen=True):
     raw: bytes = b""
     json: bool = False
     """Sent as a bare JSON array; its ack is JSON too."""
+    reason: str = "bad_chunk"
+    """What dead letters say that `problem` makes: of the body where there is none, else of each entry in it."""
 
     @property
     def entries(self) -> list[Entry]:
