@@ -37,6 +37,7 @@ from headrace.contract.topics import Topics
 from headrace.ingest.batcher import Acked, Batcher, Cut, Outcome, Owner, Waiting, cut
 from headrace.ingest.columns import decode, hash_column, layout
 from headrace.ingest.forward_protocol import Entry, Message, chunk_text, encode_record, read_entry
+from headrace.ingest.mapping import mappers_of, together
 from headrace.ingest.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.punctuate import Punctuator
 from headrace.ingest.repeats import EventIds, Occurrences, Repeats, digest
@@ -95,6 +96,7 @@ class Gateway:
         self._config, self._topics, self._partitions = config, topics, partitions
         self._producer, self._metrics, self._clock, self._name = producer, metrics, clock, name
         self._types = {tag: layout(declared) for tag, declared in declared_types(project).items()}
+        self._mappers = mappers_of(project)
         self._batcher = Batcher(
             list(self._types.values()),
             batch_ms=config.batch_ms,
@@ -125,6 +127,13 @@ class Gateway:
             if acked is not None:
                 acked(Outcome(0, 0, 0))
             return
+        if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
+            mapped = mapper.map_message(message)
+            self._metrics.add("lines_skipped_total", mapped.skipped, reason=message.tag)
+            each = together(len(mapped.messages), acked)
+            for part in mapped.messages:
+                self.offer(part, 0, peer, each)
+            return
         key, prefix = self._identify(message, peer)
         made = self._types.get(message.tag)
         try:
@@ -149,7 +158,10 @@ class Gateway:
             self._lean(owner, first)
         else:
             self._chunks_open[key] = owner
-            if problem:
+            if message.problem and message.body:
+                for nth, entry in enumerate(message.entries):
+                    self._dead_letter(owner, message.reason, problem, entry, event_id=f"{prefix}/{nth}")
+            elif problem:
                 self._dead_letter(owner, "bad_chunk", problem, Entry(None, None), raw=raw)
             elif made is not None:
                 owner.waiting += len(starts)
