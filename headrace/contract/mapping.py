@@ -37,8 +37,8 @@ class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     event: str
     """Tag of a declared event."""
     fields: dict[str, str] = {}
-    """Event field to where its value is: `query:NAME`, `cookie:NAME`, `header:NAME`, `path:PLACEHOLDER`, `log:VARIABLE`
-    (nginx's name, such as `remote_addr`, or a key of a record that was parsed already), or `=TEXT`, the same for all."""
+    """Event field to where its value is: `query:NAME`, `cookie:NAME`, `header:NAME`, `path:PLACEHOLDER`, `=TEXT` (the
+    same for all), or `log:VARIABLE`: nginx's name, such as `remote_addr`, or a key of a record parsed already."""
     method: str = "GET"
     status: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]] = (200, 299)
     """Lowest and highest answer that counts."""
@@ -57,7 +57,7 @@ class AccessLog(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """The shipper's tag of these lines; no declared event has it."""
     routes: tuple[Route, ...]
     format: str = "combined"
-    """combined, common, vhost_combined, json (an object a line), or the text of nginx's log_format or Apache's LogFormat.
+    """combined, common, vhost_combined, json (an object a line), or a log_format (nginx) or LogFormat (Apache) itself.
     Records that the shipper's own parser cut into fields are known by their keys, whatever stands here."""
     field: str = "log"
     """Record's field that holds the line; without it, `message`."""

@@ -1,0 +1,361 @@
+"""Access logs of nginx and Apache: a log format compiled to a parser, a line to its variables. Pure.
+
+Variables have nginx's names, whichever server wrote them: `$http_referer` and `%{Referer}i` are both `http_referer`.
+A line is matched without going back, so its time grows with its length, whatever a visitor put into it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from datetime import date
+from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+
+from headrace.contract.errors import ConfigRejected
+from headrace.ingest.foreign import iso8601_ns, zone_s
+
+COMMON = '$remote_addr $remote_ident $remote_user [$time_local] "$request" $status $body_bytes_sent'
+NAMED = {
+    "common": COMMON,
+    "combined": COMMON + ' "$http_referer" "$http_user_agent"',
+    "vhost_combined": "$server_name:$server_port " + COMMON + ' "$http_referer" "$http_user_agent"',
+}
+
+Variables = dict[str, str | None]
+"""What one line says, by nginx's names; None where the server wrote `-`."""
+
+_APACHE = {
+    "a": "remote_addr",
+    "h": "remote_addr",
+    "l": "remote_ident",
+    "u": "remote_user",
+    "t": "time_local",
+    "r": "request",
+    "s": "status",
+    "b": "body_bytes_sent",
+    "B": "body_bytes_sent",
+    "O": "bytes_sent",
+    "I": "request_length",
+    "v": "server_name",
+    "V": "host",
+    "p": "server_port",
+    "m": "request_method",
+    "U": "uri",
+    "q": "args",
+    "H": "server_protocol",
+    "D": "request_time_us",
+    "T": "request_time",
+    "L": "log_id",
+    "P": "pid",
+    "k": "connection_requests",
+    "X": "connection_status",
+    "f": "request_filename",
+}
+_KEYED = {"i": "http_", "C": "cookie_", "o": "sent_http_", "e": "env_", "n": "note_"}
+
+
+class LineFormat(msgspec.Struct, frozen=True):
+    """A log format, ready to read lines."""
+
+    names: tuple[str, ...]
+    pattern: re.Pattern[str] | None
+    """None: each line is a JSON object of variables."""
+
+    def read(self, line: str) -> Variables | None:
+        """Return what the line says; None where it is not of this format."""
+        line = line.rstrip("\r\n")
+        if self.pattern is None:
+            return _json_object(line)
+        found = self.pattern.fullmatch(line)
+        if found is None:
+            return None
+        return {
+            name: None if value == "-" else plain_text(value)
+            for name, value in zip(self.names, found.groups(), strict=True)
+        }
+
+
+def compile_format(text: str) -> LineFormat:
+    """Return the parser of a named format, of nginx's `log_format` or of Apache's `LogFormat`.
+
+    Raises `ConfigRejected` where two variables touch: no line could be cut there.
+    """
+    if text == "json":
+        return LineFormat((), None)
+    parts = _pieces(NAMED.get(text, text).replace('\\"', '"'))
+    names = tuple(name for kind, name in parts if kind == "variable")
+    if not names:
+        raise ConfigRejected(
+            f"log format {text!r} has no variable; known: json, {', '.join(sorted(NAMED))}, or its text."
+        )
+    pattern = []
+    for at, (kind, piece) in enumerate(parts):
+        if kind == "literal":
+            pattern.append(re.escape(piece))
+            continue
+        before = parts[at - 1][1] if at else ""
+        kind_after, after = parts[at + 1] if at + 1 < len(parts) else ("literal", "")
+        if kind_after == "variable":
+            raise ConfigRejected(f"log format {text!r}: ${piece} and ${after} touch; put a blank between them.")
+        pattern.append(_value_pattern(before, after))
+    return LineFormat(names, re.compile("".join(pattern), re.DOTALL))
+
+
+def _pieces(text: str) -> list[tuple[str, str]]:
+    """Return the format as ("literal", text) and ("variable", name), literals joined."""
+    directive, name_of = (_NGINX_VARIABLE, _nginx_name) if "$" in text else (_APACHE_DIRECTIVE, _apache_name)
+    parts: list[tuple[str, str]] = []
+
+    def literal(piece: str) -> None:
+        if parts and parts[-1][0] == "literal":
+            piece = parts.pop()[1] + piece
+        if piece:
+            parts.append(("literal", piece))
+
+    at = 0
+    for found in directive.finditer(text):
+        literal(text[at : found.start()])
+        at = found.end()
+        name = name_of(found)
+        # Apache's %t brings its brackets along.
+        brackets = name == "time_local" and directive is _APACHE_DIRECTIVE
+        literal("[" if brackets else "")
+        if name == "%":
+            literal("%")
+        else:
+            parts.append(("variable", name))
+        literal("]" if brackets else "")
+    literal(text[at:])
+    return parts
+
+
+def _value_pattern(before: str, after: str) -> str:
+    """Return the group of a value between two literals, possessive: what it took it never gives back."""
+    if not after:
+        return "(.*+)"
+    if before.endswith('"') and after.startswith('"'):
+        # Both servers write a quote inside as an escape, so a bare one ends the value.
+        return r'((?:[^"\\]++|\\.)*+)'
+    first, rest = re.escape(after[0]), re.escape(after[1:])
+    return f"((?:[^{first}]++|{first}(?!{rest}))*+)" if rest else f"([^{first}]*+)"
+
+
+def _nginx_name(found: re.Match[str]) -> str:
+    return found[1] or found[2]
+
+
+def _apache_name(found: re.Match[str]) -> str:
+    argument, letter = found[1], found[2]
+    if letter == "%":
+        return "%"
+    if argument is None:
+        return _APACHE.get(letter, f"apache_{letter}")
+    if letter == "t":
+        return {"msec": "msec_int", "usec": "usec_int", "sec": "sec_int"}.get(argument.split(":")[-1], "time_text")
+    if letter == "e" and argument == "UNIQUE_ID":
+        return "request_id"
+    if letter == "T":
+        return f"request_time_{argument}"
+    return _KEYED.get(letter, f"apache_{letter}_") + argument.lower().replace("-", "_")
+
+
+def _json_object(line: str) -> Variables | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return variables_of(value) if isinstance(value, dict) else None
+
+
+def variables_of(record: Mapping[Any, Any], *, escaped: bool = False) -> Variables:
+    """Return the variables of a record that a shipper parsed; `escaped` where its values still have their escapes.
+
+    fluentd's and fluent-bit's parsers name some of them in their own way: `code` is nginx's `status`.
+    """
+    found: Variables = {}
+    for name, value in record.items():
+        text = _as_text(value)
+        if text is not None and escaped:
+            text = None if text == "-" else plain_text(text)
+        found[str(name)] = text
+    for other, name in _PARSERS_NAMES:
+        if other in found and found.get(name) is None:
+            found[name] = found[other]
+    return found
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        return read_bytes(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return value if isinstance(value, str) and value.isascii() else read_bytes(_raw_bytes(str(value)))
+    return json.dumps(value, default=str)
+
+
+def plain_text(value: str) -> str:
+    r"""Return a logged value as it was: nginx's `\xHH`, Apache's `\"` and its kin undone.
+
+    >>> plain_text(r"caf\xC3\xA9 \x22quoted\x22")
+    'café "quoted"'
+    """
+    if "\\" not in value:
+        return value if value.isascii() else read_bytes(_raw_bytes(value))
+    return read_bytes(_ESCAPE.sub(_unescaped, _raw_bytes(value)))
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    if found[1]:
+        return bytes.fromhex(found[1].decode())
+    return _LETTERS.get(found[2], found[2])
+
+
+def read_bytes(data: bytes) -> str:
+    """Return text: UTF-8, else Latin-1, which reads any bytes and keeps each."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _raw_bytes(value: str) -> bytes:
+    """Return the bytes that a shipper read; half a surrogate pair, which no bytes give, becomes a question mark."""
+    try:
+        return value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return value.encode("utf-8", "replace")
+
+
+class Request(NamedTuple):
+    """What a visitor asked for."""
+
+    method: str
+    segments: tuple[str, ...]
+    """The path, cut at its slashes and then decoded: `/a%2Fb/` is ("a/b", "")."""
+    query: str
+
+
+def request_of(variables: Variables) -> Request | None:
+    """Return the request of a line; None where there is none that a route could match (`-`, TLS on a plain port)."""
+    method, target = variables.get("request_method"), variables.get("request_uri")
+    if target is None and (path := variables.get("uri")) is not None:
+        args = (variables.get("args") or "").removeprefix("?")
+        target = f"{path}?{args}" if args else path
+    line = variables.get("request")
+    if line is not None and (method is None or target is None):
+        found = _REQUEST_LINE.fullmatch(line)
+        if found is None:
+            return None
+        method, target = found[1], found[2]
+    if method is None or target is None:
+        return None
+    if not target.startswith("/"):
+        # A proxy's form: scheme and host come before the path.
+        absolute = _ABSOLUTE.match(target)
+        if absolute is None:
+            return None
+        target = target[absolute.end() :] or "/"
+        target = target if target.startswith("/") else f"/{target}"
+    path, _, query = target.partition("#")[0].partition("?")
+    return Request(method, tuple(map(_decoded, path[1:].split("/"))), query)
+
+
+def _decoded(text: str) -> str:
+    return read_bytes(unquote_to_bytes(_raw_bytes(text))) if "%" in text else text
+
+
+def query_value(query: str, name: str) -> str | None:
+    """Return the first value of a parameter, None where there is none.
+
+    >>> query_value("a=1&uid=caf%C3%A9+noir", "uid")
+    'café noir'
+    """
+    for pair in query.split("&"):
+        key, _, value = pair.partition("=")
+        if key == name or ("%" in key and _decoded(key) == name):
+            return _decoded(value.replace("+", " "))
+    return None
+
+
+def cookie_value(variables: Variables, name: str) -> str | None:
+    """Return a cookie, from a variable of its own or from the whole header."""
+    own = variables.get(f"cookie_{name}")
+    if own is None:
+        own = variables.get(f"cookie_{name.lower().replace('-', '_')}")
+    if own is not None:
+        return own
+    for pair in (variables.get("http_cookie") or "").split(";"):
+        key, _, value = pair.partition("=")
+        if key.strip() == name:
+            return value.strip().strip('"')
+    return None
+
+
+def time_of(variables: Variables) -> int | None:
+    """Return the line's own time in ns: `$msec` where it has that, else `$time_iso8601` or `$time_local`."""
+    msec = variables.get("msec")
+    if msec is not None and _MSEC.fullmatch(msec):
+        whole, _, rest = msec.partition(".")
+        return int(whole) * 1_000_000_000 + int(rest.ljust(9, "0"))
+    for name, unit in (("usec_int", 1_000), ("msec_int", 1_000_000), ("sec_int", 1_000_000_000)):
+        number = variables.get(name)
+        if number is not None and number.isascii() and number.isdigit() and len(number) < 20:
+            return int(number) * unit
+    iso = variables.get("time_iso8601")
+    if iso is not None and (found := iso8601_ns(iso)) is not None:
+        return found
+    local = variables.get("time_local")
+    return None if local is None else clf_ns(local)
+
+
+def clf_ns(text: str) -> int | None:
+    """Return the time of the common log format in ns, None where it is none.
+
+    >>> clf_ns("01/Mar/2026:14:34:56 +0200")
+    1772368496000000000
+    """
+    found = _CLF.fullmatch(text)
+    if found is None or found[2] not in _MONTHS:
+        return None
+    try:
+        days = date(int(found[3]), _MONTHS.index(found[2]) + 1, int(found[1])).toordinal() - _EPOCH_DAY
+    except ValueError:
+        return None
+    hour, minute, second = int(found[4]), int(found[5]), int(found[6])
+    if hour > 23 or minute > 59 or second > 60:
+        return None
+    return (days * 86_400 + hour * 3_600 + minute * 60 + second - zone_s(found[7])) * 1_000_000_000
+
+
+_NGINX_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+_APACHE_DIRECTIVE = re.compile(r"%[!\d,]*[<>]?(?:\{([^}]*)\})?[<>]?(\^t[io]|[a-zA-Z%])", re.ASCII)
+_ESCAPE = re.compile(rb"\\(?:x([0-9A-Fa-f]{2})|(.))", re.DOTALL)
+_LETTERS = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"b": b"\b", b"v": b"\v", b"f": b"\f"}
+_REQUEST_LINE = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S++(?: (?!HTTP/)\S*+)*+)(?: HTTP/\d(?:\.\d)?)?", re.ASCII
+)
+_ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_MSEC = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+_CLF = re.compile(r"(\d\d)/([A-Z][a-z]{2})/(\d{4}):(\d\d):(\d\d):(\d\d) ([+-]\d{4})", re.ASCII)
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_EPOCH_DAY = date(1970, 1, 1).toordinal()
+_PARSERS_NAMES = (
+    ("remote", "remote_addr"),
+    ("host", "remote_addr"),
+    ("user", "remote_user"),
+    ("method", "request_method"),
+    ("path", "request_uri"),
+    ("code", "status"),
+    ("size", "body_bytes_sent"),
+    ("referer", "http_referer"),
+    ("agent", "http_user_agent"),
+)
+Reader = Callable[[Variables, Request], str | None]
+"""Takes one value out of a line."""
