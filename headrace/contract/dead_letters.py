@@ -1,8 +1,20 @@
-"""Dead letters: what was refused, why, from where. JSON values in the `dead-letters` topic, keyed by origin."""
+"""Dead letters: what was refused, why, from where; and the marks that a retry of them leaves.
+
+The `dead-letters` topic has one partition of JSON values, keyed by origin; a letter's id is its offset there. The
+`retries` topic has the marks, JSON too, written by one retry at a time. Both grow at the end of their structs, every
+new field with a default; what a reader does not know it ignores.
+"""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+Fate = Literal["appended", "repeated", "refused", "unknown", "open"]
+"""What became of a letter that was offered again: its event is in the log (`appended`), was there already
+(`repeated`), or was refused again, which a newer letter tells (`refused`). A retry that finds what a killed one left
+behind also writes `open`, nothing was appended, and `unknown`, the log no longer reaches back that far."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +31,23 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     raw_truncated: bool = False
     gateway: str = ""
     seen_ms: int = 0
+    retry_of: int = -1
+    """Offset of the letter that was offered again and became this one; -1 where there is none."""
+    attempts: int = 0
+    """How many times the event was offered again before this letter."""
+
+
+class RetryMark(msgspec.Struct, frozen=True, kw_only=True):
+    """What a retry is about to do (`retrying`: `letters`, `ends`), or what came of it (`retried`: `outcomes`)."""
+
+    step: Literal["retrying", "retried"]
+    run: str
+    """One run of `headrace dead-letters retry`."""
+    at_ms: int
+    letters: tuple[int, ...] = ()
+    ends: dict[int, int] = {}
+    """End offset of each partition of `events` before anything was offered."""
+    outcomes: dict[int, Fate] = {}
 
 
 def encode_dead_letter(letter: DeadLetter) -> bytes:
@@ -29,3 +58,13 @@ def encode_dead_letter(letter: DeadLetter) -> bytes:
 def decode_dead_letter(data: bytes) -> DeadLetter:
     """Read what `encode_dead_letter` wrote."""
     return msgspec.json.decode(data, type=DeadLetter)
+
+
+def encode_retry_mark(mark: RetryMark) -> bytes:
+    """Return the record's value: JSON."""
+    return msgspec.json.encode(mark)
+
+
+def decode_retry_mark(data: bytes) -> RetryMark:
+    """Read what `encode_retry_mark` wrote."""
+    return msgspec.json.decode(data, type=RetryMark)

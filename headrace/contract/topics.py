@@ -52,6 +52,11 @@ class Topics(msgspec.Struct, frozen=True):
         """What was refused, why, from where."""
         return self._name("dead-letters")
 
+    @property
+    def retries(self) -> str:
+        """Which dead letters were offered again, and what came of it."""
+        return self._name("retries")
+
     def specs(self, partitions: int) -> tuple[TopicSpec, ...]:
         """Return every topic as it is created."""
         return (
@@ -62,4 +67,5 @@ class Topics(msgspec.Struct, frozen=True):
             TopicSpec(self.model, 1, compacted=True),
             TopicSpec(self.deltas, 1, retention_ms=DAY_MS),
             TopicSpec(self.dead_letters, 1, retention_ms=28 * DAY_MS),
+            TopicSpec(self.retries, 1),
         )

@@ -1,0 +1,226 @@
+"""Dead letters: look at what was refused, and offer it again after a fix.
+
+  list    one line a letter and counts by reason; --json prints one object a line with the whole record
+  show    one whole letter and what to do about it
+  retry   offer letters again, each at most once; killed at any point, run it again
+
+A letter's id is its partition and offset in the topic, such as 0/17. `retry` judges by the project of --project: name
+the folder whose schema was mended, the same that the gateways run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from headrace.backends.fenced_kafka import FencedKafka
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.contract.dead_letters import decode_retry_mark
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.log import Reader
+from headrace.ingest.dead_letters import (
+    ADVICE,
+    ADVICE_ELSE,
+    Filter,
+    Letter,
+    States,
+    parse_age_ms,
+    parse_id,
+    row,
+    summary,
+    title,
+    view,
+    why_not,
+)
+from headrace.ingest.spans import letters
+
+if TYPE_CHECKING:
+    from headrace.ingest.retry import Report
+
+HELP = "what was refused: list, show, and retry after a fix"
+ROWS_SHOWN = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    actions = parser.add_subparsers(dest="action", metavar="list|show|retry", required=True)
+    listing = actions.add_parser("list", help="one line a letter, counts by reason", description="List dead letters.")
+    _add_filters(listing)
+    listing.add_argument(
+        "--limit", type=int, help=f"the newest N only (a table shows {ROWS_SHOWN}, --json all; 0 shows all)"
+    )
+    listing.add_argument("--json", action="store_true", help="one JSON object a line, the whole record in it")
+    showing = actions.add_parser("show", help="one whole letter and what to do", description="Show one dead letter.")
+    showing.add_argument("ids", nargs=1, metavar="ID", help="as `list` shows it, such as 0/17")
+    showing.add_argument("--json", action="store_true", help="one JSON object")
+    again = actions.add_parser(
+        "retry", help="offer letters again after a fix", description="Offer dead letters again, each at most once."
+    )
+    again.add_argument("ids", nargs="*", metavar="ID", help="as `list` shows them, such as 0/17")
+    _add_filters(again)
+    again.add_argument("--all", action="store_true", help="every letter that nobody has retried yet")
+    again.add_argument("--dry-run", action="store_true", help="say what would be taken and refused; write nothing")
+    again.add_argument("--json", action="store_true", help="print the counts as one JSON object")
+    for each in (listing, showing, again):
+        add_common(each)
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reason", default="", help="letters of this reason, such as undeclared")
+    parser.add_argument("--tag", default="", help="letters of this tag")
+    parser.add_argument("--origin", default="", help="letters from this address")
+    parser.add_argument("--since", default="", metavar="AGE", help="refused no longer ago than 90s, 15m, 1h, 2d")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one of the three."""
+    args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
+    runtime = open_runtime(args)
+    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    chosen = _filter(args, runtime.clock.now_ms())
+    if args.action == "retry":
+        if not (chosen != Filter() or args.all):
+            raise ConfigRejected("retry which letters? Give ids, a filter such as --reason undeclared, or --all.")
+        return _retry(runtime, chosen, args)
+    if args.action == "show":
+        return _show(runtime, chosen, args)
+    return _list(runtime, chosen, args)
+
+
+def _filter(args: argparse.Namespace, now_ms: int) -> Filter:
+    since = getattr(args, "since", "")
+    return Filter(
+        offsets=frozenset(parse_id(text) for text in getattr(args, "ids", ())),
+        reason=getattr(args, "reason", ""),
+        tag=getattr(args, "tag", ""),
+        origin=getattr(args, "origin", ""),
+        since_ms=now_ms - parse_age_ms(since) if since else 0,
+    )
+
+
+def _read(runtime: Runtime, reader: Reader) -> tuple[States, Iterator[Letter]]:
+    """Return what became of the letters, and the letters."""
+    pen = _pen(runtime)
+    states = States(decode_retry_mark(value) for _, value in pen.read(0))
+    pen.close()
+    topic = runtime.topics.dead_letters
+    end = reader.end_offsets(topic)[0]
+    if states.doubtful:
+        for letter in letters(reader, topic, end):
+            states.see(letter)
+    return states, letters(reader, topic, end)
+
+
+def _pen(runtime: Runtime) -> FencedKafka:
+    topic = runtime.topics.retries
+    return FencedKafka(runtime.brokers, topic, f"headrace-{topic}")
+
+
+def _list(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
+    limit = args.limit if args.limit is not None else 0 if args.json else ROWS_SHOWN
+    reader = runtime.reader()
+    states, found = _read(runtime, reader)
+    counts = Counter[tuple[str, str]]()
+    newest: deque[Letter] = deque(maxlen=limit or None)
+    for letter in found:
+        if not chosen.takes(letter):
+            continue
+        counts[letter.told.reason, states.of(letter.offset)] += 1
+        if args.json and not limit:
+            print(_json(letter, states))
+        else:
+            newest.append(letter)
+    reader.close()
+    if args.json:
+        for letter in newest:
+            print(_json(letter, states))
+        return 0
+    print(title())
+    for letter in newest:
+        print(row(letter, states.of(letter.offset), _utc(letter.told.seen_ms)))
+    total = sum(counts.values())
+    if total > len(newest):
+        print(f"the newest {len(newest)} of {total:,}; --limit N shows more, --json all")
+    print("\n".join(summary(counts)))
+    return 0
+
+
+def _json(letter: Letter, states: States) -> str:
+    return msgspec.json.encode(view(letter, states.of(letter.offset))).decode()
+
+
+def _utc(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _show(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
+    reader = runtime.reader()
+    states, found = _read(runtime, reader)
+    letter = next((one for one in found if chosen.takes(one)), None)
+    reader.close()
+    if letter is None:
+        raise ConfigRejected(f"{args.ids[0]}: no such letter; `headrace dead-letters list` shows those that are kept.")
+    if args.json:
+        print(_json(letter, states))
+        return 0
+    shown = view(letter, states.of(letter.offset))
+    record = shown.pop("record", None)
+    shown["seen_ms"] = f"{letter.told.seen_ms} ({_utc(letter.told.seen_ms)} UTC)"
+    for name, value in shown.items():
+        print(f"{name:<14} {_printable(str(value))}")
+    if record is not None:
+        print("record\n" + json.dumps(record, indent=2))
+    print(f"\n{ADVICE.get(letter.told.reason, ADVICE_ELSE)}")
+    print(why_not(letter).capitalize() or f"Then: headrace dead-letters retry {letter.id}")
+    return 0
+
+
+def _printable(text: str) -> str:
+    """Return text of a stranger's without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
+    # Only here: the gateway's compiled decoder takes a second to load, and a list should not wait for it.
+    from headrace.ingest.retry import Retry
+
+    producer, reader, pen = runtime.producer(), runtime.reader(), _pen(runtime)
+    retry = Retry(
+        runtime.project,
+        runtime.config.ingest,
+        runtime.topics,
+        runtime.config.log.partitions,
+        producer=producer,
+        reader=reader,
+        pen=pen,
+        clock=runtime.clock,
+        metrics=MemoryMetrics(),
+        run=uuid.uuid4().hex[:12],
+    )
+    try:
+        report = retry.dry_run(chosen) if args.dry_run else retry.retry(chosen)
+    finally:
+        producer.close()
+        reader.close()
+        pen.close()
+    print(msgspec.json.encode(report).decode() if args.json else "\n".join(_lines(report)))
+    return 0
+
+
+def _lines(report: Report) -> list[str]:
+    would = "would be " if report.dry_run else ""
+    lines = [f"{report.offered:,} letters {would}offered"]
+    lines += [f"  {report.appended:>9,}  {would}taken"]
+    lines += [f"  {report.repeated:>9,}  in the log before: counted once"] if report.repeated else []
+    lines += [f"  {count:>9,}  {would}refused again: {why}" for why, count in sorted(report.refused.items())]
+    lines += [f"  {count:>9,}  not offered: {why}" for why, count in sorted(report.skipped.items())]
+    lines += [f"  {count:>9,}  left by a killed retry: {fate}" for fate, count in sorted(report.found_out.items())]
+    return lines

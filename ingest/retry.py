@@ -1,0 +1,406 @@
+"""Dead letters offered again after a fix: each at most once, none lost, whatever is killed.
+
+The protocol, in the words that the tests use:
+
+1. *Claim.* The pen of the `retries` topic is taken: the broker lets only its newest holder write marks.
+2. *Find out.* Letters that a `retrying` mark names and nothing tells the fate of are looked for: their event ids in
+   `events` from the offsets that the mark holds, and newer letters that name them. What is found is told in a `retried`
+   mark; what is not is open again. A mark that is younger than its lease is waited for: its retry may still be at work.
+3. *Mark.* A `retrying` mark with the batch's letters and the end offsets of `events` is committed.
+4. *Offer.* Each letter's record goes through a gateway in this process, under its own event id or the one that the
+   letter holds, and with its own time. What is refused again becomes a newer letter that names this one.
+5. *Settle.* When Kafka has receipts for the whole batch, a `retried` mark tells each letter's fate.
+
+Killed before 3, nothing happened. Killed between 3 and 5, the next retry finds out. A holder that was paused, and whose
+pen was taken, appends nothing once half its lease is over; the one record that may be under way then has the id under
+which the new holder appends, in the same partition and within the join's `repeat_horizon_ms`: the stream counts one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from headrace.contract.clock import Clock
+from headrace.contract.config import IngestConfig
+from headrace.contract.dead_letters import (
+    Fate,
+    RetryMark,
+    decode_dead_letter,
+    decode_retry_mark,
+    encode_dead_letter,
+    encode_retry_mark,
+)
+from headrace.contract.errors import Overloaded, Unavailable
+from headrace.contract.events import FEEDBACK, IMPRESSION, decode_batch
+from headrace.contract.log import Delivered, Producer, Reader
+from headrace.contract.metrics import Metrics
+from headrace.contract.project import Project
+from headrace.contract.topics import Topics
+from headrace.ingest.batcher import Outcome
+from headrace.ingest.dead_letters import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
+from headrace.ingest.forward_protocol import message_of
+from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.repeats import digest
+from headrace.ingest.spans import letters, records
+
+LEASE_MS = 30_000
+"""How long a batch may take before another retry thinks its holder dead. A batch takes well under a second."""
+BATCH_LETTERS, BATCH_BYTES = 200, 1_048_576
+SCAN_MS = 600_000
+"""How long after its mark a killed retry's record may still have come into the log: the producer gives up after 5
+minutes; twice that is searched."""
+_WAIT_S, _TICK_S = 1.0, 0.002
+_NEVER_MS = 600_000
+"""A batch's gateway promises nothing: its events are old, and the watermark is for the living gateways to move."""
+
+
+class Pen(Protocol):
+    """A topic of one partition with one writer at a time; see `headrace.backends.fenced_kafka`."""
+
+    def open(self) -> None:
+        """Take the pen from whoever holds it."""
+
+    def append(self, value: bytes) -> None:
+        """Commit one record."""
+
+    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
+        """Return committed records from `offset` on."""
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What a retry did. `offered` = appended + repeated + the sum of `refused`."""
+
+    offered: int = 0
+    appended: int = 0
+    repeated: int = 0
+    """The event was in the log already, or another letter of it was taken."""
+    refused: dict[str, int] = {}
+    """Refused again, by reason."""
+    skipped: dict[str, int] = {}
+    """Chosen and not offered, by why."""
+    found_out: dict[str, int] = {}
+    """What became of letters that a killed retry had left."""
+    dry_run: bool = False
+
+
+class Retry:
+    """One run of `headrace dead-letters retry`. For one thread."""
+
+    def __init__(
+        self,
+        project: Project,
+        config: IngestConfig,
+        topics: Topics,
+        partitions: int,
+        *,
+        producer: Producer,
+        reader: Reader,
+        pen: Pen,
+        clock: Clock,
+        metrics: Metrics,
+        run: str,
+    ) -> None:
+        self._project, self._topics, self._partitions = project, topics, partitions
+        self._config = msgspec.structs.replace(config, batch_ms=1, grace_ms=_NEVER_MS)
+        self._producer, self._reader, self._pen = producer, reader, pen
+        self._clock, self._metrics, self._run = clock, metrics, run
+        self._taken: set[bytes] = set()
+        """Digests of (tag, event id) of every letter whose event is in the log."""
+
+    def retry(self, chosen: Filter) -> Report:
+        """Offer the chosen open letters again. Raises `Overloaded` where another retry is at work, `Unavailable` where
+        Kafka is away and `InvariantBroken` where another retry took over; run it again then, nothing is lost."""
+        report = Report()
+        self._wait_for_others()
+        self._pen.open()
+        self._wait_for_others()
+        ends = self._reader.end_offsets(self._topics.dead_letters)[0]
+        states = self._survey(ends)
+        self._find_out(states, ends, report)
+        warm = True
+        for batch in self._batches(states, chosen, ends, report):
+            if warm:
+                # Compilers run at the first batch: before the mark, so that they take nothing of its lease.
+                self._offer(batch[:1], Trial(), self._clock.monotonic() + _NEVER_MS / 1000)
+                warm = False
+            self._take(batch, report)
+        return report
+
+    def dry_run(self, chosen: Filter) -> Report:
+        """Say what a retry would do now, by this project; nothing is written."""
+        report = Report(dry_run=True)
+        ends = self._reader.end_offsets(self._topics.dead_letters)[0]
+        states = self._survey(ends)
+        for offset in list(states.doubtful):
+            states.fates[offset] = "open"
+        for batch in self._batches(states, chosen, ends, report):
+            until_s = self._clock.monotonic() + _NEVER_MS / 1000
+            self._tell(batch, *self._offer(batch, Trial(), until_s), report)
+        return report
+
+    # -- 1. claim
+
+    def _marks(self) -> list[RetryMark]:
+        return [decode_retry_mark(value) for _, value in self._pen.read(0)]
+
+    def _wait_for_others(self) -> None:
+        """Return when no mark of another retry is younger than its lease and open."""
+        first: RetryMark | None = None
+        until_s = self._clock.monotonic() + LEASE_MS / 1000
+        while True:
+            open_marks = list(States(self._marks()).doubtful.values())
+            newest = max(open_marks, key=lambda mark: mark.at_ms, default=None)
+            if newest is None or self._clock.now_ms() - newest.at_ms >= LEASE_MS:
+                return
+            if first is not None and newest != first:
+                raise Overloaded(f"another retry is at work (run {newest.run}); wait until it has ended.")
+            if self._clock.monotonic() >= until_s:
+                return
+            first = newest
+            self._clock.sleep(_WAIT_S)
+
+    # -- 2. find out
+
+    def _survey(self, end: int) -> States:
+        """Read what marks and letters tell."""
+        states = States(self._marks())
+        if states.fates or states.doubtful:
+            for letter in letters(self._reader, self._topics.dead_letters, end):
+                states.see(letter)
+            for letter in letters(self._reader, self._topics.dead_letters, end):
+                if states.fate(letter.offset) in ("appended", "repeated"):
+                    self._taken.add(self._identity(letter))
+        return states
+
+    def _identity(self, letter: Letter) -> bytes:
+        return digest(letter.told.tag, self._id(letter))
+
+    def _id(self, letter: Letter) -> str:
+        return id_of(letter, record_of(letter.told)[0], self._topics.dead_letters)
+
+    def _find_out(self, states: States, end: int, report: Report) -> None:
+        """Tell what became of letters that a retry named before it was killed."""
+        doubtful = dict(states.doubtful)
+        if not doubtful:
+            return
+        held = {
+            letter.offset: letter
+            for letter in letters(self._reader, self._topics.dead_letters, end)
+            if letter.offset in doubtful
+        }
+        found: dict[int, Fate] = {}
+        for mark in {(mark.run, mark.at_ms): mark for mark in doubtful.values()}.values():
+            wanted = {o: self._id(held[o]) for o in mark.letters if doubtful.get(o) == mark and o in held}
+            there = self._ids_in_log(mark, set(wanted.values()))
+            for offset, name in wanted.items():
+                found[offset] = "unknown" if there is None else "appended" if name in there else "open"
+        if not found:
+            return
+        self._append(RetryMark(step="retried", run=self._run, at_ms=self._clock.now_ms(), outcomes=found))
+        report.found_out = dict(Counter(found.values()))
+        states.fates.update(found)
+        for offset, fate in found.items():
+            del states.doubtful[offset]
+            if fate == "appended":
+                self._taken.add(self._identity(held[offset]))
+
+    def _ids_in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
+        """Return which event ids are in the log behind a mark; None where the log no longer reaches back to it."""
+        topic = self._topics.events
+        begins, ends = self._reader.begin_offsets(topic), self._reader.end_offsets(topic)
+        if any(begins[p] > mark.ends.get(p, 0) for p in begins):
+            return None
+        found: set[str] = set()
+        latest_ms = mark.at_ms + SCAN_MS
+        spans = {p: (mark.ends.get(p, 0), end) for p, end in ends.items()}
+        for record in records(self._reader, topic, spans, latest_ms=latest_ms):
+            if record.value is not None and record.headers.get("kind") in (IMPRESSION, FEEDBACK):
+                found.update(wanted.intersection(decode_batch(record.value).column("event_id").to_pylist()))
+        return found
+
+    # -- 3. mark
+
+    def _batches(self, states: States, chosen: Filter, end: int, report: Report) -> Iterator[list[Letter]]:
+        """Yield the chosen open letters that can be offered, in their order, in batches."""
+        batch: list[Letter] = []
+        size = 0
+        skipped = Counter[str]()
+        for letter in letters(self._reader, self._topics.dead_letters, end):
+            if not chosen.takes(letter):
+                continue
+            state = states.of(letter.offset)
+            why = f"{state} before" if state != "open" else why_not(letter)
+            if why:
+                skipped[why] += 1
+                report.skipped = dict(skipped)
+                continue
+            if batch and (len(batch) >= BATCH_LETTERS or size + len(letter.told.raw) > BATCH_BYTES):
+                yield batch
+                batch, size = [], 0
+            batch.append(letter)
+            size += len(letter.told.raw)
+        if batch:
+            yield batch
+
+    def _append(self, mark: RetryMark) -> None:
+        self._pen.append(encode_retry_mark(mark))
+
+    def _take(self, batch: list[Letter], report: Report) -> None:
+        """Mark, offer and settle one batch."""
+        begin_s, at_ms = self._clock.monotonic(), self._clock.now_ms()
+        ends = self._reader.end_offsets(self._topics.events)
+        offsets = tuple(letter.offset for letter in batch)
+        self._append(RetryMark(step="retrying", run=self._run, at_ms=at_ms, letters=offsets, ends=ends))
+        fates, reasons = self._offer(batch, self._producer, begin_s + LEASE_MS / 2000)
+        self._append(RetryMark(step="retried", run=self._run, at_ms=self._clock.now_ms(), outcomes=fates))
+        self._tell(batch, fates, reasons, report)
+
+    # -- 4. offer
+
+    def _offer(
+        self, batch: list[Letter], producer: Producer, until_s: float
+    ) -> tuple[dict[int, Fate], Mapping[int, str]]:
+        """Return each letter's fate once Kafka has all of it, and why those were refused that were."""
+        fates: dict[int, Fate] = {}
+        leased = Leased(producer, self._clock, until_s, self._topics.dead_letters, {one.offset: one for one in batch})
+        name = f"retry-{self._run}"
+        gateway = Gateway(
+            self._project, self._config, self._topics, self._partitions, leased, self._metrics, self._clock, name
+        )
+        for letter in batch:
+            if self._identity(letter) in self._taken:
+                fates[letter.offset] = "repeated"
+                continue
+            record = record_of(letter.told)[0]
+            if isinstance(record, dict):
+                record = {**record, "event_id": record.get("event_id") or self._id(letter)}
+            what = message_of(letter.told.tag, [(time_ns_of(letter.told, record), record)])
+            size = len(letter.told.raw)
+            gateway.offer(what, size, Peer(str(letter.offset)), partial(_settled, fates, letter.offset))
+        while len(fates) < len(batch):
+            gateway.drained()
+            gateway.tick()
+            leased.check()
+            if len(fates) < len(batch):
+                self._clock.sleep(_TICK_S)
+        return fates, leased.reasons
+
+    # -- 5. settle
+
+    def _tell(self, batch: list[Letter], fates: Mapping[int, Fate], reasons: Mapping[int, str], report: Report) -> None:
+        report.offered += len(batch)
+        refused = Counter(report.refused)
+        for letter in batch:
+            fate = fates[letter.offset]
+            report.appended += fate == "appended"
+            report.repeated += fate == "repeated"
+            if fate == "refused":
+                refused[reasons.get(letter.offset, letter.told.reason)] += 1
+            else:
+                self._taken.add(self._identity(letter))
+        report.refused = dict(refused)
+
+
+def _settled(fates: dict[int, Fate], offset: int, outcome: Outcome) -> None:
+    fates[offset] = "appended" if outcome.appended else "refused" if outcome.dead_lettered else "repeated"
+
+
+class Leased:
+    """A batch's producer: sends nothing once the lease is over, and lets newer letters name the ones that they were."""
+
+    def __init__(
+        self, inner: Producer, clock: Clock, until_s: float, dead_letters: str, offered: Mapping[int, Letter]
+    ) -> None:
+        self._inner, self._clock, self._until_s = inner, clock, until_s
+        self._dead_letters, self._offered = dead_letters, offered
+        self.reasons: dict[int, str] = {}
+
+    def check(self) -> None:
+        """Raise `Unavailable` once the lease is over."""
+        if self._clock.monotonic() >= self._until_s:
+            raise Unavailable(
+                f"Kafka has not taken the batch within {LEASE_MS // 2000} s; what it has taken, the next retry finds "
+                "out. `headrace status` shows the broker."
+            )
+
+    def send(
+        self,
+        topic: str,
+        partition: int,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        delivered: Delivered | None = None,
+    ) -> None:
+        """Queue one record, as a producer does. Raises `Unavailable` once the lease is over."""
+        self.check()
+        if topic == self._dead_letters and value is not None:
+            told = decode_dead_letter(value)
+            offset = int(told.origin)
+            before = self._offered[offset].told
+            self.reasons[offset] = told.reason
+            value = encode_dead_letter(
+                msgspec.structs.replace(
+                    before,
+                    reason=told.reason,
+                    detail=told.detail,
+                    gateway=told.gateway,
+                    seen_ms=told.seen_ms,
+                    retry_of=offset,
+                    attempts=before.attempts + 1,
+                )
+            )
+            key = before.origin.encode()
+        self._inner.send(topic, partition, value, key=key, headers=headers, delivered=delivered)
+
+    def poll(self, timeout_s: float) -> None:
+        """Run receipts."""
+        self._inner.poll(timeout_s)
+
+    def flush(self, timeout_s: float) -> int:
+        """Wait for receipts."""
+        return self._inner.flush(timeout_s)
+
+    def close(self) -> None:
+        """Leave the inner one to its owner."""
+
+
+class Trial:
+    """A producer that takes everything and writes nothing: what a dry run offers to."""
+
+    def __init__(self) -> None:
+        self._receipts: list[Delivered] = []
+
+    def send(
+        self,
+        topic: str,
+        partition: int,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        delivered: Delivered | None = None,
+    ) -> None:
+        """Take a record and forget it."""
+        if delivered is not None:
+            self._receipts.append(delivered)
+
+    def poll(self, timeout_s: float) -> None:
+        """Give receipts."""
+        receipts, self._receipts = self._receipts, []
+        for delivered in receipts:
+            delivered(None, 0)
+
+    def flush(self, timeout_s: float) -> int:
+        """Give receipts; none is left."""
+        self.poll(timeout_s)
+        return 0
+
+    def close(self) -> None:
+        """Hold nothing."""
