@@ -49,6 +49,8 @@ IDS_REMEMBERED = 1_000_000
 """Most event ids in memory: 50 MB."""
 _SLICE_ROWS = 20_000
 """Most rows that are decoded at once: 20,000 rows of 30 columns take 10 MB while they are columns of numbers."""
+_ENTRY_BYTES = 128
+"""What an entry weighs in `buffer_bytes` beside its own bytes: each may become a dead letter."""
 _SECOND_SEED = 1
 _RESEND_FIRST_S, _RESEND_MAX_S = 0.1, 5.0
 
@@ -146,7 +148,8 @@ class Gateway:
                 acked(Outcome(0, 0, len(starts)))
             return
         self._taken += 1
-        owner = Owner(self._taken, key, message.tag, peer.origin, size + message.plain_bytes)
+        held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)
+        owner = Owner(self._taken, key, message.tag, peer.origin, held)
         owner.acks = [] if acked is None else [acked]
         self._open[owner.number] = owner
         self.buffer_bytes += owner.size
@@ -167,8 +170,9 @@ class Gateway:
                 owner.waiting += len(starts)
                 self._batcher.of(made, self._clock.monotonic()).add(message.body, starts, owner, prefix)
             else:
-                for entry in message.entries:
-                    self._dead_letter(owner, "undeclared", "no declared event has this tag", entry)
+                for nth, entry in enumerate(message.entries):
+                    derived = f"{prefix}/{nth}"
+                    self._dead_letter(owner, "undeclared", "no declared event has this tag", entry, event_id=derived)
         self._settled(owner, 1)
 
     def _identify(self, message: Message, peer: Peer) -> tuple[bytes, str]:
@@ -413,7 +417,7 @@ class Gateway:
                     delivered=partial(self._promised, partition),
                 )
             except Overloaded:
-                self._punctuator.confirmed(partition)
+                self._punctuator.refused(partition)
 
     def _promised(self, partition: int, _error: Exception | None, _offset: int) -> None:
         self._punctuator.confirmed(partition)
