@@ -64,6 +64,8 @@ class LineFormat(msgspec.Struct, frozen=True):
     names: tuple[str, ...]
     pattern: re.Pattern[str] | None
     """None: each line is a JSON object of variables."""
+    escaped: bool = True
+    """Whether the server wrote escapes, as both do unless told not to."""
 
     def read(self, line: str) -> Variables | None:
         """Return what the line says; None where it is not of this format."""
@@ -74,12 +76,12 @@ class LineFormat(msgspec.Struct, frozen=True):
         if found is None:
             return None
         return {
-            name: None if value == "-" else plain_text(value)
+            name: None if value == "-" else plain_text(value, escaped=self.escaped)
             for name, value in zip(self.names, found.groups(), strict=True)
         }
 
 
-def compile_format(text: str) -> LineFormat:
+def compile_format(text: str, *, escaped: bool = True) -> LineFormat:
     """Return the parser of a named format, of nginx's `log_format` or of Apache's `LogFormat`.
 
     Raises `ConfigRejected` where two variables touch: no line could be cut there.
@@ -97,12 +99,27 @@ def compile_format(text: str) -> LineFormat:
         if kind == "literal":
             pattern.append(re.escape(piece))
             continue
+        if piece == "time_local":
+            pattern.append(f"({_CLF_SHAPE})")
+            continue
         before = parts[at - 1][1] if at else ""
         kind_after, after = parts[at + 1] if at + 1 < len(parts) else ("literal", "")
         if kind_after == "variable":
             raise ConfigRejected(f"log format {text!r}: ${piece} and ${after} touch; put a blank between them.")
-        pattern.append(_value_pattern(before, after))
-    return LineFormat(names, re.compile("".join(pattern), re.DOTALL))
+        pattern.append(_value_pattern(before, after, _ends(parts[at + 1 : at + 4])))
+    return LineFormat(names, re.compile("".join(pattern), re.DOTALL | re.ASCII), escaped)
+
+
+def _ends(following: list[tuple[str, str]]) -> str:
+    """Return the pattern of what ends a value: the literal behind it, and the time in brackets where that comes next.
+
+    A user's name may hold blanks and brackets; a whole time with what follows it, a quote that no visitor can write
+    bare, it cannot.
+    """
+    ends = re.escape(following[0][1]) if following else ""
+    if len(following) > 1 and following[1][1] == "time_local":
+        ends += _CLF_SHAPE + (re.escape(following[2][1]) if len(following) > 2 else "")
+    return ends
 
 
 def _pieces(text: str) -> list[tuple[str, str]]:
@@ -133,15 +150,15 @@ def _pieces(text: str) -> list[tuple[str, str]]:
     return parts
 
 
-def _value_pattern(before: str, after: str) -> str:
+def _value_pattern(before: str, after: str, ends: str) -> str:
     """Return the group of a value between two literals, possessive: what it took it never gives back."""
     if not after:
         return "(.*+)"
     if before.endswith('"') and after.startswith('"'):
         # Both servers write a quote inside as an escape, so a bare one ends the value.
         return r'((?:[^"\\]++|\\.)*+)'
-    first, rest = re.escape(after[0]), re.escape(after[1:])
-    return f"((?:[^{first}]++|{first}(?!{rest}))*+)" if rest else f"([^{first}]*+)"
+    first = re.escape(after[0])
+    return f"([^{first}]*+)" if ends == first else f"((?:[^{first}]++|(?!{ends}){first})*+)"
 
 
 def _nginx_name(found: re.Match[str]) -> str:
@@ -200,13 +217,13 @@ def _as_text(value: Any) -> str | None:
     return json.dumps(value, default=str)
 
 
-def plain_text(value: str) -> str:
+def plain_text(value: str, *, escaped: bool = True) -> str:
     r"""Return a logged value as it was: nginx's `\xHH`, Apache's `\"` and its kin undone.
 
     >>> plain_text(r"caf\xC3\xA9 \x22quoted\x22")
     'café "quoted"'
     """
-    if "\\" not in value:
+    if not escaped or "\\" not in value:
         return value if value.isascii() else read_bytes(_raw_bytes(value))
     return read_bytes(_ESCAPE.sub(_unescaped, _raw_bytes(value)))
 
@@ -290,7 +307,7 @@ def cookie_value(variables: Variables, name: str) -> str | None:
     if own is None:
         own = variables.get(f"cookie_{name.lower().replace('-', '_')}")
     if own is not None:
-        return own
+        return own.strip('"')
     for pair in (variables.get("http_cookie") or "").split(";"):
         key, _, value = pair.partition("=")
         if key.strip() == name:
@@ -343,6 +360,7 @@ _REQUEST_LINE = re.compile(
 )
 _ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 _MSEC = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+_CLF_SHAPE = r"\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}"
 _CLF = re.compile(r"(\d\d)/([A-Z][a-z]{2})/(\d{4}):(\d\d):(\d\d):(\d\d) ([+-]\d{4})", re.ASCII)
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _EPOCH_DAY = date(1970, 1, 1).toordinal()

@@ -120,9 +120,9 @@ class Mapper:
 
     def __init__(self, mapping: AccessLog, project: Project) -> None:
         self.tag = mapping.tag
-        self._format: LineFormat = compile_format(mapping.format)
+        self._format: LineFormat = compile_format(mapping.format, escaped=mapping.escaped)
         self._fields = (mapping.field, *_LINE_FIELDS)
-        self._escaped = mapping.format != "json"
+        self._escaped = mapping.escaped and mapping.format != "json"
         self._routes = [_CompiledRoute(route, _kinds(project, route.event)) for route in mapping.routes]
 
     def map_message(self, message: Message) -> Mapped:

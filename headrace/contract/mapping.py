@@ -61,6 +61,8 @@ class AccessLog(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Records that the shipper's own parser cut into fields are known by their keys, whatever stands here."""
     field: str = "log"
     """Record's field that holds the line; without it, `message`."""
+    escaped: bool = True
+    """Whether the server writes its escapes (`\\x22`), as both do unless told `escape=none`; json has its own."""
 
 
 def check_mappings(mappings: Sequence[AccessLog], fields_by_tag: Mapping[str, Collection[str]], key: str) -> None:
