@@ -17,7 +17,7 @@ import base64
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -118,6 +118,15 @@ class States:
             return "retrying"
         fate = self.fate(offset)
         return "retried" if fate in ("appended", "repeated") else fate
+
+
+def superseded(letters: Sequence[Letter], marks: Iterable[RetryMark]) -> list[tuple[DeadLetter, Fate]]:
+    """Return the letters that no longer stand for their events, with what came of them."""
+    states = States(marks)
+    for letter in letters:
+        states.see(letter)
+    found = [(letter.told, states.fate(letter.offset)) for letter in letters]
+    return [(told, fate) for told, fate in found if fate in ("appended", "repeated", "refused")]
 
 
 def parse_id(text: str) -> int:

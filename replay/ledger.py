@@ -15,8 +15,9 @@ Legend: N expected samples, in (partition, position) order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.contract.dead_letters import DeadLetter
+from headrace.contract.dead_letters import DeadLetter, Fate
 from headrace.contract.events import Punctuation
 from headrace.contract.positions import START, Position, Positions
 from headrace.contract.steps import Step
@@ -94,6 +95,8 @@ class Ledger(msgspec.Struct, kw_only=True):
     appended: int = 0
     dead_lettered: int = 0
     repeated: int = 0
+    retried: int = 0
+    """Dead letters that were offered again; each event is counted once, where it ended."""
     impressions: int = 0
     feedback: int = 0
     external: int = 0
@@ -153,14 +156,19 @@ class Found:
     tags: frozenset[str]
     """Declared tags: a dead letter of another tag is no declared event, and left out of the totals."""
     punctuations: Sequence[Punctuation]
+    retried: Sequence[tuple[DeadLetter, Fate]] = ()
+    """Those of `letters` that were offered again, with what came of it."""
 
 
 def draw(expected: Expected, found: Found, *, task: str) -> Ledger:
     """Return the ledger. `task` is what the recipe learns; samples of other tasks count as sampled out."""
     ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0))
-    ledger.dead_letters = dict(Counter(letter.reason for letter in found.letters))
+    reasons = Counter(letter.reason for letter in found.letters)
+    reasons.subtract(letter.reason for letter, _ in found.retried)
+    ledger.dead_letters = {reason: count for reason, count in reasons.items() if count}
     letters = sum(letter.tag in found.tags for letter in found.letters)
-    draw_gateways(ledger, sum(expected.rows.values()), letters, found.punctuations)
+    fates = Counter[str](fate for letter, fate in found.retried if letter.tag in found.tags)
+    draw_gateways(ledger, sum(expected.rows.values()), letters, found.punctuations, fates)
     ledger.impressions, ledger.feedback = expected.impressions, expected.feedback
     ledger.repeated_in_log = expected.repeated_in_log
     for name in ("positives", "negatives", "waiting", "matched", "duplicate", "late", "orphans", "pending"):
@@ -193,8 +201,18 @@ def _closes(ledger: Ledger) -> bool:
     )
 
 
-def draw_gateways(ledger: Ledger, appended: int, dead_lettered: int, punctuations: Iterable[Punctuation]) -> None:
+def draw_gateways(
+    ledger: Ledger,
+    appended: int,
+    dead_lettered: int,
+    punctuations: Iterable[Punctuation],
+    fates: Mapping[str, int] = MappingProxyType({}),
+) -> None:
     """Fill read, appended, dead_lettered, repeated, from rows in the log, declared dead letters and punctuation.
+
+    `fates` counts the letters that were offered again by what came of it. Such a letter's event is counted where it
+    ended (in the log, as repeated, or as a newer letter), so the letter itself is taken out; the retry's marks are the
+    receipts of what it appended and refused.
 
     The log and the dead letters say what is there; the gateways' totals, newest of each epoch, say what was given
     receipts. A killed gateway's last totals may be older than its last records, never newer: totals beyond what is
@@ -209,12 +227,14 @@ def draw_gateways(ledger: Ledger, appended: int, dead_lettered: int, punctuation
     total = Counter[str]()
     for counts in said.values():
         total.update(counts)
-    ledger.appended, ledger.dead_lettered = appended, dead_lettered
+    total.update(appended=fates.get("appended", 0), repeated=fates.get("repeated", 0))
+    total.update(dead_lettered=fates.get("refused", 0))
+    ledger.retried = sum(fates.values())
+    ledger.appended, ledger.dead_lettered = appended, dead_lettered - ledger.retried
     ledger.repeated = total["repeated"]
     settled = total["appended"] + total["dead_lettered"] + total["repeated"]
-    ledger.read = (
-        settled + max(0, ledger.appended - total["appended"]) + max(0, ledger.dead_lettered - total["dead_lettered"])
-    )
+    untold = max(0, appended - total["appended"]) + max(0, dead_lettered - total["dead_lettered"])
+    ledger.read = settled + untold - ledger.retried
     ledger.lost_where["log"] = ledger.read - ledger.appended - ledger.dead_lettered - ledger.repeated
 
 

@@ -15,12 +15,13 @@ import pyarrow as pa
 from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.contract.config import Config
-from headrace.contract.dead_letters import decode_dead_letter
+from headrace.contract.dead_letters import decode_dead_letter, decode_retry_mark
 from headrace.contract.log import Reader
 from headrace.contract.positions import Positions
 from headrace.contract.project import Project
 from headrace.contract.steps import decode_step
 from headrace.contract.topics import Topics
+from headrace.ingest.dead_letters import Letter, superseded
 from headrace.replay.ledger import KEYS, Found, Ledger, draw
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all, sample_keys
@@ -31,7 +32,7 @@ HELP = "account for every event: read, joined, learnt, lost, twice"
 COLUMNS = [*KEYS.names, "event_time_ms"]
 
 ROWS = (
-    ("gateway", ("read", "appended", "dead_lettered", "repeated")),
+    ("gateway", ("read", "appended", "dead_lettered", "repeated", "retried")),
     ("log", ("impressions", "feedback", "external", "repeated_in_log")),
     ("label", ("positives", "negatives", "waiting")),
     ("feedback", ("matched", "duplicate", "late", "orphans", "pending")),
@@ -70,8 +71,13 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
     state = lake.state()
     stored = lake.read(state.version, KEYS.names).cast(KEYS) if state is not None else KEYS.empty_table()
     topic = sample_keys(read_all(reader, topics.samples))
+    marks = [decode_retry_mark(r.value) for r in read_all(reader, topics.retries, marked=True) if r.value is not None]
     expected, punctuations = rejoin(project, config, read_all(reader, topics.events))
-    letters = [decode_dead_letter(r.value) for r in read_all(reader, topics.dead_letters) if r.value is not None]
+    letters = [
+        Letter(r.offset, decode_dead_letter(r.value))
+        for r in read_all(reader, topics.dead_letters)
+        if r.value is not None
+    ]
     reader.close()
 
     def stored_keys(version: int) -> pa.Table:
@@ -83,9 +89,10 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
         lake_positions=state.positions if state is not None else Positions(topics.generation),
         steps=[step for step in steps if step.model == project.name],
         stored_keys=stored_keys,
-        letters=letters,
+        letters=[letter.told for letter in letters],
         tags=frozenset({project.impression.tag, *(feedback.tag for feedback in project.feedback)}),
         punctuations=punctuations,
+        retried=superseded(letters, marks),
     )
     return draw(expected, found, task=project.recipe.task)
 

@@ -133,3 +133,28 @@ def test_a_killed_gateway_said_less_than_it_did():
     ]
     ledger = draw(EXPECTED, change(sound(), punctuations=said), task="click")
     assert (ledger.read, ledger.repeated, ledger.closes) == (62, 2, True)
+
+
+def test_a_letter_that_was_offered_again_is_counted_where_its_event_ended():
+    """Three declared letters: one is in the log now, one was there before, one is refused again by a newer letter."""
+    old = [DeadLetter(reason="bad_type", detail="", origin="", tag="a", event_id=str(n)) for n in range(3)]
+    newer = DeadLetter(reason="bad_type", detail="", origin="", tag="a", event_id="2", retry_of=2, attempts=1)
+    said = Punctuation("g", 1, 0, counts={"read": 65, "appended": 57, "dead_lettered": 3, "repeated": 5})
+    before = change(sound(), letters=old, punctuations=[said])
+    rows = {**EXPECTED.rows, "impression": 44}
+    ledger = draw(Expected(**{**EXPECTED.__dict__, "rows": rows}), before, task="click")
+    assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 57, 3, 5)
+    after = change(
+        before, letters=[*old, newer], retried=[(old[0], "appended"), (old[1], "repeated"), (old[2], "refused")]
+    )
+    ledger = draw(EXPECTED, after, task="click")
+    assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 58, 1, 6)
+    assert (ledger.retried, ledger.closes, ledger.dead_letters) == (3, True, {"bad_type": 1})
+
+
+def test_a_mark_for_what_the_log_lacks_is_a_loss():
+    letter = DeadLetter(reason="undeclared", detail="", origin="", tag="a")
+    said = Punctuation("g", 1, 0, counts={"read": 60, "appended": 58, "dead_lettered": 0, "repeated": 2})
+    found = change(sound(), letters=[letter], punctuations=[said], retried=[(letter, "appended")])
+    ledger = draw(EXPECTED, found, task="click")
+    assert ledger.lost_where["log"] == 1 and not ledger.closes
