@@ -432,7 +432,9 @@ def decode(
     missing |= (event_times < 0) | (event_times > latest_ms)
     left |= missing.astype(np.uint8)
     if left.any():
+        # What a row left behind must not be read: 1e300 is no float32.
         valid[:, left == 1] = 0
+        floats[:, left == 1] = 0.0
     own = valid[made.at["event_id"]] == 1
     arrays: list[pa.Array] = []
     for field in made.declared.schema:
