@@ -1,0 +1,191 @@
+"""Gateways that crash, stop, join and fail while they re-key a foreign topic: nothing is lost, nothing counts twice.
+
+Goal: whatever the seed does, every record's event lies in `events` or the dead letters, under one id, and the group's
+positions end behind the last record. Method: the gateway and the source as they are, over a log that fails on purpose;
+planted bugs must be caught.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+
+from headrace.backends.group_memory import MemoryGroup, MemoryGroups
+from headrace.backends.log_memory import MemoryLog
+from headrace.contract.config import IngestConfig, SourceConfig
+from headrace.contract.group import Claim, Group
+from headrace.contract.log import TopicSpec
+from headrace.contract.topics import Topics
+from headrace.ingest.batcher import Outcome
+from headrace.ingest.gateway import Gateway
+from headrace.ingest.kafka_source import KafkaSource, Run
+from tests.ingest_world import PROJECT, Counts, HandClock, ShakyLog
+
+SOURCE = SourceConfig(topic="weblogs", tag="shop.impression", in_flight_max=40)
+FAULT = 0.2
+
+
+class Process:
+    """One gateway process: its source, its producer's queue, its place in the group."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.log = ShakyLog(world.random, fault=FAULT)
+        self.counts = Counts()
+        self.gateway = Gateway(
+            PROJECT,
+            IngestConfig(),
+            Topics(),
+            2,
+            self.log,  # type: ignore[arg-type]
+            self.counts,  # type: ignore[arg-type]
+            world.clock,
+            f"g{number}",
+        )
+        self.paused = self.draining = False
+        self.source = world.make(SOURCE, None, self.counts)
+        self.group = world.groups.join()
+
+    def turn(self) -> None:
+        self.source.turn(self, self.group)  # type: ignore[arg-type]
+        self.gateway.tick()
+
+
+class World:
+    """A foreign topic of three partitions and the processes that read it."""
+
+    def __init__(self, seed: int, make: Callable[..., KafkaSource]) -> None:
+        self.random, self.clock, self.make = Random(seed), HandClock(), make
+        self.foreign = MemoryLog(self.clock.now_ms)
+        self.foreign.admin().ensure_topics([TopicSpec("weblogs", 3)])
+        self.groups = MemoryGroups(self.foreign, "weblogs")
+        self.all: list[Process] = []
+        self.alive: list[Process] = []
+        self.written = 0
+        self.start()
+
+    def start(self) -> None:
+        self.alive.append(Process(self, len(self.all)))
+        self.all.append(self.alive[-1])
+
+    def write(self) -> None:
+        for _ in range(self.random.randint(1, 30)):
+            record: dict[str, Any] = {"request_id": f"r{self.written}", "user_id": 1, "item_id": self.written}
+            if self.random.random() < 0.1:
+                record["user_id"] = None
+            value = json.dumps(record).encode() if self.random.random() < 0.95 else b"{%d" % self.written
+            self.foreign.append("weblogs", self.random.randrange(3), value, None, {})
+            self.written += 1
+
+    def step(self) -> None:
+        self.clock.ms += self.random.randint(1, 60)
+        what, one = self.random.random(), self.random.choice(self.alive)
+        if what < 0.25:
+            self.write()
+        elif what < 0.30:
+            one.group.commit()
+        elif what < 0.33:
+            self.alive.remove(one)
+            self.groups.crash(one.group)
+            if not self.alive:
+                self.start()
+        elif what < 0.36 and len(self.alive) < 3:
+            self.start()
+        elif what < 0.38 and len(self.alive) > 1:
+            self.alive.remove(one)
+            one.group.close(0)
+        elif what < 0.40:
+            one.paused = not one.paused
+        else:
+            one.turn()
+
+    def settle(self) -> None:
+        """Let everything that lives finish."""
+        for process in self.alive:
+            process.paused = False
+        for _ in range(4_000):
+            self.clock.ms += 50
+            for process in self.alive:
+                process.turn()
+                process.group.commit()
+            ends = [len(part) for part in self.foreign.partitions("weblogs")]
+            if [self.groups.committed.get(p, 0) for p in range(3)] == ends:
+                return
+        raise AssertionError(f"positions {self.groups.committed} do not reach the ends {ends}")
+
+    def check(self) -> None:
+        """Hold what was appended against what was written."""
+        ids: dict[int, set[str]] = {}
+        for process in self.all:
+            for row in process.log.rows():
+                ids.setdefault(row["item_id"], set()).add(row["event_id"])
+        letters = [letter for process in self.all for letter in process.log.letters()]
+        values = [r.value or b"" for part in self.foreign.partitions("weblogs") for r in part]
+        bad = {value for value in values if b"request_id" not in value}
+        keyless = sum(b"null" in value for value in values if value not in bad)
+        assert all(len(found) == 1 for found in ids.values()), "an event has two ids"
+        assert len({event_id for found in ids.values() for event_id in found}) == len(ids), "two events share an id"
+        assert len(ids) == len(values) - len(bad) - keyless, "lost"
+        assert {x.raw for x in letters if x.reason == "bad_chunk"} == bad
+        assert len({x.event_id for x in letters if x.reason == "no_partition_key"}) == keyless
+        for process in self.alive:
+            assert process.source._positions.in_flight == 0
+
+
+def run(seed: int, make: Callable[..., KafkaSource] = KafkaSource) -> None:
+    """Run one seed to its end."""
+    world = World(seed, make)
+    for _ in range(300):
+        world.step()
+    world.write()
+    world.settle()
+    world.check()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_crashes_and_rebalances_change_nothing(seed: int) -> None:
+    run(seed)
+
+
+class Eager(KafkaSource):
+    """A planted bug: positions move when records are offered, not when they are settled."""
+
+    def _offer(self, server: Any, group: Group, claim: Claim, records: Any) -> None:
+        super()._offer(server, group, claim, records)
+        group.settle(claim, records[-1].offset + 1)
+
+
+class Hasty(KafkaSource):
+    """A planted bug: a run that is settled moves the position past an earlier one that is not."""
+
+    def _acked(self, group: Group, claim: Claim, run: Run, outcome: Outcome) -> None:
+        super()._acked(group, claim, run, outcome)
+        if run.open == 0:
+            group.settle(claim, run.end)
+
+
+@pytest.mark.parametrize("bug", [Eager, Hasty])
+def test_planted_bugs_are_found(bug: type[KafkaSource]) -> None:
+    for seed in range(60):
+        try:
+            run(seed, bug)
+        except AssertionError:
+            return
+    pytest.fail("60 seeds found nothing")
+
+
+def test_a_member_that_lost_a_partition_moves_no_position() -> None:
+    log = MemoryLog()
+    log.admin().ensure_topics([TopicSpec("weblogs", 1)])
+    log.append("weblogs", 0, b"x", None, {})
+    groups = MemoryGroups(log, "weblogs")
+    first: MemoryGroup = groups.join()
+    (record,) = first.take(5)
+    groups.crash(first)
+    second = groups.join()
+    first.settle(record.claim, 1)
+    first.commit()
+    assert groups.committed == {} and [one.offset for one in second.take(5)] == [0]
