@@ -130,6 +130,23 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """PEM file with the authorities of client certificates; with one, a shipper must show a certificate."""
     dead_letter_bytes: Count = 16_384
     """Most raw bytes kept of a refused event."""
+    dead_letter_share_max: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5
+    """Share of a tag's events (of all events, for tags that nobody declares) that may become dead letters; beyond it
+    the tag's chunks stay unacked with their shippers. 1 takes everything."""
+    dead_letter_window_ms: Millis = 60_000
+    """Time over which the share is counted."""
+    dead_letter_events_min: Count = 5_000
+    """Fewest events within that time of which a share says something."""
+    dead_letter_probe_ms: Millis = 10_000
+    """Time between chunks that are taken to see whether a tag is good again."""
+    collector_bytes_max: Count = 1_048_576
+    """Largest body of `POST /v1/events`, compressed or not. 1 MiB."""
+    collector_requests_max: Count = 512
+    """Most requests that wait for Kafka at once; beyond it the answer is 503, send again."""
+    collector_connections_max: Count = 2_048
+    """Most connections to the collector; beyond it the one that idles longest gives way."""
+    cors_origins: tuple[str, ...] = ("http://127.0.0.1:*", "http://localhost:*")
+    """Origins whose pages may send; `*` in one stands for a part of host or port, alone for every origin."""
     sources: tuple[SourceConfig, ...] = ()
     """Topics of shippers that are read into `events`, each a table of its own."""
 
@@ -147,6 +164,8 @@ class JoinConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long event ids are remembered, in watermark time. One hour."""
     snapshot_ms: Millis = 5_000
     """Time between snapshots of the state."""
+    payload_bytes: Count = 134_217_728
+    """Bytes of waiting impressions that one partition keeps in memory; beyond it full pieces lie in a file. 128 MiB."""
 
 
 class AggregateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -43,6 +43,7 @@ Name = Literal[
     "deltas_published_total",
     "snapshots_published_total",
     "requests_total",
+    "requests_open",
     "request_seconds",
     "swaps_total",
     "swap_seconds",
@@ -52,6 +53,8 @@ Name = Literal[
     "errors_total",
     "source_settled_total",
     "lines_skipped_total",
+    "events_refused_total",
+    "dead_letter_ceiling_shut",
 ]
 
 
