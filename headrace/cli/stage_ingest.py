@@ -3,7 +3,8 @@
 On SIGTERM it stops reading, appends what it holds, acks it, says goodbye to every partition and exits 0 in 5 seconds.
 Secrets come from the environment. HEADRACE_SHARED_KEY asks every shipper for Fluent's shared-key handshake,
 HEADRACE_USERS (`name:password`, one a line or parted by commas) for a user as well, HEADRACE_TLS_PASSWORD opens an
-encrypted TLS key. TLS begins with `ingest.tls_cert` and `ingest.tls_key` in headrace.toml, or the flags.
+encrypted TLS key, HEADRACE_TOKENS asks the HTTP collector's clients for one of these tokens. TLS begins with
+`ingest.tls_cert` and `ingest.tls_key` in headrace.toml, or the flags.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import msgspec
 from headrace.backends.group_kafka import KafkaGroup
 from headrace.backends.log_kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli.runtime import HOST, add_common, open_runtime, stop_event
+from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import Unavailable
 from headrace.contract.log import TopicSpec
 from headrace.ingest import server
+from headrace.ingest.collector import Collector
+from headrace.ingest.collector_access import read_tokens
 from headrace.ingest.kafka_source import KafkaSource
 from headrace.ingest.place import read_users
 from headrace.ingest.tls import Identity
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="this gateway's name in punctuation, stable over restarts (host name and port)")
     parser.add_argument("--share-port", action="store_true", help="let several gateways listen on the port; name each")
     parser.add_argument("--socket", metavar="PATH", default="", help="listen on this Unix socket too, as Docker logs")
+    parser.add_argument("--collector-port", type=int, help="HTTP collector (8088, moved by PORT_BASE; 0: none)")
     parser.add_argument("--metrics-port", type=int, help="port of /metrics (9101, moved by PORT_BASE)")
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate and chain, PEM (ingest.tls_cert)")
     parser.add_argument("--tls-key", metavar="FILE", help="private key, PEM (ingest.tls_key)")
@@ -67,6 +71,7 @@ def main(args: argparse.Namespace) -> int:
         share_port=args.share_port,
         socket_path=args.socket,
     ).checked()
+    collector = _collector(args, config, runtime)
     stop = stop_event()
     metrics = PrometheusMetrics("ingest", args.metrics_port or runtime.port("metrics_ingest"))
     metrics.ready(False, "waiting for Kafka")
@@ -87,8 +92,11 @@ def main(args: argparse.Namespace) -> int:
             stop,
             lambda _port: metrics.ready(True),
             [
-                KafkaSource(source, partial(_open_group, source, runtime.brokers), metrics)
-                for source in runtime.config.ingest.sources
+                *collector,
+                *(
+                    KafkaSource(source, partial(_open_group, source, runtime.brokers), metrics)
+                    for source in runtime.config.ingest.sources
+                ),
             ],
             identity=identity,
         )
@@ -105,6 +113,18 @@ def _with_tls(config: IngestConfig, args: argparse.Namespace, project_dir: Path)
     files = {name: str(project_dir / getattr(config, name)) for name in names if getattr(config, name)}
     files |= {name: told for name in names if (told := getattr(args, name))}
     return msgspec.structs.replace(config, **files)
+
+
+def _collector(args: argparse.Namespace, config: IngestConfig, runtime: Runtime) -> list[Collector]:
+    """Return the HTTP collector, if there is one: a second gateway beside the first names a port for its own."""
+    port = args.collector_port
+    if port is None:
+        if args.port and not args.share_port:
+            log.info("no HTTP collector: this gateway has a --port of its own and no --collector-port")
+            return []
+        port = runtime.port("collector")
+    tokens = read_tokens(os.environ.get("HEADRACE_TOKENS", ""))
+    return [Collector(config, tokens, args.host, port, runtime.clock)] if port else []
 
 
 def _open_group(source: SourceConfig, own_brokers: str) -> KafkaGroup:

@@ -1,0 +1,329 @@
+"""The HTTP collector: events of apps and browsers, in the gateway's own loop, with the forward port's guarantee.
+
+The way of a request, in the words that the tests use:
+
+1. *admit*: origin, token and bounds; while the gateway holds too much, or drains, the answer is 503 with Retry-After
+   and nothing is taken.
+2. *read*: the body, bounded in bytes and time, becomes one message a tag; where one event has not the form, none is
+   taken.
+3. *offer*: the messages join the gateway's batches, with the idempotency key as their chunk id.
+4. *answer*: 200 when Kafka has all of it, dead letters included, with what became of the events.
+
+A crash, or a client that leaves, anywhere before 4 means that the client sends again: the gateway, else the stream,
+drops what was appended before, by the key or the events' own ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import time
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from headrace.backends.clock import SystemClock
+from headrace.contract.clock import Clock
+from headrace.contract.config import IngestConfig
+from headrace.ingest.batcher import Outcome
+from headrace.ingest.collector_access import Origins, Tokens, is_loopback
+from headrace.ingest.collector_body import BadRequest, messages_of, read_events
+from headrace.ingest.collector_http import Gate, GatedConfig, listen, serve
+from headrace.ingest.collector_page import page_routes
+from headrace.ingest.forward_protocol import Message
+from headrace.ingest.gateway import Peer, peer_of
+
+if TYPE_CHECKING:
+    from headrace.ingest.server import Server
+
+log = logging.getLogger("headrace.ingest")
+
+LOOPBACK = "127.0.0.1"
+KEY_CHARS_MAX = 255
+_BODY_S = 30.0
+"""Longest time for one body: 1 MiB at 35 kB/s."""
+_ANSWER_S = 25.0
+"""Longest wait for Kafka; below the 30 s after which proxies and clients give up."""
+_LAST_S = 0.8
+"""Longest wait of a request that was begun when the gateway stops; then the client is told to send again."""
+_RETRY_S = 1
+_DISCARD_BYTES_MAX = 16_777_216
+"""Most bytes of a body too large that are read, so that its client sees the answer; then the connection closes."""
+_HEADERS = "authorization, content-type, content-encoding, idempotency-key"
+
+
+class Waiting:
+    """What one request still waits for."""
+
+    def __init__(self, messages: int) -> None:
+        self.open = messages
+        self.outcome = Outcome(0, 0, 0)
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def acked(self, one: Outcome) -> None:
+        """Add a message's outcome; the last one ends the wait."""
+        sums = (a + b for a, b in zip(msgspec.structs.astuple(self.outcome), msgspec.structs.astuple(one), strict=True))
+        self.outcome = Outcome(*sums)
+        self.open -= 1
+        if self.open <= 0 and not self.done.done():
+            self.done.set_result(None)
+
+
+class Collector:
+    """A companion of the gateway's server."""
+
+    def __init__(
+        self, config: IngestConfig, tokens: Sequence[str], host: str, port: int, clock: Clock | None = None
+    ) -> None:
+        self._config, self._clock = config, clock or SystemClock()
+        self._tokens, self._origins = Tokens(tokens), Origins(config.cors_origins)
+        self._host, self._port = host, port
+        self._bodies_bytes_max = max(config.collector_bytes_max, config.buffer_bytes_max // 4)
+        self._bodies_bytes = 0
+        self._requests = 0
+        self._stopping = asyncio.Event()
+        self._server: Server | None = None
+        self.port = 0
+        """The bound port, once it runs."""
+
+    async def run(self, server: Server, stopping: asyncio.Event) -> None:
+        """Serve until `stopping`, then answer what has begun. Raises `ConfigRejected` where the port is taken."""
+        self._server, self._stopping = server, stopping
+        host = self._host
+        if not self._tokens and not is_loopback(host):
+            log.warning("no HEADRACE_TOKENS: the collector listens on %s, not %s; set one to open it", LOOPBACK, host)
+            host = LOOPBACK
+        listener = listen(host, self._port, share_port=server.place.share_port)
+        self.port = listener.getsockname()[1]
+        _allow_files(self._config.collector_connections_max)
+        asks = "asks for a token" if self._tokens else "open to all of this machine (no HEADRACE_TOKENS)"
+        log.info("collector on http://%s:%d/, %s", host, self.port, asks)
+        config = GatedConfig(self.app(), Gate(self._config.collector_connections_max, server.refusals.add))
+        await serve(config, listener, stopping)
+
+    def app(self) -> Starlette:
+        """Return the ASGI application."""
+        routes = [
+            Route("/v1/events", self.events, methods=["POST"]),
+            Route("/v1/events", self.preflight, methods=["OPTIONS"]),
+            *page_routes(),
+        ]
+        return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_place})
+
+    async def preflight(self, request: Request) -> Response:
+        """Answer a browser's question before it sends from another origin."""
+        if not self._known_origin(request):
+            return self._counted(request, problem(403, _FOREIGN, _ALLOW))
+        headers = {
+            "Access-Control-Allow-Methods": "POST",
+            "Access-Control-Allow-Headers": _HEADERS,
+            # 2 hours: the most that Chromium takes.
+            "Access-Control-Max-Age": "7200",
+            "Allow": "POST, OPTIONS",
+        }
+        if request.headers.get("access-control-request-private-network") == "true":
+            headers["Access-Control-Allow-Private-Network"] = "true"
+        return self._cors(request, Response(status_code=204, headers=headers))
+
+    async def events(self, request: Request) -> Response:
+        """Take events; answer when Kafka has them."""
+        started = time.perf_counter()
+        server = self._of()
+        self._requests += 1
+        server.metrics.set("requests_open", self._requests)
+        try:
+            response = await self._events(request)
+        except BadRequest as error:
+            response = problem(error.status, error.error, error.step)
+        except ClientDisconnect:
+            response = problem(400, "the body ended early", "send it again")
+        except Exception as error:
+            # A fault of ours must cost one request. Without the message: it may quote an event.
+            log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+            response = problem(500, "the collector failed", "send it again; the gateway's log says why")
+        finally:
+            self._requests -= 1
+            server.metrics.set("requests_open", self._requests)
+        server.metrics.observe("request_seconds", time.perf_counter() - started)
+        return self._cors(request, self._counted(request, response))
+
+    async def _events(self, request: Request) -> Response:
+        refusal = self._admit(request)
+        if refusal is not None:
+            return refusal
+        key = request.headers.get("idempotency-key", "").strip()
+        if len(key) > KEY_CHARS_MAX or not key.isprintable() or not key.isascii():
+            raise BadRequest(400, f"Idempotency-Key is not {KEY_CHARS_MAX} or fewer ASCII characters", "send a UUID")
+        messages = await self._read(request, key)
+        # The body took its time: the gateway may have reached its bound, or its end, meanwhile.
+        if refusal := self._busy():
+            return refusal
+        return await self._offer(messages, Peer(_origin(request)))
+
+    # -- 1. admit
+
+    def _admit(self, request: Request) -> Response | None:
+        if not self._known_origin(request):
+            return problem(403, _FOREIGN, _ALLOW)
+        if self._tokens:
+            told = request.headers.get("authorization", "")
+            if not self._tokens.take(told, request.query_params.get("token", "")):
+                response = problem(401, "no known token", "send Authorization: Bearer TOKEN, or ?token= from a beacon")
+                response.headers["WWW-Authenticate"] = 'Bearer realm="headrace"'
+                return response
+        return self._busy()
+
+    def _known_origin(self, request: Request) -> bool:
+        """A browser names the page's origin; other clients name none and are not asked."""
+        origin = request.headers.get("origin")
+        return origin is None or self._origins.take(origin, request.url.scheme, request.headers.get("host", ""))
+
+    def _busy(self) -> Response | None:
+        server = self._of()
+        if self._stopping.is_set() or server.draining:
+            return problem(503, "the gateway stops", "send it again, another one takes over")
+        if server.paused:
+            return problem(503, "the gateway holds all that it may until Kafka has it", "send it again")
+        if self._requests > self._config.collector_requests_max:
+            most = self._config.collector_requests_max
+            return problem(503, f"{most} requests are open (ingest.collector_requests_max)", "send it again")
+        return None
+
+    # -- 2. read
+
+    async def _read(self, request: Request, key: str) -> list[Message]:
+        most = self._config.collector_bytes_max
+        held = 0
+        parts: list[bytes] = []
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared[:20]) > _DISCARD_BYTES_MAX:
+            raise BadRequest(413, f"the body is larger than {most} bytes", _SMALLER)
+        try:
+            async with asyncio.timeout(_BODY_S):
+                async for part in request.stream():
+                    held += len(part)
+                    self._bodies_bytes += len(part)
+                    if held <= most:
+                        parts.append(part)
+                        self._check_bodies()
+                    elif held > _DISCARD_BYTES_MAX:
+                        break
+        except TimeoutError as error:
+            raise BadRequest(408, f"the body took more than {_BODY_S:g} s", "send smaller batches") from error
+        finally:
+            self._bodies_bytes -= held
+        if held > most:
+            raise BadRequest(413, f"the body is larger than {most} bytes", _SMALLER)
+        events = read_events(
+            b"".join(parts),
+            request.headers.get("content-type", ""),
+            request.headers.get("content-encoding", "").strip().lower(),
+            most,
+        )
+        return messages_of(events, key, self._clock.now_ms())
+
+    def _check_bodies(self) -> None:
+        if self._bodies_bytes > self._bodies_bytes_max:
+            raise BadRequest(503, f"{self._bodies_bytes_max} bytes of bodies are being read", "send it again")
+
+    # -- 3. offer, 4. answer
+
+    async def _offer(self, messages: Sequence[Message], peer: Peer) -> Response:
+        gateway = self._of().gateway
+        # One more than the messages: outcomes that come at once must not end the wait early.
+        waiting = Waiting(len(messages) + 1)
+        for message in messages:
+            gateway.offer(message, 0, peer, waiting.acked)
+        waiting.acked(Outcome(0, 0, 0))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        either: set[asyncio.Future[Any]] = {waiting.done, stopping}
+        try:
+            await asyncio.wait(either, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done.done() and stopping.done():
+                await asyncio.wait({waiting.done}, timeout=_LAST_S)
+        finally:
+            stopping.cancel()
+        if not waiting.done.done():
+            step = "send it again with the same Idempotency-Key or event ids: what Kafka has got counts once"
+            return problem(503, "Kafka has not confirmed the events yet", step)
+        return answer(200, msgspec.structs.asdict(waiting.outcome))
+
+    # -- answers
+
+    def _counted(self, request: Request, response: Response) -> Response:
+        server, status = self._of(), response.status_code
+        server.metrics.add("requests_total", reason=str(status))
+        if status >= 400:
+            server.refusals.add(_origin(request), f"http_{status}", _WHY.get(status, "the request is not in order"))
+        if status in (408, 413) or (status == 503 and self._stopping.is_set()):
+            response.headers["Connection"] = "close"
+        return response
+
+    def _cors(self, request: Request, response: Response) -> Response:
+        origin = request.headers.get("origin")
+        response.headers["Vary"] = "Origin"
+        if origin is not None and self._known_origin(request):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            # A beacon is sent in credentials mode; without this a browser calls its answer an error.
+            response.headers["Access-Control-Allow-Credentials"] = "true"
+            response.headers["Access-Control-Expose-Headers"] = "Retry-After"
+        return response
+
+    def _of(self) -> Server:
+        if self._server is None:
+            raise RuntimeError("the collector answers only while it runs")
+        return self._server
+
+
+_FOREIGN, _ALLOW = "pages of this origin may not send", "name it in ingest.cors_origins"
+_SMALLER = "send smaller batches, or raise ingest.collector_bytes_max"
+_WHY = {
+    401: "no known token",
+    403: "a page of an origin that ingest.cors_origins does not name",
+    413: "more bytes or events than one request may have",
+    415: "a content type or encoding that is not known",
+    503: "it is told to send again: a bound is reached, Kafka is slow, or the gateway stops",
+}
+
+
+def answer(status: int, body: dict[str, Any]) -> Response:
+    """Return `body` as JSON, not to be cached."""
+    return Response(msgspec.json.encode(body), status, {"Cache-Control": "no-store"}, media_type="application/json")
+
+
+def problem(status: int, error: str, step: str) -> Response:
+    """Return what is wrong and the next step; where the fault is not the client's, when to send again."""
+    response = answer(status, {"error": error, "next": step})
+    if status >= 500:
+        response.headers["Retry-After"] = str(_RETRY_S)
+    return response
+
+
+async def _no_such_place(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    step = "POST /v1/events takes events; GET / explains it"
+    response = problem(status, "no such method here" if status == 405 else "nothing lies here", step)
+    if isinstance(error, HTTPException) and error.headers:
+        response.headers.update(error.headers)
+    return response
+
+
+def _origin(request: Request) -> str:
+    return peer_of(request.scope.get("client")).origin
+
+
+def _allow_files(connections_max: int) -> None:
+    """Raise the soft limit of open files by the collector's connections, as far as the hard one allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + connections_max
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -1,0 +1,267 @@
+"""Bodies of `POST /v1/events` to the gateway's messages. Pure: bytes, headers and the time of arrival come in.
+
+An event is a map with a `tag` and the fields of its record. `time` is optional; both are taken out of the record:
+
+    {"tag": "shop.click", "time": "2026-03-01T12:00:00.25Z", "event_id": "...", "request_id": "...", "item_id": 7}
+
+A record whose own fields are called `tag` or `time` goes whole under `record`, beside nothing but `tag` and `time`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgpack
+import msgspec
+
+from headrace.contract.errors import HeadraceError
+from headrace.ingest.forward_protocol import Message, Refused, decompress, message_of
+
+EVENTS_MAX = 10_000
+"""Most events in one request: 10 ms of packing, in which no other connection is served."""
+TAG_CHARS_MAX = 512
+_SHOWN_CHARS = 64
+
+Events = list[Any]
+
+
+class BadRequest(HeadraceError):
+    """Nothing of the request was taken; sent again as it is, it will fail again."""
+
+    def __init__(self, status: int, error: str, step: str) -> None:
+        super().__init__(f"{error}; {step}")
+        self.status, self.error, self.step = status, error, step
+
+
+def read_events(body: bytes, content_type: str, encoding: str, bytes_max: int) -> Events:
+    """Return the events of a body, each a map or what stands in its place. Raises `BadRequest`."""
+    read = _reader(content_type)
+    events = read(_plain(body, encoding, bytes_max))
+    if len(events) > EVENTS_MAX:
+        raise BadRequest(413, f"{len(events)} events; one request takes {EVENTS_MAX}", "send smaller batches")
+    return events
+
+
+def messages_of(events: Events, key: str, now_ms: int) -> list[Message]:
+    """Return one message a tag, in order of first appearance. Raises `BadRequest` where one event has not the form.
+
+    With an idempotency key, an event without an id gets one from the key and its place, so that the same request
+    through another gateway or from another address is a repeat too.
+    """
+    entries: defaultdict[str, list[tuple[int | None, Any]]] = defaultdict(list)
+    for at, event in enumerate(events):
+        tag, time_ns, record = _entry(event, at, now_ms)
+        if key and not _has_id(record.get("event_id")):
+            record = {**record, "event_id": f"http/{key}/{at}"}
+        entries[tag].append((time_ns, record))
+    try:
+        return [message_of(tag, found, key or None) for tag, found in entries.items()]
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise BadRequest(400, "a record is nested too deeply", "nest less") from error
+
+
+# -- one event
+
+
+def _entry(event: Any, at: int, now_ms: int) -> tuple[str, int, dict[Any, Any]]:
+    if not isinstance(event, dict):
+        raise BadRequest(400, f"event {at} is {_kind(event)}, not a map", 'send maps: {"tag": "shop.click", ...}')
+    tag = event.get("tag")
+    if not isinstance(tag, str) or not 0 < len(tag) <= TAG_CHARS_MAX:
+        what = "no tag" if tag is None else f"a tag that is no text of 1 to {TAG_CHARS_MAX} characters"
+        raise BadRequest(400, f"event {at} has {what}", 'give each event the tag of its declared type: "tag": "..."')
+    inner = event.get("record")
+    if isinstance(inner, dict) and event.keys() <= {"tag", "time", "record"}:
+        record = inner
+    else:
+        record = {name: value for name, value in event.items() if name not in ("tag", "time")}
+    time = event.get("time")
+    if time is None:
+        own = record.get("event_time_ms")
+        usable = isinstance(own, int) and not isinstance(own, bool) and 0 <= own < 2**53
+        return tag, (own if usable else now_ms) * 1_000_000, record
+    time_ns = read_time(time)
+    if time_ns is None:
+        raise BadRequest(
+            400,
+            f"event {at} has a time that cannot be read",
+            "send Unix seconds, milliseconds, microseconds or nanoseconds, or RFC 3339 with Z or an offset",
+        )
+    return tag, time_ns, record
+
+
+def read_time(value: Any) -> int | None:
+    """Return a time in nanoseconds; None where it is none. The unit of a number is known by its size.
+
+    >>> read_time(1_700_000_000) == read_time(1_700_000_000_000) == read_time("2023-11-14T22:13:20Z")
+    True
+    >>> read_time(0.5), read_time("2023-11-14T22:13:20.123456789+01:00"), read_time("2023-11-14"), read_time(-1)
+    (500000000, 1699996400123456789, None, None)
+    """
+    if isinstance(value, str):
+        return _read_iso(value)
+    if isinstance(value, msgpack.Timestamp):
+        return int(value.to_unix_nano())
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    # 10^11 seconds are the year 5138, 10^11 milliseconds 1973: nothing that is logged today lies on the wrong side.
+    scale = 1_000_000_000
+    for bound in (10**11, 10**14, 10**17):
+        if value < bound:
+            break
+        scale //= 1_000
+    whole = math.floor(value)
+    return whole * scale + round((value - whole) * scale)
+
+
+_ISO = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:[.,](\d{1,12}))?([Zz]|[+-]\d\d:?\d\d)", re.ASCII)
+
+
+def _read_iso(text: str) -> int | None:
+    found = _ISO.fullmatch(text)
+    if found is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(found[1].upper() + found[3].upper())
+    except ValueError:
+        return None
+    seconds = moment - datetime(1970, 1, 1, tzinfo=UTC)
+    return (seconds.days * 86_400 + seconds.seconds) * 1_000_000_000 + int((found[2] or "0").ljust(9, "0")[:9])
+
+
+def _has_id(value: Any) -> bool:
+    return bool(value) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else {"list": "an array", "str": "text"}.get(type(value).__name__, "a number")
+
+
+# -- the body's form
+
+
+def _plain(body: bytes, encoding: str, bytes_max: int) -> bytes:
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "x-gzip"):
+        raise BadRequest(415, f"Content-Encoding {_shown(encoding)} is not known", "send gzip or plain")
+    try:
+        return decompress(body, "gzip", bytes_max)
+    except Refused as error:
+        raise BadRequest(
+            413,
+            f"the body decompresses to more than {bytes_max} bytes",
+            "send smaller batches, or raise ingest.collector_bytes_max",
+        ) from error
+    except (ValueError, OSError, zlib.error) as error:
+        raise BadRequest(400, "the body is no gzip", "send gzip, or leave Content-Encoding out") from error
+
+
+def _reader(content_type: str) -> Callable[[bytes], Events]:
+    kind, _, parameters = content_type.partition(";")
+    read = _READERS.get(kind.strip().lower())
+    if read is None:
+        raise BadRequest(415, f"Content-Type {_shown(kind)} is not known", f"send one of {', '.join(KNOWN_TYPES)}")
+    charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters, re.IGNORECASE)
+    if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise BadRequest(415, f"charset {_shown(charset[1])} is not known", "send UTF-8")
+    return read
+
+
+def _read_json(body: bytes) -> Events:
+    value = _json(body, "the body")
+    return value if isinstance(value, list) else [value]
+
+
+def _read_lines(body: bytes) -> Events:
+    lines = enumerate(body.removeprefix(_BOM).split(b"\n"), 1)
+    return [_json(line, f"line {number}") for number, line in lines if line.strip()]
+
+
+def _read_text(body: bytes) -> Events:
+    """Read what a beacon sends, whose type says nothing: one JSON value, else one a line."""
+    try:
+        return _read_json(body)
+    except BadRequest as whole:
+        if b"\n" not in body.strip():
+            raise
+        try:
+            return _read_lines(body)
+        except BadRequest as lines:
+            raise lines from whole
+
+
+def _read_msgpack(body: bytes) -> Events:
+    try:
+        value = msgpack.unpackb(body, raw=False, unicode_errors="surrogateescape", strict_map_key=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRequest(
+            400, f"the body is no MessagePack: {type(error).__name__}", "send one map or one array of maps, no more"
+        ) from error
+    return value if isinstance(value, list) else [value]
+
+
+_READERS: Mapping[str, Callable[[bytes], Events]] = {
+    "application/json": _read_json,
+    "application/x-ndjson": _read_lines,
+    "application/ndjson": _read_lines,
+    "application/jsonl": _read_lines,
+    "application/msgpack": _read_msgpack,
+    "application/x-msgpack": _read_msgpack,
+    "application/vnd.msgpack": _read_msgpack,
+    "text/plain": _read_text,
+    "": _read_text,
+}
+KNOWN_TYPES = ("application/json", "application/x-ndjson", "application/msgpack", "text/plain (JSON or NDJSON)")
+_BOM = b"\xef\xbb\xbf"
+
+
+def _json(data: bytes, where: str) -> Any:
+    """Return one JSON value. Of equal keys the last counts, as everywhere.
+
+    NaN, numbers beyond a float and text with half a surrogate pair, which some clients write, are read too: they cost
+    their own event (`bad_type`) or one character, not the whole batch.
+    """
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return _whole(json.loads(data.removeprefix(_BOM).decode("utf-8")))
+    except json.JSONDecodeError as error:
+        at = f"{error.msg} at character {error.pos}"
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start} is not UTF-8"
+    except RecursionError:
+        at = "it is nested too deeply"
+    except ValueError:
+        at = "a number has too many digits"
+    raise BadRequest(400, f"{where} is no JSON: {at}", "send JSON in UTF-8, or name another Content-Type")
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def _whole(value: Any) -> Any:
+    """Return the value with U+FFFD for halves of surrogate pairs."""
+    if isinstance(value, str):
+        return _HALVES.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole(name): _whole(item) for name, item in value.items()}
+    return value
+
+
+def _shown(text: str) -> str:
+    """Return a header's value for an error: short, and nothing that could break a line."""
+    return repr(text.strip()[:_SHOWN_CHARS])

@@ -1,0 +1,93 @@
+"""What the collector's tests share: a gateway with its real sockets in a thread of its own, on a log in memory."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+from ingest_world import PROJECT, ShakyLog
+
+from headrace.backends.clock import SystemClock
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.contract.config import IngestConfig
+from headrace.contract.topics import Topics
+from headrace.ingest import server
+from headrace.ingest.collector import Collector
+
+
+class Site:
+    """A running collector; `log.away` holds Kafka's receipts back."""
+
+    def __init__(self, tokens: tuple[str, ...] = (), port: int = 0, host: str = "127.0.0.1", **config: Any) -> None:
+        self.log, self.metrics, self.stop = ShakyLog(Random(1)), MemoryMetrics(), threading.Event()
+        settings = IngestConfig(**{"grace_ms": 0, "batch_ms": 5, **config})
+        self.collector = Collector(settings, tokens, host, port)
+        self._ready = threading.Event()
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(settings,))
+        self._thread.start()
+        self._ready.wait(120)
+        self.port = self.collector.port
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _run(self, settings: IngestConfig) -> None:
+        try:
+            server.run(
+                PROJECT,
+                settings,
+                Topics(),
+                4,
+                self.log,
+                self.metrics,
+                SystemClock(),
+                server.Place(port=_free_port()),
+                self.stop,
+                lambda _port: self._ready.set(),
+                [self.collector],
+            )
+        except BaseException as error:
+            self._failed = error
+        finally:
+            self._ready.set()
+
+    def end(self) -> None:
+        """Drain and stop."""
+        self.stop.set()
+        self.join()
+
+    def join(self) -> None:
+        """Wait for the end, and raise what brought it about."""
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+
+    @property
+    def paused(self) -> bool:
+        """Whether the gateway reads from nobody."""
+        running = self.collector._server
+        return running is not None and running.paused
+
+    def ids(self, kind: str | None = None) -> list[str]:
+        """Return the ids of every appended event."""
+        return [row["event_id"] for row in self.log.rows(kind)]
+
+
+@contextmanager
+def site(tokens: tuple[str, ...] = (), port: int = 0, **config: Any) -> Iterator[Site]:
+    """Run a collector."""
+    made = Site(tokens, port, **config)
+    try:
+        yield made
+    finally:
+        made.log.away = False
+        made.end()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
