@@ -27,7 +27,7 @@
   var QUEUE_MAX = number(options.queueMax, 2000); /* events that wait, over all tabs of this origin */
   var BACKOFF_MAX_MS = 60000;
   var TIMEOUT_MS = 30000;
-  var ADOPT_MS = 15000;
+  var ADOPT_MS = number(options.adoptMs, 15000);
   var BATCH_MAX = 100;
   var BATCH_CHARS = 16000; /* at most 48 kB in UTF-8: a browser lets 64 kB of beacons be under way */
   var PREFIX = "headrace:" + endpoint + ":";

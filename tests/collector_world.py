@@ -44,7 +44,7 @@ class Site:
                 self.log,
                 self.metrics,
                 SystemClock(),
-                server.Place(port=_free_port()),
+                server.Place(port=free_port()),
                 self.stop,
                 lambda _port: self._ready.set(),
                 [self.collector],
@@ -87,7 +87,8 @@ def site(tokens: tuple[str, ...] = (), port: int = 0, **config: Any) -> Iterator
         made.end()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
