@@ -146,3 +146,14 @@ def _fit(
         middle = len(rows) // 2
         yield from _fit(batch, chunk_N, partition, rows[:middle], bytes_max)
         yield from _fit(batch, chunk_N, partition, rows[middle:], bytes_max)
+
+
+def merge(ordinary: pa.RecordBatch, left: I64s, checked: pa.RecordBatch, rows: I64s) -> tuple[pa.RecordBatch, I64s]:
+    """Return the batch with the rows `left` of it taken from `checked`, which has `rows` of them; and row numbers."""
+    fast = np.delete(np.arange(ordinary.num_rows), left)
+    all_rows = np.concatenate([fast, rows])
+    order = np.argsort(all_rows, kind="stable")
+    table = pa.Table.from_batches([ordinary.take(pa.array(fast)), checked])
+    merged = table.take(pa.array(order)).combine_chunks()
+    batches = merged.to_batches()
+    return batches[0] if batches else checked.slice(0, 0), all_rows[order]

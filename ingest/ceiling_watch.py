@@ -1,0 +1,56 @@
+"""Tells the operator what the ceiling of dead letters has shut: readiness, metric, log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from headrace.contract.metrics import Metrics
+from headrace.ingest.ceiling import UNDECLARED, Alert
+
+if TYPE_CHECKING:
+    from headrace.ingest.server import Server
+
+log = logging.getLogger("headrace.ingest")
+
+_LOOK_S = 0.5
+_REMIND_LOOKS = 120
+"""A line a minute while something is shut."""
+
+
+class CeilingWatch:
+    """A companion of the server. `ready` is the stage's readiness: (is ready, why or what else there is to know).
+
+    It goes red for a declared tag, whose events the pipeline waits for. Tags that nobody declares leave it green, with
+    the same text: one misconfigured shipper must not take a gateway out of everybody's load balancer.
+    """
+
+    def __init__(self, metrics: Metrics, ready: Callable[[bool, str], None]) -> None:
+        self._metrics, self._ready = metrics, ready
+        self._shut: dict[str, Alert] = {}
+        self._looks = 0
+
+    async def run(self, server: Server, stopping: asyncio.Event) -> None:
+        """Look twice a second until `stopping`."""
+        while not stopping.is_set():
+            self.look(server.gateway.ceiling.alerts())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), _LOOK_S)
+
+    def look(self, alerts: Sequence[Alert]) -> None:
+        """Take the alerts of this moment and tell what changed."""
+        shut = {alert.tag: alert for alert in alerts}
+        opened, fresh = self._shut.keys() - shut.keys(), shut.keys() - self._shut.keys()
+        self._looks = 0 if fresh else self._looks + 1
+        for name in opened:
+            self._metrics.set("dead_letter_ceiling_shut", 0, reason=name)
+            log.info("dead letters of %s are below the ceiling again: its chunks are taken", name)
+        for name in fresh if self._looks % _REMIND_LOOKS else shut:
+            self._metrics.set("dead_letter_ceiling_shut", 1, reason=name)
+            log.error("%s (%d events refused so far)", shut[name].text, shut[name].refused_events)
+        if shut or opened:
+            self._ready(not shut.keys() - {UNDECLARED}, " ".join(alert.text for alert in alerts))
+        self._shut = shut
