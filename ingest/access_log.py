@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import date
+from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -332,6 +333,7 @@ def time_of(variables: Variables) -> int | None:
     return None if local is None else clf_ns(local)
 
 
+@lru_cache(maxsize=1_024)
 def clf_ns(text: str) -> int | None:
     """Return the time of the common log format in ns, None where it is none.
 
