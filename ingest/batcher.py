@@ -85,6 +85,22 @@ class Cut(msgspec.Struct, frozen=True):
     """Rows by the chunk's place in the batch."""
 
 
+class Outgoing(msgspec.Struct):
+    """A record on its way, with what its receipt settles."""
+
+    topic: str
+    partition: int
+    value: bytes
+    headers: dict[str, str]
+    key: bytes | None
+    owners: list[tuple[Owner, int]]
+    outcome: str
+    rows: int
+    reason: str = ""
+    oldest_ms: int | None = None
+    wait_s: float = 0.0
+
+
 class Batcher:
     """Holds chunks until they are due."""
 

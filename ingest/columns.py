@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from headrace.contract.project import EXTRA
 from headrace.ingest.hash64 import xxh64
 from headrace.ingest.msgpack_scan import (
     ARRAY,
@@ -38,7 +39,7 @@ from headrace.ingest.msgpack_scan import (
 )
 from headrace.ingest.validate import ENVELOPE_NAMES, ID_BYTES_MAX, PLACE_MAX, Declared
 
-_INT, _FLOAT, _FLOAT32, _TEXT, _BOOL, _ID, _PLACE, _TIME = range(8)
+_INT, _FLOAT, _FLOAT32, _TEXT, _BOOL, _ID, _PLACE, _TIME, _OTHER = range(9)
 _KINDS = {pa.int64(): _INT, pa.float64(): _FLOAT, pa.float32(): _FLOAT32, pa.string(): _TEXT, pa.bool_(): _BOOL}
 _EXACT_FLOAT = 2.0**53
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -69,10 +70,16 @@ def layout(declared: Declared) -> Layout:
             kinds.append({"place": _PLACE, "event_time_ms": _TIME}.get(field.name, _ID))
         elif field.name == "key":
             continue
+        elif field.name in declared.hashed:
+            kinds.append(_ID)
         else:
-            kinds.append(_KINDS[field.type])
+            # Lists, and what is kept of unknown fields, are for the plain decoder.
+            extra = field.name == EXTRA and declared.unknown == "keep"
+            kinds.append(_OTHER if extra else _KINDS.get(field.type, _OTHER))
         names.append(field.name)
-    blob = [name.encode() for name in names]
+    # No record has a key of these bytes: a field `extra` that it brings itself is unknown like any other.
+    kept = declared.unknown == "keep"
+    blob = [b"\xff" if kept and name == EXTRA else name.encode() for name in names]
     ends = np.cumsum([0, *map(len, blob)]).astype(np.int64)
     data = np.frombuffer(b"".join(blob), np.uint8)
     return Layout(declared, data, ends, np.array(kinds, np.int64), {name: i for i, name in enumerate(names)})
@@ -237,7 +244,7 @@ def _rows(
     names: U8s,
     name_at: I64s,
     kinds_C: I64s,
-    refuse_unknown: Flag,
+    leave_unknown: Flag,
     ints_CN: npt.NDArray[np.int64],
     floats_CN: npt.NDArray[np.float64],
     lens_CN: npt.NDArray[np.int32],
@@ -270,7 +277,7 @@ def _rows(
                 ok, at = _value(
                     data, at, kinds_C[column], column, row, ints_CN, floats_CN, lens_CN, valid_CN, scratch
                 )  # fmt: skip
-            elif refuse_unknown:
+            elif leave_unknown:
                 ok = False
             else:
                 at = skip(data, len(data), at, 1, len(data))[1]
@@ -411,9 +418,9 @@ def decode(
     lens = np.zeros((columns, rows), np.int32)
     valid = np.zeros((columns, rows), np.uint8)
     times, left = np.zeros(rows, np.int64), np.zeros(rows, np.uint8)
-    refuse = made.declared.refuse_unknown
+    leave_unknown = made.declared.unknown != "drop"
     _rows(
-        data, starts_N, made.names, made.name_at, made.kinds, refuse, ints, floats, lens, valid, times, left
+        data, starts_N, made.names, made.name_at, made.kinds, leave_unknown, ints, floats, lens, valid, times, left
     )  # fmt: skip
     place_at, time_at = made.at["place"], made.at["event_time_ms"]
     ints[place_at][valid[place_at] == 0] = 0
@@ -425,8 +432,9 @@ def decode(
         lens[key_at] = _NUMBER
     # What is missing, too long or out of time is for `check` to name.
     missing = (valid[request_at] == 0) | (valid[key_at] == 0)
-    if key_kind == _TEXT:
-        missing |= (lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX)
+    if key_kind in (_TEXT, _ID):
+        short = lens[key_at] != _NUMBER
+        missing |= short & ((lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX))
     elif key_kind != _INT:
         missing[:] = True
     missing |= (event_times < 0) | (event_times > latest_ms)
@@ -449,6 +457,8 @@ def decode(
         elif kind in (_TEXT, _ID):
             offsets, text = _gather(data, ints[c], lens[c], valid[c])
             arrays.append(_text(offsets, text, valid[c] if field.nullable else None, rows))
+        elif kind == _OTHER:
+            arrays.append(pa.nulls(rows, field.type))
         else:
             arrays.append(_numbers(field.type, kind, ints[c], floats[c], valid[c] if field.nullable else None))
     batch = pa.RecordBatch.from_arrays(arrays, schema=made.declared.schema)

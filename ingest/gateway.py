@@ -32,9 +32,11 @@ from headrace.contract.errors import Overloaded
 from headrace.contract.events import PUNCTUATION, encode_punctuation
 from headrace.contract.log import Producer
 from headrace.contract.metrics import Metrics
+from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
-from headrace.ingest.batcher import Acked, Batcher, Cut, Outcome, Owner, Waiting, cut
+from headrace.ingest.batcher import Acked, Batcher, Cut, Outcome, Outgoing, Owner, Waiting, cut, merge
+from headrace.ingest.ceiling import Ceiling
 from headrace.ingest.columns import decode, hash_column, layout
 from headrace.ingest.forward_protocol import Entry, Message, chunk_text, encode_record, read_entry
 from headrace.ingest.mapping import mappers_of, together
@@ -55,22 +57,6 @@ _SECOND_SEED = 1
 _RESEND_FIRST_S, _RESEND_MAX_S = 0.1, 5.0
 
 READ, APPENDED, DEAD, REPEATED = "read", "appended", "dead_lettered", "repeated"
-
-
-class Outgoing(msgspec.Struct):
-    """A record on its way, with what its receipt settles."""
-
-    topic: str
-    partition: int
-    value: bytes
-    headers: dict[str, str]
-    key: bytes | None
-    owners: list[tuple[Owner, int]]
-    outcome: str
-    rows: int
-    reason: str = ""
-    oldest_ms: int | None = None
-    wait_s: float = 0.0
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -94,11 +80,14 @@ class Gateway:
         metrics: Metrics,
         clock: Clock,
         name: str,
+        privacy: Privacy | None = None,
     ) -> None:
         self._config, self._topics, self._partitions = config, topics, partitions
         self._producer, self._metrics, self._clock, self._name = producer, metrics, clock, name
         self._types = {tag: layout(declared) for tag, declared in declared_types(project).items()}
+        self._privacy = privacy or Privacy(project)
         self._mappers = mappers_of(project)
+        self.ceiling = Ceiling(config, [*self._types, *self._mappers])
         self._batcher = Batcher(
             list(self._types.values()),
             batch_ms=config.batch_ms,
@@ -123,19 +112,22 @@ class Gateway:
 
     # -- 1. offer
 
-    def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None) -> None:
-        """Take a message of `size` bytes; `acked` is called once, when Kafka has all of it. Never blocks."""
+    def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
+        """Take a message of `size` bytes; `acked` is called once, when Kafka has all of it. Never blocks.
+
+        A `refusable` one, which its sender keeps until the ack, may be beyond the ceiling of dead letters: nothing of
+        it is taken then, `acked` is never called, and False returned.
+        """
         if message.signal:
             if acked is not None:
                 acked(Outcome(0, 0, 0))
-            return
+            return True
         if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
             mapped = mapper.map_message(message)
             self._metrics.add("lines_skipped_total", mapped.skipped, reason=message.tag)
             each = together(len(mapped.messages), acked)
-            for part in mapped.messages:
-                self.offer(part, 0, peer, each)
-            return
+            taken = [self.offer(part, 0, peer, each, refusable=refusable) for part in mapped.messages]
+            return all(taken)
         key, prefix = self._identify(message, peer)
         made = self._types.get(message.tag)
         try:
@@ -146,7 +138,12 @@ class Gateway:
             self._count(REPEATED, len(starts), made is not None)
             if acked is not None:
                 acked(Outcome(0, 0, len(starts)))
-            return
+            return True
+        if refusable and key not in self._chunks_open:
+            events = len(starts)
+            if not self.ceiling.allows(message.tag, events, self._clock.now_ms()):
+                self._metrics.add("events_refused_total", events, reason=self.ceiling.name(message.tag))
+                return False
         self._taken += 1
         held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)
         owner = Owner(self._taken, key, message.tag, peer.origin, held)
@@ -174,6 +171,7 @@ class Gateway:
                     derived = f"{prefix}/{nth}"
                     self._dead_letter(owner, "undeclared", "no declared event has this tag", entry, event_id=derived)
         self._settled(owner, 1)
+        return True
 
     def _identify(self, message: Message, peer: Peer) -> tuple[bytes, str]:
         """Return the chunk's key in memory, empty where it has no id, and how ids begin that events do not bring."""
@@ -235,8 +233,9 @@ class Gateway:
                 owner = owners[chunk_N[decoded.left[at]]]
                 self._dead_letter(owner, reason, detail, entries[at], event_id=derived[at], counted=False)
             own_N[decoded.left] = [_has_id(entry.record) for entry in entries]
-            batch, rows_M = _merge(batch, decoded.left, checked.batch, decoded.left[checked.rows])
+            batch, rows_M = merge(batch, decoded.left, checked.batch, decoded.left[checked.rows])
             own_N, chunk_N = own_N[rows_M], chunk_N[rows_M]
+        batch = self._privacy.batch(batch, declared.tag, declared.key)
         ids = batch.column("event_id")
         first_N, second_N = hash_column(ids), hash_column(ids, _SECOND_SEED)
         numbers = np.array([owner.number for owner in owners], np.int64)
@@ -271,6 +270,7 @@ class Gateway:
             self._settled(owner, events)
 
     def _append(self, piece: Cut, owners: list[tuple[Owner, int]], declared: Declared) -> None:
+        self.ceiling.note(declared.tag, self._clock.now_ms(), appended=piece.rows)
         headers = self._headers(piece.partition, declared.kind)
         if declared.kind != declared.name:
             headers["type"] = declared.name
@@ -310,8 +310,11 @@ class Gateway:
     ) -> None:
         """Queue a dead letter; `counted` where `owner.waiting` does not know of the event yet."""
         most = self._config.dead_letter_bytes
-        whole = encode_record(entry.record) if raw is None else raw
-        own = entry.record.get("event_id") if isinstance(entry.record, dict) else None
+        record = self._privacy.record(entry.record, owner.tag)
+        # Bytes that nobody can read may hold what is private: where a project has such fields they are not kept.
+        hidden = raw is not None and bool(self._privacy.everywhere)
+        whole = encode_record(record) if raw is None else b"" if hidden else raw
+        own = record.get("event_id") if isinstance(record, dict) else None
         letter = DeadLetter(
             reason=reason,
             detail=detail,
@@ -320,10 +323,11 @@ class Gateway:
             event_id=chunk_text(own) if isinstance(own, str) and own else event_id,
             time_ns=entry.time_ns or 0,
             raw=whole[:most],
-            raw_truncated=len(whole) > most,
+            raw_truncated=hidden or len(whole) > most,
             gateway=self._name,
             seen_ms=self._clock.now_ms(),
         )
+        self.ceiling.note(owner.tag, letter.seen_ms, dead=1, reason=reason)
         if counted:
             owner.waiting += 1
         self._outbox.append(
@@ -477,17 +481,6 @@ def _has_id(record: Any) -> bool:
     """Say whether a record brings an event id of its own."""
     own = record.get("event_id") if isinstance(record, dict) else None
     return bool(own) or (isinstance(own, int) and not isinstance(own, bool))
-
-
-def _merge(ordinary: pa.RecordBatch, left: I64s, checked: pa.RecordBatch, rows: I64s) -> tuple[pa.RecordBatch, I64s]:
-    """Return the batch with the rows `left` of it taken from `checked`, which has `rows` of them; and row numbers."""
-    fast = np.delete(np.arange(ordinary.num_rows), left)
-    all_rows = np.concatenate([fast, rows])
-    order = np.argsort(all_rows, kind="stable")
-    table = pa.Table.from_batches([ordinary.take(pa.array(fast)), checked])
-    merged = table.take(pa.array(order)).combine_chunks()
-    batches = merged.to_batches()
-    return batches[0] if batches else checked.slice(0, 0), all_rows[order]
 
 
 def peer_of(address: Any) -> Peer:

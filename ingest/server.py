@@ -19,6 +19,7 @@ from headrace.contract.clock import Clock
 from headrace.contract.config import IngestConfig
 from headrace.contract.log import Producer
 from headrace.contract.metrics import Metrics
+from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
 from headrace.ingest.connection import Connection
@@ -255,12 +256,13 @@ def run(
     ready: Ready = lambda port: None,
     companions: Sequence[Companion] = (),
     identity: Identity | None = None,
+    privacy: Privacy | None = None,
 ) -> None:
     """Serve until `stop` is set, then drain within `DRAIN_S` and return. `ready` gets the bound port.
 
     With an `identity` the port speaks TLS. Raises `ConfigRejected` where a port or socket cannot be had.
     """
-    gateway = Gateway(project, config, topics, partitions, producer, metrics, clock, place.name)
+    gateway = Gateway(project, config, topics, partitions, producer, metrics, clock, place.name, privacy)
     server = Server(gateway, config, metrics, clock, place, identity)
     _allow_files(config.connections_max)
     serving = server.serve(

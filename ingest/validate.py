@@ -12,6 +12,8 @@ What cannot be taken is named row by row with a stable reason; it becomes a dead
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,13 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.events import FEEDBACK, IMPRESSION, feedback_schema, impression_schema
-from headrace.contract.project import Project
+from headrace.contract.project import EXTRA, FeedbackType, ImpressionType, Project, Unknown
 
 ID_BYTES_MAX = 512
 """Longest event id, request id and partition key, in characters."""
 ENVELOPE_NAMES = frozenset({"event_id", "request_id", "place", "event_time_ms"})
 PLACE_MAX = 2**31 - 1
 _EXACT_FLOAT = 2**53
+_EXTRA_DEPTH_MAX = 32
 
 _NONE = type(None)
 _TAKEN_AS_IS: dict[pa.DataType, frozenset[type]] = {
@@ -36,6 +39,7 @@ _TAKEN_AS_IS: dict[pa.DataType, frozenset[type]] = {
     pa.string(): frozenset({str, _NONE}),
     pa.bool_(): frozenset({bool, _NONE}),
 }
+_LISTS = frozenset({pa.list_(pa.string()), pa.list_(pa.int64())})
 
 Reject = Callable[[int, str, str], None]
 
@@ -50,8 +54,10 @@ class Declared(msgspec.Struct, frozen=True):
     key: str
     """Raw field that is the partition key."""
     schema: pa.Schema
-    refuse_unknown: bool
+    unknown: Unknown
     known: frozenset[str]
+    hashed: frozenset[str] = frozenset()
+    """Private fields that come as text or integers and are stored as hashes."""
 
 
 class Checked(msgspec.Struct, frozen=True):
@@ -66,16 +72,20 @@ class Checked(msgspec.Struct, frozen=True):
 def declared_types(project: Project) -> dict[str, Declared]:
     """Return every declared type by its tag."""
     imp = project.impression
-    found = [_declared(IMPRESSION, IMPRESSION, imp.tag, imp.key, impression_schema(project), imp.unknown == "refuse")]
+    # What one type calls private is kept by none as an unknown field.
+    private = {name for kind in (imp, *project.feedback) for name in kind.private}
+    found = [_declared(IMPRESSION, IMPRESSION, imp, imp.key, impression_schema(project), private)]
     for fb in project.feedback:
-        schema = feedback_schema(project, fb)
-        found.append(_declared(fb.name, FEEDBACK, fb.tag, imp.key, schema, fb.unknown == "refuse"))
+        found.append(_declared(fb.name, FEEDBACK, fb, imp.key, feedback_schema(project, fb), private))
     return {item.tag: item for item in found}
 
 
-def _declared(name: str, kind: str, tag: str, key: str, schema: pa.Schema, refuse: bool) -> Declared:
-    known = frozenset(schema.names) - {"key"} | ENVELOPE_NAMES | {key}
-    return Declared(name, kind, tag, key, schema, refuse, known)
+def _declared(
+    name: str, kind: str, of: ImpressionType | FeedbackType, key: str, schema: pa.Schema, private: set[str]
+) -> Declared:
+    known = frozenset(schema.names) - {"key"} | ENVELOPE_NAMES | {key} | private
+    hashed = frozenset(field for field, how in of.private.items() if how == "hash")
+    return Declared(name, kind, of.tag, key, schema, of.unknown, known - {EXTRA}, hashed)
 
 
 def check(
@@ -97,16 +107,21 @@ def check(
         rejected.setdefault(row, (reason, detail))
 
     rows = _maps(records, times_ns, reject)
-    if declared.refuse_unknown:
+    if declared.unknown == "refuse":
         for at, record in enumerate(rows):
             if not record.keys() <= declared.known:
                 names = sorted(str(name)[:64] for name in record.keys() - declared.known)[:5]
-                reject(at, "unknown_field", f"undeclared fields {names}; declare them, or set unknown='drop'")
+                reject(at, "unknown_field", f"undeclared fields {names}; declare them, or set unknown='drop' or 'keep'")
     columns: dict[str, pa.Array] = {}
     strict = frozenset({declared.key})
     for field in declared.schema:
-        if field.name not in _ENVELOPE:
-            columns[field.name] = _column([r.get(field.name) for r in rows], field, field.name in strict, reject)
+        if field.name == EXTRA and declared.unknown == "keep":
+            columns[EXTRA] = pa.array([_extra(record, declared.known) for record in rows], pa.string())
+        elif field.name not in _ENVELOPE:
+            values = [r.get(field.name) for r in rows]
+            if field.name in declared.hashed:
+                values = [str(v) if isinstance(v, int) and not isinstance(v, bool) else v or None for v in values]
+            columns[field.name] = _column(values, field, field.name in strict, reject)
     columns["key"] = _keys(columns[declared.key], declared.key, reject)
     columns["event_id"] = _ids([r.get("event_id") for r in rows], "event_id", derived_ids, reject)
     columns["request_id"] = _ids([r.get("request_id") for r in rows], "request_id", None, reject)
@@ -138,7 +153,7 @@ def _maps(records: Sequence[Any], times_ns: Sequence[int | None], reject: Reject
 
 def _column(values: list[Any], field: pa.Field, strict: bool, reject: Reject) -> pa.Array:
     """Return `values` as a column of `field`'s type, null where a row is rejected."""
-    if set(map(type, values)) <= _TAKEN_AS_IS[field.type]:
+    if set(map(type, values)) <= _TAKEN_AS_IS.get(field.type, frozenset()):
         try:
             column = pa.array(values, type=field.type)
         except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError):
@@ -166,6 +181,9 @@ def _fit(value: Any, kind: pa.DataType, strict: bool) -> Any:
     elif kind == pa.string():
         if isinstance(value, str | bytes):
             return _utf8(value, strict)
+    elif kind in _LISTS:
+        if isinstance(value, list) and None not in value:
+            return [_fit(item, kind.value_type, strict) for item in value]
     elif kind == pa.int64():
         if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT_FLOAT:
             return int(value)
@@ -179,6 +197,31 @@ def _fit(value: Any, kind: pa.DataType, strict: bool) -> Any:
             raise ValueError("not a finite number")
         return number
     raise ValueError(f"got {type(value).__name__}")
+
+
+def _extra(record: dict[Any, Any], known: frozenset[str]) -> str | None:
+    """Return the fields that are not known as JSON, names in order; null where there are none."""
+    unknown = {name: value for name, value in record.items() if name not in known}
+    if not unknown:
+        return None
+    return json.dumps(_plain(unknown, 0), sort_keys=True, separators=(",", ":"))
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """Return what JSON can say of a value; what it cannot becomes text."""
+    if depth > _EXTRA_DEPTH_MAX:
+        return f"(nested deeper than {_EXTRA_DEPTH_MAX})"
+    if isinstance(value, dict):
+        return {_text_of(name): _plain(inner, depth + 1) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner, depth + 1) for inner in value]
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return _text_of(value)
+
+
+def _text_of(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _utf8(value: str | bytes, strict: bool) -> str:

@@ -2,6 +2,7 @@
 
 On SIGTERM it stops reading, appends what it holds, acks it, says goodbye to every partition and exits 0 in 5 seconds.
 Secrets come from the environment. HEADRACE_SHARED_KEY asks every shipper for Fluent's shared-key handshake,
+HEADRACE_PRIVACY_KEY hashes the fields that the project declares private,
 HEADRACE_USERS (`name:password`, one a line or parted by commas) for a user as well, HEADRACE_TLS_PASSWORD opens an
 encrypted TLS key, HEADRACE_TOKENS asks the HTTP collector's clients for one of these tokens. TLS begins with
 `ingest.tls_cert` and `ingest.tls_key` in headrace.toml, or the flags.
@@ -26,7 +27,9 @@ from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_e
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import Unavailable
 from headrace.contract.log import TopicSpec
+from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest import server
+from headrace.ingest.ceiling_watch import CeilingWatch
 from headrace.ingest.collector import Collector
 from headrace.ingest.collector_access import read_tokens
 from headrace.ingest.kafka_source import KafkaSource
@@ -72,6 +75,7 @@ def main(args: argparse.Namespace) -> int:
         socket_path=args.socket,
     ).checked()
     collector = _collector(args, config, runtime)
+    privacy = Privacy(runtime.project, os.environ.get(KEY_NAME, ""))
     stop = stop_event()
     metrics = PrometheusMetrics("ingest", args.metrics_port or runtime.port("metrics_ingest"))
     metrics.ready(False, "waiting for Kafka")
@@ -92,6 +96,7 @@ def main(args: argparse.Namespace) -> int:
             stop,
             lambda _port: metrics.ready(True),
             [
+                CeilingWatch(metrics, metrics.ready),
                 *collector,
                 *(
                     KafkaSource(source, partial(_open_group, source, runtime.brokers), metrics)
@@ -99,6 +104,7 @@ def main(args: argparse.Namespace) -> int:
                 ),
             ],
             identity=identity,
+            privacy=privacy,
         )
     finally:
         metrics.ready(False, "stopping")

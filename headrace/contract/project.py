@@ -23,8 +23,16 @@ from headrace.contract.spec import Bucket, Categorical, Cross, FeatureSpec, Nume
 FieldType = Literal["int64", "float64", "string", "bool"]
 
 
+Unknown = Literal["drop", "refuse", "keep"]
+"""What becomes of fields that a type does not declare. `keep`: as JSON in the declared string field `extra`."""
+Private = Literal["drop", "hash"]
+"""What becomes of a personal field at the border. `drop`: it is stored nowhere, and not declared among the fields;
+`hash`: a declared string field holds its keyed hash; see `headrace.contract.privacy`."""
+EXTRA = "extra"
+
+
 class ImpressionType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The event that says what was shown. Every raw field is nullable; unknown fields are refused or dropped.
+    """The event that says what was shown. Every raw field is nullable.
 
     Fields that every impression record carries besides the raw ones: `event_id` (else derived), `request_id`
     (required), `place` (0-based place in the answer, default 0), `event_time_ms` (else the shipper's time),
@@ -35,7 +43,8 @@ class ImpressionType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     key: str
     """Raw field that is the partition key; rendered as a string."""
     fields: dict[str, FieldType]
-    unknown: Literal["drop", "refuse"] = "drop"
+    unknown: Unknown = "drop"
+    private: dict[str, Private] = {}
 
 
 class FeedbackType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -45,7 +54,8 @@ class FeedbackType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     name: str
     tag: str
     fields: dict[str, FieldType] = {}
-    unknown: Literal["drop", "refuse"] = "drop"
+    unknown: Unknown = "drop"
+    private: dict[str, Private] = {}
 
 
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -90,6 +100,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         kinds = {f.name for f in self.feedback}
         if self.impression.key not in raw:
             raise ConfigRejected(f"impression.key {self.impression.key!r} is not one of its fields {sorted(raw)}.")
+        for kind in (self.impression, *self.feedback):
+            _check_fields(kind)
         fields_by_tag = {self.impression.tag: self.impression.fields, **{f.tag: f.fields for f in self.feedback}}
         check_mappings(self.mappings, fields_by_tag, self.impression.key)
         for task in self.tasks:
@@ -115,6 +127,17 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         if name == "impression":
             return set(self.impression.fields)
         return {self.impression.key, *next(f.fields for f in self.feedback if f.name == name)}
+
+
+def _check_fields(kind: ImpressionType | FeedbackType) -> None:
+    if kind.unknown == "keep" and kind.fields.get(EXTRA) != "string":
+        raise ConfigRejected(f'{kind.tag!r} keeps unknown fields and needs a field for them: add "{EXTRA}": "string".')
+    for name, how in kind.private.items():
+        declared = kind.fields.get(name)
+        if how == "drop" and declared is not None:
+            raise ConfigRejected(f"{kind.tag!r} drops {name!r} and declares it as a field: choose one.")
+        if how == "hash" and declared != "string":
+            raise ConfigRejected(f'{kind.tag!r} hashes {name!r}, which is {declared}: declare it as "string".')
 
 
 def _inputs(feature: Categorical | Numeric | Bucket | Cross | Rate) -> tuple[str, ...]:

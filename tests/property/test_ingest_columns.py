@@ -13,20 +13,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingest_world import PROJECT, START_MS
 
+from headrace.contract.project import FeedbackType, ImpressionType, Project
+from headrace.contract.spec import FeatureSpec
 from headrace.ingest.columns import decode, hash_column, layout
 from headrace.ingest.forward_protocol import read_entries
 from headrace.ingest.msgpack_scan import as_bytes, entry_starts
 from headrace.ingest.validate import check, declared_types
 
-TYPES = declared_types(PROJECT)
+WIDE = Project(
+    impression=ImpressionType(
+        tag="wide.impression",
+        key="user_id",
+        fields={"user_id": "string", "item_id": "list[int64]", "title": "list[string]", "extra": "string"},
+        unknown="keep",
+        private={"user_id": "hash", "price": "drop"},
+    ),
+    feedback=(FeedbackType(name="click", tag="wide.click", fields={"title": "string"}, private={"title": "hash"}),),
+    tasks=(),
+    features=FeatureSpec(),
+)
+TYPES = declared_types(PROJECT) | declared_types(WIDE)
 SKEW_MS = 60_000
 
 texts = st.text(max_size=6) | st.sampled_from(["", "é" * 3, "a" * 513, "日本", "\udcff"])
 numbers = st.integers(-(2**63), 2**64 - 1) | st.integers(-200, 200) | st.sampled_from([2**31 - 1, 2**31, 2**53 + 1])
 reals = st.floats(width=64) | st.floats(width=32) | st.sampled_from([3.0, -0.0, 1e300, float(2**53), 3.5e38])
-anything = (
-    st.none() | st.booleans() | numbers | reals | texts | st.binary(max_size=4) | st.lists(numbers, max_size=2)
-)
+anything = st.none() | st.booleans() | numbers | reals | texts | st.binary(max_size=4) | st.lists(numbers, max_size=2)
 good: dict[str, st.SearchStrategy[Any]] = {
     "event_id": st.text(min_size=1, max_size=5),
     "request_id": st.text(min_size=1, max_size=5) | st.integers(0, 9),
