@@ -140,11 +140,16 @@ def is_group_marker(data: U8s, at: Word) -> Flag:
     return kind == EXT and count == 8 and data[rest - 1] == 0 and big(data, rest, 4) >= _MARK_LOW
 
 
+ENTRIES_MAX = 524_288
+"""Most entries of one message: 32 bytes each in one of 16 MiB, less than any event has that can be taken. Without it,
+a body of one-byte entries, packed to some kilobytes, would become millions of dead letters."""
+
+
 @numba.njit(cache=True)
 def _entries(data: U8s, end: Word, starts: I64s) -> tuple[Word, Word]:
     at = np.int64(0)
     found = 0
-    while at < end:
+    while at < end and found <= ENTRIES_MAX:
         status, after, _ = skip(data, end, at, 1, end)
         if status != DONE:
             return -1, at
@@ -159,11 +164,13 @@ def _entries(data: U8s, end: Word, starts: I64s) -> tuple[Word, Word]:
 def entry_starts(body: U8s) -> I64s:
     """Return where each entry of a plain body begins, int64 [N], group markers left out.
 
-    Raises `ValueError` when the body ends inside an entry or holds no MessagePack.
+    Raises `ValueError` when the body ends inside an entry, holds no MessagePack, or more than `ENTRIES_MAX` entries.
     """
     # 96 bytes an entry at first: most bodies are scanned once.
     room = np.empty(len(body) // 96 + 4, np.int64)
     found, at = _entries(body, len(body), room)
+    if found > ENTRIES_MAX:
+        raise ValueError(f"more than {ENTRIES_MAX} entries in one message of {len(body)} bytes; make chunks smaller")
     if found > len(room):
         room = np.empty(found, np.int64)
         found, at = _entries(body, len(body), room)
