@@ -34,6 +34,8 @@ ARROW_TYPES: dict[FieldType, pa.DataType] = {
     "float64": pa.float64(),
     "string": pa.string(),
     "bool": pa.bool_(),
+    "list[string]": pa.list_(pa.string()),
+    "list[int64]": pa.list_(pa.int64()),
 }
 
 ENVELOPE = (
