@@ -28,6 +28,8 @@ _PING_BYTES_MAX = 65_536
 """Most bytes taken from a peer that has not shown the key yet: a PING has some 300."""
 _ACK_BYTES_MAX = 1_048_576
 """A peer that leaves this many bytes of acks unread is cut off. 1 MiB is some 20,000 acks."""
+_UNACKED_S = 2.0
+"""How long a connection goes on that has a chunk beyond the ceiling of dead letters: some thirty round trips."""
 _TLS_HELLO = b"\x16\x03"
 
 
@@ -42,6 +44,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._peer = Peer("unknown")
         self._unacked = 0
+        self._ends: asyncio.TimerHandle | None = None
         self._fresh = True
         self.since_s = server.now_s()
         """When the open handshake or the unfinished message began, or the peer sent its end."""
@@ -119,7 +122,8 @@ class Connection(asyncio.Protocol):
             if message.chunk is not None:
                 self._unacked += 1
                 acked = partial(self._ack, encode_ack(message))
-            server.gateway.offer(message, size, self._peer, acked)
+            if not server.gateway.offer(message, size, self._peer, acked, refusable=acked is not None):
+                self._end_soon()
             server.strangers.pop(self, None)
             if server.gateway.buffer_bytes + server.partial_bytes > server.config.buffer_bytes_max:
                 server.balance()
@@ -127,6 +131,18 @@ class Connection(asyncio.Protocol):
                 if server.paused:
                     break
         return moved
+
+    def _end_soon(self) -> None:
+        """Close after a while, because a chunk stays unacked: its shipper keeps it and tries again later.
+
+        Not at once: chunks of other tags, which came along, are to get their acks here.
+        """
+        if self._ends is None:
+            self._ends = asyncio.get_running_loop().call_later(_UNACKED_S, self._end_unacked)
+
+    def _end_unacked(self) -> None:
+        if self._transport is not None:
+            self.refuse("dead_letter_ceiling", "too many events of a tag are dead letters; /readyz says which and why")
 
     def _greet(self, ping: Ping) -> None:
         if self._handshake is None or self._transport is None:

@@ -6,7 +6,7 @@ A letter's state follows from the letters and the marks of retries alone:
 |---|---|
 | `open` | nobody offered it again, or nothing came of it |
 | `retrying` | a retry is at it, or was killed; the next retry finds out what came of it |
-| `retried` | offered again, and its event is in the log |
+| `retried` | offered again, and its event is in the log, or its line is no event by the mended mapping |
 | `refused` | offered again and refused again: a newer letter with `retry_of` tells why |
 | `unknown` | a retry was killed at it, and the log no longer reaches back to tell; never offered again |
 """
@@ -36,6 +36,7 @@ ADVICE: dict[str, str] = {
     "unknown_field": "Declare the field, or set unknown='drop' for this event, restart the gateways, retry.",
     "future": "A clock runs ahead: mend it (NTP) on the host of `origin`. Once the event's time is past, retry.",
     "too_large": "One event is larger than ingest.batch_bytes: log less, or raise it (the broker's limit is 1 MB).",
+    "bad_line": "The line is not of the log format that the mapping names: mend `format`, restart the gateways, retry.",
     "bad_chunk": "The shipper's chunk cannot be unpacked at all: look at its version and compression. It cannot be "
     "retried: it is no event.",
 }
@@ -117,7 +118,7 @@ class States:
         if offset in self.doubtful:
             return "retrying"
         fate = self.fate(offset)
-        return "retried" if fate in ("appended", "repeated") else fate
+        return "retried" if fate in ("appended", "repeated", "skipped") else fate
 
 
 def superseded(letters: Sequence[Letter], marks: Iterable[RetryMark]) -> list[tuple[DeadLetter, Fate]]:
@@ -126,7 +127,7 @@ def superseded(letters: Sequence[Letter], marks: Iterable[RetryMark]) -> list[tu
     for letter in letters:
         states.see(letter)
     found = [(letter.told, states.fate(letter.offset)) for letter in letters]
-    return [(told, fate) for told, fate in found if fate in ("appended", "repeated", "refused")]
+    return [(told, fate) for told, fate in found if fate not in ("open", "unknown")]
 
 
 def parse_id(text: str) -> int:

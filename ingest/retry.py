@@ -39,6 +39,7 @@ from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.events import FEEDBACK, IMPRESSION, decode_batch
 from headrace.contract.log import Delivered, Producer, Reader
 from headrace.contract.metrics import Metrics
+from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
 from headrace.ingest.batcher import Outcome
@@ -73,12 +74,14 @@ class Pen(Protocol):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What a retry did. `offered` = appended + repeated + the sum of `refused`."""
+    """What a retry did. `offered` = appended + repeated + skipped_lines + the sum of `refused`."""
 
     offered: int = 0
     appended: int = 0
     repeated: int = 0
     """The event was in the log already, or another letter of it was taken."""
+    skipped_lines: int = 0
+    """Lines that are no events by the mended mapping."""
     refused: dict[str, int] = {}
     """Refused again, by reason."""
     skipped: dict[str, int] = {}
@@ -104,11 +107,12 @@ class Retry:
         clock: Clock,
         metrics: Metrics,
         run: str,
+        privacy: Privacy | None = None,
     ) -> None:
         self._project, self._topics, self._partitions = project, topics, partitions
         self._config = msgspec.structs.replace(config, batch_ms=1, grace_ms=_NEVER_MS)
         self._producer, self._reader, self._pen = producer, reader, pen
-        self._clock, self._metrics, self._run = clock, metrics, run
+        self._clock, self._metrics, self._run, self._privacy = clock, metrics, run, privacy
         self._taken: set[bytes] = set()
         """Digests of (tag, event id) of every letter whose event is in the log."""
 
@@ -195,10 +199,10 @@ class Retry:
         }
         found: dict[int, Fate] = {}
         for mark in {(mark.run, mark.at_ms): mark for mark in doubtful.values()}.values():
-            wanted = {o: self._id(held[o]) for o in mark.letters if doubtful.get(o) == mark and o in held}
-            there = self._ids_in_log(mark, set(wanted.values()))
-            for offset, name in wanted.items():
-                found[offset] = "unknown" if there is None else "appended" if name in there else "open"
+            wanted = {o: self._ids_of(held[o]) for o in mark.letters if doubtful.get(o) == mark and o in held}
+            there = self._ids_in_log(mark, set().union(*wanted.values()))
+            for offset, names in wanted.items():
+                found[offset] = "unknown" if there is None else "appended" if names & there else "open"
         if not found:
             return
         self._append(RetryMark(step="retried", run=self._run, at_ms=self._clock.now_ms(), outcomes=found))
@@ -208,6 +212,12 @@ class Retry:
             del states.doubtful[offset]
             if fate == "appended":
                 self._taken.add(self._identity(held[offset]))
+
+    def _ids_of(self, letter: Letter) -> set[str]:
+        """Return the event ids under which the letter's event may be in the log: a mapping may take one of the line."""
+        trial = Trial()
+        self._offer([letter], trial, self._clock.monotonic() + _NEVER_MS / 1000)
+        return {self._id(letter), *trial.event_ids}
 
     def _ids_in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
         """Return which event ids are in the log behind a mark; None where the log no longer reaches back to it."""
@@ -220,7 +230,7 @@ class Retry:
         spans = {p: (mark.ends.get(p, 0), end) for p, end in ends.items()}
         for record in records(self._reader, topic, spans, latest_ms=latest_ms):
             if record.value is not None and record.headers.get("kind") in (IMPRESSION, FEEDBACK):
-                found.update(wanted.intersection(decode_batch(record.value).column("event_id").to_pylist()))
+                found.update(wanted.intersection(_event_ids(record.value)))
         return found
 
     # -- 3. mark
@@ -270,7 +280,15 @@ class Retry:
         leased = Leased(producer, self._clock, until_s, self._topics.dead_letters, {one.offset: one for one in batch})
         name = f"retry-{self._run}"
         gateway = Gateway(
-            self._project, self._config, self._topics, self._partitions, leased, self._metrics, self._clock, name
+            self._project,
+            self._config,
+            self._topics,
+            self._partitions,
+            leased,
+            self._metrics,
+            self._clock,
+            name,
+            self._privacy,
         )
         for letter in batch:
             if self._identity(letter) in self._taken:
@@ -299,6 +317,7 @@ class Retry:
             fate = fates[letter.offset]
             report.appended += fate == "appended"
             report.repeated += fate == "repeated"
+            report.skipped_lines += fate == "skipped"
             if fate == "refused":
                 refused[reasons.get(letter.offset, letter.told.reason)] += 1
             else:
@@ -306,8 +325,18 @@ class Retry:
         report.refused = dict(refused)
 
 
+def _event_ids(value: bytes) -> list[str]:
+    ids: list[str] = decode_batch(value).column("event_id").to_pylist()
+    return ids
+
+
 def _settled(fates: dict[int, Fate], offset: int, outcome: Outcome) -> None:
-    fates[offset] = "appended" if outcome.appended else "refused" if outcome.dead_lettered else "repeated"
+    told: tuple[tuple[Fate, int], ...] = (
+        ("appended", outcome.appended),
+        ("refused", outcome.dead_lettered),
+        ("repeated", outcome.repeated),
+    )
+    fates[offset] = next((fate for fate, events in told if events), "skipped")
 
 
 class Leased:
@@ -376,6 +405,8 @@ class Trial:
 
     def __init__(self) -> None:
         self._receipts: list[Delivered] = []
+        self.event_ids: list[str] = []
+        """Of the events that were sent."""
 
     def send(
         self,
@@ -387,7 +418,9 @@ class Trial:
         headers: Mapping[str, str] | None = None,
         delivered: Delivered | None = None,
     ) -> None:
-        """Take a record and forget it."""
+        """Take a record and keep its event ids."""
+        if value is not None and headers is not None and headers.get("kind") in (IMPRESSION, FEEDBACK):
+            self.event_ids += _event_ids(value)
         if delivered is not None:
             self._receipts.append(delivered)
 

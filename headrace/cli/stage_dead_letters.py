@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.dead_letters import decode_retry_mark
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.log import Reader
+from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters import (
     ADVICE,
     ADVICE_ELSE,
@@ -204,6 +206,7 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
         clock=runtime.clock,
         metrics=MemoryMetrics(),
         run=uuid.uuid4().hex[:12],
+        privacy=Privacy(runtime.project, os.environ.get(KEY_NAME, "")),
     )
     try:
         report = retry.dry_run(chosen) if args.dry_run else retry.retry(chosen)
@@ -220,6 +223,7 @@ def _lines(report: Report) -> list[str]:
     lines = [f"{report.offered:,} letters {would}offered"]
     lines += [f"  {report.appended:>9,}  {would}taken"]
     lines += [f"  {report.repeated:>9,}  in the log before: counted once"] if report.repeated else []
+    lines += [f"  {report.skipped_lines:>9,}  no event by the mapping"] if report.skipped_lines else []
     lines += [f"  {count:>9,}  {would}refused again: {why}" for why, count in sorted(report.refused.items())]
     lines += [f"  {count:>9,}  not offered: {why}" for why, count in sorted(report.skipped.items())]
     lines += [f"  {count:>9,}  left by a killed retry: {fate}" for fate, count in sorted(report.found_out.items())]

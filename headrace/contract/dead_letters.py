@@ -11,10 +11,11 @@ from typing import Literal
 
 import msgspec
 
-Fate = Literal["appended", "repeated", "refused", "unknown", "open"]
+Fate = Literal["appended", "repeated", "skipped", "refused", "unknown", "open"]
 """What became of a letter that was offered again: its event is in the log (`appended`), was there already
-(`repeated`), or was refused again, which a newer letter tells (`refused`). A retry that finds what a killed one left
-behind also writes `open`, nothing was appended, and `unknown`, the log no longer reaches back that far."""
+(`repeated`), is none by the mended mapping (`skipped`), or was refused again, which a newer letter tells (`refused`).
+A retry that finds what a killed one left behind also writes `open`, nothing was appended, and `unknown`, the log no
+longer reaches back that far."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
