@@ -84,9 +84,11 @@ class Face:
                 return problem(422, f"{count} candidates", f"send at most {self.config.candidates_max} in one request")
             raw = merge(self.project, ask.context, ask.candidates)
 
+            now_ms = self.clock.now_ms()
+
             def use(view: View) -> tuple[list[float], list[dict[str, float]]]:
                 served = self.features.columns(spec_of(view.meta.spec_json), raw, len(ask.candidates))
-                return rank(view, raw, served), served
+                return rank(view, raw, served, event_time_ms=now_ms), served
 
             (scores, served), meta = self.shared.read(use)
             version = meta.manifest.version
@@ -97,7 +99,7 @@ class Face:
                     context=ask.context,
                     candidates=ask.candidates,
                     served=served,
-                    event_time_ms=self.clock.now_ms(),
+                    event_time_ms=now_ms,
                 )
         except msgspec.ValidationError as error:
             return problem(422, str(error), "see README: POST /v1/rank")

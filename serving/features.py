@@ -13,7 +13,7 @@ import pyarrow as pa
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.log import Reader, Record
 from headrace.contract.spec import Counter, FeatureSpec
-from headrace.stream.features.counters import bucket_ms, key_strings, value_as_of
+from headrace.stream.features.counters import bucket_ms, key_strings, moves_within_bucket, value_as_of
 
 logger = logging.getLogger("headrace.serve")
 
@@ -25,13 +25,13 @@ class _Entry(msgspec.Struct):
 
 
 class _Row:
-    """One key's buckets, never changed, and the value that was read of them last: (newest bucket then, counts)."""
+    """One key's buckets, never changed, and the value that was read of them last: (of which step of time, values)."""
 
     __slots__ = ("buckets", "value")
 
     def __init__(self, buckets: dict[int, list[int]]) -> None:
         self.buckets = buckets
-        self.value: tuple[int, list[int]] | None = None
+        self.value: tuple[int, list[float]] | None = None
 
 
 class FeatureMemory:
@@ -60,15 +60,15 @@ class FeatureMemory:
         self.watermark_ms = max(self.watermark_ms, entry.as_of_ms)
         self._rows[name] = _Row({int(b): counts for b, counts in entry.buckets.items()})
 
-    def counts(self, counter: Counter, key: str) -> list[int]:
-        """Return one count for each of `counter.counts`, zeros where nothing is known."""
+    def counts(self, counter: Counter, key: str) -> list[float]:
+        """Return one value for each of `counter.counts`, zeros where nothing is known."""
         row = self._rows.get(f"{counter.name}/{key}")
         if row is None:
             return [0] * len(counter.counts)
         now_ms = self.watermark_ms
-        bucket = now_ms // bucket_ms(counter)
-        if row.value is None or row.value[0] != bucket:
-            row.value = bucket, value_as_of(row.buckets, counter, now_ms)
+        step = now_ms if moves_within_bucket(counter) else now_ms // bucket_ms(counter)
+        if row.value is None or row.value[0] != step:
+            row.value = step, value_as_of(row.buckets, counter, now_ms)
         return row.value[1]
 
     def columns(self, spec: FeatureSpec, raw: Mapping[str, pa.Array], rows: int) -> list[dict[str, float]]:
@@ -80,7 +80,7 @@ class FeatureMemory:
             for row, key in zip(served, key_strings(raw[counter.key]), strict=True):
                 found = known.get(key)
                 if found is None:
-                    counts = [0] * len(names) if key is None else self.counts(counter, key)
+                    counts: list[float] = [0] * len(names) if key is None else self.counts(counter, key)
                     found = known[key] = dict(zip(names, map(float, counts), strict=True))
                 row.update(found)
         return served

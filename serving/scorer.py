@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from headrace.contract.errors import EventRejected
 from headrace.contract.events import ARROW_TYPES
-from headrace.contract.project import FieldType, Project, Recipe
-from headrace.contract.spec import FeatureSpec
+from headrace.contract.project import LISTS, FieldType, Project, Recipe
+from headrace.contract.spec import EVENT_TIME, FeatureSpec
 from headrace.serving.shared_model import View
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.scoring import score
@@ -22,6 +22,8 @@ _TAKEN: dict[FieldType, frozenset[type]] = {
     "float64": frozenset({float, int, type(None)}),
     "string": frozenset({str, type(None)}),
     "bool": frozenset({bool, type(None)}),
+    "list[string]": frozenset({type(None)}),
+    "list[int64]": frozenset({type(None)}),
 }
 _EXACT_FLOAT = 2**53
 
@@ -65,20 +67,27 @@ def _fitted(value: Any, name: str, kind: FieldType) -> Any:
     """Return the value as the gateway takes it: 5.0 is an int64, 5.5 and True are none."""
     if type(value) in _TAKEN[kind]:
         return value
+    if isinstance(value, list) and kind in LISTS:
+        item: FieldType = "string" if kind == "list[string]" else "int64"
+        return [_fitted(one, name, item) for one in value]
     if kind == "int64" and isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT_FLOAT:
         return int(value)
     raise EventRejected("bad_type", f"field {name!r} must be {kind} or null; got {type(value).__name__}.")
 
 
-def rank(view: View, raw: Mapping[str, pa.Array], served: Sequence[Mapping[str, float]]) -> list[float]:
+def rank(
+    view: View, raw: Mapping[str, pa.Array], served: Sequence[Mapping[str, float]], *, event_time_ms: int
+) -> list[float]:
     """Return the probability of each candidate from one version of the model.
 
     Args:
         raw: as `merge` returns.
         served: counter columns of each candidate.
+        event_time_ms: when the request came: the time of the impressions that it makes.
     """
     spec, recipe = spec_of(view.meta.spec_json), recipe_of(view.meta.recipe_json)
     columns = dict(raw)
+    columns[EVENT_TIME] = pa.array([event_time_ms] * len(served), pa.int64())
     for name in spec.counter_columns():
         columns[name] = pa.array([row.get(name, 0.0) for row in served], pa.float32())
     slots_NF, numeric_ND = featurize(columns, spec)

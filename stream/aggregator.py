@@ -23,14 +23,14 @@ from headrace.contract.events import (
 )
 from headrace.contract.log import Record
 from headrace.contract.project import Project
-from headrace.stream.features.counters import CounterState, key_strings, value_as_of
+from headrace.stream.features.counters import CounterState, amounts, feeds, key_strings, value_as_of
 from headrace.stream.memory import Memory, key_of
 from headrace.stream.watermark import Watermark
 
 
 @dataclass(frozen=True)
 class Settled:
-    """One key's counts as of a grid point; `buckets` is empty when nothing is in the window any more."""
+    """One key's values as of a grid point; `buckets` is empty when nothing is in the window any more."""
 
     counter: str
     key: str
@@ -49,8 +49,8 @@ class AggregatorState:
         self.offsets = [-1] * partitions
         self.watermarks = [Watermark(silent_ms) for _ in range(partitions)]
         self.seen = [Memory(horizon_ms) for _ in range(partitions)]
-        self.staged: list[deque[tuple[int, int, str, int, int]]] = [deque() for _ in range(partitions)]
-        """Per partition (grid point reached before it, counter, key, entry, event time), in log order."""
+        self.staged: list[deque[tuple[int, int, str, int, int, int]]] = [deque() for _ in range(partitions)]
+        """Per partition (grid point reached before it, counter, key, entry, event time, amount), in log order."""
         self.settled_ms = -1
         self.epoch_seen = -1
         self._schemas = {f.name: feedback_schema(project, f) for f in project.feedback}
@@ -88,14 +88,15 @@ class AggregatorState:
                 fresh.append(row)
         times = batch.column("event_time_ms").to_pylist()
         for index, state in enumerate(self.counters):
-            if name not in state.counter.counts:
+            fed = [(feed.entry, amounts(feed, batch).tolist()) for feed in feeds(state.counter, name)]
+            if not fed:
                 continue
-            entry = state.counter.counts.index(name)
             keys = key_strings(batch.column(state.counter.key))
             for row in fresh:
                 key_text = keys[row]
                 if key_text is not None:
-                    self.staged[partition].append((reached, index, key_text, entry, times[row]))
+                    for entry, adds in fed:
+                        self.staged[partition].append((reached, index, key_text, entry, times[row], adds[row]))
 
     def _settle(self) -> list[Settled]:
         top = min(w.time_ms for w in self.watermarks) // self.grid_ms
@@ -122,8 +123,8 @@ class AggregatorState:
                 changed[index] |= state.keys_of(bucket)
         for rows in self.staged:
             while rows and rows[0][0] < grid:
-                _, index, key, entry, time_ms = rows.popleft()
-                self.counters[index].add(key, entry, time_ms)
+                _, index, key, entry, time_ms, amount = rows.popleft()
+                self.counters[index].add(key, entry, time_ms, amount)
                 changed[index].add(key)
         settled = [
             self._value(state, key, as_of_ms)
@@ -159,7 +160,8 @@ class AggregatorState:
         _load_each(self.watermarks, plain["watermarks"])
         _load_each(self.seen, plain["seen"])
         _load_each(self.counters, plain["counters"])
-        self.staged = [deque((r, i, k, e, t) for r, i, k, e, t in rows) for rows in plain["staged"]]
+        # States from before there were sums have no amounts: each of their rows counts one.
+        self.staged = [deque((r, i, k, e, t, *(a or (1,))) for r, i, k, e, t, *a in rows) for rows in plain["staged"]]
         self.settled_ms, self.epoch_seen = plain["settled_ms"], plain["epoch_seen"]
 
 

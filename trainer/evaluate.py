@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from headrace.contract.spec import Bucket, Categorical, Cross, FeatureSpec
+from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import Learner
 from headrace.trainer.model.scoring import Float32s, score
@@ -230,8 +230,11 @@ def item_slot(features: FeatureSpec, key_field: str) -> int:
     >>> item_slot(FeatureSpec(features=(Categorical(field="user"), Categorical(field="item"))), "user")
     1
     """
-    slots = [f for f in features.features if isinstance(f, Categorical | Bucket | Cross)]
-    names = [f.field if isinstance(f, Categorical) else "" for f in slots]
+    names = [
+        feature.field if isinstance(feature, Categorical) else ""
+        for feature in features.features
+        for _ in range(feature.slots)
+    ]
     counted = [c.key for c in features.counters if c.key != key_field]
     wanted = [*counted, *(name for name in names if name not in ("", key_field))]
     return next((names.index(name) for name in wanted if name in names), -1)

@@ -11,17 +11,38 @@ PROJECT = Project(
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.functions import function_of
 from headrace.contract.mapping import AccessLog, check_mappings
-from headrace.contract.spec import Bucket, Categorical, Cross, FeatureSpec, Numeric, Rate
+from headrace.contract.spec import (
+    EVENT_TIME,
+    Bucket,
+    Counter,
+    Custom,
+    Feature,
+    FeatureSpec,
+    Mean,
+    MultiValued,
+    Numeric,
+    Product,
+    Quantile,
+    Rate,
+    Recency,
+    Text,
+    TimePart,
+)
 
-FieldType = Literal["int64", "float64", "string", "bool"]
-
+FieldType = Literal["int64", "float64", "string", "bool", "list[string]", "list[int64]"]
+LISTS = frozenset({"list[string]", "list[int64]"})
+_NUMBERS = frozenset({"int64", "float64", "bool", "float32"})
+_SCALARS = _NUMBERS | {"string"}
 
 Unknown = Literal["drop", "refuse", "keep"]
 """What becomes of fields that a type does not declare. `keep`: as JSON in the declared string field `extra`."""
@@ -29,6 +50,9 @@ Private = Literal["drop", "hash"]
 """What becomes of a personal field at the border. `drop`: it is stored nowhere, and not declared among the fields;
 `hash`: a declared string field holds its keyed hash; see `headrace.contract.privacy`."""
 EXTRA = "extra"
+
+COMBINATIONS_MAX = 1_024
+"""Most combinations that a `Product` may form of one row before it keeps `values_max` of them."""
 
 
 class ImpressionType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -109,24 +133,50 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigRejected(f"task {task.name!r} names feedback {task.feedback!r}; declared: {sorted(kinds)}.")
         if self.recipe.task not in {t.name for t in self.tasks}:
             raise ConfigRejected(f"recipe.task {self.recipe.task!r} is not a declared task.")
+        types: dict[str, str] = {**self.impression.fields, EVENT_TIME: "int64", **dict.fromkeys(columns, "float32")}
+        if self.impression.fields[self.impression.key] in LISTS:
+            raise ConfigRejected(f"impression.key {self.impression.key!r} is a list; the partition key is one value.")
         for counter in self.features.counters:
-            missing = [n for n in ("impression", *kinds) if n in counter.counts and counter.key not in self._fields(n)]
-            unknown = set(counter.counts) - kinds - {"impression"}
-            if missing or unknown:
-                raise ConfigRejected(
-                    f"counter {counter.name!r} over {counter.key!r}: not a field of {missing}, unknown counts "
-                    f"{sorted(unknown)}. Declare the field there, or count something else."
-                )
+            self._check_counter(counter, kinds)
+        lasts = {
+            column
+            for counter in self.features.counters
+            for column, entry in zip(counter.columns(), counter.entries(), strict=True)
+            if entry.kind == "last"
+        }
         for feature in self.features.features:
-            for name in _inputs(feature):
-                if name not in raw and name not in columns:
+            for name in feature.inputs():
+                if name not in types:
                     raise ConfigRejected(f"feature {feature!r} reads {name!r}, which no field and no counter gives.")
+            _check_feature(feature, types, lasts)
         return self
 
-    def _fields(self, name: str) -> set[str]:
+    def _check_counter(self, counter: Counter, kinds: set[str]) -> None:
+        entries = counter.entries()
+        events = {entry.event for entry in entries}
+        missing = [n for n in ("impression", *sorted(kinds)) if n in events and counter.key not in self._fields(n)]
+        unknown = events - kinds - {"impression"}
+        if missing or unknown:
+            raise ConfigRejected(
+                f"counter {counter.name!r} over {counter.key!r}: not a field of {missing}, unknown counts "
+                f"{sorted(unknown)}. Declare the field there, or count something else."
+            )
+        for entry in entries:
+            kind = self._fields(entry.event).get(entry.field, "missing")
+            if entry.kind == "sum" and kind not in _NUMBERS:
+                raise ConfigRejected(
+                    f"counter {counter.name!r} sums {entry.field!r} of {entry.event!r}, which is {kind}; numbers of "
+                    f"that event are {[n for n, k in self._fields(entry.event).items() if k in _NUMBERS]}."
+                )
+        if self._fields("impression").get(counter.key) in LISTS:
+            raise ConfigRejected(f"counter {counter.name!r} is kept over {counter.key!r}, a list; a key is one value.")
+
+    def _fields(self, name: str) -> dict[str, FieldType]:
         if name == "impression":
-            return set(self.impression.fields)
-        return {self.impression.key, *next(f.fields for f in self.feedback if f.name == name)}
+            return self.impression.fields
+        key = self.impression.key
+        own: dict[str, FieldType] = {key: self.impression.fields[key], "value": "float64"}
+        return own | next(f.fields for f in self.feedback if f.name == name)
 
 
 def _check_fields(kind: ImpressionType | FeedbackType) -> None:
@@ -140,9 +190,37 @@ def _check_fields(kind: ImpressionType | FeedbackType) -> None:
             raise ConfigRejected(f'{kind.tag!r} hashes {name!r}, which is {declared}: declare it as "string".')
 
 
-def _inputs(feature: Categorical | Numeric | Bucket | Cross | Rate) -> tuple[str, ...]:
-    if isinstance(feature, Cross):
-        return feature.fields
-    if isinstance(feature, Rate):
-        return (feature.of, feature.over)
-    return (feature.field,)
+def _check_feature(feature: Feature, types: dict[str, str], lasts: set[str]) -> None:
+    if isinstance(feature, Custom):
+        function_of(feature.function, feature.version)
+        return
+    if isinstance(feature, Product):
+        for part in feature.parts:
+            _check_feature(part, types, lasts)
+        if feature.combinations > COMBINATIONS_MAX:
+            raise ConfigRejected(
+                f"feature {feature!r} would form {feature.combinations} combinations a row, at most {COMBINATIONS_MAX} "
+                "are allowed: lower values_max of its parts."
+            )
+        return
+    allowed = _SCALARS
+    if isinstance(feature, Numeric | Bucket | Quantile | Rate | Mean | Recency):
+        allowed = _NUMBERS
+    elif isinstance(feature, TimePart):
+        allowed = frozenset({"int64"})
+    elif isinstance(feature, Text) or (isinstance(feature, MultiValued) and feature.separator):
+        allowed = frozenset({"string"})
+    elif isinstance(feature, MultiValued):
+        allowed = LISTS
+    for name in feature.inputs():
+        if types[name] not in allowed:
+            raise ConfigRejected(f"feature {feature!r} reads {name!r}, a {types[name]}; it takes {sorted(allowed)}.")
+    edges = feature.edges if isinstance(feature, Bucket | Quantile) else ()
+    if not all(low < high for low, high in itertools.pairwise(edges)):
+        raise ConfigRejected(f"feature {feature!r}: each edge must be above the one before.")
+    if isinstance(feature, Quantile) and not all(map(math.isfinite, edges)):
+        raise ConfigRejected(f"feature {feature!r}: edges must be finite numbers.")
+    if isinstance(feature, Text) and feature.ngram_min > feature.ngram_max:
+        raise ConfigRejected(f"feature {feature!r}: ngram_min is above ngram_max.")
+    if isinstance(feature, Recency) and feature.of not in lasts:
+        raise ConfigRejected(f"feature {feature!r} needs a counter's `last:` column; there are {sorted(lasts)}.")

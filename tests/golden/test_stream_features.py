@@ -12,8 +12,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
+from headrace.contract.functions import feature_function
 from headrace.contract.spec import FeatureSpec
 from headrace.stream.features.featurize import featurize
 
@@ -28,6 +30,17 @@ TYPES = {
     "list[string]": pa.list_(pa.string()),
     "list[int64]": pa.list_(pa.int64()),
 }
+
+
+@feature_function("golden.title_chars", version=1)
+def title_chars(title):
+    return pc.utf8_length(title)
+
+
+@feature_function("golden.city_and_count", version=1)
+def city_and_count(city, tags):
+    counts = pc.fill_null(pc.list_value_length(tags), -1)
+    return np.stack([pc.utf8_length(pc.fill_null(city, "none")).to_numpy(), counts.to_numpy()], axis=1)
 
 
 def batch_of(golden: dict[str, Any]) -> pa.RecordBatch:

@@ -14,11 +14,14 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contract.spec import PAD
+
 Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
 
 # 1024 rows: small enough to be free, large enough that a first batch needs one growth at most.
 _ROWS_MIN = 1024
+_PAD = np.int64(PAD)
 
 
 @numba.njit(cache=True)
@@ -47,6 +50,9 @@ def _insert(index_C: Int64s, keys_R: Int64s, count: int, wanted_K: Int64s, out_K
     mask = np.uint64(index_C.shape[0] - 1)
     for i in range(wanted_K.shape[0]):
         key = wanted_K[i]
+        if key == _PAD:
+            out_K[i] = -1
+            continue
         at = _mix(np.uint64(key)) & mask
         row = index_C[at]
         while row >= 0 and keys_R[row] != key:
@@ -65,6 +71,9 @@ def _insert(index_C: Int64s, keys_R: Int64s, count: int, wanted_K: Int64s, out_K
 def _fill_initial(values_KV: Float32s, keys_K: Int64s, seed: np.uint64, scale: np.float32) -> None:
     step = np.float64(1.0 / 9007199254740992.0)
     for i in range(keys_K.shape[0]):
+        if keys_K[i] == _PAD:
+            values_KV[i, :] = np.float32(0.0)
+            continue
         state = _mix(np.uint64(keys_K[i]) ^ _mix(seed))
         values_KV[i, 0] = np.float32(0.0)
         for j in range(1, values_KV.shape[1]):
@@ -77,6 +86,9 @@ def _fill_initial(values_KV: Float32s, keys_K: Int64s, seed: np.uint64, scale: n
 def _gather(values_RV: Float32s, rows_N: Int64s, out_NV: Float32s) -> None:
     for i in range(rows_N.shape[0]):
         row = rows_N[i]
+        if row < 0:
+            out_NV[i, :] = np.float32(0.0)
+            continue
         for j in range(values_RV.shape[1]):
             out_NV[i, j] = values_RV[row, j]
 
@@ -86,6 +98,8 @@ def _sum_by_row(rows_N: Int64s, grad_NV: Float32s, place_R: Int64s, touched_N: I
     count = 0
     for i in range(rows_N.shape[0]):
         row = rows_N[i]
+        if row < 0:
+            continue
         place = place_R[row]
         if place < 0:
             place = count
@@ -128,14 +142,15 @@ def _touch(last_ms_R: Int64s, rows_BF: Int64s, event_time_ms_B: Int64s) -> None:
     for b in range(rows_BF.shape[0]):
         for f in range(rows_BF.shape[1]):
             row = rows_BF[b, f]
-            if event_time_ms_B[b] > last_ms_R[row]:
+            if row >= 0 and event_time_ms_B[b] > last_ms_R[row]:
                 last_ms_R[row] = event_time_ms_B[b]
 
 
 def initial_values(keys_K: Int64s, *, dim: int, seed: int, scale: float) -> Float32s:
     """Return what a row that was never learnt holds: float32 [K, 1 + dim], a function of key and seed alone.
 
-    The linear weight is 0; the embedding is uniform in +-`scale`. Serving uses it for keys that a snapshot lacks.
+    The linear weight is 0; the embedding is uniform in +-`scale`. `PAD` is all zeros. Serving uses it for keys that a
+    snapshot lacks.
     """
     values_KV = np.empty((len(keys_K), 1 + dim), np.float32)
     _fill_initial(values_KV, np.ascontiguousarray(keys_K), np.uint64(seed), np.float32(scale))
@@ -160,7 +175,7 @@ class KeyIndex:
         return rows_K
 
     def insert(self, keys_K: Int64s) -> Int64s:
-        """Return the row of each key; a key that has none gets the next one."""
+        """Return the row of each key; a key that has none gets the next one, `PAD` gets -1."""
         self._reserve(self.count + len(keys_K))
         rows_K = np.empty(len(keys_K), np.int64)
         self.count = _insert(self._index_C, self.keys_R, self.count, np.ascontiguousarray(keys_K), rows_K)
@@ -193,7 +208,7 @@ class Table:
         return len(self.index)
 
     def rows_for(self, keys_BF: Int64s) -> Int64s:
-        """Return the row of each key, making those that are missing: int64, shaped as the keys."""
+        """Return the row of each key, making those that are missing: int64, shaped as the keys; -1 for `PAD`."""
         before = len(self.index)
         rows_N = self.index.insert(keys_BF.reshape(-1))
         self._grow(len(self.index.keys_R))
@@ -204,7 +219,7 @@ class Table:
         return rows_N.reshape(keys_BF.shape)
 
     def gather(self, rows_BF: Int64s) -> Float32s:
-        """Return a copy of the rows' values: float32 [B, F, V]."""
+        """Return a copy of the rows' values, zeros for row -1: float32 [B, F, V]."""
         out_NV = np.empty((rows_BF.size, 1 + self.dim), np.float32)
         _gather(self.values_RV, rows_BF.reshape(-1), out_NV)
         return out_NV.reshape(*rows_BF.shape, 1 + self.dim)
