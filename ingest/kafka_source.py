@@ -6,8 +6,9 @@ How nothing is lost and nothing counts twice, in the words that the tests use:
    while the gateway holds too much; the group's member stops fetching then.
 2. *name*: an event without an id gets `topic/partition/offset/timestamp` of its record, so that reading a record again
    is a repeat. The timestamp tells a topic from another of its name, made anew or in another cluster.
-3. *offer*: the records of one partition go to the gateway as one message a tag; what cannot be read goes as a dead
-   letter, `bad_chunk`, with its bytes.
+3. *offer*: the records of one partition go to the gateway as one message a tag, named by its first and last offset;
+   what cannot be read goes as a dead letter, `bad_chunk`, with its bytes. A message that the gateway refuses, because
+   too many of its kind became dead letters, is offered again until it is taken; its topic keeps it meanwhile.
 4. *settle*: when every event of a run of records has its receipt, dead letters included, and so have all runs before
    it, the group's position of the partition moves behind it.
 
@@ -34,7 +35,7 @@ import msgspec
 from headrace.contract.config import SourceConfig
 from headrace.contract.group import Claim, Fetched, Group
 from headrace.contract.metrics import Metrics
-from headrace.ingest.batcher import Outcome
+from headrace.ingest.batcher import Acked, Outcome
 from headrace.ingest.foreign import Foreign, read_foreign
 from headrace.ingest.forward_protocol import Message, message_of
 from headrace.ingest.gateway import Peer
@@ -48,6 +49,8 @@ _TAKE_MAX = 1_000
 """Most records in one turn of the loop: 10 ms of decoding, in which no connection is served."""
 _BUSY_S, _IDLE_S = 0.002, 0.02
 _TELL_S = 1.0
+_AGAIN_S = 0.5
+"""Time between offers of what the gateway refused."""
 _SETTLE_S, _LEAVE_S = 1.0, 0.8
 """Longest waits at the end, for receipts and for the group: together less than the server's `DRAIN_S`, 2 s."""
 
@@ -86,12 +89,23 @@ class Positions:
         return position
 
 
+class _Offer(msgspec.Struct, frozen=True):
+    """A message on its way to the gateway."""
+
+    message: Message
+    peer: Peer
+    claim: Claim
+    acked: Acked
+
+
 class KafkaSource:
     """One topic, read by one gateway: a companion of its server."""
 
     def __init__(self, config: SourceConfig, open_group: Callable[[], Group], metrics: Metrics) -> None:
         self._config, self._open_group, self._metrics = config, open_group, metrics
         self._positions = Positions()
+        self._refused: list[_Offer] = []
+        self._again_s = 0.0
         self._gap = 0
 
     async def run(self, server: Server, stopping: asyncio.Event) -> None:
@@ -102,7 +116,7 @@ class KafkaSource:
         try:
             tell_s = loop.time()
             while not stopping.is_set():
-                busy = self.turn(server, group)
+                busy = self.turn(server, group, loop.time())
                 if loop.time() >= tell_s:
                     tell_s = loop.time() + _TELL_S
                     self._tell(group)
@@ -116,8 +130,11 @@ class KafkaSource:
             if not closed:
                 group.close(0.0)
 
-    def turn(self, server: Server, group: Group) -> bool:
-        """Take what may be taken and offer it; say whether there was any. Never blocks."""
+    def turn(self, server: Server, group: Group, now_s: float) -> bool:
+        """Take what may be taken and offer it, and what was refused again; say whether there was any. Never blocks."""
+        if self._refused and now_s >= self._again_s and not server.paused:
+            self._again_s = now_s + _AGAIN_S
+            self._offer_again(server, group)
         room = self._config.in_flight_max - self._positions.in_flight
         if room <= 0 or server.paused or server.draining:
             return False
@@ -134,9 +151,23 @@ class KafkaSource:
         self._positions.offered(claim, run)
         peer = Peer(f"kafka:{claim.topic}/{claim.partition}")
         for message in messages:
-            server.gateway.offer(message, len(message.raw), peer, partial(self._acked, group, claim, run))
+            self._offer_one(server, _Offer(message, peer, claim, partial(self._acked, group, claim, run)))
         # One more than the messages: receipts that come at once must not settle a run that is half offered.
         self._acked(group, claim, run, Outcome(0, 0, 0))
+
+    def _offer_one(self, server: Server, one: _Offer) -> None:
+        if not server.gateway.offer(one.message, len(one.message.raw), one.peer, one.acked, refusable=True):
+            self._refused.append(one)
+
+    def _offer_again(self, server: Server, group: Group) -> None:
+        """Offer what was refused; what belongs to a partition given away is its next holder's."""
+        refused, self._refused = self._refused, []
+        for one in refused:
+            if group.held(one.claim):
+                # A peer of its own each time: the same chunk on the same connection would be a second one.
+                self._offer_one(server, msgspec.structs.replace(one, peer=Peer(one.peer.origin)))
+            else:
+                one.acked(Outcome(0, 0, 0))
 
     def _acked(self, group: Group, claim: Claim, run: Run, _outcome: Outcome) -> None:
         run.open -= 1
@@ -169,7 +200,9 @@ def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Messag
                 unread.append(Message(found.tag, chunk=chunk, problem=found.problem, raw=found.raw))
             else:
                 bodies[found.tag].append(body)
-    whole = [Message(tag, b"".join(parts), plain_bytes=sum(map(len, parts))) for tag, parts in bodies.items()]
+    # Only the same records have the same name: a repeat may be cut in other places.
+    chunk = f"{_event_id(source, records[0], 0)}-{records[-1].offset}"
+    whole = [Message(tag, b"".join(parts), chunk, plain_bytes=sum(map(len, parts))) for tag, parts in bodies.items()]
     return whole + unread
 
 

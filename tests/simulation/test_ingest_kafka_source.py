@@ -21,6 +21,7 @@ from headrace.contract.group import Claim, Group
 from headrace.contract.log import TopicSpec
 from headrace.contract.topics import Topics
 from headrace.ingest.batcher import Outcome
+from headrace.ingest.ceiling import Ceiling
 from headrace.ingest.gateway import Gateway
 from headrace.ingest.kafka_source import KafkaSource, Run
 from tests.ingest_world import PROJECT, Counts, HandClock, ShakyLog
@@ -50,7 +51,7 @@ class Process:
         self.group = world.groups.join()
 
     def turn(self) -> None:
-        self.source.turn(self, self.group)  # type: ignore[arg-type]
+        self.source.turn(self, self.group, self.gateway._clock.monotonic())  # type: ignore[arg-type]
         self.gateway.tick()
 
 
@@ -189,3 +190,23 @@ def test_a_member_that_lost_a_partition_moves_no_position() -> None:
     first.settle(record.claim, 1)
     first.commit()
     assert groups.committed == {} and [one.offset for one in second.take(5)] == [0]
+
+
+def test_what_the_ceiling_refuses_is_offered_again_until_it_is_taken() -> None:
+    world = World(1, KafkaSource)
+    (process,) = world.alive
+    config = IngestConfig(dead_letter_share_max=0.5, dead_letter_events_min=20, dead_letter_probe_ms=1_000)
+    process.gateway.ceiling = Ceiling(config, ["shop.impression"])
+    process.source._config = SourceConfig(topic="weblogs", tag="shop.impression", in_flight_max=1_000)
+    for number in range(200):
+        user = 1 if number >= 150 else None
+        value = {"request_id": f"r{number}", "user_id": user, "item_id": number}
+        world.foreign.append("weblogs", number % 3, json.dumps(value).encode(), None, {})
+        if number % 10 == 0:
+            process.turn()
+            world.clock.ms += 60
+    world.settle()
+    world.check()
+    assert process.counts.totals["events_refused_total:shop.impression"] > 0
+    letters = {(x.event_id, x.reason) for x in process.log.letters()}
+    assert len(letters) == 150 and len({row["item_id"] for row in process.log.rows()}) == 50
