@@ -123,6 +123,7 @@ class Mapper:
         self._format: LineFormat = compile_format(mapping.format, escaped=mapping.escaped)
         self._fields = (mapping.field, *_LINE_FIELDS)
         self._escaped = mapping.escaped and mapping.format != "json"
+        self._private = bool(project.impression.private) or any(each.private for each in project.feedback)
         self._routes = [_CompiledRoute(route, _kinds(project, route.event)) for route in mapping.routes]
 
     def map_message(self, message: Message) -> Mapped:
@@ -140,7 +141,7 @@ class Mapper:
             try:
                 found = self._event(entry)
             except _Unreadable as error:
-                bad[str(error)].append((entry.time_ns, entry.record))
+                bad[str(error)].append((entry.time_ns, self._shown(entry.record)))
                 continue
             if found is None:
                 skipped += 1
@@ -154,6 +155,15 @@ class Mapper:
                 Message(self.tag, body, message.chunk, plain_bytes=len(body), problem=detail, reason=BAD_LINE)
             )
         return Mapped(messages, skipped)
+
+    def _shown(self, record: Any) -> Any:
+        """Return a bad line's record as its dead letter keeps it.
+
+        Where a project has private fields the line is left out: nobody can say which parts of it are private.
+        """
+        if not self._private or not isinstance(record, dict):
+            return None if self._private else record
+        return {name: value for name, value in record.items() if name not in self._fields}
 
     def _event(self, entry: Entry) -> tuple[str, int, dict[str, Any]] | None:
         """Return (tag, time, record) of the event that a line is, None where it is none. Raises `_Unreadable`."""

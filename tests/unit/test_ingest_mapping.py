@@ -190,8 +190,14 @@ def test_cookies_headers_constants_and_types() -> None:
     ((time_ns, record),) = made.entries
     assert time_ns == 1_700_000_000_500_000_000
     assert record == {
-        "title": "café/noir", "item_id": 7, "user_id": 3, "request_id": "abc", "price": 2.5, "new": True, "version": "7",
-    }  # fmt: skip
+        "title": "café/noir",
+        "item_id": 7,
+        "user_id": 3,
+        "request_id": "abc",
+        "price": 2.5,
+        "new": True,
+        "version": "7",
+    }
 
 
 def test_a_value_of_the_wrong_type_is_a_dead_letter_like_any_other() -> None:
@@ -224,3 +230,14 @@ def test_a_format_that_cuts_no_line_does_not_start() -> None:
     for text in ("$remote_addr$request", "nothing here"):
         with pytest.raises(ConfigRejected, match="format"):
             World(project(msgspec.structs.replace(LOG, format=text)))
+
+
+def test_a_bad_line_of_a_project_with_private_fields_is_not_kept() -> None:
+    made = msgspec.structs.replace(
+        project(), impression=msgspec.structs.replace(PROJECT.impression, private={"title": "drop"})
+    )
+    world = World(made)
+    world.offer([{"log": "a name, an address", "host": "web-1"}])
+    world.settle()
+    (letter,) = world.log.letters()
+    assert letter.reason == "bad_line" and b"name" not in letter.raw and b"web-1" in letter.raw
