@@ -1,7 +1,12 @@
 """The watermark of one partition: up to when all events are there. Pure; only punctuation moves it.
 
 Each gateway promises now and then "I will append nothing older than t here". The watermark is the least promise,
-leaving out gateways that said goodbye or whose promise lies `silent_ms` behind the newest one. It never goes back.
+leaving out gateways that said goodbye, those whose promise stood still while another's went on by `silent_ms`, and
+those that speak of times more than `silent_ms` before the watermark. It never goes back.
+
+How far another went on is counted from its first word after the gateway's last step, not by comparing their times: two
+clocks that differ by more than `silent_ms` both count, and after an outage of a day the first gateway that is back does
+not take the others, which come seconds later with a day's backlog, for silent.
 """
 
 from __future__ import annotations
@@ -16,13 +21,15 @@ NO_TIME = -1
 
 
 class Watermark:
-    """What the punctuation of a partition says so far; bounded by the number of live gateways."""
+    """What the punctuation of a partition says so far; bounded by the number of live gateways, squared."""
 
     def __init__(self, silent_ms: int) -> None:
         self.silent_ms = silent_ms
         self.time_ms = NO_TIME
         self.gateways: dict[str, tuple[int, int]] = {}
         """Gateway to (epoch, promise)."""
+        self._since: dict[str, dict[str, int]] = {}
+        """Gateway to speaker to the speaker's first promise after the gateway's own last step."""
 
     def take(self, punctuation: Punctuation) -> int:
         """Apply one promise and return the watermark.
@@ -30,25 +37,42 @@ class Watermark:
         A promise of an older epoch is a ghost's and ignored; a newer epoch replaces the gateway's former self. A
         goodbye counts once more, as the gateway's last promise, and is then left out.
         """
-        epoch, promise = self.gateways.get(punctuation.gateway, (punctuation.epoch, NO_TIME))
+        speaker = punctuation.gateway
+        epoch, before = self.gateways.get(speaker, (punctuation.epoch, NO_TIME))
         if punctuation.epoch < epoch:
             return self.time_ms
         if punctuation.epoch > epoch:
-            promise = NO_TIME
-        promise = max(promise, punctuation.time_ms)
-        self.gateways[punctuation.gateway] = (punctuation.epoch, promise)
-        newest = max(p for _, p in self.gateways.values())
-        self.gateways = {g: (e, p) for g, (e, p) in self.gateways.items() if p >= newest - self.silent_ms}
+            before = NO_TIME
+        promise = max(before, punctuation.time_ms)
+        if before == NO_TIME and promise < self.time_ms - self.silent_ms:
+            # It comes (again) with what is long past: the watermark waits for nobody who begins so far behind.
+            self._leave_out(speaker)
+            return self.time_ms
+        self.gateways[speaker] = (punctuation.epoch, promise)
+        if promise > before:
+            self._since[speaker] = {}
+        for other in [g for g in self.gateways if g != speaker]:
+            first = self._since.setdefault(other, {}).setdefault(speaker, promise)
+            if promise - first > self.silent_ms:
+                self._leave_out(other)
         self.time_ms = max(self.time_ms, min(p for _, p in self.gateways.values()))
         if punctuation.bye:
-            self.gateways.pop(punctuation.gateway, None)
+            self._leave_out(speaker)
         return self.time_ms
+
+    def _leave_out(self, gateway: str) -> None:
+        self.gateways.pop(gateway, None)
+        self._since.pop(gateway, None)
+        for firsts in self._since.values():
+            firsts.pop(gateway, None)
 
     def to_plain(self) -> list[Any]:
         """Return the state as lists, numbers and texts."""
-        return [self.time_ms, [[g, e, p] for g, (e, p) in sorted(self.gateways.items())]]
+        since = [[g, sorted(firsts.items())] for g, firsts in sorted(self._since.items())]
+        return [self.time_ms, [[g, e, p] for g, (e, p) in sorted(self.gateways.items())], since]
 
     def load_plain(self, plain: Sequence[Any]) -> None:
-        """Take over what `to_plain` gave."""
+        """Take over what `to_plain` gave; a state written before the third part was kept begins without it."""
         self.time_ms = plain[0]
         self.gateways = {g: (e, p) for g, e, p in plain[1]}
+        self._since = {g: dict(firsts) for g, firsts in plain[2]} if len(plain) > 2 else {}
