@@ -6,7 +6,9 @@
    doing, and the stream's rule (expiry counts from the watermark when it was read) keeps it whole.
 4. While the former promise to a partition has no receipt, none is added: a broker that is away is not flooded.
 5. For `grace_ms` after its start it promises nothing: shippers that reconnect hand over what they held during the
-   outage before the watermark jumps over it.
+   outage before the watermark jumps over it. The same after it was deaf for longer than `DEAF_S`: stalled (no turn
+   came), or without a receipt from Kafka, so that its shippers had to keep what they have. While no receipt comes in
+   time it only says its last promise again, until one does; from then on the grace counts.
 6. After the last event of a clean shutdown comes `bye`: this gateway no longer holds the watermark.
 """
 
@@ -15,6 +17,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headrace.contract.events import Punctuation
+
+DEAF_S = 1.0
+"""A healthy gateway has a turn every 10 ms and a receipt within 100: a second is an outage, and still shorter than a
+window in which anybody clicks."""
 
 
 class Punctuator:
@@ -25,15 +31,18 @@ class Punctuator:
         self._epoch = epoch
         self._every_s = every_ms / 1000
         self._grace_s = grace_ms / 1000
-        self._due: float | None = None
+        self._due = self._seen_s = -1.0
         self._promised = [0] * partitions
         self._before = [0] * partitions
         self._unconfirmed = [False] * partitions
+        self._sent_s = [0.0] * partitions
+        self._deaf = False
 
     def due(self, monotonic_s: float) -> bool:
-        """Say whether it is time, and wait for the next turn if so."""
-        if self._due is None:
+        """Say whether it is time, and wait for the next turn if so. Called at every turn of the gateway."""
+        if self._seen_s < 0 or monotonic_s - self._seen_s > DEAF_S:
             self._due = monotonic_s + self._grace_s
+        self._seen_s = monotonic_s
         if monotonic_s < self._due:
             return False
         self._due = monotonic_s + self._every_s
@@ -45,14 +54,22 @@ class Punctuator:
         """Return the next punctuation of `partition`; None while the former one has no receipt (except `bye`)."""
         if self._unconfirmed[partition] and not bye:
             return None
-        time_ms = max(self._promised[partition], now_ms if oldest_ms is None else min(now_ms, oldest_ms))
+        time_ms = self._promised[partition]
+        if not self._deaf or bye:
+            time_ms = max(time_ms, now_ms if oldest_ms is None else min(now_ms, oldest_ms))
         self._before[partition], self._promised[partition] = self._promised[partition], time_ms
         self._unconfirmed[partition] = True
+        self._sent_s[partition] = self._seen_s
         return Punctuation(self._gateway, self._epoch, time_ms, bye=bye, counts=dict(counts))
 
     def confirmed(self, partition: int) -> None:
         """Take the receipt, good or bad: the next promise replaces this one anyway."""
         self._unconfirmed[partition] = False
+        if self._seen_s - self._sent_s[partition] > DEAF_S:
+            self._deaf = True
+        elif self._deaf:
+            self._deaf = False
+            self._due = max(self._due, self._seen_s + self._grace_s)
 
     def refused(self, partition: int) -> None:
         """Take the promise back that the local queue did not take: it was never made, and binds nobody."""
