@@ -1,0 +1,203 @@
+"""Goal: sums, recencies and decayed counts as of event time. Method: random events against a brute force over all."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from random import Random
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
+from headrace.contract.spec import Categorical, Counter, Custom, FeatureSpec, MultiValued, Numeric, Recency, Text
+from headrace.serving.features import FeatureMemory
+from headrace.stream.features.counters import CounterState, aged, amounts, bucket_ms, feeds, value_as_of, weights
+
+ENTRIES = ("impression", "buy", "sum:buy.value", "last:buy", "last:impression")
+PLAIN = Counter(name="c", key="k", counts=ENTRIES, window_ms=1_000, buckets=10)
+DECAYED = Counter(name="d", key="k", counts=ENTRIES, window_ms=1_000, buckets=10, half_life_ms=250)
+EVENT = st.tuples(
+    st.sampled_from(["impression", "buy"]),
+    st.sampled_from("ab"),
+    st.integers(-200, 4_000),
+    st.none() | st.floats(-1e6, 1e6) | st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.1, 1e-7]),
+)
+
+
+def take(state: CounterState, events: list) -> None:
+    """Count as the join and the aggregator do: by batches of one type."""
+    for name, rows in groupby(events, key=lambda event: event[0]):
+        several = list(rows)
+        batch = pa.RecordBatch.from_pydict({"value": pa.array([e[3] for e in several], pa.float64())})
+        fed = [(feed.entry, amounts(feed, batch).tolist()) for feed in feeds(state.counter, name)]
+        for row, (_, key, time_ms, _) in enumerate(several):
+            for entry, adds in fed:
+                state.add(key, entry, time_ms, adds[row])
+
+
+def millionths(value: float | None) -> int:
+    if value is None or value != value:
+        return 0
+    return round(np.clip(value, -1e9, 1e9) * 1_000_000)
+
+
+def brute(counter: Counter, events: list, key: str, as_of_ms: int) -> list[float]:
+    """Say each value from the events themselves, one window after the other."""
+    width = bucket_ms(counter)
+    mine = [
+        (name, t, value)
+        for name, k, t, value in events
+        if k == key and as_of_ms // width - counter.buckets < t // width <= as_of_ms // width
+    ]
+    out: list[float] = []
+    for entry in counter.entries():
+        rows = [(t, value) for name, t, value in mine if name == entry.event]
+        if entry.kind == "last":
+            # The latest of each bucket; where that is after `as_of`, the bucket has none.
+            latest = [max(t for t, _ in rows if t // width == b) for b in {t // width for t, _ in rows}]
+            past = [t for t in latest if t <= as_of_ms]
+            out.append(1 + as_of_ms - max(past) if past else 0)
+            continue
+        total = 0.0
+        for age in range(counter.buckets):
+            whole = sum(
+                1 if entry.kind == "count" else millionths(value)
+                for t, value in rows
+                if as_of_ms // width - t // width == age
+            )
+            total += whole * (weights(counter) or (1.0,) * counter.buckets)[age]
+        out.append(total / 1_000_000 if entry.kind == "sum" else total)
+    return out
+
+
+@pytest.mark.parametrize("counter", [PLAIN, DECAYED], ids=["plain", "decayed"])
+@settings(deadline=None, max_examples=150)
+@given(st.lists(EVENT, max_size=40), st.lists(st.integers(-300, 5_500), min_size=1, max_size=8), st.randoms())
+def test_values_equal_a_brute_force_in_any_order(counter, events, times, random):
+    one, two = CounterState(counter), CounterState(counter)
+    take(one, events)
+    shuffled = list(events)
+    random.shuffle(shuffled)
+    take(two, shuffled)
+    two.load_plain(msgspec.msgpack.decode(msgspec.msgpack.encode(two.to_plain())))
+    for key in "ab":
+        for t in times:
+            assert one.value(key, t) == brute(counter, events, key, t) == two.value(key, t)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(EVENT, max_size=40), st.integers(0, 4_000))
+def test_a_recency_never_knows_what_is_later(events, as_of_ms):
+    state = CounterState(PLAIN)
+    take(state, events)
+    for key in "ab":
+        value = state.value(key, as_of_ms)[3]
+        past = [t for name, k, t, _ in events if name == "buy" and k == key and t <= as_of_ms]
+        assert value == 0 or (past and value >= 1 + as_of_ms - max(past))
+
+
+def test_in_order_of_time_a_recency_is_exact():
+    state, last = CounterState(PLAIN), {}
+    random, now = Random(4), 0
+    for _ in range(500):
+        now += random.randrange(0, 120)
+        key = random.choice("ab")
+        expected = 1 + now - last[key] if key in last and now // 100 - last[key] // 100 < 10 else 0
+        assert state.value(key, now)[3] == expected
+        state.add(key, 3, now)
+        last[key] = now
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(EVENT, max_size=30), st.integers(0, 3_000), st.integers(0, 1_500))
+def test_what_was_known_ages_as_the_buckets_do(events, known_ms, passed_ms):
+    """Where no bucket leaves the window between, aged values are those of the buckets: recencies to the bit."""
+    as_of_ms = known_ms + passed_ms
+    events = [e for e in events if e[2] // 100 <= known_ms // 100 and e[2] <= known_ms]
+    for counter in (PLAIN, DECAYED):
+        state = CounterState(counter)
+        take(state, events)
+        for key in "ab":
+            found = aged(counter, tuple(state.value(key, known_ms)), known_ms, as_of_ms)
+            exact = state.value(key, as_of_ms)
+            assert list(found[3:]) == exact[3:]
+            left = [e for e in events if as_of_ms // 100 - 10 >= e[2] // 100 > known_ms // 100 - 10]
+            if not left and (counter is PLAIN or as_of_ms // 100 - known_ms // 100 < 10):
+                np.testing.assert_allclose(found[:3], exact[:3], rtol=1e-6, atol=1e-6)
+
+
+def test_old_counters_give_whole_numbers_as_before():
+    clicks = Counter(name="item", key="k", window_ms=4_000, buckets=4)
+    found = value_as_of({0: [2, 1], 3: [1, 0]}, clicks, 3_999)
+    assert found == [3, 1] and all(isinstance(v, int) for v in found)
+    assert aged(clicks, (3.0, 1.0), 0, 10_000) == (3.0, 1.0)
+
+
+def test_serving_reads_the_same_values_at_its_watermark():
+    class Taken:
+        topic, offset = "features", 0
+
+        def __init__(self, as_of_ms: int, buckets: dict) -> None:
+            self.key = b"d/a"
+            self.value = msgspec.json.encode({"as_of_ms": as_of_ms, "epoch": 1, "buckets": buckets})
+
+    events = [("buy", "a", 100, 2.5), ("impression", "a", 130, None), ("buy", "a", 420, 1.0)]
+    state, memory = CounterState(DECAYED), FeatureMemory()
+    take(state, events)
+    raw = {"k": pa.array(["a", "b", None])}
+    for as_of_ms in (450, 451, 499, 500, 900):
+        memory.take(Taken(as_of_ms, {str(b): counts for b, counts in state.rows["a"].items()}))
+        served = memory.columns(FeatureSpec(counters=(DECAYED,)), raw, 3)
+        assert list(served[0].values()) == [float(v) for v in state.value("a", as_of_ms)]
+        assert list(served[0]) == list(DECAYED.columns())
+        assert set(served[1].values()) == set(served[2].values()) == {0.0}
+
+
+FIELDS = {"k": "string", "n": "int64", "tags": "list[string]", "title": "string"}
+
+
+def project(*, counters: tuple = (), features: tuple = (), key: str = "k", buy: dict | None = None) -> Project:
+    return Project(
+        impression=ImpressionType(tag="i", key=key, fields=FIELDS),
+        feedback=(FeedbackType(name="buy", tag="b", fields={"n": "int64"} if buy is None else buy),),
+        tasks=(Task(name="click", feedback="buy", window_ms=10),),
+        features=FeatureSpec(counters=counters, features=features),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"counters": (Counter(name="c", key="k", counts=("sum:buy.title",)),)}, "which is missing; numbers of"),
+        ({"counters": (Counter(name="c", key="k", counts=("sum:impression.title",)),)}, "which is string"),
+        ({"counters": (Counter(name="c", key="k", counts=("last:view",)),)}, "unknown counts"),
+        ({"counters": (Counter(name="c", key="title", counts=("last:buy",)),)}, "not a field of \\['buy'\\]"),
+        ({"counters": (Counter(name="c", key="tags", counts=("impression",)),)}, "a list"),
+        ({"key": "tags"}, "partition key is one value"),
+        ({"features": (Categorical(field="tags"),)}, "it takes"),
+        ({"features": (Numeric(field="title"),)}, "it takes"),
+        ({"features": (MultiValued(field="title"),)}, "it takes"),
+        ({"features": (MultiValued(field="tags", separator="|"),)}, "it takes"),
+        ({"features": (Text(field="title", ngram_min=2),)}, "ngram_min"),
+        ({"features": (Recency(of="n"),)}, "`last:` column"),
+        ({"features": (Custom(function="nowhere", version=1, fields=("n",), gives="slots"),)}, "nowhere"),
+    ],
+)
+def test_declarations_that_contradict_are_refused(changes, match):
+    with pytest.raises(ConfigRejected, match=match):
+        project(**changes).checked()
+
+
+def test_declarations_that_fit_are_taken():
+    counter = Counter(name="c", key="k", counts=("buy", "sum:buy.value", "sum:impression.n", "last:buy"))
+    features = (
+        Recency(of="counter.c.last:buy"),
+        MultiValued(field="tags"),
+        Numeric(field="event_time_ms"),
+    )
+    project(counters=(counter,), features=features).checked()
