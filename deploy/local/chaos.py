@@ -29,12 +29,13 @@ from headrace.contract.config import PORTS, Config, port
 from headrace.contract.dead_letters import decode_dead_letter
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.events import FEEDBACK, IMPRESSION, PUNCTUATION, Punctuation, decode_batch, decode_punctuation
+from headrace.contract.log import Reader
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
 from headrace.deploy.local import probe
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
-from headrace.deploy.local.load import Load
+from headrace.deploy.local.load import Emitted, Load
 from headrace.deploy.local.stack import STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger import Ledger, draw_gateways
@@ -185,7 +186,9 @@ def run(layout: Layout, project: Project, config: Config, kills: Sequence[Kill],
     if not load.settled(QUIET_S):
         say(f"{load.unacked} events still have no ack after {QUIET_S:.0f} s")
     say(f"quiet: every shipper has its acks after {time.monotonic() - begin - account.seconds:.1f} s more")
-    count(layout, project, config, load, account)
+    reader = KafkaReader(layout.brokers)
+    count(reader, Topics(config.log.generation), project, load, account)
+    reader.close()
     return account
 
 
@@ -226,10 +229,8 @@ def await_ready(layout: Layout) -> None:
         raise Unavailable(trouble)
 
 
-def count(layout: Layout, project: Project, config: Config, load: Load, account: Account) -> None:
+def count(reader: Reader, topics: Topics, project: Project, load: Emitted, account: Account) -> None:
     """Read the log and fill what it says."""
-    topics = Topics(config.log.generation)
-    reader = KafkaReader(layout.brokers)
     found: Counter[tuple[str, str]] = Counter()
     ids: set[tuple[int, str, str]] = set()
     said: list[Punctuation] = []
@@ -249,7 +250,6 @@ def count(layout: Layout, project: Project, config: Config, load: Load, account:
                     ids.add((record.partition, kind, event_id))
                     found[kind, request] += 1
     letters = [decode_dead_letter(r.value) for r in read_all(reader, topics.dead_letters) if r.value is not None]
-    reader.close()
     ledger = Ledger()
     tags = {project.impression.tag, *(feedback.tag for feedback in project.feedback)}
     draw_gateways(ledger, rows, sum(letter.tag in tags for letter in letters), said)

@@ -46,6 +46,10 @@ def settings(layout: Layout) -> dict[str, str]:
         "log.cleaner.dedupe.buffer.size": "16777216",
         "log.segment.bytes": "134217728",
         "controlled.shutdown.enable": "false",
+        # After kill -9 the controller takes no new registration of the broker before the dead one's session ends: 9 s
+        # by default. 3 s, with six heartbeats in it, so that one late heartbeat on a busy machine fences nobody.
+        "broker.session.timeout.ms": "3000",
+        "broker.heartbeat.interval.ms": "500",
     }
 
 

@@ -149,17 +149,24 @@ class RawShipper:
                         self.unacked -= wire_size[1]
 
 
-class Load:
-    """Emits `rate` events a second from `start` to `stop`, and remembers what it emitted."""
+class Emitted:
+    """What was emitted: good events once each, how many of them again, and the ids of broken ones."""
 
-    def __init__(self, project: Project, port: int, spool: Path, rate: int, seed: int) -> None:
-        self._rate, self._random = rate, Random(seed)
-        self._events = Events(project, seed)
-        self._sender = Sender("", port=port, spool_dir=spool, spool_bytes_max=1 << 30)
-        self._raw = [RawShipper(port, Random(seed + n)) for n in range(2)]
+    def __init__(self) -> None:
         self.good: set[Name] = set()
         self.bad: set[str] = set()
         self.again = 0
+
+
+class Load(Emitted):
+    """Emits `rate` events a second from `start` to `stop`, and remembers what it emitted."""
+
+    def __init__(self, project: Project, port: int, spool: Path, rate: int, seed: int) -> None:
+        super().__init__()
+        self._rate = rate
+        self._events = Events(project, seed)
+        self._sender = Sender("", port=port, spool_dir=spool, spool_bytes_max=1 << 30)
+        self._raw = [RawShipper(port, Random(seed + n)) for n in range(2)]
         self.count = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._drive, name="load", daemon=True)

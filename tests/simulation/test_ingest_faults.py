@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from shipping_world import Faults, World, total
 
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.events import PUNCTUATION, decode_punctuation, encode_punctuation
 from headrace.contract.log import Producer
 from headrace.ingest.gateway import Gateway, Peer
@@ -176,3 +176,22 @@ def test_a_planted_bug_is_seen(planted: type, seen: set[str]) -> None:
 
 def test_the_rough_world_without_a_bug_has_no_complaint() -> None:
     assert total(range(100, 110), faults=ROUGH) == {}
+
+
+class FailsForGood(Through):
+    """A Kafka client after a fatal error of its idempotent producer: it takes nothing any more."""
+
+    sent = 0
+
+    def send(self, topic: str, partition: int, value: bytes | None, **more: Any) -> None:
+        self.sent += 1
+        if self.sent > 5:
+            raise Unavailable("Kafka takes no record: fatal")
+        super().send(topic, partition, value, **more)
+
+
+def test_a_producer_that_failed_for_good_ends_the_process_and_acks_nothing() -> None:
+    world = World(3, wrap=FailsForGood)
+    with pytest.raises(Unavailable):
+        world.run()
+    assert "acked before the log has it" not in world.complaints
