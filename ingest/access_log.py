@@ -215,7 +215,11 @@ def _as_text(value: Any) -> str | None:
         return "true" if value else "false"
     if isinstance(value, str | int | float):
         return value if isinstance(value, str) and value.isascii() else read_bytes(_raw_bytes(str(value)))
-    return json.dumps(value, default=str)
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):
+        # Keys that JSON has not, or nesting beyond it: no log line, and no value that a route could want.
+        return None
 
 
 def plain_text(value: str, *, escaped: bool = True) -> str:

@@ -65,7 +65,7 @@ def read_foreign(source: SourceConfig, value: bytes | None, timestamp_ms: int | 
     timestamp_ns = None if timestamp_ms is None else timestamp_ms * 1_000_000
     try:
         return _READERS[source.format](source, value, timestamp_ns)
-    except (ValueError, TypeError, RecursionError) as error:
+    except _UNREADABLE as error:
         # The first line without the value: a dead letter's detail never holds a user's content.
         problem = f"no {source.format}: {_where(error)}"
         return [Foreign(source.tag, None, None, problem, value)]
@@ -79,6 +79,10 @@ def _where(error: Exception) -> str:
 
 class _Unreadable(ValueError):
     """What is wrong with a record, in words that hold none of it."""
+
+
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What reading bytes that say anything at all may raise."""
 
 
 def _json(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
@@ -108,13 +112,16 @@ def _gelf(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[
 
 
 def _otlp(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
+    whole = _json_value(value)
+    if not isinstance(whole, dict) or "resourceLogs" not in whole:
+        raise _Unreadable("a message of OTLP is a map with resourceLogs")
     found = []
-    for resource in _list(_json_value(value), "resourceLogs"):
+    for resource in _list(whole, "resourceLogs"):
         for scope in _list(resource, "scopeLogs"):
             for entry in _list(scope, "logRecords"):
                 try:
                     found.append(_otlp_record(source, entry, timestamp_ns))
-                except (ValueError, TypeError, RecursionError) as error:
+                except _UNREADABLE as error:
                     raw = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogateescape")
                     found.append(Foreign(source.tag, None, None, f"no log record of OTLP: {_where(error)}", raw))
     return found

@@ -213,7 +213,7 @@ def _packed(found: Foreign, one: Fetched, event_id: str) -> tuple[bytes, Foreign
         record = {**record, "event_id": event_id}
     try:
         return message_of(found.tag, [(found.time_ns, record)]).body, found
-    except (ValueError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         # Text with half a surrogate pair, or nesting that MessagePack's packer does not follow.
         return b"", Foreign(found.tag, None, None, f"no record: {type(error).__name__}", one.value or b"")
 

@@ -37,6 +37,7 @@ from headrace.ingest.forward_protocol import Entry, Message, message_of
 
 BAD_LINE = "bad_line"
 _LINE_FIELDS = ("message",)
+_FLOAT = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
 _INT = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 
 Reader = Callable[[Variables, Request], str | None]
@@ -247,11 +248,8 @@ def _converted(text: str, kind: str) -> Any:
         return [_converted(part, kind[5:-1]) for part in text.split(",") if part]
     if kind == "int64" and _INT.fullmatch(text):
         return int(text)
-    if kind == "float64":
-        try:
-            number = float(text)
-        except ValueError:
-            return text
+    if kind == "float64" and _FLOAT.fullmatch(text):
+        number = float(text)
         return number if math.isfinite(number) else text
     if kind == "bool":
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
