@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Break things and draw the account."""
     quiet_clients()
+    # Ctrl-C and SIGTERM both take the stack down on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     begin, out = time.monotonic(), sys.stderr if args.json else sys.stdout
     stages = [stage.strip() for stage in args.stage.split(",") if stage.strip()]
     seed = args.seed or seed_from_system()
