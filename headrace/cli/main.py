@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ledger": ("stage_ledger", "account for every event: read, joined, learnt, lost, twice"),
     "dead-letters": ("stage_dead_letters", "what was refused and why: list, show, retry after a fix"),
     "chaos": ("stage_chaos", "kill processes at random under load, then account for every event"),
+    "quantiles": ("stage_quantiles", "learn the quantiles of a field from the lake, to pin in the feature spec"),
     "replay": ("stage_replay", "run stored samples through the same learner again"),
     "ingest": ("stage_ingest", "gateway: Fluent forward in, batches to Kafka out"),
     "stream": ("stage_stream", "join impressions with feedback, featurize, emit samples"),
