@@ -5,20 +5,23 @@ Goal: one chunk, one ack, every line counted once. Method: a whole gateway over 
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import msgspec
 import pytest
 
-from headrace.contract.config import IngestConfig
+from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog, Route
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
 from headrace.ingest.batcher import Outcome
 from headrace.ingest.forward_protocol import message_of
 from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.kafka_source import messages_of
 from headrace.ingest.mapping import Mapper
 from tests.ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, message
 
@@ -37,6 +40,8 @@ CLICK = Route(
     fields={"user_id": "query:uid", "request_id": "query:rid", "item_id": "query:item"},
 )
 LOG = AccessLog(tag="nginx.access", routes=(ITEM, CLICK))
+DATA = Path(__file__).parents[1] / "golden" / "data"
+BY_TITLE = {"user_id": "=1", "request_id": "query:rid", "title": "path:item_id", "item_id": "=1"}
 
 
 def project(*mappings: AccessLog) -> Project:
@@ -241,3 +246,37 @@ def test_a_bad_line_of_a_project_with_private_fields_is_not_kept() -> None:
     world.settle()
     (letter,) = world.log.letters()
     assert letter.reason == "bad_line" and b"name" not in letter.raw and b"web-1" in letter.raw
+
+
+def test_lines_that_come_over_kafka_are_known_by_their_offsets() -> None:
+    lines = (DATA / "nginx-combined.log").read_bytes().split(b"\n")[:-1]
+    source = SourceConfig(topic="raw", format="raw", tag="nginx.access", text_field="log")
+    records = [Fetched(Claim("raw", 0, 1), at, text, START_MS) for at, text in enumerate(lines)]
+    world = World(project(msgspec.structs.replace(LOG, routes=(msgspec.structs.replace(ITEM, fields=BY_TITLE),))))
+    # 2026 lies ahead of the tests' clock.
+    world.clock.ms = 1_795_600_000_000
+    for cut in (10, 20):
+        # Read twice, cut in other places: each line counts once.
+        for part in (records[:cut], records[cut:]):
+            for made in messages_of(source, part):
+                world.gateway.offer(made, 0, Peer("kafka:raw/0"), world.outcomes.append)
+        world.settle()
+    rows = world.log.rows("impression")
+    assert {row["request_id"]: row["event_id"] for row in rows}["r1"] == f"raw/0/0/{START_MS}"
+    assert len(rows) == len({row["event_id"] for row in rows}) == 17
+    assert {"café", "日本", 'a/b"?', "7"} <= {row["title"] for row in rows}
+    assert world.counts.totals["lines_skipped_total:nginx.access"] == 2 * (33 - 17)
+    assert world.log.letters() == [] and sum(outcome.repeated for outcome in world.outcomes) == 17
+
+
+def test_numbers_are_read_as_the_server_wrote_them() -> None:
+    world = World()
+    for at, (price, good) in enumerate([("2.50", True), ("1e3", True), (".5", True), ("1_000", False), ("nan", False)]):
+        route = msgspec.structs.replace(ITEM, fields={**ITEM.fields, "price": "query:price"})
+        mapper = Mapper(AccessLog(tag="t", routes=(route,)), project())
+        text = line(f"GET /item/{at}?uid=1&rid=r&price={price} HTTP/1.1")
+        (made,) = mapper.map_message(message_of("t", [(START_MS * 1_000_000, {"log": text})])).messages
+        world.gateway.offer(made, 0, Peer("p"), None)
+        assert isinstance(made.entries[0].record["price"], float) is good
+    world.settle()
+    assert len(world.log.rows("impression")) == 3 and {x.reason for x in world.log.letters()} == {"bad_type"}
