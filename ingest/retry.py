@@ -108,11 +108,13 @@ class Retry:
         metrics: Metrics,
         run: str,
         privacy: Privacy | None = None,
+        lease_ms: int = LEASE_MS,
     ) -> None:
         self._project, self._topics, self._partitions = project, topics, partitions
         self._config = msgspec.structs.replace(config, batch_ms=1, grace_ms=_NEVER_MS)
         self._producer, self._reader, self._pen = producer, reader, pen
         self._clock, self._metrics, self._run, self._privacy = clock, metrics, run, privacy
+        self._lease_ms = lease_ms
         self._taken: set[bytes] = set()
         """Digests of (tag, event id) of every letter whose event is in the log."""
 
@@ -155,11 +157,11 @@ class Retry:
     def _wait_for_others(self) -> None:
         """Return when no mark of another retry is younger than its lease and open."""
         first: RetryMark | None = None
-        until_s = self._clock.monotonic() + LEASE_MS / 1000
+        until_s = self._clock.monotonic() + self._lease_ms / 1000
         while True:
             open_marks = list(States(self._marks()).doubtful.values())
             newest = max(open_marks, key=lambda mark: mark.at_ms, default=None)
-            if newest is None or self._clock.now_ms() - newest.at_ms >= LEASE_MS:
+            if newest is None or self._clock.now_ms() - newest.at_ms >= self._lease_ms:
                 return
             if first is not None and newest != first:
                 raise Overloaded(f"another retry is at work (run {newest.run}); wait until it has ended.")
@@ -266,7 +268,7 @@ class Retry:
         ends = self._reader.end_offsets(self._topics.events)
         offsets = tuple(letter.offset for letter in batch)
         self._append(RetryMark(step="retrying", run=self._run, at_ms=at_ms, letters=offsets, ends=ends))
-        fates, reasons = self._offer(batch, self._producer, begin_s + LEASE_MS / 2000)
+        fates, reasons = self._offer(batch, self._producer, begin_s + self._lease_ms / 2000)
         self._append(RetryMark(step="retried", run=self._run, at_ms=self._clock.now_ms(), outcomes=fates))
         self._tell(batch, fates, reasons, report)
 
@@ -353,7 +355,7 @@ class Leased:
         """Raise `Unavailable` once the lease is over."""
         if self._clock.monotonic() >= self._until_s:
             raise Unavailable(
-                f"Kafka has not taken the batch within {LEASE_MS // 2000} s; what it has taken, the next retry finds "
+                "Kafka has not taken the batch within half its lease; what it has taken, the next retry finds "
                 "out. `headrace status` shows the broker."
             )
 

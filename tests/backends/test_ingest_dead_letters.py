@@ -1,0 +1,181 @@
+"""Goal: on a real broker, a retry of dead letters that is killed with SIGKILL anywhere, or runs twice at once, puts
+each event into the log once; and an operator's way from `list` over a fix to a closed ledger works.
+
+Method: letters of a gateway without sockets; retries as processes that kill themselves before or after each mark and
+record; the command line in a project folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from ingest_world import PROJECT, impression, message
+from letters_world import P
+from retry_process import Turn, retry
+
+from headrace.backends.clock import SystemClock
+from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.cli.main import main
+from headrace.contract.config import IngestConfig
+from headrace.contract.events import PUNCTUATION, decode_batch
+from headrace.contract.project import Project
+from headrace.contract.topics import Topics
+from headrace.deploy.local.layout import Layout
+from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.spans import letters, records
+
+pytestmark = pytest.mark.real
+TESTS = Path(__file__).resolve().parents[1]
+CARTS = [{"request_id": f"r{n}", "user_id": n, "item_id": n} for n in range(6)]
+
+
+class World:
+    """Topics of one generation on the session's broker."""
+
+    generations = iter(range(1_000, 100_000))
+
+    def __init__(self, layout: Layout) -> None:
+        self.brokers = layout.brokers
+        self.generation = next(self.generations)
+        self.topics = Topics(self.generation)
+        KafkaAdmin(self.brokers).ensure_topics(self.topics.specs(P))
+
+    def take(self, *chunks: tuple[str, list[Any]], project: Project = PROJECT, name: str = "g1") -> None:
+        """Let a gateway take chunks and say goodbye."""
+        producer, clock = KafkaProducer(self.brokers), SystemClock()
+        config = IngestConfig(grace_ms=0)
+        gateway = Gateway(project, config, self.topics, P, producer, MemoryMetrics(), clock, name)
+        for number, (tag, found) in enumerate(chunks):
+            what = message(tag, found, f"c{number}", clock.now_ms() // 1_000 - 5)
+            gateway.offer(what, 100, Peer("10.0.0.1"), None)
+        while not gateway.drained():
+            producer.poll(0.05)
+        gateway.goodbye()
+        assert producer.flush(20) == 0
+        producer.close()
+
+    def rows(self) -> list[dict[str, Any]]:
+        reader = KafkaReader(self.brokers)
+        spans = {p: (0, end) for p, end in reader.end_offsets(self.topics.events).items()}
+        found: list[dict[str, Any]] = []
+        for record in records(reader, self.topics.events, spans):
+            if record.value is not None and record.headers["kind"] != PUNCTUATION:
+                found += decode_batch(record.value).to_pylist()
+        reader.close()
+        return found
+
+    def letters(self) -> list[Any]:
+        reader = KafkaReader(self.brokers)
+        found = list(letters(reader, self.topics.dead_letters, reader.end_offsets(self.topics.dead_letters)[0]))
+        reader.close()
+        return found
+
+    def process(self, effect: int = 0, when: str = "after") -> subprocess.Popen[str]:
+        words = [sys.executable, str(TESTS / "retry_process.py"), self.brokers, str(self.generation), str(effect), when]
+        return subprocess.Popen(
+            words, cwd=TESTS, env=os.environ | {"PYTHONPATH": str(TESTS)}, stdout=-1, stderr=-1, text=True
+        )
+
+
+@pytest.fixture
+def world(stack: Layout) -> World:
+    return World(stack)
+
+
+# 1 is the mark `retrying`; then come the records of the partitions and the newer letter of the event that is still bad,
+# then the mark `retried`. To die before an effect is to die after the one that precedes it.
+@pytest.mark.parametrize(("effect", "when"), [(1, "before"), *((effect, "after") for effect in range(1, 7))])
+def test_killed_at_any_step_each_event_is_in_the_log_once(world: World, effect: int, when: str) -> None:
+    world.take(("shop.cart", [*CARTS, {"request_id": "bad", "user_id": 1, "item_id": "x"}]))
+    victim = world.process(effect, when)
+    out, error = victim.communicate(timeout=240)
+    assert victim.returncode == -9, out + error
+    report = retry(world.brokers, world.topics, Turn(0, False))
+    assert Counter(row["request_id"] for row in world.rows()) == Counter(record["request_id"] for record in CARTS)
+    states = Counter(letter.told.reason for letter in world.letters())
+    assert states["undeclared"] == 7 and states["bad_type"] in (1, 2), report
+    assert retry(world.brokers, world.topics, Turn(0, False)).appended == 0
+
+
+def test_two_at_once_offer_a_letter_once(world: World) -> None:
+    world.take(
+        *(("shop.cart", [{"request_id": f"r{n}", "user_id": n} for n in range(k, k + 50)]) for k in (0, 50, 100))
+    )
+    both = [world.process(), world.process()]
+    for one in both:
+        one.communicate(timeout=240)
+    retry(world.brokers, world.topics, Turn(0, False))
+    assert Counter(row["request_id"] for row in world.rows()) == Counter(f"r{n}" for n in range(150))
+
+
+@pytest.fixture
+def project_dir(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: Layout) -> Iterator[Path]:
+    """A project folder of this generation; `cart` is not declared yet."""
+    for name in ("PORT_BASE", "HEADRACE_STORE", "HEADRACE_PRIVACY_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HEADRACE_BROKERS", stack.brokers)
+    monkeypatch.setenv("HEADRACE_STORE", f"file:{tmp_path}/store")
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HEADRACE_PROJECT", str(tmp_path))
+    (tmp_path / "headrace.toml").write_text(f"[log]\npartitions = {P}\ngeneration = {world.generation}\n")
+    (tmp_path / "project.py").write_text("from ingest_world import PROJECT\n")
+    yield tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+def test_an_operators_way_from_the_list_to_a_closed_ledger(
+    world: World, project_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.take(
+        ("shop.cart", [*CARTS, {"request_id": "bytes", "user_id": 9, "note": b"\xff\x00"}]),
+        ("shop.impression", [impression(1), impression(2, item_id="x")]),
+        ("shop.cart", [{"request_id": "big", "user_id": 1, "note": "y" * 20_000}]),
+    )
+    listed = [msgspec.json.decode(line) for line in run(capsys, "dead-letters", "list", "--json").splitlines()]
+    assert Counter(one["reason"] for one in listed) == {"undeclared": 8, "bad_type": 1}
+    first = next(one for one in listed if one["tag"] == "shop.cart")
+    assert first["record"] == CARTS[0] and first["state"] == "open" and "raw" not in first
+    assert first["time_ns"] % 10**9 == 0 and first["time_ns"] > 10**18
+    odd = next(one for one in listed if one.get("record", {}).get("request_id") == "bytes")
+    assert odd["record"]["note"] == "\ufffd\x00" and odd["raw"]
+    cut = next(one for one in listed if one["raw_truncated"])
+    assert "record" not in cut and cut["raw"]
+    table = run(capsys, "dead-letters", "list", "--reason", "undeclared", "--since", "1h")
+    assert max(map(len, table.splitlines())) <= 120 and "8 letters" in table
+    shown = run(capsys, "dead-letters", "show", first["id"])
+    assert "declare one" in shown and '"request_id": "r0"' in shown
+    assert "cannot be retried" in run(capsys, "dead-letters", "show", cut["id"])
+
+    assert main(["dead-letters", "retry"]) == 2
+    (project_dir / "project.py").write_text("from letters_world import MENDED as PROJECT\n")
+    trial = msgspec.json.decode(run(capsys, "dead-letters", "retry", "--all", "--dry-run", "--json"))
+    assert (trial["appended"], trial["refused"]) == (7, {"bad_type": 1}) and len(world.rows()) == 1
+    done = msgspec.json.decode(run(capsys, "dead-letters", "retry", "--tag", "shop.cart", "--json"))
+    assert (done["offered"], done["appended"]) == (7, 7) and len(done["skipped"]) == 1
+    assert "7  retried before" in run(capsys, "dead-letters", "retry", "--all").replace("not offered: ", "")
+    listed = [msgspec.json.decode(line) for line in run(capsys, "dead-letters", "list", "--json").splitlines()]
+    assert Counter(one["state"] for one in listed) == {"retried": 7, "open": 2, "refused": 1}
+    assert [one["retry_of"] for one in listed if one["attempts"]] == [
+        one["id"] for one in listed if one["state"] == "refused"
+    ]
+
+    # A gateway of the mended project goes on, so that the retried events are older than a second for the ledger.
+    world.take(("shop.impression", [impression(3)]), name="g2")
+    ledger = msgspec.json.decode(run(capsys, "ledger", "--json"))
+    gateway = {name: ledger[name] for name in ("read", "appended", "dead_lettered", "repeated", "retried", "lost")}
+    assert gateway == {"read": 11, "appended": 9, "dead_lettered": 2, "repeated": 0, "retried": 8, "lost": 0}
+    assert ledger["dead_letters"] == {"undeclared": 1, "bad_type": 1}
