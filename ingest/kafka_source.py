@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headrace.ingest")
 
-_TAKE_MAX = 1_000
-"""Most records in one turn of the loop: 10 ms of decoding, in which no connection is served."""
+_TAKE_MAX = 500
+"""Most records in one turn of the loop: some 15 ms of decoding, in which no connection is served."""
 _BUSY_S, _IDLE_S = 0.002, 0.02
 _TELL_S = 1.0
 _AGAIN_S = 0.5

@@ -296,8 +296,13 @@ class KafkaGroup:
                 "source %s/%d: retention deleted offsets %d to %d before they were read; reading goes on at %d",
                 *(self._topic, partition, wanted, low - 1, low),
             )
-        elif wanted >= 0 and low >= 0 and wanted <= high:
+        elif 0 <= wanted <= high:
             at = wanted
+        elif 0 <= high < wanted:
+            log.error(
+                "source %s/%d: the group's position is %d and the log ends at %d: made anew? It is read from %d",
+                *(self._topic, partition, wanted, high, low),
+            )
         # A partition without a usable position is not fetched, and what is not fetched cannot seek: assign it anew.
         try:
             self._consumer.incremental_unassign([part])

@@ -278,13 +278,55 @@ def test_records_deleted_unread_are_counted_and_reading_goes_on(world: World) ->
     again.close(10)
 
 
+def test_a_topic_made_anew_is_read_from_its_beginning(world: World) -> None:
+    world.write([b"%d" % n for n in range(5)], partition=2)
+    earlier = ck.Consumer({"bootstrap.servers": world.brokers, "group.id": "anew", "enable.auto.commit": False})
+    earlier.commit(offsets=[ck.TopicPartition(world.foreign, 2, 100)], asynchronous=False)
+    earlier.close()
+    group = KafkaGroup(world.brokers, world.foreign, "anew")
+    assert [one.offset for one in take(group, 5)] == list(range(5))
+    assert group.standing().gap_records == 0
+    group.close(10)
+
+
 def test_a_full_queue_pauses_and_loses_nothing(world: World) -> None:
     world.write([b"%d" % n for n in range(5_000)])
     group = KafkaGroup(world.brokers, world.foreign, "full", queue_max=10)
     deadline = time.monotonic() + 30
     while not (first := group.take(1)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.5)
+    time.sleep(1.5)
+    assert 3_000 < group.standing().lag_records < 5_000
     found = [*first, *take(group, 4_999)]
     assert sorted(int(one.value or b"") for one in found) == list(range(5_000))
     group.close(10)
+
+
+def test_a_topic_that_is_made_later_is_waited_for(world: World) -> None:
+    world.foreign = f"later-{uuid.uuid4().hex[:8]}"
+    group = KafkaGroup(world.brokers, world.foreign, "later")
+    time.sleep(1)
+    assert group.take(1) == [] and group.standing().partitions == 0
+    KafkaAdmin(world.brokers).ensure_topics([TopicSpec(world.foreign, 2)])
+    world.write([b"1", b"2"])
+    assert sorted(one.value or b"" for one in take(group, 2)) == [b"1", b"2"]
+    group.close(10)
+
+
+def test_logs_of_a_server_over_raw_messages_become_events(world: World) -> None:
+    mapping = """
+from headrace.contract.mapping import AccessLog, Route
+import msgspec
+PROJECT = msgspec.structs.replace(PROJECT, mappings=(AccessLog(tag="nginx.access", routes=(Route(
+    path="/item/{item_id}", event="shop.impression", fields={"user_id": "query:uid", "request_id": "query:rid"}),)),))
+"""
+    (world.folder / "project.py").write_text(PROJECT + mapping)
+    world.configure(format="raw", tag="nginx.access", text_field="log")
+    at = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
+    paths = [f"/item/{n}?uid=3&rid=r{n}" for n in range(20)] + ["/favicon.ico"] * 5
+    world.write([f'::1 - - [{at}] "GET {path} HTTP/1.1" 200 5 "-" "-"'.encode() for path in paths], codec="zstd")
+    world.start()
+    rows = world.appended(20)
+    assert {row["item_id"] for row in rows} == set(range(20))
+    assert all(row["event_id"].startswith(f"{world.foreign}/") for row in rows)
+    world.settle(25)
