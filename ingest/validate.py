@@ -182,7 +182,7 @@ def _fit(value: Any, kind: pa.DataType, strict: bool) -> Any:
         if isinstance(value, str | bytes):
             return _utf8(value, strict)
     elif kind in _LISTS:
-        if isinstance(value, list) and None not in value:
+        if isinstance(value, list):
             return [_fit(item, kind.value_type, strict) for item in value]
     elif kind == pa.int64():
         if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT_FLOAT:

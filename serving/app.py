@@ -17,6 +17,7 @@ from headrace.contract.clock import Clock
 from headrace.contract.config import ServeConfig
 from headrace.contract.errors import EventRejected, Overloaded, Unavailable
 from headrace.contract.metrics import Metrics
+from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.serving.features import FeatureMemory
 from headrace.serving.scorer import merge, rank, spec_of
@@ -64,6 +65,7 @@ class Face:
     metrics_text: Callable[[], bytes]
     clock: Clock
     impressions: Impressions
+    privacy: Privacy | None = None
 
     async def rank(self, request: Request) -> Response:
         """Score candidates with exactly one version of the model."""
@@ -82,7 +84,7 @@ class Face:
             if len(ask.candidates) > self.config.candidates_max:
                 count = len(ask.candidates)
                 return problem(422, f"{count} candidates", f"send at most {self.config.candidates_max} in one request")
-            raw = merge(self.project, ask.context, ask.candidates)
+            raw = merge(self.project, ask.context, ask.candidates, self.privacy)
 
             now_ms = self.clock.now_ms()
 

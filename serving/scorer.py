@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from headrace.contract.errors import EventRejected
 from headrace.contract.events import ARROW_TYPES
+from headrace.contract.privacy import Privacy
 from headrace.contract.project import LISTS, FieldType, Project, Recipe
 from headrace.contract.spec import EVENT_TIME, FeatureSpec
 from headrace.serving.shared_model import View
@@ -40,26 +41,37 @@ def recipe_of(recipe_json: str) -> Recipe:
     return msgspec.json.decode(recipe_json, type=Recipe)
 
 
-def merge(project: Project, context: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
+def merge(
+    project: Project,
+    context: Mapping[str, Any],
+    candidates: Sequence[Mapping[str, Any]],
+    privacy: Privacy | None = None,
+) -> dict[str, pa.Array]:
     """Return the raw columns of all candidates; a candidate's field wins over the context's, a missing one is null.
+
+    Private fields are hashed as at the gateway's border, else no feature of them would be known here.
 
     Raises `EventRejected` (`unknown_field`, `bad_type`) that names the field.
     """
-    declared = project.impression.fields
+    declared, private = project.impression.fields, project.impression.private
     for where, fields in (("context", context), *((f"candidates[{i}]", c) for i, c in enumerate(candidates))):
-        unknown = fields.keys() - declared.keys()
+        unknown = fields.keys() - declared.keys() - private.keys()
         if unknown and project.impression.unknown == "refuse":
             raise EventRejected("unknown_field", f"$.{where} has {sorted(unknown)}; declared are {sorted(declared)}.")
     columns: dict[str, pa.Array] = {}
     for name, kind in declared.items():
         common = context.get(name)
         values = [c.get(name, common) for c in candidates]
+        if name in private:
+            values = [str(v) if type(v) is int else v or None for v in values]
         if not set(map(type, values)) <= _TAKEN[kind]:
             values = [_fitted(value, name, kind) for value in values]
         try:
             columns[name] = pa.array(values, ARROW_TYPES[kind])
         except (pa.ArrowException, OverflowError) as error:
             raise EventRejected("bad_type", f"field {name!r} must be {kind} or null: {error}.") from error
+        if name in private and privacy is not None:
+            columns[name] = privacy.column(columns[name])
     return columns
 
 

@@ -23,6 +23,7 @@ from prometheus_client import generate_latest
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.serving.app import Face, make_app
 from headrace.serving.features import FeatureMemory
 from headrace.serving.feedback import ImpressionLog
@@ -106,6 +107,7 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, childr
         metrics_text=lambda: bytes(generate_latest(metrics.registry)),
         clock=runtime.clock,
         impressions=impressions,
+        privacy=Privacy(runtime.project, os.environ.get(KEY_NAME, "")),
     )
     server = uvicorn.Server(
         uvicorn.Config(make_app(face), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)

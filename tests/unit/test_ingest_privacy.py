@@ -20,6 +20,7 @@ from headrace.contract.spec import FeatureSpec
 from headrace.contract.topics import Topics
 from headrace.ingest.forward_protocol import Message
 from headrace.ingest.gateway import Gateway, Peer
+from headrace.serving.scorer import merge
 
 KEY = "sixteen bytes or more"
 SECRET = "ann@example.org"
@@ -95,3 +96,9 @@ def test_hashing_needs_a_key_and_declarations_must_agree() -> None:
         kind = {"tag": "t", "key": "user", "fields": PROJECT.impression.fields, "unknown": "keep"} | change
         with pytest.raises(ConfigRejected):
             Project(impression=ImpressionType(**kind), feedback=(), tasks=(), features=FeatureSpec()).checked()
+
+
+def test_serving_sees_the_same_user_as_the_log() -> None:
+    (row,) = _run(message("shop.impression", [{"request_id": "r", "user": SECRET}], "1")).rows()
+    raw = merge(PROJECT, {"user": SECRET}, [{"item": 1}, {"user": None}], Privacy(PROJECT, KEY))
+    assert raw["user"].to_pylist() == [row["user"], None]
