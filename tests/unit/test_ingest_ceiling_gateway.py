@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from gateway_world import Running, ended, eventually, frame, read_value
 from ingest_world import Counts, impression
 
 from headrace.ingest.ceiling_watch import CeilingWatch
+from headrace.sender import Sender
 
 LIMITS: dict[str, Any] = {"dead_letter_events_min": 40, "dead_letter_probe_ms": 400}
 GOOD = {"request_id": "r", "user_id": 1, "item_id": 1}
@@ -112,3 +115,19 @@ def test_a_chunk_that_was_taken_is_acked_again_though_its_tag_is_shut() -> None:
         shut(gateway, "shop.click", BAD)
         assert ship(gateway, "shop.click", [BAD] * 41, "first") == 1
         assert len(gateway.log.letters()) == 41
+
+
+def test_our_sender_keeps_what_is_refused_and_each_event_counts_once(tmp_path: Path) -> None:
+    with Running(**LIMITS) as gateway:
+        shut(gateway, "shop.click", BAD)
+        sender = Sender("shop", port=gateway.port, spool_dir=tmp_path)
+        for number in range(20):
+            sender.emit("impression", impression(number))
+            if number % 7 == 0:
+                sender.emit("click", {**BAD, "event_id": f"bad{number}"})
+        eventually(lambda: len(gateway.log.rows()) == 20, "good events go on beside it")
+        eventually(lambda: sender.unacked == 0, "probe by probe the bad ones become dead letters")
+        sender.close()
+        letters = Counter(letter.event_id for letter in gateway.log.letters() if letter.event_id.startswith("bad"))
+        assert letters == {"bad0": 1, "bad7": 1, "bad14": 1}
+        assert gateway.ids() == sorted(f"e{number}" for number in range(20))
