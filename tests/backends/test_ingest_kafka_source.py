@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import confluent_kafka as ck
@@ -330,3 +331,23 @@ PROJECT = msgspec.structs.replace(PROJECT, mappings=(AccessLog(tag="nginx.access
     assert {row["item_id"] for row in rows} == set(range(20))
     assert all(row["event_id"].startswith(f"{world.foreign}/") for row in rows)
     world.settle(25)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(280)
+def test_gateways_that_come_and_go_lose_nothing(world: World) -> None:
+    random = Random(5)
+    world.configure(tag="shop.impression")
+    alive, written = [world.start(), world.start()], 0
+    for _ in range(10):
+        for _ in range(5):
+            world.write([json.dumps(value(written + n)).encode() for n in range(400)])
+            written += 400
+            time.sleep(0.2)
+        leaving = alive.pop(random.randrange(len(alive)))
+        leaving.send_signal(random.choice([signal.SIGKILL, signal.SIGTERM]))
+        alive.append(world.start())
+    rows = world.appended(written)
+    assert {row["item_id"] for row in rows} == set(range(written))
+    assert len({row["event_id"] for row in rows}) == written
+    world.settle(written)

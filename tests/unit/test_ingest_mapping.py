@@ -280,3 +280,11 @@ def test_numbers_are_read_as_the_server_wrote_them() -> None:
         assert isinstance(made.entries[0].record["price"], float) is good
     world.settle()
     assert len(world.log.rows("impression")) == 3 and {x.reason for x in world.log.letters()} == {"bad_type"}
+
+
+def test_a_line_as_bytes_is_the_same_line() -> None:
+    # fluentd's tail without a parser sends bytes; what is no UTF-8 is Latin-1.
+    text = line("GET /item/7?uid=3&rid=r HTTP/1.1", referer="caf\xe9").encode("latin-1")
+    mapped = Mapper(LOG, project()).map_message(message_of("nginx.access", [(1, {"message": text})]))
+    (made,) = mapped.messages
+    assert made.entries[0].record == {"item_id": 7, "user_id": 3, "request_id": "r", "title": "café"}
