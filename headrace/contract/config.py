@@ -83,9 +83,14 @@ class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Where a partition begins that the group has never read."""
     in_flight_max: Count = 20_000
     """Most records read and without their receipts."""
+    client: dict[str, str] = {}
+    """librdkafka's settings of the connection, `security.protocol`, `sasl.*`, `ssl.*`; `$NAME` is the environment's."""
 
     def __post_init__(self) -> None:
-        """Refuse a source whose records could have no tag."""
+        """Refuse a source whose records could have no tag, and settings that are not the connection's."""
+        wrong = [name for name in self.client if not name.startswith(("security.", "sasl.", "ssl.", "client."))]
+        if wrong:
+            raise ValueError(f"source {self.topic!r}: client may set security.*, sasl.*, ssl.*, client.*, not {wrong}")
         if not (self.tag or self.tag_field):
             raise ValueError(
                 f"source {self.topic!r} needs tag or tag_field: a shipper's message does not bring its tag"
