@@ -134,9 +134,14 @@ def _collector(args: argparse.Namespace, config: IngestConfig, runtime: Runtime)
 
 
 def _open_group(source: SourceConfig, own_brokers: str) -> KafkaGroup:
-    """Join the source's consumer group."""
-    group = source.group or f"headrace-{source.topic}"
-    return KafkaGroup(source.brokers or own_brokers, source.topic, group, start=source.start)
+    """Join the source's consumer group. Raises `ConfigRejected` for a `$NAME` that the environment has not."""
+    group, client = source.group or f"headrace-{source.topic}", dict(source.client)
+    for name, text in client.items():
+        if text.startswith("$"):
+            if text[1:] not in os.environ:
+                raise ConfigRejected(f"source {source.topic!r}: client {name!r} is {text}, which is not set.")
+            client[name] = os.environ[text[1:]]
+    return KafkaGroup(source.brokers or own_brokers, source.topic, group, start=source.start, client=client)
 
 
 def _topics_exist(admin: KafkaAdmin, specs: tuple[TopicSpec, ...], stop: threading.Event) -> bool:
