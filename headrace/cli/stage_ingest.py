@@ -25,7 +25,7 @@ from headrace.backends.log_kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
 from headrace.contract.config import IngestConfig, SourceConfig
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.log import TopicSpec
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest import server
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
                 CeilingWatch(metrics, metrics.ready),
                 *collector,
                 *(
-                    KafkaSource(source, partial(_open_group, source, runtime.brokers), metrics)
+                    KafkaSource(source, partial(_open_group, source, runtime.brokers, _client(source)), metrics)
                     for source in runtime.config.ingest.sources
                 ),
             ],
@@ -133,14 +133,20 @@ def _collector(args: argparse.Namespace, config: IngestConfig, runtime: Runtime)
     return [Collector(config, tokens, args.host, port, runtime.clock)] if port else []
 
 
-def _open_group(source: SourceConfig, own_brokers: str) -> KafkaGroup:
-    """Join the source's consumer group. Raises `ConfigRejected` for a `$NAME` that the environment has not."""
-    group, client = source.group or f"headrace-{source.topic}", dict(source.client)
+def _client(source: SourceConfig) -> dict[str, str]:
+    """Return the connection's settings, each `$NAME` from the environment. Raises `ConfigRejected` where it is not set."""
+    client = dict(source.client)
     for name, text in client.items():
         if text.startswith("$"):
             if text[1:] not in os.environ:
                 raise ConfigRejected(f"source {source.topic!r}: client {name!r} is {text}, which is not set.")
             client[name] = os.environ[text[1:]]
+    return client
+
+
+def _open_group(source: SourceConfig, own_brokers: str, client: dict[str, str]) -> KafkaGroup:
+    """Join the source's consumer group."""
+    group = source.group or f"headrace-{source.topic}"
     return KafkaGroup(source.brokers or own_brokers, source.topic, group, start=source.start, client=client)
 
 
