@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import confluent_kafka as ck
@@ -57,7 +57,11 @@ _CLIENT: dict[str, Any] = {
 
 
 class KafkaGroup:
-    """Reads `topic` as one member of `group`; at most `queue_max` records wait to be taken. Safe between threads."""
+    """Reads `topic` as one member of `group`; at most `queue_max` records wait to be taken. Safe between threads.
+
+    `client` has librdkafka's settings of the connection, such as `security.protocol`; what the group's protocol rests
+    on it cannot change.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class KafkaGroup:
         *,
         start: Literal["earliest", "latest"] = "earliest",
         queue_max: int = 10_000,
+        client: Mapping[str, str] | None = None,
     ) -> None:
         self._topic, self._start, self._queue_max = topic, start, queue_max
         self._lock = threading.Lock()
@@ -81,6 +86,7 @@ class KafkaGroup:
         self._told: set[str] = set()
         self._stop = threading.Event()
         settings = {
+            **(client or {}),
             **_CLIENT,
             "bootstrap.servers": brokers,
             "group.id": group,
