@@ -134,7 +134,7 @@ def _collector(args: argparse.Namespace, config: IngestConfig, runtime: Runtime)
 
 
 def _client(source: SourceConfig) -> dict[str, str]:
-    """Return the connection's settings, each `$NAME` from the environment. Raises `ConfigRejected` where it is not set."""
+    """Return the connection's settings, each `$NAME` from the environment; `ConfigRejected` where it is not set."""
     client = dict(source.client)
     for name, text in client.items():
         if text.startswith("$"):
