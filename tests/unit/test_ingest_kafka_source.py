@@ -1,0 +1,93 @@
+"""What a source of headrace.toml may say, and how positions move behind receipts that come in any order."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from headrace.cli.stage_ingest import _client
+from headrace.contract.config import SourceConfig, decode_config
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.group import Claim, Fetched
+from headrace.ingest.kafka_source import Positions, Run, messages_of
+
+CLAIM = Claim("t", 0, 1)
+
+
+def source(text: str) -> SourceConfig:
+    """Decode one source."""
+    return decode_config(f'[[ingest.sources]]\ntopic = "t"\n{text}'.encode()).ingest.sources[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "needs tag or tag_field"),
+        ('tag = "a"\nformat = "csv"', "Invalid enum value 'csv'"),
+        ('tag = "a"\nstart = "now"', "Invalid enum value 'now'"),
+        ('tag = "a"\ntime_unit = "h"', "Invalid enum value 'h'"),
+        ('tag = "a"\ncolour = "blue"', "unknown field `colour`"),
+        ('tag = "a"\nin_flight_max = 0', ">= 1"),
+        ('tag = "a"\nclient = {"enable.auto.commit" = "true"}', "client may set"),
+        ('tag = "a"\nclient = {"isolation.level" = "read_uncommitted"}', "client may set"),
+    ],
+)
+def test_a_source_that_cannot_work_is_refused_at_the_start(text: str, says: str) -> None:
+    with pytest.raises(ConfigRejected, match=says):
+        source(text)
+
+
+def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = source('tag = "a"\nclient = {"sasl.password" = "$SHIPPER_SECRET", "security.protocol" = "sasl_ssl"}')
+    with pytest.raises(ConfigRejected, match="SHIPPER_SECRET, which is not set"):
+        _client(made)
+    monkeypatch.setenv("SHIPPER_SECRET", "s3cret")
+    assert _client(made) == {"sasl.password": "s3cret", "security.protocol": "sasl_ssl"}
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_a_position_moves_only_past_runs_that_are_settled(order: tuple[int, ...]) -> None:
+    positions, runs = Positions(), [Run((n + 1) * 10, 10, 1) for n in range(4)]
+    for run in runs:
+        positions.offered(CLAIM, run)
+    done: set[int] = set()
+    at = 0
+    for nth in order:
+        runs[nth].open = 0
+        done.add(nth)
+        moved = positions.settled(CLAIM)
+        whole = next((n for n in range(4) if n not in done), 4)
+        assert (moved or at) == whole * 10 or (moved is None and whole * 10 == at)
+        at = moved if moved is not None else at
+        assert positions.in_flight == 40 - at
+    assert at == 40
+
+
+def test_ids_name_the_record_and_an_own_id_stays() -> None:
+    made = SourceConfig(topic="t", tag="a", tag_field="tag")
+    values = [
+        b'{"x": 1}',
+        b'{"x": 2, "event_id": "own"}',
+        b'{"event_id": null, "tag": "b"}',
+        b'{"event_id": 0}',
+    ]
+    found = messages_of(made, [Fetched(CLAIM, 5 + n, text, 9) for n, text in enumerate(values)])
+    ids = {message.tag: [entry.record["event_id"] for entry in message.entries] for message in found}
+    assert ids == {"a": ["t/0/5/9", "own", 0], "b": ["t/0/7/9"]}
+
+
+def test_records_of_one_otlp_message_have_ids_of_their_own() -> None:
+    body = (
+        '{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"body":{"stringValue":"a"}},{"body":{"stringValue":"b"}}]}]}]}'
+    )
+    (message,) = messages_of(
+        SourceConfig(topic="t", tag="a", format="otlp_json"), [Fetched(CLAIM, 5, body.encode(), 9)]
+    )
+    assert [entry.record["event_id"] for entry in message.entries] == ["t/0/5/9/0", "t/0/5/9/1"]
+    assert [entry.time_ns for entry in message.entries] == [9_000_000, 9_000_000]
+
+
+def test_the_demo_has_no_source(shop_dir: Path) -> None:
+    assert decode_config((shop_dir / "headrace.toml").read_bytes()).ingest.sources == ()
