@@ -109,19 +109,26 @@ def _take(
     return new
 
 
+@numba.njit(cache=True)
+def _move(keys: U64s, values: I64s, new_keys: U64s, new_values: I64s) -> None:
+    for at in range(len(values)):
+        if values[at] != 0 and (keys[at, 0] != 0 or keys[at, 1] != 0):
+            to = _place(new_keys, new_values, keys[at, 0], keys[at, 1])
+            new_keys[to, 0], new_keys[to, 1], new_values[to] = keys[at, 0], keys[at, 1], values[at]
+
+
 class EventIds:
     """Which chunk brought an event id first: 128-bit hashes in two generations of open-addressing tables.
 
-    A generation holds `entries_max` / 2 ids at most half full: 24 bytes a place, so at most 100 bytes an id. Two ids
-    of one hash would make a loss; with 128 bits and a million ids in memory that is 1 event in 10^32.
+    A generation holds `entries_max` / 2 ids; its table doubles as it fills and is at most half full: 24 bytes a place,
+    so at most 100 bytes an id. Two ids of one hash would make a loss; with 128 bits and a million ids in memory that is
+    1 event in 10^32.
     """
 
     def __init__(self, horizon_ms: int, entries_max: int) -> None:
         self._half_ms = max(1, horizon_ms // 2)
         self._half_max = max(1, entries_max // 2)
-        self._places = 1 << (2 * self._half_max - 1).bit_length()
-        self._old = self._empty(1)
-        self._young = self._empty(self._places)
+        self._old, self._young = self._empty(_PLACES_MIN), self._empty(_PLACES_MIN)
         self._count = 0
         self._since_ms: int | None = None
 
@@ -136,9 +143,14 @@ class EventIds:
         """
         if self._since_ms is None:
             self._since_ms = now_ms
-        if now_ms - self._since_ms >= self._half_ms or self._count + len(first_N) > self._half_max:
-            self._old, self._young = self._young, self._empty(self._places)
-            self._count, self._since_ms = 0, now_ms
+        wanted = self._count + len(first_N)
+        if now_ms - self._since_ms >= self._half_ms or wanted > self._half_max:
+            self._old, self._young = self._young, self._empty(_PLACES_MIN)
+            self._count, self._since_ms, wanted = 0, now_ms, len(first_N)
+        if 2 * wanted > len(self._young[1]):
+            larger = self._empty(1 << (2 * wanted).bit_length())
+            _move(*self._young, *larger)
+            self._young = larger
         found_N = np.zeros(len(first_N), np.int64)
         self._count += _take(*self._young, *self._old, first_N, second_N, chosen_N, chunk_N, found_N)
         return found_N
@@ -152,4 +164,5 @@ class EventIds:
             keys[at] = _GRAVE
 
 
+_PLACES_MIN = 1_024
 _GRAVE = np.array([0, 0], np.uint64)
