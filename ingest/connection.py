@@ -49,7 +49,9 @@ class Connection(asyncio.Protocol):
         self.since_s = server.now_s()
         """When the open handshake or the unfinished message began, or the peer sent its end."""
         self.half_closed = False
+        self._waits = False
         self.partial_bytes = 0
+        """Of a message that has not ended yet; whole messages that wait for `resume` are not among them."""
 
     @property
     def greeting(self) -> bool:
@@ -89,7 +91,7 @@ class Connection(asyncio.Protocol):
 
     def take(self, data: bytes) -> None:
         """Offer the messages that `data` completes, as far as the buffer's bound allows; the rest waits undecoded."""
-        server = self._server
+        server, self._waits = self._server, False
         try:
             moved = self._offer_all(data)
             if self._asks and self._decoder.pending_bytes > _PING_BYTES_MAX:
@@ -102,7 +104,7 @@ class Connection(asyncio.Protocol):
             log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             self.refuse("internal", f"{type(error).__name__} while decoding; its shipper still has the data")
             return
-        self._account(self._decoder.pending_bytes)
+        self._account(0 if self._waits or self._transport is None else self._decoder.pending_bytes)
         if not self._asks:
             if moved or not self.partial_bytes:
                 server.unfinished.discard(self)
@@ -127,8 +129,10 @@ class Connection(asyncio.Protocol):
             server.strangers.pop(self, None)
             if server.gateway.buffer_bytes + server.partial_bytes > server.config.buffer_bytes_max:
                 server.balance()
-                # One read of 256 KiB may hold gigabytes, packed: what is not taken yet waits for `resume`.
+                # One read of 256 KiB may hold gigabytes, packed: what is not taken yet waits for `resume`. No other
+                # connection is read from until then, so there is one such rest at a time.
                 if server.paused:
+                    self._waits = True
                     break
         return moved
 
@@ -199,7 +203,7 @@ class Connection(asyncio.Protocol):
             return
         # The time in which the gateway did not read is not the peer's.
         self.since_s = self._server.now_s()
-        if self.partial_bytes:
+        if self._waits:
             self.take(b"")
         if self._transport is not None and not self._server.paused and not self._transport.is_reading():
             self._transport.resume_reading()

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import resource
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from headrace.ingest.listen import Listeners
 from headrace.ingest.place import Place as Place
 from headrace.ingest.refusals import Refusals
 from headrace.ingest.tls import Identity, TlsGate
+from headrace.ingest.warm import warm
 
 log = logging.getLogger("headrace.ingest")
 
@@ -59,6 +61,7 @@ class Server:
         self.connections: dict[Connection, None] = {}
         """In the order in which they are read on after a pause."""
         self.gates: set[TlsGate] = set()
+        self.beneath_tls: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self.strangers: dict[Connection, float] = {}
         """Those that have not sent a whole message yet, oldest first, with the time of their coming."""
         self.unfinished: set[Connection] = set()
@@ -117,9 +120,9 @@ class Server:
                     connection.resume()
                 if self.paused:
                     break
-        if self.paused and self.partial_bytes > most // 2 and self.connections:
+        if self.paused and self.partial_bytes > most // 2 and self.unfinished:
             # Messages that never end fill the bound: nobody could finish. The largest goes; its sender still has it.
-            max(self.connections, key=lambda c: c.partial_bytes).refuse("partial_bound", "unfinished messages")
+            max(self.unfinished, key=lambda c: c.partial_bytes).refuse("partial_bound", "unfinished messages")
 
     def pause(self) -> None:
         """Read from nobody."""
@@ -192,6 +195,10 @@ class Server:
             for connection in list(self.connections):
                 connection.close()
             await asyncio.sleep(0)
+            # Peers that do not answer TLS's goodbye are not waited for: what was due to them has been written.
+            for transport in list(self.beneath_tls):
+                transport.abort()
+            await asyncio.sleep(0)
 
     def _tick(self) -> None:
         self.gateway.tick()
@@ -262,6 +269,9 @@ def run(
 
     With an `identity` the port speaks TLS. Raises `ConfigRejected` where a port or socket cannot be had.
     """
+    begun_s = clock.monotonic()
+    warm(project, config, topics, partitions, clock)
+    log.info("decoders ready after %.1f s; a machine's first start compiles them", clock.monotonic() - begun_s)
     gateway = Gateway(project, config, topics, partitions, producer, metrics, clock, place.name, privacy)
     server = Server(gateway, config, metrics, clock, place, identity)
     _allow_files(config.connections_max)

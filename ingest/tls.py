@@ -91,6 +91,7 @@ class TlsGate(asyncio.Protocol):
             transport.abort()
             return
         server.gates.add(self)
+        server.beneath_tls.add(transport)
         self._task = asyncio.get_running_loop().create_task(self._upgrade(transport))
 
     def data_received(self, data: bytes) -> None:

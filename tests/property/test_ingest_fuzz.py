@@ -27,7 +27,7 @@ SEEDS = range(int(os.environ.get("HEADRACE_FUZZ_SEEDS", "6")))
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Running]:
-    with Running(chunk_bytes_max=1 << 20, buffer_bytes_max=BUFFER_BYTES) as running:
+    with Running(chunk_bytes_max=1 << 20, buffer_bytes_max=BUFFER_BYTES, dead_letter_share_max=1.0) as running:
         yield running
 
 
