@@ -216,7 +216,12 @@ class Sender(FluentSender):  # type: ignore[misc]
                 self._segments[-1].open_chunks += 1
             chunk.add(entry)
             self._unacked += 1
-            wake = wake or chunk.size >= self._chunk_bytes
+            if chunk.size >= self._chunk_bytes:
+                # Here and not by the thread, which may hang on a gateway that reads nothing: a chunk that went on
+                # growing would be more than the gateway takes, for ever.
+                wake = True
+                with suppress(Overloaded):
+                    self._close_chunk(tag)
         finally:
             self._turn.release()
         if wake:

@@ -53,7 +53,8 @@ class Running:
             kwargs={"ready": self._ready},
         )
         self._thread.start()
-        assert self._up.wait(5)
+        # A minute: on a machine's first run the gateway compiles its decoders before it is ready.
+        assert self._up.wait(60)
 
     def _ready(self, port: int) -> None:
         self.port = port
@@ -235,6 +236,29 @@ def test_hostile_bytes_are_refused_and_counted(gateway: Running) -> None:
             with contextlib.suppress(ConnectionResetError):
                 assert sock.recv(1) == b""
             assert gateway.counts.totals[f"connections_refused_total:{reason}"] == before + 1
+
+
+def test_no_chunk_outgrows_its_bound_while_the_gateway_reads_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        sender = Sender("shop", port=listener.getsockname()[1], spool_dir=tmp_path, chunk_bytes=20_000)
+        sender.emit("impression", _record(0))
+        sock, _ = listener.accept()
+        for number in range(1, 40_000):
+            sender.emit("impression", _record(number))
+        unpacker, seen, largest = msgpack.Unpacker(max_buffer_size=1 << 26), 0, 0
+        with sock:
+            sock.settimeout(20)
+            while seen < 40_000:
+                unpacker.feed(sock.recv(65_536))
+                for what in unpacker:
+                    body = what[1] if isinstance(what[1], bytes) else msgpack.packb(what[1])
+                    seen += what[2]["size"] if isinstance(what[1], bytes) else len(what[1])
+                    largest = max(largest, len(body))
+                    sock.sendall(msgpack.packb({"ack": what[2]["chunk"]}))
+            assert sender.flush(20)
+        sender.close()
+    assert 20_000 <= largest < 20_200
 
 
 def test_reading_stops_at_the_bound_and_goes_on(tmp_path: Path) -> None:
