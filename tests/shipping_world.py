@@ -27,6 +27,8 @@ from headrace.ingest.gateway import Gateway, Peer
 
 PARTITIONS = 2
 IMPRESSION_TAG, CLICK_TAG = "shop.impression", "shop.click"
+WINDOW = 4
+"""Chunks that a shipper sends without waiting for an ack."""
 _QUEUE_MAX = 40
 _ON_THE_WIRE_MAX_STEPS = 30
 
@@ -258,11 +260,11 @@ class Shipper:
         random, faults = self.world.random, self.world.faults
         if self.process is None or not self.process.alive or random.random() < faults.cut:
             self.connect()
-        elif not self.todo and self.unacked and random.random() < 0.05:
+        elif self.unacked and (not self.todo or len(self.unacked) >= WINDOW) and random.random() < 0.05:
             # Waited long enough for an ack.
             self.connect()
         process = self.process
-        if process is None or process.draining or process.stalled or not self.todo or len(self.unacked) >= 4:
+        if process is None or process.draining or process.stalled or not self.todo or len(self.unacked) >= WINDOW:
             return
         chunk = self.todo.pop(0 if self.in_order else random.randrange(min(3, len(self.todo))))
         number, peer = self.world.count(), self.peer
@@ -340,9 +342,12 @@ class World:
                 break
             self._step(step)
         self._calm()
-        for _ in range(60):
+        for quiet in range(2_000):
             step += 1
             self._step(step)
+            # A record that was refused waits up to 5 s for its next turn.
+            if quiet > 60 and not any(process.gateway.open_chunks for process in self.processes):
+                break
         self._judge()
         return self.complaints
 

@@ -19,7 +19,7 @@ from headrace.contract.events import PUNCTUATION, decode_punctuation, encode_pun
 from headrace.contract.log import Producer
 from headrace.ingest.gateway import Gateway, Peer
 
-LONG_SEEDS = 3_000
+LONG_SEEDS = 1_000
 PLANTED_SEEDS = range(30)
 
 

@@ -24,7 +24,7 @@ from headrace.ingest import punctuate
 from headrace.ingest.gateway import Gateway, Peer
 from headrace.stream.join import JoinState
 
-SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 40))]
+SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 20))]
 WINDOW_MS = PROJECT.tasks[0].window_ms
 CONFIG = IngestConfig()
 SILENT_MS = CONFIG.silent_ms
