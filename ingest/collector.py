@@ -54,7 +54,6 @@ _ANSWER_S = 25.0
 """Longest wait for Kafka; below the 30 s after which proxies and clients give up."""
 _LAST_S = 0.8
 """Longest wait of a request that was begun when the gateway stops; then the client is told to send again."""
-_RETRY_S = 1
 _DISCARD_BYTES_MAX = 16_777_216
 """Most bytes of a body too large that are read, so that its client sees the answer; then the connection closes."""
 _HEADERS = "authorization, content-type, content-encoding, idempotency-key"
@@ -105,8 +104,10 @@ class Collector:
         self.port = listener.getsockname()[1]
         _allow_files(self._config.collector_connections_max)
         asks = "asks for a token" if self._tokens else "open to all of this machine (no HEADRACE_TOKENS)"
-        log.info("collector on http://%s:%d/, %s", host, self.port, asks)
-        config = GatedConfig(self.app(), Gate(self._config.collector_connections_max, server.refusals.add))
+        scheme = "http" if server.identity is None else "https"
+        log.info("collector on %s://%s:%d/, %s", scheme, host, self.port, asks)
+        gate = Gate(self._config.collector_connections_max, server.refusals.add)
+        config = GatedConfig(self.app(), gate, server.identity)
         await serve(config, listener, stopping)
 
     def app(self) -> Starlette:
@@ -240,9 +241,13 @@ class Collector:
         gateway = self._of().gateway
         # One more than the messages: outcomes that come at once must not end the wait early.
         waiting = Waiting(len(messages) + 1)
-        for message in messages:
-            gateway.offer(message, 0, peer, waiting.acked)
+        taken = [gateway.offer(message, 0, peer, waiting.acked, refusable=True) for message in messages]
         waiting.acked(Outcome(0, 0, 0))
+        if not all(taken):
+            tags = [each.tag for each, was in zip(messages, taken, strict=True) if not was]
+            error = f"too many events of {', '.join(tags[:3])} become dead letters (ingest.dead_letter_share_max)"
+            step = f"see headrace dead-letters list, mend events or types; {_SAME}"
+            return problem(503, error, step, retry_s=max(1, self._config.dead_letter_probe_ms // 1000))
         stopping = asyncio.ensure_future(self._stopping.wait())
         either: set[asyncio.Future[Any]] = {waiting.done, stopping}
         try:
@@ -252,8 +257,7 @@ class Collector:
         finally:
             stopping.cancel()
         if not waiting.done.done():
-            step = "send it again with the same Idempotency-Key or event ids: what Kafka has got counts once"
-            return problem(503, "Kafka has not confirmed the events yet", step)
+            return problem(503, "Kafka has not confirmed the events yet", _SAME)
         return answer(200, msgspec.structs.asdict(waiting.outcome))
 
     # -- answers
@@ -284,13 +288,14 @@ class Collector:
 
 
 _FOREIGN, _ALLOW = "pages of this origin may not send", "name it in ingest.cors_origins"
+_SAME = "send it again with the same Idempotency-Key or event ids: what Kafka has got counts once"
 _SMALLER = "send smaller batches, or raise ingest.collector_bytes_max"
 _WHY = {
     401: "no known token",
     403: "a page of an origin that ingest.cors_origins does not name",
     413: "more bytes or events than one request may have",
     415: "a content type or encoding that is not known",
-    503: "it is told to send again: a bound is reached, Kafka is slow, or the gateway stops",
+    503: "it is told to send again: a bound or a ceiling is reached, Kafka is slow, or the gateway stops",
 }
 
 
@@ -299,11 +304,11 @@ def answer(status: int, body: dict[str, Any]) -> Response:
     return Response(msgspec.json.encode(body), status, {"Cache-Control": "no-store"}, media_type="application/json")
 
 
-def problem(status: int, error: str, step: str) -> Response:
+def problem(status: int, error: str, step: str, *, retry_s: int = 1) -> Response:
     """Return what is wrong and the next step; where the fault is not the client's, when to send again."""
     response = answer(status, {"error": error, "next": step})
     if status >= 500:
-        response.headers["Retry-After"] = str(_RETRY_S)
+        response.headers["Retry-After"] = str(retry_s)
     return response
 
 

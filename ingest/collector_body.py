@@ -85,8 +85,9 @@ def _entry(event: Any, at: int, now_ms: int) -> tuple[str, int, dict[Any, Any]]:
     time = event.get("time")
     if time is None:
         own = record.get("event_time_ms")
-        usable = isinstance(own, int) and not isinstance(own, bool) and 0 <= own < 2**53
-        return tag, (own if usable else now_ms) * 1_000_000, record
+        if not isinstance(own, int) or isinstance(own, bool) or not 0 <= own < 2**53:
+            own = now_ms
+        return tag, own * 1_000_000, record
     time_ns = read_time(time)
     if time_ns is None:
         raise BadRequest(

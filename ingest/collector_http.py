@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from headrace.contract.errors import ConfigRejected
 from headrace.ingest.gateway import peer_of
+from headrace.ingest.tls import Identity
 
 KEEP_ALIVE_S = 15
 HEADERS_S = 20.0
@@ -75,7 +77,7 @@ class Gate:
 class GatedConfig(uvicorn.Config):
     """uvicorn's settings, and the gate that its protocols pass."""
 
-    def __init__(self, app: Any, gate: Gate) -> None:
+    def __init__(self, app: Any, gate: Gate, identity: Identity | None) -> None:
         super().__init__(
             app,
             http=BoundedProtocol,
@@ -91,6 +93,20 @@ class GatedConfig(uvicorn.Config):
             timeout_graceful_shutdown=DRAIN_S,
         )
         self.gate = gate
+        self.load()
+        if identity is not None:
+            self.ssl = _renewing(identity)
+
+
+def _renewing(identity: Identity) -> ssl.SSLContext:
+    """Return a context whose handshakes use the certificate as it is then, not as it was at the start."""
+    context = identity.context
+
+    def use_newest(handshake: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
+        handshake.context = identity.context
+
+    context.sni_callback = use_newest
+    return context
 
 
 class BoundedProtocol(H11Protocol):

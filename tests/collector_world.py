@@ -17,6 +17,7 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.topics import Topics
 from headrace.ingest import server
 from headrace.ingest.collector import Collector
+from headrace.ingest.tls import Identity
 
 
 class Site:
@@ -27,6 +28,7 @@ class Site:
         settings = IngestConfig(**{"grace_ms": 0, "batch_ms": 5, **config})
         self.collector = Collector(settings, tokens, host, port)
         self._ready = threading.Event()
+        self._identity = Identity(settings) if settings.tls_cert else None
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(settings,))
         self._thread.start()
@@ -48,6 +50,7 @@ class Site:
                 self.stop,
                 lambda _port: self._ready.set(),
                 [self.collector],
+                identity=self._identity,
             )
         except BaseException as error:
             self._failed = error
@@ -64,6 +67,11 @@ class Site:
         self._thread.join()
         if self._failed is not None:
             raise self._failed
+
+    def renew(self) -> None:
+        """Let the gateway look at its certificate's files, as it does every half minute."""
+        if self._identity is not None:
+            self._identity.renew()
 
     @property
     def paused(self) -> bool:

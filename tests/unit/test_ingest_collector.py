@@ -8,15 +8,18 @@ import json
 import logging
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import msgpack
 import pytest
 from collector_world import Site, site
+from gateway_world import Authority
 
 from headrace.contract.errors import ConfigRejected
 from headrace.ingest.collector_access import Origins, Tokens, read_tokens
@@ -266,6 +269,33 @@ def test_a_full_gateway_takes_nothing_until_there_is_room() -> None:
         one = json.dumps(event())
         until(lambda: send(made, one).status_code == 200)
         assert len(made.ids()) == 2
+
+
+def test_beyond_the_ceiling_of_dead_letters_the_client_keeps_its_events() -> None:
+    with site(dead_letter_events_min=20, dead_letter_probe_ms=60_000) as made:
+        bad = [event(item_id="seven") for _ in range(30)]
+        assert send(made, json.dumps(bad)).json() == outcome(dead_lettered=30)
+        refused = send(made, json.dumps([event(), event(tag="shop.click")]))
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "60")
+        assert "shop.impression" in refused.json()["error"]
+        assert send(made, json.dumps(event(tag="shop.click"))).json() == outcome(appended=1), "another tag goes on"
+        assert made.ids("impression") == []
+
+
+def test_it_speaks_tls_where_the_gateway_does(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("gateway")
+    with site(tls_cert=str(cert), tls_key=str(key)) as made:
+        url = f"https://localhost:{made.port}/v1/events"
+        assert httpx.post(url, json=event(), verify=authority.client()).json() == outcome(appended=1)
+        page = {"Origin": f"https://localhost:{made.port}"}
+        assert httpx.post(url, json=event(), verify=authority.client(), headers=page).status_code == 200
+        first = ssl.get_server_certificate(("127.0.0.1", made.port))
+        authority.issue("gateway")
+        made.renew()
+        assert ssl.get_server_certificate(("127.0.0.1", made.port)) != first
+        assert httpx.post(url, json=event(), verify=authority.client()).json() == outcome(appended=1)
+        assert len(made.ids()) == 3
 
 
 def test_requests_have_a_bound_and_none_is_dropped() -> None:
