@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +74,11 @@ class AggregateStage:
             self.state = await self._restore()
         offset = self.state.offsets[partition]
         return offset + 1 if offset >= 0 else None
+
+    async def take_all(self, records: Sequence[Record]) -> None:
+        """Take records of one partition, in order."""
+        for record in records:
+            await self.take(record)
 
     async def take(self, record: Record) -> None:
         """Count one record and write what it settled."""

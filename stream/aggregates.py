@@ -1,20 +1,42 @@
-"""What a partition knows of counters over other keys: the aggregator's rows, looked up by event time. Pure."""
+"""What a partition knows of counters over other keys: the aggregator's rows, looked up by event time. Pure, compiled.
+
+Legend: M places of the index, 2 the halves of a key, R keys, K values kept of a key, E entries, N rows of a call.
+"""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numba
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.contract.spec import Counter
+from headrace.stream.features.counters import bucket_ms, weights
+from headrace.stream.rings import I32s, I64s, Int, U64s, hash_texts, place_of, with_numbers
 
 KEEP = 4
 """Values kept of a key: an impression may be some grid ticks older than the newest value."""
+_FREE, _USED, _EPOCH = range(3)
+_EMPTY, _END = -1, -1
 
-Values = list[tuple[int, tuple[float, ...]]]
-"""(as_of_ms, counts), ascending."""
+F64s = npt.NDArray[np.float64]
+
+
+class Known(NamedTuple):
+    """The arrays: `places_M` has rows, `filled_R` says how many values a row has, oldest first. `head`: first free
+    row, rows ever used, highest epoch seen."""
+
+    places_M: I32s
+    keys_R2: U64s
+    filled_R: I64s
+    as_of_RK: I64s
+    values_RKE: F64s
+    head: I64s
 
 
 class Aggregates:
@@ -22,48 +44,223 @@ class Aggregates:
 
     def __init__(self, counters: Sequence[Counter]) -> None:
         self.counters = {counter.name: counter for counter in counters}
-        self.epoch = -1
-        self.values: dict[tuple[str, str], Values] = {}
-        self._zeros: list[tuple[int, str, str]] = []
+        self._names = pa.array(list(self.counters), pa.string())
+        self._width = max((len(counter.counts) for counter in counters), default=0)
+        self._zeros: list[tuple[int, int]] = []
+        """(as_of_ms, row) of values that are zero: when the watermark passes them, the row may leave."""
+        self._clear(1_024, -1)
+
+    def _clear(self, rows: int, epoch: int) -> None:
+        self.arrays = Known(
+            np.full(2 * rows, _EMPTY, np.int32),
+            np.empty((rows, 2), np.uint64),
+            np.zeros(rows, np.int64),
+            np.zeros((rows, KEEP), np.int64),
+            np.zeros((rows, KEEP, self._width)),
+            np.array([_END, 0, epoch], np.int64),
+        )
 
     def take(self, batch: pa.RecordBatch) -> None:
         """Apply rows in order. Rows of an epoch below the highest seen are a ghost's and ignored."""
-        rows = zip(*(batch.column(i).to_pylist() for i in range(5)), strict=True)
-        for counter, key, as_of_ms, epoch, counts in rows:
-            if counter not in self.counters or epoch < self.epoch:
-                continue
-            self.epoch = epoch
-            known = self.values.setdefault((counter, key), [])
-            while known and known[-1][0] >= as_of_ms:
-                # A restarted aggregator says this and what follows again, under its new epoch.
-                known.pop()
-            known.append((as_of_ms, tuple(counts)))
-            del known[:-KEEP]
-            if not any(counts):
-                heapq.heappush(self._zeros, (as_of_ms, counter, key))
+        rows = batch.num_rows
+        if not rows or not self.counters:
+            return
+        number_N = pc.fill_null(pc.index_in(batch.column(0), value_set=self._names), -1).to_numpy()
+        keys_N2 = with_numbers(hash_texts(batch.column(1), 0), number_N)
+        counts = batch.column(4)
+        starts_S = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(counts), 0).to_numpy())])
+        self._reserve(rows)
+        zeros_N = np.empty(rows, np.int64)
+        as_of_N = batch.column(2).to_numpy()
+        _take_values(
+            self.arrays, number_N, keys_N2, as_of_N, batch.column(3).to_numpy(), starts_S.astype(np.int64),
+            counts.flatten().to_numpy(zero_copy_only=False).astype(np.float64), zeros_N,
+        )  # fmt: skip
+        for n in np.flatnonzero(zeros_N >= 0):
+            heapq.heappush(self._zeros, (int(as_of_N[n]), int(zeros_N[n])))
 
-    def value(self, counter: str, key: str, as_of_ms: int) -> tuple[float, ...]:
-        """Return the newest counts whose time is not after `as_of_ms`; zeros where there are none."""
-        for known_ms, counts in reversed(self.values.get((counter, key), ())):
-            if known_ms <= as_of_ms:
-                return counts
-        return (0.0,) * len(self.counters[counter].counts)
+    def values(self, counter: Counter, keys: pa.Array, as_of_N: I64s) -> F64s:
+        """Return the newest counts of each key whose time is not after its row's: float64 [N, E].
+
+        Zeros where there are none or the key is null; what fades by itself is aged to the row's time.
+        """
+        texts = keys if pa.types.is_string(keys.type) else keys.cast(pa.string())
+        number_N = np.full(len(texts), list(self.counters).index(counter.name), np.int64)
+        present_N = np.ones(len(texts), np.bool_)
+        if texts.null_count:
+            present_N = texts.is_valid().to_numpy(zero_copy_only=False)
+        kinds = [entry.kind for entry in counter.entries()]
+        known = weights(counter)
+        out_NE = np.zeros((len(texts), len(kinds)))
+        _read_values(
+            self.arrays, with_numbers(hash_texts(texts, 0), number_N), present_N, as_of_N,
+            np.array([kind == "last" for kind in kinds]), np.array(() if known is None else known, np.float64),
+            bucket_ms(counter), counter.buckets, out_NE,
+        )  # fmt: skip
+        return out_NE
 
     def advance(self, watermark_ms: int) -> None:
         """Forget keys whose newest value is zero, as of a time that the watermark has passed."""
         while self._zeros and self._zeros[0][0] <= watermark_ms:
-            as_of_ms, counter, key = heapq.heappop(self._zeros)
-            known = self.values.get((counter, key))
-            if known and known[-1][0] == as_of_ms and not any(known[-1][1]):
-                del self.values[counter, key]
+            as_of_ms, row = heapq.heappop(self._zeros)
+            # The row may be another key's by now: then the same holds for that one.
+            _forget_zero(self.arrays, row, as_of_ms)
 
     def to_plain(self) -> list[Any]:
-        """Return the state as lists, numbers and texts."""
-        rows = [[c, k, [[t, list(v)] for t, v in known]] for (c, k), known in sorted(self.values.items())]
-        return [self.epoch, rows, [list(zero) for zero in sorted(self._zeros)]]
+        """Return the state as numbers and bytes; rows keep their places."""
+        a, used = self.arrays, int(self.arrays.head[_USED])
+        columns = [a.keys_R2, a.filled_R, a.as_of_RK, a.values_RKE]
+        return [a.head.tolist(), [c[:used].tobytes() for c in columns], [list(zero) for zero in sorted(self._zeros)]]
 
     def load_plain(self, plain: Sequence[Any]) -> None:
         """Take over what `to_plain` gave."""
-        self.epoch = plain[0]
-        self.values = {(c, k): [(t, tuple(v)) for t, v in known] for c, k, known in plain[1]}
-        self._zeros = [(t, c, k) for t, c, k in plain[2]]
+        head, columns, zeros = plain
+        used = head[_USED]
+        self._clear(max(1_024, used + used // 4), head[_EPOCH])
+        for column, raw in zip(self.arrays[1:5], columns, strict=True):
+            column[:used] = np.frombuffer(raw, column.dtype).reshape(used, *column.shape[1:])
+        self.arrays.head[_USED] = used
+        _settle(self.arrays)
+        self._zeros = [(as_of_ms, row) for as_of_ms, row in zeros]
+
+    def _reserve(self, more: int) -> None:
+        used = int(self.arrays.head[_USED])
+        if used + more <= len(self.arrays.filled_R):
+            return
+        old = self.arrays
+        self._clear(max(2 * len(old.filled_R), used + more), int(old.head[_EPOCH]))
+        for column, before in zip(self.arrays[1:5], old[1:5], strict=True):
+            column[: len(before)] = before
+        self.arrays.head[_USED] = used
+        _settle(self.arrays)
+
+
+@numba.njit(cache=True)
+def _place(a: Known, low: np.uint64, high: np.uint64) -> Int:
+    places = a.places_M.shape[0]
+    at = place_of(high, places)
+    while True:
+        row = a.places_M[at]
+        if row == _EMPTY or (a.keys_R2[row, 0] == low and a.keys_R2[row, 1] == high):
+            return at
+        at += 1
+        if at == places:
+            at = 0
+
+
+@numba.njit(cache=True)
+def _settle(a: Known) -> None:
+    """Index the rows that have values, and chain the others as free ones."""
+    a.head[_FREE] = _END
+    for row in range(a.head[_USED] - 1, -1, -1):
+        if a.filled_R[row]:
+            a.places_M[_place(a, a.keys_R2[row, 0], a.keys_R2[row, 1])] = row
+        else:
+            a.as_of_RK[row, 0] = a.head[_FREE]
+            a.head[_FREE] = row
+
+
+@numba.njit(cache=True)
+def _row_for(a: Known, low: np.uint64, high: np.uint64) -> Int:
+    place = _place(a, low, high)
+    row = np.int64(a.places_M[place])
+    if row >= 0:
+        return row
+    row = a.head[_FREE]
+    if row >= 0:
+        # A free row's first time is the next free row.
+        a.head[_FREE] = a.as_of_RK[row, 0]
+    else:
+        row = a.head[_USED]
+        a.head[_USED] += 1
+    a.keys_R2[row, 0], a.keys_R2[row, 1] = low, high
+    a.filled_R[row] = 0
+    a.places_M[place] = row
+    return row
+
+
+@numba.njit(cache=True)
+def _take_values(
+    a: Known, number_N: I64s, keys_N2: U64s, as_of_N: I64s, epoch_N: I64s, starts_S: I64s, flat: F64s, zeros_N: I64s
+) -> None:
+    width = a.values_RKE.shape[2]
+    for n in range(number_N.shape[0]):
+        zeros_N[n] = -1
+        if number_N[n] < 0 or epoch_N[n] < a.head[_EPOCH]:
+            continue
+        a.head[_EPOCH] = epoch_N[n]
+        row = _row_for(a, keys_N2[n, 0], keys_N2[n, 1])
+        filled = a.filled_R[row]
+        # A restarted aggregator says what it said again, under its new epoch.
+        while filled and a.as_of_RK[row, filled - 1] >= as_of_N[n]:
+            filled -= 1
+        if filled == KEEP:
+            for k in range(1, KEEP):
+                a.as_of_RK[row, k - 1] = a.as_of_RK[row, k]
+                a.values_RKE[row, k - 1] = a.values_RKE[row, k]
+            filled -= 1
+        a.as_of_RK[row, filled] = as_of_N[n]
+        given = starts_S[n + 1] - starts_S[n]
+        nonzero = False
+        for i in range(width):
+            value = flat[starts_S[n] + i] if i < given else 0.0
+            a.values_RKE[row, filled, i] = value
+            nonzero = nonzero or value != 0.0
+        a.filled_R[row] = filled + 1
+        if not nonzero:
+            zeros_N[n] = row
+
+
+@numba.njit(cache=True)
+def _read_values(
+    a: Known, keys_N2: U64s, present_N: npt.NDArray[np.bool_], as_of_N: I64s, lasts_E: npt.NDArray[np.bool_],
+    weights_A: F64s, width_ms: Int, buckets: Int, out_NE: F64s,
+) -> None:  # fmt: skip
+    fading = weights_A.shape[0] > 0
+    for n in range(keys_N2.shape[0]):
+        row = a.places_M[_place(a, keys_N2[n, 0], keys_N2[n, 1])] if present_N[n] else -1
+        if row < 0:
+            continue
+        at = a.filled_R[row] - 1
+        while at >= 0 and a.as_of_RK[row, at] > as_of_N[n]:
+            at -= 1
+        if at < 0:
+            continue
+        known_ms, as_of_ms = a.as_of_RK[row, at], as_of_N[n]
+        top = as_of_ms // width_ms
+        age = top - known_ms // width_ms
+        for i in range(lasts_E.shape[0]):
+            value = a.values_RKE[row, at, i]
+            if as_of_ms > known_ms:
+                if lasts_E[i]:
+                    young = value != 0.0 and np.int64(known_ms + 1 - value) // width_ms > top - buckets
+                    value = value + (as_of_ms - known_ms) if young else 0.0
+                elif fading:
+                    value *= weights_A[age] if age < buckets else 0.0
+            out_NE[n, i] = value
+
+
+@numba.njit(cache=True)
+def _forget_zero(a: Known, row: Int, as_of_ms: Int) -> None:
+    filled = a.filled_R[row]
+    if not filled or a.as_of_RK[row, filled - 1] != as_of_ms or a.values_RKE[row, filled - 1].any():
+        return
+    places = a.places_M.shape[0]
+    hole = _place(a, a.keys_R2[row, 0], a.keys_R2[row, 1])
+    at = hole
+    while True:
+        at += 1
+        if at == places:
+            at = 0
+        other = a.places_M[at]
+        if other == _EMPTY:
+            break
+        from_home = at - place_of(a.keys_R2[other, 1], places)
+        from_hole = at - hole
+        if (from_home + places if from_home < 0 else from_home) >= (from_hole + places if from_hole < 0 else from_hole):
+            a.places_M[hole] = other
+            hole = at
+    a.places_M[hole] = _EMPTY
+    a.filled_R[row] = 0
+    a.as_of_RK[row, 0] = a.head[_FREE]
+    a.head[_FREE] = row

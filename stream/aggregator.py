@@ -1,17 +1,18 @@
 """The aggregator's core: counters over all partitions, settled on a grid of event time. Pure.
 
-What a grid point T holds does not depend on how partitions were read in turn: of every partition exactly the rows that
-lie before the punctuation with which that partition's own watermark reached T.
+What a grid point T holds does not depend on how partitions were read in turn: of every partition exactly the rows of
+event times up to T that lie before the punctuation with which that partition's own watermark reached T.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.contract.errors import EventRejected
+import numpy as np
+
+from headrace.contract.errors import EventRejected, InvariantBroken
 from headrace.contract.events import (
     FEEDBACK,
     IMPRESSION,
@@ -21,11 +22,18 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
+from headrace.contract.hashing import hash_text
 from headrace.contract.log import Record
 from headrace.contract.project import Project
 from headrace.stream.features.counters import CounterState, amounts, feeds, key_strings, value_as_of
-from headrace.stream.memory import Memory, key_of
+from headrace.stream.memory import Memory
+from headrace.stream.rings import U64s, hash_texts
 from headrace.stream.watermark import Watermark
+
+VERSION = 2
+
+Staged = tuple[int, str, int, int, int]
+"""Counter, key, entry, event time, amount."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,8 @@ class AggregatorState:
         self.offsets = [-1] * partitions
         self.watermarks = [Watermark(silent_ms) for _ in range(partitions)]
         self.seen = [Memory(horizon_ms) for _ in range(partitions)]
-        self.staged: list[deque[tuple[int, int, str, int, int, int]]] = [deque() for _ in range(partitions)]
-        """Per partition (grid point reached before it, counter, key, entry, event time, amount), in log order."""
+        self.staged: list[dict[int, list[Staged]]] = [{} for _ in range(partitions)]
+        """Per partition the rows that a grid point, or the first one after it, takes in."""
         self.settled_ms = -1
         self.epoch_seen = -1
         self._schemas = {f.name: feedback_schema(project, f) for f in project.feedback}
@@ -79,13 +87,7 @@ class AggregatorState:
 
     def _stage(self, partition: int, name: str, batch: Any) -> None:
         reached = self.watermarks[partition].time_ms // self.grid_ms
-        seen = self.seen[partition]
-        fresh: list[int] = []
-        for row, event_id in enumerate(batch.column("event_id").to_pylist()):
-            key = key_of(name, event_id)
-            if seen.get(key) is None:
-                seen.put(key)
-                fresh.append(row)
+        fresh = _unseen(self.seen[partition], hash_texts(batch.column("event_id"), hash_text(name)))
         times = batch.column("event_time_ms").to_pylist()
         for index, state in enumerate(self.counters):
             fed = [(feed.entry, amounts(feed, batch).tolist()) for feed in feeds(state.counter, name)]
@@ -95,8 +97,10 @@ class AggregatorState:
             for row in fresh:
                 key_text = keys[row]
                 if key_text is not None:
-                    for entry, adds in fed:
-                        self.staged[partition].append((reached, index, key_text, entry, times[row], adds[row]))
+                    # A value as of T knows nothing later than T, however early that came.
+                    at = max(reached + 1, -(-times[row] // self.grid_ms))
+                    rows = self.staged[partition].setdefault(at, [])
+                    rows += [(index, key_text, entry, times[row], adds[row]) for entry, adds in fed]
 
     def _settle(self) -> list[Settled]:
         top = min(w.time_ms for w in self.watermarks) // self.grid_ms
@@ -121,11 +125,11 @@ class AggregatorState:
             before = (as_of_ms - self.grid_ms) // state.width_ms - state.counter.buckets
             for bucket in range(max(before, left - 2 * state.counter.buckets) + 1, left + 1):
                 changed[index] |= state.keys_of(bucket)
-        for rows in self.staged:
-            while rows and rows[0][0] < grid:
-                _, index, key, entry, time_ms, amount = rows.popleft()
-                self.counters[index].add(key, entry, time_ms, amount)
-                changed[index].add(key)
+        for staged in self.staged:
+            for at in [at for at in staged if at <= grid]:
+                for index, key, entry, time_ms, amount in staged.pop(at):
+                    self.counters[index].add(key, entry, time_ms, amount)
+                    changed[index].add(key)
         settled = [
             self._value(state, key, as_of_ms)
             for state, keys in zip(self.counters, changed, strict=True)
@@ -145,24 +149,48 @@ class AggregatorState:
     def to_plain(self) -> dict[str, Any]:
         """Return the state as dicts, lists, numbers, texts and bytes."""
         return {
+            "v": VERSION,
             "offsets": self.offsets,
             "watermarks": [w.to_plain() for w in self.watermarks],
-            "seen": [m.to_plain() for m in self.seen],
-            "staged": [[list(item) for item in rows] for rows in self.staged],
+            "seen": [_plain_memory(memory) for memory in self.seen],
+            "staged": [[[at, rows] for at, rows in sorted(staged.items())] for staged in self.staged],
             "counters": [c.to_plain() for c in self.counters],
             "settled_ms": self.settled_ms,
             "epoch_seen": self.epoch_seen,
         }
 
     def load_plain(self, plain: dict[str, Any]) -> None:
-        """Take over what `to_plain` gave."""
+        """Take over what `to_plain` gave. Raises `InvariantBroken` for a state of another format."""
+        if plain.get("v") != VERSION:
+            raise InvariantBroken(
+                f"the stored counters are of format {plain.get('v', 1)}, this is {VERSION}. Raise log.generation to "
+                "begin anew."
+            )
         self.offsets = list(plain["offsets"])
         _load_each(self.watermarks, plain["watermarks"])
-        _load_each(self.seen, plain["seen"])
+        for memory, (slices, first, keys, values) in zip(self.seen, plain["seen"], strict=True):
+            keys_N2 = np.frombuffer(keys, np.uint64).reshape(-1, 2)
+            memory.load([(start_ms, seq) for start_ms, seq in slices], first, keys_N2, np.frombuffer(values, np.uint8))
         _load_each(self.counters, plain["counters"])
-        # States from before there were sums have no amounts: each of their rows counts one.
-        self.staged = [deque((r, i, k, e, t, *(a or (1,))) for r, i, k, e, t, *a in rows) for rows in plain["staged"]]
+        self.staged = [{at: [(i, k, e, t, a) for i, k, e, t, a in rows] for at, rows in s} for s in plain["staged"]]
         self.settled_ms, self.epoch_seen = plain["settled_ms"], plain["epoch_seen"]
+
+
+def _unseen(seen: Memory, keys_N2: U64s) -> list[int]:
+    """Return the rows whose keys were not seen before, here or earlier in the batch, and remember these."""
+    fresh: dict[bytes, int] = {}
+    for row, known in enumerate(seen.get(keys_N2)):
+        if known is None:
+            fresh.setdefault(keys_N2[row].tobytes(), row)
+    rows = list(fresh.values())
+    seen.put(keys_N2[rows], np.zeros(len(rows), np.uint8))
+    return rows
+
+
+def _plain_memory(memory: Memory) -> list[Any]:
+    first, following = memory.live
+    keys_N2, values_N = memory.rows(first, following)
+    return [memory.slices, first, keys_N2.tobytes(), values_N.tobytes()]
 
 
 def _load_each(several: Sequence[Any], plains: Sequence[Any]) -> None:

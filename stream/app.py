@@ -1,9 +1,9 @@
 """The stream stage: one pure join a partition, its samples to Kafka, its state to the store.
 
-1. Apply a record; send the samples that it resolved, with `after`, `last` and `spec`.
-2. Every `join.snapshot_ms` encode the state at its offset.
-3. When all samples sent up to then have their receipts, store the state, atomically.
-4. Then, and only then, let Faust commit up to that offset; keep the three newest states.
+1. Apply records, as many at once as wait; send the samples that they resolved, with `after`, `last` and `spec`.
+2. Every `join.snapshot_ms` take the state at its offset.
+3. When all samples sent up to then have their receipts, store the state: its new parts, then its manifest, atomically.
+4. Then, and only then, let Faust commit up to that offset; keep the three newest manifests and the parts they need.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
-
-import msgspec
 
 from headrace.contract.blobs import Blobs
 from headrace.contract.clock import Clock
@@ -26,14 +23,15 @@ from headrace.contract.config import Config
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.events import encode_batch
 from headrace.contract.log import Producer, Record
-from headrace.contract.metrics import Metrics
+from headrace.contract.metrics import Metrics, Name
 from headrace.contract.positions import Position
 from headrace.contract.project import Project
 from headrace.contract.sample import format_position
 from headrace.contract.topics import Topics
 from headrace.stream.engine import Engine
-from headrace.stream.join import Emitted, JoinState
-from headrace.stream.state import encode_state, load_state
+from headrace.stream.join import Emitted, JoinState, TaskCounts
+from headrace.stream.payload import Spill
+from headrace.stream.state import Damaged, Snapshot, StateWriter, load, part_names, read_manifest
 
 log = logging.getLogger("headrace.stream")
 
@@ -43,17 +41,27 @@ STATES_KEPT = 3
 RECORD_ROWS = 20_000
 """Most samples in one record; an expiry of a backlog is cut."""
 METRICS_S = 1.0
+_TOTALS: tuple[tuple[Name, str], ...] = (
+    ("positives_total", "positives"),
+    ("negatives_total", "negatives"),
+    ("feedback_duplicate_total", "duplicate"),
+    ("feedback_late_total", "late"),
+    ("feedback_orphan_total", "orphans"),
+)
 
 
 @dataclass
 class _Part:
     state: JoinState
+    writer: StateWriter
     due_s: float
+    shown: list[TaskCounts]
     sent: int = 0
     delivered: int = 0
     stored: int = -1
     storing: asyncio.Task[None] | None = None
-    names: list[str] = field(default_factory=list)
+    manifests: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the kept manifests, oldest first, and of the parts that each needs."""
 
 
 class StreamStage:
@@ -68,9 +76,10 @@ class StreamStage:
         blobs: Blobs,
         metrics: Metrics,
         clock: Clock,
+        spill: Spill | None = None,
     ) -> None:
         self.project, self.config, self.topics = project, config, topics
-        self.producer, self.blobs, self.metrics, self.clock = producer, blobs, metrics, clock
+        self.producer, self.blobs, self.metrics, self.clock, self.spill = producer, blobs, metrics, clock, spill
         self.engine: Engine | None = None
         self.parts: dict[int, _Part] = {}
         self._failure: Exception | None = None
@@ -81,31 +90,44 @@ class StreamStage:
 
     async def begin(self, partition: int) -> int | None:
         """Restore the newest readable state."""
-        state = JoinState(self.project, self.config.join, silent_ms=self.config.ingest.silent_ms, partition=partition)
         folder = self._folder(partition)
         names = sorted(await self._blob(partial(self.blobs.list, folder)), key=_offset_of)
+        manifests: dict[str, list[str]] = {}
+        restored: tuple[JoinState, StateWriter] | None = None
         for name in reversed(names):
             data = await self._blob(partial(self.blobs.get, f"{folder}/{_base(name)}"))
             try:
                 if data is None:
                     continue
-                load_state(state, data)
-                break
-            except (zlib.error, msgspec.DecodeError) as error:
+                plain = await asyncio.to_thread(read_manifest, data)
+                manifests[_base(name)] = part_names(plain)
+                if restored is None:
+                    state = self._new_state(partition)
+                    restored = state, await self._blob(partial(load, state, plain, partial(self._part, partition)))
+            except Damaged as error:
                 log.error("%s/%s is damaged (%s); taking the one before", folder, name, error)
+        if restored is None:
+            state = self._new_state(partition)
+            restored = state, StateWriter(state)
+        state, writer = restored
         snapshot_s = self.config.join.snapshot_ms / 1000
         due_s = self.clock.monotonic() + snapshot_s * (1 + partition % 4 / 4)
-        self.parts[partition] = _Part(state, due_s, stored=state.offset, names=[_base(n) for n in names])
+        kept = dict(sorted(manifests.items(), key=lambda item: _offset_of(item[0])))
+        self.parts[partition] = _Part(state, writer, due_s, state.totals.tasks, stored=state.offset, manifests=kept)
         return state.offset + 1 if state.offset >= 0 else None
 
-    async def take(self, record: Record) -> None:
-        """Join one record and send what it resolved."""
-        part = self.parts[record.partition]
-        emitted = part.state.take(record)
-        self.metrics.add("records_read_total")
+    async def take_all(self, records: Sequence[Record]) -> None:
+        """Join records of one partition, in order, and send what they resolved."""
+        partition = records[0].partition
+        part = self.parts[partition]
+        emitted = part.state.take_all(records)
+        self.metrics.add("records_read_total", len(records))
         if emitted is not None:
-            for piece in _pieces(emitted):
-                await self._send(part, record.partition, piece)
+            pieces = _pieces(emitted)
+            # Counted before they are sent: no state is stored while one of them still waits for room.
+            part.sent += len(pieces)
+            for piece in pieces:
+                await self._send(part, partition, piece)
             self.metrics.add("samples_emitted_total", emitted.batch.num_rows)
 
     async def tick(self) -> None:
@@ -126,8 +148,10 @@ class StreamStage:
         """Forget revoked partitions; what they sent is sent again by the new owner, with the same positions."""
         for partition in partitions:
             part = self.parts.pop(partition, None)
-            if part is not None and part.storing is not None:
-                part.storing.cancel()
+            if part is not None:
+                part.state.payload.clear()
+                if part.storing is not None:
+                    part.storing.cancel()
 
     async def finish(self) -> None:
         """Store the state of every partition."""
@@ -139,6 +163,13 @@ class StreamStage:
         while not waiting.done():
             self.producer.poll(0.0)
             await asyncio.sleep(0.005)
+
+    def _new_state(self, partition: int) -> JoinState:
+        silent_ms = self.config.ingest.silent_ms
+        return JoinState(self.project, self.config.join, silent_ms=silent_ms, partition=partition, spill=self.spill)
+
+    def _part(self, partition: int, name: str) -> bytes | None:
+        return self.blobs.get(f"{self._folder(partition, parts=True)}/{name}")
 
     async def _blob(self, work: Callable[[], T]) -> T:
         async with self._blob_lock:
@@ -164,44 +195,63 @@ class StreamStage:
             except Overloaded:
                 self.producer.poll(0.0)
                 await asyncio.sleep(0.01)
-        part.sent += 1
         self.producer.poll(0.0)
 
     def _snapshot(self, partition: int, part: _Part) -> None:
         if part.state.offset > part.stored:
-            data = encode_state(part.state)
-            part.storing = asyncio.ensure_future(self._store(partition, part, part.state.offset, part.sent, data))
+            part.storing = asyncio.ensure_future(self._store(partition, part, part.sent, part.writer.take()))
 
-    async def _store(self, partition: int, part: _Part, offset: int, sent: int, data: bytes) -> None:
+    async def _store(self, partition: int, part: _Part, sent: int, snapshot: Snapshot) -> None:
         try:
             while part.delivered < sent:
                 await asyncio.sleep(0.005)
-            name = f"{offset:020d}"
-            folder = self._folder(partition)
-            await self._blob(partial(self.blobs.put, f"{folder}/{name}", data))
-            part.stored = offset
-            part.names.append(name)
+            await self._put(partition, snapshot)
+            part.stored = snapshot.offset
+            part.manifests[f"{snapshot.offset:020d}"] = snapshot.names
             if self.engine is not None and self.parts.get(partition) is part:
-                self.engine.acknowledge(partition, offset)
-            while len(part.names) > STATES_KEPT:
-                old = f"{folder}/{part.names.pop(0)}"
-                await self._blob(partial(self.blobs.delete, old))
+                self.engine.acknowledge(partition, snapshot.offset)
+            await self._clean(partition, part)
             self.metrics.add("state_snapshots_total")
         except Unavailable as error:
             self._failure = error
         finally:
             part.storing = None
 
-    def _folder(self, partition: int) -> str:
-        return f"state/stream/g{self.topics.generation}/{partition}"
+    async def _put(self, partition: int, snapshot: Snapshot) -> None:
+        folder = self._folder(partition, parts=True)
+        for name, encode in snapshot.fresh.items():
+            await self._blob(partial(_store, self.blobs, f"{folder}/{name}", encode))
+        await self._blob(
+            partial(_store, self.blobs, f"{self._folder(partition)}/{snapshot.offset:020d}", snapshot.manifest)
+        )
+
+    async def _clean(self, partition: int, part: _Part) -> None:
+        """Delete manifests beyond the three newest, and parts that only they needed."""
+        while len(part.manifests) > STATES_KEPT:
+            oldest = next(iter(part.manifests))
+            needed = part.manifests.pop(oldest)
+            await self._blob(partial(self.blobs.delete, f"{self._folder(partition)}/{oldest}"))
+            for name in set(needed).difference(*part.manifests.values()):
+                await self._blob(partial(self.blobs.delete, f"{self._folder(partition, parts=True)}/{name}"))
+
+    def _folder(self, partition: int, *, parts: bool = False) -> str:
+        return f"state/{'stream-parts' if parts else 'stream'}/g{self.topics.generation}/{partition}"
 
     def _show(self) -> None:
-        states = [part.state for part in self.parts.values()]
-        if not states:
+        parts = list(self.parts.values())
+        if not parts:
             return
-        self.metrics.set("pending_impressions", sum(len(s.waiting) for s in states))
-        self.metrics.set("pending_feedback", sum(s.early_rows for s in states))
-        self.metrics.set("watermark_ms", min(s.watermark.time_ms for s in states))
+        self.metrics.set("pending_impressions", sum(len(p.state.pending) for p in parts))
+        self.metrics.set("pending_feedback", sum(len(p.state.early) for p in parts))
+        self.metrics.set("watermark_ms", min(p.state.watermark.time_ms for p in parts))
+        for part in parts:
+            tasks = part.state.totals.tasks
+            for task, now, before in zip(self.project.tasks, tasks, part.shown, strict=False):
+                for name, count in _TOTALS:
+                    grown = getattr(now, count) - getattr(before, count)
+                    if grown:
+                        self.metrics.add(name, grown, reason=task.name)
+            part.shown = tasks
         if self.engine is not None:
             self.metrics.set("lag_records", self.engine.lag())
 
@@ -215,12 +265,13 @@ def run(
     blobs: Blobs,
     metrics: Metrics,
     clock: Clock,
+    spill: Spill | None,
     datadir: Path,
     stop: threading.Event,
     ready: Callable[[bool, str], None],
 ) -> int:
     """Join until `stop`; return the exit status."""
-    stage = StreamStage(project, config, topics, producer, blobs, metrics, clock)
+    stage = StreamStage(project, config, topics, producer, blobs, metrics, clock, spill)
     name = f"headrace-stream-g{topics.generation}"
     stage.engine = Engine(name, brokers, topics.events, config.log.partitions, datadir)
     return stage.engine.run(stage, stop, ready)
@@ -230,15 +281,20 @@ def _pieces(emitted: Emitted) -> list[Emitted]:
     rows = emitted.batch.num_rows
     if rows <= RECORD_ROWS:
         return [emitted]
-    offset = emitted.last.offset
+    offset_N, rank_N = emitted.batch.column("offset"), emitted.batch.column("rank")
     pieces: list[Emitted] = []
     after = emitted.after
     for start in range(0, rows, RECORD_ROWS):
         part = emitted.batch.slice(start, RECORD_ROWS)
-        last = Position(offset, start + part.num_rows - 1)
+        end = start + part.num_rows - 1
+        last = Position(offset_N[end].as_py(), rank_N[end].as_py())
         pieces.append(Emitted(part, after, last))
         after = last
     return pieces
+
+
+def _store(blobs: Blobs, name: str, encode: Callable[[], bytes]) -> None:
+    blobs.put(name, encode())
 
 
 def _base(name: str) -> str:

@@ -2,7 +2,8 @@
 
 1. At the first record of a partition after an assignment the stage restores its state, which says the next offset.
 2. Records before it are skipped; when Faust is beyond it, the consumer seeks back.
-3. Records are handed on one by one, in order; none is acknowledged before the stage says that its effect is durable.
+3. Records are handed on in order, those of a partition that wait together at once; none is acknowledged before the
+   stage says that its effect is durable.
 4. A revoked partition's state is dropped: its new owner restores its own.
 """
 
@@ -12,11 +13,12 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import faust
+import faust.transport.drivers.aiokafka as aiokafka_driver
 from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
@@ -28,6 +30,13 @@ TICK_S = 0.005
 SEEK_WAIT_S = 20.0
 """After a seek the wanted record comes within a fetch; longer means that the log does not have it."""
 STOP_S = 3.0
+WAITING_MAX = 256
+"""Most records that wait to be handed on."""
+TAKEN_BYTES = 2 * 1024 * 1024
+"""No more records are handed on at once when they have so many bytes: a second of work at most."""
+FETCH_WAIT_MS = 50
+"""Longest time that the broker holds a fetch. A partition that was left out of it, since it had records waiting, is
+asked for in the next one: Faust's own 1,500 ms would be seen as delay wherever other partitions are idle."""
 
 
 class Stage(Protocol):
@@ -36,8 +45,8 @@ class Stage(Protocol):
     async def begin(self, partition: int) -> int | None:
         """Restore the partition's state and return the next offset that it wants; None for the earliest."""
 
-    async def take(self, record: Record) -> None:
-        """Apply one record."""
+    async def take_all(self, records: Sequence[Record]) -> None:
+        """Apply records of one partition, in order."""
 
     async def tick(self) -> None:
         """Do what is due; called every 5 ms. Raises to stop the process with exit status 1."""
@@ -47,6 +56,23 @@ class Stage(Protocol):
 
     async def finish(self) -> None:
         """Make what is possible durable within 2 seconds: the process stops."""
+
+
+class _Thread(aiokafka_driver.AIOKafkaConsumerThread):
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        # Read when the consumer starts; Faust has no setting for it.
+        consumer._fetch_max_wait_ms = FETCH_WAIT_MS
+        return consumer
+
+
+class _Consumer(aiokafka_driver.Consumer):
+    def _new_consumer_thread(self) -> Any:
+        return _Thread(self, loop=self.loop, beacon=self.beacon)
+
+
+class _Transport(aiokafka_driver.Transport):
+    Consumer = _Consumer
 
 
 class Engine:
@@ -76,11 +102,15 @@ class Engine:
             consumer_max_fetch_size=8 * 1024 * 1024,
             web_enabled=False,
         )
+        self.app.transport = _Transport(self.app.conf.broker_consumer, self.app, loop=self.app.loop)
         self.topic = topic
         self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)
         self.next: dict[int, int] = {}
         self._held: dict[int, deque[Any]] = {}
         self._seeking: dict[int, float] = {}
+        self._waiting: deque[Record] = deque()
+        self._came = asyncio.Event()
+        self._taken = asyncio.Event()
         self._failure: BaseException | None = None
         self._in_group = False
 
@@ -122,12 +152,19 @@ class Engine:
         async def assigned(_app: Any, *_: Any, **__: Any) -> None:
             self._in_group = True
 
+        async def hand_on() -> None:
+            try:
+                while True:
+                    await self._hand_on(stage)
+            except Exception as error:
+                self._failure = self._failure or error
+
         hooks: list[Any] = [revoked, assigned]
         app.on_partitions_revoked.connect(hooks[0], weak=False)
         app.on_partitions_assigned.connect(hooks[1], weak=False)
         ready(False, "waiting for Kafka's group")
         app.finalize()
-        starting = asyncio.ensure_future(app.start())
+        starting, handing = asyncio.ensure_future(app.start()), asyncio.ensure_future(hand_on())
         status = 0
         try:
             while not stop.is_set() and self._failure is None:
@@ -143,6 +180,8 @@ class Engine:
         except Exception as error:
             self._failure = error
         ready(False, "stopping")
+        handing.cancel()
+        await asyncio.wait([handing])
         if self._failure is not None:
             status = 1
             log.error(
@@ -159,6 +198,7 @@ class Engine:
 
     def _forget(self, stage: Stage, partitions: set[int]) -> None:
         stage.drop(partitions)
+        self._waiting = deque(record for record in self._waiting if record.partition not in partitions)
         for partition in partitions:
             self.next.pop(partition, None)
             self._held.pop(partition, None)
@@ -183,9 +223,36 @@ class Engine:
         # The value is the bulk; only the message's place is needed until it is acknowledged.
         message.value = None
         self._held.setdefault(partition, deque()).append(message)
-        await stage.take(record)
-        if partition in self.next:
-            self.next[partition] = offset + 1
+        self.next[partition] = offset + 1
+        self._waiting.append(record)
+        self._came.set()
+        while len(self._waiting) >= WAITING_MAX:
+            self._taken.clear()
+            await self._taken.wait()
+
+    async def _hand_on(self, stage: Stage) -> None:
+        """Wait for records and hand them on, partition by partition, until none is left."""
+        await self._came.wait()
+        self._came.clear()
+        while self._waiting:
+            records = self._next_records()
+            self._taken.set()
+            await stage.take_all(records)
+
+    def _next_records(self) -> list[Record]:
+        """Take what waits of the partition whose turn it is, up to a number of bytes."""
+        partition = self._waiting[0].partition
+        taken: list[Record] = []
+        kept: deque[Record] = deque()
+        room = TAKEN_BYTES
+        for record in self._waiting:
+            if record.partition == partition and room > 0:
+                taken.append(record)
+                room -= len(record.value or b"")
+            else:
+                kept.append(record)
+        self._waiting = kept
+        return taken
 
     async def _begin(self, stage: Stage, partition: int, offset: int) -> int:
         """Return the offset to go on from; `offset` is where Faust is."""

@@ -7,15 +7,21 @@
 4. Feedback in time makes a positive at once; feedback that comes first waits for its impression.
 5. Punctuation moves the watermark; what has expired by then becomes negative, in the order (expiry, offset, row, task).
 
-Samples that one record resolves get ranks 0, 1, 2 ...; (offset, rank) is a sample's position.
+Samples that one record resolves get ranks 0, 1, 2 ...; (offset, rank) is a sample's position. Records may be taken
+several at once: features and samples are then made together, which changes nothing but the time it takes.
+
+Legend: N rows of a record, L labels, T tasks.
 """
 
 from __future__ import annotations
 
-import heapq
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -32,14 +38,31 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
+from headrace.contract.hashing import hash_text
 from headrace.contract.log import Record
 from headrace.contract.positions import START, Position
 from headrace.contract.project import Project
 from headrace.contract.sample import list_column, sample_schema
 from headrace.stream.aggregates import Aggregates
-from headrace.stream.features.counters import CounterState, key_strings
+from headrace.stream.counting import CountingTable
+from headrace.stream.early import EarlyFeedback
+from headrace.stream.features.counters import amounts, feeds
 from headrace.stream.features.featurize import featurize
-from headrace.stream.memory import Memory, key_of
+from headrace.stream.matching import (
+    CODE,
+    ID,
+    NEGATIVE,
+    SEQ,
+    TASK,
+    TIME,
+    Tables,
+    take_feedback,
+    take_impressions,
+)
+from headrace.stream.memory import Memory
+from headrace.stream.payload import Payload, Spill
+from headrace.stream.pending import Pending
+from headrace.stream.rings import I64s, U64s, hash_texts, with_numbers
 from headrace.stream.watermark import Watermark
 
 # Columns of a sample that the label decides; all others are the impression's and kept while it waits.
@@ -65,56 +88,6 @@ class TaskCounts:
 
 
 @dataclass(slots=True)
-class Waiting:
-    """One impression that waits: where its columns lie, and which tasks (bits) are open or became positive."""
-
-    source: int
-    row: int
-    offset: int
-    record_row: int
-    event_time_ms: int
-    base_ms: int
-    open: int
-    positive: int = 0
-
-
-@dataclass(slots=True)
-class Source:
-    """Columns of impressions that came together, kept while `live` (impression, task) pairs are open."""
-
-    batch: pa.RecordBatch
-    live: int
-
-
-@dataclass(frozen=True, slots=True)
-class Emitted:
-    """The samples that one record resolved: positions > `after` and <= `last`."""
-
-    batch: pa.RecordBatch
-    after: Position
-    last: Position
-
-
-@dataclass(slots=True)
-class _Label:
-    source: int
-    row: int
-    task: int
-    label: float
-    feedback_id: str | None = None
-    feedback_time_ms: int | None = None
-
-
-@dataclass(slots=True)
-class Early:
-    """Feedback that came before its impression."""
-
-    feedback_id: str
-    event_time_ms: int
-    deadline_ms: int
-
-
-@dataclass(slots=True)
 class Totals:
     """Rows by what became of them, since the log began."""
 
@@ -125,10 +98,42 @@ class Totals:
     tasks: list[TaskCounts] = field(default_factory=list)
 
 
-class JoinState:
-    """The whole state of one partition; `take` is its only way on."""
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """The samples that records resolved: positions > `after` and <= `last`."""
 
-    def __init__(self, project: Project, config: JoinConfig, *, silent_ms: int, partition: int) -> None:
+    batch: pa.RecordBatch
+    after: Position
+    last: Position
+
+
+class _Gathered:
+    """What several records gave so far: rows to featurize and labels to emit, in order."""
+
+    def __init__(self) -> None:
+        self.impressions: list[pa.RecordBatch] = []
+        self.labels: list[I64s] = []
+        self.offsets: list[I64s] = []
+        self.ids: list[pa.Array] = []
+        self.ids_rows = 0
+
+    def label(self, labels_L5: I64s, offset: int, ids: pa.Array | None) -> None:
+        """Add the labels of one record, whose feedback ids are `ids`."""
+        rows_L = labels_L5[:, ID]
+        if ids is not None:
+            rows_L[rows_L >= 0] += self.ids_rows
+            self.ids.append(ids)
+            self.ids_rows += len(ids)
+        self.labels.append(labels_L5)
+        self.offsets.append(np.full(len(labels_L5), offset, np.int64))
+
+
+class JoinState:
+    """The whole state of one partition; `take` and `take_all` are its only ways on."""
+
+    def __init__(
+        self, project: Project, config: JoinConfig, *, silent_ms: int, partition: int, spill: Spill | None = None
+    ) -> None:
         self.project, self.config, self.partition = project, config, partition
         self.spec = project.features
         self.digest = self.spec.digest()
@@ -137,286 +142,243 @@ class JoinState:
         self._feedback_schemas = {f.name: feedback_schema(project, f) for f in project.feedback}
         kept = [f for f in self.schema if f.name not in LABEL_COLUMNS]
         self.source_schema = pa.schema(kept)
-        key = project.impression.key
         self.offset = -1
         self.last = START
         self.watermark = Watermark(silent_ms)
-        self.totals = Totals(tasks=[TaskCounts() for _ in project.tasks[:TASKS_MAX]])
-        self.locals = [CounterState(c) for c in self.spec.counters if c.key == key]
+        self._rows = Totals()
+        tasks, key = project.tasks[:TASKS_MAX], project.impression.key
+        self._task_names = pa.array([task.name for task in tasks], pa.string())
+        self._windows_T = np.array([task.window_ms for task in tasks], np.int64)
+        self.locals = [CountingTable(c) for c in self.spec.counters if c.key == key]
         self.aggregates = Aggregates([c for c in self.spec.counters if c.key != key])
         self.seen = Memory(config.repeat_horizon_ms)
         self.resolved = Memory(config.resolved_ms)
-        self.waiting: dict[bytes, Waiting] = {}
-        self.sources: dict[int, Source] = {}
-        self.early: dict[tuple[bytes, str], list[Early]] = {}
-        self.early_rows = 0
-        self.expiries: list[tuple[int, int, int, int, bytes]] = []
-        self.deadlines: list[tuple[int, bytes, str]] = []
-        self.next_source = 0
-        self._tasks_of = {
-            f.name: [i for i, t in enumerate(project.tasks[:TASKS_MAX]) if t.feedback == f.name]
-            for f in project.feedback
-        }
+        self.pending = Pending(self._windows_T.tolist())
+        tasks_K = [sum(1 << i for i, t in enumerate(tasks) if t.feedback == f.name) for f in project.feedback]
+        self.early = EarlyFeedback(np.array(tasks_K, np.uint8), config.early_feedback_ms)
+        self.payload = Payload(f"p{partition}", spill=spill, memory_bytes=config.payload_bytes)
+
+    @property
+    def totals(self) -> Totals:
+        """What became of all rows so far."""
+        tasks = [TaskCounts(*counts) for counts in self.pending.arrays.counts_T9.tolist()]
+        return replace(self._rows, tasks=tasks)
+
+    def row_totals(self) -> list[int]:
+        """Return the totals that no task has, for a snapshot."""
+        rows = self._rows
+        return [rows.impressions, rows.feedback, rows.repeated_in_log, rows.bad_records]
+
+    def load_totals(self, totals: Sequence[int]) -> None:
+        """Take over what `row_totals` gave."""
+        impressions, feedback, repeated_in_log, bad_records = totals
+        self._rows = Totals(impressions, feedback, repeated_in_log, bad_records)
 
     def take(self, record: Record) -> Emitted | None:
-        """Apply one record of the partition and return the samples that it resolved, if any.
+        """Apply one record of the partition and return the samples that it resolved, if any; see `take_all`."""
+        return self.take_all((record,))
+
+    def take_all(self, records: Sequence[Record]) -> Emitted | None:
+        """Apply records of the partition in order and return the samples that they resolved, if any.
 
         A record at or below `offset` is ignored. One that can't be decoded is counted (`bad_records`) and changes
         nothing else: the same every time the log is read.
 
-        Raises `Overloaded` when more than `join.pending_max` impressions wait.
+        Raises `Overloaded` when more than `join.pending_max` impressions wait; the state is of no use then.
         """
-        if record.offset <= self.offset or record.value is None:
-            return None
-        labels: list[_Label] = []
-        kind = record.headers.get("kind", "")
-        try:
-            if kind == PUNCTUATION:
-                self._take_time(self.watermark.take(decode_punctuation(record.value)), labels)
-            elif kind == IMPRESSION:
-                self._take_impressions(decode_batch(record.value, self._impression_schema), record.offset, labels)
-            elif kind == FEEDBACK and record.headers.get("type", "") in self._feedback_schemas:
-                name = record.headers["type"]
-                self._take_feedback(name, decode_batch(record.value, self._feedback_schemas[name]), labels)
-            elif kind == AGGREGATE:
-                self.aggregates.take(decode_batch(record.value, AGGREGATE_SCHEMA))
-        except EventRejected:
-            self.totals.bad_records += 1
-        self.offset = record.offset
-        return self._emit(record.offset, labels) if labels else None
+        gathered = _Gathered()
+        for record in records:
+            if record.offset <= self.offset or record.value is None:
+                continue
+            try:
+                self._take(record, record.value, gathered)
+            except (EventRejected, msgspec.DecodeError):
+                self._rows.bad_records += 1
+            self.offset = record.offset
+        if gathered.impressions:
+            self._keep(gathered.impressions)
+        emitted = self._emit(gathered) if gathered.labels else None
+        self.early.forget_ids()
+        return emitted
+
+    def _take(self, record: Record, value: bytes, gathered: _Gathered) -> None:
+        kind, name = record.headers.get("kind", ""), record.headers.get("type", "")
+        if kind == PUNCTUATION:
+            self._take_time(self.watermark.take(decode_punctuation(value)), record.offset, gathered)
+        elif kind == IMPRESSION:
+            self._take_impressions(_checked(decode_batch(value, self._impression_schema)), record.offset, gathered)
+        elif kind == FEEDBACK and name in self._feedback_schemas:
+            self._take_feedback(name, _checked(decode_batch(value, self._feedback_schemas[name])), record, gathered)
+        elif kind == AGGREGATE:
+            self.aggregates.take(decode_batch(value, AGGREGATE_SCHEMA))
+
+    def _tables(self) -> Tables:
+        return Tables(self.seen.arrays, self.resolved.arrays, self.pending.arrays, self.early.arrays, self._windows_T)
 
     # Time
 
-    def _take_time(self, watermark_ms: int, labels: list[_Label]) -> None:
-        while self.expiries and self.expiries[0][0] <= watermark_ms:
-            _, offset, row, task, key = heapq.heappop(self.expiries)
-            waiting = self.waiting.get(key)
-            # A positive has left its expiry behind; (offset, row) tells it from a later impression of the same key.
-            if waiting is None or (waiting.offset, waiting.record_row) != (offset, row) or not waiting.open >> task & 1:
-                continue
-            self._resolve(key, waiting, task, _Label(waiting.source, waiting.row, task, 0.0), labels)
-        while self.deadlines and self.deadlines[0][0] <= watermark_ms:
-            _, key, name = heapq.heappop(self.deadlines)
-            rows = self.early.get((key, name), [])
-            kept = [r for r in rows if r.deadline_ms > watermark_ms]
-            self._forget_early(key, name, rows, kept)
+    def _take_time(self, watermark_ms: int, offset: int, gathered: _Gathered) -> None:
+        seq_L, task_L = self.pending.expired(watermark_ms)
+        if len(seq_L):
+            self.resolved.reserve(len(seq_L))
+            self.pending.close(seq_L, task_L, self.resolved.arrays)
+            labels_L5 = np.full((len(seq_L), 5), -1, np.int64)
+            labels_L5[:, SEQ], labels_L5[:, TASK], labels_L5[:, CODE] = seq_L, task_L, NEGATIVE
+            gathered.label(labels_L5, offset, None)
+        self.pending.let_go()
+        self.early.advance(watermark_ms, self.pending.arrays.counts_T9)
         self.seen.advance(watermark_ms)
         self.resolved.advance(watermark_ms)
         self.aggregates.advance(watermark_ms)
         for counter in self.locals:
             counter.advance(watermark_ms)
 
-    def _forget_early(self, key: bytes, name: str, rows: list[Early], kept: list[Early]) -> None:
-        gone = len(rows) - len(kept)
-        self.early_rows -= gone
-        for task in self._tasks_of[name]:
-            self.totals.tasks[task].pending -= gone
-            self.totals.tasks[task].orphans += gone
-        if kept:
-            self.early[key, name] = kept
-        else:
-            self.early.pop((key, name), None)
-
     # Impressions
 
-    def _take_impressions(self, batch: pa.RecordBatch, offset: int, labels: list[_Label]) -> None:
-        fresh: list[int] = []
-        keys: list[bytes] = []
-        ids, requests, places = (batch.column(i).to_pylist() for i in range(3))
-        new: set[bytes] = set()
-        for row, (event_id, request, place) in enumerate(zip(ids, requests, places, strict=True)):
-            seen, key = key_of(IMPRESSION, event_id), key_of(request, str(place))
-            known = key in new or key in self.waiting or self.resolved.get(key) is not None
-            if known or self.seen.get(seen) is not None:
-                self.totals.repeated_in_log += 1
-                continue
-            self.seen.put(seen)
-            new.add(key)
-            fresh.append(row)
-            keys.append(key)
+    def _take_impressions(self, batch: pa.RecordBatch, offset: int, gathered: _Gathered) -> None:
+        rows, tasks = batch.num_rows, len(self._windows_T)
+        for table in (self.seen, self.pending):
+            table.reserve(rows)
+        self.resolved.reserve(rows)
+        fresh_N, labels_L5 = np.empty(rows, np.int32), np.empty((rows * tasks, 5), np.int64)
+        fresh, labels = take_impressions(
+            self._tables(), *_keys(batch, IMPRESSION), _numbers(batch, 4), self.watermark.time_ms, fresh_N, labels_L5
+        )
+        self._rows.repeated_in_log += rows - fresh
+        self._rows.impressions += fresh
         if not fresh:
             return
-        if len(self.waiting) + len(fresh) > self.config.pending_max:
+        if len(self.pending) > self.config.pending_max:
             raise Overloaded(
-                f"partition {self.partition}: {len(self.waiting) + len(fresh)} impressions wait for feedback and "
+                f"partition {self.partition}: {len(self.pending)} impressions wait for feedback and "
                 f"join.pending_max allows {self.config.pending_max}; the watermark is {self.watermark.time_ms} ms. If "
                 "it stands still, look for a gateway that stopped punctuating; if it moves, raise join.pending_max."
             )
-        kept = batch if len(fresh) == batch.num_rows else batch.take(pa.array(fresh, pa.int64()))
-        tasks = len(self.totals.tasks)
-        source = self.next_source
-        self.next_source += 1
-        self.sources[source] = Source(self._featurized(kept, offset, fresh), len(fresh) * tasks)
-        self.totals.impressions += len(fresh)
-        for row, (record_row, key, time_ms) in enumerate(
-            zip(fresh, keys, kept.column("event_time_ms").to_pylist(), strict=True)
-        ):
-            self._admit(key, source, row, offset, record_row, time_ms, labels)
+        fresh_N = fresh_N[:fresh]
+        kept = batch if fresh == rows else batch.take(pa.array(fresh_N))
+        gathered.impressions.append(self._counted(kept, offset, fresh_N))
+        if labels:
+            gathered.label(labels_L5[:labels], offset, None)
 
-    def _admit(
-        self, key: bytes, source: int, row: int, offset: int, record_row: int, time_ms: int, labels: list[_Label]
-    ) -> None:
-        tasks = range(len(self.totals.tasks))
-        base_ms = max(time_ms, self.watermark.time_ms)
-        waiting = Waiting(source, row, offset, record_row, time_ms, base_ms, open=(1 << len(tasks)) - 1)
-        self.waiting[key] = waiting
-        for task in tasks:
-            counts = self.totals.tasks[task]
-            counts.impressions += 1
-            counts.waiting += 1
-            expiry_ms = base_ms + self.project.tasks[task].window_ms
-            heapq.heappush(self.expiries, (expiry_ms, offset, record_row, task, key))
-        for name, of in self._tasks_of.items():
-            for early in self.early.pop((key, name), ()):
-                self.early_rows -= 1
-                for task in of:
-                    self.totals.tasks[task].pending -= 1
-                self._answer(key, name, early.feedback_id, early.event_time_ms, labels)
-
-    def _featurized(self, batch: pa.RecordBatch, offset: int, rows: list[int]) -> pa.RecordBatch:
-        """Return the columns of `source_schema`: counters as served, else as known here and now."""
+    def _counted(self, batch: pa.RecordBatch, offset: int, record_rows_N: npt.NDArray[Any]) -> pa.RecordBatch:
+        """Return the batch with its counters, as served or else as known here and now, and count it, row after row."""
+        times_N = _numbers(batch, 4)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
-        columns |= self._counted(batch)
-        slots_NF, numeric_ND = featurize(columns, self.spec)
+        keys_N2 = hash_texts(batch.column(3), 0)
+        for table in self.locals:
+            ours = feeds(table.counter, IMPRESSION)
+            amounts_FN = np.array([amounts(feed, batch) for feed in ours], np.int64).reshape(len(ours), batch.num_rows)
+            values_NE = table.take(keys_N2, times_N, ours, amounts_FN, read=True)
+            columns |= _as_columns(table.counter.columns(), values_NE, batch)
+        for counter in self.aggregates.counters.values():
+            values_NE = self.aggregates.values(counter, batch.column(counter.key), times_N)
+            columns |= _as_columns(counter.columns(), values_NE, batch)
         columns["impression_offset"] = pa.array(np.full(batch.num_rows, offset, dtype=np.int64))
-        columns["impression_row"] = pa.array(rows, pa.int32())
+        columns["impression_row"] = pa.array(record_rows_N)
+        return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+
+    def _keep(self, batches: list[pa.RecordBatch]) -> None:
+        """Featurize impressions and keep what their samples will hold."""
+        batch = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+        columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
+        slots_NF, numeric_ND = featurize(columns, self.spec)
         columns["slots"] = list_column(slots_NF, pa.int64())
         columns["numeric"] = list_column(numeric_ND, pa.float32())
-        columns["spec"] = pa.array([self.digest] * batch.num_rows, pa.string())
-        return pa.RecordBatch.from_arrays([columns[f.name] for f in self.source_schema], schema=self.source_schema)
-
-    def _counted(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
-        """Return the counter columns and count the impressions, row after row."""
-        times = batch.column("event_time_ms").to_pylist()
-        keys = batch.column("key").to_pylist()
-        columns: dict[str, pa.Array] = {}
-        for state in self.locals:
-            entry = state.counter.counts.index(IMPRESSION) if IMPRESSION in state.counter.counts else -1
-            values = []
-            for key, time_ms in zip(keys, times, strict=True):
-                values.append(state.value(key, time_ms))
-                if entry >= 0:
-                    state.add(key, entry, time_ms)
-            columns |= _as_columns(state.counter.columns(), values, batch)
-        for counter in self.aggregates.counters.values():
-            others = key_strings(batch.column(counter.key))
-            nothing = (0.0,) * len(counter.counts)
-            found = [
-                nothing if key is None else self.aggregates.value(counter.name, key, time_ms)
-                for key, time_ms in zip(others, times, strict=True)
-            ]
-            columns |= _as_columns(counter.columns(), found, batch)
-        return columns
+        columns["spec"] = pa.repeat(pa.scalar(self.digest, pa.string()), batch.num_rows)
+        kept = pa.RecordBatch.from_arrays([columns[f.name] for f in self.source_schema], schema=self.source_schema)
+        self.payload.append(self.pending.following - batch.num_rows, kept, len(self._windows_T))
 
     # Feedback
 
-    def _take_feedback(self, name: str, batch: pa.RecordBatch, labels: list[_Label]) -> None:
-        counted = [(s, s.counter.counts.index(name)) for s in self.locals if name in s.counter.counts]
-        rows = zip(*(batch.column(i).to_pylist() for i in range(5)), strict=True)
-        for event_id, request, place, partition_key, time_ms in rows:
-            seen = key_of(FEEDBACK, name, event_id)
-            if self.seen.get(seen) is not None:
-                self.totals.repeated_in_log += 1
-                continue
-            self.seen.put(seen)
-            self.totals.feedback += 1
-            for state, entry in counted:
-                state.add(partition_key, entry, time_ms)
-            self._answer(key_of(request, str(place)), name, event_id, time_ms, labels)
+    def _take_feedback(self, name: str, batch: pa.RecordBatch, record: Record, gathered: _Gathered) -> None:
+        rows, tasks = batch.num_rows, len(self._windows_T)
+        for table in (self.seen, self.early):
+            table.reserve(rows)
+        self.resolved.reserve(rows)
+        fresh_N, early_N = np.empty(rows, np.int32), np.empty(rows, np.int64)
+        labels_L5 = np.empty((rows * tasks, 5), np.int64)
+        kind = list(self._feedback_schemas).index(name)
+        times_N = _numbers(batch, 4)
+        fresh, labels = take_feedback(
+            self._tables(), kind, *_keys(batch, f"{FEEDBACK}\x00{name}"), times_N, self.watermark.time_ms,
+            self.config.pending_max, fresh_N, labels_L5, early_N,
+        )  # fmt: skip
+        self._rows.repeated_in_log += rows - fresh
+        self._rows.feedback += fresh
+        self._count_feedback(name, batch if fresh == rows else batch.take(pa.array(fresh_N[:fresh])))
+        for row in np.flatnonzero(early_N >= 0).tolist():
+            self.early.ids[int(early_N[row])] = batch.column(0)[row].as_py()
+        if labels:
+            gathered.label(labels_L5[:labels], record.offset, batch.column(0))
 
-    def _answer(self, key: bytes, name: str, event_id: str, time_ms: int, labels: list[_Label]) -> None:
-        waiting, remembered = self.waiting.get(key), self.resolved.get(key)
-        if waiting is None and remembered is None:
-            self._wait_early(key, name, event_id, time_ms)
+    def _count_feedback(self, name: str, batch: pa.RecordBatch) -> None:
+        counted = [(table, ours) for table in self.locals if (ours := feeds(table.counter, name))]
+        if not counted:
             return
-        for task in self._tasks_of[name]:
-            counts = self.totals.tasks[task]
-            positive = (waiting.positive if waiting is not None else remembered or 0) >> task & 1
-            if positive:
-                counts.duplicate += 1
-            elif (
-                waiting is None
-                or not waiting.open >> task & 1
-                or time_ms - waiting.event_time_ms > self.project.tasks[task].window_ms
-            ):
-                counts.late += 1
-            else:
-                counts.matched += 1
-                label = _Label(waiting.source, waiting.row, task, 1.0, event_id, time_ms)
-                self._resolve(key, waiting, task, label, labels)
-                if not waiting.open:
-                    waiting, remembered = None, self.resolved.get(key)
-
-    def _wait_early(self, key: bytes, name: str, event_id: str, time_ms: int) -> None:
-        if self.early_rows >= self.config.pending_max:
-            _, oldest, of = heapq.heappop(self.deadlines)
-            self._forget_early(oldest, of, self.early.get((oldest, of), []), [])
-        start_ms = self.watermark.time_ms if self.watermark.time_ms >= 0 else time_ms
-        deadline_ms = start_ms + self.config.early_feedback_ms
-        self.early.setdefault((key, name), []).append(Early(event_id, time_ms, deadline_ms))
-        heapq.heappush(self.deadlines, (deadline_ms, key, name))
-        self.early_rows += 1
-        for task in self._tasks_of[name]:
-            self.totals.tasks[task].pending += 1
+        keys_N2, times_N = hash_texts(batch.column(3), 0), _numbers(batch, 4)
+        for table, ours in counted:
+            amounts_FN = np.array([amounts(feed, batch) for feed in ours], np.int64)
+            table.take(keys_N2, times_N, ours, amounts_FN, read=False)
 
     # Samples
 
-    def _resolve(self, key: bytes, waiting: Waiting, task: int, label: _Label, labels: list[_Label]) -> None:
-        counts = self.totals.tasks[task]
-        counts.waiting -= 1
-        if label.label:
-            counts.positives += 1
-            waiting.positive |= 1 << task
-        else:
-            counts.negatives += 1
-        waiting.open &= ~(1 << task)
-        labels.append(label)
-        if not waiting.open:
-            del self.waiting[key]
-            self.resolved.put(key, waiting.positive)
-
-    def _emit(self, offset: int, labels: list[_Label]) -> Emitted:
-        """Return the samples, ranked in the order of `labels`, and let go of sources that nothing waits for."""
-        runs: list[pa.RecordBatch] = []
-        start = 0
-        for i in range(1, len(labels) + 1):
-            if i == len(labels) or labels[i].source != labels[start].source:
-                rows = pa.array([label.row for label in labels[start:i]], pa.int64())
-                runs.append(self.sources[labels[start].source].batch.take(rows))
-                start = i
-        merged = pa.concat_batches(runs) if len(runs) > 1 else runs[0]
-        count = len(labels)
-        columns = {name: merged.column(i) for i, name in enumerate(self.source_schema.names)}
+    def _emit(self, gathered: _Gathered) -> Emitted:
+        """Return the samples in order, ranked within the record that resolved them."""
+        labels_L5, offset_L = np.concatenate(gathered.labels), np.concatenate(gathered.offsets)
+        count = len(labels_L5)
+        first_L = np.flatnonzero(np.concatenate([[True], offset_L[1:] != offset_L[:-1]]))
+        rank_L = np.arange(count) - np.repeat(first_L, np.diff(np.concatenate([first_L, [count]])))
+        kept = self.payload.take(labels_L5[:, SEQ])
+        columns = {name: kept.column(i) for i, name in enumerate(self.source_schema.names)}
+        positive_L = labels_L5[:, CODE] != NEGATIVE
         columns |= {
             "partition": pa.array(np.full(count, self.partition, dtype=np.int32)),
-            "offset": pa.array(np.full(count, offset, dtype=np.int64)),
-            "rank": pa.array(np.arange(count, dtype=np.int32)),
-            "task": pa.array([self.project.tasks[label.task].name for label in labels], pa.string()),
-            "label": pa.array([label.label for label in labels], pa.float32()),
+            "offset": pa.array(offset_L),
+            "rank": pa.array(rank_L.astype(np.int32)),
+            "task": self._task_names.take(pa.array(labels_L5[:, TASK])),
+            "label": pa.array(positive_L.astype(np.float32)),
             "weight": pa.array(np.ones(count, dtype=np.float32)),
-            "feedback_id": pa.array([label.feedback_id for label in labels], pa.string()),
-            "feedback_time_ms": pa.array([label.feedback_time_ms for label in labels], pa.int64()),
+            "feedback_id": self._feedback_ids(labels_L5[:, ID], gathered.ids),
+            "feedback_time_ms": pa.array(labels_L5[:, TIME], mask=~positive_L),
         }
-        self._release(labels)
-        after, self.last = self.last, Position(offset, count - 1)
+        after, self.last = self.last, Position(int(offset_L[-1]), int(rank_L[-1]))
         batch = pa.RecordBatch.from_arrays([columns[f.name] for f in self.schema], schema=self.schema)
         return Emitted(batch, after, self.last)
 
-    def _release(self, labels: list[_Label]) -> None:
-        for label in labels:
-            source = self.sources[label.source]
-            source.live -= 1
-            if not source.live:
-                del self.sources[label.source]
+    def _feedback_ids(self, id_L: I64s, ids: list[pa.Array]) -> pa.Array:
+        early_L = np.flatnonzero(id_L <= -2)
+        known = pa.concat_arrays(ids) if ids else pa.array([], pa.string())
+        row_L = id_L.copy()
+        if len(early_L):
+            texts = [self.early.ids[-2 - seq] for seq in id_L[early_L].tolist()]
+            row_L[early_L] = len(known) + np.arange(len(early_L))
+            known = pa.concat_arrays([known, pa.array(texts, pa.string())])
+        return known.take(pa.array(row_L, mask=row_L < 0))
 
 
-def _as_columns(
-    names: tuple[str, ...], values: list[tuple[float, ...]] | list[list[int]], batch: pa.RecordBatch
-) -> dict[str, pa.Array]:
-    known_NC = np.asarray(values, dtype=np.float32).reshape(batch.num_rows, len(names))
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    for i in range(5):
+        if batch.column(i).null_count:
+            raise EventRejected("bad_batch", f"column {batch.schema.names[i]!r} has nulls")
+    return batch
+
+
+def _keys(batch: pa.RecordBatch, salt: str) -> tuple[U64s, U64s]:
+    """Return the keys of the event ids and of what they answer: (request, place)."""
+    return hash_texts(batch.column(0), hash_text(salt)), with_numbers(
+        hash_texts(batch.column(1), 0), _numbers(batch, 2)
+    )
+
+
+def _numbers(batch: pa.RecordBatch, column: int) -> I64s:
+    numbers_N: I64s = batch.column(column).to_numpy()
+    return numbers_N
+
+
+def _as_columns(names: tuple[str, ...], known_NE: npt.NDArray[Any], batch: pa.RecordBatch) -> dict[str, pa.Array]:
     columns = {}
     for i, name in enumerate(names):
         served = batch.column(name)
-        known = pa.array(np.ascontiguousarray(known_NC[:, i]))
+        known = pa.array(known_NE[:, i].astype(np.float32))
         columns[name] = known if served.null_count == batch.num_rows else pc.coalesce(served, known)
     return columns

@@ -1,103 +1,148 @@
-"""What is remembered for a while: a bounded map from a 128-bit key to a small number, forgotten by watermark time.
+"""What is remembered for a while: a map from a 128-bit key to a small number, forgotten by watermark time.
 
-Keys lie in slices of time. The newest slice is a dict; a closed one is three sorted columns (16 bytes and a number a
-key), immutable, so that a snapshot need not write it again.
-
-Legend: K keys of a slice.
+Keys lie in order of arrival, in slices of time; a slice that is older than the horizon is forgotten at once, and its
+rows leave the ring bit by bit, two with each new one, so that forgetting never holds up the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
+import numba
 import numpy as np
-import numpy.typing as npt
-import xxhash
+
+from headrace.stream.rings import (
+    FIRST,
+    LIVE,
+    NEXT,
+    I64s,
+    Int,
+    Ring,
+    U8s,
+    U64s,
+    drop_first,
+    find,
+    grown,
+    new_ring,
+    push,
+    seq_of,
+    stretch,
+)
 
 SLICES = 16
 """A horizon is cut into so many; forgetting is that coarse."""
+_NO_TIME = -1
 
 
-def key_of(*parts: str) -> bytes:
-    """Return a 16-byte XXH3 key of several texts. Two of 2**32 keys collide with a chance of 3e-20."""
-    return xxhash.xxh3_128_digest("\x00".join(parts).encode())
+class Remembered(NamedTuple):
+    """The arrays of a memory, for compiled callers: `values_C` lies beside the ring's keys."""
 
-
-class _Slice:
-    """A closed slice: keys sorted by their high half."""
-
-    def __init__(self, start_ms: int, raw: bytes, values: bytes) -> None:
-        self.start_ms, self.raw, self.values = start_ms, raw, values
-        words = np.frombuffer(raw, dtype="<u8").reshape(-1, 2)
-        self._high_K: npt.NDArray[np.uint64] = np.ascontiguousarray(words[:, 1])
-        self._low_K: npt.NDArray[np.uint64] = np.ascontiguousarray(words[:, 0])
-        self._values_K = np.frombuffer(values, dtype="<u1")
-
-    @classmethod
-    def close(cls, start_ms: int, items: dict[bytes, int]) -> _Slice:
-        words = np.frombuffer(b"".join(items), dtype="<u8").reshape(-1, 2)
-        order_K = np.lexsort((words[:, 0], words[:, 1]))
-        values_K = np.fromiter(items.values(), dtype=np.uint8, count=len(items))
-        return cls(start_ms, np.ascontiguousarray(words[order_K]).tobytes(), values_K[order_K].tobytes())
-
-    def get(self, low: int, high: int) -> int | None:
-        at = int(np.searchsorted(self._high_K, np.uint64(high)))
-        while at < len(self._high_K) and int(self._high_K[at]) == high:
-            if int(self._low_K[at]) == low:
-                return int(self._values_K[at])
-            at += 1
-        return None
+    ring: Ring
+    values_C: U8s
 
 
 class Memory:
-    """Remembers each key for at least `horizon_ms` of watermark time and at most 1/16 longer; values are 0..255."""
+    """Remembers each key for at least `horizon_ms` of watermark time and at most 1/16 longer; values are 0..255.
+
+    What comes before the first watermark counts as put at that watermark. 28 bytes a key at most, 23 when full.
+    """
 
     def __init__(self, horizon_ms: int) -> None:
         self.slice_ms = max(1, horizon_ms // SLICES)
-        self.start_ms = 0
-        self.open: dict[bytes, int] = {}
-        self.closed: list[_Slice] = []
+        self.arrays = Remembered(new_ring(), np.empty(0, np.uint8))
+        self.arrays = Remembered(self.arrays.ring, np.empty(len(self.arrays.ring.keys_C2), np.uint8))
+        self.slices: list[tuple[int, int]] = [(_NO_TIME, 0)]
+        """Begin of each slice that is remembered, oldest first: its time and its first sequence number."""
 
     def __len__(self) -> int:
-        return len(self.open) + sum(len(s.values) for s in self.closed)
+        """How many rows are remembered; a key that was put again counts twice."""
+        head = self.arrays.ring.head
+        return int(head[NEXT] - head[LIVE])
 
-    def get(self, key: bytes) -> int | None:
-        """Return the newest value put under `key`, or None when it is unknown or forgotten."""
-        value = self.open.get(key)
-        if value is not None or not self.closed:
-            return value
-        low, high = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
-        for part in reversed(self.closed):
-            value = part.get(low, high)
-            if value is not None:
-                return value
-        return None
+    @property
+    def live(self) -> tuple[int, int]:
+        """The first sequence number that is remembered, and the next one to come."""
+        head = self.arrays.ring.head
+        return int(head[LIVE]), int(head[NEXT])
 
-    def put(self, key: bytes, value: int = 0) -> None:
-        """Remember `key` from now on."""
-        self.open[key] = value
+    def reserve(self, more: int) -> None:
+        """Make room for `more` keys: required before `put` and before compiled code remembers any."""
+        ring, values_C = self.arrays
+        if ring.rows + more > len(ring.keys_C2):
+            _drop_dead(ring)
+            ring, columns = grown(ring, [values_C], more)
+            self.arrays = Remembered(ring, columns[0] if columns else values_C)
+
+    def put(self, keys_N2: U64s, values_N: U8s) -> None:
+        """Remember keys from now on, in order; a later value of a key counts."""
+        self.reserve(len(keys_N2))
+        _put_all(self.arrays, keys_N2, values_N)
+
+    def get(self, keys_N2: U64s) -> list[int | None]:
+        """Return the newest value put under each key, or None where it is unknown or forgotten."""
+        values_N = np.empty(len(keys_N2), np.int64)
+        _get_all(self.arrays, keys_N2, values_N)
+        return [None if value < 0 else value for value in values_N.tolist()]
 
     def advance(self, watermark_ms: int) -> None:
-        """Close the open slice when its time is over, and forget slices that are older than the horizon."""
+        """Begin a slice when its time has come, and forget slices that are older than the horizon."""
         start_ms = watermark_ms - watermark_ms % self.slice_ms
-        if start_ms <= self.start_ms:
-            return
-        if self.open:
-            self.closed.append(_Slice.close(self.start_ms, self.open))
-            self.open = {}
-        self.start_ms = start_ms
-        oldest_ms = start_ms - (SLICES + 1) * self.slice_ms
-        self.closed = [s for s in self.closed if s.start_ms > oldest_ms]
+        newest_ms, first = self.slices[-1]
+        head = self.arrays.ring.head
+        if newest_ms == _NO_TIME:
+            self.slices = [(start_ms, first)]
+        elif start_ms > newest_ms:
+            self.slices.append((start_ms, int(head[NEXT])))
+            oldest_ms = start_ms - (SLICES + 1) * self.slice_ms
+            while self.slices[0][0] <= oldest_ms:
+                del self.slices[0]
+            head[LIVE] = self.slices[0][1]
 
-    def to_plain(self) -> list[Any]:
-        """Return the state as lists, numbers and bytes; closed slices are given as they are, without a copy."""
-        open_ = [b"".join(self.open), bytes(self.open.values())]
-        return [self.start_ms, open_, [[s.start_ms, s.raw, s.values] for s in self.closed]]
+    def rows(self, first: int, following: int) -> tuple[U64s, U8s]:
+        """Return copies of the keys and values with sequence numbers `first` <= s < `following`."""
+        ring, values_C = self.arrays
+        return stretch(ring, ring.keys_C2, first, following), stretch(ring, values_C, first, following)
 
-    def load_plain(self, plain: Sequence[Any]) -> None:
-        """Take over what `to_plain` gave."""
-        self.start_ms = plain[0]
-        raw, values = plain[1]
-        self.open = {bytes(raw[16 * i : 16 * i + 16]): value for i, value in enumerate(values)}
-        self.closed = [_Slice(start, bytes(raw), bytes(values)) for start, raw, values in plain[2]]
+    def load(self, slices: list[tuple[int, int]], first: int, keys_N2: U64s, values_N: U8s) -> None:
+        """Take over slices and the rows from sequence number `first` on, none of them forgotten."""
+        self.slices = [(start_ms, seq) for start_ms, seq in slices]
+        capacity = max(1_024, len(keys_N2) + len(keys_N2) // 8)
+        self.arrays = Remembered(new_ring(capacity, first), np.empty(capacity, np.uint8))
+        self.put(keys_N2, values_N)
+
+
+@numba.njit(cache=True)
+def recall(memory: Remembered, low: np.uint64, high: np.uint64) -> Int:
+    """Return the value of a key, or -1 where it is unknown or forgotten."""
+    row = find(memory.ring, low, high)
+    if row < 0 or seq_of(memory.ring, row) < memory.ring.head[LIVE]:
+        return -1
+    return np.int64(memory.values_C[row])
+
+
+@numba.njit(cache=True)
+def remember(memory: Remembered, low: np.uint64, high: np.uint64, value: Int) -> None:
+    """Put a key; there must be room."""
+    head = memory.ring.head
+    for _ in range(2):
+        if head[FIRST] < head[LIVE]:
+            drop_first(memory.ring)
+    memory.values_C[push(memory.ring, low, high)] = value
+
+
+@numba.njit(cache=True)
+def _drop_dead(ring: Ring) -> None:
+    while ring.head[FIRST] < ring.head[LIVE]:
+        drop_first(ring)
+
+
+@numba.njit(cache=True)
+def _put_all(memory: Remembered, keys_N2: U64s, values_N: U8s) -> None:
+    for i in range(keys_N2.shape[0]):
+        remember(memory, keys_N2[i, 0], keys_N2[i, 1], values_N[i])
+
+
+@numba.njit(cache=True)
+def _get_all(memory: Remembered, keys_N2: U64s, values_N: I64s) -> None:
+    for i in range(keys_N2.shape[0]):
+        values_N[i] = recall(memory, keys_N2[i, 0], keys_N2[i, 1])

@@ -87,6 +87,11 @@ class SinkStage:
         self.positions[partition] = START if state is None else state.positions.at(partition)
         return None if state is None else state.next_offsets.get(partition)
 
+    async def take_all(self, records: Sequence[Record]) -> None:
+        """Take records of one partition, in order."""
+        for record in records:
+            await self.take(record)
+
     async def take(self, record: Record) -> None:
         """Keep what is new of one record for the next commit."""
         partition, own = record.partition, self.positions[record.partition]

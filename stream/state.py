@@ -1,27 +1,51 @@
-"""Snapshots of a join's state: one self-contained blob, msgpack around one Arrow stream of what waits. Pure.
+"""Snapshots of a join's state, incremental: a manifest, and parts that are written once and never change. Pure.
 
-The blob carries the offset it was taken at, the last emitted position and a digest of what the state depends on; a
-state of another digest is refused, since going on with it would not be what the log says.
+| what | where |
+|---|---|
+| impressions that wait: keys, times, columns | a part for each full piece; the open ones in the manifest |
+| what was seen and resolved | parts by sequence number, eight of a size merged; the newest rows in the manifest |
+| counters | whole in the manifest while few; then a base and at most 16 parts of what changed |
+| bits of what is answered, early feedback, aggregates, watermark, totals, positions | the manifest |
+
+A part's name says what is in it, so two workers that write the same name write the same bytes. The manifest carries
+the offset it was taken at, the last emitted position and a digest of what the state depends on; a state of another
+digest is refused, since going on with it would not be what the log says.
+
+Taking a snapshot copies little; encoding it touches nothing of the state any more and may run in another thread.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import heapq
 import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.events import encode_batch
+from headrace.contract.events import decode_batch, encode_batch
 from headrace.contract.positions import Position
 from headrace.contract.project import Project
-from headrace.stream.join import Early, JoinState, Source, TaskCounts, Waiting
+from headrace.stream.counting import Rows
+from headrace.stream.join import JoinState
+from headrace.stream.memory import Memory
+from headrace.stream.payload import Piece
+from headrace.stream.rings import FIRST, NEXT
 
-VERSION = 1
+VERSION = 2
+INLINE_ROWS = 16_384
+"""Rows that a manifest may carry itself; more of them become a part."""
+MERGED = 8
+"""So many parts of a size become one of the next."""
+CHAIN_MAX = 16
+"""Most parts on top of a counter's base."""
+_KEYS = ("low", "high", "base_ms")
+
+Encode = Callable[[], bytes]
 
 
 def dependence(project: Project) -> str:
@@ -31,80 +55,285 @@ def dependence(project: Project) -> str:
     ).hexdigest()[:16]
 
 
-def encode_state(state: JoinState) -> bytes:
-    """Return the whole state; `decode_state` goes on from it exactly."""
-    sources: list[pa.RecordBatch] = []
-    waiting: list[list[Any]] = []
-    by_source: dict[int, list[tuple[bytes, Waiting]]] = {}
-    for key, w in state.waiting.items():
-        by_source.setdefault(w.source, []).append((key, w))
-    for source, items in by_source.items():
-        sources.append(state.sources[source].batch.take(pa.array([w.row for _, w in items], pa.int64())))
-        waiting += [[k, w.offset, w.record_row, w.event_time_ms, w.base_ms, w.open, w.positive] for k, w in items]
-    rows = pa.concat_batches(sources) if sources else None
-    totals = dataclasses.asdict(state.totals)
-    plain = {
-        "v": VERSION,
-        "needs": dependence(state.project),
-        "partition": state.partition,
-        "offset": state.offset,
-        "last": list(state.last),
-        "watermark": state.watermark.to_plain(),
-        "totals": totals,
-        "locals": [c.to_plain() for c in state.locals],
-        "aggregates": state.aggregates.to_plain(),
-        "seen": state.seen.to_plain(),
-        "resolved": state.resolved.to_plain(),
-        "waiting": waiting,
-        "rows": b"" if rows is None else encode_batch(rows),
-        "early": [
-            [k, n, [[e.feedback_id, e.event_time_ms, e.deadline_ms] for e in es]] for (k, n), es in state.early.items()
-        ],
-    }
-    return zlib.compress(msgspec.msgpack.encode(plain), 1)
+class Damaged(Exception):
+    """A manifest or one of its parts can't be read; the snapshot before may be whole."""
 
 
-def load_state(state: JoinState, data: bytes) -> None:
-    """Make a fresh `state` what was encoded. Raises `InvariantBroken` when it belongs to other declarations."""
-    plain = msgspec.msgpack.decode(zlib.decompress(data))
+@dataclass
+class Snapshot:
+    """A state at an offset: encode it and store parts before the manifest."""
+
+    offset: int
+    plain: dict[str, Any]
+    fresh: dict[str, Encode] = field(default_factory=dict)
+    """Parts that were not in any snapshot before."""
+
+    @property
+    def names(self) -> list[str]:
+        """All parts that the manifest needs."""
+        return part_names(self.plain)
+
+    def manifest(self) -> bytes:
+        """Return the manifest's bytes."""
+        return zlib.compress(msgspec.msgpack.encode(self.plain, enc_hook=_bytes_of), 1)
+
+
+@dataclass
+class _Spans:
+    """Which sequence numbers lie in which parts: (first, following), ascending, without gaps."""
+
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def extend(self, first: int, following: int) -> list[tuple[int, int]]:
+        """Cover what lies below `following` but for a rest, forget what lies below `first`; return the new spans."""
+        before = set(self.spans)
+        self.spans = [span for span in self.spans if span[1] > first]
+        start = self.spans[-1][1] if self.spans else first
+        if following - start >= INLINE_ROWS:
+            self.spans.append((start, following))
+        while len(last := self.spans[-MERGED:]) == MERGED and last[0][1] - last[0][0] <= MERGED * _rows(last[-1]):
+            self.spans[-MERGED:] = [(last[0][0], last[-1][1])]
+        return [span for span in self.spans if span not in before]
+
+
+class StateWriter:
+    """Takes snapshots of one state, each with what is new since the one before."""
+
+    def __init__(self, state: JoinState) -> None:
+        self.state = state
+        self._memories = {"seen": _Spans(), "resolved": _Spans()}
+        self._pieces: dict[int, str] = {}
+        self._chains: list[list[str]] = [[] for _ in state.locals]
+        self._chain_rows: list[list[int]] = [[] for _ in state.locals]
+
+    def take(self) -> Snapshot:
+        """Return the state as it is now."""
+        state = self.state
+        plain: dict[str, Any] = {
+            "v": VERSION,
+            "needs": dependence(state.project),
+            "partition": state.partition,
+            "offset": state.offset,
+            "last": list(state.last),
+            "watermark": state.watermark.to_plain(),
+            "totals": state.row_totals(),
+            "counts": state.pending.arrays.counts_T9.copy(),
+            "aggregates": state.aggregates.to_plain(),
+        }
+        snapshot = Snapshot(state.offset, plain)
+        for name, spans in self._memories.items():
+            plain[name] = self._take_memory(name, getattr(state, name), spans, snapshot)
+        plain["pending"] = self._take_pending(snapshot)
+        plain["locals"] = [self._take_counter(i, snapshot) for i in range(len(state.locals))]
+        first, *columns = state.early.rows()
+        plain["early"] = [first, *columns, list(state.early.ids.items())]
+        return snapshot
+
+    def resume(self, plain: Mapping[str, Any]) -> None:
+        """Go on after the snapshot that the state was loaded from."""
+        for name, spans in self._memories.items():
+            spans.spans = [(a, b) for a, b in plain[name]["spans"]]
+        self._pieces = {_start_of(name): name for name in plain["pending"]["parts"]}
+        for i, kept in enumerate(plain["locals"]):
+            self._chains[i], self._chain_rows[i] = list(kept["parts"]), list(kept["rows"])
+
+    def _take_memory(self, name: str, memory: Memory, spans: _Spans, snapshot: Snapshot) -> dict[str, Any]:
+        first, following = memory.live
+        for a, b in spans.extend(first, following):
+            rows = memory.rows(max(a, first), b)
+            snapshot.fresh[f"{name}-{a}-{b}"] = _encoder([max(a, first), *rows])
+        rest = spans.spans[-1][1] if spans.spans else first
+        return {
+            "slices": memory.slices,
+            "first": first,
+            "spans": list(spans.spans),
+            "rest": list(memory.rows(rest, following)),
+        }
+
+    def _take_pending(self, snapshot: Snapshot) -> dict[str, Any]:
+        pending, payload = self.state.pending, self.state.payload
+        head = pending.arrays.ring.head
+        first, following = int(head[FIRST]), int(head[NEXT])
+        known, self._pieces = self._pieces, {}
+        for piece in payload.full:
+            start, end = max(piece.first, first), piece.first + piece.batch.num_rows
+            name = known.get(piece.first, f"rows-{start}-{end}")
+            if piece.first not in known:
+                snapshot.fresh[name] = self._piece_encoder(piece, start)
+            self._pieces[piece.first] = name
+        open_ = [(max(p.first, first), self._piece_encoder(p, max(p.first, first))) for p in payload.open if p.live]
+        return {
+            "first": first,
+            "following": following,
+            "bits": pending.bits(first, following),
+            "parts": list(self._pieces.values()),
+            "open": [[start, encode] for start, encode in open_],
+        }
+
+    def _piece_encoder(self, piece: Piece, start: int) -> Encode:
+        """Return what encodes a piece's rows from sequence number `start` on, with keys and times as columns."""
+        keys_N2, times_N2 = self.state.pending.rows(start, piece.first + piece.batch.num_rows)
+        batch = piece.batch.slice(start - piece.first)
+        extra = [keys_N2[:, 0].view(np.int64), keys_N2[:, 1].view(np.int64), times_N2[:, 1]]
+
+        def encode() -> bytes:
+            arrays = [*batch.columns, *(pa.array(np.ascontiguousarray(column)) for column in extra)]
+            return encode_batch(pa.RecordBatch.from_arrays(arrays, names=[*batch.schema.names, *_KEYS]))
+
+        return encode
+
+    def _take_counter(self, i: int, snapshot: Snapshot) -> dict[str, Any]:
+        table, chain, sizes = self.state.locals[i], self._chains[i], self._chain_rows[i]
+        changed = table.rows(changed=bool(chain))
+        rows = len(changed.number_R)
+        if chain and (len(chain) >= CHAIN_MAX or sum(sizes[1:]) + rows > sizes[0]):
+            chain.clear()
+            sizes.clear()
+            changed = table.rows(changed=False)
+            rows = len(changed.number_R)
+        whole: list[Any] = []
+        if not chain and rows <= INLINE_ROWS:
+            whole = list(changed)
+        elif rows:
+            name = f"counter{i}-{'delta' if chain else 'base'}-{self.state.offset}"
+            snapshot.fresh[name] = _encoder(list(changed))
+            chain.append(name)
+            sizes.append(rows)
+        return {"floor": table.floor, "parts": list(chain), "rows": list(sizes), "whole": whole}
+
+
+def part_names(plain: Mapping[str, Any]) -> list[str]:
+    """Return the names of all parts that a decoded manifest needs."""
+    memories = [f"{name}-{a}-{b}" for name in ("seen", "resolved") for a, b in plain[name]["spans"]]
+    return [*memories, *plain["pending"]["parts"], *(part for kept in plain["locals"] for part in kept["parts"])]
+
+
+def read_manifest(data: bytes) -> dict[str, Any]:
+    """Return a manifest's content. Raises `Damaged`."""
+    try:
+        plain: dict[str, Any] = msgspec.msgpack.decode(zlib.decompress(data))
+    except (zlib.error, msgspec.DecodeError) as error:
+        raise Damaged(f"a manifest of {len(data)} bytes: {error}") from error
+    return plain
+
+
+def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes | None]) -> StateWriter:
+    """Make a fresh `state` what was stored; the writer returned takes further snapshots on top of it.
+
+    Raises `InvariantBroken` when it belongs to other declarations, `Damaged` when a part is missing.
+    """
     if plain["v"] != VERSION or plain["needs"] != dependence(state.project) or plain["partition"] != state.partition:
         raise InvariantBroken(
             f"the stored state of partition {plain['partition']} is of format {plain['v']} and declarations "
-            f"{plain['needs']}; this is {VERSION} and {dependence(state.project)}. Raise log.generation to begin anew."
+            f"{plain.get('needs')}; this is {VERSION} and {dependence(state.project)}. Raise log.generation to begin "
+            "anew."
         )
+
+    def fetch(name: str) -> bytes:
+        data = part(name)
+        if data is None:
+            raise Damaged(f"part {name} is missing")
+        return data
+
     state.offset, state.last = plain["offset"], Position(*plain["last"])
     state.watermark.load_plain(plain["watermark"])
-    totals = plain["totals"]
-    for name in ("impressions", "feedback", "repeated_in_log", "bad_records"):
-        setattr(state.totals, name, totals[name])
-    state.totals.tasks = [TaskCounts(**counts) for counts in totals["tasks"]]
-    for counter, kept in zip(state.locals, plain["locals"], strict=True):
-        counter.load_plain(kept)
+    state.load_totals(plain["totals"])
     state.aggregates.load_plain(plain["aggregates"])
-    state.seen.load_plain(plain["seen"])
-    state.resolved.load_plain(plain["resolved"])
-    _load_waiting(state, plain)
-    state.early = {(k, n): [Early(*e) for e in es] for k, n, es in plain["early"]}
-    state.early_rows = sum(len(es) for es in state.early.values())
-    state.deadlines = [(e.deadline_ms, k, n) for (k, n), es in state.early.items() for e in es]
-    heapq.heapify(state.deadlines)
+    for name in ("seen", "resolved"):
+        _load_memory(name, getattr(state, name), plain[name], fetch)
+    for table, kept in zip(state.locals, plain["locals"], strict=True):
+        several = [_rows_of(_plain_of(fetch(name))) for name in kept["parts"]]
+        table.load(kept["floor"], [*several, *([_rows_of(kept["whole"])] if kept["whole"] else [])])
+    _load_pending(state, plain, fetch)
+    first, keys, facts, kinds, ids = plain["early"]
+    columns = _array(keys, np.uint64, 2), _array(facts, np.int64, 3), _array(kinds, np.uint8)
+    state.early.load(first, *columns, dict(ids))
+    writer = StateWriter(state)
+    writer.resume(plain)
+    return writer
 
 
-def _load_waiting(state: JoinState, plain: dict[str, Any]) -> None:
-    if not plain["waiting"]:
-        return
-    with pa.ipc.open_stream(pa.py_buffer(plain["rows"])) as reader:
-        batch = reader.read_next_batch()
-    tasks = len(state.project.tasks)
-    answered = 0
-    for row, (key, offset, record_row, time_ms, base_ms, open_, positive) in enumerate(plain["waiting"]):
-        state.waiting[key] = Waiting(0, row, offset, record_row, time_ms, base_ms, open_, positive)
-        for task in range(tasks):
-            if open_ >> task & 1:
-                expiry_ms = base_ms + state.project.tasks[task].window_ms
-                state.expiries.append((expiry_ms, offset, record_row, task, key))
-            else:
-                answered += 1
-    heapq.heapify(state.expiries)
-    state.sources[0] = Source(batch, batch.num_rows * tasks - answered)
-    state.next_source = 1
+def encode_state(state: JoinState) -> bytes:
+    """Return the whole state as one blob, manifest and parts; `load_state` goes on from it exactly."""
+    snapshot = StateWriter(state).take()
+    return msgspec.msgpack.encode([snapshot.manifest(), {name: encode() for name, encode in snapshot.fresh.items()}])
+
+
+def load_state(state: JoinState, data: bytes) -> None:
+    """Make a fresh `state` what `encode_state` gave."""
+    manifest, parts = msgspec.msgpack.decode(data)
+    load(state, read_manifest(manifest), parts.get)
+
+
+def _load_memory(name: str, memory: Memory, plain: Mapping[str, Any], fetch: Callable[[str], bytes]) -> None:
+    keys, values = [np.empty((0, 2), np.uint64)], [np.empty(0, np.uint8)]
+    for a, b in plain["spans"]:
+        start, raw_keys, raw_values = _plain_of(fetch(f"{name}-{a}-{b}"))
+        gone = max(0, plain["first"] - start)
+        keys.append(_array(raw_keys, np.uint64, 2)[gone:])
+        values.append(_array(raw_values, np.uint8)[gone:])
+    raw_keys, raw_values = plain["rest"]
+    keys.append(_array(raw_keys, np.uint64, 2))
+    values.append(_array(raw_values, np.uint8))
+    memory.load([tuple(s) for s in plain["slices"]], plain["first"], np.concatenate(keys), np.concatenate(values))
+
+
+def _load_pending(state: JoinState, plain: Mapping[str, Any], fetch: Callable[[str], bytes]) -> None:
+    kept = plain["pending"]
+    state.pending.begin(kept["first"], kept["following"], _array(plain["counts"], np.int64, 9))
+    bits_N2 = _array(kept["bits"], np.uint8, 2)
+    stored = [(_start_of(name), fetch(name)) for name in kept["parts"]] + [tuple(o) for o in kept["open"]]
+    pieces: list[Piece] = []
+    for start, data in stored:
+        batch = decode_batch(data)
+        width = batch.num_columns - len(_KEYS)
+        low_N, high_N, base_N = (batch.column(width + i).to_numpy() for i in range(len(_KEYS)))
+        columns = pa.RecordBatch.from_arrays(batch.columns[:width], schema=state.source_schema)
+        keys_N2 = np.ascontiguousarray(np.stack([low_N, high_N], axis=1)).view(np.uint64)
+        gone = max(0, kept["first"] - start)
+        at = start + gone - kept["first"]
+        bits = bits_N2[at : at + batch.num_rows - gone]
+        event_N = columns.column("event_time_ms").to_numpy()
+        live = state.pending.restore(start + gone, keys_N2[gone:], event_N[gone:], base_N[gone:], bits)
+        pieces.append(Piece(start, columns, live, bytes=columns.nbytes))
+    state.payload.load([piece for piece in pieces if piece.live])
+
+
+def _start_of(part: str) -> int:
+    return int(part.split("-")[1])
+
+
+def _rows(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _encoder(values: list[Any]) -> Encode:
+    return lambda: zlib.compress(msgspec.msgpack.encode(values, enc_hook=_bytes_of), 1)
+
+
+def _plain_of(data: bytes) -> list[Any]:
+    try:
+        plain: list[Any] = msgspec.msgpack.decode(zlib.decompress(data))
+    except (zlib.error, msgspec.DecodeError) as error:
+        raise Damaged(f"a part of {len(data)} bytes: {error}") from error
+    return plain
+
+
+def _bytes_of(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if callable(value):
+        return value()
+    raise NotImplementedError(f"{type(value).__name__} is not part of a state")
+
+
+def _array(raw: bytes, kind: type, width: int = 0) -> Any:
+    flat: Any = np.frombuffer(raw, kind)
+    return flat.reshape(-1, width) if width else flat
+
+
+def _rows_of(plain: list[Any]) -> Rows:
+    keys, numbers, counts = plain
+    number_R = _array(numbers, np.int64)
+    entries = len(counts) // 8 // max(1, len(number_R))
+    return Rows(_array(keys, np.uint64, 2), number_R, _array(counts, np.int64).reshape(len(number_R), entries))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
+    from headrace.backends.spill_file import FileSpill
     from headrace.stream.app import run
 
     runtime = open_runtime(args)
@@ -23,6 +25,7 @@ def main(args: argparse.Namespace) -> int:
     metrics = runtime.metrics("stream")
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
     producer = runtime.producer(linger_ms=1.0)
+    spill = FileSpill(runtime.home / "faust" / f"spill-{os.getpid()}")
     try:
         return run(
             runtime.project,
@@ -33,9 +36,11 @@ def main(args: argparse.Namespace) -> int:
             runtime.blobs(),
             metrics,
             runtime.clock,
+            spill,
             runtime.home / "faust" / "stream",
             stop,
             metrics.ready,
         )
     finally:
+        spill.close()
         metrics.close()

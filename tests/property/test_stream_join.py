@@ -68,7 +68,7 @@ Item = tuple[str, dict | Punctuation]
 def traffic(seed: int, steps: int = 400) -> list[Item]:
     """Return rows and punctuation in log order: early, late, repeated and orphaned feedback included."""
     random = Random(seed)
-    items: list[Item] = []
+    items: list[Item] = [("time", Punctuation("a", 1, 9_900))]
     shown: list[dict] = []
     now = 10_000
     for n in range(steps):
@@ -81,8 +81,8 @@ def traffic(seed: int, steps: int = 400) -> list[Item]:
             counts = [float(random.randrange(3)) for _ in range(3)]
             row = {"counter": "i", "key": str(random.randrange(5)), "as_of_ms": now - now % 100, "epoch": 1}
             items.append(("aggregate", {**row, "counts": counts}))
-        elif kind == "again" and items:
-            items.append(random.choice([i for i in items[-60:] if i[0] not in ("time", "aggregate")] or items[:1]))
+        elif kind == "again":
+            items += random.sample([i for i in items if i[0] not in ("time", "aggregate")][-20:] or items[:1], 1)
         else:
             request = f"r{max(0, n + random.choice([0, 0, 0, 5, -5, -20, -60]))}" if kind != "impression" else f"r{n}"
             user = random.randrange(4)
@@ -180,7 +180,7 @@ def test_the_ledger_of_a_task_closes(seed):
         assert sum(r["label"] for r in ours) == counts.positives == counts.matched
         assert len(ours) == counts.positives + counts.negatives
     assert join.totals.repeated_in_log > 0
-    assert sum(s.live for s in join.sources.values()) == sum(c.waiting for c in join.totals.tasks)
+    assert len(join.payload) == sum(c.waiting for c in join.totals.tasks)
     positions = list(zip(samples["offset"].to_pylist(), samples["rank"].to_pylist(), strict=True))
     assert positions == sorted(set(positions))
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from headrace.stream.memory import SLICES, Memory, key_of
+from headrace.stream.memory import SLICES, Memory
+from headrace.stream.rings import hash_texts, with_numbers
+
+
+def key_of(text: str) -> np.ndarray:
+    return hash_texts(pa.array([text]), 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -16,16 +23,43 @@ def test_remembers_the_horizon_and_survives_restores(seed):
     for n in range(3_000):
         now += random.randrange(0, 5)
         memory.advance(now)
-        key = key_of(str(random.randrange(n + 1)))
-        if key in put_at and now - put_at[key][0] < horizon_ms:
-            assert memory.get(key) == put_at[key][1]
-        if key in put_at and now - put_at[key][0] > horizon_ms + 2 * horizon_ms // SLICES:
-            assert memory.get(key) is None
+        text = str(random.randrange(n + 1))
+        key = key_of(text)
+        (found,) = memory.get(key)
+        if text in put_at and now - put_at[text][0] < horizon_ms:
+            assert found == put_at[text][1]
+        if text in put_at and now - put_at[text][0] > horizon_ms + 2 * horizon_ms // SLICES:
+            assert found is None
         if random.random() < 0.5:
             value = random.randrange(256)
-            memory.put(key, value)
-            put_at[key] = (now, value)
+            memory.put(key, np.array([value], np.uint8))
+            put_at[text] = (now, value)
         if random.random() < 0.01:
-            plain, memory = memory.to_plain(), Memory(horizon_ms)
-            memory.load_plain(plain)
-    assert len(memory) < 3_000
+            kept, memory = memory, Memory(horizon_ms)
+            memory.load(kept.slices, kept.live[0], *kept.rows(*kept.live))
+    assert 0 < len(memory) < 3_000
+
+
+def test_what_came_before_time_counts_from_the_first_watermark():
+    memory = Memory(1_600)
+    memory.put(key_of("a"), np.array([7], np.uint8))
+    memory.advance(1_700_000_000_000)
+    assert memory.get(key_of("a")) == [7]
+    memory.advance(1_700_000_000_000 + 2_000)
+    assert memory.get(key_of("a")) == [None]
+
+
+def test_a_long_life_stays_within_its_bound():
+    memory, keys = Memory(1_600), hash_texts(pa.array([str(n) for n in range(50_000)]), 3)
+    for step in range(100):
+        memory.put(keys[500 * step : 500 * step + 500], np.zeros(500, np.uint8))
+        memory.advance(100 * (step + 1))
+    # 17 slices of 500 keys are remembered and as many may be on their way out.
+    assert len(memory.arrays.values_C) < 20_000
+    assert memory.get(keys[-1:]) == [0]
+    assert memory.get(keys[:1]) == [None]
+
+
+def test_keys_of_a_text_and_a_place_differ():
+    keys = with_numbers(hash_texts(pa.array(["a", "a", "b"]), 0), np.array([0, 1, 0], np.int32))
+    assert len({tuple(key) for key in keys.tolist()}) == 3

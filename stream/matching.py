@@ -1,0 +1,148 @@
+"""What one record's rows do to the tables of the join: repeats dropped, keys matched, labels found. Pure, compiled.
+
+Rows are taken one by one, in order, so that how they are cut into records changes nothing.
+
+Legend: N rows of a record, L labels, T tasks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+
+from headrace.stream.early import TIME_MS, Early, take_all_of, wait
+from headrace.stream.memory import Remembered, recall, remember
+from headrace.stream.pending import (
+    DUPLICATE,
+    EVENT_MS,
+    LATE,
+    MATCHED,
+    OPEN,
+    POSITIVE,
+    Waiting,
+    admit,
+    resolve,
+)
+from headrace.stream.rings import I32s, I64s, Int, U64s, find, row_of, seq_of
+
+SEQ, TASK, CODE, ID, TIME = range(5)
+"""Columns of labels: the impression's sequence number, the task, what it is, where the feedback's id is, its time.
+
+`ID` is a row of the record, or -2 - s for the early feedback with sequence number s, or -1 for none."""
+NEGATIVE, POSITIVE_LABEL = 0, 1
+
+
+class Tables(NamedTuple):
+    """All that a record can change."""
+
+    seen: Remembered
+    resolved: Remembered
+    waiting: Waiting
+    early: Early
+    windows_T: I64s
+
+
+@numba.njit(cache=True)
+def _answer(tables: Tables, row: Int, kind: Int, feedback_id: Int, time_ms: Int, labels_L5: I64s, count: Int) -> Int:
+    """Answer an impression that waits, or did when this record's row began; return the count of labels."""
+    w = tables.waiting
+    seq = seq_of(w.ring, row)
+    for task in range(w.counts_T9.shape[0]):
+        if not (tables.early.tasks_K[kind] >> task) & 1:
+            continue
+        if (w.bits_C3[row, POSITIVE] >> task) & 1:
+            w.counts_T9[task, DUPLICATE] += 1
+        elif not (w.bits_C3[row, OPEN] >> task) & 1 or time_ms - w.times_C2[row, EVENT_MS] > tables.windows_T[task]:
+            w.counts_T9[task, LATE] += 1
+        else:
+            w.counts_T9[task, MATCHED] += 1
+            resolve(w, row, task, True, tables.resolved)
+            labels_L5[count, SEQ] = seq
+            labels_L5[count, TASK] = task
+            labels_L5[count, CODE] = POSITIVE_LABEL
+            labels_L5[count, ID] = feedback_id
+            labels_L5[count, TIME] = time_ms
+            count += 1
+    return count
+
+
+@numba.njit(cache=True)
+def take_impressions(
+    tables: Tables,
+    seen_N2: U64s,
+    keys_N2: U64s,
+    times_N: I64s,
+    watermark_ms: Int,
+    fresh_N: I32s,
+    labels_L5: I64s,
+) -> tuple[Int, Int]:
+    """Let what is new wait, answered by what came before; return how many rows are new and how many labels there are.
+
+    Args:
+        fresh_N: receives the rows that are new.
+        labels_L5: receives the labels; N * T fit.
+    """
+    count = fresh = 0
+    w = tables.waiting
+    for i in range(times_N.shape[0]):
+        low, high = keys_N2[i, 0], keys_N2[i, 1]
+        if (
+            recall(tables.seen, seen_N2[i, 0], seen_N2[i, 1]) >= 0
+            or find(w.ring, low, high) >= 0
+            or recall(tables.resolved, low, high) >= 0
+        ):
+            continue
+        remember(tables.seen, seen_N2[i, 0], seen_N2[i, 1], 0)
+        fresh_N[fresh] = i
+        fresh += 1
+        row = admit(w, low, high, times_N[i], max(times_N[i], watermark_ms))
+        found = take_all_of(tables.early, low, high, w.counts_T9)
+        for j in range(found.shape[0]):
+            time_ms = tables.early.facts_C3[row_of(tables.early.ring, found[j, 0]), TIME_MS]
+            count = _answer(tables, row, found[j, 1], -2 - found[j, 0], time_ms, labels_L5, count)
+    return fresh, count
+
+
+@numba.njit(cache=True)
+def take_feedback(
+    tables: Tables,
+    kind: Int,
+    seen_N2: U64s,
+    keys_N2: U64s,
+    times_N: I64s,
+    watermark_ms: Int,
+    early_max: Int,
+    fresh_N: I32s,
+    labels_L5: I64s,
+    early_N: I64s,
+) -> tuple[Int, Int]:
+    """Match feedback of one kind; return how many rows are new and how many labels there are.
+
+    Args:
+        fresh_N: receives the rows that are new.
+        labels_L5: receives the labels; N * T fit.
+        early_N: receives, a row, the sequence number under which it waits for its impression, or -1.
+    """
+    count = fresh = 0
+    w = tables.waiting
+    for i in range(times_N.shape[0]):
+        early_N[i] = -1
+        if recall(tables.seen, seen_N2[i, 0], seen_N2[i, 1]) >= 0:
+            continue
+        remember(tables.seen, seen_N2[i, 0], seen_N2[i, 1], 0)
+        fresh_N[fresh] = i
+        fresh += 1
+        low, high = keys_N2[i, 0], keys_N2[i, 1]
+        row = find(w.ring, low, high)
+        if row >= 0:
+            count = _answer(tables, row, kind, i, times_N[i], labels_L5, count)
+            continue
+        remembered = recall(tables.resolved, low, high)
+        if remembered < 0:
+            early_N[i] = wait(tables.early, low, high, kind, times_N[i], watermark_ms, early_max, w.counts_T9)
+            continue
+        for task in range(w.counts_T9.shape[0]):
+            if (tables.early.tasks_K[kind] >> task) & 1:
+                w.counts_T9[task, DUPLICATE if (remembered >> task) & 1 else LATE] += 1
+    return fresh, count

@@ -1,0 +1,452 @@
+"""The join row by row in plain Python: what the compiled one must equal. Slow and obvious on purpose.
+
+Memories are dicts, a heap closes windows, each counter is `CounterState`; only for tests.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from headrace.contract.config import JoinConfig
+from headrace.contract.errors import EventRejected, Overloaded
+from headrace.contract.events import (
+    AGGREGATE,
+    AGGREGATE_SCHEMA,
+    FEEDBACK,
+    IMPRESSION,
+    PUNCTUATION,
+    decode_batch,
+    decode_punctuation,
+    feedback_schema,
+    impression_schema,
+)
+from headrace.contract.log import Record
+from headrace.contract.positions import START, Position
+from headrace.contract.project import Project
+from headrace.contract.sample import list_column, sample_schema
+from headrace.contract.spec import Counter
+from headrace.stream.features.counters import CounterState, aged, amounts, feeds, key_strings
+from headrace.stream.features.featurize import featurize
+from headrace.stream.join import LABEL_COLUMNS, TASKS_MAX, Emitted, TaskCounts, Totals
+from headrace.stream.watermark import Watermark
+
+SLICES = 16
+KEEP = 4
+
+
+def key_of(*parts: str) -> bytes:
+    return xxhash.xxh3_128_digest("\x00".join(parts).encode())
+
+
+class Memory:
+    """Each key with the slice of time in which it was put last."""
+
+    def __init__(self, horizon_ms: int) -> None:
+        self.slice_ms = max(1, horizon_ms // SLICES)
+        self.start_ms = -1
+        self.items: dict[bytes, tuple[int, int]] = {}
+
+    def get(self, key: bytes) -> int | None:
+        found = self.items.get(key)
+        return None if found is None else found[1]
+
+    def put(self, key: bytes, value: int = 0) -> None:
+        self.items[key] = (self.start_ms, value)
+
+    def advance(self, watermark_ms: int) -> None:
+        start_ms = watermark_ms - watermark_ms % self.slice_ms
+        if self.start_ms < 0:
+            self.items = {key: (start_ms, value) for key, (_, value) in self.items.items()}
+        elif start_ms <= self.start_ms:
+            return
+        self.start_ms = start_ms
+        oldest_ms = start_ms - (SLICES + 1) * self.slice_ms
+        self.items = {key: kept for key, kept in self.items.items() if kept[0] > oldest_ms}
+
+
+class Aggregates:
+    """Newest values of each (counter, key); a key leaves when its value is zero and the watermark has passed that."""
+
+    def __init__(self, counters: Sequence[Counter]) -> None:
+        self.counters = {counter.name: counter for counter in counters}
+        self.epoch = -1
+        self.values: dict[tuple[str, str], list[tuple[int, tuple[float, ...]]]] = {}
+        self._zeros: list[tuple[int, str, str]] = []
+
+    def take(self, batch: pa.RecordBatch) -> None:
+        """Apply rows in order. Rows of an epoch below the highest seen are a ghost's and ignored."""
+        rows = zip(*(batch.column(i).to_pylist() for i in range(5)), strict=True)
+        for counter, key, as_of_ms, epoch, counts in rows:
+            if counter not in self.counters or epoch < self.epoch:
+                continue
+            self.epoch = epoch
+            known = self.values.setdefault((counter, key), [])
+            while known and known[-1][0] >= as_of_ms:
+                # A restarted aggregator says this and what follows again, under its new epoch.
+                known.pop()
+            known.append((as_of_ms, tuple(counts)))
+            del known[:-KEEP]
+            if not any(counts):
+                heapq.heappush(self._zeros, (as_of_ms, counter, key))
+
+    def value(self, counter: str, key: str, as_of_ms: int) -> tuple[float, ...]:
+        """Return the newest counts whose time is not after `as_of_ms`; zeros where there are none."""
+        for known_ms, counts in reversed(self.values.get((counter, key), ())):
+            if known_ms <= as_of_ms:
+                return aged(self.counters[counter], counts, known_ms, as_of_ms)
+        return (0.0,) * len(self.counters[counter].counts)
+
+    def advance(self, watermark_ms: int) -> None:
+        """Forget keys whose newest value is zero, as of a time that the watermark has passed."""
+        while self._zeros and self._zeros[0][0] <= watermark_ms:
+            as_of_ms, counter, key = heapq.heappop(self._zeros)
+            known = self.values.get((counter, key))
+            if known and known[-1][0] == as_of_ms and not any(known[-1][1]):
+                del self.values[counter, key]
+
+
+@dataclass(slots=True)
+class Waiting:
+    """One impression that waits: where its columns lie, and which tasks (bits) are open or became positive."""
+
+    source: int
+    row: int
+    offset: int
+    record_row: int
+    event_time_ms: int
+    base_ms: int
+    open: int
+    positive: int = 0
+
+
+@dataclass(slots=True)
+class Source:
+    """Columns of impressions that came together, kept while `live` (impression, task) pairs are open."""
+
+    batch: pa.RecordBatch
+    live: int
+
+
+@dataclass(slots=True)
+class _Label:
+    source: int
+    row: int
+    task: int
+    label: float
+    feedback_id: str | None = None
+    feedback_time_ms: int | None = None
+
+
+@dataclass(slots=True)
+class Early:
+    """Feedback that came before its impression."""
+
+    feedback_id: str
+    event_time_ms: int
+    since_ms: int
+    arrival: int
+
+
+class PlainJoin:
+    """The whole state of one partition; `take` is its only way on."""
+
+    def __init__(self, project: Project, config: JoinConfig, *, silent_ms: int, partition: int) -> None:
+        self.project, self.config, self.partition = project, config, partition
+        self.spec = project.features
+        self.digest = self.spec.digest()
+        self.schema = sample_schema(project)
+        self._impression_schema = impression_schema(project)
+        self._feedback_schemas = {f.name: feedback_schema(project, f) for f in project.feedback}
+        kept = [f for f in self.schema if f.name not in LABEL_COLUMNS]
+        self.source_schema = pa.schema(kept)
+        key = project.impression.key
+        self.offset = -1
+        self.last = START
+        self.watermark = Watermark(silent_ms)
+        self.totals = Totals(tasks=[TaskCounts() for _ in project.tasks[:TASKS_MAX]])
+        self.locals = [CounterState(c) for c in self.spec.counters if c.key == key]
+        self.aggregates = Aggregates([c for c in self.spec.counters if c.key != key])
+        self.seen = Memory(config.repeat_horizon_ms)
+        self.resolved = Memory(config.resolved_ms)
+        self.waiting: dict[bytes, Waiting] = {}
+        self.sources: dict[int, Source] = {}
+        self.early: dict[tuple[bytes, str], list[Early]] = {}
+        self.early_rows = 0
+        self.expiries: list[tuple[int, int, int, int, bytes]] = []
+        self.arrival = 0
+        self.next_source = 0
+        self._tasks_of = {
+            f.name: [i for i, t in enumerate(project.tasks[:TASKS_MAX]) if t.feedback == f.name]
+            for f in project.feedback
+        }
+
+    def take(self, record: Record) -> Emitted | None:
+        """Apply one record of the partition and return the samples that it resolved, if any.
+
+        A record at or below `offset` is ignored. One that can't be decoded is counted (`bad_records`) and changes
+        nothing else: the same every time the log is read.
+
+        Raises `Overloaded` when more than `join.pending_max` impressions wait.
+        """
+        if record.offset <= self.offset or record.value is None:
+            return None
+        labels: list[_Label] = []
+        kind = record.headers.get("kind", "")
+        try:
+            if kind == PUNCTUATION:
+                self._take_time(self.watermark.take(decode_punctuation(record.value)), labels)
+            elif kind == IMPRESSION:
+                self._take_impressions(decode_batch(record.value, self._impression_schema), record.offset, labels)
+            elif kind == FEEDBACK and record.headers.get("type", "") in self._feedback_schemas:
+                name = record.headers["type"]
+                self._take_feedback(name, decode_batch(record.value, self._feedback_schemas[name]), labels)
+            elif kind == AGGREGATE:
+                self.aggregates.take(decode_batch(record.value, AGGREGATE_SCHEMA))
+        except EventRejected:
+            self.totals.bad_records += 1
+        self.offset = record.offset
+        return self._emit(record.offset, labels) if labels else None
+
+    # Time
+
+    def _take_time(self, watermark_ms: int, labels: list[_Label]) -> None:
+        while self.expiries and self.expiries[0][0] <= watermark_ms:
+            _, offset, row, task, key = heapq.heappop(self.expiries)
+            waiting = self.waiting.get(key)
+            # A positive has left its expiry behind; (offset, row) tells it from a later impression of the same key.
+            if waiting is None or (waiting.offset, waiting.record_row) != (offset, row) or not waiting.open >> task & 1:
+                continue
+            self._resolve(key, waiting, task, _Label(waiting.source, waiting.row, task, 0.0), labels)
+        for (key, name), rows in list(self.early.items()):
+            for early in rows:
+                if early.since_ms < 0:
+                    early.since_ms = watermark_ms
+            kept = [r for r in rows if r.since_ms + self.config.early_feedback_ms > watermark_ms]
+            self._forget_early(key, name, rows, kept)
+        self.seen.advance(watermark_ms)
+        self.resolved.advance(watermark_ms)
+        self.aggregates.advance(watermark_ms)
+        for counter in self.locals:
+            counter.advance(watermark_ms)
+
+    def _forget_early(self, key: bytes, name: str, rows: list[Early], kept: list[Early]) -> None:
+        gone = len(rows) - len(kept)
+        self.early_rows -= gone
+        for task in self._tasks_of[name]:
+            self.totals.tasks[task].pending -= gone
+            self.totals.tasks[task].orphans += gone
+        if kept:
+            self.early[key, name] = kept
+        else:
+            self.early.pop((key, name), None)
+
+    # Impressions
+
+    def _take_impressions(self, batch: pa.RecordBatch, offset: int, labels: list[_Label]) -> None:
+        fresh: list[int] = []
+        keys: list[bytes] = []
+        ids, requests, places = (batch.column(i).to_pylist() for i in range(3))
+        new: set[bytes] = set()
+        for row, (event_id, request, place) in enumerate(zip(ids, requests, places, strict=True)):
+            seen, key = key_of(IMPRESSION, event_id), key_of(request, str(place))
+            known = key in new or key in self.waiting or self.resolved.get(key) is not None
+            if known or self.seen.get(seen) is not None:
+                self.totals.repeated_in_log += 1
+                continue
+            self.seen.put(seen)
+            new.add(key)
+            fresh.append(row)
+            keys.append(key)
+        if not fresh:
+            return
+        if len(self.waiting) + len(fresh) > self.config.pending_max:
+            raise Overloaded(
+                f"partition {self.partition}: {len(self.waiting) + len(fresh)} impressions wait for feedback and "
+                f"join.pending_max allows {self.config.pending_max}; the watermark is {self.watermark.time_ms} ms. If "
+                "it stands still, look for a gateway that stopped punctuating; if it moves, raise join.pending_max."
+            )
+        kept = batch if len(fresh) == batch.num_rows else batch.take(pa.array(fresh, pa.int64()))
+        tasks = len(self.totals.tasks)
+        source = self.next_source
+        self.next_source += 1
+        self.sources[source] = Source(self._featurized(kept, offset, fresh), len(fresh) * tasks)
+        self.totals.impressions += len(fresh)
+        for row, (record_row, key, time_ms) in enumerate(
+            zip(fresh, keys, kept.column("event_time_ms").to_pylist(), strict=True)
+        ):
+            self._admit(key, source, row, offset, record_row, time_ms, labels)
+
+    def _admit(
+        self, key: bytes, source: int, row: int, offset: int, record_row: int, time_ms: int, labels: list[_Label]
+    ) -> None:
+        tasks = range(len(self.totals.tasks))
+        base_ms = max(time_ms, self.watermark.time_ms)
+        waiting = Waiting(source, row, offset, record_row, time_ms, base_ms, open=(1 << len(tasks)) - 1)
+        self.waiting[key] = waiting
+        for task in tasks:
+            counts = self.totals.tasks[task]
+            counts.impressions += 1
+            counts.waiting += 1
+            expiry_ms = base_ms + self.project.tasks[task].window_ms
+            heapq.heappush(self.expiries, (expiry_ms, offset, record_row, task, key))
+        for name, of in self._tasks_of.items():
+            for early in self.early.pop((key, name), ()):
+                self.early_rows -= 1
+                for task in of:
+                    self.totals.tasks[task].pending -= 1
+                self._answer(key, name, early.feedback_id, early.event_time_ms, labels)
+
+    def _featurized(self, batch: pa.RecordBatch, offset: int, rows: list[int]) -> pa.RecordBatch:
+        """Return the columns of `source_schema`: counters as served, else as known here and now."""
+        columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
+        columns |= self._counted(batch)
+        slots_NF, numeric_ND = featurize(columns, self.spec)
+        columns["impression_offset"] = pa.array(np.full(batch.num_rows, offset, dtype=np.int64))
+        columns["impression_row"] = pa.array(rows, pa.int32())
+        columns["slots"] = list_column(slots_NF, pa.int64())
+        columns["numeric"] = list_column(numeric_ND, pa.float32())
+        columns["spec"] = pa.array([self.digest] * batch.num_rows, pa.string())
+        return pa.RecordBatch.from_arrays([columns[f.name] for f in self.source_schema], schema=self.source_schema)
+
+    def _counted(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
+        """Return the counter columns and count the impressions, row after row."""
+        times = batch.column("event_time_ms").to_pylist()
+        keys = batch.column("key").to_pylist()
+        columns: dict[str, pa.Array] = {}
+        for state in self.locals:
+            ours = [(feed, amounts(feed, batch)) for feed in feeds(state.counter, IMPRESSION)]
+            values = []
+            for key, time_ms in zip(keys, times, strict=True):
+                values.append(state.value(key, time_ms))
+                for feed, amount_N in ours:
+                    state.add(key, feed.entry, time_ms, int(amount_N[len(values) - 1]))
+            columns |= _as_columns(state.counter.columns(), values, batch)
+        for counter in self.aggregates.counters.values():
+            others = key_strings(batch.column(counter.key))
+            nothing = (0.0,) * len(counter.counts)
+            found = [
+                nothing if key is None else self.aggregates.value(counter.name, key, time_ms)
+                for key, time_ms in zip(others, times, strict=True)
+            ]
+            columns |= _as_columns(counter.columns(), found, batch)
+        return columns
+
+    # Feedback
+
+    def _take_feedback(self, name: str, batch: pa.RecordBatch, labels: list[_Label]) -> None:
+        counted = [(s, feed, amounts(feed, batch)) for s in self.locals for feed in feeds(s.counter, name)]
+        rows = zip(*(batch.column(i).to_pylist() for i in range(5)), strict=True)
+        for n, (event_id, request, place, partition_key, time_ms) in enumerate(rows):
+            seen = key_of(FEEDBACK, name, event_id)
+            if self.seen.get(seen) is not None:
+                self.totals.repeated_in_log += 1
+                continue
+            self.seen.put(seen)
+            self.totals.feedback += 1
+            for state, feed, amount_N in counted:
+                state.add(partition_key, feed.entry, time_ms, int(amount_N[n]))
+            self._answer(key_of(request, str(place)), name, event_id, time_ms, labels)
+
+    def _answer(self, key: bytes, name: str, event_id: str, time_ms: int, labels: list[_Label]) -> None:
+        waiting, remembered = self.waiting.get(key), self.resolved.get(key)
+        if waiting is None and remembered is None:
+            self._wait_early(key, name, event_id, time_ms)
+            return
+        for task in self._tasks_of[name]:
+            counts = self.totals.tasks[task]
+            positive = (waiting.positive if waiting is not None else remembered or 0) >> task & 1
+            if positive:
+                counts.duplicate += 1
+            elif (
+                waiting is None
+                or not waiting.open >> task & 1
+                or time_ms - waiting.event_time_ms > self.project.tasks[task].window_ms
+            ):
+                counts.late += 1
+            else:
+                counts.matched += 1
+                label = _Label(waiting.source, waiting.row, task, 1.0, event_id, time_ms)
+                self._resolve(key, waiting, task, label, labels)
+                if not waiting.open:
+                    waiting, remembered = None, self.resolved.get(key)
+
+    def _wait_early(self, key: bytes, name: str, event_id: str, time_ms: int) -> None:
+        if self.early_rows >= self.config.pending_max:
+            (oldest, of), rows = min(self.early.items(), key=lambda item: min(r.arrival for r in item[1]))
+            first = min(rows, key=lambda r: r.arrival)
+            self._forget_early(oldest, of, rows, [r for r in rows if r is not first])
+        self.arrival += 1
+        early = Early(event_id, time_ms, self.watermark.time_ms, self.arrival)
+        self.early.setdefault((key, name), []).append(early)
+        self.early_rows += 1
+        for task in self._tasks_of[name]:
+            self.totals.tasks[task].pending += 1
+
+    # Samples
+
+    def _resolve(self, key: bytes, waiting: Waiting, task: int, label: _Label, labels: list[_Label]) -> None:
+        counts = self.totals.tasks[task]
+        counts.waiting -= 1
+        if label.label:
+            counts.positives += 1
+            waiting.positive |= 1 << task
+        else:
+            counts.negatives += 1
+        waiting.open &= ~(1 << task)
+        labels.append(label)
+        if not waiting.open:
+            del self.waiting[key]
+            self.resolved.put(key, waiting.positive)
+
+    def _emit(self, offset: int, labels: list[_Label]) -> Emitted:
+        """Return the samples, ranked in the order of `labels`, and let go of sources that nothing waits for."""
+        runs: list[pa.RecordBatch] = []
+        start = 0
+        for i in range(1, len(labels) + 1):
+            if i == len(labels) or labels[i].source != labels[start].source:
+                rows = pa.array([label.row for label in labels[start:i]], pa.int64())
+                runs.append(self.sources[labels[start].source].batch.take(rows))
+                start = i
+        merged = pa.concat_batches(runs) if len(runs) > 1 else runs[0]
+        count = len(labels)
+        columns = {name: merged.column(i) for i, name in enumerate(self.source_schema.names)}
+        columns |= {
+            "partition": pa.array(np.full(count, self.partition, dtype=np.int32)),
+            "offset": pa.array(np.full(count, offset, dtype=np.int64)),
+            "rank": pa.array(np.arange(count, dtype=np.int32)),
+            "task": pa.array([self.project.tasks[label.task].name for label in labels], pa.string()),
+            "label": pa.array([label.label for label in labels], pa.float32()),
+            "weight": pa.array(np.ones(count, dtype=np.float32)),
+            "feedback_id": pa.array([label.feedback_id for label in labels], pa.string()),
+            "feedback_time_ms": pa.array([label.feedback_time_ms for label in labels], pa.int64()),
+        }
+        self._release(labels)
+        after, self.last = self.last, Position(offset, count - 1)
+        batch = pa.RecordBatch.from_arrays([columns[f.name] for f in self.schema], schema=self.schema)
+        return Emitted(batch, after, self.last)
+
+    def _release(self, labels: list[_Label]) -> None:
+        for label in labels:
+            source = self.sources[label.source]
+            source.live -= 1
+            if not source.live:
+                del self.sources[label.source]
+
+
+def _as_columns(
+    names: tuple[str, ...], values: list[tuple[float, ...]] | list[list[int]], batch: pa.RecordBatch
+) -> dict[str, pa.Array]:
+    known_NC = np.asarray(values, dtype=np.float32).reshape(batch.num_rows, len(names))
+    columns = {}
+    for i, name in enumerate(names):
+        served = batch.column(name)
+        known = pa.array(np.ascontiguousarray(known_NC[:, i]))
+        columns[name] = known if served.null_count == batch.num_rows else pc.coalesce(served, known)
+    return columns
