@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.events import encode_batch
-from headrace.ingest.columns import Layout, hash_column
+from headrace.ingest.columns import Layout
 from headrace.ingest.msgpack_scan import I64s
+from headrace.ingest.texts import hash_column
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.project import EXTRA
-from headrace.ingest.hash64 import xxh64
 from headrace.ingest.msgpack_scan import (
     ARRAY,
     BIN,
@@ -37,6 +36,7 @@ from headrace.ingest.msgpack_scan import (
     head,
     skip,
 )
+from headrace.ingest.texts import NUMBER, Flags, gather, gather_ids, valid_utf8
 from headrace.ingest.validate import ENVELOPE_NAMES, ID_BYTES_MAX, PLACE_MAX, Declared
 
 _INT, _FLOAT, _FLOAT32, _TEXT, _BOOL, _ID, _PLACE, _TIME, _OTHER = range(9)
@@ -45,10 +45,6 @@ _EXACT_FLOAT = 2.0**53
 _FLOAT32_MAX = 3.4028234663852886e38
 _NS_SECONDS_MAX = 9_223_372_036
 _NS = 1_000_000_000
-_NUMBER = -2
-"""In place of a length: the text is the decimal form of the number in `starts`."""
-
-Flags = npt.NDArray[np.uint8]
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -83,47 +79,6 @@ def layout(declared: Declared) -> Layout:
     ends = np.cumsum([0, *map(len, blob)]).astype(np.int64)
     data = np.frombuffer(b"".join(blob), np.uint8)
     return Layout(declared, data, ends, np.array(kinds, np.int64), {name: i for i, name in enumerate(names)})
-
-
-@numba.njit(cache=True)
-def valid_utf8(data: U8s, at: Word, size: Word) -> Flag:
-    """Say whether these bytes are UTF-8 (no surrogates, nothing overlong). Source: RFC 3629, section 4."""
-    end = at + size
-    if size > 16:
-        # Most text is ASCII, which is seen many bytes at once.
-        text = data[at:end]
-        high = np.uint8(0)
-        for i in range(len(text)):
-            high |= text[i]
-        if high < 0x80:
-            return True
-    while at < end:
-        first = data[at]
-        if first < 0x80:
-            at += 1
-            continue
-        if first < 0xC2 or first > 0xF4:
-            return False
-        low, top, more = 0x80, 0xBF, 1
-        if first >= 0xF0:
-            more = 3
-            if first == 0xF0:
-                low = 0x90
-            elif first == 0xF4:
-                top = 0x8F
-        elif first >= 0xE0:
-            more = 2
-            if first == 0xE0:
-                low = 0xA0
-            elif first == 0xED:
-                top = 0x9F
-        if at + more >= end or data[at + 1] < low or data[at + 1] > top:
-            return False
-        for i in range(2, more + 1):
-            if data[at + i] < 0x80 or data[at + i] > 0xBF:
-                return False
-        at += more + 1
-    return True
 
 
 @numba.njit(cache=True)
@@ -208,7 +163,7 @@ def _value(
         if want == _FLOAT or want == _FLOAT32:
             floats_CN[column, row] = value
             return True, at
-        ints_CN[column, row], lens_CN[column, row] = value, _NUMBER
+        ints_CN[column, row], lens_CN[column, row] = value, NUMBER
         return want == _INT or want == _ID or want == _TIME or (want == _PLACE and 0 <= value <= PLACE_MAX), at
     if kind == FLOAT:
         real = _real(data, at, value, scratch)
@@ -286,109 +241,6 @@ def _rows(
         left_N[row] = 0 if ok else 1
 
 
-@numba.njit(cache=True)
-def _digits(number: Word) -> Word:
-    if number < 0:
-        # -(2**63) has no positive twin; its length is known.
-        return 20 if number == -(2**63) else 1 + _digits(-number)
-    size = 1
-    while number >= 10:
-        number //= 10
-        size += 1
-    return size
-
-
-@numba.njit(cache=True)
-def _write(number: Word, data: U8s, at: Word, size: Word) -> None:
-    low = at
-    if number < 0:
-        data[at] = 0x2D
-        low += 1
-    at += size - 1
-    while at >= low:
-        digit = number % 10 if number >= 0 else (-(number % -10))
-        data[at] = 0x30 + digit
-        number = (number - digit) // 10 if number >= 0 else -((-(number + digit)) // 10)
-        at -= 1
-
-
-@numba.njit(cache=True)
-def _copy(data: U8s, start: Word, text: U8s, at: Word, size: Word) -> None:
-    # A slice is copied by the machine's own routine, which pays from some 32 bytes on.
-    if size > 32:
-        text[at : at + size] = data[start : start + size]
-    else:
-        for i in range(size):
-            text[at + i] = data[start + i]
-
-
-@numba.njit(cache=True)
-def _gather(data: U8s, ints_N: I64s, lens_N: npt.NDArray[np.int32], valid_N: Flags) -> tuple[I64s, U8s]:
-    """Return the offsets and bytes of a text column; a number becomes its decimal text, null is empty."""
-    rows = len(ints_N)
-    offsets = np.zeros(rows + 1, np.int64)
-    for row in range(rows):
-        size = np.int64(0)
-        if valid_N[row]:
-            size = np.int64(lens_N[row])
-            if size == _NUMBER:
-                size = _digits(ints_N[row])
-        offsets[row + 1] = offsets[row] + size
-    text = np.empty(offsets[rows], np.uint8)
-    for row in range(rows):
-        at = offsets[row]
-        size = offsets[row + 1] - at
-        if size == 0:
-            continue
-        if lens_N[row] == _NUMBER:
-            _write(ints_N[row], text, at, size)
-        else:
-            _copy(data, ints_N[row], text, at, size)
-    return offsets, text
-
-
-@numba.njit(cache=True)
-def _gather_ids(
-    data: U8s,
-    ints_N: I64s,
-    lens_N: npt.NDArray[np.int32],
-    valid_N: Flags,
-    prefixes: U8s,
-    prefix_at: I64s,
-    chunk_N: I64s,
-    nth_N: I64s,
-) -> tuple[I64s, U8s]:
-    """Return event ids: an event's own, else its chunk's prefix, a slash and its place in the chunk."""
-    rows = len(ints_N)
-    offsets = np.zeros(rows + 1, np.int64)
-    for row in range(rows):
-        if valid_N[row]:
-            size = np.int64(lens_N[row])
-            if size == _NUMBER:
-                size = _digits(ints_N[row])
-        else:
-            chunk = chunk_N[row]
-            size = prefix_at[chunk + 1] - prefix_at[chunk] + 1 + _digits(nth_N[row])
-        offsets[row + 1] = offsets[row] + size
-    text = np.empty(offsets[rows], np.uint8)
-    for row in range(rows):
-        at = offsets[row]
-        size = offsets[row + 1] - at
-        if not valid_N[row]:
-            chunk = chunk_N[row]
-            for i in range(prefix_at[chunk], prefix_at[chunk + 1]):
-                text[at] = prefixes[i]
-                at += 1
-            text[at] = 0x2F
-            at += 1
-            _write(nth_N[row], text, at, offsets[row + 1] - at)
-        elif lens_N[row] == _NUMBER:
-            _write(ints_N[row], text, at, size)
-        else:
-            _copy(data, ints_N[row], text, at, size)
-    return offsets, text
-
-
 class Columns(msgspec.Struct, frozen=True):
     """Decoded rows: `batch` has one row an entry, of which those in `left` hold nothing yet."""
 
@@ -429,11 +281,11 @@ def decode(
     key_at, request_at = made.at[made.declared.key], made.at["request_id"]
     key_kind = int(made.kinds[key_at])
     if key_kind == _INT:
-        lens[key_at] = _NUMBER
+        lens[key_at] = NUMBER
     # What is missing, too long or out of time is for `check` to name.
     missing = (valid[request_at] == 0) | (valid[key_at] == 0)
     if key_kind in (_TEXT, _ID):
-        short = lens[key_at] != _NUMBER
+        short = lens[key_at] != NUMBER
         missing |= short & ((lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX))
     elif key_kind != _INT:
         missing[:] = True
@@ -452,10 +304,10 @@ def decode(
             blob = [prefix.encode("utf-8", "replace") for prefix in prefixes]
             ends = np.cumsum([0, *map(len, blob)]).astype(np.int64)
             joined = np.frombuffer(b"".join(blob) or b"\0", np.uint8)
-            offsets, text = _gather_ids(data, ints[c], lens[c], valid[c], joined, ends, chunk_N, nth_N)
+            offsets, text = gather_ids(data, ints[c], lens[c], valid[c], joined, ends, chunk_N, nth_N)
             arrays.append(_text(offsets, text, None, rows))
         elif kind in (_TEXT, _ID):
-            offsets, text = _gather(data, ints[c], lens[c], valid[c])
+            offsets, text = gather(data, ints[c], lens[c], valid[c])
             arrays.append(_text(offsets, text, valid[c] if field.nullable else None, rows))
         elif kind == _OTHER:
             arrays.append(pa.nulls(rows, field.type))
@@ -489,22 +341,3 @@ def _numbers(
     else:
         data = pa.py_buffer(ints_N.astype(np.int32) if code == _PLACE else ints_N)
     return pa.Array.from_buffers(kind, len(ints_N), [_bitmap(valid_N), data])
-
-
-@numba.njit(cache=True)
-def _hashes(offsets: npt.NDArray[np.int32], text: U8s, rows: Word, seed: np.uint64) -> npt.NDArray[np.uint64]:
-    out = np.empty(rows, np.uint64)
-    for row in range(rows):
-        out[row] = xxh64(text, offsets[row], offsets[row + 1] - offsets[row], seed)
-    return out
-
-
-def hash_column(column: pa.Array, seed: int = 0) -> npt.NDArray[np.uint64]:
-    """Return XXH64 of every text of a string column without nulls, uint64 [N]; the same as `contract.hash_text`."""
-    rows = len(column)
-    _, offsets, text = column.buffers()
-    if rows == 0:
-        return np.empty(0, np.uint64)
-    places = np.frombuffer(offsets, np.int32)[column.offset : column.offset + rows + 1]
-    data = np.frombuffer(text, np.uint8) if text is not None and text.size else np.zeros(1, np.uint8)
-    return _hashes(places, data, rows, np.uint64(seed))

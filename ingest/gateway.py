@@ -37,12 +37,13 @@ from headrace.contract.project import Project
 from headrace.contract.topics import Topics
 from headrace.ingest.batcher import Acked, Batcher, Cut, Outcome, Outgoing, Owner, Waiting, cut, merge
 from headrace.ingest.ceiling import Ceiling
-from headrace.ingest.columns import decode, hash_column, layout
+from headrace.ingest.columns import decode, layout
 from headrace.ingest.forward_protocol import Entry, Message, chunk_text, encode_record, read_entry
 from headrace.ingest.mapping import mappers_of, together
 from headrace.ingest.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.punctuate import Punctuator
 from headrace.ingest.repeats import EventIds, Occurrences, Repeats, digest
+from headrace.ingest.texts import hash_column
 from headrace.ingest.validate import Declared, check, declared_types
 
 CHUNKS_REMEMBERED = 400_000

@@ -73,7 +73,8 @@ def declared_types(project: Project) -> dict[str, Declared]:
     """Return every declared type by its tag."""
     imp = project.impression
     # What one type calls private is kept by none as an unknown field.
-    private = {name for kind in (imp, *project.feedback) for name in kind.private}
+    kinds: tuple[ImpressionType | FeedbackType, ...] = (imp, *project.feedback)
+    private = {name for kind in kinds for name in kind.private}
     found = [_declared(IMPRESSION, IMPRESSION, imp, imp.key, impression_schema(project), private)]
     for fb in project.feedback:
         found.append(_declared(fb.name, FEEDBACK, fb, imp.key, feedback_schema(project, fb), private))

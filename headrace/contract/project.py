@@ -124,8 +124,9 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         kinds = {f.name for f in self.feedback}
         if self.impression.key not in raw:
             raise ConfigRejected(f"impression.key {self.impression.key!r} is not one of its fields {sorted(raw)}.")
-        for kind in (self.impression, *self.feedback):
-            _check_fields(kind)
+        events: tuple[ImpressionType | FeedbackType, ...] = (self.impression, *self.feedback)
+        for one in events:
+            _check_fields(one)
         fields_by_tag = {self.impression.tag: self.impression.fields, **{f.tag: f.fields for f in self.feedback}}
         check_mappings(self.mappings, fields_by_tag, self.impression.key)
         for task in self.tasks:
