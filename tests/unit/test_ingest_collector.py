@@ -3,6 +3,7 @@ real gateway and collector on loopback sockets, driven by httpx and by raw bytes
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -22,6 +23,7 @@ from collector_world import Site, site
 from gateway_world import Authority
 
 from headrace.contract.errors import ConfigRejected
+from headrace.ingest import collector, collector_http
 from headrace.ingest.collector_access import Origins, Tokens, read_tokens
 
 JSON, LINES, PACKED = "application/json", "application/x-ndjson", "application/msgpack"
@@ -458,6 +460,35 @@ def test_connections_have_a_bound_and_an_idle_one_gives_way() -> None:
         assert made.metrics.counters["connections_refused_total", "idle"] >= 1
         for one in idle:
             one.close()
+
+
+def test_headers_and_bodies_that_come_drop_by_drop_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector_http, "HEADERS_S", 0.2)
+    monkeypatch.setattr(collector, "_BODY_S", 0.2)
+    with site() as made:
+        with socket.create_connection(("127.0.0.1", made.port)) as slow:
+            slow.sendall(b"POST /v1/events HTTP/1.1\r\nHost:")
+            with contextlib.suppress(ConnectionResetError):
+                assert slow.recv(100) == b""
+        with socket.create_connection(("127.0.0.1", made.port)) as slow:
+            slow.sendall(b"POST /v1/events HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n[")
+            assert b" 408 " in slow.recv(1_000)
+        assert made.metrics.counters["connections_refused_total", "headers_timeout"] >= 1
+
+
+def test_where_every_connection_waits_for_kafka_a_new_one_is_refused() -> None:
+    with site(collector_connections_max=1) as made:
+        made.log.away = True
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(send(made, json.dumps(event()))))
+        thread.start()
+        until(lambda: made.metrics.gauges.get(("buffer_bytes", ""), 0) > 0)
+        with pytest.raises(httpx.TransportError):
+            send(made, json.dumps(event()))
+        assert made.metrics.counters["connections_refused_total", "connections_max"] == 1
+        made.log.away = False
+        thread.join()
+        assert answers[0].json() == outcome(appended=1)
 
 
 def test_a_body_that_never_ends_is_refused_and_a_wrong_place_is_told(open_site: Site) -> None:
