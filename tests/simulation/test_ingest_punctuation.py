@@ -24,7 +24,7 @@ from headrace.ingest import punctuate
 from headrace.ingest.gateway import Gateway, Peer
 from headrace.stream.join import JoinState
 
-SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 20))]
+SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 20))]
 WINDOW_MS = PROJECT.tasks[0].window_ms
 CONFIG = IngestConfig()
 SILENT_MS = CONFIG.silent_ms
@@ -195,7 +195,7 @@ class World:
         joins = self.joined()
         for join in joins:
             assert join.watermark.time_ms > self.clock.ms - 2_000, "time stands still"
-            assert not join.waiting, "an impression waits for ever"
+            assert join.totals.tasks[0].waiting == 0, "an impression waits for ever"
         assert set(self.clicks) <= set(self.labels), "lost"
         return [request for request in self.clicks if self.labels[request] == 0.0]
 
