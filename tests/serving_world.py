@@ -46,6 +46,7 @@ PROJECT = Project(
             Categorical(field="item"),
             Numeric(field="price", scale=0.1),
             Rate(of="counter.item.click", over="counter.item.impression"),
+            Numeric(field="event_time_ms", scale=0.01),
         ),
     ),
     recipe=Recipe(dim=4, hidden=(8,)),
@@ -82,6 +83,7 @@ def slots_of(users: list[int], items: list[int]) -> np.ndarray:
         "user": pa.array(users, pa.int64()),
         "item": pa.array(items, pa.int64()),
         "price": pa.array([0.0] * len(users), pa.float64()),
+        "event_time_ms": pa.array([0] * len(users), pa.int64()),
         **dict.fromkeys(SPEC.counter_columns(), zero),
     }
     return featurize(columns, SPEC)[0]

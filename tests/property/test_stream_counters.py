@@ -13,9 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.events import (
+    Punctuation,
+    batch_from_rows,
+    encode_batch,
+    encode_punctuation,
+    feedback_schema,
+    impression_schema,
+)
+from headrace.contract.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, Custom, FeatureSpec, MultiValued, Numeric, Recency, Text
 from headrace.serving.features import FeatureMemory
+from headrace.stream.aggregator import AggregatorState
 from headrace.stream.features.counters import CounterState, aged, amounts, bucket_ms, feeds, value_as_of, weights
 
 ENTRIES = ("impression", "buy", "sum:buy.value", "last:buy", "last:impression")
@@ -139,19 +149,18 @@ def test_old_counters_give_whole_numbers_as_before():
 
 
 def test_serving_reads_the_same_values_at_its_watermark():
-    class Taken:
-        topic, offset = "features", 0
-
-        def __init__(self, as_of_ms: int, buckets: dict) -> None:
-            self.key = b"d/a"
-            self.value = msgspec.json.encode({"as_of_ms": as_of_ms, "epoch": 1, "buckets": buckets})
+    def taken(key: str, as_of_ms: int, buckets: dict) -> Record:
+        value = msgspec.json.encode({"as_of_ms": as_of_ms, "epoch": 1, "buckets": buckets})
+        return Record("features", 0, 0, key.encode(), value, {}, 0)
 
     events = [("buy", "a", 100, 2.5), ("impression", "a", 130, None), ("buy", "a", 420, 1.0)]
     state, memory = CounterState(DECAYED), FeatureMemory()
     take(state, events)
     raw = {"k": pa.array(["a", "b", None])}
+    memory.take(taken("d/a", 450, {str(b): counts for b, counts in state.rows["a"].items()}))
     for as_of_ms in (450, 451, 499, 500, 900):
-        memory.take(Taken(as_of_ms, {str(b): counts for b, counts in state.rows["a"].items()}))
+        # Another key's record moves the time at which all are read.
+        memory.take(taken("d/z", as_of_ms, {}))
         served = memory.columns(FeatureSpec(counters=(DECAYED,)), raw, 3)
         assert list(served[0].values()) == [float(v) for v in state.value("a", as_of_ms)]
         assert list(served[0]) == list(DECAYED.columns())
@@ -201,3 +210,53 @@ def test_declarations_that_fit_are_taken():
         Numeric(field="event_time_ms"),
     )
     project(counters=(counter,), features=features).checked()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_the_aggregator_wrote_is_true_at_every_grid_point(seed):
+    """Newest value written of each key, aged to the grid point, against a brute force over what came before it."""
+    random, grid_ms = Random(seed), 70
+    declared = project(counters=(PLAIN, DECAYED), buy={"n": "int64", "k": "string"}, key="n").checked()
+    schemas = {"impression": impression_schema(declared), "buy": feedback_schema(declared, declared.feedback[0])}
+    state = AggregatorState(declared, 2, grid_ms=grid_ms, silent_ms=10_000, horizon_ms=100_000)
+    newest: dict[tuple[str, str], tuple[int, tuple[float, ...]]] = {}
+    read: list[list] = [[], []]
+    """Per partition: (events, None) or (None, watermark), in log order."""
+    checked = now = 0
+    offsets = [-1, -1]
+    for step in range(300):
+        partition = random.randrange(2)
+        offsets[partition] += 1
+        # Quiet at the end: everything must leave the windows.
+        if random.random() < 0.5 or step > 230:
+            now += random.randrange(120)
+            body, headers = encode_punctuation(Punctuation("g", 1, now)), {"kind": "punctuation"}
+            read[partition].append((None, now))
+        else:
+            name, at_ms = random.choice(["impression", "buy"]), max(0, now + random.randrange(-300, 30))
+            event = (name, random.choice("ab"), at_ms, round(random.uniform(-9, 9), 3))
+            lead = {"event_id": f"{partition}.{step}", "request_id": "r", "place": step, "key": "1", "n": 1}
+            row = lead | {"event_time_ms": at_ms, "k": event[1], "value": event[3]}
+            row = {field: row.get(field) for field in schemas[name].names}
+            kind = {"kind": "impression"} if name == "impression" else {"kind": "feedback", "type": name}
+            body, headers = encode_batch(batch_from_rows([row], schemas[name])), kind
+            read[partition].append((event, None))
+        settled = state.take(Record("events", partition, offsets[partition], None, body, headers, 0))
+        for as_of_ms, items in groupby(settled, key=lambda item: item.as_of_ms):
+            for item in items:
+                newest[item.counter, item.key] = as_of_ms, tuple(np.float32(item.counts).tolist())
+            known = [event for log in read for event in before(log, as_of_ms)]
+            for counter in (PLAIN, DECAYED):
+                for key in "ab":
+                    known_ms, values = newest.get((counter.name, key), (0, (0.0,) * len(ENTRIES)))
+                    found = aged(counter, values, known_ms, as_of_ms)
+                    np.testing.assert_allclose(found, brute(counter, known, key, as_of_ms), rtol=1e-5, atol=1e-5)
+                    checked += 1
+    assert checked > 100
+    assert len(newest) == 4 and all(not any(values) for _, values in newest.values())
+
+
+def before(log: list, as_of_ms: int) -> list:
+    """Return a partition's events up to a time that lie before the punctuation with which it reached that."""
+    end = next((i for i, (_, time_ms) in enumerate(log) if time_ms is not None and time_ms >= as_of_ms), len(log))
+    return [event for event, _ in log[:end] if event is not None and event[2] <= as_of_ms]

@@ -57,7 +57,9 @@ def expected(world: World, version: str, rows: list[dict[str, Any]]) -> np.ndarr
     """Score as the trainer would: its featurizer, its forward pass, its rows."""
     types = {"user": pa.int64(), "item": pa.int64(), "price": pa.float64()}
     types |= dict.fromkeys(SPEC.counter_columns(), pa.float32())
-    slots, numeric = featurize({n: pa.array([r.get(n) for r in rows], t) for n, t in types.items()}, SPEC)
+    columns = {n: pa.array([r.get(n) for r in rows], t) for n, t in types.items()}
+    columns["event_time_ms"] = pa.array([world.clock.now_ms()] * len(rows), pa.int64())
+    slots, numeric = featurize(columns, SPEC)
     table, dense = world.models[version]
 
     def lookup(keys: np.ndarray) -> np.ndarray:
