@@ -83,7 +83,7 @@ def main(path: str, port: str, name: str, receipt_s: str, *settings: str) -> Non
 
 
 def _peak_kib() -> int:
-    """Return the most memory this process had; not `ru_maxrss` where that can be helped: it begins with the parent's."""
+    """Return the most memory this process had; not `ru_maxrss` where it can be helped: it begins with the parent's."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
