@@ -25,7 +25,7 @@ from headrace.contract.functions import feature_function
 from headrace.contract.log import Record
 from headrace.contract.positions import Position
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
-from headrace.contract.sample import matrix
+from headrace.contract.sample import matrix, sample_schema
 from headrace.contract.snapshot import Manifest
 from headrace.contract.spec import (
     PAD,
@@ -44,7 +44,7 @@ from headrace.serving.scorer import merge, rank
 from headrace.serving.shared_model import Meta, SharedModel
 from headrace.stream.join import JoinState
 from headrace.trainer.model.learner import Learner
-from headrace.trainer.source import to_batch
+from headrace.trainer.source import conform, to_batch
 
 
 @feature_function("everywhere.title_length", version=3)
@@ -125,7 +125,7 @@ def test_the_join_counts_sums_recencies_and_decay(samples):
 def test_lake_and_trainer_read_what_the_join_made(samples, tmp_path):
     lake = DeltaLake(str(tmp_path / "lake"))
     lake.append([decode_batch(encode_batch(samples))], {0: 1}, {0: Position(9, 0)})
-    rows = lake.read().sort_by("event_time_ms")
+    rows = conform(lake.read().sort_by("event_time_ms"), sample_schema(PROJECT))
     batch = to_batch(rows, PROJECT)
     slots_NF = matrix(samples["slots"], PROJECT.features.slots)
     assert batch.slots_BF.tobytes() == slots_NF.tobytes()
@@ -135,6 +135,18 @@ def test_lake_and_trainer_read_what_the_join_made(samples, tmp_path):
     assert again.slots_BF.tobytes() == batch.slots_BF.tobytes()
     assert again.numeric_BD.tobytes() == batch.numeric_BD.tobytes()
     assert (slots_NF[2] == PAD).sum() == 2 + 2 + 5 + 2 and not (slots_NF[0] == 0).any()
+
+
+def test_rows_from_before_a_field_was_declared_are_featurized_again(samples):
+    """A column that an old row lacks is null: no tags, no sum."""
+    lacking = {"tags", "counter.u.sum:buy.value", "counter.d.buy"}
+    old = pa.Table.from_batches([samples]).select([n for n in samples.schema.names if n not in lacking])
+    old = old.set_column(old.schema.get_field_index("spec"), "spec", pa.array(["other"] * old.num_rows))
+    before = to_batch(conform(old, sample_schema(PROJECT)), PROJECT)
+    now = to_batch(pa.Table.from_batches([samples]), PROJECT)
+    assert before.slots_BF[:, 0].tolist() == now.slots_BF[:, 0].tolist()
+    assert len({row.tobytes() for row in before.slots_BF[:, 1:4]}) == 1
+    assert before.slots_BF[0, 1] == now.slots_BF[2, 1] and (before.slots_BF[:, 2:4] == PAD).all()
 
 
 def test_serving_scores_as_the_trainer_does(samples, tmp_path):
