@@ -371,16 +371,23 @@ def test_a_shipper_that_always_has_a_message_under_way_is_not_blamed() -> None:
 
 
 def test_the_time_in_which_the_gateway_does_not_read_is_not_the_shippers() -> None:
-    with Running(message_ms=300, buffer_bytes_max=20_000) as gateway, gateway.connect() as sock:
+    with (
+        Running(message_ms=1_500, buffer_bytes_max=20_000) as gateway,
+        gateway.connect() as full,
+        gateway.connect() as sock,
+    ):
         gateway.log.away = True
         begun = frame([impression(2)], "c2")
-        sock.sendall(frame([impression(1, title="x" * 30_000)], "c1") + begun[:10])
+        sock.sendall(begun[:10])
+        eventually(lambda: bool(gateway.server.unfinished), "begun")
+        full.sendall(frame([impression(1, title="x" * 30_000)], "c1") + begun[:10])
         eventually(lambda: gateway.server.paused, "full")
-        time.sleep(1.0)
+        time.sleep(2.5)
         gateway.log.away = False
-        assert read_value(sock) == {"ack": "c1"}
-        sock.sendall(begun[10:])
-        assert read_value(sock) == {"ack": "c2"}
+        assert read_value(full) == {"ack": "c1"}
+        for one in (full, sock):
+            one.sendall(begun[10:])
+            assert read_value(one) == {"ack": "c2"}
         assert gateway.refused("message_timeout") == 0
 
 
