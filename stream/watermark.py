@@ -4,9 +4,9 @@ Each gateway promises now and then "I will append nothing older than t here". Th
 leaving out gateways that said goodbye, those whose promise stood still while another's went on by `silent_ms`, and
 those that speak of times more than `silent_ms` before the watermark. It never goes back.
 
-How far another went on is counted from its first word after the gateway's last step, not by comparing their times: two
-clocks that differ by more than `silent_ms` both count, and after an outage of a day the first gateway that is back does
-not take the others, which come seconds later with a day's backlog, for silent.
+How far another went on is the sum of its steps since the gateway's last one, each counted as a quarter of `silent_ms`
+at most, and not the difference of their times: two clocks that differ by more than `silent_ms` both count, and after an
+outage of a day the first gateway that is back does not take the others, which are seconds behind it, for silent.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Watermark:
         self.time_ms = NO_TIME
         self.gateways: dict[str, tuple[int, int]] = {}
         """Gateway to (epoch, promise)."""
-        self._since: dict[str, dict[str, int]] = {}
-        """Gateway to speaker to the speaker's first promise after the gateway's own last step."""
+        self._passed_by: dict[str, dict[str, int]] = {}
+        """Gateway to speaker to how far the speaker went on since the gateway's own last step."""
 
     def take(self, punctuation: Punctuation) -> int:
         """Apply one promise and return the watermark.
@@ -50,10 +50,12 @@ class Watermark:
             return self.time_ms
         self.gateways[speaker] = (punctuation.epoch, promise)
         if promise > before:
-            self._since[speaker] = {}
-        for other in [g for g in self.gateways if g != speaker]:
-            first = self._since.setdefault(other, {}).setdefault(speaker, promise)
-            if promise - first > self.silent_ms:
+            self._passed_by[speaker] = {}
+        step_ms = 0 if before == NO_TIME else min(promise - before, self.silent_ms // 4)
+        for other in [g for g in self.gateways if g != speaker and step_ms]:
+            steps = self._passed_by.setdefault(other, {})
+            steps[speaker] = steps.get(speaker, 0) + step_ms
+            if steps[speaker] > self.silent_ms:
                 self._leave_out(other)
         self.time_ms = max(self.time_ms, min(p for _, p in self.gateways.values()))
         if punctuation.bye:
@@ -62,17 +64,17 @@ class Watermark:
 
     def _leave_out(self, gateway: str) -> None:
         self.gateways.pop(gateway, None)
-        self._since.pop(gateway, None)
-        for firsts in self._since.values():
-            firsts.pop(gateway, None)
+        self._passed_by.pop(gateway, None)
+        for steps in self._passed_by.values():
+            steps.pop(gateway, None)
 
     def to_plain(self) -> list[Any]:
         """Return the state as lists, numbers and texts."""
-        since = [[g, sorted(firsts.items())] for g, firsts in sorted(self._since.items())]
-        return [self.time_ms, [[g, e, p] for g, (e, p) in sorted(self.gateways.items())], since]
+        passed_by = [[g, sorted(steps.items())] for g, steps in sorted(self._passed_by.items())]
+        return [self.time_ms, [[g, e, p] for g, (e, p) in sorted(self.gateways.items())], passed_by]
 
     def load_plain(self, plain: Sequence[Any]) -> None:
         """Take over what `to_plain` gave; a state written before the third part was kept begins without it."""
         self.time_ms = plain[0]
         self.gateways = {g: (e, p) for g, e, p in plain[1]}
-        self._since = {g: dict(firsts) for g, firsts in plain[2]} if len(plain) > 2 else {}
+        self._passed_by = {g: dict(steps) for g, steps in plain[2]} if len(plain) > 2 else {}

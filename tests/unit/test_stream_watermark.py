@@ -19,8 +19,8 @@ def test_the_slowest_live_gateway_holds_it():
 
 
 def test_a_silent_gateway_lets_go_and_a_goodbye_counts_once():
-    words = [Punctuation("a", 1, 50), *(Punctuation("b", 1, t) for t in (60, 160, 161))]
-    assert times(*words) == [50, 50, 50, 161]
+    words = [Punctuation("a", 1, 50), *(Punctuation("b", 1, t) for t in (60, 80, 100, 120, 140, 160, 161))]
+    assert times(*words) == [50] * 7 + [161]
     assert times(Punctuation("a", 1, 50), Punctuation("a", 1, 70, bye=True), Punctuation("b", 1, 90)) == [50, 70, 90]
 
 
@@ -31,9 +31,10 @@ def test_a_clock_that_is_ahead_silences_nobody():
 
 def test_the_first_gateway_back_after_a_day_waits_silent_ms_for_the_others():
     day = 86_400_000
-    words = [Punctuation("a", 1, 50), Punctuation("b", 1, 50), *(Punctuation("a", 1, day + t) for t in (0, 60, 101))]
-    assert times(*words) == [50, 50, 50, 50, day + 101]
-    assert times(*words[:4], Punctuation("b", 1, day + 70), words[4]) == [50, 50, 50, 50, day + 60, day + 70]
+    begin = [Punctuation("a", 1, 50), Punctuation("b", 1, 50), Punctuation("a", 1, 60)]
+    back = [Punctuation("a", 1, day + t) for t in range(0, 100, 20)]
+    assert times(*begin, *back) == [50] * 7 + [day + 80]
+    assert times(*begin, *back[:4], Punctuation("b", 1, day + 70), back[4]) == [50] * 7 + [day + 60, day + 70]
 
 
 def test_a_promise_that_stands_still_or_lies_far_behind_holds_nothing_for_ever():
