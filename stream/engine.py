@@ -32,6 +32,8 @@ SEEK_WAIT_S = 20.0
 STOP_S = 3.0
 WAITING_MAX = 256
 """Most records that wait to be handed on."""
+TURNS = 4
+"""Turns of the event loop in which another record comes, if there is one."""
 TAKEN_BYTES = 2 * 1024 * 1024
 """No more records are handed on at once when they have so many bytes: a second of work at most."""
 FETCH_WAIT_MS = 50
@@ -102,7 +104,6 @@ class Engine:
             consumer_max_fetch_size=8 * 1024 * 1024,
             web_enabled=False,
         )
-        self.app.transport = _Transport(self.app.conf.broker_consumer, self.app, loop=self.app.loop)
         self.topic = topic
         self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)
         self.next: dict[int, int] = {}
@@ -134,6 +135,7 @@ class Engine:
 
     async def _main(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         app = self.app
+        app.transport = _Transport(app.conf.broker_consumer, app, loop=asyncio.get_running_loop())
 
         @app.agent(self.channel, name=f"{app.conf.id}-agent")
         async def agent(stream: Any) -> None:
@@ -234,6 +236,12 @@ class Engine:
         """Wait for records and hand them on, partition by partition, until none is left."""
         await self._came.wait()
         self._came.clear()
+        count = 0
+        while count < len(self._waiting) < WAITING_MAX:
+            # Faust needs a few turns of the loop a record; when they bring none, what is there is all.
+            count = len(self._waiting)
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
         while self._waiting:
             records = self._next_records()
             self._taken.set()
