@@ -273,15 +273,23 @@ def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa
 
 
 def compare(samples: pa.Table, ids_N: pa.Array, there: pa.Array, positions: Positions) -> tuple[int, int]:
-    """Return (lost, twice): ids at or below `positions` that `there` lacks, and how often it repeats one.
+    """Return (lost, twice): how often `there` lacks an id at or below `positions`, and how often it has one too much.
 
-    An id that should not be there at all counts as twice, too: something made it up.
+    An eager task has two samples of an id where feedback came. An id that should not be there at all counts as twice:
+    something made it up.
     """
-    covered_N = covers(samples, positions)
-    present_N = pc.is_in(ids_N, value_set=there).to_numpy(zero_copy_only=False)
-    repeated = len(there) - len(there.unique())
-    strange = int(pc.sum(pc.invert(pc.is_in(there.unique(), value_set=ids_N))).as_py() or 0)
-    return int((covered_N & ~present_N).sum()), repeated + strange
+    due = _counts_in(there, ids_N.filter(pa.array(covers(samples, positions))))
+    right = _counts_in(ids_N, there)
+    return int(due.clip(min=0).sum()), int(right.clip(min=0).sum())
+
+
+def _counts_in(known: pa.Array, ids: pa.Array) -> npt.NDArray[np.int64]:
+    """Return, for each distinct one of `ids`, how many more times it is there than in `known`."""
+    counted, have = ids.value_counts(), known.value_counts()
+    places = pc.index_in(counted.field("values"), value_set=have.field("values"))
+    return np.asarray(
+        counted.field("counts").to_numpy() - pc.fill_null(have.field("counts").take(places), 0).to_numpy()
+    )
 
 
 def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys: StoredKeys) -> npt.NDArray[np.int64]:

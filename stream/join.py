@@ -6,6 +6,7 @@
    max(its time, the watermark when it was read) + the task's window.
 4. Feedback in time makes a positive at once; feedback that comes first waits for its impression.
 5. Punctuation moves the watermark; what has expired by then becomes negative, in the order (expiry, offset, row, task).
+   A task with the eager policy says negative when the impression comes; its positive is a correction.
 
 Samples that one record resolves get ranks 0, 1, 2 ...; (offset, rank) is a sample's position. Records may be taken
 several at once: features and samples are then made together, which changes nothing but the time it takes.
@@ -50,6 +51,7 @@ from headrace.stream.features.counters import amounts, feeds
 from headrace.stream.features.featurize import featurize
 from headrace.stream.matching import (
     CODE,
+    CORRECTION,
     ID,
     NEGATIVE,
     SEQ,
@@ -114,6 +116,8 @@ class _Gathered:
         self.impressions: list[pa.RecordBatch] = []
         self.labels: list[I64s] = []
         self.offsets: list[I64s] = []
+        self.released: list[I64s] = []
+        """Sequence numbers of impressions whose eager negative has become the last word."""
         self.ids: list[pa.Array] = []
         self.ids_rows = 0
 
@@ -149,6 +153,8 @@ class JoinState:
         tasks, key = project.tasks[:TASKS_MAX], project.impression.key
         self._task_names = pa.array([task.name for task in tasks], pa.string())
         self._windows_T = np.array([task.window_ms for task in tasks], np.int64)
+        self._eager_T = np.array([task.policy == "eager" for task in tasks], np.uint8)
+        self._weights_T = np.array([task.correction_weight for task in tasks], np.float32)
         self.locals = [CountingTable(c) for c in self.spec.counters if c.key == key]
         self.aggregates = Aggregates([c for c in self.spec.counters if c.key != key])
         self.seen = Memory(config.repeat_horizon_ms)
@@ -198,6 +204,8 @@ class JoinState:
         if gathered.impressions:
             self._keep(gathered.impressions)
         emitted = self._emit(gathered) if gathered.labels else None
+        for seq_L in gathered.released:
+            self.payload.release(seq_L)
         self.early.forget_ids()
         return emitted
 
@@ -213,7 +221,14 @@ class JoinState:
             self.aggregates.take(decode_batch(value, AGGREGATE_SCHEMA))
 
     def _tables(self) -> Tables:
-        return Tables(self.seen.arrays, self.resolved.arrays, self.pending.arrays, self.early.arrays, self._windows_T)
+        return Tables(
+            self.seen.arrays,
+            self.resolved.arrays,
+            self.pending.arrays,
+            self.early.arrays,
+            self._windows_T,
+            self._eager_T,
+        )
 
     # Time
 
@@ -222,9 +237,14 @@ class JoinState:
         if len(seq_L):
             self.resolved.reserve(len(seq_L))
             self.pending.close(seq_L, task_L, self.resolved.arrays)
+            told_L = self._eager_T[task_L] == 1
+            if told_L.any():
+                gathered.released.append(seq_L[told_L])
+                seq_L, task_L = seq_L[~told_L], task_L[~told_L]
             labels_L5 = np.full((len(seq_L), 5), -1, np.int64)
             labels_L5[:, SEQ], labels_L5[:, TASK], labels_L5[:, CODE] = seq_L, task_L, NEGATIVE
-            gathered.label(labels_L5, offset, None)
+            if len(seq_L):
+                gathered.label(labels_L5, offset, None)
         self.pending.let_go()
         self.early.advance(watermark_ms, self.pending.arrays.counts_T9)
         self.seen.advance(watermark_ms)
@@ -240,7 +260,7 @@ class JoinState:
         for table in (self.seen, self.pending):
             table.reserve(rows)
         self.resolved.reserve(rows)
-        fresh_N, labels_L5 = np.empty(rows, np.int32), np.empty((rows * tasks, 5), np.int64)
+        fresh_N, labels_L5 = np.empty(rows, np.int32), np.empty((2 * rows * tasks, 5), np.int64)
         fresh, labels = take_impressions(
             self._tables(), *_keys(batch, IMPRESSION), _numbers(batch, 4), self.watermark.time_ms, fresh_N, labels_L5
         )
@@ -286,7 +306,9 @@ class JoinState:
         columns["numeric"] = list_column(numeric_ND, pa.float32())
         columns["spec"] = pa.repeat(pa.scalar(self.digest, pa.string()), batch.num_rows)
         kept = pa.RecordBatch.from_arrays([columns[f.name] for f in self.source_schema], schema=self.source_schema)
-        self.payload.append(self.pending.following - batch.num_rows, kept, len(self._windows_T))
+        self.payload.append(
+            self.pending.following - batch.num_rows, kept, len(self._windows_T) + int(self._eager_T.sum())
+        )
 
     # Feedback
 
@@ -330,14 +352,14 @@ class JoinState:
         rank_L = np.arange(count) - np.repeat(first_L, np.diff(np.concatenate([first_L, [count]])))
         kept = self.payload.take(labels_L5[:, SEQ])
         columns = {name: kept.column(i) for i, name in enumerate(self.source_schema.names)}
-        positive_L = labels_L5[:, CODE] != NEGATIVE
+        positive_L, one = labels_L5[:, CODE] != NEGATIVE, np.float32(1.0)
         columns |= {
             "partition": pa.array(np.full(count, self.partition, dtype=np.int32)),
             "offset": pa.array(offset_L),
             "rank": pa.array(rank_L.astype(np.int32)),
             "task": self._task_names.take(pa.array(labels_L5[:, TASK])),
             "label": pa.array(positive_L.astype(np.float32)),
-            "weight": pa.array(np.ones(count, dtype=np.float32)),
+            "weight": pa.array(np.where(labels_L5[:, CODE] == CORRECTION, self._weights_T[labels_L5[:, TASK]], one)),
             "feedback_id": self._feedback_ids(labels_L5[:, ID], gathered.ids),
             "feedback_time_ms": pa.array(labels_L5[:, TIME], mask=~positive_L),
         }

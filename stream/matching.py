@@ -24,13 +24,14 @@ from headrace.stream.pending import (
     admit,
     resolve,
 )
-from headrace.stream.rings import I32s, I64s, Int, U64s, find, row_of, seq_of
+from headrace.stream.rings import I32s, I64s, Int, U8s, U64s, find, row_of, seq_of
 
 SEQ, TASK, CODE, ID, TIME = range(5)
 """Columns of labels: the impression's sequence number, the task, what it is, where the feedback's id is, its time.
 
 `ID` is a row of the record, or -2 - s for the early feedback with sequence number s, or -1 for none."""
-NEGATIVE, POSITIVE_LABEL = 0, 1
+NEGATIVE, POSITIVE_LABEL, CORRECTION = 0, 1, 2
+"""What a label is: `CODE`. A correction is a positive after an eager negative."""
 
 
 class Tables(NamedTuple):
@@ -41,6 +42,8 @@ class Tables(NamedTuple):
     waiting: Waiting
     early: Early
     windows_T: I64s
+    eager_T: U8s
+    """1 where a task's negatives are told at once."""
 
 
 @numba.njit(cache=True)
@@ -60,7 +63,7 @@ def _answer(tables: Tables, row: Int, kind: Int, feedback_id: Int, time_ms: Int,
             resolve(w, row, task, True, tables.resolved)
             labels_L5[count, SEQ] = seq
             labels_L5[count, TASK] = task
-            labels_L5[count, CODE] = POSITIVE_LABEL
+            labels_L5[count, CODE] = CORRECTION if tables.eager_T[task] else POSITIVE_LABEL
             labels_L5[count, ID] = feedback_id
             labels_L5[count, TIME] = time_ms
             count += 1
@@ -81,7 +84,7 @@ def take_impressions(
 
     Args:
         fresh_N: receives the rows that are new.
-        labels_L5: receives the labels; N * T fit.
+        labels_L5: receives the labels; 2 * N * T fit.
     """
     count = fresh = 0
     w = tables.waiting
@@ -97,6 +100,13 @@ def take_impressions(
         fresh_N[fresh] = i
         fresh += 1
         row = admit(w, low, high, times_N[i], max(times_N[i], watermark_ms))
+        for task in range(tables.eager_T.shape[0]):
+            if tables.eager_T[task]:
+                labels_L5[count, :] = -1
+                labels_L5[count, SEQ] = seq_of(w.ring, row)
+                labels_L5[count, TASK] = task
+                labels_L5[count, CODE] = NEGATIVE
+                count += 1
         found = take_all_of(tables.early, low, high, w.counts_T9)
         for j in range(found.shape[0]):
             time_ms = tables.early.facts_C3[row_of(tables.early.ring, found[j, 0]), TIME_MS]

@@ -73,10 +73,7 @@ class Payload:
 
     def take(self, seq_L: I64s) -> pa.RecordBatch:
         """Return the rows with these sequence numbers, in this order, and let each go once."""
-        pieces = [*self.full, *self.open]
-        if self._firsts is None:
-            self._firsts = np.array([piece.first for piece in pieces], np.int64)
-        piece_L = np.searchsorted(self._firsts, seq_L, side="right") - 1
+        pieces, piece_L = self._places(seq_L)
         low, high = int(piece_L.min()), int(piece_L.max())
         if low == high:
             pieces[low].live -= len(seq_L)
@@ -97,6 +94,20 @@ class Payload:
         if any(not pieces[at].live for at in {low, high} | set(piece_L.tolist())):
             self._sweep()
         return rows
+
+    def release(self, seq_L: I64s) -> None:
+        """Let each of these rows go once, unseen."""
+        pieces, piece_L = self._places(seq_L)
+        for at, count in enumerate(np.bincount(piece_L, minlength=len(pieces)).tolist()):
+            pieces[at].live -= count
+        self._sweep()
+
+    def _places(self, seq_L: I64s) -> tuple[list[Piece], I64s]:
+        """Return all pieces, and in which of them each row is."""
+        pieces = [*self.full, *self.open]
+        if self._firsts is None:
+            self._firsts = np.array([piece.first for piece in pieces], np.int64)
+        return pieces, np.searchsorted(self._firsts, seq_L, side="right") - 1
 
     def load(self, pieces: Sequence[Piece]) -> None:
         """Take over full pieces, ascending."""

@@ -290,6 +290,7 @@ class PlainJoin:
         base_ms = max(time_ms, self.watermark.time_ms)
         waiting = Waiting(source, row, offset, record_row, time_ms, base_ms, open=(1 << len(tasks)) - 1)
         self.waiting[key] = waiting
+        labels += [_Label(source, row, task, 0.0) for task in tasks if self.project.tasks[task].policy == "eager"]
         for task in tasks:
             counts = self.totals.tasks[task]
             counts.impressions += 1
@@ -400,7 +401,8 @@ class PlainJoin:
         else:
             counts.negatives += 1
         waiting.open &= ~(1 << task)
-        labels.append(label)
+        if label.label or self.project.tasks[task].policy == "window":
+            labels.append(label)
         if not waiting.open:
             del self.waiting[key]
             self.resolved.put(key, waiting.positive)
@@ -423,21 +425,17 @@ class PlainJoin:
             "rank": pa.array(np.arange(count, dtype=np.int32)),
             "task": pa.array([self.project.tasks[label.task].name for label in labels], pa.string()),
             "label": pa.array([label.label for label in labels], pa.float32()),
-            "weight": pa.array(np.ones(count, dtype=np.float32)),
+            "weight": pa.array([self._weight(label) for label in labels], pa.float32()),
             "feedback_id": pa.array([label.feedback_id for label in labels], pa.string()),
             "feedback_time_ms": pa.array([label.feedback_time_ms for label in labels], pa.int64()),
         }
-        self._release(labels)
         after, self.last = self.last, Position(offset, count - 1)
         batch = pa.RecordBatch.from_arrays([columns[f.name] for f in self.schema], schema=self.schema)
         return Emitted(batch, after, self.last)
 
-    def _release(self, labels: list[_Label]) -> None:
-        for label in labels:
-            source = self.sources[label.source]
-            source.live -= 1
-            if not source.live:
-                del self.sources[label.source]
+    def _weight(self, label: _Label) -> float:
+        task = self.project.tasks[label.task]
+        return task.correction_weight if label.label and task.policy == "eager" else 1.0
 
 
 def _as_columns(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from headrace.backends.fenced_kafka import FencedKafka
+from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.trainer.board import Board
 
@@ -41,7 +42,9 @@ def main(args: argparse.Namespace) -> int:
             metrics=metrics,
             clock=runtime.clock,
             stop=stop,
-            lake=runtime.lake(),
+            lake=DeltaLake(
+                runtime.lake_uri, generation=runtime.topics.generation, partitions=runtime.config.log.partitions
+            ),
             board=Board(runtime.tensorboard_dir / "train"),
         )
     )

@@ -88,6 +88,12 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     name: str
     feedback: str
     window_ms: Annotated[int, Meta(gt=0)]
+    policy: Literal["window", "eager"] = "window"
+    """`window`: one sample, when the label is known. `eager`: a negative at once, and a positive that corrects it if
+    feedback comes within the window. A model then learns b = w q / (1 + w q) of a true rate q and the correction's
+    weight w; it ranks the same, and b / (w (1 - b)) is q. Source: fake negative calibration, Ktena et al. 2019."""
+    correction_weight: Annotated[float, Meta(gt=0)] = 1.0
+    """Weight of the positive that corrects an eager negative."""
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

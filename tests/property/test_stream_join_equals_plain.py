@@ -5,15 +5,18 @@ from __future__ import annotations
 from random import Random
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+from msgspec import structs
 
-from headrace.contract.config import JoinConfig
 from headrace.contract.log import Record
 from headrace.stream.join import JoinState
 from tests.join_oracle import PlainJoin
 from tests.property.test_stream_join import CONFIG, LONG, POSITION_COLUMNS, PROJECT, records, traffic
 
-FEW = JoinConfig(early_feedback_ms=400, resolved_ms=1600, repeat_horizon_ms=3200, pending_max=12)
+EAGER = structs.replace(
+    PROJECT, tasks=(structs.replace(PROJECT.tasks[0], policy="eager", correction_weight=2.0), *PROJECT.tasks[1:])
+)
 
 
 def samples(join: JoinState | PlainJoin, log: list[Record], gather: Random | None = None) -> pa.Table:
@@ -32,17 +35,19 @@ def samples(join: JoinState | PlainJoin, log: list[Record], gather: Random | Non
 
 
 @pytest.mark.parametrize("config", [CONFIG, LONG], ids=["forgets", "remembers"])
-@pytest.mark.parametrize("seed", range(20))
-def test_equal_samples_and_totals(seed, config):
+@pytest.mark.parametrize("project", [PROJECT, EAGER], ids=["window", "eager"])
+@pytest.mark.parametrize("seed", range(12))
+def test_equal_samples_and_totals(seed, project, config):
     log = records(traffic(seed), Random(seed))
     plain, compiled, gathered = (
-        kind(PROJECT, config, silent_ms=300, partition=0) for kind in (PlainJoin, JoinState, JoinState)
+        kind(project, config, silent_ms=300, partition=0) for kind in (PlainJoin, JoinState, JoinState)
     )
     expected = samples(plain, log)
     assert samples(compiled, log).equals(expected)
     assert samples(gathered, log, Random(seed)).equals(expected)
     assert compiled.totals == gathered.totals == plain.totals
     assert len(compiled.pending) == len(plain.waiting)
+    assert len(compiled.payload) == sum(counts.waiting for counts in plain.totals.tasks)
     assert len(compiled.early) == plain.early_rows
 
 
@@ -54,3 +59,13 @@ def test_a_thousand_ways_to_cut_give_equal_samples(block):
         whole = samples(one, records(items, None)).drop_columns(POSITION_COLUMNS)
         assert samples(other, records(items, Random(seed)), Random(seed)).drop_columns(POSITION_COLUMNS).equals(whole)
         assert one.totals == other.totals
+
+
+def test_an_eager_task_says_no_at_once_and_corrects_itself():
+    join = JoinState(EAGER, LONG, silent_ms=300, partition=0)
+    rows = samples(join, records(traffic(1), Random(1))).filter(pc.field("task") == "click").to_pylist()
+    said: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        said.setdefault(row["event_id"], []).append((row["label"], row["weight"]))
+    assert {tuple(labels) for labels in said.values()} == {((0.0, 1.0),), ((0.0, 1.0), (1.0, 2.0))}
+    assert len(said) == join.totals.impressions
