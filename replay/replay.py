@@ -64,9 +64,12 @@ def as_trained(
     lake: Lake | None,
     *,
     step: int | None = None,
+    holder: str = "replay",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Replay the newest run of `project` up to its newest snapshot (or up to `step`) and compare digests.
+
+    The versions of the lake that are read are leased to `holder`, a name of its own for each replay at one time.
 
     Raises `ConfigRejected` where nothing was published yet, or the run was trained by another recipe or spec;
     `InvariantBroken` where recorded samples are found nowhere.
@@ -84,7 +87,7 @@ def as_trained(
     if any(s.recipe != digest_of(project) for s in steps):
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
     progress(f"run {run}: {len(steps)} steps, {sum(r.rows for s in steps for r in s.ranges)} samples")
-    rows = Rows(project, topics, reader, lake, steps)
+    rows = Rows(project, topics, reader, lake, steps, holder)
     learner, learnt, said = Learner(project.recipe, project.features), 0, time.monotonic()
     for one in steps:
         batch = to_batch(rows.of(one), project)
@@ -147,8 +150,15 @@ class Rows:
     """Finds the samples of recorded ranges: in the lake, else in the topic."""
 
     def __init__(
-        self, project: Project, topics: Topics, reader: Reader, lake: Lake | None, steps: Sequence[Step]
+        self,
+        project: Project,
+        topics: Topics,
+        reader: Reader,
+        lake: Lake | None,
+        steps: Sequence[Step],
+        holder: str = "replay",
     ) -> None:
+        self._holder = holder
         self._project, self._schema, self._lake = project, sample_schema(project), lake
         self._stored: dict[int, pa.Table] = {}
         self.from_lake = 0
@@ -157,7 +167,7 @@ class Rows:
             need[r.partition] = max(need.get(r.partition, Position(-1, -1)), Position(*r.upto))
         state = lake.state() if lake is not None else None
         self._lake_upto = {p: state.positions.at(p) for p in need} if state is not None else {}
-        stored = lake.read() if lake is not None and state is not None else self._schema.empty_table()
+        stored = self._leased(lake, state.version) if lake is not None and state else self._schema.empty_table()
         offsets = dict(state.next_offsets) if state is not None else {}
         missing = {p: upto for p, upto in need.items() if upto > self._lake_upto.get(p, Position(-1, -1))}
         later = self._from_topic(reader, topics.samples, missing, offsets) if missing else []
@@ -192,9 +202,16 @@ class Rows:
         if version not in self._stored:
             if self._lake is None:
                 raise InvariantBroken(f"the run began with version {version} of a lake, and no lake is given.")
-            rows = conform(self._lake.read(version), self._schema)
+            rows = conform(self._leased(self._lake, version), self._schema)
             self._stored[version] = stored_order(rows, self._project.recipe.task)
         return self._stored[version]
+
+    def _leased(self, lake: Lake, version: int) -> pa.Table:
+        lake.hold(version, self._holder)
+        try:
+            return lake.read(version)
+        finally:
+            lake.let_go(self._holder)
 
     def _from_topic(
         self, reader: Reader, topic: str, missing: dict[int, Position], offsets: dict[int, int]

@@ -138,6 +138,12 @@ class Lake:
     def read(self, version: int | None = None) -> pa.Table:
         return self.rows
 
+    def hold(self, version: int, holder: str) -> None:
+        """Nothing is deleted here."""
+
+    def let_go(self, holder: str) -> None:
+        """Nothing is leased here."""
+
 
 @dataclass
 class World:

@@ -92,6 +92,17 @@ def newest_checkpoint(blobs: Blobs, model: str, *, recipe: str) -> Checkpoint | 
     return None
 
 
+def stored_versions(blobs: Blobs, model: str) -> set[int]:
+    """Return the lake versions that the model's checkpoints are in the middle of. Raises `Unavailable`."""
+    found: set[int] = set()
+    for name in _names(blobs, model):
+        data = blobs.get(f"checkpoints/{model}/{name}")
+        checkpoint = decode_checkpoint(data) if data is not None else None
+        if checkpoint is not None and checkpoint.meta.cursor.lake_version >= 0:
+            found.add(checkpoint.meta.cursor.lake_version)
+    return found
+
+
 def recipe_digest(parts: Mapping[str, bytes]) -> str:
     """Return 16 hex digits over what makes a run's bits: the recipe and the spec, by name."""
     sha = hashlib.sha256()

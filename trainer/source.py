@@ -71,6 +71,12 @@ class Lake(Protocol):
     def read(self, version: int | None = None) -> pa.Table:
         """Return that version's rows, in any order."""
 
+    def hold(self, version: int, holder: str) -> None:
+        """Lease the version: its files stay until the lease is given back or ends."""
+
+    def let_go(self, holder: str) -> None:
+        """Give the holder's lease back."""
+
 
 class Cursor(msgspec.Struct, frozen=True):
     """Where a run has got to. `lake_version` -1: it began without a lake, or is done with it."""
@@ -132,6 +138,7 @@ class Source:
         self._project, self._reader, self._topic, self._metrics, self._lake = project, reader, topic, metrics, lake
         self._schema = sample_schema(project)
         self._generation = generation
+        self._holder = f"train-{project.name}"
         self._partitions: dict[int, _Partition] = {}
         self._stored: pa.Table | None = None
         self._stored_taken = 0
@@ -278,8 +285,11 @@ class Source:
     def _open_lake(self, version: int) -> None:
         if self._lake is None:
             raise InvariantBroken(f"the run is at version {version} of a lake, and no lake is given.")
+        # Until the first checkpoint names the version, only the lease keeps its files from a vacuum.
+        self._lake.hold(version, self._holder)
         stored = stored_order(conform(self._lake.read(version), self._schema), self._project.recipe.task)
         if not stored.num_rows:
+            self._lake.let_go(self._holder)
             return  # nothing to learn there: the topic has it all
         self._stored, self._lake_version, self._stored_taken = stored, version, 0
         logger.info("learning %d stored samples of lake version %d", stored.num_rows, version)
@@ -295,6 +305,7 @@ class Source:
             following = max(partition.next_offset, state.next_offsets.get(number, partition.next_offset))
             self._partitions[number] = _Partition(at, at, following)
         self._stored, self._stored_taken, self._lake_version = None, 0, -1
+        self._lake.let_go(self._holder)
         self._assigned = False
 
     def _intake(self, record: Record) -> None:

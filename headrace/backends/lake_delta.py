@@ -7,26 +7,50 @@ One commit holds the files, and, as Delta application transactions, where each p
 | `samples-g<generation>-p<partition>` | the `samples` offset to go on from |
 | `position-g<generation>-p<partition>` | the last position in the lake, offset * 2**22 + rank |
 
-Transactions survive the checkpoints of Delta's own log, so a writer that restarts asks the table alone.
+Transactions survive compaction and the checkpoints of Delta's own log, so a writer that restarts asks the table alone.
+
+A commit goes: 1. read the newest version, 2. refuse rows and offsets that it already holds (another writer was here),
+3. write the files, an hour of event time its own, side by side, 4. write the log's entry, which only one writer of a
+version can. Where somebody was first, delta-rs looks at what they did: a compaction, a vacuum or another partition's
+commit is stepped over; one that moved a partition of ours ends the commit with nothing done.
+
+A table that this module makes is partitioned by `event_date` (UTC) and `event_hour`. One that is there without them
+stays as it is: readable and written to, its hours not apart, so retention leaves it alone; a new `log.generation`
+beside a new store begins a partitioned one.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.positions import Position, Positions
+from headrace.backends.lake_leases import Leases
+from headrace.contract.config import LakeConfig
+from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
+from headrace.contract.positions import START, Position, Positions
+
+logger = logging.getLogger("headrace.lake")
 
 # A rank is below 2**22 (join.pending_max of 2 million impressions may expire in one record), an offset below 2**41.
 RANK_BITS = 22
 PARTITIONS_MAX = 256
+DATE, HOUR = "event_date", "event_hour"
+HOUR_MS = 3_600_000
+# Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
+STEPS_MAX = 15
+# Entries of Delta's log that a reader opens at most; the library's default of 100 is slow to read on HDFS.
+CHECKPOINT_COMMITS = 20
 
 
 @dataclass(frozen=True)
@@ -41,13 +65,24 @@ class LakeState:
 
 
 class DeltaLake:
-    """One table of samples. Safe for several writers: Delta refuses the second of two that move one partition."""
+    """One table of samples. Safe for several writers: the second of two that move one partition is refused."""
 
-    def __init__(self, uri: str, *, generation: int = 1, partitions: int = PARTITIONS_MAX) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        generation: int = 1,
+        partitions: int = PARTITIONS_MAX,
+        config: LakeConfig | None = None,
+        leases: Leases | None = None,
+    ) -> None:
         self.uri = uri
         self.generation = generation
         self.partitions = partitions
         """How many partitions `state` asks for: each question reads the Delta log again, slow on HDFS."""
+        self.config = config or LakeConfig()
+        self.leases = leases
+        self._writer: Any = None
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
@@ -57,28 +92,32 @@ class DeltaLake:
         Raises `Unavailable` when the store does not answer or another writer was first: ask `state` and go on from
         there, since the commit may have happened all the same.
         """
-        transactions = [
-            Transaction(self._offset_id(partition), offset) for partition, offset in sorted(next_offsets.items())
-        ]
-        for partition, position in sorted(positions.items()):
-            if position.offset >= 0:
-                transactions.append(
-                    Transaction(self._position_id(partition), position.offset << RANK_BITS | position.rank)
-                )
+        rows = pa.Table.from_batches(batches)
         if "://" not in self.uri:
             Path(self.uri).mkdir(parents=True, exist_ok=True)
         try:
+            table = self._newest_for_writing()
+            self._refuse_repeats(table, rows, next_offsets, positions)
+            parted = "event_time_ms" in rows.column_names if table is None else bool(partition_columns(table))
             write_deltalake(
-                self.uri,
-                pa.Table.from_batches(batches),
+                self.uri if table is None else table,
+                with_hours(rows) if parted else rows,
                 mode="append",
                 schema_mode="merge",
-                # A retry by the library could hide that another writer has moved the same partition.
-                commit_properties=CommitProperties(app_transactions=transactions, max_commit_retries=0),
+                partition_by=[DATE, HOUR] if parted else None,
+                configuration=properties(self.config) if table is None else None,
+                commit_properties=CommitProperties(
+                    app_transactions=self._transactions(next_offsets, positions), max_commit_retries=STEPS_MAX
+                ),
             )
+            if table is None:
+                table = self._newest_for_writing()
         except (DeltaError, CommitFailedError, OSError) as error:
+            self._writer = None
             raise Unavailable(f"the lake at {self.uri} did not take a commit: {error}") from error
-        table = self._table(None)
+        except BaseException:
+            self._writer = None
+            raise
         if table is None:
             raise InvariantBroken(f"the lake at {self.uri} is gone right after a commit; nothing may delete it.")
         return int(table.version())
@@ -86,42 +125,281 @@ class DeltaLake:
     def state(self, version: int | None = None) -> LakeState | None:
         """Return the newest version's state (or that version's); None while there is no lake.
 
-        Raises `Unavailable` when the store does not answer.
+        Raises `Unavailable` when the store does not answer, or neither log nor lease knows the version any more.
         """
-        table = self._table(version)
-        if table is None:
+        try:
+            table = self.open(version)
+        except Unavailable:
+            lease = self.leases.of_version(version, self.generation) if self.leases and version is not None else None
+            if lease is None:
+                raise
+            offsets = {int(p): offset for p, offset in lease.next_offsets.items()}
+            return LakeState(lease.version, Positions.from_json(self.generation, lease.positions), offsets)
+        return None if table is None else self._state_of(table)
+
+    def read(
+        self, version: int | None = None, columns: Sequence[str] | None = None, *, day: date | None = None
+    ) -> pa.Table:
+        """Return that version's rows (the newest one's by default), of one UTC day where told, in any order.
+
+        A version whose files were vacuumed is told from the newest one by the positions it holds. Raises
+        `InvariantBroken` where retention has dropped rows of it, `Unavailable` where it can't be read.
+        """
+        table: Any = None
+        try:
+            table = self.open(version)
+            if table is None:
+                raise Unavailable(f"there is no lake at {self.uri} yet; the sink makes it with its first commit.")
+            return read_rows(table, columns, day)
+        except (DeltaError, OSError, Unavailable) as error:
+            if version is None or (table is None and isinstance(error, Unavailable) and self.leases is None):
+                raise _unreadable(self.uri, error) from error
+            return self._read_by_positions(version, columns, day, error)
+
+    def open(self, version: int | datetime | None = None) -> Any:
+        """Return the Delta table, at a version or at a time; None while there is none. Raises `Unavailable`."""
+        try:
+            if isinstance(version, datetime):
+                table = DeltaTable(self.uri)
+                table.load_as_version(version)
+                return table
+            return DeltaTable(self.uri, version=version)
+        except TableNotFoundError:
             return None
+        except (DeltaError, OSError) as error:
+            at = "" if version is None else f" at {version}"
+            raise Unavailable(f"the lake at {self.uri} can't be opened{at}: {error}") from error
+
+    def hold(self, version: int, holder: str) -> None:
+        """Lease a version, before it is read: vacuum leaves its files in place. Raises `Unavailable`."""
+        if self.leases is None:
+            return
+        state = self.state(version)
+        if state is None:
+            raise Unavailable(f"there is no lake at {self.uri} to lease version {version} of.")
+        self.leases.take(
+            holder,
+            state.version,
+            generation=self.generation,
+            rows=self._count_of(version),
+            positions=state.positions.to_json(),
+            next_offsets={str(p): offset for p, offset in state.next_offsets.items()},
+        )
+
+    def let_go(self, holder: str) -> None:
+        """Give the holder's lease back; where the store is away, it ends by itself."""
+        if self.leases is None:
+            return
+        try:
+            self.leases.give_back(holder)
+        except Unavailable as error:
+            logger.warning("the lease of %s was not given back and ends by itself: %s", holder, error)
+
+    def settle(self) -> bool:
+        """Give a table that is there the settings of `[lake]`; True when it changed.
+
+        A writer that commits at this moment is refused once and goes on, so this is called at a start.
+        """
+        table = self.open()
+        wanted = properties(self.config)
+        if table is None or wanted.items() <= dict(table.metadata().configuration).items():
+            return False
+        try:
+            table.alter.set_table_properties(wanted)
+        except (DeltaError, CommitFailedError, OSError) as error:
+            raise Unavailable(f"the lake at {self.uri} did not take its settings: {error}") from error
+        return True
+
+    def _newest_for_writing(self) -> Any:
+        """Return the table at its newest version; one that is open reads on in the log instead of all of it again."""
+        if self._writer is None:
+            self._writer = self.open()
+        else:
+            self._writer.update_incremental()
+        return self._writer
+
+    def _refuse_repeats(
+        self, table: Any, rows: pa.Table, next_offsets: Mapping[int, int], positions: Mapping[int, Position]
+    ) -> None:
+        """Raise `Unavailable` when the table is past where this writer begins: its rows would be in it twice."""
+        if table is None:
+            return
+        least = least_positions(rows)
+        for partition in sorted({*next_offsets, *positions, *least}):
+            offset = table.transaction_version(self._offset_id(partition))
+            stored = self._position_of(table, partition)
+            moved_back = offset is not None and partition in next_offsets and next_offsets[partition] < offset
+            if moved_back or (partition in least and least[partition] <= stored):
+                raise Unavailable(
+                    f"partition {partition} of the lake is at {tuple(stored)}, offset {offset}; this writer came with "
+                    f"rows from {tuple(least.get(partition, START))} and offset {next_offsets.get(partition)}. Another "
+                    "one has stored them: ask the lake where to go on."
+                )
+
+    def _transactions(self, next_offsets: Mapping[int, int], positions: Mapping[int, Position]) -> list[Transaction]:
+        found = [Transaction(self._offset_id(partition), offset) for partition, offset in sorted(next_offsets.items())]
+        for partition, position in sorted(positions.items()):
+            if position.offset >= 0:
+                packed = position.offset << RANK_BITS | position.rank
+                found.append(Transaction(self._position_id(partition), packed))
+        return found
+
+    def _state_of(self, table: Any) -> LakeState:
         offsets: dict[int, int] = {}
         positions: dict[int, Position] = {}
         for partition in range(self.partitions):
             offset = table.transaction_version(self._offset_id(partition))
             if offset is not None:
                 offsets[partition] = offset
-            packed = table.transaction_version(self._position_id(partition))
-            if packed is not None:
-                positions[partition] = Position(packed >> RANK_BITS, packed & ((1 << RANK_BITS) - 1))
+            position = self._position_of(table, partition)
+            if position > START:
+                positions[partition] = position
         return LakeState(table.version(), Positions(self.generation, positions), offsets)
 
-    def read(self, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return that version's rows (the newest one's by default), in any order."""
-        table = self._table(version)
-        if table is None:
-            raise Unavailable(f"there is no lake at {self.uri} yet; the sink makes it with its first commit.")
-        try:
-            return table.to_pyarrow_table(columns=list(columns) if columns is not None else None)
-        except (DeltaError, OSError) as error:
-            raise Unavailable(f"the lake at {self.uri} can't be read: {error}") from error
+    def _position_of(self, table: Any, partition: int) -> Position:
+        packed = table.transaction_version(self._position_id(partition))
+        return START if packed is None else Position(packed >> RANK_BITS, packed & ((1 << RANK_BITS) - 1))
 
-    def _table(self, version: int | None) -> Any:
+    def _read_by_positions(
+        self, version: int, columns: Sequence[str] | None, day: date | None, cause: Exception
+    ) -> pa.Table:
+        """Return a version's rows from the newest one: those at or below the positions that the version holds."""
+        state, newest = self.state(version), self.open()
+        if state is None or newest is None:
+            raise _unreadable(self.uri, cause) from cause
+        keys = ["partition", "offset", "rank"]
+        wanted = [*columns, *(k for k in keys if k not in columns)] if columns is not None else None
         try:
-            return DeltaTable(self.uri, version=version)
-        except TableNotFoundError:
-            return None
+            rows = read_rows(newest, wanted, day)
+            counted = self._count_of(version)
         except (DeltaError, OSError) as error:
-            raise Unavailable(f"the lake at {self.uri} does not answer: {error}") from error
+            raise _unreadable(self.uri, error) from error
+        if not set(keys) <= set(rows.column_names):
+            raise _unreadable(self.uri, cause) from cause
+        rows = rows.filter(pa.array(contained(rows, state.positions)))
+        if day is None and rows.num_rows != counted:
+            raise InvariantBroken(
+                f"version {version} of the lake held {counted} rows and {rows.num_rows} are left: retention dropped "
+                "the others. Keep lake.retention_ms longer than what is to be replayed."
+            )
+        return rows.select(list(columns)) if columns is not None else rows
+
+    def _count_of(self, version: int) -> int:
+        try:
+            return count_rows(self.open(version))
+        except Unavailable:
+            lease = self.leases.of_version(version, self.generation) if self.leases is not None else None
+            if lease is None:
+                raise
+            return lease.rows
 
     def _offset_id(self, partition: int) -> str:
         return f"samples-g{self.generation}-p{partition}"
 
     def _position_id(self, partition: int) -> str:
         return f"position-g{self.generation}-p{partition}"
+
+
+def properties(config: LakeConfig) -> dict[str, str]:
+    """Return the table's properties in Delta's words."""
+    return {
+        "delta.deletedFileRetentionDuration": f"interval {max(1, config.vacuum_ms // 1000)} seconds",
+        "delta.logRetentionDuration": f"interval {max(1, config.history_ms // 1000)} seconds",
+        "delta.checkpointInterval": str(CHECKPOINT_COMMITS),
+    }
+
+
+def partition_columns(table: Any) -> list[str]:
+    """Return by which columns the table is partitioned."""
+    return list(table.metadata().partition_columns)
+
+
+def with_hours(rows: pa.Table) -> pa.Table:
+    """Return the rows with the UTC date and hour of their event time."""
+    if clash := {DATE, HOUR} & set(rows.column_names):
+        raise ConfigRejected(f"fields {sorted(clash)} have the names of the lake's partitions; give them others.")
+    hours_N: npt.NDArray[np.int64] = rows["event_time_ms"].to_numpy() // HOUR_MS
+    days_N = (hours_N // 24).astype(np.int32)
+    return rows.append_column(
+        pa.field(DATE, pa.date32(), nullable=False), pa.array(days_N).cast(pa.date32())
+    ).append_column(pa.field(HOUR, pa.int32(), nullable=False), pa.array((hours_N % 24).astype(np.int32)))
+
+
+def hour_ms(day: date, hour: int) -> int:
+    """Return the Unix time at which an hour of a UTC day begins.
+
+    >>> hour_ms(date(1970, 1, 2), 1)
+    90000000
+    """
+    return ((day - date(1970, 1, 1)).days * 24 + hour) * HOUR_MS
+
+
+def read_rows(table: Any, columns: Sequence[str] | None, day: date | None) -> pa.Table:
+    """Return rows of an open table, without the columns of its partitions unless they are asked for."""
+    if columns is None:
+        columns = [f.name for f in table.schema().fields if f.name not in (DATE, HOUR)]
+    if day is None:
+        return table.to_pyarrow_table(columns=list(columns))
+    if partition_columns(table):
+        return table.to_pyarrow_table(columns=list(columns), filters=[(DATE, "=", day)])
+    begin = hour_ms(day, 0)
+    end = hour_ms(day + timedelta(days=1), 0)
+    rows = table.to_pyarrow_table(columns=[*(c for c in columns if c != "event_time_ms"), "event_time_ms"])
+    times = rows["event_time_ms"]
+    return rows.filter(pc.and_(pc.greater_equal(times, begin), pc.less(times, end))).select(list(columns))
+
+
+def files(table: Any) -> pa.Table:
+    """Return the table's files: path, size_bytes, num_records and, where it is partitioned, date and hour."""
+    return pa.table(table.get_add_actions(flatten=True))
+
+
+def count_rows(table: Any) -> int:
+    """Return how many rows the version holds, from its log alone."""
+    return int(pc.sum(files(table)["num_records"]).as_py() or 0)
+
+
+def least_positions(rows: pa.Table) -> dict[int, Position]:
+    """Return each partition's lowest position among the rows; nothing where rows have no positions."""
+    if not {"partition", "offset", "rank"} <= set(rows.column_names) or not rows.num_rows:
+        return {}
+    part_N, order_N = rows["partition"].to_numpy(), packed(rows)
+    return {
+        int(p): Position(low >> RANK_BITS, low & ((1 << RANK_BITS) - 1))
+        for p in np.unique(part_N)
+        for low in [int(order_N[part_N == p].min())]
+    }
+
+
+def packed(rows: pa.Table) -> npt.NDArray[np.int64]:
+    """Return each row's position as one number: int64 [N]."""
+    order_N: npt.NDArray[np.int64] = (rows["offset"].to_numpy() << RANK_BITS) + rows["rank"].to_numpy()
+    return order_N
+
+
+def contained(rows: pa.Table, positions: Positions) -> npt.NDArray[np.bool_]:
+    """Say of each row whether `positions` contain it: bool [N]."""
+    part_N, order_N = rows["partition"].to_numpy(), packed(rows)
+    kept_N = np.zeros(len(part_N), np.bool_)
+    for partition, position in positions.by_partition.items():
+        kept_N |= (part_N == partition) & (order_N <= (position.offset << RANK_BITS) + position.rank)
+    return kept_N
+
+
+def parse_at(text: str) -> datetime:
+    """Read a time: ISO 8601, UTC where it names no zone, or Unix seconds.
+
+    >>> parse_at("2026-11-25 01:00").isoformat(), parse_at("0").isoformat()
+    ('2026-11-25T01:00:00+00:00', '1970-01-01T00:00:00+00:00')
+    """
+    try:
+        if text.replace(".", "", 1).isdigit():
+            return datetime.fromtimestamp(float(text), UTC)
+        when = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigRejected(f"{text!r} is no time; 2026-11-25T01:00:00Z or Unix seconds are.") from error
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+def _unreadable(uri: str, error: Exception) -> Unavailable:
+    return error if isinstance(error, Unavailable) else Unavailable(f"the lake at {uri} can't be read: {error}")

@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ingest": ("stage_ingest", "gateway: Fluent forward in, batches to Kafka out"),
     "stream": ("stage_stream", "join impressions with feedback, featurize, emit samples"),
     "sink": ("stage_sink", "write samples to the Delta table of the lake"),
+    "lake": ("stage_lake", "compact, vacuum, retain; show history; read a version"),
     "aggregate": ("stage_aggregate", "windowed counters of keys other than the partition's"),
     "train": ("stage_train", "learn from the lake, then from the topic; publish snapshots and deltas"),
     "serve": ("stage_serve", "answer POST /v1/rank with the newest model"),

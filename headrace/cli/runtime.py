@@ -15,7 +15,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -30,6 +30,9 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.metrics import Stage
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
+
+if TYPE_CHECKING:
+    from headrace.backends.lake_delta import DeltaLake
 
 HOST = "127.0.0.1"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -85,6 +88,20 @@ class Runtime:
     def blobs(self) -> Blobs:
         """Return the store's blobs, below `<store>/blobs`."""
         return open_blobs(self.store, self.webhdfs)
+
+    def lake(self) -> DeltaLake:
+        """Return the store's lake, with the leases of its readers beside it."""
+        # Here, since most verbs have no lake and the library takes half a second to load.
+        from headrace.backends.lake_delta import DeltaLake
+        from headrace.backends.lake_leases import Leases
+
+        return DeltaLake(
+            self.lake_uri,
+            generation=self.topics.generation,
+            partitions=self.config.log.partitions,
+            config=self.config.lake,
+            leases=Leases(self.blobs(), self.clock, lease_ms=self.config.lake.lease_ms),
+        )
 
     @property
     def lake_uri(self) -> str:

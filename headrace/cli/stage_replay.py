@@ -6,11 +6,12 @@ Exit status 1 when the digests differ. `--json` prints one object on the standar
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import sys
 
 import msgspec
 
-from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
 
 HELP = "run stored samples through the same learner again"
@@ -36,8 +37,9 @@ def main(args: argparse.Namespace) -> int:
         runtime.project,
         runtime.topics,
         runtime.reader(),
-        DeltaLake(runtime.lake_uri, generation=runtime.topics.generation, partitions=runtime.config.log.partitions),
+        runtime.lake(),
         step=args.step,
+        holder=f"replay-{socket.gethostname()}-{os.getpid()}",
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )
     if args.json:

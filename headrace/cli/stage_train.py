@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 
 from headrace.backends.fenced_kafka import FencedKafka
-from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.trainer.board import Board
 
@@ -42,9 +41,7 @@ def main(args: argparse.Namespace) -> int:
             metrics=metrics,
             clock=runtime.clock,
             stop=stop,
-            lake=DeltaLake(
-                runtime.lake_uri, generation=runtime.topics.generation, partitions=runtime.config.log.partitions
-            ),
+            lake=runtime.lake(),
             board=Board(runtime.tensorboard_dir / "train"),
         )
     )

@@ -189,6 +189,26 @@ class SinkConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     commit_rows: Count = 200_000
 
 
+class LakeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[lake]"""
+
+    compact_ms: Annotated[int, Meta(ge=0, le=86_400_000)] = 60_000
+    """Time between the sink's looks for hours of many small files; 0: only `headrace lake` does it."""
+    compact_files: Annotated[int, Meta(ge=2)] = 8
+    """Fewest small files of one hour that are worth writing anew as one."""
+    target_file_bytes: Count = 134_217_728
+    """Size that compaction aims at; a file of at least half of it is not small. 128 MiB."""
+    vacuum_ms: Count = 3_600_000
+    """How long a file stays that no version needs any more, or that a killed writer left; also the time between
+    vacuums. More than the longest commit and the longest read without a lease. One hour."""
+    history_ms: Annotated[int, Meta(ge=60_000)] = 86_400_000
+    """How long a version's entry in Delta's log stays, for time travel and for leases. One day."""
+    retention_ms: Annotated[int, Meta(ge=0)] = 0
+    """Hours of event time that ended longer ago are dropped whole; 0 keeps everything."""
+    lease_ms: Count = 86_400_000
+    """How long a reader's lease of a version holds when it is not given back. One day."""
+
+
 class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[train]"""
 
@@ -221,6 +241,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     join: JoinConfig = JoinConfig()
     aggregate: AggregateConfig = AggregateConfig()
     sink: SinkConfig = SinkConfig()
+    lake: LakeConfig = LakeConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
 
