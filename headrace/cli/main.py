@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "sink": ("stage_sink", "write samples to the Delta table of the lake"),
     "lake": ("stage_lake", "compact, vacuum, retain; show history; read a version"),
     "aggregate": ("stage_aggregate", "windowed counters of keys other than the partition's"),
+    "crawl": ("stage_crawl", "crawl declared sources: catalogue, prices, news, weather"),
     "train": ("stage_train", "learn from the lake, then from the topic; publish snapshots and deltas"),
     "serve": ("stage_serve", "answer POST /v1/rank with the newest model"),
     "shop": ("stage_shop", "demo traffic: ask, show, log, click"),

@@ -189,6 +189,27 @@ class SinkConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     commit_rows: Count = 200_000
 
 
+class CrawlConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[crawl]: what all sources share; each source's own bounds are declared with it, see `headrace.contract.crawl`."""
+
+    user_agent: Annotated[str, Meta(min_length=1, max_length=256)] = "headrace"
+    """What sites and their robots.txt call us; put an address in it at which you can be asked to stop."""
+    requests_max: Annotated[int, Meta(gt=0, le=512)] = 16
+    """Most requests at once, over all hosts."""
+    redirects_max: Annotated[int, Meta(ge=0, le=20)] = 5
+    """Most redirects from an address to its document."""
+    robots_ms: Annotated[int, Meta(ge=1_000, le=86_400_000)] = 3_600_000
+    """How long a host's robots.txt is good for. One hour."""
+    retry_first_ms: Millis = 5_000
+    """Time until a document that failed is asked for again; it doubles with every further failure."""
+    retry_max_ms: Millis = 600_000
+    """Longest such time. 10 minutes."""
+    bodies_per_page: Count = 5
+    """Newest bodies of an address that are kept for extraction again."""
+    outbox_max: Count = 50_000
+    """Versions that wait for Kafka; beyond it nothing is fetched."""
+
+
 class LakeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[lake]"""
 
@@ -242,6 +263,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     aggregate: AggregateConfig = AggregateConfig()
     sink: SinkConfig = SinkConfig()
     lake: LakeConfig = LakeConfig()
+    crawl: CrawlConfig = CrawlConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
 

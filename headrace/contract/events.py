@@ -61,6 +61,32 @@ AGGREGATE_SCHEMA = pa.schema(
 `key` is the field's value as a string. A row holds until a newer one comes; all zeros when the window has emptied.
 """
 
+EXTERNAL_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("crawl_time_ms", pa.int64(), nullable=False),
+        pa.field("epoch", pa.int64(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("values", pa.string()),
+        pa.field("url", pa.string()),
+    ]
+)
+"""Versions of crawled entities, in every partition in one order: one row a (source, key) whose values changed.
+
+`version` is a digest of `values`, a JSON object of the declared fields; null when the entity is gone. Of one key crawl
+times grow. A row that repeats the newest version, or is not crawled after it, changes nothing, nor one of a lower epoch
+than the highest seen, which a ghost wrote.
+"""
+
+
+class ExternalValue(msgspec.Struct, frozen=True):
+    """What `features` holds of an entity, under the key `external/<source>/<key>`; deleted when the entity is gone."""
+
+    crawl_time_ms: int
+    epoch: int
+    values: msgspec.Raw
+
 
 def impression_schema(project: Project) -> pa.Schema:
     """Return the columns of impression batches: envelope, `version`, raw fields, `counter.*` as served (float32)."""

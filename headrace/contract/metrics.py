@@ -60,6 +60,13 @@ Name = Literal[
     "lines_skipped_total",
     "events_refused_total",
     "dead_letter_ceiling_shut",
+    "pages_total",
+    "page_seconds",
+    "body_bytes_total",
+    "versions_total",
+    "left_out_total",
+    "pages_known",
+    "outbox_rows",
 ]
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from headrace.contract.crawl import Crawl, check_crawls
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.functions import function_of
 from headrace.contract.mapping import AccessLog, check_mappings
@@ -123,6 +124,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
     name: str = "default"
     mappings: tuple[AccessLog, ...] = ()
     """Access logs whose lines are events; see `headrace.contract.mapping`."""
+    crawls: tuple[Crawl, ...] = ()
+    """What the crawler brings from the web; see `headrace.contract.crawl`."""
 
     def checked(self) -> Project:
         """Return self, or raise `ConfigRejected` naming the first declaration that contradicts another."""
@@ -135,6 +138,7 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
             _check_fields(one)
         fields_by_tag = {self.impression.tag: self.impression.fields, **{f.tag: f.fields for f in self.feedback}}
         check_mappings(self.mappings, fields_by_tag, self.impression.key)
+        check_crawls(self.crawls, self.impression.fields)
         for task in self.tasks:
             if task.feedback not in kinds:
                 raise ConfigRejected(f"task {task.name!r} names feedback {task.feedback!r}; declared: {sorted(kinds)}.")

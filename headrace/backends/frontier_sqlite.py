@@ -1,0 +1,339 @@
+"""The crawler's memory in one SQLite file: addresses and when they are due, newest versions, and what Kafka lacks.
+
+How nothing is fetched again and no version is lost, in the words that the tests use:
+
+1. *fetch*: an address that is due is asked for, with the validators of its last answer.
+2. *settle*: in one durable transaction its next time, its validators, its new links and its changed versions are
+   noted, these in the outbox. A crash before it means that the address is asked for once more.
+3. *send*: the outbox goes to every partition in the order of its numbers.
+4. *receipt*: what every partition has leaves the outbox. A crash between 3 and 4 means that versions are sent again,
+   the same ones with the same crawl times, which readers ignore.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from headrace.contract.errors import ConfigRejected
+
+_SCHEMA = """
+create table if not exists pages(
+    source text not null, url text not null, host text not null, sitemap integer not null, depth integer not null,
+    due_ms integer not null, etag text not null default '', last_modified text not null default '',
+    said_modified text not null default '', failures integer not null default 0, is_start integer not null,
+    primary key (source, url)) without rowid;
+create index if not exists pages_due on pages(due_ms);
+create table if not exists bodies(
+    source text not null, url text not null, fetched_ms integer not null, digest text not null, base text not null,
+    content_type text not null, primary key (source, url, fetched_ms)) without rowid;
+create index if not exists bodies_digest on bodies(digest);
+create table if not exists entities(
+    source text not null, key text not null, version text not null, crawl_time_ms integer not null, url text not null,
+    primary key (source, key)) without rowid;
+create index if not exists entities_url on entities(source, url);
+create table if not exists outbox(
+    number integer primary key autoincrement, source text not null, key text not null, crawl_time_ms integer not null,
+    version text not null, "values" text, url text not null);
+create table if not exists hosts(host text primary key, not_before_ms integer not null) without rowid;
+create table if not exists epochs(epoch integer not null);
+"""
+
+GONE = "gone"
+"""Version of an entity that its page no longer has."""
+
+
+class Page(msgspec.Struct, frozen=True):
+    """An address of a source, as it was when it was asked for."""
+
+    source: str
+    url: str
+    host: str
+    sitemap: bool
+    depth: int
+    etag: str
+    last_modified: str
+    failures: int
+
+
+class Version(msgspec.Struct, frozen=True):
+    """One changed entity on its way to Kafka; `values` None: it is gone."""
+
+    number: int
+    source: str
+    key: str
+    crawl_time_ms: int
+    version: str
+    values: str | None
+    url: str
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A link: its address, whether it is a sitemap, and what a sitemap said of its last change."""
+
+    url: str
+    sitemap: bool = False
+    said_modified: str = ""
+
+
+class Body(msgspec.Struct, frozen=True):
+    """A stored body: its digest names it, `base` is where it came from after redirects."""
+
+    digest: str
+    base: str
+    content_type: str
+    source: str = ""
+    url: str = ""
+    sitemap: bool = False
+
+
+class Settled(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer was worth: rows are (key, version, values)."""
+
+    at_ms: int
+    due_ms: int
+    etag: str = ""
+    last_modified: str = ""
+    rows: Sequence[tuple[str, str, str]] = ()
+    links: Sequence[Found] = ()
+    body: Body | None = None
+
+
+class Frontier:
+    """One crawler's file, locked: a second crawler on it is refused. For one thread."""
+
+    def __init__(self, path: Path, *, bodies_per_page: int = 5) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = path.with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ConfigRejected(f"{path} belongs to a crawler that runs; one is enough, or give it --home.") from error
+        self._bodies_per_page = bodies_per_page
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute("pragma journal_mode=wal")
+        self._db.execute("pragma synchronous=full")
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+        self._lock.close()
+
+    def next_epoch(self, now_ms: int) -> int:
+        """Return a number above that of every crawler before, of this file and, by the clock, of others."""
+        with self._db:
+            self._db.execute("begin immediate")
+            (before,) = self._db.execute("select coalesce(max(epoch), 0) from epochs").fetchone()
+            epoch = max(now_ms, int(before) + 1)
+            self._db.execute("delete from epochs")
+            self._db.execute("insert into epochs values (?)", (epoch,))
+        return epoch
+
+    def plant(self, source: str, starts: Iterable[Found]) -> None:
+        """Add the addresses that a source begins with."""
+        with self._db:
+            for one in starts:
+                self._db.execute(
+                    "insert into pages(source, url, host, sitemap, depth, due_ms, is_start) values (?,?,?,?,0,0,1) "
+                    "on conflict do update set is_start = 1, sitemap = excluded.sitemap",
+                    (source, one.url, host_of(one.url), one.sitemap),
+                )
+
+    def due(self, now_ms: int, sources: Sequence[str], busy: Sequence[str], limit: int) -> list[Page]:
+        """Return up to `limit` addresses that are due, the longest due first, none of a host that is busy or waits."""
+        rows = self._db.execute(
+            "select source, url, host, sitemap, depth, etag, last_modified, failures from pages where due_ms <= ? "
+            f"and source in ({_marks(sources)}) and host not in ({_marks(busy)}) "
+            "and host not in (select host from hosts where not_before_ms > ?) order by due_ms, depth, url limit ?",
+            (now_ms, *sources, *busy, now_ms, limit),
+        )
+        return [
+            Page(source, url, host, bool(sitemap), depth, etag, changed, failures)
+            for source, url, host, sitemap, depth, etag, changed, failures in rows
+        ]
+
+    def next_due_ms(self, sources: Sequence[str]) -> int | None:
+        """Return when the next address is due, hosts' waits included; None where there is none."""
+        (found,) = self._db.execute(
+            "select min(max(due_ms, coalesce(not_before_ms, 0))) from pages left join hosts using (host) "
+            f"where source in ({_marks(sources)})",
+            tuple(sources),
+        ).fetchone()
+        return None if found is None else int(found)
+
+    def settle(self, page: Page, settled: Settled, *, pages_max: int, keys_max: int, depth_max: int) -> list[str]:
+        """Note what an answer was worth, in one transaction; return the digests of bodies that nothing needs more."""
+        with self._db:
+            self._db.execute("begin immediate")
+            self._db.execute(
+                "update pages set due_ms=?, etag=?, last_modified=?, failures=0 where source=? and url=?",
+                (settled.due_ms, settled.etag, settled.last_modified, page.source, page.url),
+            )
+            self._write_versions(page, settled, keys_max)
+            if page.depth < depth_max:
+                self._add_links(page, settled, pages_max)
+            return self._keep_body(page, settled) if settled.body is not None else []
+
+    def not_modified(self, page: Page, due_ms: int) -> None:
+        """Note that the document is as it was."""
+        with self._db:
+            self._db.execute(
+                "update pages set due_ms=?, failures=0 where source=? and url=?", (due_ms, page.source, page.url)
+            )
+
+    def failed(self, page: Page, due_ms: int) -> None:
+        """Note that the document was not to be had."""
+        with self._db:
+            self._db.execute(
+                "update pages set due_ms=?, failures=failures+1 where source=? and url=?",
+                (due_ms, page.source, page.url),
+            )
+
+    def gone(self, page: Page, at_ms: int, due_ms: int) -> int:
+        """Forget an address that is no more, a start excepted; its entities end. Return how many ended."""
+        with self._db:
+            self._db.execute("begin immediate")
+            ended = self._db.execute(
+                "select key, crawl_time_ms from entities where source=? and url=? and version<>? order by key",
+                (page.source, page.url, GONE),
+            ).fetchall()
+            for key, before_ms in ended:
+                self._write(page, key, GONE, max(at_ms, before_ms + 1), None)
+            self._db.execute("delete from pages where source=? and url=? and not is_start", (page.source, page.url))
+            self._db.execute(
+                "update pages set due_ms=?, etag='', last_modified='' where source=? and url=?",
+                (due_ms, page.source, page.url),
+            )
+        return len(ended)
+
+    def wait_for(self, host: str, not_before_ms: int) -> None:
+        """Ask nothing of the host before then."""
+        with self._db:
+            self._db.execute("insert or replace into hosts values (?, ?)", (host, not_before_ms))
+
+    def outbox(self, after: int, limit: int) -> list[Version]:
+        """Return what waits for Kafka behind number `after`, in order."""
+        rows = self._db.execute(
+            'select number, source, key, crawl_time_ms, version, "values", url from outbox where number > ? '
+            "order by number limit ?",
+            (after, limit),
+        )
+        return [Version(*row) for row in rows]
+
+    def sent(self, number: int) -> None:
+        """Take out of the outbox what every partition has: all up to `number`."""
+        with self._db:
+            self._db.execute("delete from outbox where number <= ?", (number,))
+
+    def waiting(self) -> int:
+        """Return how many versions wait for Kafka."""
+        (count,) = self._db.execute("select count(*) from outbox").fetchone()
+        return int(count)
+
+    def pages(self, source: str) -> int:
+        """Return how many addresses of a source are known."""
+        (count,) = self._db.execute("select count(*) from pages where source=?", (source,)).fetchone()
+        return int(count)
+
+    def has_body(self, digest: str) -> bool:
+        """Say whether a body of this digest is stored."""
+        return self._db.execute("select 1 from bodies where digest=? limit 1", (digest,)).fetchone() is not None
+
+    def newest_bodies(self, source: str) -> list[Body]:
+        """Return the newest body of every address of a source."""
+        rows = self._db.execute(
+            "select digest, base, content_type, source, url, coalesce(sitemap, 0), max(fetched_ms) from bodies "
+            "left join pages using (source, url) where source=? group by url order by url",
+            (source,),
+        )
+        return [Body(d, b, c, s, u, bool(m)) for d, b, c, s, u, m, _ in rows]
+
+    def extracted_again(self, body: Body, rows: Sequence[tuple[str, str, str]], at_ms: int, keys_max: int) -> int:
+        """Write the versions that another extraction of a stored body changed; return how many."""
+        page = Page(body.source, body.url, host_of(body.url), body.sitemap, 0, "", "", 0)
+        with self._db:
+            self._db.execute("begin immediate")
+            return self._write_versions(page, Settled(at_ms=at_ms, due_ms=0, rows=rows), keys_max)
+
+    def _write_versions(self, page: Page, settled: Settled, keys_max: int) -> int:
+        written = 0
+        (room,) = self._db.execute(
+            "select ? - count(*) from entities where source=?", (keys_max, page.source)
+        ).fetchone()
+        for key, version, values in settled.rows:
+            known = self._db.execute(
+                "select version, crawl_time_ms from entities where source=? and key=?", (page.source, key)
+            ).fetchone()
+            if known is not None and known[0] == version:
+                continue
+            if known is None:
+                if room <= 0:
+                    continue
+                room -= 1
+            # A clock that was set back must not make a newer version look older.
+            at_ms = settled.at_ms if known is None else max(settled.at_ms, known[1] + 1)
+            self._write(page, key, version, at_ms, values)
+            written += 1
+        return written
+
+    def _write(self, page: Page, key: str, version: str, at_ms: int, values: str | None) -> None:
+        self._db.execute(
+            "insert or replace into entities values (?,?,?,?,?)", (page.source, key, version, at_ms, page.url)
+        )
+        self._db.execute(
+            'insert into outbox(source, key, crawl_time_ms, version, "values", url) values (?,?,?,?,?,?)',
+            (page.source, key, at_ms, version, values, page.url),
+        )
+
+    def _add_links(self, page: Page, settled: Settled, pages_max: int) -> None:
+        room = pages_max - self.pages(page.source)
+        for link in settled.links:
+            known = self._db.execute(
+                "select said_modified from pages where source=? and url=?", (page.source, link.url)
+            ).fetchone()
+            if known is None and room > 0:
+                room -= 1
+                self._db.execute(
+                    "insert into pages(source, url, host, sitemap, depth, due_ms, said_modified, is_start) "
+                    "values (?,?,?,?,?,0,?,0)",
+                    (page.source, link.url, host_of(link.url), link.sitemap, page.depth + 1, link.said_modified),
+                )
+            elif known is not None and link.said_modified and known[0] != link.said_modified:
+                self._db.execute(
+                    "update pages set due_ms=0, said_modified=? where source=? and url=?",
+                    (link.said_modified, page.source, link.url),
+                )
+
+    def _keep_body(self, page: Page, settled: Settled) -> list[str]:
+        body = settled.body
+        if body is None:
+            return []
+        self._db.execute(
+            "insert or replace into bodies values (?,?,?,?,?,?)",
+            (page.source, page.url, settled.at_ms, body.digest, body.base, body.content_type),
+        )
+        old = self._db.execute(
+            "select fetched_ms, digest from bodies where source=? and url=? order by fetched_ms desc limit -1 offset ?",
+            (page.source, page.url, self._bodies_per_page),
+        ).fetchall()
+        for fetched_ms, _ in old:
+            self._db.execute(
+                "delete from bodies where source=? and url=? and fetched_ms=?", (page.source, page.url, fetched_ms)
+            )
+        return [digest for _, digest in old if not self.has_body(digest)]
+
+
+def host_of(url: str) -> str:
+    """Return the host name of an address, lower case."""
+    return urlsplit(url).hostname or ""
+
+
+def _marks(values: Sequence[str]) -> str:
+    return ",".join("?" * len(values))  # None at all is well, too: SQLite knows an empty list.

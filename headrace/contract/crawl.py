@@ -1,0 +1,174 @@
+"""How a user says what the crawler brings: sources on the web, what of them is an entity, how often. Data only; no I/O.
+
+Crawl(
+    name="catalogue",
+    kind="html",
+    sitemaps=("https://shop.example/sitemap.xml",),
+    follow=(Follow(url=r"/item/\\d+$"),),
+    joins="item_id",                                   # the impression's field that names the entity
+    key=Extract(at="link[rel=canonical]::attr(href)", pattern=r"/item/(\\d+)"),
+    fields={
+        "price": Extract(at=".price::text", type="float64", pattern=r"([\\d.]+)"),
+        "brand": Extract(at=".brand::text"),
+    },
+)
+
+Each field becomes a column of impressions and samples, `external.<name>.<field>`, null where nothing is known, and
+`external.<name>.crawl_time_ms` says when the version was fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from headrace.contract.errors import ConfigRejected
+
+PREFIX = "external"
+CRAWL_TIME = "crawl_time_ms"
+"""Column beside the declared ones: when the version was fetched; 0 in an impression served with nothing known."""
+
+ExtractType = Literal["int64", "float64", "string", "bool", "list[string]"]
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class Extract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where in a document, or in one row of it, a value is; the first that is found counts."""
+
+    at: str
+    """html, feed: a CSS selector with `::text` or `::attr(name)` (`:scope` is not needed; namespaces of feeds are
+    gone). json: a JMESPath expression. `url` alone is the document's address."""
+    type: ExtractType = "string"
+    """`list[string]` takes all that are found."""
+    pattern: str = ""
+    """Regular expression that the text must hold; its first group, else the whole match, is the value."""
+
+
+class Follow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which links of a document are fetched too."""
+
+    url: str = ""
+    """Regular expression that the absolute address must hold. Empty: any."""
+    at: str = ""
+    """html, feed: CSS selector of the links, `a::attr(href)` by default; json: JMESPath of addresses. Sitemaps need
+    none."""
+
+
+class Crawl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One source on the web. An entity is the document itself, or each of its `rows`."""
+
+    name: str
+    kind: Literal["html", "feed", "json"]
+    """feed: RSS or Atom; `rows` is then `item, entry` where nothing else is said."""
+    joins: str
+    """The impression's raw field whose value, as text, is the entity's key."""
+    key: Extract
+    fields: dict[str, Extract]
+    start: tuple[str, ...] = ()
+    sitemaps: tuple[str, ...] = ()
+    """Sitemaps and their indexes, plain or gzip: their addresses are fetched as documents."""
+    rows: str = ""
+    """CSS selector or JMESPath of the parts of a document that are an entity each. Empty: the document is one."""
+    follow: tuple[Follow, ...] = ()
+    hosts: tuple[str, ...] = ()
+    """Hosts beside those of `start` and `sitemaps` that links and redirects may lead to."""
+    every_ms: Annotated[int, Meta(ge=1_000)] = 3_600_000
+    """Time between fetches of a document. One hour."""
+    pages_max: Annotated[int, Meta(gt=0, le=10_000_000)] = 10_000
+    """Most addresses of this source; links beyond are ignored."""
+    keys_max: Annotated[int, Meta(gt=0, le=10_000_000)] = 1_000_000
+    """Most entities; every stream process and serving process holds them in memory."""
+    depth_max: Annotated[int, Meta(ge=0, le=1_000)] = 3
+    """Most links from a start to a document; one from a sitemap counts as one."""
+    bytes_max: Annotated[int, Meta(gt=0, le=268_435_456)] = 4_194_304
+    """Largest body, decompressed. 4 MiB."""
+    timeout_ms: Annotated[int, Meta(gt=0, le=600_000)] = 20_000
+    """Longest time from a request to the last byte of its answer."""
+    delay_ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 1_000
+    """Least time between requests to one host; robots.txt's Crawl-delay and a slow host make it longer."""
+    parallel: Annotated[int, Meta(gt=0, le=64)] = 1
+    """Most requests to one host at once."""
+
+    def all_hosts(self) -> frozenset[str]:
+        """Return every host, lower case, that may be asked."""
+        own = {urlsplit(url).hostname or "" for url in (*self.start, *self.sitemaps)}
+        return frozenset(own | {host.lower() for host in self.hosts})
+
+    def columns(self) -> dict[str, str]:
+        """Return the columns of this source and their types, crawl time last."""
+        named = {f"{PREFIX}.{self.name}.{field}": extract.type for field, extract in self.fields.items()}
+        return {**named, f"{PREFIX}.{self.name}.{CRAWL_TIME}": "int64"}
+
+
+def external_columns(crawls: Sequence[Crawl]) -> dict[str, str]:
+    """Return the columns that all sources give, and their types, in declared order."""
+    return {name: kind for crawl in crawls for name, kind in crawl.columns().items()}
+
+
+def check_crawls(crawls: Sequence[Crawl], impression_fields: Mapping[str, str]) -> None:
+    """Raise `ConfigRejected` naming the first declaration that cannot work."""
+    names = [crawl.name for crawl in crawls]
+    for crawl in crawls:
+        if names.count(crawl.name) > 1:
+            raise ConfigRejected(f"crawl {crawl.name!r} is declared twice.")
+        for name in (crawl.name, *crawl.fields):
+            if not _NAME.fullmatch(name) or name == CRAWL_TIME:
+                raise ConfigRejected(
+                    f"crawl {crawl.name!r}: {name!r} is no name: lower-case letters, digits and _, a letter first, "
+                    f"and not {CRAWL_TIME}."
+                )
+        joined = impression_fields.get(crawl.joins)
+        if joined is None or joined.startswith("list"):
+            raise ConfigRejected(
+                f"crawl {crawl.name!r} joins {crawl.joins!r}, which is {joined or 'no field of the impression'}; one "
+                f"value is wanted, of {sorted(n for n, k in impression_fields.items() if not k.startswith('list'))}."
+            )
+        if not crawl.fields:
+            raise ConfigRejected(f"crawl {crawl.name!r} declares no fields: it would bring nothing.")
+        _check_addresses(crawl)
+        _check_extraction(crawl)
+
+
+def _check_addresses(crawl: Crawl) -> None:
+    if not (crawl.start or crawl.sitemaps):
+        raise ConfigRejected(f"crawl {crawl.name!r} needs start or sitemaps: it does not know where to begin.")
+    for url in (*crawl.start, *crawl.sitemaps):
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ConfigRejected(f"crawl {crawl.name!r}: {url!r} is no http or https address.")
+        if parts.username or parts.password:
+            raise ConfigRejected(f"crawl {crawl.name!r}: an address holds a password; addresses are stored and logged.")
+
+
+def _check_extraction(crawl: Crawl) -> None:
+    if crawl.key.type not in {"string", "int64"}:
+        raise ConfigRejected(f"crawl {crawl.name!r}: the key is {crawl.key.type}; a key is a string or an int64.")
+    extracts = {"key": crawl.key, **crawl.fields}
+    wanted = {f"{name}.at": one.at for name, one in extracts.items() if one.at != "url"}
+    wanted |= {f"follow {i}.at": one.at for i, one in enumerate(crawl.follow) if one.at}
+    wanted |= {"rows": crawl.rows} if crawl.rows else {}
+    # Only a project that crawls needs the libraries: every stage reads the project.
+    import jmespath
+    from cssselect import SelectorError
+    from parsel.csstranslator import HTMLTranslator
+
+    for where, text in wanted.items():
+        try:
+            if crawl.kind == "json":
+                jmespath.compile(text)
+            else:
+                HTMLTranslator().css_to_xpath(text)
+        except (SelectorError, jmespath.exceptions.JMESPathError, ValueError) as error:
+            kind = "JMESPath expression" if crawl.kind == "json" else "CSS selector"
+            raise ConfigRejected(f"crawl {crawl.name!r}: {where} {text!r} is no {kind}: {error}.") from error
+    patterns = [one.pattern for one in extracts.values()] + [one.url for one in crawl.follow]
+    for text in patterns:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ConfigRejected(f"crawl {crawl.name!r}: {text!r} is no regular expression: {error}.") from error

@@ -1,0 +1,280 @@
+"""From a document's bytes to its entities and links, as its `Crawl` declares. Pure; the same bytes, the same rows.
+
+Nothing here fetches, so stored bodies are extracted again by the same code. Whatever the bytes are, the result is rows,
+links, and the reasons for which something was left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urldefrag, urljoin, urlsplit
+
+import jmespath
+import msgspec
+from parsel import Selector
+from w3lib.encoding import html_to_unicode
+
+from headrace.contract.crawl import Crawl, Extract
+
+ROWS_MAX = 100_000
+"""Most entities of one document."""
+LINKS_MAX = 50_000
+"""Most links of one document: what a sitemap may hold by its protocol."""
+URL_CHARS_MAX, TEXT_CHARS_MAX, LIST_MAX = 2_048, 65_536, 256
+
+Value = int | float | str | bool | list[str] | None
+
+_TYPES = {
+    "html": re.compile(r"text/html|application/xhtml\+xml|text/plain"),
+    "feed": re.compile(r"(text|application)/([\w.-]+\+)?xml|text/plain|text/html"),
+    "json": re.compile(r"(text|application)/([\w.-]+\+)?json|text/(plain|javascript)"),
+    "sitemap": re.compile(
+        r"(text|application)/([\w.-]+\+)?xml|text/plain|application/(x-)?gzip|application/octet-stream"
+    ),
+}
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A body and what is needed to read it."""
+
+    url: str
+    """Where it came from, after redirects."""
+    body: bytes
+    content_type: str = ""
+    sitemap: bool = False
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One entity as a document has it."""
+
+    key: str
+    values: str
+    """Its fields as JSON, in declared order."""
+
+    @property
+    def version(self) -> str:
+        """Return 16 hex digits of SHA-256 over the values: the same values, the same version."""
+        return hashlib.sha256(self.values.encode()).hexdigest()[:16]
+
+
+class Link(msgspec.Struct, frozen=True):
+    """An address that the document leads to; `last_modified` as a sitemap says it."""
+
+    url: str
+    sitemap: bool = False
+    last_modified: str = ""
+
+
+class Extracted(msgspec.Struct):
+    """What a document holds. `left_out` counts reasons: wrong_type, broken, no_key, bad_value, too_many."""
+
+    rows: list[Row] = []
+    links: list[Link] = []
+    left_out: Counter[str] = msgspec.field(default_factory=Counter)
+
+
+def extract(document: Document, crawl: Crawl) -> Extracted:
+    """Return the entities and links of a document; of one key the first row counts."""
+    found = Extracted()
+    kind = "sitemap" if document.sitemap else crawl.kind
+    media = document.content_type.partition(";")[0].strip().lower()
+    if media and not _TYPES[kind].fullmatch(media):
+        found.left_out["wrong_type"] += 1
+        return found
+    try:
+        if kind == "sitemap":
+            _read_sitemap(document, crawl, found)
+        elif kind == "json":
+            _read_json(document, crawl, found)
+        else:
+            _read_markup(document, crawl, found)
+    except (ValueError, TypeError, RecursionError, zlib.error, jmespath.exceptions.JMESPathError):
+        # Bytes that no reader takes: the document gives nothing, and its source says so.
+        return Extracted(left_out=Counter(broken=1))
+    return found
+
+
+def _read_markup(document: Document, crawl: Crawl, found: Extracted) -> None:
+    selector = _selector(document, "html" if crawl.kind == "html" else "xml")
+    chosen = crawl.rows or ("item, entry" if crawl.kind == "feed" else "")
+    parts: Sequence[Selector] = selector.css(chosen) if chosen else [selector]
+    _add_rows(found, crawl, document, ((part, _find_markup) for part in parts))
+    for follow in crawl.follow:
+        addresses = (str(a) for a in selector.css(follow.at or "a::attr(href)").getall())
+        _add_links(found, crawl, document, addresses, follow.url)
+
+
+def _read_json(document: Document, crawl: Crawl, found: Extracted) -> None:
+    plain = msgspec.json.decode(_text(document).encode())
+    parts = jmespath.search(crawl.rows, plain) if crawl.rows else [plain]
+    if isinstance(parts, list):
+        _add_rows(found, crawl, document, ((part, _find_json) for part in parts))
+    for follow in crawl.follow:
+        addresses = jmespath.search(follow.at, plain) if follow.at else None
+        several = addresses if isinstance(addresses, list) else [addresses]
+        _add_links(found, crawl, document, (a for a in several if isinstance(a, str)), follow.url)
+
+
+def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
+    if document.body[:2] == b"\x1f\x8b":
+        reader = zlib.decompressobj(wbits=31)
+        body = reader.decompress(document.body, crawl.bytes_max)
+        if reader.unconsumed_tail:
+            found.left_out["too_large"] += 1
+            return
+        document = msgspec.structs.replace(document, body=body)
+    selector = _selector(document, "xml")
+    wanted = [re.compile(follow.url) for follow in crawl.follow]
+    for part in selector.css("url, sitemap"):
+        address = _absolute(document.url, str(part.css("loc::text").get(default="")), crawl)
+        nested = part.root.tag == "sitemap"
+        if address is None or not (nested or not wanted or any(w.search(address) for w in wanted)):
+            continue
+        if len(found.links) >= LINKS_MAX:
+            found.left_out["too_many"] += 1
+            return
+        changed = str(part.css("lastmod::text").get(default="")).strip()[:64]
+        found.links.append(Link(address, nested, changed))
+
+
+def _selector(document: Document, kind: str) -> Selector:
+    text = _text(document)
+    if not text.strip():
+        raise ValueError("an empty document")
+    selector = Selector(text=text, type=kind)
+    if kind == "xml":
+        selector.remove_namespaces()
+    return selector
+
+
+def _text(document: Document) -> str:
+    """Return the body as text by its byte order mark, header, declaration, else UTF-8, else Latin-1's superset."""
+    return html_to_unicode(document.content_type, document.body, auto_detect_fun=_utf8_or_western)[1]
+
+
+def _utf8_or_western(body: bytes) -> str:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return "cp1252"
+    return "utf-8"
+
+
+def _add_rows(found: Extracted, crawl: Crawl, document: Document, parts: Iterator[tuple[Any, Any]]) -> None:
+    seen: set[str] = set()
+    for part, find in parts:
+        if len(found.rows) >= ROWS_MAX:
+            found.left_out["too_many"] += 1
+            return
+        key = _value(part, find, crawl.key, document)
+        key = str(key) if isinstance(key, int) else key
+        if not isinstance(key, str) or not key or len(key) > URL_CHARS_MAX:
+            found.left_out["no_key"] += 1
+            continue
+        if key in seen:
+            found.left_out["key_again"] += 1
+            continue
+        seen.add(key)
+        values: dict[str, Value] = {}
+        for name, one in crawl.fields.items():
+            try:
+                values[name] = _value(part, find, one, document)
+            except ValueError:
+                values[name] = None
+                found.left_out["bad_value"] += 1
+        found.rows.append(Row(key, msgspec.json.encode(values).decode()))
+
+
+def _value(part: Any, find: Any, one: Extract, document: Document) -> Value:
+    """Return the declared value or None. Raises `ValueError` where something stands there that is not of its type."""
+    several = [document.url] if one.at == "url" else find(part, one.at)
+    if one.pattern:
+        matches = (re.search(one.pattern, v) if isinstance(v, str) else None for v in several)
+        several = [m[1] if m.re.groups else m[0] for m in matches if m is not None and (not m.re.groups or m[1])]
+    if one.type == "list[string]":
+        texts = (_typed(v, "string") for v in several[:LIST_MAX])
+        return [text for text in texts if isinstance(text, str) and text]
+    for value in several:
+        typed = _typed(value, one.type)
+        if typed is not None and typed != "":
+            return typed
+    return None
+
+
+def _find_markup(part: Selector, at: str) -> list[Any]:
+    return list(part.css(at).getall())
+
+
+def _find_json(part: Any, at: str) -> list[Any]:
+    value = jmespath.search(at, part)
+    return value if isinstance(value, list) else [value]
+
+
+def _typed(value: Any, kind: str) -> Value:
+    if value is None or isinstance(value, dict | list):
+        return None
+    if kind in {"string", "list[string]"}:
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        return " ".join(_whole(text).split())[:TEXT_CHARS_MAX]
+    if isinstance(value, str) and not (value := value.strip()):
+        return None
+    if kind == "bool":
+        return _truth(value)
+    if isinstance(value, bool):
+        raise ValueError("a truth value is no number")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError("a number beyond all bounds") from error
+    if kind == "float64":
+        if number - number != 0.0:
+            raise ValueError("not a finite number")
+        return number
+    whole = int(value) if isinstance(value, int | str) else int(number)
+    if (whole != number and not isinstance(value, str | int)) or not -(2**63) <= whole < 2**63:
+        raise ValueError("no 64-bit integer")
+    return whole
+
+
+def _whole(text: str) -> str:
+    """Return the text without halves of surrogate pairs, which no UTF-8 can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _truth(value: Any) -> bool:
+    text = str(value).lower()
+    if text in {"true", "1", "yes", "1.0"}:
+        return True
+    if text in {"false", "0", "no", "0.0"}:
+        return False
+    raise ValueError("no truth value")
+
+
+def _add_links(found: Extracted, crawl: Crawl, document: Document, addresses: Iterator[str], pattern: str) -> None:
+    wanted = re.compile(pattern)
+    for address in addresses:
+        absolute = _absolute(document.url, address, crawl)
+        if absolute is None or not wanted.search(absolute):
+            continue
+        if len(found.links) >= LINKS_MAX:
+            found.left_out["too_many"] += 1
+            return
+        found.links.append(Link(absolute))
+
+
+def _absolute(base: str, address: str, crawl: Crawl) -> str | None:
+    """Return the address in full, without its fragment; None where it leaves the source's hosts or HTTP."""
+    try:
+        absolute = urldefrag(urljoin(base, address.strip()))[0]
+        parts = urlsplit(absolute)
+        host = parts.hostname
+    except ValueError:
+        return None
+    if parts.scheme not in {"http", "https"} or host not in crawl.all_hosts() or len(absolute) > URL_CHARS_MAX:
+        return None
+    return None if parts.username or parts.password else absolute

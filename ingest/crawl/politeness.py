@@ -1,0 +1,130 @@
+"""What a site may ask of us, on Scrapy's own parts: robots.txt with an age, delays with a floor, hosts with a fence."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from scrapy import signals
+from scrapy.crawler import Crawler
+from scrapy.downloadermiddlewares.robotstxt import RobotsTxtMiddleware
+from scrapy.exceptions import IgnoreRequest
+from scrapy.extensions.throttle import AutoThrottle
+from scrapy.http import Request, Response
+
+from headrace.contract.crawl import Crawl
+
+DELAY_MAX_S = 3_600.0
+"""Longest delay that a robots.txt may ask for; a longer one is taken as this."""
+_UNREACHABLE_S = 30.0
+"""Time until an unreachable robots.txt is asked for again."""
+
+
+class Forbidden(IgnoreRequest):
+    """robots.txt does not allow it."""
+
+
+class Unreadable(IgnoreRequest):
+    """robots.txt is not to be had; RFC 9309 then allows nothing."""
+
+
+class OffHost(IgnoreRequest):
+    """A redirect leads to a host that the source does not name."""
+
+
+class Robots(RobotsTxtMiddleware):
+    """robots.txt as RFC 9309 says: 4xx allows all, what cannot be reached nothing; asked again when it is old."""
+
+    def __init__(self, crawler: Crawler) -> None:
+        super().__init__(crawler)
+        self._good_s = crawler.settings.getfloat("HEADRACE_ROBOTS_S")
+        self._asked_s: dict[str, float] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def process_request(self, request: Request) -> None:  # type: ignore[override]
+        """Raise `Forbidden` or `Unreadable` where the request may not go out."""
+        if request.meta.get("dont_obey_robotstxt"):
+            return
+        netloc = urlsplit(request.url).netloc
+        # One at a time: of several that wait for the same answer, Scrapy 2.19 gives it to the first one only.
+        async with self._locks[netloc]:
+            now_s = time.monotonic()
+            good_s = _UNREACHABLE_S if self._parsers.get(netloc) is None else self._good_s
+            if now_s - self._asked_s.get(netloc, now_s) > good_s:
+                self._parsers.pop(netloc, None)
+            if netloc not in self._parsers:
+                self._asked_s[netloc] = now_s
+            parser = await self.robot_parser(request)
+        if parser is None:
+            raise Unreadable(f"{netloc}/robots.txt is not to be had")
+        try:
+            self.process_request_2(parser, request)
+        except IgnoreRequest as error:
+            raise Forbidden(str(error)) from error
+
+    async def _parse_robots(self, response: Response, netloc: str, request: Request) -> None:
+        if response.status >= 500 or response.status == 429:
+            raise IgnoreRequest(f"robots.txt answers {response.status}")
+        if response.status >= 300:
+            response = response.replace(body=b"")
+        await super()._parse_robots(response, netloc, request)
+
+
+class Fence:
+    """Keeps redirects on the hosts that a source names; each host has a queue of its own."""
+
+    async def process_request(self, request: Request) -> None:
+        """Raise `OffHost` where the request leaves its source's hosts."""
+        parts = urlsplit(request.url)
+        allowed = request.meta.get("hosts")
+        if parts.scheme not in {"http", "https"} or (allowed is not None and parts.hostname not in allowed):
+            raise OffHost(f"{parts.scheme}://{parts.hostname} is none of the source's hosts")
+        request.meta["download_slot"] = parts.hostname
+
+
+class Throttle(AutoThrottle):
+    """AutoThrottle with a floor a host: the declared delay, or robots.txt's Crawl-delay where it is longer."""
+
+    def __init__(self, crawler: Crawler) -> None:
+        super().__init__(crawler)
+        self._parallel: Mapping[str, int] = crawler.settings.getdict("HEADRACE_PARALLEL")
+        self._agent: str = crawler.settings["USER_AGENT"]
+        self.floor_s: dict[str, float] = {}
+        crawler.signals.connect(self._robots_parsed, signal=signals.robots_parsed)
+
+    def _robots_parsed(self, robotparser: Any, request: Request) -> None:
+        asked_s = robotparser.crawl_delay(self._agent)
+        host = urlsplit(request.url).hostname or ""
+        slots = self.crawler.engine.downloader.per_slot_settings
+        declared_s = slots.get(host, {}).get("delay", 0.0)
+        floor_s = self.floor_s[host] = max(self.floor_s.get(host, declared_s), min(float(asked_s or 0.0), DELAY_MAX_S))
+        if asked_s and floor_s > 0:
+            # A delay between requests is meant between all of them, however many the source would send at once.
+            slots[host] = {**slots.get(host, {}), "delay": floor_s, "concurrency": 1}
+            slot = self.crawler.engine.downloader.slots.get(host)
+            if slot is not None:
+                slot.delay, slot.concurrency = max(slot.delay, floor_s), 1
+
+    def _adjust_delay(self, slot: Any, latency: float, response: Response) -> None:
+        host = urlsplit(response.url).hostname or ""
+        self.target_concurrency = float(self._parallel.get(host, 1))
+        super()._adjust_delay(slot, latency, response)
+        slot.delay = max(slot.delay, self.floor_s.get(host, self.mindelay))
+
+
+def host_settings(crawls: Iterable[Crawl]) -> dict[str, dict[str, Any]]:
+    """Return Scrapy's settings of each host's queue; where sources share a host, the gentlest counts."""
+    slots: dict[str, dict[str, Any]] = {}
+    for crawl in crawls:
+        for host in crawl.all_hosts():
+            before = slots.get(host, {"delay": 0.0, "concurrency": 64})
+            slots[host] = {
+                "delay": max(before["delay"], crawl.delay_ms / 1000),
+                "concurrency": min(before["concurrency"], crawl.parallel),
+                "jitter": 0.0,
+            }
+    return slots

@@ -1,0 +1,114 @@
+"""A crawler as a process of its own: `python crawl_process.py FOLDER once|serve|again RECEIPT_S`.
+
+FOLDER has crawls.json; the log is FOLDER/log.jsonl, a line a record, with its receipt RECEIPT_S later. At the end it
+prints its counters.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from headrace.backends.blobs_file import FileBlobs
+from headrace.backends.clock import SystemClock
+from headrace.backends.frontier_sqlite import Frontier
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.cli.runtime import set_logging
+from headrace.cli.stage_crawl import _quieten
+from headrace.contract.config import CrawlConfig
+from headrace.contract.crawl import Crawl
+from headrace.contract.events import decode_batch
+from headrace.contract.log import Delivered
+from headrace.contract.topics import Topics
+from headrace.ingest.crawl.service import Service
+
+PARTITIONS = 3
+
+
+class Declared(msgspec.Struct):
+    """crawls.json"""
+
+    crawls: tuple[Crawl, ...]
+    config: CrawlConfig
+
+
+class FileLog:
+    """A producer whose log is a file."""
+
+    def __init__(self, path: Path, receipt_s: float) -> None:
+        self._file, self._receipt_s = path.open("a"), receipt_s
+        self._due: deque[tuple[float, Delivered | None]] = deque()
+
+    def send(
+        self,
+        topic: str,
+        partition: int,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        delivered: Delivered | None = None,
+    ) -> None:
+        line = {"topic": topic, "partition": partition, "key": key and key.decode(), **(headers or {})}
+        if topic == "events":
+            line["rows"] = decode_batch(value or b"").to_pylist()
+        else:
+            line["value"] = value and json.loads(value)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._due.append((time.monotonic() + self._receipt_s, delivered))
+
+    def poll(self, timeout_s: float) -> None:
+        while self._due and self._due[0][0] <= time.monotonic():
+            _, delivered = self._due.popleft()
+            if delivered is not None:
+                delivered(None, 0)
+
+    def flush(self, timeout_s: float) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def main() -> None:
+    folder, mode, receipt_s = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    set_logging("INFO")
+    _quieten()
+    declared = msgspec.json.decode((folder / "crawls.json").read_bytes(), type=Declared)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    metrics = MemoryMetrics()
+    frontier = Frontier(folder / "state" / "g1.sqlite", bodies_per_page=declared.config.bodies_per_page)
+    service = Service(
+        declared.crawls,
+        declared.config,
+        Topics(),
+        PARTITIONS,
+        frontier,
+        FileBlobs(folder / "store"),
+        FileLog(folder / "log.jsonl", receipt_s),
+        metrics,
+        SystemClock(),
+    )
+    changed = 0
+    if mode == "again":
+        changed = service.extract_again()
+    else:
+        service.run(stop, lambda _: None, once=mode == "once")
+    frontier.close()
+    counts = {f"{name}/{reason}" if reason else name: value for (name, reason), value in metrics.counters.items()}
+    print(json.dumps({**counts, "changed": changed}))
+
+
+if __name__ == "__main__":
+    main()

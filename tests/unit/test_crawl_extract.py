@@ -1,0 +1,157 @@
+"""Goal: whatever the bytes, extraction gives rows of the declared types or reasons. Method: documents by example, and
+arbitrary bytes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.contract.crawl import Crawl, Extract, Follow, check_crawls
+from headrace.contract.errors import ConfigRejected
+from headrace.ingest.crawl.extract import Document, extract
+
+FIELDS = {
+    "price": Extract(at=".p::text", type="float64", pattern=r"([\d.]+)"),
+    "stock": Extract(at=".s::text", type="int64"),
+    "sale": Extract(at=".b::text", type="bool"),
+    "tags": Extract(at="i::text", type="list[string]"),
+    "url": Extract(at="url"),
+}
+HTML = Crawl(
+    name="shop", kind="html", joins="item_id", start=("https://shop.example/a/",), rows="div",
+    key=Extract(at="::attr(id)"), fields=FIELDS, follow=(Follow(url="/item/"),),
+)  # fmt: skip
+JSON = Crawl(
+    name="api", kind="json", joins="item_id", start=("https://shop.example/api",), rows="data.items[]",
+    key=Extract(at="id"), fields={"n": Extract(at="n", type="int64"), "t": Extract(at="t")},
+    follow=(Follow(at="links.*.href"),),
+)  # fmt: skip
+FEED = Crawl(
+    name="news", kind="feed", joins="item_id", start=("https://shop.example/feed",),
+    key=Extract(at="id::text, guid::text"),
+    fields={"title": Extract(at="title::text"), "link": Extract(at="link::attr(href), link::text")},
+)  # fmt: skip
+
+
+def rows_of(crawl: Crawl, body: bytes, content_type: str = "") -> dict[str, dict[str, object]]:
+    document = Document(crawl.start[0], body, content_type)
+    return {row.key: json.loads(row.values) for row in extract(document, crawl).rows}
+
+
+def test_values_have_their_types_and_what_is_none_is_null() -> None:
+    body = b"""<div id=a><b class=p>EUR 1.50</b><b class=s> 7 </b><b class=b>Yes</b><i>x</i><i> y  z </i></div>
+               <div id=b><b class=p>none</b><b class=s>7.5</b><b class=b>maybe</b></div><div>no key</div>"""
+    found = extract(Document(HTML.start[0], body), HTML)
+    values = {row.key: json.loads(row.values) for row in found.rows}
+    url = HTML.start[0]
+    assert values["a"] == {"price": 1.5, "stock": 7, "sale": True, "tags": ["x", "y z"], "url": url}
+    assert values["b"] == {"price": None, "stock": None, "sale": None, "tags": [], "url": url}
+    assert found.left_out == {"bad_value": 2, "no_key": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "name"),
+    [
+        ("<div id=1><i>Caf\u00e9</i></div>".encode("latin-1"), "text/html; charset=iso-8859-1", "Caf\u00e9"),
+        ("<div id=1><i>Caf\u00e9</i></div>".encode("latin-1"), "text/html", "Caf\u00e9"),
+        ("<div id=1><i>\u20ac</i></div>".encode("cp1252"), "text/html", "\u20ac"),
+        ("<div id=1><i>\u65e5\u672c</i></div>".encode("utf-8"), "text/html", "\u65e5\u672c"),
+        ("<meta charset=shift_jis><div id=1><i>\u65e5\u672c</i></div>".encode("shift_jis"), "", "\u65e5\u672c"),
+        ("<div id=1><i>\u65e5\u672c</i></div>".encode("utf-16"), "text/html", "\u65e5\u672c"),
+        ("<div id=1><i>\u65e5\u672c</i></div>".encode("utf-8"), "text/html; charset=nonsense", "\u65e5\u672c"),
+    ],
+)
+def test_text_is_read_in_its_encoding(body: bytes, content_type: str, name: str) -> None:
+    assert rows_of(HTML, body, content_type)["1"]["tags"] == [name]
+
+
+def test_links_stay_on_the_hosts_and_are_absolute() -> None:
+    body = b"""<a href="../item/1#x"> <a href="/item/2"> <a href="/other"> <a href="https://evil.example/item/3">
+               <a href="ftp://shop.example/item/4"> <a href="javascript:/item/5"> <a href="https://u:p@shop.example/item/6">
+               <a href="https://SHOP.example/item/7"> <a href="http://[::1/item/8">"""
+    found = extract(Document(HTML.start[0], body), HTML)
+    assert [link.url for link in found.links] == [
+        "https://shop.example/item/1",
+        "https://shop.example/item/2",
+        "https://SHOP.example/item/7",
+    ]
+
+
+def test_json_rows_and_links() -> None:
+    body = b'{"data": {"items": [{"id": 1, "n": 3.0, "t": 5}, {"id": "x", "n": "4"}, {"id": true}, {"id": null}, 3]}, \
+             "links": {"next": {"href": "?p=2"}, "bad": {"href": 4}}}'
+    found = extract(Document(JSON.start[0], body), JSON)
+    values = {row.key: json.loads(row.values) for row in found.rows}
+    assert values["1"] == {"n": 3, "t": "5"} and values["x"] == {"n": 4, "t": None}
+    assert [link.url for link in found.links] == ["https://shop.example/api?p=2"]
+
+
+def test_atom_with_namespaces() -> None:
+    body = b"""<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">
+      <entry><id>urn:1</id><title>A</title><link href="https://shop.example/1"/></entry></feed>"""
+    assert rows_of(FEED, body) == {"urn:1": {"title": "A", "link": "https://shop.example/1"}}
+
+
+def test_entities_of_xml_open_no_file_and_do_not_swell() -> None:
+    body = b"""<!DOCTYPE r [<!ENTITY x SYSTEM "file:///etc/passwd"><!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>
+      <rss><item><guid>1</guid><title>&x;&b;t</title></item></rss>"""
+    values = rows_of(FEED, body)
+    assert "root" not in json.dumps(values) and "aaaa" not in json.dumps(values)
+
+
+def test_the_same_values_are_the_same_version() -> None:
+    one, two = (
+        extract(Document(HTML.start[0], body), HTML).rows[0].version
+        for body in (b"<div id=1><i>a</i></div>", b"<p>new</p><div id=1 class=x><i> a </i></div>")
+    )
+    assert one == two
+
+
+@given(st.binary(max_size=400), st.sampled_from([HTML, JSON, FEED]), st.booleans(), st.sampled_from(["", "text/xml"]))
+def test_any_bytes_give_rows_or_reasons(body: bytes, crawl: Crawl, sitemap: bool, content_type: str) -> None:
+    found = extract(Document(crawl.start[0], body, content_type, sitemap), crawl)
+    assert found.rows or found.left_out or not found.rows
+    for row in found.rows:
+        row.values.encode()
+        assert json.loads(row.values).keys() == crawl.fields.keys()
+
+
+PLAIN = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
+NESTED = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "n", "t"]), inner),
+    max_leaves=8,
+)
+
+
+@given(NESTED | st.just(10**400))
+def test_any_json_gives_rows_of_the_declared_types(plain: object) -> None:
+    body = json.dumps({"data": {"items": [plain, {"id": "k", "n": plain, "t": plain}]}}).encode()
+    for values in rows_of(JSON, body).values():
+        assert values["n"] is None or (type(values["n"]) is int and -(2**63) <= values["n"] < 2**63)
+        assert values["t"] is None or type(values["t"]) is str
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"joins": "nothing"}, "no field"),
+        ({"name": "Upper Case"}, "no name"),
+        ({"start": ()}, "where to begin"),
+        ({"start": ("ftp://x.example/",)}, "no http"),
+        ({"start": ("https://me:secret@x.example/",)}, "password"),
+        ({"rows": "div["}, "CSS selector"),
+        ({"fields": {}}, "no fields"),
+        ({"fields": {"a": Extract(at="b", pattern="(")}}, "regular expression"),
+        ({"kind": "json", "rows": "]["}, "JMESPath"),
+        ({"key": Extract(at="b", type="bool")}, "a key is"),
+    ],
+)
+def test_a_declaration_that_cannot_work_is_refused(change: dict[str, object], said: str) -> None:
+    plain = {f: getattr(HTML, f) for f in HTML.__struct_fields__}
+    check_crawls((HTML,), {"item_id": "int64"})
+    with pytest.raises(ConfigRejected, match=said):
+        check_crawls((Crawl(**{**plain, **change}),), {"item_id": "int64"})  # type: ignore[arg-type]
