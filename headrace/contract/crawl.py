@@ -99,13 +99,15 @@ class Crawl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         own = {urlsplit(url).hostname or "" for url in (*self.start, *self.sitemaps)}
         return frozenset(own | {host.lower() for host in self.hosts})
 
-    def columns(self) -> dict[str, str]:
+    def columns(self) -> dict[str, ExtractType]:
         """Return the columns of this source and their types, crawl time last."""
-        named = {f"{PREFIX}.{self.name}.{field}": extract.type for field, extract in self.fields.items()}
+        named: dict[str, ExtractType] = {
+            f"{PREFIX}.{self.name}.{field}": one.type for field, one in self.fields.items()
+        }
         return {**named, f"{PREFIX}.{self.name}.{CRAWL_TIME}": "int64"}
 
 
-def external_columns(crawls: Sequence[Crawl]) -> dict[str, str]:
+def external_columns(crawls: Sequence[Crawl]) -> dict[str, ExtractType]:
     """Return the columns that all sources give, and their types, in declared order."""
     return {name: kind for crawl in crawls for name, kind in crawl.columns().items()}
 
