@@ -65,7 +65,7 @@ class Stack:
         stack = cls(env, base, scratch)
         try:
             if own:
-                stack.headrace("up", "--detach", timeout_s=240)
+                stack.headrace("up", "--detach", timeout_s=420)
             yield stack
         finally:
             if own:

@@ -19,10 +19,13 @@ def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
     from headrace.backends.spill_file import FileSpill
     from headrace.stream.app import run
+    from headrace.stream.warm import warm
 
     runtime = open_runtime(args)
     stop = stop_event()
     metrics = runtime.metrics("stream")
+    metrics.ready(False, "compiling the join, once on this machine")
+    warm(runtime.project, runtime.config.join)
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
     producer = runtime.producer(linger_ms=1.0)
     spill = FileSpill(runtime.home / "faust" / f"spill-{os.getpid()}")

@@ -1,0 +1,87 @@
+"""Compile before anyone waits: on a machine's first start the join takes half a minute, then it is on disk.
+
+Without it the first events would wait for the compiler, and with them every click.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.contract.config import JoinConfig
+from headrace.contract.events import (
+    AGGREGATE,
+    AGGREGATE_SCHEMA,
+    FEEDBACK,
+    IMPRESSION,
+    PUNCTUATION,
+    Punctuation,
+    batch_from_rows,
+    encode_batch,
+    encode_punctuation,
+    feedback_schema,
+    impression_schema,
+)
+from headrace.contract.log import Record
+from headrace.contract.project import Project
+from headrace.stream.join import JoinState
+from headrace.stream.state import encode_state, load_state
+
+_DAY_MS = 86_400_000
+
+
+def warm(project: Project, config: JoinConfig) -> None:
+    """Lead a few events through a join of which nothing is kept: matched, early, late, twice, expired, restored."""
+    state = JoinState(project, config, silent_ms=1_000, partition=0)
+    for record in _records(project):
+        state.take(record)
+    data = encode_state(state)
+    again = JoinState(project, config, silent_ms=1_000, partition=0)
+    load_state(again, data)
+    again.take(time(1_000, 9 * _DAY_MS))
+
+
+def _records(project: Project) -> Iterator[Record]:
+    shown = impression_schema(project)
+    rows = [_row(shown, project, i) for i in (0, 1, 1, 2)]
+    counters = [
+        {"counter": c.name, "key": "1", "as_of_ms": 1, "epoch": 1, "counts": [1.0] * len(c.counts)}
+        for c in project.features.counters
+    ]
+    yield record(0, AGGREGATE, batch_from_rows(counters, AGGREGATE_SCHEMA))
+    offset = 1
+    for when in range(3):
+        for feedback in project.feedback:
+            schema = feedback_schema(project, feedback)
+            batch = batch_from_rows([_row(schema, project, i, feedback.name) for i in (1, 3, when)], schema)
+            yield record(offset, FEEDBACK, batch, feedback.name)
+            offset += 1
+        yield record(offset, IMPRESSION, batch_from_rows(rows if when else rows[:2], shown))
+        yield time(offset + 1, _DAY_MS * when)
+        offset += 2
+
+
+def _row(schema: pa.Schema, project: Project, number: int, kind: str = "") -> dict[str, Any]:
+    envelope = {"event_id": f"{kind}{number}", "request_id": f"r{number}", "place": 0, "key": "1", "event_time_ms": 1}
+    return {field.name: _value(field.type) for field in schema} | envelope
+
+
+def _value(kind: pa.DataType) -> Any:
+    if pa.types.is_list(kind):
+        return [_value(kind.value_type)]
+    if pa.types.is_string(kind):
+        return "1"
+    return pa.scalar(1).cast(kind).as_py()
+
+
+def time(offset: int, time_ms: int) -> Record:
+    """Return a record of punctuation."""
+    return Record("", 0, offset, None, encode_punctuation(Punctuation("warm", 1, time_ms)), {"kind": PUNCTUATION}, 0)
+
+
+def record(offset: int, kind: str, batch: pa.RecordBatch, name: str = "") -> Record:
+    """Return a record of events as it lies in the log."""
+    headers = {"kind": kind, "type": name} if name else {"kind": kind}
+    return Record("", 0, offset, None, encode_batch(batch), headers, 0)

@@ -1,0 +1,37 @@
+"""Goal: nothing is left to compile when the first event comes. Method: lead other events
+through a warm join and count what was compiled."""
+
+from __future__ import annotations
+
+from headrace.contract.config import JoinConfig
+from headrace.contract.events import FEEDBACK, IMPRESSION, batch_from_rows, feedback_schema, impression_schema
+from headrace.examples.shop.shop import PROJECT
+from headrace.stream import aggregates, counting, early, matching, memory, pending, rings, warm
+from headrace.stream.join import JoinState
+from headrace.stream.state import encode_state, load_state
+from headrace.stream.warm import record, time
+
+
+def _compiled() -> dict[str, int]:
+    modules = (aggregates, counting, early, matching, memory, pending, rings)
+    kernels = {f"{m.__name__}.{n}": f for m in modules for n, f in vars(m).items() if hasattr(f, "nopython_signatures")}
+    return {name: len(kernel.nopython_signatures) for name, kernel in kernels.items()}
+
+
+def test_after_warming_other_events_compile_nothing() -> None:
+    warm.warm(PROJECT, JoinConfig())
+    after = _compiled()
+    assert sum(after.values()) > 10
+    state = JoinState(PROJECT, JoinConfig(), silent_ms=1_000, partition=1)
+    shown, clicked = impression_schema(PROJECT), feedback_schema(PROJECT, PROJECT.feedback[0])
+    for number in range(30):
+        key = {"user_id": number % 4, "video_id": number % 3, "author_id": None}
+        envelope = {"event_id": f"i{number}", "request_id": f"r{number}", "place": 0, "key": str(number % 4)}
+        row = {**envelope, **key, "event_time_ms": 1_000 * number}
+        click = row | {"event_id": f"c{number}", "value": 2.5}
+        state.take(record(3 * number, IMPRESSION, batch_from_rows([row] * (1 + number % 2), shown)))
+        if number % 3:
+            state.take(record(3 * number + 1, FEEDBACK, batch_from_rows([click], clicked), "click"))
+        state.take(time(3 * number + 2, 1_000 * number))
+    load_state(JoinState(PROJECT, JoinConfig(), silent_ms=1_000, partition=1), encode_state(state))
+    assert _compiled() == after
