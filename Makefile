@@ -32,10 +32,10 @@ export RATE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down status logs doctor ledger chaos replay test test-long check format bench clean
+.PHONY: help install up down status logs doctor ledger chaos replay test test-long test-cephfs check format bench clean
 
 help: ## show this
-	@echo "make TARGET [VENV=dir] [PORT_BASE=30000] [STORE=file:/dir|hdfs://host:port/dir] [BROKERS=host:port] [PROJECT=dir]"
+	@echo "make TARGET [VENV=dir] [PORT_BASE=30000] [STORE=file:/dir|hdfs://host:port/dir|cephfs] [BROKERS=host:port] [PROJECT=dir]"
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
 # The environment is made anew when it is missing, and brought up to date when pyproject.toml or a version has changed.
@@ -86,6 +86,10 @@ test: $(VENV)/.installed-dev ## all tests but the long ones, the end-to-end test
 
 test-long: $(VENV)/.installed-dev ## the long ones too
 	"$(BIN)/python" -m pytest -rs $(ARGS)
+
+test-cephfs: $(VENV)/.installed-dev ## the stores' suite on a real CephFS whose OSD is killed once; needs root, ceph, /dev/fuse
+	@"$(BIN)/python" -m headrace.deploy.local.cephfs check || { echo "skipped"; exit 0; }; \
+	HEADRACE_TEST_CEPHFS=1 "$(BIN)/python" -m pytest -rs -k cephfs tests/backends $(ARGS)
 
 # Static tools cannot follow the mapping of packages to folders in pyproject.toml; they get it as links.
 check: $(VENV)/.installed-dev ## ruff, mypy --strict, import-linter

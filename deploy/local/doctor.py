@@ -16,7 +16,7 @@ import psutil
 
 from headrace.contract.config import PORTS
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local import probe
+from headrace.deploy.local import cephfs, probe
 from headrace.deploy.local.java import OLDEST, find_java
 from headrace.deploy.local.layout import HOST, STATE_VERSION, Layout
 from headrace.deploy.local.supervise import Supervisor, orphans
@@ -191,7 +191,10 @@ def _outside(layout: Layout, running: bool) -> Iterator[Finding]:
         )
     if layout.store.startswith("hdfs://") and (running or not layout.own_hdfs):
         yield _hdfs(layout)
-    if layout.store.startswith("file:"):
+    if layout.own_cephfs:
+        lacking = cephfs.missing()
+        yield Finding("store", lacking or "CephFS can run here", "trouble" if lacking else "ok", "name another STORE=")
+    elif layout.store.startswith("file:"):
         yield _store_folder(Path(urllib.parse.urlsplit(layout.store).path))
 
 

@@ -36,6 +36,8 @@ class Layout:
     own_hdfs: bool
     shipper: str = ""
     """`fluentd` or `fluent-bit` between shop and gateway; "" for none."""
+    own_cephfs: bool = False
+    """The store is a CephFS of this stack, mounted below `home`."""
 
     def port(self, name: str) -> int:
         """Return the port of `name`."""
@@ -50,6 +52,11 @@ class Layout:
     def shipper_port(self) -> int:
         """Where a shipper listens; beside the supervisor's, which is no port of a stage."""
         return 24_225 if self.port_base is None else self.port_base - 1
+
+    @property
+    def ceph_port(self) -> int:
+        """Where the monitor of an own CephFS listens; beside the shipper's, which is no port of a stage."""
+        return 6_789 if self.port_base is None else self.port_base - 2
 
     def prepare(self) -> None:
         """Make the folders and stamp the state. Raises `ConfigRejected` for the state of another version."""

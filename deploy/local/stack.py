@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from headrace.backends.log_kafka import KafkaAdmin
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.log import TopicSpec
-from headrace.deploy.local import hdfs, kafka, probe
+from headrace.deploy.local import cephfs, hdfs, kafka, probe
 from headrace.deploy.local.jars import ensure_jars
 from headrace.deploy.local.java import find_java
 from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder
@@ -61,6 +61,9 @@ def start(
                 say(f"ended {end_orphans(layout.home)} processes that a killed supervisor had left")
             supervisor.start(programs(layout, say, stages=stages, more=more))
         layout.save()
+        if layout.own_cephfs:
+            say("starting CephFS")
+            own_cephfs(layout).start()
         start_infrastructure(layout, supervisor, say)
         KafkaAdmin(layout.brokers).ensure_topics(topics)
         if stages:
@@ -95,6 +98,13 @@ def stop(layout: Layout, say: Say) -> None:
         say("stopped")
     if left := end_orphans(layout.home):
         say(f"ended {left} processes that no supervisor answered for")
+    if layout.own_cephfs:
+        own_cephfs(layout).stop()
+
+
+def own_cephfs(layout: Layout) -> cephfs.CephFs:
+    """Return the CephFS of this stack, whose daemons are no children of the supervisor."""
+    return cephfs.CephFs(layout.home / "cephfs", layout.ceph_port)
 
 
 def programs(

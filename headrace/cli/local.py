@@ -11,9 +11,11 @@ from pathlib import Path
 from headrace.cli.runtime import HOST, find_addresses, find_home, find_project, read_addresses
 from headrace.contract.config import PORTS
 from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Process
 
+CEPHFS = "cephfs"
 SHIPPERS = ("", "fluentd", "fluent-bit")
 
 
@@ -32,8 +34,12 @@ def new_layout(args: argparse.Namespace) -> Layout:
     at = find_addresses(args, home / "no-earlier-stack")
     if at.port_base is not None and not 1_024 < at.port_base <= 65_535 - len(PORTS):
         raise ConfigRejected(f"PORT_BASE={at.port_base}: a number from 1025 to {65_535 - len(PORTS)} is wanted.")
-    if not at.store.startswith(("file:/", "hdfs://")):
-        raise ConfigRejected(f"STORE={at.store!r}: file:/absolute/path or hdfs://host:port/path is wanted.")
+    own_cephfs = at.store == CEPHFS
+    if not own_cephfs and not at.store.startswith(("file:/", "hdfs://")):
+        raise ConfigRejected(
+            f"STORE={at.store!r}: file:/absolute/path, hdfs://host:port/path or {CEPHFS} (one that is started here) "
+            "is wanted."
+        )
     shipper = getattr(args, "shipper", None) or os.environ.get("SHIPPER") or ""
     if shipper not in SHIPPERS:
         raise ConfigRejected(f"SHIPPER={shipper!r}: fluentd or fluent-bit is wanted, or nothing.")
@@ -43,12 +49,13 @@ def new_layout(args: argparse.Namespace) -> Layout:
         home=home,
         port_base=at.port_base,
         brokers=at.brokers,
-        store=at.store,
+        store=f"file:{_mount(home)}/headrace" if own_cephfs else at.store,
         webhdfs=at.webhdfs,
         project=find_project(at.project),
         own_kafka=not told_brokers,
         own_hdfs=not told_store,
         shipper=shipper,
+        own_cephfs=own_cephfs,
     )
 
 
@@ -68,7 +75,13 @@ def present_layout(args: argparse.Namespace) -> Layout:
         project=Path(saved.project),
         own_kafka=saved.brokers.startswith(loopback) and (home / "kafka").is_dir(),
         own_hdfs=saved.store.startswith(f"hdfs://{loopback}") and (home / "hdfs").is_dir(),
+        own_cephfs=saved.store.startswith(f"file:{_mount(home)}/"),
     )
+
+
+def _mount(home: Path) -> Path:
+    """Return where a stack mounts the CephFS that is its own."""
+    return CephFs(home / "cephfs").mount
 
 
 def table(processes: Sequence[Process]) -> str:

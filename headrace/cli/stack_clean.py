@@ -9,6 +9,7 @@ from pathlib import Path
 
 from headrace.cli.local import add_stack_flags, present_layout
 from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local.stack import own_cephfs
 from headrace.deploy.local.supervise import Supervisor, orphans
 
 KEPT = frozenset({"jars"})
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """List, ask, delete. A running stack is refused."""
     layout = present_layout(args)
-    if Supervisor(layout).running() or orphans(layout.home):
+    if Supervisor(layout).running() or orphans(layout.home) or (layout.own_cephfs and own_cephfs(layout).is_mounted()):
         raise ConfigRejected(f"the stack of {layout.home} runs; `make down` first.")
     entries = sorted(p for p in layout.home.glob("*") if p.name not in KEPT)
     if not entries:
@@ -33,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     print("this deletes, for good:")
     for entry in entries:
         print(f"  {_size(entry) / 1e6:10,.1f} MB  {entry}")
-    if not layout.own_hdfs:
+    if not (layout.own_hdfs or layout.own_cephfs):
         print(f"it leaves {layout.store} as it is")
     if not args.yes and not _agreed():
         print("nothing was deleted")

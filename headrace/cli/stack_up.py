@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detach", action="store_true", help="return when all is ready")
     parser.add_argument("--project", metavar="DIR", help="folder with headrace.toml (HEADRACE_PROJECT; examples/shop)")
     parser.add_argument("--brokers", help="an outside Kafka instead of one started here (HEADRACE_BROKERS)")
-    parser.add_argument("--store", help="file:/path or an outside hdfs://host:port/path (HEADRACE_STORE)")
+    parser.add_argument("--store", help="file:/path, an outside hdfs://host:port/path, or cephfs (HEADRACE_STORE)")
     parser.add_argument("--webhdfs", help="http://host:port of the outside NameNode (HEADRACE_WEBHDFS)")
     parser.add_argument("--shipper", choices=["fluentd", "fluent-bit"], help="between shop and gateway (SHIPPER)")
 

@@ -11,14 +11,20 @@ from headrace.backends.blobs_file import UNFINISHED, FileBlobs
 from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.contract.blobs import Blobs
 from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.layout import Layout
 
 
-@pytest.fixture(params=["file", pytest.param("hdfs", marks=pytest.mark.real)])
+@pytest.fixture(
+    params=["file", pytest.param("hdfs", marks=pytest.mark.real), pytest.param("cephfs", marks=pytest.mark.real)]
+)
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     """Each store in turn, empty."""
     if request.param == "file":
         return FileBlobs(tmp_path / "blobs")
+    if request.param == "cephfs":
+        cluster: CephFs = request.getfixturevalue("cephfs")
+        return FileBlobs(cluster.mount / tmp_path.name / "blobs")
     layout: Layout = request.getfixturevalue("stack")
     assert layout.webhdfs
     return HdfsBlobs(layout.webhdfs, f"/test/{tmp_path.name}")

@@ -1,7 +1,6 @@
 """Goal: rows and places move together or not at all, on every store that a lake can lie on.
 
-Method: one suite over a POSIX path, a real HDFS and, with CEPHFS_MOUNT (`make test-cephfs`), a real CephFS; killed
-writers included.
+Method: one suite over a POSIX path, a real HDFS and, with `make test-cephfs`, a real CephFS; killed writers included.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from headrace.backends.lake_upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.positions import START, Position
+from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.layout import Layout
 
 SCHEMA = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("slots", pa.list_(pa.int64()))])
@@ -39,18 +39,15 @@ NewLake = Callable[..., DeltaLake]
 
 
 @pytest.fixture(
-    params=[
-        "file",
-        pytest.param("hdfs", marks=pytest.mark.real),
-        pytest.param("cephfs", marks=pytest.mark.skipif("CEPHFS_MOUNT" not in os.environ, reason="make test-cephfs")),
-    ]
+    params=["file", pytest.param("hdfs", marks=pytest.mark.real), pytest.param("cephfs", marks=pytest.mark.real)]
 )
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a lake may lie, in each store in turn; nothing is there."""
     if request.param == "file":
         return str(tmp_path / "lake")
     if request.param == "cephfs":
-        return f"{os.environ['CEPHFS_MOUNT']}/{tmp_path.name}"
+        cluster: CephFs = request.getfixturevalue("cephfs")
+        return str(cluster.mount / tmp_path.name / "lake")
     layout: Layout = request.getfixturevalue("stack")
     return f"{layout.store}/{tmp_path.name}"
 
@@ -206,12 +203,13 @@ def test_compaction_changes_files_and_nothing_else(new_lake: NewLake):
 
 
 def test_vacuum_leaves_what_is_new_leased_or_pinned(new_lake: NewLake):
+    fill(new_lake(LakeConfig(vacuum_ms=3_600_000)), 4)
     lake = new_lake()
-    fill(lake, 4)
     lake.hold(1, "reader")
     keeper = Upkeep(lake)
     keeper.compact(Done())
     assert keeper.vacuum(Done(), []) == []  # younger than vacuum_ms
+    lake.settle()
     time.sleep(OLD_S)
     done = Done()
     keeper.vacuum(done, [0])

@@ -1,0 +1,253 @@
+"""A CephFS on this machine: monitor, manager, one OSD on a file, metadata server, and the FUSE mount.
+
+Needs root, /dev/fuse and Debian's packages (`PACKAGES`); one copy of the data, no authentication, loopback only: for
+tests and for `make up STORE=cephfs`, never for data that matter. Started again on its folder it goes on with what is
+there. The daemons go into the background by themselves; their process ids lie in files of the folder.
+
+As a program: `python -m headrace.deploy.local.cephfs up|down|kill-osd|start-osd DIR`, or `check`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.deploy.local.layout import HOST
+
+PACKAGES = ("ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse", "ceph-common", "fuse3")
+PROGRAMS = ("ceph", "ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse", "monmaptool", "fusermount3")
+PORT = 6_789
+# 4 GiB: the file of the OSD is sparse, so this is a bound and not a use.
+OSD_BYTES = 4_294_967_296
+COMMAND_S = 60.0
+# A fresh file system needs 5 to 10 s until its metadata server is active; a busy machine several times that.
+ACTIVE_S = 90.0
+
+_CONF = """[global]
+fsid = {fsid}
+mon initial members = a
+mon host = {host}:{port}
+auth cluster required = none
+auth service required = none
+auth client required = none
+osd pool default size = 1
+osd pool default min size = 1
+mon allow pool size one = true
+mon warn on pool no redundancy = false
+osd crush chooseleaf type = 0
+osd objectstore = bluestore
+bluestore block size = {osd_bytes}
+osd memory target = 939524096
+osd class update on start = false
+run dir = {folder}
+log file = {folder}/log/$name.log
+admin socket = {folder}/sock/$name.asok
+pid file = {folder}/$name.pid
+mon data = {folder}/mon
+osd data = {folder}/osd0
+mds data = {folder}/mds
+mgr data = {folder}/mgr
+ms bind ipv4 = true
+ms bind ipv6 = false
+public network = 127.0.0.0/8
+"""
+
+
+def missing() -> str:
+    """Return what this machine lacks for a CephFS and the remedy, "" where it can run one."""
+    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
+    if lacking:
+        return f"{', '.join(lacking)} not found; Debian, Ubuntu: apt-get install {' '.join(PACKAGES)}"
+    if os.geteuid() != 0:
+        return "a mount of CephFS needs root"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "/dev/fuse is not there or not open to this user; in a container, give it the device"
+    return ""
+
+
+@dataclass(frozen=True)
+class CephFs:
+    """One cluster; everything of it lies below `folder`, the mount at `folder/mnt`."""
+
+    folder: Path
+    port: int = PORT
+
+    @property
+    def mount(self) -> Path:
+        """Where files are written."""
+        return self.folder / "mnt"
+
+    @property
+    def conf(self) -> Path:
+        """The cluster's configuration, for `ceph -c`."""
+        return self.folder / "ceph.conf"
+
+    def start(self) -> None:
+        """Bring the cluster up and mount it; what runs already stays. Raises `ConfigRejected`, `Unavailable`."""
+        if lacking := missing():
+            raise ConfigRejected(f"no CephFS can run here: {lacking}.")
+        if self.is_mounted():
+            return
+        made = self._make_once()
+        for name in ("mon", "mgr", "osd", "mds"):
+            self.start_daemon(name)
+            if name == "mon" and made:
+                self._run("ceph", "osd", "new", self._osd_id())
+            if name == "mgr" and made:
+                self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", self._osd_id())
+        if made:
+            self._run("ceph", "osd", "pool", "create", "meta", "8")
+            self._run("ceph", "osd", "pool", "create", "data", "8")
+            self._run("ceph", "fs", "new", "cephfs", "meta", "data")
+            (self.folder / "made").touch()
+        self._await_active()
+        self._run("ceph-fuse", str(self.mount))
+        if not self.is_mounted():
+            raise Unavailable(f"ceph-fuse ended without a mount at {self.mount}; its log is {self.folder}/log.")
+
+    def start_daemon(self, name: str) -> None:
+        """Start `mon`, `mgr`, `osd` or `mds` unless it runs."""
+        if self.pid(name):
+            return
+        self._run(f"ceph-{name}", "-i", {"mon": "a", "mgr": "x", "osd": "0", "mds": "a"}[name])
+
+    def kill_osd(self) -> None:
+        """End the OSD as a power cut does; reads and writes wait until `start_daemon("osd")`."""
+        pid = self.pid("osd")
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            self._await_end([pid], 10.0)
+
+    def stop(self) -> None:
+        """Unmount and end every daemon; nothing of it runs when this returns."""
+        if self.is_mounted():
+            done = subprocess.run(["fusermount3", "-u", str(self.mount)], capture_output=True, check=False)
+            if done.returncode:
+                # A process still has a file open, or the cluster does not answer: the mount goes when they do.
+                subprocess.run(["fusermount3", "-u", "-z", str(self.mount)], capture_output=True, check=False)
+        pids = [pid for name in ("client", "mds", "osd", "mgr", "mon") if (pid := self.pid(name))]
+        for number, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+            for pid in pids:
+                if _runs(pid):
+                    os.kill(pid, number)
+            if self._await_end(pids, patience_s):
+                return
+
+    def is_mounted(self) -> bool:
+        """Say whether the mount is there."""
+        return os.path.ismount(self.mount)
+
+    def pid(self, name: str) -> int:
+        """Return the process of `mon`, `mgr`, `osd`, `mds` or `client` (the mount), 0 where it does not run."""
+        for file in self.folder.glob(f"{name}.*.pid"):
+            text = file.read_text().strip()
+            if text.isdigit() and _runs(int(text)) and self._is_ours(int(text)):
+                return int(text)
+        return 0
+
+    def _make_once(self) -> bool:
+        """Write the configuration and the monitor's store; True where the cluster is new."""
+        if (self.folder / "made").exists():
+            return False
+        if self.folder.exists() and any(self.folder.iterdir()):
+            self.stop()
+            shutil.rmtree(self.folder)  # a start that did not come to its end
+        for name in ("mon", "osd0", "mds", "mgr", "log", "sock", "mnt"):
+            (self.folder / name).mkdir(parents=True)
+        fsid = str(uuid.uuid4())
+        self.conf.write_text(
+            _CONF.format(fsid=fsid, host=HOST, port=self.port, osd_bytes=OSD_BYTES, folder=self.folder)
+        )
+        (self.folder / "osd-id").write_text(str(uuid.uuid4()))
+        monmap = str(self.folder / "monmap")
+        made = ["monmaptool", "--create", "--add", "a", f"{HOST}:{self.port}", "--fsid", fsid, monmap]
+        _checked(made, subprocess.run(made, capture_output=True, text=True, timeout=COMMAND_S, check=False))
+        self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
+        return True
+
+    def _osd_id(self) -> str:
+        return (self.folder / "osd-id").read_text()
+
+    def _await_active(self) -> None:
+        begin = time.monotonic()
+        while "up:active" not in (said := self._run("ceph", "mds", "stat")):
+            if time.monotonic() - begin > ACTIVE_S:
+                raise Unavailable(f"CephFS has no active metadata server after {ACTIVE_S:.0f} s: {said.strip()}")
+            time.sleep(0.5)
+
+    def _run(self, program: str, *words: str) -> str:
+        command = [program, "-c", str(self.conf), *words]
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise Unavailable(f"{' '.join(command)} gave no answer in {COMMAND_S:.0f} s.") from error
+        return _checked(command, ran)
+
+    def _is_ours(self, pid: int) -> bool:
+        """Say whether a process speaks of this folder's configuration: ids are used again."""
+        try:
+            return str(self.conf).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+    def _await_end(self, pids: list[int], patience_s: float) -> bool:
+        end = time.monotonic() + patience_s
+        while any(_runs(pid) for pid in pids):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
+
+
+def _checked(command: list[str], ran: subprocess.CompletedProcess[str]) -> str:
+    if ran.returncode:
+        raise Unavailable(f"{' '.join(command)} ended with {ran.returncode}: {(ran.stderr or ran.stdout)[-500:]}")
+    return ran.stdout + ran.stderr
+
+
+def _runs(pid: int) -> bool:
+    """Say whether a process runs; one that ended and was not asked for its status does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def main(argv: list[str]) -> int:
+    """`check` the machine, or `up`, `down`, `kill-osd`, `start-osd` on a folder."""
+    if argv == ["check"]:
+        if lacking := missing():
+            print(f"no CephFS can run here: {lacking}")
+        return 1 if lacking else 0
+    if len(argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    ceph = CephFs(Path(argv[1]).absolute(), int(os.environ.get("CEPH_MON_PORT", PORT)))
+    actions: dict[str, Callable[[], None]] = {
+        "up": ceph.start,
+        "down": ceph.stop,
+        "kill-osd": ceph.kill_osd,
+        "start-osd": lambda: ceph.start_daemon("osd"),
+    }
+    if argv[0] not in actions:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        actions[argv[0]]()
+    except (ConfigRejected, Unavailable) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

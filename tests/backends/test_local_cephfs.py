@@ -1,0 +1,67 @@
+"""Goal: a dead OSD delays the lake and loses nothing. Method: kill it under a writer on a real CephFS, and start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lake_world import hours, samples
+
+from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.contract.config import LakeConfig
+from headrace.contract.positions import Position
+from headrace.deploy.local import cephfs as local_cephfs
+from headrace.deploy.local.cephfs import CephFs
+
+COMMITS = 60
+PROGRAM = f"""
+import sys
+from lake_world import hours, samples
+from headrace.backends.lake_delta import DeltaLake
+from headrace.contract.positions import Position
+lake = DeltaLake(sys.argv[1], partitions=1)
+for n in range({COMMITS}):
+    lake.append([samples(0, n, hours(1, 2, 3))], {{0: n + 1}}, {{0: Position(n, 2)}})
+    print(n, flush=True)
+"""
+
+
+@pytest.mark.real
+def test_an_osd_that_dies_delays_the_lake_and_loses_nothing(cephfs: CephFs):
+    uri = str(cephfs.mount / "killed" / "lake")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, uri], stdout=subprocess.PIPE, text=True, env=env) as writer:
+        assert writer.stdout is not None
+        for line in writer.stdout:
+            if int(line) == 10:
+                cephfs.kill_osd()
+                assert cephfs.pid("osd") == 0
+                cephfs.start_daemon("osd")
+    assert writer.returncode == 0
+    lake = DeltaLake(uri, partitions=1, config=LakeConfig(compact_files=2))
+    state = lake.state()
+    assert state is not None and state.next_offsets == {0: COMMITS}
+    Upkeep(lake).compact(Done())
+    rows = lake.read()
+    assert sorted(zip(rows["offset"].to_pylist(), rows["rank"].to_pylist(), strict=True)) == [
+        (offset, rank) for offset in range(COMMITS) for rank in range(3)
+    ]
+
+
+@pytest.mark.real
+def test_a_cluster_that_was_stopped_goes_on(cephfs: CephFs):
+    uri = str(cephfs.mount / "again" / "lake")
+    DeltaLake(uri, partitions=1).append([samples(0, 0, hours(1))], {0: 1}, {0: Position(0, 0)})
+    cephfs.stop()
+    assert not cephfs.is_mounted() and not any(cephfs.pid(name) for name in ("mon", "mgr", "osd", "mds", "client"))
+    cephfs.start()
+    assert DeltaLake(uri, partitions=1).read().num_rows == 1
+
+
+def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(local_cephfs.shutil, "which", lambda name: None if name == "ceph-mds" else f"/usr/bin/{name}")
+    assert "ceph-mds not found; Debian, Ubuntu: apt-get install" in local_cephfs.missing()
