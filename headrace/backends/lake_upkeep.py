@@ -1,30 +1,39 @@
 """What keeps the lake small and quick: compaction, retention, vacuum; beside writers and readers, never in their way.
 
-- **Compaction** writes the small files of one hour anew as one, in a commit of its own. Rows and positions stay as they
-  are; a reader of an older version keeps its files.
+- **Compaction** writes the small files of one hour anew as one, in total order, in a commit of its own. Rows and
+  positions stay as they are; a reader of an older version keeps its files.
 - **Retention** drops whole hours of event time from the newest version, by their partition, without reading a row.
 - **Vacuum** deletes files that neither the newest version nor a leased or pinned one needs: those that compaction and
   retention replaced, and those that a killed writer or compaction left before it committed. A file younger than
   `lake.vacuum_ms` always stays, since a writer may be about to commit it and a reader to open it.
 
-Each commit of these moves no partition's position, so a sink that commits at the same moment steps over it; two of
-them at once may refuse each other, and the one that lost leaves only files that vacuum finds. Killed anywhere, nothing
-is half done: run it again.
+Each commit of these moves no partition's position, so a sink that commits at the same moment steps over it. Two of
+them at once are told apart by an application transaction of their own (`UPKEEP_ID`): Delta refuses the second of two
+that move it, and what that one wrote, vacuum finds. delta-rs's own `optimize` (1.6.6) is not used for this reason: it
+carries no such transaction, and two of them at once replace the same files, whose rows are then in the table twice.
+Killed anywhere, nothing is half done: run it again.
 """
 
 from __future__ import annotations
 
 import re
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
-from deltalake import CommitProperties, WriterProperties
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import CommitProperties, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.fs import DeltaStorageHandler
+from deltalake.transaction import AddAction, RemoveAction
+from pyarrow import parquet
+from pyarrow.fs import PyFileSystem
 
 from headrace.backends.lake_delta import DATE, HOUR, HOUR_MS, STEPS_MAX, DeltaLake, files, hour_ms, partition_columns
 from headrace.contract.errors import Unavailable
@@ -32,6 +41,20 @@ from headrace.contract.errors import Unavailable
 # The local store of delta-rs writes NAME#1 and renames it; a killed writer leaves that, and Delta's vacuum skips it.
 _STAGED = re.compile(r"#\d+$")
 _COMMIT = CommitProperties(max_commit_retries=STEPS_MAX)
+# The total order in which samples are learnt.
+ORDER = ("event_time_ms", "partition", "offset", "rank")
+UPKEEP_ID = "upkeep"
+
+Place = tuple[date, int] | None
+"""A date and hour; None where the table has no hours."""
+
+
+class _File(NamedTuple):
+    path: str
+    size: int
+    rows: int
+    written_ms: int
+    place: Place
 
 
 class Done(msgspec.Struct, kw_only=True):
@@ -60,30 +83,20 @@ class Upkeep:
 
     def compact(self, done: Done, *, files_min: int | None = None) -> None:
         """Write hours that have at least `files_min` small files (`lake.compact_files`) anew. Raises `Unavailable`."""
+        least = max(2, self.config.compact_files if files_min is None else files_min)
         table = self._open()
-        least = self.config.compact_files if files_min is None else files_min
-        for place, sizes in sorted(_sizes(table).items(), key=lambda item: repr(item[0])):
-            small = [size for size in sizes if size < self.config.target_file_bytes // 2]
-            if len(small) < max(2, least):
-                continue
-            filters = [(DATE, "=", place[0].isoformat()), (HOUR, "=", str(place[1]))] if place is not None else None
-            try:
-                figures = table.optimize.compact(
-                    partition_filters=filters,
-                    target_size=self.config.target_file_bytes,
-                    # One thread: the sink's commits and the rest of the machine come first.
-                    max_concurrent_tasks=1,
-                    writer_properties=WriterProperties(compression="ZSTD"),
-                    commit_properties=_COMMIT,
-                )
-            except CommitFailedError:
-                done.refused += 1
+        for place in sorted(_sizes(table), key=repr):
+            rewritten = 0
+            while len(chosen := self._small_files(table, place)) >= least:
+                actions = [self._merged(table, place, chosen), *(_removed(path, False) for path in chosen)]
+                if not self._commit(table, actions, "compact"):
+                    done.refused += 1
+                    break
+                rewritten += len(chosen)
                 table = self._open()
-                continue
-            except (DeltaError, OSError) as error:
-                raise self._away("compacted", error) from error
-            done.hours_compacted += 1 if figures["numFilesRemoved"] else 0
-            done.files_compacted += int(figures["numFilesRemoved"])
+            table = self._open() if done.refused else table
+            done.hours_compacted += 1 if rewritten else 0
+            done.files_compacted += rewritten
 
     def retain(self, done: Done, now_ms: int) -> None:
         """Drop hours of event time that ended more than `lake.retention_ms` ago. Raises `Unavailable`.
@@ -96,21 +109,15 @@ class Upkeep:
         if not partition_columns(table):
             return
         cutoff = (now_ms - self.config.retention_ms) // HOUR_MS
-        gone = [place for place in _sizes(table) if place is not None and hour_ms(*place) // HOUR_MS < cutoff]
+        gone = {place for place in _sizes(table) if place is not None and hour_ms(*place) // HOUR_MS < cutoff}
         if not gone:
             return
-        day, hour = _utc_day(cutoff // 24), cutoff % 24
-        try:
-            figures = table.delete(
-                f"{DATE} < DATE '{day}' OR ({DATE} = DATE '{day}' AND {HOUR} < {hour})", commit_properties=_COMMIT
-            )
-        except CommitFailedError:
+        found = [row for row in _rows(table) if row.place in gone]
+        if not self._commit(table, [_removed(row.path, True) for row in found], "retain"):
             done.refused += 1
             return
-        except (DeltaError, OSError) as error:
-            raise self._away("rid of old hours", error) from error
         done.hours_dropped += len(gone)
-        done.rows_dropped += int(figures["num_deleted_rows"] or 0)
+        done.rows_dropped += sum(row.rows for row in found)
 
     def vacuum(self, done: Done, pinned: Iterable[int], *, dry_run: bool = False) -> list[str]:
         """Delete what no version needs that must stay; return the paths, within the table. Raises `Unavailable`.
@@ -158,6 +165,52 @@ class Upkeep:
             raise Unavailable(f"there is no lake at {self.lake.uri} yet; the sink makes it with its first commit.")
         return table
 
+    def _small_files(self, table: Any, place: Place) -> list[str]:
+        """Return small files of an hour, the oldest first, that fit into one of the size aimed at."""
+        target, taken, chosen = self.config.target_file_bytes, 0, []
+        for row in sorted((r for r in _rows(table) if r.place == place), key=lambda r: (r.written_ms, r.path)):
+            if row.size < target // 2 and (not chosen or taken + row.size <= target):
+                chosen.append(row.path)
+                taken += row.size
+        return chosen
+
+    def _merged(self, table: Any, place: Place, paths: list[str]) -> AddAction:
+        """Write the rows of these files as one file, in total order; nobody sees it before its commit."""
+        store = PyFileSystem(DeltaStorageHandler.from_table(table._table))
+        try:
+            parts = [parquet.read_table(store.open_input_file(path)) for path in paths]
+            rows = pa.concat_tables(parts, promote_options="default")
+            if order := [(name, "ascending") for name in ORDER if name in rows.column_names]:
+                rows = rows.sort_by(order)
+            folder = "" if place is None else f"{DATE}={place[0].isoformat()}/{HOUR}={place[1]}/"
+            path = f"{folder}part-00000-{uuid.uuid4()}-c000.zstd.parquet"
+            with store.open_output_stream(path) as stream:
+                parquet.write_table(rows, stream, compression="zstd")
+                size = stream.tell()
+        except (DeltaError, OSError) as error:
+            raise self._away("compacted", error) from error
+        values = {} if place is None else {DATE: place[0].isoformat(), HOUR: str(place[1])}
+        return AddAction(path, size, values, time.time_ns() // 1_000_000, False, _statistics(rows))
+
+    def _commit(self, table: Any, actions: list[AddAction | RemoveAction], what: str) -> bool:
+        """Commit; False where another upkeep was first. Raises `Unavailable`."""
+        mark = Transaction(UPKEEP_ID, int(table.version()) + 1)
+        added = sum(isinstance(action, AddAction) for action in actions)
+        told = {"upkeep": what, "files_added": added, "files_removed": len(actions) - added}
+        try:
+            table.create_write_transaction(
+                actions,
+                mode="append",
+                schema=table.schema(),
+                partition_by=partition_columns(table),
+                commit_properties=CommitProperties(told, STEPS_MAX, [mark]),
+            )
+        except CommitFailedError:
+            return False
+        except (DeltaError, OSError) as error:
+            raise self._away(f"changed ({what})", error) from error
+        return True
+
     def _is_known(self, version: int) -> bool:
         """Say whether the log still has the version; of one that it has not, no file can be told to be kept."""
         try:
@@ -182,20 +235,37 @@ class Upkeep:
         return Unavailable(f"the lake at {self.lake.uri} could not be {what}: {error}")
 
 
-def _sizes(table: Any) -> dict[tuple[date, int] | None, list[int]]:
-    """Return the sizes of the newest version's files by date and hour; all under None where there are no hours."""
+def _rows(table: Any) -> list[_File]:
+    """Return the newest version's files."""
     found = files(table)
-    sizes = found["size_bytes"].to_pylist()
-    groups: dict[tuple[date, int] | None, list[int]] = defaultdict(list)
-    if f"partition.{DATE}" not in found.column_names:
-        groups[None] = sizes
-        return groups
-    for day, hour, size in zip(
-        found[f"partition.{DATE}"].to_pylist(), found[f"partition.{HOUR}"].to_pylist(), sizes, strict=True
-    ):
-        groups[day, hour].append(size)
+    names = ["path", "size_bytes", "num_records", "modification_time"]
+    parted = f"partition.{DATE}" in found.column_names
+    places: list[Place] = [None] * found.num_rows
+    if parted:
+        places = list(zip(found[f"partition.{DATE}"].to_pylist(), found[f"partition.{HOUR}"].to_pylist(), strict=True))
+    return [_File(*row, place) for *row, place in zip(*(found[n].to_pylist() for n in names), places, strict=True)]
+
+
+def _sizes(table: Any) -> dict[Place, list[int]]:
+    """Return the sizes of the newest version's files by date and hour; all under None where there are no hours."""
+    groups: dict[Place, list[int]] = defaultdict(list)
+    for row in _rows(table):
+        groups[row.place].append(row.size)
     return groups
 
 
-def _utc_day(day: int) -> str:
-    return date.fromordinal(date(1970, 1, 1).toordinal() + day).isoformat()
+def _removed(path: str, data_change: bool) -> RemoveAction:
+    return RemoveAction(path, data_change, time.time_ns() // 1_000_000)
+
+
+def _statistics(rows: pa.Table) -> str:
+    """Return what Delta's log says of a file, so that readers leave it out by time or position."""
+    bounds = {name: pc.min_max(rows[name]).as_py() for name in ORDER if name in rows.column_names}
+    return msgspec.json.encode(
+        {
+            "numRecords": rows.num_rows,
+            "minValues": {name: b["min"] for name, b in bounds.items()},
+            "maxValues": {name: b["max"] for name, b in bounds.items()},
+            "nullCount": {name: rows[name].null_count for name in bounds},
+        }
+    ).decode()

@@ -130,10 +130,10 @@ def _history(runtime: Runtime, args: argparse.Namespace) -> int:
         row = {
             "version": entry["version"],
             "time": datetime.fromtimestamp(entry["timestamp"] / 1000, UTC).isoformat(timespec="milliseconds"),
-            "operation": entry.get("operation", ""),
+            "operation": entry.get("upkeep") or entry.get("operation", ""),
             "rows_added": int(figures.get("num_added_rows") or 0),
-            "files_added": int(figures.get("num_added_files") or figures.get("numFilesAdded") or 0),
-            "files_removed": int(figures.get("num_removed_files") or figures.get("numFilesRemoved") or 0),
+            "files_added": int(entry.get("files_added") or figures.get("num_added_files") or 0),
+            "files_removed": int(entry.get("files_removed") or figures.get("num_removed_files") or 0),
         }
         if args.json:
             print(msgspec.json.encode(row).decode())

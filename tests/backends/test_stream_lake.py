@@ -202,6 +202,22 @@ def test_compaction_changes_files_and_nothing_else(new_lake: NewLake):
     assert again.files_compacted == 0
 
 
+def test_of_two_compactions_of_the_same_files_one_is_refused(new_lake: NewLake):
+    """Both read the table before either commits; rows of files that are replaced twice would be there twice."""
+    lake = new_lake()
+    fill(lake, 3)
+    expected = places(lake.read())
+    stale = [lake.open(), lake.open()]
+    late, later = Upkeep(new_lake()), Upkeep(new_lake(LakeConfig(retention_ms=HOUR_MS)))
+    late._open, later._open = lambda: stale[0], lambda: stale[1]  # type: ignore[method-assign]
+    Upkeep(lake).compact(Done())
+    for act in (late.compact, lambda done: later.retain(done, 2 * DAY_MS)):
+        done = Done()
+        act(done)
+        assert (done.refused > 0, done.files_compacted, done.hours_dropped) == (True, 0, 0)
+        assert places(new_lake().read()) == expected
+
+
 def test_vacuum_leaves_what_is_new_leased_or_pinned(new_lake: NewLake):
     fill(new_lake(LakeConfig(vacuum_ms=3_600_000)), 4)
     lake = new_lake()
