@@ -233,8 +233,10 @@ def draw_gateways(
     ledger.appended, ledger.dead_lettered = appended, dead_lettered - ledger.retried
     ledger.repeated = total["repeated"]
     settled = total["appended"] + total["dead_lettered"] + total["repeated"]
-    untold = max(0, appended - total["appended"]) + max(0, dead_lettered - total["dead_lettered"])
-    ledger.read = settled + untold - ledger.retried
+    # What the crawler wrote is no gateway's: it must not stand in for what a gateway lost.
+    theirs = appended - ledger.external
+    untold = max(0, theirs - total["appended"]) + max(0, dead_lettered - total["dead_lettered"])
+    ledger.read = settled + untold + ledger.external - ledger.retried
     ledger.lost_where["log"] = ledger.read - ledger.appended - ledger.dead_lettered - ledger.repeated
 
 

@@ -102,6 +102,7 @@ def _identities_only(project: Project) -> Project:
         impression=replace(project.impression, fields={key: project.impression.fields[key]}),
         feedback=tuple(replace(feedback, fields={}) for feedback in project.feedback),
         features=FeatureSpec(),
+        crawls=(),
     )
 
 

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from headrace.contract.clock import Clock
 from headrace.contract.config import ServeConfig
+from headrace.contract.crawl import external_columns
 from headrace.contract.errors import EventRejected, Overloaded, Unavailable
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
@@ -47,7 +48,7 @@ class Impressions(Protocol):
         version: str,
         context: dict[str, Any],
         candidates: Sequence[dict[str, Any]],
-        served: Sequence[dict[str, float]],
+        served: Sequence[dict[str, Any]],
         event_time_ms: int,
     ) -> None:
         """Log one impression a candidate."""
@@ -87,10 +88,11 @@ class Face:
             raw = merge(self.project, ask.context, ask.candidates, self.privacy)
 
             now_ms = self.clock.now_ms()
+            external = external_columns(self.project.crawls)
 
-            def use(view: View) -> tuple[list[float], list[dict[str, float]]]:
+            def use(view: View) -> tuple[list[float], list[dict[str, Any]]]:
                 served = self.features.columns(spec_of(view.meta.spec_json), raw, len(ask.candidates))
-                return rank(view, raw, served, event_time_ms=now_ms), served
+                return rank(view, raw, served, event_time_ms=now_ms, external=external), served
 
             (scores, served), meta = self.shared.read(use)
             version = meta.manifest.version

@@ -1,18 +1,23 @@
-"""Serving's memory of the `features` topic: the counters' buckets by key, evaluated at the newest watermark seen."""
+"""Serving's memory of the `features` topic: the counters' buckets by key, evaluated at the newest watermark seen, and
+the newest version of each crawled entity."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import pyarrow as pa
 
+from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
 from headrace.contract.errors import HeadraceError, InvariantBroken
+from headrace.contract.events import ExternalValue
 from headrace.contract.log import Reader, Record
 from headrace.contract.spec import Counter, FeatureSpec
+from headrace.stream.external import values_of
 from headrace.stream.features.counters import bucket_ms, key_strings, moves_within_bucket, value_as_of
 
 logger = logging.getLogger("headrace.serve")
@@ -35,17 +40,24 @@ class _Row:
 
 
 class FeatureMemory:
-    """Counters by (counter, key). Written by one thread, read by others; a read sees one key's value whole."""
+    """Counters by (counter, key), crawled entities by (source, key). Written by one thread, read by others; a read sees
+    one key's value whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, crawls: Sequence[Crawl] = ()) -> None:
         self._rows: dict[str, _Row] = {}
         self._fence: tuple[int, int] = (0, 0)
+        self._crawls = {crawl.name: crawl for crawl in crawls}
+        self._entities: dict[tuple[str, str], dict[str, Any]] = {}
+        self._crawl_epoch = 0
         self.watermark_ms = 0
         self.is_caught_up = False
 
     def take(self, record: Record) -> None:
         """Take one record; one of a lower epoch was written by a fenced-off aggregator and is dropped."""
         name = (record.key or b"").decode()
+        if name.startswith(f"{PREFIX}/"):
+            self._take_entity(name, record)
+            return
         if record.value is None:
             self._rows.pop(name, None)
             return
@@ -60,6 +72,26 @@ class FeatureMemory:
         self.watermark_ms = max(self.watermark_ms, entry.as_of_ms)
         self._rows[name] = _Row({int(b): counts for b, counts in entry.buckets.items()})
 
+    def _take_entity(self, name: str, record: Record) -> None:
+        _, source, key = name.split("/", 2)
+        crawl = self._crawls.get(source)
+        if crawl is None:
+            return
+        if record.value is None:
+            self._entities.pop((source, key), None)
+            return
+        try:
+            entity = msgspec.json.decode(record.value, type=ExternalValue)
+        except msgspec.MsgspecError as error:
+            logger.error("record %d of %s holds no crawled entity: %s", record.offset, record.topic, error)
+            return
+        if entity.epoch < self._crawl_epoch:
+            return
+        self._crawl_epoch = entity.epoch
+        values = values_of(bytes(entity.values), crawl)
+        named = {f"{PREFIX}.{source}.{field}": value for field, value in values.items()}
+        self._entities[source, key] = {**named, f"{PREFIX}.{source}.{CRAWL_TIME}": entity.crawl_time_ms}
+
     def counts(self, counter: Counter, key: str) -> list[float]:
         """Return one value for each of `counter.counts`, zeros where nothing is known."""
         row = self._rows.get(f"{counter.name}/{key}")
@@ -71,9 +103,9 @@ class FeatureMemory:
             row.value = step, value_as_of(row.buckets, counter, now_ms)
         return row.value[1]
 
-    def columns(self, spec: FeatureSpec, raw: Mapping[str, pa.Array], rows: int) -> list[dict[str, float]]:
-        """Return every counter column of each of `rows` candidates; `raw` as `serving.scorer.merge` returns."""
-        served: list[dict[str, float]] = [{} for _ in range(rows)]
+    def columns(self, spec: FeatureSpec, raw: Mapping[str, pa.Array], rows: int) -> list[dict[str, Any]]:
+        """Return every counter and external column of each of `rows` candidates; `raw` as `scorer.merge` returns."""
+        served: list[dict[str, Any]] = [{} for _ in range(rows)]
         for counter in spec.counters:
             names = counter.columns()
             known: dict[str | None, dict[str, float]] = {}
@@ -83,6 +115,11 @@ class FeatureMemory:
                     counts: list[float] = [0] * len(names) if key is None else self.counts(counter, key)
                     found = known[key] = dict(zip(names, map(float, counts), strict=True))
                 row.update(found)
+        for crawl in self._crawls.values():
+            nothing: dict[str, Any] = dict.fromkeys(crawl.columns()) | {f"{PREFIX}.{crawl.name}.{CRAWL_TIME}": 0}
+            for row, key in zip(served, key_strings(raw[crawl.joins]), strict=True):
+                entity = None if key is None else self._entities.get((crawl.name, key))
+                row.update(nothing if entity is None else entity)
         return served
 
     def follow(self, reader: Reader, topic: str, stop: threading.Event) -> None:

@@ -25,7 +25,7 @@ class ImpressionLog:
         version: str,
         context: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
-        served: Sequence[Mapping[str, float]],
+        served: Sequence[Mapping[str, Any]],
         event_time_ms: int,
     ) -> None:
         """Log an impression a candidate, with the id "<request id>#<place>". Raises `Overloaded`: the spool is full."""

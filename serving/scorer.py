@@ -27,6 +27,7 @@ _TAKEN: dict[FieldType, frozenset[type]] = {
     "list[int64]": frozenset({type(None)}),
 }
 _EXACT_FLOAT = 2**53
+_NOTHING: Mapping[str, FieldType] = {}
 
 
 @lru_cache(maxsize=8)
@@ -88,13 +89,19 @@ def _fitted(value: Any, name: str, kind: FieldType) -> Any:
 
 
 def rank(
-    view: View, raw: Mapping[str, pa.Array], served: Sequence[Mapping[str, float]], *, event_time_ms: int
+    view: View,
+    raw: Mapping[str, pa.Array],
+    served: Sequence[Mapping[str, Any]],
+    *,
+    event_time_ms: int,
+    external: Mapping[str, FieldType] = _NOTHING,
 ) -> list[float]:
     """Return the probability of each candidate from one version of the model.
 
     Args:
         raw: as `merge` returns.
-        served: counter columns of each candidate.
+        served: counter and external columns of each candidate.
+        external: the external columns and their types.
         event_time_ms: when the request came: the time of the impressions that it makes.
     """
     spec, recipe = spec_of(view.meta.spec_json), recipe_of(view.meta.recipe_json)
@@ -102,6 +109,8 @@ def rank(
     columns[EVENT_TIME] = pa.array([event_time_ms] * len(served), pa.int64())
     for name in spec.counter_columns():
         columns[name] = pa.array([row.get(name, 0.0) for row in served], pa.float32())
+    for name, kind in external.items():
+        columns[name] = pa.array([row.get(name) for row in served], ARROW_TYPES[kind])
     slots_NF, numeric_ND = featurize(columns, spec)
     scores_N = score(
         slots_NF,

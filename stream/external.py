@@ -71,7 +71,7 @@ class ExternalMemory:
             self.changes += 1
 
     def lookup(self, crawl: Crawl, keys: pa.Array, times_N: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
-        """Return the source's columns of N rows: as of `times_N`, null where the key is, or nothing is known."""
+        """Return the source's columns of N rows, as of `times_N`: null, and crawl time 0, where nothing is known."""
         texts = keys if pa.types.is_string(keys.type) else keys.cast(pa.string())
         coded = texts.dictionary_encode()
         known = self._versions.get(crawl.name, {})
@@ -93,6 +93,7 @@ class ExternalMemory:
         read = [_read(version, crawl) for version in flat]
         for i, (name, kind) in enumerate(crawl.columns().items()):
             columns[name] = pa.array([values[i] for values in read], ARROW_TYPES[kind]).take(index)
+        columns[name] = pc.fill_null(columns[name], 0)  # The last one is the crawl time.
         return columns
 
     def columns(self, batch: Mapping[str, pa.Array], times_N: npt.NDArray[np.int64]) -> dict[str, pa.Array]:

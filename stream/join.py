@@ -31,6 +31,8 @@ from headrace.contract.errors import EventRejected, Overloaded
 from headrace.contract.events import (
     AGGREGATE,
     AGGREGATE_SCHEMA,
+    EXTERNAL,
+    EXTERNAL_SCHEMA,
     FEEDBACK,
     IMPRESSION,
     PUNCTUATION,
@@ -47,6 +49,7 @@ from headrace.contract.sample import list_column, sample_schema
 from headrace.stream.aggregates import Aggregates
 from headrace.stream.counting import CountingTable
 from headrace.stream.early import EarlyFeedback
+from headrace.stream.external import ExternalMemory
 from headrace.stream.features.counters import amounts, feeds
 from headrace.stream.features.featurize import featurize
 from headrace.stream.matching import (
@@ -157,6 +160,7 @@ class JoinState:
         self._weights_T = np.array([task.correction_weight for task in tasks], np.float32)
         self.locals = [CountingTable(c) for c in self.spec.counters if c.key == key]
         self.aggregates = Aggregates([c for c in self.spec.counters if c.key != key])
+        self.external = ExternalMemory(project.crawls)
         self.seen = Memory(config.repeat_horizon_ms)
         self.resolved = Memory(config.resolved_ms)
         self.pending = Pending(self._windows_T.tolist())
@@ -219,6 +223,8 @@ class JoinState:
             self._take_feedback(name, _checked(decode_batch(value, self._feedback_schemas[name])), record, gathered)
         elif kind == AGGREGATE:
             self.aggregates.take(decode_batch(value, AGGREGATE_SCHEMA))
+        elif kind == EXTERNAL:
+            self.external.take(decode_batch(value, EXTERNAL_SCHEMA))
 
     def _tables(self) -> Tables:
         return Tables(
@@ -293,6 +299,7 @@ class JoinState:
         for counter in self.aggregates.counters.values():
             values_NE = self.aggregates.values(counter, batch.column(counter.key), times_N)
             columns |= _as_columns(counter.columns(), values_NE, batch)
+        columns |= self.external.columns(columns, times_N)
         columns["impression_offset"] = pa.array(np.full(batch.num_rows, offset, dtype=np.int64))
         columns["impression_row"] = pa.array(record_rows_N)
         return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))

@@ -50,9 +50,10 @@ Encode = Callable[[], bytes]
 
 def dependence(project: Project) -> str:
     """Return a digest of all declarations that a join's state depends on."""
-    return hashlib.sha256(
-        msgspec.json.encode([project.impression, project.feedback, project.tasks, project.features])
-    ).hexdigest()[:16]
+    declared: list[Any] = [project.impression, project.feedback, project.tasks, project.features]
+    # Crawled columns lie in what waits; a project without any keeps its digest.
+    declared += [[[crawl.joins, crawl.columns()] for crawl in project.crawls]] if project.crawls else []
+    return hashlib.sha256(msgspec.json.encode(declared)).hexdigest()[:16]
 
 
 class Damaged(Exception):
@@ -103,6 +104,7 @@ class StateWriter:
         self.state = state
         self._memories = {"seen": _Spans(), "resolved": _Spans()}
         self._pieces: dict[int, str] = {}
+        self._external = ""
         self._chains: list[list[str]] = [[] for _ in state.locals]
         self._chain_rows: list[list[int]] = [[] for _ in state.locals]
 
@@ -124,6 +126,7 @@ class StateWriter:
         for name, spans in self._memories.items():
             plain[name] = self._take_memory(name, getattr(state, name), spans, snapshot)
         plain["pending"] = self._take_pending(snapshot)
+        plain["external"] = self._take_external(snapshot)
         plain["locals"] = [self._take_counter(i, snapshot) for i in range(len(state.locals))]
         first, *columns = state.early.rows()
         plain["early"] = [first, *columns, list(state.early.ids.items())]
@@ -134,6 +137,7 @@ class StateWriter:
         for name, spans in self._memories.items():
             spans.spans = [(a, b) for a, b in plain[name]["spans"]]
         self._pieces = {_start_of(name): name for name in plain["pending"]["parts"]}
+        self._external = plain.get("external", "")
         for i, kept in enumerate(plain["locals"]):
             self._chains[i], self._chain_rows[i] = list(kept["parts"]), list(kept["rows"])
 
@@ -170,6 +174,15 @@ class StateWriter:
             "open": [[start, encode] for start, encode in open_],
         }
 
+    def _take_external(self, snapshot: Snapshot) -> str:
+        """Return the part with all crawled versions: a new one when any changed, which is seldom."""
+        external = self.state.external
+        name = f"external-{external.changes}" if external.changes else ""
+        if name != self._external:
+            snapshot.fresh[name] = _encoder(external.to_plain())
+            self._external = name
+        return name
+
     def _piece_encoder(self, piece: Piece, start: int) -> Encode:
         """Return what encodes a piece's rows from sequence number `start` on, with keys and times as columns."""
         keys_N2, times_N2 = self.state.pending.rows(start, piece.first + piece.batch.num_rows)
@@ -205,7 +218,13 @@ class StateWriter:
 def part_names(plain: Mapping[str, Any]) -> list[str]:
     """Return the names of all parts that a decoded manifest needs."""
     memories = [f"{name}-{a}-{b}" for name in ("seen", "resolved") for a, b in plain[name]["spans"]]
-    return [*memories, *plain["pending"]["parts"], *(part for kept in plain["locals"] for part in kept["parts"])]
+    external = [plain["external"]] if plain.get("external") else []
+    return [
+        *memories,
+        *external,
+        *plain["pending"]["parts"],
+        *(part for kept in plain["locals"] for part in kept["parts"]),
+    ]
 
 
 def read_manifest(data: bytes) -> dict[str, Any]:
@@ -239,6 +258,8 @@ def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes
     state.watermark.load_plain(plain["watermark"])
     state.load_totals(plain["totals"])
     state.aggregates.load_plain(plain["aggregates"])
+    if plain.get("external"):
+        state.external.load_plain(_plain_of(fetch(plain["external"])))
     for name in ("seen", "resolved"):
         _load_memory(name, getattr(state, name), plain[name], fetch)
     for table, kept in zip(state.locals, plain["locals"], strict=True):

@@ -53,7 +53,7 @@ class Answer(msgspec.Struct, frozen=True):
 
     version: str = ""
     scores: list[float] = []
-    served: list[dict[str, float | None]] = []
+    served: list[dict[str, Any]] = []
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -80,7 +80,7 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, childr
     """Answer requests; with `children`, update the model and watch them too. Returns the exit status."""
     # uvicorn raises the signal again when it has stopped: this handler takes it, and the exit status is 0.
     stop, is_first = stop_event(), children is not None
-    features, config = FeatureMemory(), runtime.config.serve
+    features, config = FeatureMemory(runtime.project.crawls), runtime.config.serve
     # Only the first process has the stage's metrics port; another one answers /metrics with its own requests.
     metrics = runtime.metrics("serve") if is_first else PrometheusMetrics("serve", 0)
     updater: Updater | None = None

@@ -14,7 +14,7 @@ Crawl(
 )
 
 Each field becomes a column of impressions and samples, `external.<name>.<field>`, null where nothing is known, and
-`external.<name>.crawl_time_ms` says when the version was fetched.
+`external.<name>.crawl_time_ms` says when the version was fetched, 0 where nothing is known.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from headrace.contract.errors import ConfigRejected
 
 PREFIX = "external"
 CRAWL_TIME = "crawl_time_ms"
-"""Column beside the declared ones: when the version was fetched; 0 in an impression served with nothing known."""
+"""Column beside the declared ones: when the version was fetched; 0 where nothing is known."""
 
 ExtractType = Literal["int64", "float64", "string", "bool", "list[string]"]
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from headrace.contract.crawl import external_columns
 from headrace.contract.errors import EventRejected
 from headrace.contract.project import FeedbackType, FieldType, Project
 
@@ -89,13 +90,15 @@ class ExternalValue(msgspec.Struct, frozen=True):
 
 
 def impression_schema(project: Project) -> pa.Schema:
-    """Return the columns of impression batches: envelope, `version`, raw fields, `counter.*` as served (float32)."""
+    """Return the columns of impression batches: envelope, `version`, raw fields, `counter.*` (float32) and `external.*`
+    as served."""
     return pa.schema(
         [
             *ENVELOPE,
             pa.field("version", pa.string()),
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in project.impression.fields.items()),
             *(pa.field(name, pa.float32()) for name in project.features.counter_columns()),
+            *(pa.field(name, ARROW_TYPES[kind]) for name, kind in external_columns(project.crawls).items()),
         ]
     )
 

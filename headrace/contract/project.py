@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from headrace.contract.crawl import Crawl, check_crawls
+from headrace.contract.crawl import Crawl, check_crawls, external_columns
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.functions import function_of
 from headrace.contract.mapping import AccessLog, check_mappings
@@ -145,6 +145,7 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         if self.recipe.task not in {t.name for t in self.tasks}:
             raise ConfigRejected(f"recipe.task {self.recipe.task!r} is not a declared task.")
         types: dict[str, str] = {**self.impression.fields, EVENT_TIME: "int64", **dict.fromkeys(columns, "float32")}
+        types |= external_columns(self.crawls)
         if self.impression.fields[self.impression.key] in LISTS:
             raise ConfigRejected(f"impression.key {self.impression.key!r} is a list; the partition key is one value.")
         for counter in self.features.counters:

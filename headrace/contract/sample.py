@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from headrace.contract.crawl import external_columns
 from headrace.contract.events import ARROW_TYPES
 from headrace.contract.positions import Position
 from headrace.contract.project import Project
@@ -51,12 +52,14 @@ _TAIL = (
 
 
 def sample_schema(project: Project) -> pa.Schema:
-    """Return the columns of samples: lead, raw fields, `counter.*` as known at the impression, slots, numbers, spec."""
+    """Return the columns of samples: lead, raw fields, `counter.*` and `external.*` as known at the impression,
+    slots, numbers, spec."""
     return pa.schema(
         [
             *_LEAD,
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in project.impression.fields.items()),
             *(pa.field(name, pa.float32()) for name in project.features.counter_columns()),
+            *(pa.field(name, ARROW_TYPES[kind]) for name, kind in external_columns(project.crawls).items()),
             *_TAIL,
         ]
     )

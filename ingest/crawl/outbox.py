@@ -27,7 +27,8 @@ log = logging.getLogger("headrace.crawl")
 RECORD_ROWS, RECORD_BYTES = 500, 512_000
 """Most versions and most text in one record, below the broker's limit; one version of more is a record by itself."""
 _IN_FLIGHT_MAX = 16
-_BUSY_S, _IDLE_S = 0.002, 0.02
+_TURN_S = 0.03
+"""Time between turns: what is settled meanwhile goes together, and the disk is waited for once."""
 
 
 class _Part(msgspec.Struct):
@@ -55,7 +56,7 @@ class Outbox:
             busy = self.turn()
             if stopping.is_set() and not self._parts and not busy and not self._frontier.waiting():
                 return
-            await asyncio.sleep(_BUSY_S if busy or self._parts else _IDLE_S)
+            await asyncio.sleep(_TURN_S)
 
     def turn(self) -> bool:
         """Send what waits and take receipts; say whether anything was sent. Never blocks."""
@@ -66,6 +67,7 @@ class Outbox:
         versions = _bounded(self._frontier.outbox(self._taken, RECORD_ROWS))
         if not versions:
             return False
+        self._frontier.make_safe()
         self._taken = versions[-1].number
         part = _Part(self._taken, 1)
         self._parts.append(part)

@@ -112,6 +112,9 @@ class Throttle(AutoThrottle):
     def _adjust_delay(self, slot: Any, latency: float, response: Response) -> None:
         host = urlsplit(response.url).hostname or ""
         self.target_concurrency = float(self._parallel.get(host, 1))
+        if response.status == 304:
+            # As good as 200: else a site that answers nothing but 304 would only ever be asked more slowly.
+            response = response.replace(status=200)
         super()._adjust_delay(slot, latency, response)
         slot.delay = max(slot.delay, self.floor_s.get(host, self.mindelay))
 

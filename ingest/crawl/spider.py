@@ -8,6 +8,7 @@ in the frontier. So Scrapy's own retries, filter and queue on disk are off.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import logging
@@ -34,7 +35,7 @@ from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
 
 log = logging.getLogger("headrace.crawl")
 
-_IDLE_S, _BUSY_S = 0.1, 0.005
+_IDLE_S = 0.1
 _HOST_WAIT_MAX_MS = 86_400_000
 """Longest wait that a Retry-After may ask for. One day."""
 _TELL_S = 1.0
@@ -62,6 +63,13 @@ class Desk:
         """(source, address) to host, of what was asked for and is not settled."""
         self._in_hand = Counter[str]()
         self._tell_s = 0.0
+        self.freed = asyncio.Event()
+        """Set when a request is settled: there may be room for the next."""
+
+    def done_with(self, page: Page) -> None:
+        """Note that a request is settled, well or not."""
+        self.in_flight.pop((page.source, page.url), None)
+        self.freed.set()
 
     def more(self) -> list[Page]:
         """Return addresses to ask for now: due, within the bounds, and not asked for already."""
@@ -192,7 +200,9 @@ class CrawlSpider(scrapy.Spider):
             pages = desk.more()
             for page in pages:
                 yield self._request(page)
-            await asyncio.sleep(_BUSY_S if pages or desk.in_flight else _IDLE_S)
+            desk.freed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(desk.freed.wait(), _IDLE_S)
 
     def _request(self, page: Page) -> Request:
         crawl = self.desk.crawls[page.source]
@@ -222,13 +232,13 @@ class CrawlSpider(scrapy.Spider):
             self.desk.failure = error
             self.desk.stopping.set()
         finally:
-            self.desk.in_flight.pop((page.source, page.url), None)
+            self.desk.done_with(page)
 
     async def _refuse(self, page: Page, failure: Failure) -> None:
         try:
             self.desk.refuse(page, failure.value or RuntimeError("no reason was given"))
         finally:
-            self.desk.in_flight.pop((page.source, page.url), None)
+            self.desk.done_with(page)
 
 
 _COUNTED = frozenset({401, 403, 429, 500, 502, 503, 504})

@@ -73,7 +73,7 @@ def expected(before: list[dict[str, Any]], source: str, key: str | None, time_ms
         versions.append(row)
     known = [row for row in versions[-KEEP:] if row["crawl_time_ms"] <= time_ms]
     if not known:
-        return (None, None, None, None)
+        return (None, None, None, 0)
     values = json.loads(known[-1]["values"] or "{}")
     return (values.get("n"), values.get("x"), values.get("t"), known[-1]["crawl_time_ms"])
 
