@@ -69,6 +69,7 @@ class Done(msgspec.Struct, kw_only=True):
     hours_dropped: int = 0
     rows_dropped: int = 0
     files_vacuumed: int = 0
+    """On HDFS those too that an earlier vacuum deleted and Delta's log still remembers."""
     kept_versions: list[int] = []
     """Versions that leases or checkpoints keep."""
     refused: int = 0
@@ -88,7 +89,8 @@ class Upkeep:
         for place in sorted(_sizes(table), key=repr):
             rewritten = 0
             while len(chosen := self._small_files(table, place)) >= least:
-                actions = [self._merged(table, place, chosen), *(_removed(path, False) for path in chosen)]
+                actions: list[AddAction | RemoveAction] = [self._merged(table, place, chosen)]
+                actions += [_removed(path, False) for path in chosen]
                 if not self._commit(table, actions, "compact"):
                     done.refused += 1
                     break
@@ -167,7 +169,8 @@ class Upkeep:
 
     def _small_files(self, table: Any, place: Place) -> list[str]:
         """Return small files of an hour, the oldest first, that fit into one of the size aimed at."""
-        target, taken, chosen = self.config.target_file_bytes, 0, []
+        target, taken = self.config.target_file_bytes, 0
+        chosen: list[str] = []
         for row in sorted((r for r in _rows(table) if r.place == place), key=lambda r: (r.written_ms, r.path)):
             if row.size < target // 2 and (not chosen or taken + row.size <= target):
                 chosen.append(row.path)
@@ -243,7 +246,8 @@ def _rows(table: Any) -> list[_File]:
     places: list[Place] = [None] * found.num_rows
     if parted:
         places = list(zip(found[f"partition.{DATE}"].to_pylist(), found[f"partition.{HOUR}"].to_pylist(), strict=True))
-    return [_File(*row, place) for *row, place in zip(*(found[n].to_pylist() for n in names), places, strict=True)]
+    columns = [found[name].to_pylist() for name in names]
+    return [_File(*row) for row in zip(*columns, places, strict=True)]
 
 
 def _sizes(table: Any) -> dict[Place, list[int]]:

@@ -228,11 +228,12 @@ def test_vacuum_leaves_what_is_new_leased_or_pinned(new_lake: NewLake):
     lake.settle()
     time.sleep(OLD_S)
     done = Done()
-    keeper.vacuum(done, [0])
+    gone = keeper.vacuum(done, [0])
     assert (done.kept_versions, done.files_vacuumed) == ([0, 1], 4)
     assert places(lake.read(1)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     lake.let_go("reader")
-    assert len(keeper.vacuum(Done(), [])) == 4
+    # On HDFS Delta names again what it deleted before.
+    assert len({*keeper.vacuum(Done(), [])} - {*gone}) == 4
 
 
 def test_a_lease_that_ended_holds_nothing(new_lake: NewLake):
