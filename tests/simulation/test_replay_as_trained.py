@@ -5,14 +5,22 @@ Method: a trainer learns a seeded world, the samples are then given to the repla
 
 from __future__ import annotations
 
+import time
+
 import pyarrow as pa
 import pytest
 from trainer_world import PARTITIONS, PROJECT, TOPICS, Lake, World, cut, send
 
+from headrace.backends.blobs_file import FileBlobs
+from headrace.backends.clock import VirtualClock
 from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake_leases import Leases
+from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.positions import Position, Positions
 from headrace.replay.replay import as_trained
+from headrace.trainer.checkpoint import stored_versions
 from headrace.trainer.run import Trainer
 
 COUNT = 200
@@ -94,3 +102,50 @@ def test_a_missing_sample_is_found():
     lake.rows = lake.rows.slice(1)
     with pytest.raises(InvariantBroken, match="are stored"):
         as_trained(PROJECT, TOPICS, world.log.reader(), lake)
+
+
+def test_compaction_and_vacuum_change_no_digest(tmp_path):
+    """The lake of many commits is learnt, half of it by a trainer that stops; then its files become others.
+
+    The trainer that goes on and the replay find the same rows in the same order: from the version's files while a
+    lease keeps them, by positions when they are gone.
+    """
+    fake, clock = lake_of(6, 4), VirtualClock(1_000)
+    leases = Leases(FileBlobs(tmp_path / "blobs"), clock, lease_ms=60_000)
+    config = LakeConfig(vacuum_ms=1_000, compact_files=2)
+    lake = DeltaLake(str(tmp_path / "lake"), partitions=PARTITIONS, config=config, leases=leases)
+    for batch in fake.rows.to_batches():
+        partition, last = batch["partition"][0].as_py(), (batch["offset"][-1].as_py(), batch["rank"][-1].as_py())
+        lake.append([batch], {partition: fake.next_offsets[partition]}, {partition: Position(*last)})
+    world = World(lake=lake)
+    for partition in range(PARTITIONS):
+        for rows, after in cut(6, partition, COUNT):
+            send(world.log, rows, after=after)
+    trainer = Trainer(world.parts())
+    trainer.recover()
+    while trainer.learner.step < 3:
+        trainer.turn()
+    assert [(x.holder, x.version) for x in leases.active()] == [("train-small", 11)]
+    trainer.close()
+    keeper = Upkeep(lake)
+    keeper.compact(done := Done())
+    assert done.files_compacted == len(fake.rows.to_batches())
+    time.sleep(2.1)
+    assert keeper.vacuum(Done(), []) == []  # the lease keeps all of it
+    leases.give_back("train-small")
+    assert len(keeper.vacuum(Done(), [])) == done.files_compacted
+    again = Trainer(world.parts())
+    again.recover()
+    world.drain(again)
+    again.close()
+    assert trainer.learnt + again.learnt == PARTITIONS * COUNT and leases.active() == []
+    assert as_trained(PROJECT, TOPICS, world.log.reader(), lake).equal is True
+
+
+def test_checkpoints_name_the_versions_that_they_are_in_the_middle_of():
+    world = World(lake=lake_of(7, 4))
+    trainer = Trainer(world.parts())
+    trainer.recover()
+    trainer.turn()
+    trainer.close()
+    assert stored_versions(world.blobs, PROJECT.name) == {5}
