@@ -1,0 +1,242 @@
+"""The lake on each store: commits, compaction, a day read back, beside plain Parquet files and PyIceberg.
+
+Method: the same commits of samples (28 columns, event times over four hours, 2 % of them late) go through
+`DeltaLake.append`, one after the other, as the sink makes them. Stores: a folder, a real HDFS that is started for it
+(WebHDFS has no part in this), a real CephFS where one can run (root, ceph, /dev/fuse). Then the lake is compacted, and
+one day is read back as columns by `DeltaLake.read` and by DuckDB from the files. Peers on the folder: pyarrow's
+`write_to_dataset` with the same partitions, which has no commit, no positions and is half there when it is killed; and
+PyIceberg with a catalog in SQLite, in an environment of its own (bench/plain_lake.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pyarrow import feather
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from figures import Figure, show
+
+from headrace.backends.lake_delta import DeltaLake, with_hours
+from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.contract.config import LakeConfig
+from headrace.contract.positions import Position
+from headrace.deploy.local import cephfs, hdfs, probe
+from headrace.deploy.local.doctor import free_port
+from headrace.deploy.local.jars import ensure_jars
+from headrace.deploy.local.java import find_java
+from headrace.deploy.local.layout import HOST, Layout, jar_folder
+
+DAY, DAY_MS, HOUR_MS = date(2026, 11, 25), 1_795_564_800_000, 3_600_000
+SLOTS, NUMBERS, FIELDS = 16, 4, 10
+BASE = 23_300
+
+
+def commit_rows(number: int, rows: int, commits: int) -> pa.RecordBatch:
+    """Return one commit's samples: time moves over four hours, one row in fifty is up to three hours late."""
+    rng = np.random.default_rng(number)
+    at_N = DAY_MS + 8 * HOUR_MS + (number + rng.random(rows)) * 4 * HOUR_MS / commits
+    at_N -= (rng.random(rows) < 0.02) * rng.random(rows) * 3 * HOUR_MS
+    ids = pa.array([f"{number:08x}-{i:08x}" for i in range(rows)])
+    columns: dict[str, Any] = {
+        "partition": pa.array(np.zeros(rows, np.int32)),
+        "offset": pa.array(np.full(rows, number, np.int64)),
+        "rank": pa.array(np.arange(rows, dtype=np.int32)),
+        "event_id": ids,
+        "request_id": ids,
+        "key": pa.array(rng.integers(0, 100_000, rows).astype(str)),
+        "event_time_ms": pa.array(at_N.astype(np.int64)),
+        "task": pa.array(["click"] * rows),
+        "label": pa.array((rng.random(rows) < 0.1).astype(np.float32)),
+        "weight": pa.array(np.ones(rows, np.float32)),
+        "spec": pa.array(["0123456789abcdef"] * rows),
+    }
+    for field in range(FIELDS):
+        columns[f"field_{field}"] = pa.array(rng.integers(0, 10 ** (field + 1), rows))
+    for counter in range(5):
+        columns[f"counter_{counter}"] = pa.array(rng.poisson(3, rows).astype(np.float32))
+    slots = pa.array(rng.integers(0, 2**40, rows * SLOTS))
+    numbers = pa.array(rng.random(rows * NUMBERS).astype(np.float32))
+    columns["slots"] = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * SLOTS), slots)
+    columns["numeric"] = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * NUMBERS), numbers)
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def timed(act: Callable[[], Any]) -> tuple[float, Any]:
+    """Return how long it took, in seconds, and what it gave."""
+    begin = time.monotonic()
+    result = act()
+    return time.monotonic() - begin, result
+
+
+@contextmanager
+def own_hdfs(home: Path) -> Iterator[str]:
+    """Yield the address of an HDFS of our own."""
+    at = Layout(home, BASE, "", f"hdfs://{HOST}:0/bench", None, home, own_kafka=False, own_hdfs=True)
+    layout = Layout(
+        *(home, BASE, "", f"hdfs://{HOST}:{at.port('namenode')}/bench", f"http://{HOST}:{at.port('namenode_http')}"),
+        *(home, False, True),
+    )
+    layout.prepare()
+    java = find_java()
+    jars = ensure_jars(jar_folder(home), java, print)
+    hdfs.format_once(layout, java, jars["hdfs"])
+    commands = hdfs.start_commands(layout, java, jars["hdfs"]).values()
+    servers = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
+    try:
+        until = time.monotonic() + 60
+        while (trouble := probe.hdfs_trouble(layout)) and time.monotonic() < until:
+            time.sleep(0.2)
+        if trouble:
+            raise RuntimeError(trouble)
+        yield layout.store
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.wait(20)
+
+
+@contextmanager
+def own_cephfs(home: Path) -> Iterator[str]:
+    """Yield the mount of a CephFS of our own."""
+    cluster = cephfs.CephFs(home / "cluster", next(n for n in range(6_790, 6_890) if free_port(n)))
+    try:
+        cluster.start()
+        yield str(cluster.mount)
+    finally:
+        cluster.stop()
+
+
+def measure(store: str, uri: str, batches: list[pa.RecordBatch], peers: dict[str, float]) -> list[Figure]:
+    """Return the figures of our lake on one store; `peers` has those of the plain writers."""
+    lake = DeltaLake(uri, partitions=1, config=LakeConfig(compact_files=2))
+    took_s = [
+        timed(lambda b=batch, n=number: lake.append([b], {0: n + 1}, {0: Position(n, len(b) - 1)}))[0]
+        for number, batch in enumerate(batches)
+    ]
+    keeper, before, after = Upkeep(lake), Done(), Done()
+    keeper.look(before)
+    read_small_s, rows = timed(lambda: lake.read(day=DAY))
+    compact_s, _ = timed(lambda: keeper.compact(after))
+    keeper.look(after)
+    read_s, again = timed(lambda: lake.read(day=DAY))
+    if rows.num_rows != again.num_rows or again.num_rows != sum(len(b) for b in batches):
+        raise RuntimeError(f"{rows.num_rows} rows before, {again.num_rows} after compaction")
+    rate = len(batches[0]) / statistics.median(took_s)
+
+    def figure(name: str, value: float, unit: str, peer: str = "", peer_name: str = "pyarrow files") -> Figure:
+        whole, against = f"lake_{store}_{name}", peers.get(peer or name, 0.0) if store == "file" else 0.0
+        if not against:
+            return Figure(whole, round(value, 4), unit)
+        return Figure(whole, round(value, 4), unit, peer_name, round(against, 4), round(value / against, 2))
+
+    found = [
+        figure("rows_per_second", rate, "rows/s"),
+        figure("commit_p50", statistics.median(took_s) * 1000, "ms"),
+        figure("commit_p99", float(np.quantile(took_s, 0.99)) * 1000, "ms"),
+        figure("files_before", before.files, "files"),
+        figure("files_after", after.files, "files"),
+        figure("bytes_before", before.bytes, "bytes"),
+        figure("bytes_after", after.bytes, "bytes"),
+        figure("compaction", compact_s, "s"),
+        figure("read_day_before", read_small_s, "s", "read_day"),
+        figure("read_day", read_s, "s"),
+    ]
+    if "iceberg_rows_per_second" in peers and store == "file":
+        found += [
+            figure("rows_per_second_vs_iceberg", rate, "rows/s", "iceberg_rows_per_second", "PyIceberg"),
+            figure("read_day_vs_iceberg", read_s, "s", "iceberg_read_day", "PyIceberg"),
+        ]
+    if "://" not in uri:
+        paths = lake.open().file_uris()
+        query = "select * from read_parquet($paths, hive_partitioning = true) where event_date = $day"
+        duck_s, _ = timed(lambda: duckdb.sql(query, params={"paths": paths, "day": DAY}).to_arrow_table())
+        found.append(figure("read_day_duckdb", duck_s, "s", "read_day"))
+    return found
+
+
+def plain_files(folder: Path, batches: list[pa.RecordBatch]) -> dict[str, float]:
+    """Return the figures of plain Parquet files."""
+    took_s = []
+    for number, batch in enumerate(batches):
+        rows = with_hours(pa.Table.from_batches([batch]))
+        write = lambda rows=rows, n=number: ds.write_dataset(  # noqa: E731
+            *(rows, folder),
+            basename_template=f"{n}-{{i}}.parquet",
+            format="parquet",
+            partitioning=["event_date", "event_hour"],
+            partitioning_flavor="hive",
+            existing_data_behavior="overwrite_or_ignore",
+        )
+        took_s.append(timed(write)[0])
+    day = ds.field("event_date") == DAY.isoformat()
+    parts = ds.partitioning(pa.schema([("event_date", pa.string()), ("event_hour", pa.int32())]), flavor="hive")
+    read_s, _ = timed(lambda: ds.dataset(folder, partitioning=parts).to_table(filter=day))
+    return {
+        "rows_per_second": len(batches[0]) / statistics.median(took_s),
+        "commit_p50": statistics.median(took_s) * 1000,
+        "commit_p99": float(np.quantile(took_s, 0.99)) * 1000,
+        "read_day": read_s,
+    }
+
+
+def iceberg(python: str, folder: Path, batches: list[pa.RecordBatch]) -> dict[str, float]:
+    """Return PyIceberg's figures, none where it is not installed in `python`'s environment."""
+    source = folder / "commits.arrow"
+    folder.mkdir()
+    feather.write_feather(pa.Table.from_batches(batches), source, chunksize=len(batches[0]), compression="uncompressed")
+    program = Path(__file__).parent / "plain_lake.py"
+    ran = subprocess.run([python, str(program), str(source), str(folder)], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        print(f"PyIceberg takes no part: {(ran.stderr or ran.stdout).strip().splitlines()[-1:]}")
+        return {}
+    rate, read_s = (float(word) for word in ran.stdout.split()[-2:])
+    return {"iceberg_rows_per_second": rate, "iceberg_read_day": read_s}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="8 commits of 20,000 rows instead of 40 of 75,000")
+    parser.add_argument("--stores", default="file,hdfs,cephfs", help="those of file, hdfs, cephfs to measure")
+    parser.add_argument("--iceberg", metavar="PYTHON", default=sys.executable, help="the Python that has pyiceberg")
+    args = parser.parse_args()
+    # 75,000 rows are what comes at 25,000 events/s within sink.commit_ms, 3 s.
+    commits, rows = (8, 20_000) if args.quick else (40, 75_000)
+    batches = [commit_rows(number, rows, commits) for number in range(commits)]
+    home = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
+    found: list[Figure] = []
+    try:
+        peers = plain_files(home / "plain", batches) | iceberg(args.iceberg, home / "iceberg", batches)
+        for store in args.stores.split(","):
+            if store == "cephfs" and (lacking := cephfs.missing()):
+                print(f"CephFS takes no part: {lacking}")
+                continue
+            with ExitStack() as stack:
+                roots = {"hdfs": own_hdfs, "cephfs": own_cephfs}
+                root = stack.enter_context(roots[store](home / store)) if store in roots else str(home)
+                found += measure(store, f"{root}/lake", batches, peers)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    show(found)
+
+
+if __name__ == "__main__":
+    main()
