@@ -1,0 +1,97 @@
+"""Goal: `headrace lake` does what its help says, and its schedule counts it. Method: the verb on a lake in a folder."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lake_world import hours, samples
+from pyarrow import csv, parquet
+
+from headrace.backends.blobs_file import FileBlobs
+from headrace.backends.clock import SystemClock
+from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake_leases import Leases
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.cli import stage_lake
+from headrace.cli.lake_schedule import Schedule
+from headrace.cli.main import main
+from headrace.cli.runtime import Runtime, load_project
+from headrace.contract.positions import Position
+from headrace.contract.topics import Topics
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store whose lake has four commits of two hours."""
+    monkeypatch.setattr(stage_lake.os, "nice", lambda _: 0)
+    monkeypatch.setenv("HEADRACE_STORE", f"file:{tmp_path}/store")
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HEADRACE_BROKERS", "127.0.0.1:9")
+    lake = DeltaLake(str(tmp_path / "store/lake/samples"), partitions=1)
+    for offset in range(4):
+        lake.append([samples(0, offset, hours(1, 2))], {0: offset + 1}, {0: Position(offset, 1)})
+    return tmp_path / "store"
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    """Return the JSON lines that the verb prints."""
+    capsys.readouterr()
+    assert main(["lake", *words, "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_compact_history_and_vacuum(store: Path, capsys: pytest.CaptureFixture[str]):
+    assert said(capsys, "compact") == [said(capsys, "compact")[0] | {"files_compacted": 0}]  # 4 files are few
+    done = said(capsys, "compact", "--files", "2")[0]
+    assert (done["hours_compacted"], done["files_compacted"], done["files"], done["version"]) == (2, 8, 2, 5)
+    history = said(capsys, "history", "--limit", "3")
+    assert [(h["version"], h["operation"], h["files_added"], h["files_removed"]) for h in history] == [
+        (5, "compact", 1, 4),
+        (4, "compact", 1, 4),
+        (3, "WRITE", 2, 0),
+    ]
+    assert said(capsys, "vacuum", "--dry-run")[0]["files_vacuumed"] == 0  # all younger than an hour
+    assert said(capsys, "upkeep", "--no-vacuum")[0]["hours_dropped"] == 0
+    assert main(["lake", "compact"]) == 0
+    assert "2 files" in capsys.readouterr().out
+
+
+def test_read_by_version_time_and_day_in_every_form(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert len(said(capsys, "read")) == 8
+    assert [row["offset"] for row in said(capsys, "read", "--version", "0", "--columns", "offset")] == [0, 0]
+    assert len(said(capsys, "read", "--at", "2999-01-01", "--limit", "3")) == 3
+    assert said(capsys, "read", "--day", "2026-11-24") == []
+    for suffix in ("parquet", "arrow", "csv", "jsonl"):
+        assert main(["lake", "read", "--out", str(tmp_path / f"rows.{suffix}")]) == 0
+    assert parquet.read_table(tmp_path / "rows.parquet").num_rows == 8
+    assert csv.read_csv(tmp_path / "rows.csv")["slots"][0].as_py().startswith("[")
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 8
+    assert main(["lake", "read", "--out", str(tmp_path / "rows.xls")]) == 2
+    assert main(["lake", "read", "--version", "77"]) == 1
+    assert Leases(FileBlobs(store / "blobs"), SystemClock(), lease_ms=1).active() == []
+
+
+def test_a_store_without_a_lake(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("HEADRACE_STORE", f"file:{tmp_path}/none")
+    assert said(capsys, "upkeep")[0]["version"] == -1  # the sink's schedule may be before its first commit
+    assert main(["lake", "compact"]) == 1
+    assert "no lake" in capsys.readouterr().err
+
+
+def test_the_schedule_counts_what_an_upkeep_tells(store: Path, tmp_path: Path, shop_dir: Path):
+    config, project = load_project(shop_dir)
+    runtime = Runtime(
+        project, config, Topics(), "127.0.0.1:9", f"file:{store}", None, tmp_path / "home", 31_000, shop_dir
+    )
+    metrics = MemoryMetrics()
+    schedule = Schedule(runtime, metrics, threading.Event())  # type: ignore[arg-type]
+    assert schedule._once(True) is True
+    assert metrics.gauges["lake_files", ""] == 8
+    assert schedule.count(1, "no such store") is False
+    assert schedule.count(0, "not JSON") is False
+    assert metrics.counters["lake_upkeep_failed_total", ""] == 2
+    assert "--no-vacuum" in schedule.command(False) and "--no-vacuum" not in schedule.command(True)
