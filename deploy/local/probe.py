@@ -78,7 +78,7 @@ def stage_probes(layout: Layout) -> dict[str, Callable[[], str]]:
 
         return ask
 
-    stages = ("ingest", "stream", "sink", "aggregate", "train", "shop")
+    stages = ("ingest", "stream", "sink", "aggregate", "crawl", "train", "shop")
     return {
         **{stage: ready(f"metrics_{stage}") for stage in stages},
         "serve": ready("serving"),

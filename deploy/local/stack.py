@@ -28,7 +28,7 @@ from headrace.deploy.local.supervise import Program, Supervisor, end_orphans, or
 
 INFRASTRUCTURE = ("kafka", "namenode", "datanode")
 STAGES = ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop")
-ALSO = ("tensorboard", "shipper")
+ALSO = ("tensorboard", "shipper", "crawl")
 INFRASTRUCTURE_S = 180.0
 STAGES_S = 300.0
 """A machine's first start compiles the kernels of four stages at once: two minutes and more on two busy cores."""

@@ -214,7 +214,7 @@ def port_of(layout: Layout, name: str) -> int:
     """Return the port that people look for at process `name`, 0 where it has none."""
     table = {"kafka": "kafka", "namenode": "namenode_http", "datanode": "datanode_http", "ingest": "forward"}
     table |= {"serve": "serving", "tensorboard": "tensorboard"}
-    table |= {stage: f"metrics_{stage}" for stage in ("stream", "sink", "aggregate", "train", "shop")}
+    table |= {stage: f"metrics_{stage}" for stage in ("stream", "sink", "aggregate", "crawl", "train", "shop")}
     if name == "shipper":
         return layout.shipper_port
     return layout.port(table[name]) if name in table else 0

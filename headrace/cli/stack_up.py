@@ -20,7 +20,7 @@ from headrace.contract.topics import Topics
 from headrace.deploy.local.doctor import examine
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.stack import start, stop
-from headrace.deploy.local.supervise import Supervisor
+from headrace.deploy.local.supervise import Program, Supervisor
 
 LINE_S = 3.0
 
@@ -40,7 +40,9 @@ def main(args: argparse.Namespace) -> int:
     """Bring the stack up; 0 when it is ready, or was stopped by Ctrl-C."""
     quiet_clients()
     layout, begin = new_layout(args), time.monotonic()
-    config, _ = load_project(layout.project)
+    config, project = load_project(layout.project)
+    # Only a project that declares sources has something to crawl.
+    more = [Program("crawl", [sys.executable, "-m", "headrace.cli.main", "crawl"])] if project.crawls else []
     _same_as_running(args, layout)
     trouble = [f for f in examine(layout) if f.level != "ok"]
     for finding in trouble:
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True)
 
     try:
-        start(layout, Topics(config.log.generation).specs(config.log.partitions), say)
+        start(layout, Topics(config.log.generation).specs(config.log.partitions), say, more=more)
         _show(layout, time.monotonic() - begin)
         if args.detach:
             return 0
