@@ -86,9 +86,10 @@ class Upkeep:
         """Write hours that have at least `files_min` small files (`lake.compact_files`) anew. Raises `Unavailable`."""
         least = max(2, self.config.compact_files if files_min is None else files_min)
         table = self._open()
-        for place in sorted(_sizes(table), key=repr):
+        for place, sizes in sorted(_sizes(table).items(), key=lambda item: repr(item[0])):
             rewritten = 0
-            while len(chosen := self._small_files(table, place)) >= least:
+            # Files that a sink adds meanwhile are the next upkeep's.
+            while rewritten < len(sizes) and len(chosen := self._small_files(table, place)) >= least:
                 actions: list[AddAction | RemoveAction] = [self._merged(table, place, chosen)]
                 actions += [_removed(path, False) for path in chosen]
                 if not self._commit(table, actions, "compact"):
