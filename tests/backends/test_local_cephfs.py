@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from lake_world import hours, samples
 
 from headrace.backends.lake_delta import DeltaLake
 from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.cli.local import new_layout, present_layout
 from headrace.contract.config import LakeConfig
 from headrace.contract.positions import Position
 from headrace.deploy.local import cephfs as local_cephfs
@@ -65,3 +67,14 @@ def test_a_cluster_that_was_stopped_goes_on(cephfs: CephFs):
 def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(local_cephfs.shutil, "which", lambda name: None if name == "ceph-mds" else f"/usr/bin/{name}")
     assert "ceph-mds not found; Debian, Ubuntu: apt-get install" in local_cephfs.missing()
+
+
+def test_up_with_store_cephfs_puts_the_store_on_its_mount(tmp_path: Path):
+    """`make up STORE=cephfs`, and what `make down` finds of it later."""
+    said = {"home": str(tmp_path), "port_base": 30_000, "store": "cephfs"}
+    layout = new_layout(argparse.Namespace(**said))
+    assert (layout.store, layout.own_cephfs, layout.own_hdfs) == (f"file:{tmp_path}/cephfs/mnt/headrace", True, False)
+    assert layout.ceph_port == 29_998
+    layout.prepare()
+    layout.save()
+    assert present_layout(argparse.Namespace(home=str(tmp_path), port_base=None)).own_cephfs
