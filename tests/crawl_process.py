@@ -1,7 +1,7 @@
 """A crawler as a process of its own: `python crawl_process.py FOLDER once|serve|again RECEIPT_S`.
 
-FOLDER has crawls.json; the log is FOLDER/log.jsonl, a line a record, with its receipt RECEIPT_S later. At the end it
-prints its counters.
+FOLDER has crawls.json; the log is FOLDER/log.jsonl, a line a record, written RECEIPT_S after it was sent, and then its
+receipt comes. At the end it prints its counters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FileLog:
 
     def __init__(self, path: Path, receipt_s: float) -> None:
         self._file, self._receipt_s = path.open("a"), receipt_s
-        self._due: deque[tuple[float, Delivered | None]] = deque()
+        self._due: deque[tuple[float, str, Delivered | None]] = deque()
 
     def send(
         self,
@@ -62,13 +62,14 @@ class FileLog:
             line["rows"] = decode_batch(value or b"").to_pylist()
         else:
             line["value"] = value and json.loads(value)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._due.append((time.monotonic() + self._receipt_s, delivered))
+        self._due.append((time.monotonic() + self._receipt_s, json.dumps(line), delivered))
 
     def poll(self, timeout_s: float) -> None:
         while self._due and self._due[0][0] <= time.monotonic():
-            _, delivered = self._due.popleft()
+            _, line, delivered = self._due.popleft()
+            # Not before: what has no receipt is lost with the process, as in a client's buffer.
+            self._file.write(line + "\n")
+            self._file.flush()
             if delivered is not None:
                 delivered(None, 0)
 

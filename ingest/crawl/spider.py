@@ -42,7 +42,7 @@ _TELL_S = 1.0
 
 
 class Desk:
-    """What the spider works with; `once`: end when nothing is due any more."""
+    """What the spider works with; `once`: end when nothing is left that was due at the start."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Desk:
         self.failure: Exception | None = None
         self.in_flight: dict[tuple[str, str], str] = {}
         """(source, address) to host, of what was asked for and is not settled."""
+        self._until_ms = clock.now_ms() if once else None
         self._in_hand = Counter[str]()
         self._tell_s = 0.0
         self.freed = asyncio.Event()
@@ -81,7 +82,7 @@ class Desk:
         busy = [host for host, load in loads.items() if load >= limits.get(host, 2)]
         limit = room + len(self.in_flight)
         chosen: list[Page] = []
-        for page in self.frontier.due(self.clock.now_ms(), list(self.crawls), busy, limit):
+        for page in self.frontier.due(self._due_ms(), list(self.crawls), busy, limit):
             if (page.source, page.url) in self.in_flight or loads[page.host] >= limits.get(page.host, 2):
                 continue
             loads[page.host] += 1
@@ -96,7 +97,11 @@ class Desk:
         if not self.once or self.in_flight:
             return False
         next_ms = self.frontier.next_due_ms(list(self.crawls))
-        return next_ms is None or next_ms > self.clock.now_ms()
+        return next_ms is None or next_ms > self._due_ms()
+
+    def _due_ms(self) -> int:
+        """Return up to when an address is due: a run that ends by itself asks for each at most once."""
+        return self.clock.now_ms() if self._until_ms is None else self._until_ms
 
     def tell(self) -> None:
         """Set the gauges, once a second."""
