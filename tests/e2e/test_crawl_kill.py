@@ -38,7 +38,7 @@ PROJECT = Project(
     feedback=(FeedbackType(name="click", tag="shop.click"),),
     tasks=(Task(name="click", feedback="click", window_ms=10_000),),
     crawls=(Crawl(name="catalogue", kind="html", joins="item_id", start=("{url}/",), follow=(Follow(url="/item/"),),
-                  key=Extract(at=".price::attr(data-id)", type="int64"), delay_ms=20, parallel=4,
+                  key=Extract(at=".price::attr(data-id)", type="int64"), delay_ms=20, parallel=4, every_ms={every_ms},
                   fields={{"price": Extract(at=".price::text", type="float64", pattern=r"([\\d.]+)")}}),),
     features=FeatureSpec(features=(Numeric(field="external.catalogue.price"),)),
 )
@@ -56,8 +56,9 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture
-def layout(tmp_path: Path, site: Site) -> Iterator[Layout]:
-    (tmp_path / "project.py").write_text(PROJECT.format(url=site.url))
+def layout(tmp_path: Path, site: Site, request: pytest.FixtureRequest) -> Iterator[Layout]:
+    every_ms = getattr(request, "param", 3_600_000)
+    (tmp_path / "project.py").write_text(PROJECT.format(url=site.url, every_ms=every_ms))
     (tmp_path / "headrace.toml").write_text("[log]\npartitions = 3\n")
     config, _ = load_project(tmp_path)
     with chaos.own_stack(tmp_path, config, ("kafka", "ingest"), print) as made:
@@ -71,6 +72,17 @@ def start(layout: Layout, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def finish(layout: Layout) -> None:
+    """Crawl what is left."""
+    process = start(layout, "--once")
+    try:
+        said, _ = process.communicate(timeout=NEVER_S)
+        assert process.returncode == 0, said
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_killed_crawler_loses_no_version(layout: Layout, site: Site) -> None:
     for kill in range(1, KILLS + 1):
         process = start(layout)
@@ -81,11 +93,31 @@ def test_a_killed_crawler_loses_no_version(layout: Layout, site: Site) -> None:
             process.kill()
             process.communicate()
         time.sleep(0.1)
-    process = start(layout, "--once")
-    said, _ = process.communicate(timeout=2 * NEVER_S)
-    assert process.returncode == 0, said
+    finish(layout)
     again = sum(times - 1 for path, times in site.asked.items() if path != "/robots.txt")
     assert again <= ON_THEIR_WAY * KILLS
+    check(layout, {str(n): n + 0.5 for n in range(PAGES)})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [2_000], indirect=True)
+def test_twenty_kills_while_prices_change(layout: Layout, site: Site) -> None:
+    for kill in range(20):
+        site.pages |= {f"/item/{n}": item(n, kill * 1_000 + n + 0.5) for n in range(PAGES)}
+        process = start(layout)
+        least = sum(site.asked.values()) + PAGES // 3
+        try:
+            eventually(lambda least=least: sum(site.asked.values()) >= least)
+        finally:
+            process.kill()
+            process.communicate()
+    time.sleep(2.0)
+    finish(layout)
+    check(layout, {str(n): 19_000 + n + 0.5 for n in range(PAGES)})
+
+
+def check(layout: Layout, expected: dict[str, float]) -> None:
+    """See that every partition means the same, that `features` agrees, and that both are what the site says."""
     _, project = load_project(layout.project)
     memories: dict[int, ExternalMemory] = {}
     orders: dict[int, list[str]] = {}
@@ -98,7 +130,7 @@ def test_a_killed_crawler_loses_no_version(layout: Layout, site: Site) -> None:
     states = [memory.to_plain()[2] for memory in memories.values()]
     assert len(states) == 3 and states[0] == states[1] == states[2]
     prices = {key: msgspec.json.decode(versions[-1][2])["price"] for _, key, versions in states[0]}
-    assert prices == {str(n): n + 0.5 for n in range(PAGES)}
+    assert prices == expected
     first_seen = [list(dict.fromkeys(order)) for order in orders.values()]
     assert first_seen[0] == first_seen[1] == first_seen[2]
     served = {}
