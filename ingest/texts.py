@@ -99,6 +99,20 @@ def _copy(data: U8s, start: Word, text: U8s, at: Word, size: Word) -> None:
 
 
 @numba.njit(cache=True)
+def _size(ints_N: I64s, lens_N: npt.NDArray[np.int32], row: Word) -> Word:
+    size = np.int64(lens_N[row])
+    return _digits(ints_N[row]) if size == NUMBER else size
+
+
+@numba.njit(cache=True)
+def _put(data: U8s, ints_N: I64s, lens_N: npt.NDArray[np.int32], row: Word, text: U8s, at: Word, size: Word) -> None:
+    if lens_N[row] == NUMBER:
+        _write(ints_N[row], text, at, size)
+    else:
+        _copy(data, ints_N[row], text, at, size)
+
+
+@numba.njit(cache=True)
 def gather(data: U8s, ints_N: I64s, lens_N: npt.NDArray[np.int32], valid_N: Flags) -> tuple[I64s, U8s]:
     """Return the offsets and bytes of a text column; a number becomes its decimal text, null is empty."""
     rows = len(ints_N)
@@ -106,20 +120,14 @@ def gather(data: U8s, ints_N: I64s, lens_N: npt.NDArray[np.int32], valid_N: Flag
     for row in range(rows):
         size = np.int64(0)
         if valid_N[row]:
-            size = np.int64(lens_N[row])
-            if size == NUMBER:
-                size = _digits(ints_N[row])
+            size = _size(ints_N, lens_N, row)
         offsets[row + 1] = offsets[row] + size
     text = np.empty(offsets[rows], np.uint8)
     for row in range(rows):
         at = offsets[row]
         size = offsets[row + 1] - at
-        if size == 0:
-            continue
-        if lens_N[row] == NUMBER:
-            _write(ints_N[row], text, at, size)
-        else:
-            _copy(data, ints_N[row], text, at, size)
+        if size > 0:
+            _put(data, ints_N, lens_N, row, text, at, size)
     return offsets, text
 
 
@@ -139,9 +147,7 @@ def gather_ids(
     offsets = np.zeros(rows + 1, np.int64)
     for row in range(rows):
         if valid_N[row]:
-            size = np.int64(lens_N[row])
-            if size == NUMBER:
-                size = _digits(ints_N[row])
+            size = _size(ints_N, lens_N, row)
         else:
             chunk = chunk_N[row]
             size = prefix_at[chunk + 1] - prefix_at[chunk] + 1 + _digits(nth_N[row])
@@ -150,18 +156,16 @@ def gather_ids(
     for row in range(rows):
         at = offsets[row]
         size = offsets[row + 1] - at
-        if not valid_N[row]:
-            chunk = chunk_N[row]
-            for i in range(prefix_at[chunk], prefix_at[chunk + 1]):
-                text[at] = prefixes[i]
-                at += 1
-            text[at] = 0x2F
+        if valid_N[row]:
+            _put(data, ints_N, lens_N, row, text, at, size)
+            continue
+        chunk = chunk_N[row]
+        for i in range(prefix_at[chunk], prefix_at[chunk + 1]):
+            text[at] = prefixes[i]
             at += 1
-            _write(nth_N[row], text, at, offsets[row + 1] - at)
-        elif lens_N[row] == NUMBER:
-            _write(ints_N[row], text, at, size)
-        else:
-            _copy(data, ints_N[row], text, at, size)
+        text[at] = 0x2F
+        at += 1
+        _write(nth_N[row], text, at, offsets[row + 1] - at)
     return offsets, text
 
 
