@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
 import msgspec
 
 
@@ -23,3 +26,22 @@ def show(figures: list[Figure]) -> None:
         against = f"   {figure.peer}: {figure.peer_value:,.3g} ({figure.ratio:.2f}x)" if figure.peer else ""
         print(f"{figure.name:<{width}}  {figure.value:>12,.1f} {figure.unit}{against}")
     print(msgspec.json.encode({"figures": figures}).decode(), flush=True)
+
+
+def beside(
+    name: str, rates: Mapping[str, Sequence[tuple[float, float]]], usual_peer: str, what: str
+) -> Iterator[Figure]:
+    """Yield the medians of headrace's rates beside each peer's: events/s by the wall, and per second of CPU.
+
+    Args:
+        name: begins every figure's name; a peer other than the usual one ends it.
+        rates: (by the wall, by the CPU) of each round, by side.
+        usual_peer: the side that is always there.
+        what: what a peer is.
+    """
+    for at, kind in enumerate(("", "cpu_")):
+        median = {side: statistics.median(rate[at] for rate in found) for side, found in rates.items()}
+        ours = median.pop("headrace")
+        for peer, value in median.items():
+            whole = f"{name}_per_{kind}second" + ("" if peer == usual_peer else f"_vs_{peer}")
+            yield Figure(whole, round(ours), "events/s", f"{peer} {what}", round(value), round(ours / value, 2))

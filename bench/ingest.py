@@ -15,13 +15,9 @@ import argparse
 import os
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgpack
@@ -30,13 +26,12 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
+from broker import broker
+from figures import beside, show
 
 from headrace.backends.log_kafka import KafkaAdmin
 from headrace.contract.config import port
 from headrace.contract.log import TopicSpec
-from headrace.contract.topics import Topics
-from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import HOST, Layout
 
 CHUNK_EVENTS = 1_000
@@ -151,36 +146,6 @@ def _await(address: int, process: subprocess.Popen[str]) -> None:
     raise RuntimeError(f"nothing listens on port {address} after 60 s")
 
 
-@contextmanager
-def broker(base: int) -> Iterator[Layout]:
-    """Yield a Kafka of our own, kept off core 0."""
-    home = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
-    (home / "project").mkdir()
-    (home / "project" / "project.py").write_text(PROJECT_FILE)
-    (home / "project" / "headrace.toml").write_text(f"[log]\npartitions = {PARTITIONS}\n")
-    layout = Layout(
-        home=home,
-        port_base=base,
-        brokers=f"{HOST}:{port('kafka', base)}",
-        store=f"file:{home}/store",
-        webhdfs=None,
-        project=home / "project",
-        own_kafka=True,
-        own_hdfs=False,
-    )
-    cores = psutil.Process().cpu_affinity() or []
-    if len(cores) < 2:
-        raise SystemExit("two cores are wanted: one for the gateway, one for the broker and the client")
-    psutil.Process().cpu_affinity([c for c in cores if c != cores[0]])
-    try:
-        local_stack.start(layout, Topics().specs(PARTITIONS), print, stages=False)
-        KafkaAdmin(layout.brokers).ensure_topics([TopicSpec(PLAIN_TOPIC, PARTITIONS, retention_ms=60_000)])
-        yield layout
-    finally:
-        local_stack.stop(layout, print)
-        shutil.rmtree(home, ignore_errors=True)
-
-
 def sides(layout: Layout, base: int) -> dict[str, tuple[list[str], int]]:
     """Return command line and port of every gateway that takes part."""
     ours, plain = port("forward", base), port("serving", base)
@@ -207,7 +172,8 @@ def main() -> None:
     args = parser.parse_args()
     rounds, seconds, base = (1, 4.0, 24_100) if args.quick else (5, 10.0, 24_100)
     rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    with broker(base) as layout:
+    with broker(base, PROJECT_FILE, PARTITIONS) as layout:
+        KafkaAdmin(layout.brokers).ensure_topics([TopicSpec(PLAIN_TOPIC, PARTITIONS, retention_ms=60_000)])
         env = os.environ | {
             "PORT_BASE": str(base),
             "HEADRACE_BROKERS": layout.brokers,
@@ -221,17 +187,8 @@ def main() -> None:
                     rate = measure(command, env, address, size, seconds)
                     rates.setdefault((name, size), []).append(rate)
                     print(f"round {number + 1}: {name}, {size} bytes: {rate[0]:,.0f} events/s, {rate[1]:,.0f} a CPU s")
-    show([figure for size in ENTRY_BYTES for figure in compare(size, rates)])
-
-
-def compare(size: int, rates: dict[tuple[str, int], list[tuple[float, float]]]) -> Iterator[Figure]:
-    """Yield the medians of one size of event beside each peer's."""
-    for at, kind in enumerate(("", "cpu_")):
-        median = {name: statistics.median(r[at] for r in found) for (name, of), found in rates.items() if of == size}
-        ours = median.pop("headrace")
-        for peer, value in median.items():
-            name = f"ingest_{size}_bytes_per_{kind}second" + ("" if peer == "plain" else f"_vs_{peer}")
-            yield Figure(name, round(ours), "events/s", f"{peer} gateway", round(value), round(ours / value, 2))
+    by_size = {size: {name: found for (name, of), found in rates.items() if of == size} for size in ENTRY_BYTES}
+    show([f for size in ENTRY_BYTES for f in beside(f"ingest_{size}_bytes", by_size[size], "plain", "gateway")])
 
 
 if __name__ == "__main__":

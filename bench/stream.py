@@ -13,14 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +26,17 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
+from broker import broker
+from figures import beside, show
 
 from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
-from headrace.contract.config import port
 from headrace.contract.errors import Overloaded
 from headrace.contract.events import Punctuation, encode_batch, encode_punctuation, feedback_schema, impression_schema
 from headrace.contract.log import Record, TopicSpec
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
-from headrace.deploy.local import stack as local_stack
-from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.layout import Layout
 
 PARTITIONS = 4
 RECORD_ROWS = 500
@@ -181,29 +176,6 @@ def measure(
         reader.close()
 
 
-@contextmanager
-def broker(base: int) -> Iterator[Layout]:
-    """Yield a Kafka of our own, kept off core 0."""
-    home = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
-    (home / "project").mkdir()
-    (home / "project" / "project.py").write_text(PROJECT_FILE)
-    (home / "project" / "headrace.toml").write_text(f"[log]\npartitions = {PARTITIONS}\n")
-    layout = Layout(
-        home=home, port_base=base, brokers=f"{HOST}:{port('kafka', base)}", store=f"file:{home}/store", webhdfs=None,
-        project=home / "project", own_kafka=True, own_hdfs=False,
-    )  # fmt: skip
-    cores = psutil.Process().cpu_affinity() or []
-    if len(cores) < 2:
-        raise SystemExit("two cores are wanted: one for the stage, one for the broker and the observer")
-    psutil.Process().cpu_affinity([c for c in cores if c != cores[0]])
-    try:
-        local_stack.start(layout, Topics().specs(PARTITIONS), print, stages=False)
-        yield layout
-    finally:
-        local_stack.stop(layout, print)
-        shutil.rmtree(home, ignore_errors=True)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,7 +186,7 @@ def main() -> None:
     rounds, wanted = (1, 120_000) if args.quick else (3, 600_000)
     peers = {"faust": sys.executable} | dict(peer.split("=", 1) for peer in args.peer)
     rates: dict[str, list[tuple[float, float]]] = {}
-    with broker(args.port_base) as layout:
+    with broker(args.port_base, PROJECT_FILE, PARTITIONS) as layout:
         admin = KafkaAdmin(layout.brokers)
         admin.ensure_topics([TopicSpec(name, PARTITIONS) for name in ("plain", *(f"out-{peer}" for peer in peers))])
         events, samples = fill(layout, wanted)
@@ -237,22 +209,12 @@ def main() -> None:
                 )
             for name, found in rates.items():
                 print(f"round {number + 1}: {name}: {found[-1][0]:,.0f} events/s, {found[-1][1]:,.0f} a CPU second")
-    show(list(compare(rates)))
+    show(list(beside("stream_events", rates, "faust", "per event")))
 
 
 def _rows(record: Record) -> int:
     with pa.ipc.open_stream(pa.py_buffer(record.value), options=pa.ipc.IpcReadOptions(included_fields=[0])) as reader:
         return sum(batch.num_rows for batch in reader)
-
-
-def compare(rates: dict[str, list[tuple[float, float]]]) -> Iterator[Figure]:
-    """Yield the medians beside each peer's."""
-    for at, kind in enumerate(("", "cpu_")):
-        median = {name: statistics.median(rate[at] for rate in found) for name, found in rates.items()}
-        ours = median.pop("headrace")
-        for peer, value in median.items():
-            name = f"stream_events_per_{kind}second" + ("" if peer == "faust" else f"_vs_{peer}")
-            yield Figure(name, round(ours), "events/s", f"{peer} per event", round(value), round(ours / value, 2))
 
 
 if __name__ == "__main__":
