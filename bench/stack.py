@@ -45,12 +45,19 @@ class Stack:
     env: dict[str, str]
     port_base: int | None
     scratch: Path
+    store: str = ""
+    """Where it stores, as `headrace up` wrote it; "" for what the environment says."""
     topics: Topics = field(default_factory=Topics)
 
     @classmethod
     @contextmanager
-    def open(cls, *, own: bool, shop_rate: float, port_base: int = 23_500, toml: str = "") -> Iterator[Self]:
-        """Yield the running stack, or one of its own that is ended afterwards. `toml` is added to the shop's."""
+    def open(
+        cls, *, own: bool, shop_rate: float, port_base: int = 23_500, toml: str = "", store: str = ""
+    ) -> Iterator[Self]:
+        """Yield the running stack, or one of its own that is ended afterwards.
+
+        `toml` takes the place of the shop's; `store` is that of `headrace up --store`, an HDFS of its own where empty.
+        """
         env, scratch = dict(os.environ), Path(tempfile.mkdtemp(prefix="headrace-"))
         base = int(env["PORT_BASE"]) if env.get("PORT_BASE") else None
         if own:
@@ -65,7 +72,8 @@ class Stack:
         stack = cls(env, base, scratch)
         try:
             if own:
-                stack.headrace("up", "--detach", timeout_s=420)
+                stack.headrace("up", "--detach", *(["--store", store] if store else []), timeout_s=420)
+                stack.store = json.loads((scratch / "home" / "stack.json").read_bytes())["store"]
             yield stack
         finally:
             if own:
@@ -131,7 +139,7 @@ class Stack:
 
     def lake_uri(self) -> str:
         """Return where the Delta table of samples lies."""
-        told = self.env.get("HEADRACE_STORE")
+        told = self.store or self.env.get("HEADRACE_STORE")
         store = told or f"hdfs://127.0.0.1:{self.port('namenode')}/headrace"
         return f"{store.removeprefix('file:')}/lake/samples"
 

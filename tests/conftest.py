@@ -11,6 +11,7 @@ import pytest
 
 from headrace.contract.config import PORTS, port
 from headrace.contract.topics import Topics
+from headrace.deploy.local import cephfs as local_cephfs
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
@@ -56,6 +57,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
         yield layout
     finally:
         local_stack.stop(layout, print)
+
+
+@pytest.fixture(scope="session")
+def cephfs_allowed() -> None:
+    """Skip unless this is `make test-cephfs` on a machine that can run a CephFS."""
+    if os.environ.get("HEADRACE_TEST_CEPHFS") != "1":
+        pytest.skip("make test-cephfs starts a CephFS; it needs root, /dev/fuse and Debian's ceph packages")
+    if lacking := local_cephfs.missing():
+        pytest.skip(f"no CephFS can run here: {lacking}")
 
 
 def free_base() -> int:

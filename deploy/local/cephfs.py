@@ -2,7 +2,8 @@
 
 Needs root, /dev/fuse and Debian's packages (`PACKAGES`); one copy of the data, no authentication, loopback only: for
 tests and for `make up STORE=cephfs`, never for data that matter. Started again on its folder it goes on with what is
-there. The daemons go into the background by themselves; their process ids lie in files of the folder.
+there. Alone, the daemons go into the background by themselves; in a stack, its supervisor runs them in the foreground
+(`programs`), starts anew what dies, and shows them. Their process ids lie in files of the folder.
 
 As a program: `python -m headrace.deploy.local.cephfs up|down|kill-osd|start-osd DIR`, or `check`.
 """
@@ -26,6 +27,10 @@ from headrace.deploy.local.layout import HOST
 PACKAGES = ("ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse", "ceph-common", "fuse3")
 PROGRAMS = ("ceph", "ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse", "monmaptool", "fusermount3")
 PORT = 6_789
+DAEMONS = {"mon": "a", "mgr": "x", "osd": "0", "mds": "a"}
+"""Each with its id, in the order in which they start."""
+SUPERVISED = (*(f"ceph-{name}" for name in DAEMONS), "ceph-fuse")
+"""Their names in a stack; stopped the other way round."""
 # 4 GiB: the file of the OSD is sparse, so this is a bound and not a use.
 OSD_BYTES = 4_294_967_296
 COMMAND_S = 60.0
@@ -91,34 +96,70 @@ class CephFs:
         """The cluster's configuration, for `ceph -c`."""
         return self.folder / "ceph.conf"
 
-    def start(self) -> None:
-        """Bring the cluster up and mount it; what runs already stays. Raises `ConfigRejected`, `Unavailable`."""
+    def programs(self) -> dict[str, list[str]]:
+        """Return the command line of each of `SUPERVISED`, in the foreground. The mount takes a dead one's place."""
+        found = {f"ceph-{name}": [f"ceph-{name}", "-f", *self._of(name)] for name in DAEMONS}
+        mount = 'fusermount3 -u -z "$0" 2>/dev/null; exec ceph-fuse -f -c "$1" "$0"'
+        return found | {"ceph-fuse": ["sh", "-c", mount, str(self.mount), str(self.conf)]}
+
+    def prepare(self) -> None:
+        """Write the configuration and the monitor's store where they are not there yet; nothing runs meanwhile."""
+        if (self.folder / "prepared").exists():
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            self.stop()
+            shutil.rmtree(self.folder)  # a preparation that did not come to its end
+        for name in ("mon", "osd0", "mds", "mgr", "log", "sock", "mnt"):
+            (self.folder / name).mkdir(parents=True)
+        fsid = str(uuid.uuid4())
+        self.conf.write_text(
+            _CONF.format(fsid=fsid, host=HOST, port=self.port, osd_bytes=OSD_BYTES, folder=self.folder)
+        )
+        (self.folder / "osd-id").write_text(str(uuid.uuid4()))
+        monmap = str(self.folder / "monmap")
+        made = ["monmaptool", "--create", "--add", "a", f"{HOST}:{self.port}", "--fsid", fsid, monmap]
+        _checked(made, subprocess.run(made, capture_output=True, text=True, timeout=COMMAND_S, check=False))
+        self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
+        (self.folder / "prepared").touch()
+
+    def start(self, begin: Callable[[str], None] | None = None) -> None:
+        """Bring the cluster up and mount it; what runs already stays. Raises `ConfigRejected`, `Unavailable`.
+
+        Args:
+            begin: starts one of `SUPERVISED` unless it runs; left out, they go into the background by themselves.
+        """
         if lacking := missing():
             raise ConfigRejected(f"no CephFS can run here: {lacking}.")
-        if self.is_mounted():
-            return
-        made = self._make_once()
-        for name in ("mon", "mgr", "osd", "mds"):
-            self.start_daemon(name)
-            if name == "mon" and made:
-                self._run("ceph", "osd", "new", self._osd_id())
-            if name == "mgr" and made:
-                self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", self._osd_id())
-        if made:
+        begin = begin or (lambda program: self.start_daemon(program.removeprefix("ceph-")))
+        self.prepare()
+        made = (self.folder / "made").exists()
+        # Each step of the making may be done again: a start that was killed goes on where it was.
+        for name in DAEMONS:
+            if name == "osd" and not made:
+                osd = (self.folder / "osd-id").read_text()
+                self._run("ceph", "osd", "new", osd)
+                self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+            if name == "mds" and made and not self.pid("mds"):
+                # Else the map calls one active that ended with the last run, and a mount would ask that one.
+                self._run("ceph", "mds", "fail", DAEMONS["mds"])
+            begin(f"ceph-{name}")
+        if not made:
             self._run("ceph", "osd", "pool", "create", "meta", "8")
             self._run("ceph", "osd", "pool", "create", "data", "8")
             self._run("ceph", "fs", "new", "cephfs", "meta", "data")
             (self.folder / "made").touch()
-        self._await_active()
-        self._run("ceph-fuse", str(self.mount))
-        if not self.is_mounted():
-            raise Unavailable(f"ceph-fuse ended without a mount at {self.mount}; its log is {self.folder}/log.")
+        self._await("an active metadata server", lambda: "up:active" in self._run("ceph", "mds", "stat"))
+        begin("ceph-fuse")
+        self._await(f"a mount at {self.mount}", self.is_mounted)
 
     def start_daemon(self, name: str) -> None:
-        """Start `mon`, `mgr`, `osd` or `mds` unless it runs."""
-        if self.pid(name):
-            return
-        self._run(f"ceph-{name}", "-i", {"mon": "a", "mgr": "x", "osd": "0", "mds": "a"}[name])
+        """Start `mon`, `mgr`, `osd`, `mds` or `fuse` (the mount) in the background unless it runs."""
+        if name == "fuse":
+            if not self.is_mounted():
+                self._unmount("-z")
+                self._run("ceph-fuse", str(self.mount))
+        elif not self.pid(name):
+            self._run(f"ceph-{name}", *self._of(name)[2:])
 
     def kill_osd(self) -> None:
         """End the OSD as a power cut does; reads and writes wait until `start_daemon("osd")`."""
@@ -130,10 +171,11 @@ class CephFs:
     def stop(self) -> None:
         """Unmount and end every daemon; nothing of it runs when this returns."""
         if self.is_mounted():
-            done = subprocess.run(["fusermount3", "-u", str(self.mount)], capture_output=True, check=False)
-            if done.returncode:
+            if not self._unmount():
                 # A process still has a file open, or the cluster does not answer: the mount goes when they do.
-                subprocess.run(["fusermount3", "-u", "-z", str(self.mount)], capture_output=True, check=False)
+                self._unmount("-z")
+        elif self.mount.parent.exists():
+            self._unmount("-z")  # a mount whose process was killed is no mount any more, and in the way
         pids = [pid for name in ("client", "mds", "osd", "mgr", "mon") if (pid := self.pid(name))]
         for number, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
             for pid in pids:
@@ -154,34 +196,18 @@ class CephFs:
                 return int(text)
         return 0
 
-    def _make_once(self) -> bool:
-        """Write the configuration and the monitor's store; True where the cluster is new."""
-        if (self.folder / "made").exists():
-            return False
-        if self.folder.exists() and any(self.folder.iterdir()):
-            self.stop()
-            shutil.rmtree(self.folder)  # a start that did not come to its end
-        for name in ("mon", "osd0", "mds", "mgr", "log", "sock", "mnt"):
-            (self.folder / name).mkdir(parents=True)
-        fsid = str(uuid.uuid4())
-        self.conf.write_text(
-            _CONF.format(fsid=fsid, host=HOST, port=self.port, osd_bytes=OSD_BYTES, folder=self.folder)
-        )
-        (self.folder / "osd-id").write_text(str(uuid.uuid4()))
-        monmap = str(self.folder / "monmap")
-        made = ["monmaptool", "--create", "--add", "a", f"{HOST}:{self.port}", "--fsid", fsid, monmap]
-        _checked(made, subprocess.run(made, capture_output=True, text=True, timeout=COMMAND_S, check=False))
-        self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
-        return True
+    def _of(self, name: str) -> list[str]:
+        return ["-c", str(self.conf), "-i", DAEMONS[name]]
 
-    def _osd_id(self) -> str:
-        return (self.folder / "osd-id").read_text()
+    def _unmount(self, *flags: str) -> bool:
+        command = ["fusermount3", "-u", *flags, str(self.mount)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
-    def _await_active(self) -> None:
+    def _await(self, what: str, there: Callable[[], bool]) -> None:
         begin = time.monotonic()
-        while "up:active" not in (said := self._run("ceph", "mds", "stat")):
+        while not there():
             if time.monotonic() - begin > ACTIVE_S:
-                raise Unavailable(f"CephFS has no active metadata server after {ACTIVE_S:.0f} s: {said.strip()}")
+                raise Unavailable(f"CephFS has not {what} after {ACTIVE_S:.0f} s; its logs are in {self.folder}/log.")
             time.sleep(0.5)
 
     def _run(self, program: str, *words: str) -> str:

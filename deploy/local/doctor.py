@@ -136,7 +136,9 @@ def _ports(layout: Layout) -> Iterator[Finding]:
     skipped = set(OUTSIDE_ONLY)
     skipped |= set() if layout.own_kafka else {"kafka", "kafka_controller"}
     skipped |= set() if layout.own_hdfs else {n for n in PORTS if n.startswith(("namenode", "datanode"))}
-    taken = [(n, layout.port(n)) for n in PORTS if n not in skipped and not free_port(layout.port(n))]
+    wanted = [(n, layout.port(n)) for n in PORTS if n not in skipped]
+    wanted += [("ceph-mon", layout.ceph_port)] if layout.own_cephfs else []
+    taken = [(name, number) for name, number in wanted if not free_port(number)]
     taken = [(name, number) for name, number in taken if not mine & set(holders(number))]
     for name, number in taken:
         who = ", ".join(_describe(pid) for pid in holders(number)) or "a process of another user"

@@ -26,7 +26,7 @@ from headrace.deploy.local.java import find_java
 from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder
 from headrace.deploy.local.supervise import Program, Supervisor, end_orphans, orphans
 
-INFRASTRUCTURE = ("kafka", "namenode", "datanode")
+INFRASTRUCTURE = ("kafka", "namenode", "datanode", *cephfs.SUPERVISED)
 STAGES = ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop")
 ALSO = ("tensorboard", "shipper", "crawl")
 INFRASTRUCTURE_S = 180.0
@@ -62,8 +62,10 @@ def start(
             supervisor.start(programs(layout, say, stages=stages, more=more))
         layout.save()
         if layout.own_cephfs:
-            say("starting CephFS")
-            own_cephfs(layout).start()
+            supervisor.begin(("kafka",))
+            begin = time.monotonic()
+            own_cephfs(layout).start(lambda name: supervisor.begin((name,)))
+            say(f"cephfs is ready after {time.monotonic() - begin:.1f} s")
         start_infrastructure(layout, supervisor, say)
         KafkaAdmin(layout.brokers).ensure_topics(topics)
         if stages:
@@ -90,6 +92,8 @@ def stop(layout: Layout, say: Say) -> None:
     if supervisor.running():
         supervisor.end(("shop",))
         supervisor.end((*STAGES, *ALSO))
+        for name in reversed(cephfs.SUPERVISED if layout.own_cephfs else ()):
+            supervisor.end((name,))
         supervisor.end(INFRASTRUCTURE)
         supervisor.shutdown()
         deadline = time.monotonic() + 5
@@ -103,7 +107,7 @@ def stop(layout: Layout, say: Say) -> None:
 
 
 def own_cephfs(layout: Layout) -> cephfs.CephFs:
-    """Return the CephFS of this stack, whose daemons are no children of the supervisor."""
+    """Return the CephFS of this stack."""
     return cephfs.CephFs(layout.home / "cephfs", layout.ceph_port)
 
 
@@ -126,6 +130,11 @@ def programs(
                 found += [Program(n, c) for n, c in hdfs.start_commands(layout, java, jars["hdfs"]).items()]
             for wait in waits:
                 wait.result()
+    if layout.own_cephfs:
+        if lacking := cephfs.missing():
+            raise ConfigRejected(f"no CephFS can run here: {lacking}. Or name another STORE=.")
+        own_cephfs(layout).prepare()
+        found += [Program(name, command) for name, command in own_cephfs(layout).programs().items()]
     if not stages:
         return [*found, *more]
     if layout.shipper:

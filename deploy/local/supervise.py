@@ -217,6 +217,8 @@ def port_of(layout: Layout, name: str) -> int:
     table |= {stage: f"metrics_{stage}" for stage in ("stream", "sink", "aggregate", "crawl", "train", "shop")}
     if name == "shipper":
         return layout.shipper_port
+    if name == "ceph-mon":
+        return layout.ceph_port
     return layout.port(table[name]) if name in table else 0
 
 

@@ -8,14 +8,20 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from headrace.cli.runtime import HOST, find_addresses, find_home, find_project, read_addresses
+from headrace.cli.runtime import (
+    CEPHFS,
+    HOST,
+    cephfs_store,
+    find_addresses,
+    find_home,
+    find_project,
+    read_addresses,
+)
 from headrace.contract.config import PORTS
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Process
 
-CEPHFS = "cephfs"
 SHIPPERS = ("", "fluentd", "fluent-bit")
 
 
@@ -49,7 +55,7 @@ def new_layout(args: argparse.Namespace) -> Layout:
         home=home,
         port_base=at.port_base,
         brokers=at.brokers,
-        store=f"file:{_mount(home)}/headrace" if own_cephfs else at.store,
+        store=cephfs_store(home) if own_cephfs else at.store,
         webhdfs=at.webhdfs,
         project=find_project(at.project),
         own_kafka=not told_brokers,
@@ -75,13 +81,8 @@ def present_layout(args: argparse.Namespace) -> Layout:
         project=Path(saved.project),
         own_kafka=saved.brokers.startswith(loopback) and (home / "kafka").is_dir(),
         own_hdfs=saved.store.startswith(f"hdfs://{loopback}") and (home / "hdfs").is_dir(),
-        own_cephfs=saved.store.startswith(f"file:{_mount(home)}/"),
+        own_cephfs=saved.store == cephfs_store(home),
     )
-
-
-def _mount(home: Path) -> Path:
-    """Return where a stack mounts the CephFS that is its own."""
-    return CephFs(home / "cephfs").mount
 
 
 def table(processes: Sequence[Process]) -> str:

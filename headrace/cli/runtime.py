@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from headrace.backends.lake_delta import DeltaLake
 
 HOST = "127.0.0.1"
+CEPHFS = "cephfs"
+"""A store by name: a CephFS of the stack's own."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -147,12 +149,17 @@ def open_runtime(args: argparse.Namespace) -> Runtime:
         config=config,
         topics=Topics(config.log.generation),
         brokers=at.brokers,
-        store=at.store,
+        store=cephfs_store(home) if at.store == CEPHFS else at.store,
         webhdfs=at.webhdfs,
         home=home,
         port_base=at.port_base,
         project_dir=project_dir,
     )
+
+
+def cephfs_store(home: Path) -> str:
+    """Return the store that STORE=cephfs means: on the CephFS that the stack of `home` mounts."""
+    return f"file:{home}/cephfs/mnt/headrace"
 
 
 def find_home(flag: str | None = None) -> Path:

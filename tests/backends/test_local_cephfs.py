@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from conftest import free_base
 from lake_world import hours, samples
 
 from headrace.backends.lake_delta import DeltaLake
@@ -16,8 +19,11 @@ from headrace.backends.lake_upkeep import Done, Upkeep
 from headrace.cli.local import new_layout, present_layout
 from headrace.contract.config import LakeConfig
 from headrace.contract.positions import Position
+from headrace.contract.topics import Topics
 from headrace.deploy.local import cephfs as local_cephfs
-from headrace.deploy.local.cephfs import CephFs
+from headrace.deploy.local import stack
+from headrace.deploy.local.cephfs import SUPERVISED, CephFs
+from headrace.deploy.local.supervise import Supervisor
 
 COMMITS = 60
 PROGRAM = f"""
@@ -62,6 +68,32 @@ def test_a_cluster_that_was_stopped_goes_on(cephfs: CephFs):
     assert not cephfs.is_mounted() and not any(cephfs.pid(name) for name in ("mon", "mgr", "osd", "mds", "client"))
     cephfs.start()
     assert DeltaLake(uri, partitions=1).read().num_rows == 1
+
+
+@pytest.mark.real
+def test_in_a_stack_what_dies_comes_back(cephfs_allowed: None, tmp_path: Path):
+    """Goal: a CephFS of `make up STORE=cephfs` outlives each of its processes. Method: kill each, the mount too."""
+    layout = new_layout(argparse.Namespace(home=str(tmp_path / "home"), port_base=free_base(), store="cephfs"))
+    cluster = stack.own_cephfs(layout)
+    try:
+        stack.start(layout, Topics().specs(1), print, stages=False)
+        DeltaLake(uri := str(cluster.mount / "lake"), partitions=1).append(
+            [samples(0, 0, hours(1))], {0: 1}, {0: Position(0, 0)}
+        )
+        os.sync()
+        for number, name in enumerate(SUPERVISED):
+            supervisor = Supervisor(layout)
+            os.kill(killed := supervisor.pids()[name], signal.SIGKILL)
+            while supervisor.pids().get(name, killed) == killed or not cluster.is_mounted():
+                time.sleep(0.1)
+            lake = DeltaLake(uri, partitions=1)
+            lake.append([samples(0, number + 1, hours(1))], {0: number + 2}, {0: Position(number + 1, 0)})
+            assert lake.read().num_rows == number + 2, name
+            os.sync()
+        stack.start(layout, Topics().specs(1), print, stages=False)  # `make up` again
+    finally:
+        stack.stop(layout, print)
+    assert not cluster.is_mounted() and not any(cluster.pid(name) for name in ("mon", "mgr", "osd", "mds", "client"))
 
 
 def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch):

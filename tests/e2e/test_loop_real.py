@@ -1,4 +1,4 @@
-"""The whole loop on real Kafka and HDFS, while every process is killed.
+"""The whole loop on real Kafka and HDFS, and with `make test-cephfs` on a real CephFS, while every process is killed.
 
 Goal: 20,000 impressions, their clicks, repeats and bad events go in through `headrace.sender`; a seeded kill -9 hits
 each process while traffic flows and the sender does not pause; afterwards every id that was sent is where it belongs,
@@ -39,7 +39,8 @@ RATE = 250.0
 REPEAT_EVERY = 200
 BAD_EVERY = 250
 KILL_EVERY_S = 7.0
-VICTIMS = ("ingest", "kafka", "stream", "train", "datanode", "serve", "sink", "namenode", "aggregate")
+STAGES = ("ingest", "kafka", "stream", "train", "serve", "sink", "aggregate")
+VICTIMS = {"hdfs": (*STAGES, "datanode", "namenode"), "cephfs": (*STAGES, "ceph-osd", "ceph-mds")}
 DRAIN_S = 240.0
 TOML = """
 module = "shop.py"
@@ -73,6 +74,7 @@ class Outcome:
 
     stack: Stack
     sent: Sent
+    victims: tuple[str, ...]
     killed: list[str]
     answers: list[dict[str, Any]]
     ledger: dict[str, Any]
@@ -123,9 +125,9 @@ def bad_event(n: int, good: dict[str, Any]) -> tuple[str, tuple[str, dict[str, A
     return "no_request_id", (PROJECT.impression.tag, record)
 
 
-def kill_all(stack: Stack, killed: list[str], stop: threading.Event) -> None:
+def kill_all(stack: Stack, victims: tuple[str, ...], killed: list[str], stop: threading.Event) -> None:
     """Kill -9 each process once, in a seeded order, one every KILL_EVERY_S."""
-    order = list(VICTIMS)
+    order = list(victims)
     random.Random(SEED).shuffle(order)
     for name in order:
         if stop.wait(KILL_EVERY_S):
@@ -172,13 +174,17 @@ def drain(stack: Stack, impressions: int) -> tuple[dict[str, Any], float]:
     return ledger, time.monotonic() - begin
 
 
-@pytest.fixture(scope="module")
-def outcome() -> Iterator[Outcome]:
-    with Stack.open(own=True, shop_rate=0, port_base=24_100 + os.getpid() % 500 * 20, toml=TOML) as stack:
+@pytest.fixture(scope="module", params=["hdfs", "cephfs"])
+def outcome(request: pytest.FixtureRequest) -> Iterator[Outcome]:
+    if request.param == "cephfs":
+        request.getfixturevalue("cephfs_allowed")
+    base, store = 24_100 + os.getpid() % 500 * 20, "" if request.param == "hdfs" else request.param
+    victims = VICTIMS[request.param]
+    with Stack.open(own=True, shop_rate=0, port_base=base, toml=TOML, store=store) as stack:
         sent, killed, answers, stop = Sent(), list[str](), list[dict[str, Any]](), threading.Event()
         visits = [visit for visit, _ in zip(stack.visits(50), range(8), strict=False)]
         threads = [
-            threading.Thread(target=kill_all, args=(stack, killed, stop)),
+            threading.Thread(target=kill_all, args=(stack, victims, killed, stop)),
             threading.Thread(target=ask, args=(stack, stack.question(*unseen(visits)), answers, stop)),
         ]
         for thread in threads:
@@ -190,11 +196,11 @@ def outcome() -> Iterator[Outcome]:
         ledger, drained_s = drain(stack, IMPRESSIONS)
         stop.set()
         threads[1].join()
-        yield Outcome(stack, sent, killed, answers, ledger, drained_s)
+        yield Outcome(stack, sent, victims, killed, answers, ledger, drained_s)
 
 
 def test_every_process_was_killed(outcome: Outcome):
-    assert sorted(outcome.killed) == sorted(VICTIMS)
+    assert sorted(outcome.killed) == sorted(outcome.victims)
 
 
 def test_the_ledger_closes_on_what_was_sent(outcome: Outcome):
