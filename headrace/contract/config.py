@@ -241,6 +241,9 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Time between full snapshots; a checkpoint is written with each."""
     threads: Count = 1
     """Threads of the math library; part of what bit equality needs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the dense part is learnt; the tables stay on the CPU. `auto`: CUDA where there is one. Bits are equal on
+    machines of one kind only."""
 
 
 class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

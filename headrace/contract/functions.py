@@ -1,25 +1,69 @@
-"""Features that a user writes: plain functions on Arrow columns, known by name and version. No I/O.
+"""What a user writes in code: features as functions on Arrow columns, and a torch module. Known by name and version.
 
     @feature_function("title_length", version=1)
     def title_length(title: pa.Array) -> pa.Array:
         return pc.utf8_length(title)
 
+    @model_function("two_towers", version=1)
+    def two_towers(shape: ModelShape) -> torch.nn.Module: ...
+
 Written in the project's Python file, which every stage loads first, they are found by stream, trainer, serving and
-replay alike. A function must be pure and look at each row alone, since batches are cut anywhere; `split_check` in
-`headrace.stream.features.featurize` tries that. Old versions stay in the file while samples or models name them.
+replay alike. A feature function must be pure and look at each row alone, since batches are cut anywhere; `split_check`
+in `headrace.stream.features.featurize` tries that. Old versions stay in the file while samples or models name them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from headrace.contract.errors import ConfigRejected
 
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
 
-_FUNCTIONS: dict[tuple[str, int], Function] = {}
+
+class ModelShape(NamedTuple):
+    """What a module of the user's own is built for.
+
+    Its `forward(embedding_BFE, linear_BF, numeric_BD)` gets float32 tensors, embeddings [B, slots, dim], linear weights
+    [B, slots] and numbers [B, numerics], and returns the log-odds of each task, [B, tasks], or [B] of a single one. It
+    must be a pure function of its inputs and parameters: no dropout, no batch statistics, no buffers that move.
+    """
+
+    slots: int
+    numerics: int
+    dim: int
+    tasks: int
+
+
+class _Registry:
+    def __init__(self, what: str, decorator: str) -> None:
+        self._what, self._decorator = what, decorator
+        self._known: dict[tuple[str, int], Function] = {}
+
+    def add(self, name: str, version: int, function: Function) -> None:
+        known = self._known.get((name, version))
+        if known is not None and not _same(known, function):
+            raise ConfigRejected(
+                f"{self._what} {name!r} version {version} is declared twice with different code. What a version "
+                "returns never changes: give the changed function a new version."
+            )
+        self._known[name, version] = function
+
+    def get(self, name: str, version: int) -> Function:
+        try:
+            return self._known[name, version]
+        except KeyError:
+            known = sorted(v for n, v in self._known if n == name)
+            raise ConfigRejected(
+                f"no {self._what} {name!r} of version {version} is declared; versions of that name: {known}. Declare "
+                f"it with @{self._decorator} in the project's Python file."
+            ) from None
+
+
+_FEATURES = _Registry("feature function", "feature_function")
+_MODELS = _Registry("model function", "model_function")
 
 
 def feature_function(name: str, *, version: int) -> Callable[[F], F]:
@@ -32,28 +76,36 @@ def feature_function(name: str, *, version: int) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        known = _FUNCTIONS.get((name, version))
-        if known is not None and not _same(known, function):
-            raise ConfigRejected(
-                f"feature function {name!r} version {version} is declared twice with different code. What a version "
-                "returns never changes: give the changed function a new version."
-            )
-        _FUNCTIONS[name, version] = function
+        _FEATURES.add(name, version, function)
+        return function
+
+    return register
+
+
+def model_function(name: str, *, version: int) -> Callable[[F], F]:
+    """Return a decorator that makes a function known that builds a torch.nn.Module from a `ModelShape`.
+
+    It must set the parameters from a seed of its own choice, or leave them to `torch.manual_seed`, which is called
+    with the recipe's seed before it. The file should import torch inside the function: the stream has no use for it.
+
+    Raises `ConfigRejected` when another function has this name and version.
+    """
+
+    def register(function: F) -> F:
+        _MODELS.add(name, version, function)
         return function
 
     return register
 
 
 def function_of(name: str, version: int) -> Function:
-    """Return the function. Raises `ConfigRejected` with what is known instead."""
-    try:
-        return _FUNCTIONS[name, version]
-    except KeyError:
-        known = sorted(v for n, v in _FUNCTIONS if n == name)
-        raise ConfigRejected(
-            f"no feature function {name!r} of version {version} is declared; versions of that name: {known}. Declare "
-            "it with @feature_function in the project's Python file."
-        ) from None
+    """Return the feature function. Raises `ConfigRejected` with what is known instead."""
+    return _FEATURES.get(name, version)
+
+
+def model_of(name: str, version: int) -> Function:
+    """Return the model function. Raises `ConfigRejected` with what is known instead."""
+    return _MODELS.get(name, version)
 
 
 def _same(one: Function, other: Function) -> bool:

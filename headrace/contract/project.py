@@ -22,6 +22,7 @@ from headrace.contract.crawl import Crawl, check_crawls, external_columns
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.functions import function_of
 from headrace.contract.mapping import AccessLog, check_mappings
+from headrace.contract.recipe import Recipe as Recipe
 from headrace.contract.spec import (
     EVENT_TIME,
     Bucket,
@@ -52,6 +53,8 @@ Private = Literal["drop", "hash"]
 `hash`: a declared string field holds its keyed hash; see `headrace.contract.privacy`."""
 EXTRA = "extra"
 
+LANES_MAX = 8
+"""The join keeps a byte of an impression's tasks: a task takes a bit, one that corrects late feedback a second one."""
 COMBINATIONS_MAX = 1_024
 """Most combinations that a `Product` may form of one row before it keeps `values_max` of them."""
 
@@ -94,23 +97,10 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     feedback comes within the window. A model then learns b = w q / (1 + w q) of a true rate q and the correction's
     weight w; it ranks the same, and b / (w (1 - b)) is q. Source: fake negative calibration, Ktena et al. 2019."""
     correction_weight: Annotated[float, Meta(gt=0)] = 1.0
-    """Weight of the positive that corrects an eager negative."""
-
-
-class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the model is built and trained. Every number is part of the run's digest."""
-
-    task: str = "click"
-    model: Literal["deepfm"] = "deepfm"
-    dim: Annotated[int, Meta(gt=0, le=256)] = 8
-    hidden: tuple[int, ...] = (64, 32)
-    lr_table: Annotated[float, Meta(gt=0)] = 0.05
-    lr_dense: Annotated[float, Meta(gt=0)] = 0.001
-    l2_table: Annotated[float, Meta(ge=0)] = 0.0
-    init_scale: Annotated[float, Meta(ge=0)] = 0.01
-    batch_rows: Annotated[int, Meta(gt=0, le=65_536)] = 512
-    """Most rows in one training step."""
-    seed: int = 7
+    """Weight of the positive that corrects a negative: an eager one, or one that late feedback proved wrong."""
+    correct_ms: Annotated[int, Meta(ge=0)] = 0
+    """Policy `window`: how long after the window late feedback still makes a positive that corrects the negative. The
+    impression is kept for that long. 0: late feedback is counted and stays in `events` alone."""
 
 
 class Project(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,8 +132,18 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         for task in self.tasks:
             if task.feedback not in kinds:
                 raise ConfigRejected(f"task {task.name!r} names feedback {task.feedback!r}; declared: {sorted(kinds)}.")
-        if self.recipe.task not in {t.name for t in self.tasks}:
-            raise ConfigRejected(f"recipe.task {self.recipe.task!r} is not a declared task.")
+            if task.correct_ms and task.policy == "eager":
+                raise ConfigRejected(
+                    f"task {task.name!r} is eager and corrects until its window ends: raise window_ms and leave "
+                    "correct_ms out."
+                )
+        lanes = sum(2 if task.correct_ms else 1 for task in self.tasks)
+        if lanes > LANES_MAX:
+            raise ConfigRejected(
+                f"{len(self.tasks)} tasks take {lanes} of the {LANES_MAX} lanes there are (a task takes one, a task with "
+                "correct_ms two): drop some."
+            )
+        self._check_recipe()
         types: dict[str, str] = {**self.impression.fields, EVENT_TIME: "int64", **dict.fromkeys(columns, "float32")}
         types |= external_columns(self.crawls)
         if self.impression.fields[self.impression.key] in LISTS:
@@ -162,6 +162,18 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
                     raise ConfigRejected(f"feature {feature!r} reads {name!r}, which no field and no counter gives.")
             _check_feature(feature, types, lasts)
         return self
+
+    def _check_recipe(self) -> None:
+        recipe, declared = self.recipe.checked(self.features), {t.name: t for t in self.tasks}
+        for name in recipe.heads:
+            if name not in declared:
+                raise ConfigRejected(f"recipe.task {name!r} is not a declared task; declared: {sorted(declared)}.")
+            task = declared[name]
+            if recipe.delayed != "none" and (task.policy != "eager" or task.correction_weight != 1.0):
+                raise ConfigRejected(
+                    f"recipe.delayed is {recipe.delayed!r} and task {name!r} has policy {task.policy!r} and "
+                    f"correction_weight {task.correction_weight}: it takes eager tasks whose corrections weigh 1."
+                )
 
     def _check_counter(self, counter: Counter, kinds: set[str]) -> None:
         entries = counter.entries()

@@ -1,0 +1,150 @@
+"""The recipe: which model, how it is built and how it is trained. Data only; every number is part of a run's digest.
+
+Growth: a value that equals its default is not written, so a field that is added later leaves the digest of every
+recipe that does without it. Hence a default never changes; a better number is a new recipe in
+`headrace.trainer.recipes`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.functions import model_of
+from headrace.contract.spec import Feature, FeatureSpec
+
+Model = Literal["deepfm", "dcn", "fm", "logistic", "module"]
+Optimizer = Literal["adagrad_row", "adagrad", "ftrl", "adam"]
+"""Of a row of the tables. `adagrad_row`: one sum of squares for the embedding, one for the linear weight."""
+Delayed = Literal["none", "fake_negative_weighted", "fake_negative_calibrated"]
+
+TASKS_MAX = 16
+LAYERS_MAX = 8
+Rate = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """How the model is built and trained. The functions of `headrace.trainer.recipes` return good ones."""
+
+    task: str = "click"
+    """The main task: what `scores` of /v1/rank say, and what is evaluated first."""
+    tasks: Annotated[tuple[str, ...], Meta(max_length=TASKS_MAX)] = ()
+    """Tasks that are learnt together, `task` among them: tables and hidden layers are shared, each task has a head. A
+    sample is of one task and trains that task's head. Empty: `task` alone."""
+    model: Model = "deepfm"
+    module: str = ""
+    """Model `module`: name of a function that the project declares with `@model_function`, which returns the
+    torch.nn.Module."""
+    module_version: Annotated[int, Meta(ge=0)] = 1
+    dim: Annotated[int, Meta(ge=0, le=256)] = 8
+    """Numbers of a row's embedding; each row has a linear weight besides. `logistic` has none, whatever this says."""
+    hidden: Annotated[tuple[Annotated[int, Meta(gt=0, le=4_096)], ...], Meta(max_length=LAYERS_MAX)] = (64, 32)
+    """Widths of the hidden layers of `deepfm` and `dcn`."""
+    cross_layers: Annotated[int, Meta(gt=0, le=LAYERS_MAX)] = 2
+    """Cross layers of `dcn`: x_(l+1) = x_0 * (W_l x_l + b_l) + x_l."""
+    lr_table: Rate = 0.05
+    """Learning rate of rows; FTRL's alpha."""
+    lr_dense: Rate = 0.001
+    """Learning rate of dense weights: Adam's, or Adagrad's in `logistic` and `fm`."""
+    l1_table: NotNegative = 0.0
+    """FTRL's lambda 1: a weight whose adjusted sum of gradients is not above it is exactly 0."""
+    l2_table: NotNegative = 0.0
+    optimizer: Optimizer = "adagrad_row"
+    ftrl_beta: NotNegative = 1.0
+    adam_beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.999
+    init_scale: NotNegative = 0.01
+    """A new row's embedding is uniform in +- this, by its key and the seed."""
+    slot_dims: dict[str, Annotated[int, Meta(ge=0, le=256)]] = {}
+    """Embedding numbers of some features' rows in place of `dim`, by `label_of(feature)`; at most `dim`."""
+    slot_optimizers: dict[str, Optimizer] = {}
+    """Optimizer of some features' rows, by `label_of(feature)`."""
+    admit_after: Annotated[int, Meta(gt=0, le=255)] = 1
+    """How often an id must be seen before it gets a row; until then it scores as a row that was never learnt."""
+    admit_by: Literal["exact", "sketch"] = "exact"
+    """How sightings are counted: each id by itself, or in a sketch of fixed size that may count too many."""
+    expire_after_ms: Annotated[int, Meta(ge=0)] = 0
+    """A row that was not used for so long in event time is removed. 0: never."""
+    negative_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of the negatives that is learnt, chosen by a hash of the sample's id and the seed. The log-odds are
+    corrected for it where they are learnt: what the model says is the probability among all samples."""
+    delayed: Delayed = "none"
+    """For tasks of policy `eager`, whose positives were first learnt as negatives. `fake_negative_weighted`: samples
+    are weighted so that the model says the true rate. `fake_negative_calibrated`: they are learnt as they come, and
+    what the model learns, b = q / (1 + q), is turned into q when it scores. Source: Ktena et al., "Addressing delayed
+    feedback for continuous training with neural networks in CTR prediction", RecSys 2019."""
+    calibrate: bool = False
+    """Learn a scale and an offset of the log-odds, a pair a task, from scores made before their labels were learnt, and
+    apply them to every score. Source: Platt, "Probabilistic outputs for support vector machines", 1999."""
+    batch_rows: Annotated[int, Meta(gt=0, le=65_536)] = 512
+    """Most rows in one training step."""
+    seed: int = 7
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Return the tasks in the order of the model's heads.
+
+        >>> Recipe(task="click").heads, Recipe(tasks=("like", "click")).heads
+        (('click',), ('like', 'click'))
+        """
+        return self.tasks or (self.task,)
+
+    @property
+    def row_dim(self) -> int:
+        """Return how many numbers a row of the tables has behind its first one.
+
+        `logistic` keeps a linear weight a task and nothing else; every other model an embedding.
+        """
+        return len(self.heads) - 1 if self.model == "logistic" else self.dim
+
+    @property
+    def row_scale(self) -> float:
+        """Return the scale of a new row's values: 0 for `logistic`, whose values are all linear weights."""
+        return 0.0 if self.model == "logistic" else self.init_scale
+
+    def checked(self, features: FeatureSpec) -> Recipe:
+        """Return self, or raise `ConfigRejected` naming what contradicts itself or the features."""
+        if len(set(self.heads)) < len(self.heads) or self.task not in self.heads:
+            raise ConfigRejected(
+                f"recipe.tasks {list(self.heads)} must name recipe.task {self.task!r}, each task once."
+            )
+        if (self.model == "module") != bool(self.module):
+            raise ConfigRejected(
+                f"recipe.model is {self.model!r} and recipe.module {self.module!r}: a module of your own needs both "
+                'model="module" and the name of its @model_function, any other model neither.'
+            )
+        if self.module:
+            model_of(self.module, self.module_version)
+        if self.calibrate and self.delayed == "fake_negative_calibrated":
+            raise ConfigRejected(
+                "recipe.calibrate and delayed='fake_negative_calibrated' both bend the scores: drop one."
+            )
+        labels = {label_of(feature) for feature in features.features if feature.slots}
+        unknown = (self.slot_dims.keys() | self.slot_optimizers.keys()) - labels
+        if unknown:
+            raise ConfigRejected(
+                f"recipe.slot_dims and slot_optimizers name {sorted(unknown)}; slots have {sorted(labels)}."
+            )
+        wide = {name: dim for name, dim in self.slot_dims.items() if dim > self.dim}
+        if wide:
+            raise ConfigRejected(f"recipe.slot_dims {wide} are above recipe.dim {self.dim}, the widest.")
+        return self
+
+
+def label_of(feature: Feature) -> str:
+    """Return what `slot_dims` and `slot_optimizers` call a feature: the fields it reads, joined by `*`.
+
+    >>> from headrace.contract.spec import Categorical, Cross
+    >>> label_of(Categorical(field="user_id")), label_of(Cross(fields=("user_id", "tab")))
+    ('user_id', 'user_id*tab')
+    """
+    return "*".join(feature.inputs())
+
+
+def slot_labels(features: FeatureSpec) -> tuple[str, ...]:
+    """Return the label of the feature that each slot belongs to: F names."""
+    return tuple(label_of(feature) for feature in features.features for _ in range(feature.slots))
