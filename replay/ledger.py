@@ -40,6 +40,8 @@ KEYS = pa.schema(
     ]
 )
 """What identifies a sample and says where it lies."""
+TIMED_KEYS = KEYS.append(pa.field("event_time_ms", pa.int64()))
+"""The same with its impression's event time, by which the lake orders, parts and drops rows."""
 
 # A rank is below 2**22 (join.pending_max of 2 million impressions may expire in one record), an offset below 2**41.
 RANK_BITS = 22
@@ -125,6 +127,8 @@ class Ledger(msgspec.Struct, kw_only=True):
     twice_where: dict[str, int] = {}
     dead_letters: dict[str, int] = {}
     """By reason, undeclared ones included."""
+    retained: int = 0
+    """Rows that were stored and that `lake.retention_ms` dropped since: no loss."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Expected:
     """What the pure join makes of the events log."""
 
     samples: pa.Table
-    """KEYS, in (partition, position) order."""
+    """TIMED_KEYS, in (partition, position) order."""
     rows: dict[str, int]
     """Rows in the log by kind, repeats included: `impression`, `feedback`, `external`."""
     repeated_in_log: int
@@ -158,6 +162,8 @@ class Found:
     punctuations: Sequence[Punctuation]
     retried: Sequence[tuple[DeadLetter, Fate]] = ()
     """Those of `letters` that were offered again, with what came of it."""
+    retained_before_ms: int = 0
+    """Rows of event time before this are in the lake no more, or late and still there, as retention left them."""
 
 
 def draw(expected: Expected, found: Found, *, task: str) -> Ledger:
@@ -249,9 +255,14 @@ def _draw_topic(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Arra
 
 
 def _draw_lake(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array) -> None:
-    ledger.stored = found.lake.num_rows
-    lost, twice = compare(expected.samples, ids_N, sample_ids(found.lake), found.lake_positions)
-    ledger.lost_where["lake"], ledger.twice_where["lake"] = lost, twice
+    """Draw the lake; what retention may have dropped can't be lost there, and still must not be there twice."""
+    ledger.stored, there = found.lake.num_rows, sample_ids(found.lake)
+    lost, twice = compare(expected.samples, ids_N, there, found.lake_positions)
+    if found.retained_before_ms:
+        old_N = pc.less(expected.samples["event_time_ms"], found.retained_before_ms).combine_chunks()
+        old = expected.samples.filter(old_N)
+        ledger.retained, _ = compare(old, ids_N.filter(old_N), there, found.lake_positions)
+    ledger.lost_where["lake"], ledger.twice_where["lake"] = lost - ledger.retained, twice
 
 
 def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, task: str) -> ModelCounts:
@@ -320,6 +331,31 @@ def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys
         known_K = at_K.is_valid().to_numpy(zero_copy_only=False)
         np.add.at(times_N, at_K.drop_null().to_numpy(), times_K[known_K])
     return times_N
+
+
+def stored_by_log(
+    samples: pa.Table, steps: Iterable[Step], version: int, task: str, *, retained: bool
+) -> pa.Table | None:
+    """Return KEYS of a version of the lake that is no more, in total order; None where the steps don't tell it.
+
+    A run that has learnt all of a version goes on live from the version's positions: they stand in its next step. What
+    the log has up to them was in the version, but for what retention (`retained`) had dropped by then, whole hours
+    from the oldest on: the ranges say how many rows were left. Rows that came later than their hour's end by more than
+    the retention are told wrongly.
+    """
+    rows, run = 0, ""
+    for step in steps:
+        stops = [r.stop for r in step.ranges if r.kind == "stored" and r.version == version]
+        if stops:
+            rows, run = max(stops), step.run
+        elif rows and step.run == run:
+            positions = Positions.from_json(0, step.positions).by_partition
+            befores = {r.partition: Position(*r.after) for r in reversed(step.ranges)}
+            held_N = covers(samples, Positions(0, {**positions, **befores}))
+            found = samples.filter(pa.array(held_N)).filter(pc.field("task") == task)
+            found = found.sort_by([(n, "ascending") for n in ("event_time_ms", "partition", "offset", "rank")])
+            return (found.slice(max(0, found.num_rows - rows)) if retained else found).select(KEYS.names)
+    return None
 
 
 def _overlaps(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:

@@ -21,7 +21,7 @@ from headrace.contract.events import (
 from headrace.contract.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import FeatureSpec
-from headrace.replay.ledger import KEYS, Expected, TaskCounts
+from headrace.replay.ledger import TIMED_KEYS, Expected, TaskCounts
 from headrace.replay.scan import in_order
 from headrace.stream.join import JoinState
 
@@ -57,13 +57,13 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
         emitted = state.take(record)
         answers[record.headers.get("type", "")] += state.totals.feedback - before
         if emitted is not None:
-            tables.append(pa.Table.from_batches([emitted.batch.select(KEYS.names)]).cast(KEYS))
+            tables.append(pa.Table.from_batches([emitted.batch.select(TIMED_KEYS.names)]).cast(TIMED_KEYS))
         kind, newest_ms = record.headers.get("kind", ""), max(newest_ms, record.timestamp_ms)
         if record.value is not None and kind == PUNCTUATION:
             said.append((record.timestamp_ms, decode_punctuation(record.value)))
         elif record.value is not None and kind in rows:
             rows[kind] += _row_count(record.value)
-    samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else KEYS.empty_table()
+    samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else TIMED_KEYS.empty_table()
     settled = [p for at, p in said if at <= newest_ms - SETTLED_MS or p.bye]
     return _expected(project, samples, rows, answers, list(states.values())), settled
 

@@ -6,6 +6,7 @@ One commit holds the files, and, as Delta application transactions, where each p
 |---|---|
 | `samples-g<generation>-p<partition>` | the `samples` offset to go on from |
 | `position-g<generation>-p<partition>` | the last position in the lake, offset * 2**22 + rank |
+| `retained` | hours since 1970 before which retention has dropped rows |
 
 Transactions survive compaction and the checkpoints of Delta's own log, so a writer that restarts asks the table alone.
 
@@ -47,6 +48,7 @@ RANK_BITS = 22
 PARTITIONS_MAX = 256
 DATE, HOUR = "event_date", "event_hour"
 HOUR_MS = 3_600_000
+RETAINED_ID = "retained"
 # Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
 STEPS_MAX = 15
 # Entries of Delta's log that a reader opens at most; the library's default of 100 is slow to read on HDFS.
@@ -62,6 +64,8 @@ class LakeState:
     """Everything at or below these is in the lake."""
     next_offsets: Mapping[int, int]
     """The `samples` offsets to go on from."""
+    retained_before_ms: int = 0
+    """Rows of event time before this were dropped by retention; of hours after it, none was."""
 
 
 class DeltaLake:
@@ -254,7 +258,8 @@ class DeltaLake:
             position = self._position_of(table, partition)
             if position > START:
                 positions[partition] = position
-        return LakeState(table.version(), Positions(self.generation, positions), offsets)
+        retained_ms = (table.transaction_version(RETAINED_ID) or 0) * HOUR_MS
+        return LakeState(table.version(), Positions(self.generation, positions), offsets, retained_ms)
 
     def _position_of(self, table: Any, partition: int) -> Position:
         packed = table.transaction_version(self._position_id(partition))

@@ -2,7 +2,8 @@
 
 - **Compaction** writes the small files of one hour anew as one, in total order, in a commit of its own. Rows and
   positions stay as they are; a reader of an older version keeps its files.
-- **Retention** drops whole hours of event time from the newest version, by their partition, without reading a row.
+- **Retention** drops whole hours of event time from the newest version, by their partition, without reading a row, and
+  says up to where in the same commit (`RETAINED_ID`), so that an account can tell dropped rows from lost ones.
 - **Vacuum** deletes files that neither the newest version nor a leased or pinned one needs: those that compaction and
   retention replaced, and those that a killed writer or compaction left before it committed. A file younger than
   `lake.vacuum_ms` always stays, since a writer may be about to commit it and a reader to open it.
@@ -20,7 +21,7 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,17 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import parquet
 from pyarrow.fs import PyFileSystem
 
-from headrace.backends.lake_delta import DATE, HOUR, HOUR_MS, STEPS_MAX, DeltaLake, files, hour_ms, partition_columns
+from headrace.backends.lake_delta import (
+    DATE,
+    HOUR,
+    HOUR_MS,
+    RETAINED_ID,
+    STEPS_MAX,
+    DeltaLake,
+    files,
+    hour_ms,
+    partition_columns,
+)
 from headrace.contract.errors import Unavailable
 
 # The local store of delta-rs writes NAME#1 and renames it; a killed writer leaves that, and Delta's vacuum skips it.
@@ -116,7 +127,10 @@ class Upkeep:
         if not gone:
             return
         found = [row for row in _rows(table) if row.place in gone]
-        if not self._commit(table, [_removed(row.path, True) for row in found], "retain"):
+        # A late row of an hour that went long ago must not take the mark back.
+        mark = max(table.transaction_version(RETAINED_ID) or 0, *(hour_ms(*place) // HOUR_MS + 1 for place in gone))
+        marks = [Transaction(RETAINED_ID, mark)]
+        if not self._commit(table, [_removed(row.path, True) for row in found], "retain", marks):
             done.refused += 1
             return
         done.hours_dropped += len(gone)
@@ -196,8 +210,10 @@ class Upkeep:
         values = {} if place is None else {DATE: place[0].isoformat(), HOUR: str(place[1])}
         return AddAction(path, size, values, time.time_ns() // 1_000_000, False, _statistics(rows))
 
-    def _commit(self, table: Any, actions: list[AddAction | RemoveAction], what: str) -> bool:
-        """Commit; False where another upkeep was first. Raises `Unavailable`."""
+    def _commit(
+        self, table: Any, actions: list[AddAction | RemoveAction], what: str, marks: Sequence[Transaction] = ()
+    ) -> bool:
+        """Commit, `marks` too; False where another upkeep was first. Raises `Unavailable`."""
         mark = Transaction(UPKEEP_ID, int(table.version()) + 1)
         added = sum(isinstance(action, AddAction) for action in actions)
         told = {"upkeep": what, "files_added": added, "files_removed": len(actions) - added}
@@ -207,7 +223,7 @@ class Upkeep:
                 mode="append",
                 schema=table.schema(),
                 partition_by=partition_columns(table),
-                commit_properties=CommitProperties(told, STEPS_MAX, [mark]),
+                commit_properties=CommitProperties(told, STEPS_MAX, [mark, *marks]),
             )
         except CommitFailedError:
             return False

@@ -16,20 +16,19 @@ from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.contract.config import Config
 from headrace.contract.dead_letters import decode_dead_letter, decode_retry_mark
+from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.log import Reader
 from headrace.contract.positions import Positions
 from headrace.contract.project import Project
 from headrace.contract.steps import decode_step
 from headrace.contract.topics import Topics
 from headrace.ingest.dead_letters import Letter, superseded
-from headrace.replay.ledger import KEYS, Found, Ledger, draw
+from headrace.replay.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored_by_log
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all, sample_keys
 from headrace.trainer.source import stored_order
 
 HELP = "account for every event: read, joined, learnt, lost, twice"
-
-COLUMNS = [*KEYS.names, "event_time_ms"]
 
 ROWS = (
     ("gateway", ("read", "appended", "dead_lettered", "repeated", "retried")),
@@ -37,7 +36,7 @@ ROWS = (
     ("label", ("positives", "negatives", "waiting")),
     ("feedback", ("matched", "duplicate", "late", "orphans", "pending")),
     ("model", ("samples", "learnt", "refused", "sampled_out", "in_flight")),
-    ("lake", ("stored",)),
+    ("lake", ("stored", "retained")),
     ("verdict", ("lost", "twice")),
 )
 
@@ -80,19 +79,31 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
     ]
     reader.close()
 
+    steps = [step for step in steps if step.model == project.name]
+    retained_before_ms = state.retained_before_ms if state is not None else 0
+
     def stored_keys(version: int) -> pa.Table:
-        return stored_order(lake.read(version, COLUMNS), project.recipe.task).select(KEYS.names).cast(KEYS)
+        task = project.recipe.task
+        try:
+            return stored_order(lake.read(version, TIMED_KEYS.names), task).select(KEYS.names).cast(KEYS)
+        except (Unavailable, InvariantBroken):
+            # The version is beyond lake.history_ms, or retention dropped rows of it: the log has them still.
+            found = stored_by_log(expected.samples, steps, version, task, retained=retained_before_ms > 0)
+            if found is None:
+                raise
+            return found
 
     found = Found(
         topic=topic,
         lake=stored,
         lake_positions=state.positions if state is not None else Positions(topics.generation),
-        steps=[step for step in steps if step.model == project.name],
+        steps=steps,
         stored_keys=stored_keys,
         letters=[letter.told for letter in letters],
         tags=frozenset({project.impression.tag, *(feedback.tag for feedback in project.feedback)}),
         punctuations=punctuations,
         retried=superseded(letters, marks),
+        retained_before_ms=retained_before_ms,
     )
     return draw(expected, found, task=project.recipe.task)
 

@@ -81,9 +81,9 @@ class MetUpkeep(Upkeep):
 
     between: Callable[[], None] = staticmethod(lambda: None)
 
-    def _commit(self, table, actions, what):
+    def _commit(self, table, actions, what, marks=()):
         self.between()
-        return super()._commit(table, actions, what)
+        return super()._commit(table, actions, what, marks)
 
 
 def link_tree(real: Path, copy: Path) -> set[str]:
@@ -367,12 +367,12 @@ def test_planted_upkeeps_that_do_not_know_each_other_is_caught(tmp_path: Path, m
     """A name of its own for each: two of them replace the same files, as delta-rs's own optimize does."""
     told, names = MetUpkeep._commit, itertools.count()
 
-    def apart(self, table, actions, what):
+    def apart(self, table, actions, what, marks=()):
         self.between()
         monkeypatch.setattr(lake_upkeep, "UPKEEP_ID", f"upkeep-{next(names)}")
         self.between, between = (lambda: None), self.between
         try:
-            return told(self, table, actions, what)
+            return told(self, table, actions, what, marks)
         finally:
             self.between = between
 

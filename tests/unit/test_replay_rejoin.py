@@ -6,6 +6,7 @@ though the ledger's one has no features. Method: the same records through both.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -13,10 +14,11 @@ import pyarrow as pa
 import pytest
 
 from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake_upkeep import Done, Upkeep
 from headrace.backends.log_memory import MemoryAdmin, MemoryLog
 from headrace.cli.stage_ledger import table, take_stock
-from headrace.contract.config import Config
-from headrace.contract.errors import InvariantBroken
+from headrace.contract.config import Config, LakeConfig
+from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.events import (
     Punctuation,
     batch_from_rows,
@@ -32,10 +34,10 @@ from headrace.contract.steps import Step, StepRange, encode_step
 from headrace.contract.topics import Topics
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT
-from headrace.replay.ledger import KEYS
+from headrace.replay.ledger import TIMED_KEYS
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import in_order
-from headrace.stream.join import JoinState
+from headrace.stream.join import Emitted, JoinState
 
 START_MS = 1_800_000_000_000
 WINDOW_MS = PROJECT.tasks[0].window_ms
@@ -84,8 +86,8 @@ def test_identities_are_those_of_the_real_join():
     expected, said = rejoin(PROJECT, Config(), records)
     states = [JoinState(PROJECT, Config().join, silent_ms=10_000, partition=p) for p in range(2)]
     emitted = [e for record in records if (e := states[record.partition].take(record)) is not None]
-    real = pa.concat_tables([pa.Table.from_batches([e.batch.select(KEYS.names)]).cast(KEYS) for e in emitted])
-    assert expected.samples.equals(in_order(real).combine_chunks())
+    real = pa.concat_tables([pa.Table.from_batches([e.batch.select(TIMED_KEYS.names)]) for e in emitted])
+    assert expected.samples.equals(in_order(real.cast(TIMED_KEYS)).combine_chunks())
     task = expected.tasks["click"]
     assert task.closes() and task.positives > 50 and task.negatives > 50 and task.waiting > 0
     assert expected.impressions == 400 and expected.repeated_in_log == 400
@@ -129,3 +131,101 @@ def test_stock_of_a_whole_loop_closes_and_a_row_taken_twice_does_not(tmp_path: P
     ledger = take_stock(PROJECT, Config(), topics, memory.reader(), lake)
     assert (ledger.twice_where["model"], ledger.closes) == (3, False)
     assert "twice in model: 3" in table(ledger)
+
+
+HOUR_MS = 3_600_000
+
+
+def test_what_retention_dropped_is_not_lost_and_a_lost_row_still_is(tmp_path: Path):
+    """A run learns a version of the lake, then live; retention drops the first hour, and the version is no more."""
+    topics, memory = Topics(), MemoryLog()
+    MemoryAdmin(memory).ensure_topics(topics.specs(1))
+    config = LakeConfig(retention_ms=HOUR_MS, vacuum_ms=1_000)
+    lake = DeltaLake(str(tmp_path / "lake"), partitions=1, config=config)
+    state = JoinState(PROJECT, Config().join, silent_ms=10_000, partition=0)
+    emitted: list[Emitted] = []
+    for record in hourly():
+        memory.append(topics.events, 0, record.value, None, record.headers)
+        if (each := state.take(record)) is not None:
+            emitted.append(each)
+            headers = {"after": format_position(each.after), "last": format_position(each.last)}
+            memory.append(topics.samples, 0, encode_batch(each.batch), None, headers)
+    assert len(emitted) == 4
+    for each in emitted[:2]:  # the first two hours, as the run finds them
+        version = lake.append([each.batch], {0: 1}, {0: each.last})
+    first = sum(each.batch.num_rows for each in emitted[:2])
+    made = [
+        Step(
+            model="shop",
+            run="r",
+            step=1,
+            positions={},
+            ranges=(StepRange("stored", version=1, stop=first, rows=first),),
+        ),
+        *(
+            Step(
+                model="shop",
+                run="r",
+                step=step,
+                positions=Positions(1, {0: each.last}).to_json(),
+                ranges=(StepRange("live", 0, 0, each.after, each.last, rows=each.batch.num_rows),),
+            )
+            for step, each in enumerate(emitted[2:], 2)
+        ),
+    ]
+    for step in made:
+        memory.append(topics.steps, 0, encode_step(step), None, {})
+    for each in emitted[2:]:
+        rows = each.batch.slice(1) if each is emitted[3] else each.batch  # the last hour's first row is really lost
+        lake.append([rows], {0: 1}, {0: each.last})
+    keeper, dropped = Upkeep(lake), emitted[0].batch.num_rows
+    keeper.retain(done := Done(), START_MS // HOUR_MS * HOUR_MS + 2 * HOUR_MS)
+    assert (done.hours_dropped, done.rows_dropped) == (1, dropped)
+
+    def check() -> None:
+        ledger = take_stock(PROJECT, Config(), topics, memory.reader(), lake)
+        assert (ledger.retained, ledger.lost_where["lake"], ledger.lost, ledger.twice) == (dropped, 1, 1, 0)
+        assert ledger.learnt == ledger.samples == 20
+        assert f"retained {dropped}" in table(ledger)
+
+    check()
+    time.sleep(2.1)  # past vacuum_ms, to Delta's second
+    assert len(keeper.vacuum(Done(), [])) == 1
+    with pytest.raises(InvariantBroken, match="retention dropped"):
+        lake.read(version)
+    check()
+    # As lake.history_ms leaves it: a checkpoint, and no entry of the versions before.
+    lake.open().create_checkpoint()
+    for entry in (tmp_path / "lake" / "_delta_log").glob("*.json"):
+        if int(entry.stem) <= version:
+            entry.unlink()
+    with pytest.raises(Unavailable):
+        lake.read(version)
+    check()
+
+
+def hourly() -> list[Record]:
+    """One partition; five impressions in each of four hours, whose windows are closed by what follows."""
+    records: list[Record] = []
+
+    def append(value: bytes, at_ms: int, **headers: str) -> None:
+        records.append(Record("events", 0, len(records), None, value, headers, at_ms))
+
+    visits = list(traffic.synthetic(PROJECT.impression.fields, rows=20).visits())
+    for hour in range(4):
+        at_ms = START_MS // HOUR_MS * HOUR_MS + hour * HOUR_MS
+        shown = [
+            {
+                **visit.fields,
+                "event_id": f"e{visit.row}",
+                "request_id": f"e{visit.row}",
+                "place": 0,
+                "key": "k",
+                "event_time_ms": at_ms + 10 * i,
+            }
+            for i, visit in enumerate(visits[5 * hour : 5 * hour + 5])
+        ]
+        append(encode_batch(batch_from_rows(shown, impression_schema(PROJECT))), at_ms, kind="impression")
+        closing = Punctuation("g", 1, at_ms + 10 * WINDOW_MS, counts={})
+        append(encode_punctuation(closing), at_ms + 10 * WINDOW_MS, kind="punctuation")
+    return records
