@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
+from headrace.contract.crawl import external_columns
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import LISTS
 from headrace.stream.features.sketch import Sketch
@@ -22,7 +23,7 @@ HELP = "learn the quantiles of a field from the lake, to pin in the feature spec
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `headrace quantiles`."""
     add_common(parser)
-    parser.add_argument("--field", required=True, help="a raw field or counter column that holds numbers")
+    parser.add_argument("--field", required=True, help="a raw field, counter.* or external.* column of numbers")
     parser.add_argument("--bins", type=int, default=16, help="how many parts of equal size (16)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -31,10 +32,17 @@ def main(args: argparse.Namespace) -> int:
     """Read the field's column, print its edges."""
     runtime = open_runtime(args)
     project = runtime.project
-    columns = dict.fromkeys(project.features.counter_columns(), "float32")
-    kind = project.impression.fields.get(args.field) or columns.get(args.field)
-    if kind is None or kind in LISTS or kind == "string":
-        raise ConfigRejected(f"--field {args.field!r} is {kind or 'not declared'}; quantiles are of numbers.")
+    columns: dict[str, str] = {
+        **dict.fromkeys(project.features.counter_columns(), "float32"),
+        **external_columns(project.crawls),
+        **project.impression.fields,
+    }
+    kind = columns.get(args.field)
+    if kind is None or kind in LISTS or kind in ("string", "bool"):
+        numbers = [name for name, kind in columns.items() if kind not in (*LISTS, "string", "bool")]
+        raise ConfigRejected(
+            f"--field {args.field!r} is {kind or 'not declared'}; quantiles are of numbers, which are {numbers}."
+        )
     if args.bins < 2:
         raise ConfigRejected(f"--bins is {args.bins}; two parts are the least.")
     lake = DeltaLake(runtime.lake_uri, generation=runtime.topics.generation)

@@ -85,3 +85,28 @@ def test_quantiles_are_learnt_from_the_lake_once_an_impression(folder, tmp_path,
     assert main(["quantiles", "--field", "price", "--bins", "2", *flags]) == 0
     assert "Quantile(field='price', edges=(0.0, 49.0, 99.0))" in capsys.readouterr().out
     assert main(["quantiles", "--field", "tags", *flags]) == 2
+
+
+def test_quantiles_of_what_was_crawled_leave_out_what_was_not_known(folder, tmp_path, capsys):
+    """A source that was declared later: older rows and unknown items have null."""
+    crawls = """crawls=(
+        Crawl(
+            name="catalogue", joins="user", kind="json", start=("http://127.0.0.1/x",),
+            key=Extract(at="id", type="int64"),
+            fields={"price": Extract(at="price", type="float64"), "name": Extract(at="name")},
+        ),
+    ),
+    features="""
+    text = (folder / "project.py").read_text().replace("features=", crawls, 1)
+    imports = "from headrace.contract.crawl import Crawl, Extract\nimport pyarrow as pa\n"
+    (folder / "project.py").write_text(text.replace("import pyarrow as pa\n", imports, 1))
+    lake = DeltaLake(str(tmp_path / "lake" / "samples"))
+    lake.append([pa.RecordBatch.from_pylist([{"task": "click"}] * 7)], {0: 1}, {0: Position(1, 0)})
+    rows = [{"external.catalogue.price": price, "task": "click"} for price in (1.5, None, 3.5, 2.5)]
+    lake.append([pa.RecordBatch.from_pylist(rows)], {0: 2}, {0: Position(2, 0)})
+    flags = ["--project", str(folder), "--store", f"file:{tmp_path}", "--home", str(tmp_path / "home")]
+    assert main(["quantiles", "--field", "external.catalogue.price", "--bins", "2", "--json", *flags]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"field": "external.catalogue.price", "count": 3, "edges": [1.5, 2.5, 3.5]}
+    assert main(["quantiles", "--field", "external.catalogue.name", *flags]) == 2
+    assert "external.catalogue.price" in capsys.readouterr().err
