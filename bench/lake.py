@@ -3,14 +3,17 @@
 Method: the same commits of samples (28 columns, event times over four hours, 2 % of them late) go through
 `DeltaLake.append`, one after the other, as the sink makes them. Stores: a folder, a real HDFS that is started for it
 (WebHDFS has no part in this), a real CephFS where one can run (root, ceph, /dev/fuse). Then the lake is compacted, and
-one day is read back as columns by `DeltaLake.read` and by DuckDB from the files. Peers on the folder: pyarrow's
-`write_to_dataset` with the same partitions, which has no commit, no positions and is half there when it is killed; and
-PyIceberg with a catalog in SQLite, in an environment of its own (bench/plain_lake.py).
+one day is read back as columns by `DeltaLake.read` and by DuckDB from the files, before and after. Peers on the folder:
+pyarrow's `write_dataset` with the same partitions, which has no commit, no positions and is half there when it is
+killed; and PyIceberg with a catalog in SQLite, in an environment of its own (bench/plain_lake.py). Sides take turns,
+each round on an empty folder; figures are medians of all commits and of the rounds. Files are in the page cache when
+they are read. What rate the sink itself follows is bench/sink.py's.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -124,8 +127,12 @@ def own_cephfs(home: Path) -> Iterator[str]:
         cluster.stop()
 
 
-def measure(store: str, uri: str, batches: list[pa.RecordBatch], peers: dict[str, float]) -> list[Figure]:
-    """Return the figures of our lake on one store; `peers` has those of the plain writers."""
+Took = dict[str, list[float]]
+"""What one side needed: `commit` in seconds a commit, everything else one value a round."""
+
+
+def ours(uri: str, batches: list[pa.RecordBatch]) -> Took:
+    """Commit, read, compact and read again."""
     lake = DeltaLake(uri, partitions=1, config=LakeConfig(compact_files=2))
     took_s = [
         timed(lambda b=batch, n=number: lake.append([b], {0: n + 1}, {0: Position(n, len(b) - 1)}))[0]
@@ -134,46 +141,37 @@ def measure(store: str, uri: str, batches: list[pa.RecordBatch], peers: dict[str
     keeper, before, after = Upkeep(lake), Done(), Done()
     keeper.look(before)
     read_small_s, rows = timed(lambda: lake.read(day=DAY))
+    duck_small_s = by_duckdb(lake.open().file_uris(), batches) if "://" not in uri else 0.0
     compact_s, _ = timed(lambda: keeper.compact(after))
     keeper.look(after)
     read_s, again = timed(lambda: lake.read(day=DAY))
     if rows.num_rows != again.num_rows or again.num_rows != sum(len(b) for b in batches):
         raise RuntimeError(f"{rows.num_rows} rows before, {again.num_rows} after compaction")
-    rate = len(batches[0]) / statistics.median(took_s)
-
-    def figure(name: str, value: float, unit: str, peer: str = "", peer_name: str = "pyarrow files") -> Figure:
-        whole, against = f"lake_{store}_{name}", peers.get(peer or name, 0.0) if store == "file" else 0.0
-        if not against:
-            return Figure(whole, round(value, 4), unit)
-        return Figure(whole, round(value, 4), unit, peer_name, round(against, 4), round(value / against, 2))
-
-    found = [
-        figure("rows_per_second", rate, "rows/s"),
-        figure("commit_p50", statistics.median(took_s) * 1000, "ms"),
-        figure("commit_p99", float(np.quantile(took_s, 0.99)) * 1000, "ms"),
-        figure("files_before", before.files, "files"),
-        figure("files_after", after.files, "files"),
-        figure("bytes_before", before.bytes, "bytes"),
-        figure("bytes_after", after.bytes, "bytes"),
-        figure("compaction", compact_s, "s"),
-        figure("read_day_before", read_small_s, "s", "read_day"),
-        figure("read_day", read_s, "s"),
-    ]
-    if "iceberg_rows_per_second" in peers and store == "file":
-        found += [
-            figure("rows_per_second_vs_iceberg", rate, "rows/s", "iceberg_rows_per_second", "PyIceberg"),
-            figure("read_day_vs_iceberg", read_s, "s", "iceberg_read_day", "PyIceberg"),
-        ]
-    if "://" not in uri:
-        paths = lake.open().file_uris()
-        query = "select * from read_parquet($paths, hive_partitioning = true) where event_date = $day"
-        duck_s, _ = timed(lambda: duckdb.sql(query, params={"paths": paths, "day": DAY}).to_arrow_table())
-        found.append(figure("read_day_duckdb", duck_s, "s", "read_day"))
-    return found
+    found = {
+        "files_before": before.files,
+        "files_after": after.files,
+        "bytes_before": before.bytes,
+        "bytes_after": after.bytes,
+        "compaction": compact_s,
+        "read_day_before": read_small_s,
+        "read_day": read_s,
+    }
+    if duck_small_s:
+        found |= {"duckdb_day_before": duck_small_s, "duckdb_day": by_duckdb(lake.open().file_uris(), batches)}
+    return {"commit": took_s, **{name: [value] for name, value in found.items()}}
 
 
-def plain_files(folder: Path, batches: list[pa.RecordBatch]) -> dict[str, float]:
-    """Return the figures of plain Parquet files."""
+def by_duckdb(paths: list[str], batches: list[pa.RecordBatch]) -> float:
+    """Return how long DuckDB needs for the day as columns."""
+    query = "select * from read_parquet($paths, hive_partitioning = true) where event_date = $day"
+    took_s, rows = timed(lambda: duckdb.sql(query, params={"paths": paths, "day": DAY}).to_arrow_table())
+    if rows.num_rows != sum(len(b) for b in batches):
+        raise RuntimeError(f"DuckDB found {rows.num_rows} rows")
+    return took_s
+
+
+def plain_files(folder: Path, batches: list[pa.RecordBatch]) -> Took:
+    """Write plain Parquet files and read them."""
     took_s = []
     for number, batch in enumerate(batches):
         rows = with_hours(pa.Table.from_batches([batch]))
@@ -189,53 +187,105 @@ def plain_files(folder: Path, batches: list[pa.RecordBatch]) -> dict[str, float]
     day = ds.field("event_date") == DAY.isoformat()
     parts = ds.partitioning(pa.schema([("event_date", pa.string()), ("event_hour", pa.int32())]), flavor="hive")
     read_s, _ = timed(lambda: ds.dataset(folder, partitioning=parts).to_table(filter=day))
-    return {
-        "rows_per_second": len(batches[0]) / statistics.median(took_s),
-        "commit_p50": statistics.median(took_s) * 1000,
-        "commit_p99": float(np.quantile(took_s, 0.99)) * 1000,
-        "read_day": read_s,
-    }
+    duck_s = by_duckdb([str(path) for path in folder.rglob("*.parquet")], batches)
+    return {"commit": took_s, "read_day": [read_s], "duckdb_day": [duck_s], **sizes(folder)}
 
 
-def iceberg(python: str, folder: Path, batches: list[pa.RecordBatch]) -> dict[str, float]:
-    """Return PyIceberg's figures, none where it is not installed in `python`'s environment."""
+def iceberg(python: str, folder: Path, batches: list[pa.RecordBatch]) -> Took:
+    """Run PyIceberg's side, in the environment of `python`."""
     source = folder / "commits.arrow"
     folder.mkdir()
     feather.write_feather(pa.Table.from_batches(batches), source, chunksize=len(batches[0]), compression="uncompressed")
     program = Path(__file__).parent / "plain_lake.py"
     ran = subprocess.run([python, str(program), str(source), str(folder)], capture_output=True, text=True, check=False)
     if ran.returncode:
-        print(f"PyIceberg takes no part: {(ran.stderr or ran.stdout).strip().splitlines()[-1:]}")
-        return {}
-    rate, read_s = (float(word) for word in ran.stdout.split()[-2:])
-    return {"iceberg_rows_per_second": rate, "iceberg_read_day": read_s}
+        raise RuntimeError(f"PyIceberg: {ran.stderr[-800:]}")
+    told: Took = json.loads(ran.stdout.splitlines()[-1])
+    return {**told, **sizes(folder)}
+
+
+def sizes(folder: Path) -> Took:
+    """Return how many data files there are, and their bytes."""
+    files = [path.stat().st_size for path in folder.rglob("*.parquet")]
+    return {"files_before": [len(files)], "bytes_before": [sum(files)]}
+
+
+UNITS = {"compaction": "s", "files_before": "files", "files_after": "files", "bytes_before": "B", "bytes_after": "B"}
+PEERS = {"plain": ("pyarrow files", ""), "iceberg": ("PyIceberg", "_vs_iceberg")}
+"""Each with what its figures' names end in."""
+
+
+def figures(rounds: dict[str, Took], rows: int) -> Iterator[Figure]:
+    """Yield each store's medians, those of the folder beside the peers', which lie there too."""
+
+    def of(took: Took) -> dict[str, float]:
+        commit_s = took["commit"]
+        return {
+            "rows_per_second": rows / statistics.median(commit_s),
+            "commit_p50": statistics.median(commit_s) * 1000,
+            "commit_p99": float(np.quantile(commit_s, 0.99)) * 1000,
+            **{name: statistics.median(values) for name, values in took.items() if name != "commit"},
+        }
+
+    units = {"rows_per_second": "rows/s", "commit_p50": "ms", "commit_p99": "ms", **UNITS}
+    peers = {PEERS[name]: of(took) for name, took in rounds.items() if name in PEERS}
+    for store, took in rounds.items():
+        if store in PEERS:
+            continue
+        for name, value in of(took).items():
+            whole, unit = f"lake_{store}_{name}", units.get(name, "s")
+            beside = {p: found[name] for p, found in peers.items() if name in found} if store == "file" else {}
+            if not beside:
+                yield Figure(whole, round(value, 3), unit)
+            for (peer, ending), against in beside.items():
+                yield Figure(whole + ending, round(value, 3), unit, peer, round(against, 3), round(value / against, 2))
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="8 commits of 20,000 rows instead of 40 of 75,000")
+    parser.add_argument("--quick", action="store_true", help="1 round of 8 commits of 20,000 rows")
     parser.add_argument("--stores", default="file,hdfs,cephfs", help="those of file, hdfs, cephfs to measure")
-    parser.add_argument("--iceberg", metavar="PYTHON", default=sys.executable, help="the Python that has pyiceberg")
+    parser.add_argument("--iceberg", metavar="PYTHON", help="the Python that has pyiceberg")
     args = parser.parse_args()
     # 75,000 rows are what comes at 25,000 events/s within sink.commit_ms, 3 s.
-    commits, rows = (8, 20_000) if args.quick else (40, 75_000)
+    rounds, commits, rows = (1, 8, 20_000) if args.quick else (3, 10, 75_000)
     batches = [commit_rows(number, rows, commits) for number in range(commits)]
     home = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
-    found: list[Figure] = []
+    took: dict[str, Took] = {}
     try:
-        peers = plain_files(home / "plain", batches) | iceberg(args.iceberg, home / "iceberg", batches)
-        for store in args.stores.split(","):
-            if store == "cephfs" and (lacking := cephfs.missing()):
-                print(f"CephFS takes no part: {lacking}")
-                continue
-            with ExitStack() as stack:
-                roots = {"hdfs": own_hdfs, "cephfs": own_cephfs}
-                root = stack.enter_context(roots[store](home / store)) if store in roots else str(home)
-                found += measure(store, f"{root}/lake", batches, peers)
+        with ExitStack() as stack:
+            sides = dict(_sides(stack, home, args.stores.split(","), args.iceberg, batches))
+            for number in range(rounds):
+                for name in _turned(list(sides), number):
+                    for what, values in sides[name](number).items():
+                        took.setdefault(name, {}).setdefault(what, []).extend(values)
+                print(f"round {number + 1} of {rounds} done", flush=True)
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    show(found)
+    show(list(figures(took, rows)))
+
+
+def _turned(names: list[str], number: int) -> list[str]:
+    return names[number % len(names) :] + names[: number % len(names)]
+
+
+def _sides(
+    stack: ExitStack, home: Path, stores: list[str], python: str | None, batches: list[pa.RecordBatch]
+) -> Iterator[tuple[str, Callable[[int], Took]]]:
+    """Yield what runs one round of each side, by its name; servers run until `stack` ends."""
+    roots = {"hdfs": own_hdfs, "cephfs": own_cephfs}
+    for store in stores:
+        if store == "cephfs" and (lacking := cephfs.missing()):
+            print(f"CephFS takes no part: {lacking}")
+            continue
+        root = stack.enter_context(roots[store](home / store)) if store in roots else str(home)
+        yield store, lambda number, root=root: ours(f"{root}/lake-{number}", batches)
+    yield "plain", lambda number: plain_files(home / f"plain-{number}", batches)
+    if python:
+        yield "iceberg", lambda number: iceberg(python, home / f"iceberg-{number}", batches)
+    else:
+        print("PyIceberg takes no part: --iceberg PYTHON names one that has it")
 
 
 if __name__ == "__main__":
