@@ -10,16 +10,20 @@ import numpy.typing as npt
 
 
 def digest(state: Mapping[str, npt.NDArray[np.generic]]) -> str:
-    """Return SHA-256 in hex over rows sorted by key, then every other array by name: weights, optimizer, step.
+    """Return SHA-256 in hex over all arrays by name: rows, optimizer, dense weights, step.
 
-    `state` is `Learner.state()`: arrays of the table (`table.keys`, `table.values`, ...) have one entry a row.
+    `state` is `Learner.state()`. Arrays of a table have one entry a row, and rows lie in an order that depends on
+    history; so where an array `<table>.keys` is, the arrays `<table>.<name>` are taken in ascending order of keys.
     """
     sha = hashlib.sha256()
-    order = np.argsort(state["table.keys"], kind="stable")
+    orders: dict[str, npt.NDArray[np.int64]] = {}
     for name in sorted(state):
         array = state[name]
-        if name.startswith("table."):
-            array = array[order]
+        group = name.rpartition(".")[0]
+        if f"{group}.keys" in state:
+            if group not in orders:
+                orders[group] = np.argsort(state[f"{group}.keys"], kind="stable")
+            array = array[orders[group]]
         array = np.ascontiguousarray(array)
         sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         sha.update(array.view(np.uint8).reshape(-1).data if array.size else b"")

@@ -16,6 +16,7 @@ from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.deepfm import DeepFM
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.scoring import Float32s, score, sigmoid
+from headrace.trainer.model.table_optimizers import Optimizer
 from headrace.trainer.model.tables import Int64s, Table
 
 State = dict[str, npt.NDArray[np.generic]]
@@ -38,7 +39,12 @@ class Learner:
     def __init__(self, recipe: Recipe, features: FeatureSpec) -> None:
         self.recipe, self.slots, self.numerics = recipe, features.slots, features.numerics
         self.step = 0
-        self.table = Table(dim=recipe.dim, seed=recipe.seed, scale=recipe.init_scale)
+        self.table = Table(
+            dim=recipe.dim,
+            seed=recipe.seed,
+            scale=recipe.init_scale,
+            optimizer=Optimizer(lr=recipe.lr_table, l2=recipe.l2_table),
+        )
         self.dense = DeepFM(
             slots=self.slots,
             numerics=self.numerics,
@@ -70,24 +76,22 @@ class Learner:
         nothing = np.empty(0, np.int64)
         if not len(part):
             return StepReport(prediction_B, nothing, 0, len(batch))
-        rows_BF = self.table.rows_for(part.slots_BF)
+        rows_BF = self.table.rows_for(part.slots_BF, part.event_time_ms_B)
         logits_B, grad_BFV, dense = self.dense.gradients(
-            self.table.gather(rows_BF), part.numeric_BD, part.label_B, part.weight_B
+            self.table.gather(rows_BF, part.slots_BF), part.numeric_BD, part.label_B, part.weight_B
         )
         finite = np.isfinite(logits_B).all() and np.isfinite(grad_BFV).all()
         if not finite or not all(bool(g.isfinite().all()) for g in dense.values()):
             return StepReport(prediction_B, nothing, 0, len(batch))
         prediction_B[keep_B] = sigmoid(logits_B)
-        touched_R = self.table.update(
-            rows_BF, grad_BFV, part.event_time_ms_B, lr=self.recipe.lr_table, l2=self.recipe.l2_table
-        )
+        touched_R = self.table.update(rows_BF, grad_BFV, part.event_time_ms_B)
         self.dense.update(dense)
-        return StepReport(prediction_B, self.table.index.keys_R[touched_R], len(part), len(batch) - len(part))
+        return StepReport(prediction_B, self.table.keys_of(touched_R), len(part), len(batch) - len(part))
 
     def weights(self, keys_K: Int64s | None = None) -> Weights:
         """Return what serving needs of these keys (of all rows by default): keys, values, dense weights."""
         if keys_K is None:
-            keys_K = self.table.index.keys_R[: len(self.table)].copy()
+            keys_K = self.table.keys()
         return Weights(keys_K, self.table.lookup(keys_K), self.dense.dense())
 
     def state(self) -> State:

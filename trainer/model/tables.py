@@ -1,156 +1,110 @@
-"""Collisionless tables: every 64-bit slot id has rows of its own, found by an open-addressing index that grows.
+"""Collisionless tables: every 64-bit slot id has a row of its own, admitted, learnt and expired by event time.
 
-A row holds a linear weight and an embedding (`values_RV`, float32 [R, 1 + dim]), the two Adagrad sums of squared
-gradients that go with them (`squares_R2`), and the event time of its last use. A new row's values follow from its key
-and the seed alone, so the order in which keys arrive does not matter. Kernels are single-threaded and add in a fixed
-order: equal batches give equal bits.
+A row is one record of a `RowIndex`: key (8 bytes), last use (4), a linear weight and an embedding (4 each), and the
+optimizer's numbers (4 each): 56 bytes at dimension 8 with row-wise Adagrad, and 6.4 to 12.8 for the index. A new
+row's values follow from its key and the seed alone, so the order in which keys arrive does not matter. Kernels are
+single-threaded and add in a fixed order: equal batches give equal bits.
 
-Axes: B samples of a batch, F slots of a sample, K keys, R rows of the table, V = 1 + dim values of a row.
+A key that was not used for `expire_after_ms` is as if it had never been seen. It is found out when it is asked for,
+or by the sweep, which goes through 1/4,096 of the keys a step: no step stalls, and what is learnt does not depend on
+how far the sweep is. Time is the newest event time so far, in seconds.
+
+Axes: B samples of a batch, F slots of a sample, K keys, N = B * F, R rows of the table, W words of a record,
+V = 1 + dim values of a row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contract.errors import ConfigRejected
 from headrace.contract.spec import PAD
+from headrace.trainer.model.admission import Admission, counter_for
+from headrace.trainer.model.row_index import (
+    EXPIRED,
+    HEADER_WORDS,
+    LAST_USE,
+    MISSING,
+    SWEEPS,
+    Float32s,
+    Int32s,
+    RowIndex,
+    mix,
+)
+from headrace.trainer.model.row_index import Int64s as Int64s
+from headrace.trainer.model.table_optimizers import Optimizer
 
-Int64s = npt.NDArray[np.int64]
-Float32s = npt.NDArray[np.float32]
+State = dict[str, npt.NDArray[np.generic]]
 
-# 1024 rows: small enough to be free, large enough that a first batch needs one growth at most.
-_ROWS_MIN = 1024
 _PAD = np.int64(PAD)
+_SECONDS_MAX = 2**32 - 1
+_UNIT = np.float64(1.0 / 9007199254740992.0)
 
 
 @numba.njit(cache=True)
-def _mix(key: np.uint64) -> np.uint64:
-    z = key + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@numba.njit(cache=True)
-def _find(index_C: Int64s, keys_R: Int64s, wanted_K: Int64s, out_K: Int64s) -> None:
-    mask = np.uint64(index_C.shape[0] - 1)
-    for i in range(wanted_K.shape[0]):
-        key = wanted_K[i]
-        at = _mix(np.uint64(key)) & mask
-        row = index_C[at]
-        while row >= 0 and keys_R[row] != key:
-            at = (at + np.uint64(1)) & mask
-            row = index_C[at]
-        out_K[i] = row
-
-
-@numba.njit(cache=True)
-def _insert(index_C: Int64s, keys_R: Int64s, count: int, wanted_K: Int64s, out_K: Int64s) -> int:
-    mask = np.uint64(index_C.shape[0] - 1)
-    for i in range(wanted_K.shape[0]):
-        key = wanted_K[i]
-        if key == _PAD:
-            out_K[i] = -1
-            continue
-        at = _mix(np.uint64(key)) & mask
-        row = index_C[at]
-        while row >= 0 and keys_R[row] != key:
-            at = (at + np.uint64(1)) & mask
-            row = index_C[at]
-        if row < 0:
-            row = count
-            index_C[at] = row
-            keys_R[row] = key
-            count += 1
-        out_K[i] = row
-    return count
+def _fill_one(out_V: Float32s, key: np.int64, mixed_seed: np.uint64, scale: np.float32) -> None:
+    out_V[0] = np.float32(0.0)
+    state = mix(np.uint64(key) ^ mixed_seed)
+    for j in range(1, out_V.shape[0]):
+        state = mix(state)
+        out_V[j] = np.float32((2.0 * (np.float64(state >> np.uint64(11)) * _UNIT) - 1.0) * scale)
 
 
 @numba.njit(cache=True)
 def _fill_initial(values_KV: Float32s, keys_K: Int64s, seed: np.uint64, scale: np.float32) -> None:
-    step = np.float64(1.0 / 9007199254740992.0)
+    mixed_seed = mix(seed)
     for i in range(keys_K.shape[0]):
         if keys_K[i] == _PAD:
             values_KV[i, :] = np.float32(0.0)
-            continue
-        state = _mix(np.uint64(keys_K[i]) ^ _mix(seed))
-        values_KV[i, 0] = np.float32(0.0)
-        for j in range(1, values_KV.shape[1]):
-            state = _mix(state)
-            unit = np.float64(state >> np.uint64(11)) * step
-            values_KV[i, j] = np.float32((2.0 * unit - 1.0) * scale)
+        else:
+            _fill_one(values_KV[i], keys_K[i], mixed_seed, scale)
 
 
 @numba.njit(cache=True)
-def _gather(values_RV: Float32s, rows_N: Int64s, out_NV: Float32s) -> None:
-    for i in range(rows_N.shape[0]):
-        row = rows_N[i]
-        if row < 0:
-            out_NV[i, :] = np.float32(0.0)
-            continue
-        for j in range(values_RV.shape[1]):
-            out_NV[i, j] = values_RV[row, j]
-
-
-@numba.njit(cache=True)
-def _sum_by_row(rows_N: Int64s, grad_NV: Float32s, place_R: Int64s, touched_N: Int64s, sums_NV: Float32s) -> int:
-    count = 0
-    for i in range(rows_N.shape[0]):
-        row = rows_N[i]
-        if row < 0:
-            continue
-        place = place_R[row]
-        if place < 0:
-            place = count
-            place_R[row] = place
-            touched_N[place] = row
-            sums_NV[place, :] = np.float32(0.0)
-            count += 1
-        for j in range(grad_NV.shape[1]):
-            sums_NV[place, j] += grad_NV[i, j]
-    for k in range(count):
-        place_R[touched_N[k]] = -1
-    return count
-
-
-@numba.njit(cache=True)
-def _adagrad(
-    values_RV: Float32s, squares_R2: Float32s, touched_K: Int64s, sums_KV: Float32s, lr: np.float32, l2: np.float32
+def _fill_rows(
+    words_RW: Int32s,
+    floats_RW: Float32s,
+    keys_RX: Int64s,
+    fresh_K: Int64s,
+    width: int,
+    now_s: int,
+    seed: np.uint64,
+    scale: np.float32,
 ) -> None:
-    width = values_RV.shape[1]
-    for k in range(touched_K.shape[0]):
-        row = touched_K[k]
-        g = sums_KV[k, 0] + l2 * values_RV[row, 0]
-        squares_R2[row, 0] += g * g
-        values_RV[row, 0] -= lr * g / (np.sqrt(squares_R2[row, 0]) + np.float32(1e-6))
-        if width == 1:
-            continue
-        mean = np.float32(0.0)
-        for j in range(1, width):
-            g = sums_KV[k, j] + l2 * values_RV[row, j]
-            sums_KV[k, j] = g
-            mean += g * g
-        squares_R2[row, 1] += mean / np.float32(width - 1)
-        rate = lr / (np.sqrt(squares_R2[row, 1]) + np.float32(1e-6))
-        for j in range(1, width):
-            values_RV[row, j] -= rate * sums_KV[k, j]
+    mixed_seed = mix(seed)
+    for i in range(fresh_K.shape[0]):
+        row = fresh_K[i]
+        words_RW[row, LAST_USE] = np.int32(np.uint32(now_s))
+        _fill_one(floats_RW[row, HEADER_WORDS : HEADER_WORDS + width], keys_RX[row, 0], mixed_seed, scale)
 
 
 @numba.njit(cache=True)
-def _touch(last_ms_R: Int64s, rows_BF: Int64s, event_time_ms_B: Int64s) -> None:
-    for b in range(rows_BF.shape[0]):
-        for f in range(rows_BF.shape[1]):
-            row = rows_BF[b, f]
-            if row >= 0 and event_time_ms_B[b] > last_ms_R[row]:
-                last_ms_R[row] = event_time_ms_B[b]
+def _gather(
+    floats_RW: Float32s, rows_N: Int64s, keys_N: Int64s, out_NV: Float32s, seed: np.uint64, scale: np.float32
+) -> None:
+    """Copy values of rows; where there is no row, the key's initial ones, or zeros without keys."""
+    mixed_seed, width, has_keys = mix(seed), out_NV.shape[1], keys_N.shape[0] > 0
+    for i in range(rows_N.shape[0]):
+        row = rows_N[i]
+        if row >= 0:
+            for j in range(width):
+                out_NV[i, j] = floats_RW[row, HEADER_WORDS + j]
+        elif has_keys and keys_N[i] != _PAD:
+            _fill_one(out_NV[i], keys_N[i], mixed_seed, scale)
+        else:
+            for j in range(width):
+                out_NV[i, j] = np.float32(0.0)
 
 
 def initial_values(keys_K: Int64s, *, dim: int, seed: int, scale: float) -> Float32s:
     """Return what a row that was never learnt holds: float32 [K, 1 + dim], a function of key and seed alone.
 
     The linear weight is 0; the embedding is uniform in +-`scale`. `PAD` is all zeros. Serving uses it for keys that a
-    snapshot lacks.
+    snapshot lacks. Less `dim` gives the first values of more.
     """
     values_KV = np.empty((len(keys_K), 1 + dim), np.float32)
     _fill_initial(values_KV, np.ascontiguousarray(keys_K), np.uint64(seed), np.float32(scale))
@@ -158,129 +112,211 @@ def initial_values(keys_K: Int64s, *, dim: int, seed: int, scale: float) -> Floa
 
 
 class KeyIndex:
-    """Maps int64 keys to rows 0, 1, 2 ... in order of first insertion. Never more than half full."""
+    """Maps int64 keys to rows 0, 1, 2 ... in order of first insertion."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.keys_R: Int64s = np.empty(_ROWS_MIN, np.int64)
-        self._index_C: Int64s = np.full(4 * _ROWS_MIN, -1, np.int64)
+        self._rows = RowIndex(words=0)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self._rows)
+
+    @property
+    def keys_R(self) -> Int64s:
+        """The keys in order of first insertion, a view."""
+        return self._rows.keys_R
 
     def find(self, keys_K: Int64s) -> Int64s:
         """Return the row of each key, -1 where it has none."""
-        rows_K = np.empty(len(keys_K), np.int64)
-        _find(self._index_C, self.keys_R, np.ascontiguousarray(keys_K), rows_K)
-        return rows_K
+        return self._rows.find(keys_K)
 
     def insert(self, keys_K: Int64s) -> Int64s:
         """Return the row of each key; a key that has none gets the next one, `PAD` gets -1."""
-        self._reserve(self.count + len(keys_K))
-        rows_K = np.empty(len(keys_K), np.int64)
-        self.count = _insert(self._index_C, self.keys_R, self.count, np.ascontiguousarray(keys_K), rows_K)
-        return rows_K
-
-    def _reserve(self, rows: int) -> None:
-        capacity = len(self.keys_R)
-        if rows <= capacity:
-            return
-        while capacity < rows:
-            capacity *= 2
-        known_R = self.keys_R[: self.count].copy()
-        self.keys_R = np.empty(capacity, np.int64)
-        self._index_C = np.full(4 * capacity, -1, np.int64)
-        _insert(self._index_C, self.keys_R, 0, known_R, np.empty(len(known_R), np.int64))
+        return self._rows.insert(keys_K)[0]
 
 
 class Table:
-    """The rows of all slots, with row-wise Adagrad. Not thread-safe."""
+    """The rows of slots of one width and optimizer. Not thread-safe."""
 
-    def __init__(self, *, dim: int, seed: int, scale: float) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        seed: int,
+        scale: float,
+        optimizer: Optimizer | None = None,
+        admission: Admission | None = None,
+        expire_after_ms: int = 0,
+    ) -> None:
+        """Make an empty one.
+
+        Args:
+            dim: width of the embedding; 0 for linear weights alone.
+            scale: a new embedding's numbers lie in +-scale.
+            optimizer: row-wise Adagrad by default.
+            admission: at the first sighting by default.
+            expire_after_ms: event time after which an unused key is forgotten, at least 1 s; 0 for never.
+        """
+        if expire_after_ms and expire_after_ms < 1_000:
+            raise ConfigRejected(f"expire_after_ms is {expire_after_ms}; last uses are kept in seconds: 0, or >= 1000.")
         self.dim, self.seed, self.scale = dim, seed, scale
-        self.index = KeyIndex()
-        self.values_RV: Float32s = np.empty((_ROWS_MIN, 1 + dim), np.float32)
-        self.squares_R2: Float32s = np.zeros((_ROWS_MIN, 2), np.float32)
-        self.last_ms_R: Int64s = np.full(_ROWS_MIN, -1, np.int64)
-        self._place_R: Int64s = np.full(_ROWS_MIN, -1, np.int64)
+        self.optimizer = optimizer or Optimizer()
+        self.admission = admission or Admission()
+        self.expire_s = expire_after_ms // 1_000
+        self.now_s = self._part = 0
+        self._states = self.optimizer.state_words(1 + dim)
+        self._forgotten: list[Int64s] = []
+        self._clear()
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def rows_for(self, keys_BF: Int64s) -> Int64s:
-        """Return the row of each key, making those that are missing: int64, shaped as the keys; -1 for `PAD`."""
-        before = len(self.index)
-        rows_N = self.index.insert(keys_BF.reshape(-1))
-        self._grow(len(self.index.keys_R))
-        fresh = slice(before, len(self.index))
-        if fresh.stop > before:
-            keys_K = self.index.keys_R[fresh]
-            self.values_RV[fresh] = initial_values(keys_K, dim=self.dim, seed=self.seed, scale=self.scale)
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that a row needs by itself: key, last use, values, the optimizer's numbers."""
+        return 4 * (HEADER_WORDS + 1 + self.dim + self._states)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use: rows, their index, and what admission counts in."""
+        return self.index.nbytes + self._counter.nbytes
+
+    @property
+    def values_RV(self) -> Float32s:
+        """The values of all rows, a view; those of free rows mean nothing."""
+        return self.index.floats_RW[: self.index.high, HEADER_WORDS : HEADER_WORDS + 1 + self.dim]
+
+    @property
+    def states_RS(self) -> Float32s:
+        """The optimizer's numbers of all rows, a view."""
+        first = HEADER_WORDS + 1 + self.dim
+        return self.index.floats_RW[: self.index.high, first : first + self._states]
+
+    @property
+    def last_s_R(self) -> npt.NDArray[np.uint32]:
+        """When each row was last used, in seconds of event time, a view."""
+        return self.index.arrays.words_RW[: self.index.high, LAST_USE].view(np.uint32)
+
+    def rows_for(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> Int64s:
+        """Return the row of each key, making those that are due: int64, shaped as the keys.
+
+        -1 stands for `PAD` and for a key that is not admitted yet. Event times move the table's time on; a key that
+        had expired begins anew. Rows hold until the next `rows_for` or `expire`.
+        """
+        self._advance(event_time_ms_B)
+        keys_N = np.ascontiguousarray(keys_BF).reshape(-1)
+        rows_N = self.index.find(keys_N, oldest=self._oldest())
+        places_K = np.flatnonzero(rows_N < 0)
+        places_K = places_K[keys_N[places_K] != PAD]
+        if len(places_K):
+            keys_K = keys_N[places_K]
+            expired_K = keys_K[rows_N[places_K] == EXPIRED]
+            if len(expired_K):
+                expired_K = np.unique(expired_K)
+                self.index.remove(expired_K)
+                self._forgotten.append(expired_K)
+            admitted_K = self._counter.admit(keys_K, now_s=self.now_s)
+            rows_N[places_K] = MISSING
+            rows_N[places_K[admitted_K]] = self._insert(keys_K[admitted_K])
         return rows_N.reshape(keys_BF.shape)
 
-    def gather(self, rows_BF: Int64s) -> Float32s:
-        """Return a copy of the rows' values, zeros for row -1: float32 [B, F, V]."""
-        out_NV = np.empty((rows_BF.size, 1 + self.dim), np.float32)
-        _gather(self.values_RV, rows_BF.reshape(-1), out_NV)
-        return out_NV.reshape(*rows_BF.shape, 1 + self.dim)
+    def gather(self, rows_BF: Int64s, keys_BF: Int64s | None = None) -> Float32s:
+        """Return a copy of the rows' values: float32 [B, F, V].
+
+        Row -1 has the initial values of its key (`PAD`: zeros), or zeros where no keys are given.
+        """
+        keys_N = np.empty(0, np.int64) if keys_BF is None else np.ascontiguousarray(keys_BF).reshape(-1)
+        return self._values(rows_BF.reshape(-1), keys_N).reshape(*rows_BF.shape, 1 + self.dim)
 
     def lookup(self, keys_K: Int64s) -> Float32s:
         """Return the values of each key, the initial ones where it has no row: float32 [K, V]. Changes nothing."""
-        rows_K = self.index.find(keys_K)
-        out_KV = self.values_RV[np.maximum(rows_K, 0)]
-        missing_K = rows_K < 0
-        if missing_K.any():
-            out_KV[missing_K] = initial_values(keys_K[missing_K], dim=self.dim, seed=self.seed, scale=self.scale)
-        return out_KV
+        keys_K = np.ascontiguousarray(keys_K)
+        return self._values(self.index.find(keys_K), keys_K)
 
-    def update(self, rows_BF: Int64s, grad_BFV: Float32s, event_time_ms_B: Int64s, *, lr: float, l2: float) -> Int64s:
-        """Apply one Adagrad step and return the touched rows in order of first appearance.
+    def update(self, rows_BF: Int64s, grad_BFV: Float32s, event_time_ms_B: Int64s) -> Int64s:
+        """Apply one step of the optimizer and return the touched rows in order of first appearance.
 
-        Gradients of a row that appears several times are added in (sample, slot) order and applied once. The linear
-        weight has an Adagrad sum of its own; the embedding has one of the mean square over its numbers.
-
-        Source: Duchi et al., "Adaptive Subgradient Methods", JMLR 2011; row-wise as in Naumov et al., DLRM, 2019.
+        Gradients of a row that appears several times are added in (sample, slot) order and applied once; row -1 learns
+        nothing.
         """
-        rows_N = rows_BF.reshape(-1)
-        touched_N = np.empty(len(rows_N), np.int64)
-        sums_NV = np.empty((len(rows_N), 1 + self.dim), np.float32)
-        grad_NV = np.ascontiguousarray(grad_BFV.reshape(len(rows_N), 1 + self.dim))
-        count = _sum_by_row(rows_N, grad_NV, self._place_R, touched_N, sums_NV)
-        touched_K = touched_N[:count]
-        _adagrad(self.values_RV, self.squares_R2, touched_K, sums_NV[:count], np.float32(lr), np.float32(l2))
-        _touch(self.last_ms_R, rows_BF, event_time_ms_B)
-        return touched_K
+        self._advance(event_time_ms_B)
+        rows_N = np.ascontiguousarray(rows_BF).reshape(-1)
+        grad_NV = np.ascontiguousarray(grad_BFV, np.float32).reshape(len(rows_N), 1 + self.dim)
+        index = self.index
+        return self.optimizer.step(index.arrays.words_RW, index.floats_RW, rows_N, grad_NV, now_s=self.now_s)
 
-    def state(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Return copies of all rows, in row order; `load` reads them."""
-        n = len(self)
+    def expire(self, now_ms: int) -> Int64s:
+        """Move time on, sweep one part in 4,096, and return the keys that were forgotten since the last call.
+
+        Who publishes the table must publish these keys: they have their initial values again.
+        """
+        if not self.expire_s:
+            return np.empty(0, np.int64)
+        self._advance(np.array([now_ms], np.int64))
+        oldest = self._oldest()
+        self._forgotten.append(self.index.sweep(self._part, oldest=oldest))
+        self._counter.sweep(self._part, oldest=oldest)
+        self._part = (self._part + 1) % SWEEPS
+        removed_K = np.concatenate(self._forgotten)
+        self._forgotten = []
+        return removed_K
+
+    def keys_of(self, rows_K: Int64s) -> Int64s:
+        """Return the keys of rows."""
+        return self.index.keys_R[rows_K]
+
+    def keys(self) -> Int64s:
+        """Return all keys that have a row, in row order."""
+        return self.index.keys_R[self.index.live_rows()]
+
+    def state(self) -> State:
+        """Return copies of all rows, in row order, and of what else makes the future; `load` reads them.
+
+        `keys`, `values`, `optimizer` and `last_s` have an entry a row; see `digest` for the others.
+        """
+        rows_R = self.index.live_rows()
+        forgotten = np.concatenate([np.empty(0, np.int64), *self._forgotten])
         return {
-            "keys": self.index.keys_R[:n].copy(),
-            "values": self.values_RV[:n].copy(),
-            "squares": self.squares_R2[:n].copy(),
-            "last_ms": self.last_ms_R[:n].copy(),
+            "keys": self.index.keys_R[rows_R],
+            "values": self.values_RV[rows_R],
+            "optimizer": self.states_RS[rows_R],
+            "last_s": self.last_s_R[rows_R],
+            "clock.now_and_part": np.array([self.now_s, self._part], np.int64),
+            "clock.forgotten": forgotten,
+            **self._counter.state(),
         }
 
-    def load(self, state: dict[str, npt.NDArray[np.generic]]) -> None:
-        """Replace all rows by what `state` returned."""
-        self.index = KeyIndex()
-        keys_R = state["keys"].astype(np.int64)
-        self.index.insert(keys_R)
-        self.values_RV = np.empty((0, 1 + self.dim), np.float32)
-        self.squares_R2, self.last_ms_R = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
-        self._place_R = np.zeros(0, np.int64)
-        self._grow(len(self.index.keys_R))
-        n = len(keys_R)
-        self.values_RV[:n] = state["values"]
-        self.squares_R2[:n] = state["squares"]
-        self.last_ms_R[:n] = state["last_ms"]
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Replace everything by what `state` returned."""
+        self._clear()
+        self.index.insert(state["keys"].astype(np.int64))
+        self.values_RV[:] = state["values"]
+        self.states_RS[:] = state["optimizer"]
+        self.last_s_R[:] = state["last_s"]
+        self.now_s, self._part = (int(x) for x in state["clock.now_and_part"])
+        forgotten = state["clock.forgotten"].astype(np.int64)
+        self._forgotten = [forgotten] if len(forgotten) else []
+        self._counter.load(state)
 
-    def _grow(self, capacity: int) -> None:
-        have = len(self.values_RV)
-        if have >= capacity:
-            return
-        more = capacity - have
-        self.values_RV = np.concatenate([self.values_RV, np.empty((more, 1 + self.dim), np.float32)])
-        self.squares_R2 = np.concatenate([self.squares_R2, np.zeros((more, 2), np.float32)])
-        self.last_ms_R = np.concatenate([self.last_ms_R, np.full(more, -1, np.int64)])
-        self._place_R = np.concatenate([self._place_R, np.full(more, -1, np.int64)])
+    def _clear(self) -> None:
+        self.index = RowIndex(words=1 + self.dim + self._states)
+        self._counter = counter_for(self.admission)
+
+    def _oldest(self) -> int:
+        return max(self.now_s - self.expire_s, 0) if self.expire_s else 0
+
+    def _advance(self, event_time_ms_B: Int64s | None) -> None:
+        if event_time_ms_B is not None and len(event_time_ms_B):
+            self.now_s = min(max(self.now_s, int(event_time_ms_B.max()) // 1_000), _SECONDS_MAX)
+
+    def _values(self, rows_N: Int64s, keys_N: Int64s) -> Float32s:
+        out_NV = np.empty((len(rows_N), 1 + self.dim), np.float32)
+        _gather(self.index.floats_RW, rows_N, keys_N, out_NV, np.uint64(self.seed), np.float32(self.scale))
+        return out_NV
+
+    def _insert(self, keys_K: Int64s) -> Int64s:
+        rows_K, fresh_K = self.index.insert(keys_K)
+        arrays, values = self.index.arrays, 1 + self.dim
+        seed, scale = np.uint64(self.seed), np.float32(self.scale)
+        _fill_rows(arrays.words_RW, self.index.floats_RW, arrays.keys_RX, fresh_K, values, self.now_s, seed, scale)
+        self.optimizer.begin(self.index.floats_RW, fresh_K, values=values)
+        return rows_K

@@ -1,0 +1,184 @@
+"""Which keys get a row: those that were seen often enough. Counts depend on the order of keys alone, not on batches.
+
+A key is held back until its n-th sighting; from that one on it has a row. `exact` counts in a table of its own, 16
+bytes and its index a waiting key, without an error; keys that are not seen for the tables' expiry time are forgotten.
+`sketch` counts in 4 MiB whatever comes: four rows of 2^20 counters of a byte, conservatively updated, all halved after
+every 2^18 counted sightings. With N sightings since, the estimate is too high by more than e N / 2^20 <= 0.68, that is
+by 1 or more, with a probability of at most e^-4 = 2 %: then a key comes in early. It is too low only by halving: a key
+whose n sightings lie more than 2^18 counted ones apart comes in late. Keys that have a row are not counted.
+
+Source: Cormode, Muthukrishnan, "An Improved Data Stream Summary: the Count-Min Sketch", 2005; conservative update:
+Estan, Varghese, SIGCOMM 2002; halving: Einziger et al., TinyLFU, 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from headrace.contract.errors import ConfigRejected
+from headrace.trainer.model.row_index import HEADER_WORDS, LAST_USE, Int32s, Int64s, RowIndex, Uint8s, mix
+
+Bools = npt.NDArray[np.bool_]
+State = dict[str, npt.NDArray[np.generic]]
+
+_WIDTH_BITS, _DEPTH = 20, 4
+_AGE_AFTER = 1 << (_WIDTH_BITS - 2)
+_COUNT = HEADER_WORDS
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A key gets a row at its `after`-th sighting."""
+
+    after: int = 1
+    by: Literal["exact", "sketch"] = "exact"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.after <= 255:
+            raise ConfigRejected(f"admit_after is {self.after}; it must lie in 1..255 sightings.")
+        if self.by not in ("exact", "sketch"):
+            raise ConfigRejected(f"admit_by is {self.by!r}; it is exact or sketch.")
+
+
+@numba.njit(cache=True)
+def _count_exactly(words_RW: Int32s, rows_K: Int64s, now_s: int, after: int, admitted_K: Bools) -> None:
+    for i in range(rows_K.shape[0]):
+        words_RW[rows_K[i], _COUNT] += 1
+        words_RW[rows_K[i], LAST_USE] = np.int32(np.uint32(now_s))
+        admitted_K[i] = words_RW[rows_K[i], _COUNT] >= after
+
+
+@numba.njit(cache=True)
+def _count_in_sketch(cells: Uint8s, keys_K: Int64s, counted: int, after: int, admitted_K: Bools) -> int:
+    """Count sightings in order, ageing all counters in time; returns how many since the last ageing."""
+    places = np.empty(_DEPTH, np.int64)
+    for i in range(keys_K.shape[0]):
+        mixed = mix(np.uint64(keys_K[i]))
+        # Two halves of one hash give all rows' places. Source: Kirsch, Mitzenmacher, ESA 2006.
+        low, step = mixed & np.uint64(0xFFFFFFFF), (mixed >> np.uint64(32)) | np.uint64(1)
+        least = np.int64(255)
+        for row in range(_DEPTH):
+            places[row] = np.int64((low + np.uint64(row) * step) & np.uint64((1 << _WIDTH_BITS) - 1))
+            least = min(least, np.int64(cells[row, places[row]]))
+        if least < after:
+            for row in range(_DEPTH):
+                if cells[row, places[row]] == least:
+                    cells[row, places[row]] = np.uint8(least + 1)
+            least += 1
+            counted += 1
+        admitted_K[i] = least >= after
+        if counted == _AGE_AFTER:
+            counted = 0
+            for row in range(_DEPTH):
+                for place in range(cells.shape[1]):
+                    cells[row, place] >>= np.uint8(1)
+    return counted
+
+
+class Everyone:
+    """Admits at the first sighting."""
+
+    nbytes = 0
+
+    def admit(self, keys_K: Int64s, *, now_s: int) -> Bools:
+        """Say of each sighting of a key without a row, in order, whether the key has been seen often enough."""
+        return np.ones(len(keys_K), np.bool_)
+
+    def sweep(self, part: int, *, oldest: int) -> None:
+        """Forget what was last seen before `oldest` in this part; see `RowIndex.sweep`."""
+
+    def state(self) -> State:
+        """Return a copy of all counts."""
+        return {}
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Replace all counts by what `state` returned."""
+
+
+class Exact:
+    """Counts waiting keys one by one."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.waiting = RowIndex(words=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return self.waiting.nbytes
+
+    def admit(self, keys_K: Int64s, *, now_s: int) -> Bools:
+        """See `Everyone.admit`."""
+        rows_K, fresh_K = self.waiting.insert(keys_K)
+        words_RW = self.waiting.arrays.words_RW
+        words_RW[fresh_K, _COUNT] = 0
+        admitted_K = np.empty(len(keys_K), np.bool_)
+        _count_exactly(words_RW, rows_K, now_s, self.after, admitted_K)
+        self.waiting.remove(keys_K[admitted_K])
+        return admitted_K
+
+    def sweep(self, part: int, *, oldest: int) -> None:
+        """See `Everyone.sweep`."""
+        self.waiting.sweep(part, oldest=oldest)
+
+    def state(self) -> State:
+        """See `Everyone.state`. Ascending by key."""
+        rows = self.waiting.live_rows()
+        rows = rows[np.argsort(self.waiting.keys_R[rows])]
+        words_RW = self.waiting.arrays.words_RW
+        return {
+            "waiting.keys": self.waiting.keys_R[rows],
+            "waiting.seen": words_RW[rows, _COUNT],
+            "waiting.last_s": words_RW[rows, LAST_USE].view(np.uint32),
+        }
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """See `Everyone.load`."""
+        self.waiting = RowIndex(words=1)
+        rows, _ = self.waiting.insert(state["waiting.keys"].astype(np.int64))
+        self.waiting.arrays.words_RW[rows, _COUNT] = state["waiting.seen"]
+        self.waiting.arrays.words_RW[rows, LAST_USE] = state["waiting.last_s"].astype(np.uint32).view(np.int32)
+
+
+class Sketch:
+    """Estimates counts in 4 MiB."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.counted = after, 0
+        self.cells: Uint8s = np.zeros((_DEPTH, 1 << _WIDTH_BITS), np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return self.cells.nbytes
+
+    def admit(self, keys_K: Int64s, *, now_s: int) -> Bools:
+        """See `Everyone.admit`."""
+        admitted_K = np.empty(len(keys_K), np.bool_)
+        self.counted = int(_count_in_sketch(self.cells, keys_K, self.counted, self.after, admitted_K))
+        return admitted_K
+
+    def sweep(self, part: int, *, oldest: int) -> None:
+        """Do nothing: the sketch forgets by halving."""
+
+    def state(self) -> State:
+        """See `Everyone.state`."""
+        return {"sketch.cells": self.cells.copy(), "sketch.counted": np.array([self.counted], np.int64)}
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """See `Everyone.load`."""
+        self.cells = np.array(state["sketch.cells"], np.uint8)
+        self.counted = int(state["sketch.counted"][0])
+
+
+def counter_for(admission: Admission) -> Everyone | Exact | Sketch:
+    """Return what counts sightings as `admission` says."""
+    if admission.after == 1:
+        return Everyone()
+    return Exact(admission.after) if admission.by == "exact" else Sketch(admission.after)
