@@ -47,11 +47,18 @@ class Admission:
 
 
 @numba.njit(cache=True)
-def _count_exactly(words_RW: Int32s, rows_K: Int64s, now_s: int, after: int, admitted_K: Bools) -> None:
+def _count_exactly(
+    words_RW: Int32s, rows_K: Int64s, fresh_K: Int64s, now_s: int, oldest: int, after: int, admitted_K: Bools
+) -> None:
+    for i in range(fresh_K.shape[0]):
+        words_RW[fresh_K[i], _COUNT] = 0
     for i in range(rows_K.shape[0]):
-        words_RW[rows_K[i], _COUNT] += 1
-        words_RW[rows_K[i], LAST_USE] = np.int32(np.uint32(now_s))
-        admitted_K[i] = words_RW[rows_K[i], _COUNT] >= after
+        row = rows_K[i]
+        if np.int64(np.uint32(words_RW[row, LAST_USE])) < oldest:
+            words_RW[row, _COUNT] = 0
+        words_RW[row, _COUNT] += 1
+        words_RW[row, LAST_USE] = np.int32(np.uint32(now_s))
+        admitted_K[i] = words_RW[row, _COUNT] >= after
 
 
 @numba.njit(cache=True)
@@ -86,8 +93,11 @@ class Everyone:
 
     nbytes = 0
 
-    def admit(self, keys_K: Int64s, *, now_s: int) -> Bools:
-        """Say of each sighting of a key without a row, in order, whether the key has been seen often enough."""
+    def admit(self, keys_K: Int64s, *, now_s: int, oldest: int) -> Bools:
+        """Say of each sighting of a key without a row, in order, whether the key has been seen often enough.
+
+        What was last seen before `oldest` begins to count anew.
+        """
         return np.ones(len(keys_K), np.bool_)
 
     def sweep(self, part: int, *, oldest: int) -> None:
@@ -113,13 +123,11 @@ class Exact:
         """Bytes in use."""
         return self.waiting.nbytes
 
-    def admit(self, keys_K: Int64s, *, now_s: int) -> Bools:
+    def admit(self, keys_K: Int64s, *, now_s: int, oldest: int) -> Bools:
         """See `Everyone.admit`."""
         rows_K, fresh_K = self.waiting.insert(keys_K)
-        words_RW = self.waiting.arrays.words_RW
-        words_RW[fresh_K, _COUNT] = 0
         admitted_K = np.empty(len(keys_K), np.bool_)
-        _count_exactly(words_RW, rows_K, now_s, self.after, admitted_K)
+        _count_exactly(self.waiting.arrays.words_RW, rows_K, fresh_K, now_s, oldest, self.after, admitted_K)
         self.waiting.remove(keys_K[admitted_K])
         return admitted_K
 
@@ -158,7 +166,7 @@ class Sketch:
         """Bytes in use."""
         return self.cells.nbytes
 
-    def admit(self, keys_K: Int64s, *, now_s: int) -> Bools:
+    def admit(self, keys_K: Int64s, *, now_s: int, oldest: int) -> Bools:
         """See `Everyone.admit`."""
         admitted_K = np.empty(len(keys_K), np.bool_)
         self.counted = int(_count_in_sketch(self.cells, keys_K, self.counted, self.after, admitted_K))

@@ -19,11 +19,11 @@ def digest(state: Mapping[str, npt.NDArray[np.generic]]) -> str:
     orders: dict[str, npt.NDArray[np.int64]] = {}
     for name in sorted(state):
         array = state[name]
-        group = name.rpartition(".")[0]
-        if f"{group}.keys" in state:
-            if group not in orders:
-                orders[group] = np.argsort(state[f"{group}.keys"], kind="stable")
-            array = array[orders[group]]
+        keys = name[: name.rfind(".") + 1] + "keys"
+        if keys in state:
+            if keys not in orders:
+                orders[keys] = np.argsort(state[keys], kind="stable")
+            array = array[orders[keys]]
         array = np.ascontiguousarray(array)
         sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         sha.update(array.view(np.uint8).reshape(-1).data if array.size else b"")

@@ -204,7 +204,8 @@ class Table:
         """
         self._advance(event_time_ms_B)
         keys_N = np.ascontiguousarray(keys_BF).reshape(-1)
-        rows_N = self.index.find(keys_N, oldest=self._oldest())
+        oldest = self._oldest()
+        rows_N = self.index.find(keys_N, oldest=oldest)
         places_K = np.flatnonzero(rows_N < 0)
         places_K = places_K[keys_N[places_K] != PAD]
         if len(places_K):
@@ -214,7 +215,7 @@ class Table:
                 expired_K = np.unique(expired_K)
                 self.index.remove(expired_K)
                 self._forgotten.append(expired_K)
-            admitted_K = self._counter.admit(keys_K, now_s=self.now_s)
+            admitted_K = self._counter.admit(keys_K, now_s=self.now_s, oldest=oldest)
             rows_N[places_K] = MISSING
             rows_N[places_K[admitted_K]] = self._insert(keys_K[admitted_K])
         return rows_N.reshape(keys_BF.shape)
