@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from headrace.backends.lake_leases import Leases
 from headrace.contract.config import LakeConfig
@@ -343,15 +345,27 @@ def read_rows(table: Any, columns: Sequence[str] | None, day: date | None) -> pa
     """Return rows of an open table, without the columns of its partitions unless they are asked for."""
     if columns is None:
         columns = [f.name for f in table.schema().fields if f.name not in (DATE, HOUR)]
+    store = _filesystem(table)
     if day is None:
-        return table.to_pyarrow_table(columns=list(columns))
+        return table.to_pyarrow_table(columns=list(columns), filesystem=store)
     if partition_columns(table):
-        return table.to_pyarrow_table(columns=list(columns), filters=[(DATE, "=", day)])
+        return table.to_pyarrow_table(columns=list(columns), filters=[(DATE, "=", day)], filesystem=store)
     begin = hour_ms(day, 0)
     end = hour_ms(day + timedelta(days=1), 0)
-    rows = table.to_pyarrow_table(columns=[*(c for c in columns if c != "event_time_ms"), "event_time_ms"])
+    wanted = [*(c for c in columns if c != "event_time_ms"), "event_time_ms"]
+    rows = table.to_pyarrow_table(columns=wanted, filesystem=store)
     times = rows["event_time_ms"]
     return rows.filter(pc.and_(pc.greater_equal(times, begin), pc.less(times, end))).select(list(columns))
+
+
+def _filesystem(table: Any) -> Any:
+    """Return Arrow's own file system for a table on a POSIX path, None for delta-rs's elsewhere.
+
+    delta-rs's is written in Python, and Arrow's threads may still be in it when a program that has just read ends: it
+    aborts then (status 134) in one of ten runs.
+    """
+    at = urlsplit(table.table_uri)
+    return SubTreeFileSystem(unquote(at.path), LocalFileSystem()) if at.scheme in ("", "file") else None
 
 
 def files(table: Any) -> pa.Table:

@@ -309,6 +309,12 @@ def test_duckdb_reads_the_table(uri: str, new_lake: NewLake):
     assert found == [(1, 3), (2, 3)]
 
 
+def test_a_folder_with_a_space_is_read(tmp_path: Path):
+    lake = DeltaLake(str(tmp_path / "a lake"), partitions=3)
+    fill(lake, 2)
+    assert places(lake.read(day=date(2026, 11, 25))) == places(lake.read(1, ["offset", "rank"])) == places(lake.read())
+
+
 PROGRAM = (
     "import sys, pyarrow as pa\nfrom headrace.backends.lake_delta import DeltaLake\n"
     "from headrace.contract.positions import Position\nfrom lake_world import samples, hours\n"
