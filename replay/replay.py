@@ -27,7 +27,7 @@ from headrace.contract.sample import parse_position, sample_schema
 from headrace.contract.snapshot import Manifest, decode_manifest
 from headrace.contract.steps import Step, StepRange, decode_step
 from headrace.contract.topics import Topics
-from headrace.trainer.model.learner import Learner
+from headrace.trainer.model.learner import make_learner
 from headrace.trainer.run import digest_of
 from headrace.trainer.source import Lake, conform, stored_order, to_batch
 
@@ -88,7 +88,7 @@ def as_trained(
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
     progress(f"run {run}: {len(steps)} steps, {sum(r.rows for s in steps for r in s.ranges)} samples")
     rows = Rows(project, topics, reader, lake, steps, holder)
-    learner, learnt, said = Learner(project.recipe, project.features), 0, time.monotonic()
+    learner, learnt, said = make_learner(project.recipe, project.features), 0, time.monotonic()
     for one in steps:
         batch = to_batch(rows.of(one), project)
         learner.learn(batch)

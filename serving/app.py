@@ -21,7 +21,7 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.serving.features import FeatureMemory
-from headrace.serving.scorer import merge, rank, spec_of
+from headrace.serving.scorer import merge, rank, recipe_of, spec_of
 from headrace.serving.shared_model import SharedModel, View
 
 BODY_BYTES_MAX = 4_194_304
@@ -77,11 +77,11 @@ class Face:
         return response
 
     async def _rank(self, request: Request) -> Response:
-        body = await request.body()
-        if len(body) > BODY_BYTES_MAX:
-            return problem(413, f"{len(body)} bytes; at most {BODY_BYTES_MAX} are taken.", "send fewer candidates")
+        sent = await request.body()
+        if len(sent) > BODY_BYTES_MAX:
+            return problem(413, f"{len(sent)} bytes; at most {BODY_BYTES_MAX} are taken.", "send fewer candidates")
         try:
-            ask = msgspec.json.decode(body, type=RankRequest)
+            ask = msgspec.json.decode(sent, type=RankRequest)
             if len(ask.candidates) > self.config.candidates_max:
                 count = len(ask.candidates)
                 return problem(422, f"{count} candidates", f"send at most {self.config.candidates_max} in one request")
@@ -90,11 +90,11 @@ class Face:
             now_ms = self.clock.now_ms()
             external = external_columns(self.project.crawls)
 
-            def use(view: View) -> tuple[list[float], list[dict[str, Any]]]:
+            def use(view: View) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
                 served = self.features.columns(spec_of(view.meta.spec_json), raw, len(ask.candidates))
                 return rank(view, raw, served, event_time_ms=now_ms, external=external), served
 
-            (scores, served), meta = self.shared.read(use)
+            (by_task, served), meta = self.shared.read(use)
             version = meta.manifest.version
             if ask.log:
                 self.impressions.log(
@@ -113,7 +113,10 @@ class Face:
             return problem(422, str(error), f"mend the field ({error.reason})")
         except (Unavailable, Overloaded) as error:
             return problem(503, str(error), "ask again in a second")
-        return answer(200, {"request_id": ask.request_id, "version": version, "scores": scores, "served": served})
+        scores = by_task.pop(recipe_of(meta.recipe_json).task)
+        body = {"request_id": ask.request_id, "version": version, "scores": scores, "served": served}
+        # The other tasks of a recipe that has several; of one, the answer is what it always was.
+        return answer(200, body | ({"tasks": by_task} if by_task else {}))
 
     async def model(self, request: Request) -> Response:
         """Say which version is served; with ?version=X, which events a recent version knew."""

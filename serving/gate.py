@@ -7,13 +7,13 @@
 | `version`, `base` | it is another version's, or a delta for another version than the one that is served |
 | `recipe`, `spec` | the recipe is unknown here, or the spec needs a field that the project does not declare |
 | `dim`, `dense` | rows or dense weights have another shape than recipe and spec (a delta: than what is served) |
+| `dim` | rows are wider than the shared region, which is as wide as the project's recipe |
 | `not_finite` | a weight is NaN or infinite |
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Mapping
 
 import msgspec
@@ -23,6 +23,7 @@ from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.project import Project, Recipe
 from headrace.contract.snapshot import Manifest, Weights, decode_weights
 from headrace.contract.spec import FeatureSpec
+from headrace.trainer.model.scoring import shapes_of
 
 Shapes = Mapping[str, list[int]]
 
@@ -54,7 +55,18 @@ def admit_snapshot(manifest: Manifest, data: bytes, *, project: Project) -> Weig
         msgspec.structs.replace(project, features=spec).checked()
     except (msgspec.MsgspecError, ConfigRejected) as error:
         raise Refused("spec", f"{manifest.version} cannot be served by this project: {error}") from error
-    _check(weights, manifest.version, project.recipe.dim, _shapes(recipe, spec))
+    room = project.recipe.row_dim
+    if recipe.row_dim > room:
+        raise Refused(
+            "dim",
+            f"{manifest.version} has rows of {1 + recipe.row_dim} values and this process has room for {1 + room}: "
+            "restart `serve` with the project that declares the wider recipe.",
+        )
+    try:
+        shapes = shapes_of(recipe.checked(spec), spec)
+    except ConfigRejected as error:
+        raise Refused("recipe", f"{manifest.version} cannot be scored by this project: {error}") from error
+    _check(weights, manifest.version, recipe.row_dim, shapes)
     return weights
 
 
@@ -87,12 +99,3 @@ def _check(weights: Weights, version: str, dim: int, shapes: Shapes) -> None:
         raise Refused("dense", f"{version} has dense weights {found}; expected are {dict(shapes)}.")
     if not np.isfinite(weights.values_KV).all() or not all(np.isfinite(a).all() for a in weights.dense.values()):
         raise Refused("not_finite", f"{version} has weights that are NaN or infinite.")
-
-
-def _shapes(recipe: Recipe, spec: FeatureSpec) -> dict[str, list[int]]:
-    """Return the shapes of DeepFM's dense weights; see `headrace.trainer.model.scoring`."""
-    shapes = {"bias": [1], "numeric": [spec.numerics]}
-    widths = [spec.slots * recipe.dim + spec.numerics, *recipe.hidden, 1]
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-        shapes[f"w{i}"], shapes[f"b{i}"] = [fan_in, fan_out], [fan_out]
-    return shapes

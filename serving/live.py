@@ -29,6 +29,7 @@ from headrace.contract.project import Project
 from headrace.contract.snapshot import Manifest, Weights, decode_manifest
 from headrace.contract.topics import Topics
 from headrace.serving.gate import Refused, admit_delta, admit_snapshot
+from headrace.serving.scorer import recipe_of
 from headrace.serving.shared_model import Meta, SharedModel
 
 logger = logging.getLogger("headrace.serve")
@@ -170,7 +171,8 @@ class Updater:
             self._is_broken |= _is_newer(record.headers.get("version", ""), served.manifest)
             return
         try:
-            weights, manifest = admit_delta(record.value, base=base, dim=self.project.recipe.dim, shapes=served.shapes)
+            dim = recipe_of(served.recipe_json).row_dim
+            weights, manifest = admit_delta(record.value, base=base, dim=dim, shapes=served.shapes)
             meta = self._meta_from(manifest, weights, served.snapshot, served.spec_json, served.recipe_json)
             self.shared.check(weights, meta, fresh=False)
         except (Refused, Overloaded) as error:

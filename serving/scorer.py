@@ -95,8 +95,8 @@ def rank(
     *,
     event_time_ms: int,
     external: Mapping[str, FieldType] = _NOTHING,
-) -> list[float]:
-    """Return the probability of each candidate from one version of the model.
+) -> dict[str, list[float]]:
+    """Return the probability of each candidate from one version of the model, task by task.
 
     Args:
         raw: as `merge` returns.
@@ -112,10 +112,12 @@ def rank(
     for name, kind in external.items():
         columns[name] = pa.array([row.get(name) for row in served], ARROW_TYPES[kind])
     slots_NF, numeric_ND = featurize(columns, spec)
-    scores_N = score(
+    scores_NT = score(
+        recipe,
+        spec,
         slots_NF,
         numeric_ND,
-        lookup=lambda keys_K: view.lookup(keys_K, seed=recipe.seed, scale=recipe.init_scale),
+        lookup=lambda keys_K: view.lookup(keys_K, seed=recipe.seed, scale=recipe.row_scale, dim=recipe.row_dim),
         dense=view.dense(),
     )
-    return [float(s) for s in scores_N]
+    return {task: scores_NT[:, i].tolist() for i, task in enumerate(recipe.heads)}

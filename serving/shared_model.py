@@ -106,7 +106,7 @@ def _apply(index_2C: Int64s, values_RV: Float32s, rows: int, keys_K: Int64s, val
             index_2C[0, at] = key
             rows += 1
         row = index_2C[1, at]
-        for j in range(values_RV.shape[1]):
+        for j in range(values_KV.shape[1]):
             values_RV[row, j] = values_KV[i, j]
     return rows
 
@@ -331,14 +331,17 @@ class View:
         self._values = model._values[copy]
         self._flat = model._dense[copy]
 
-    def lookup(self, keys_K: Int64s, *, seed: int, scale: float) -> Float32s:
-        """Return the values of keys, float32 [K, V]; a key that was never learnt has its initial values."""
+    def lookup(self, keys_K: Int64s, *, seed: int, scale: float, dim: int | None = None) -> Float32s:
+        """Return the values of keys, float32 [K, V]; a key that was never learnt has its initial values.
+
+        `dim` is the model's, where it is narrower than the region's.
+        """
+        dim = self._values.shape[1] - 1 if dim is None else dim
         rows_K = np.empty(len(keys_K), np.int64)
         _find(self._index, keys_K, rows_K)
-        values_KV: Float32s = self._values[rows_K]
+        values_KV: Float32s = self._values[rows_K, : 1 + dim]
         missing_K = rows_K < 0
         if missing_K.any():
-            dim = values_KV.shape[1] - 1
             values_KV[missing_K] = initial_values(keys_K[missing_K], dim=dim, seed=seed, scale=scale)
         return values_KV
 

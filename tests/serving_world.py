@@ -96,7 +96,7 @@ def weights_of(run: str, step: int, keys: np.ndarray = KEYS) -> Weights:
     """Return weights that are a function of run and step alone."""
     rng = np.random.default_rng([step, *run.encode()])
     widths = [SPEC.slots * RECIPE.dim + SPEC.numerics, *RECIPE.hidden, 1]
-    dense = {"bias": rng.normal(size=1), "numeric": rng.normal(size=SPEC.numerics)}
+    dense = {"bias": rng.normal(size=1), "numeric": rng.normal(size=(SPEC.numerics, 1))}
     for i in range(len(widths) - 1):
         dense[f"w{i}"], dense[f"b{i}"] = rng.normal(size=(widths[i], widths[i + 1])), rng.normal(size=widths[i + 1])
     values = rng.normal(size=(len(keys), 1 + RECIPE.dim)).astype(np.float32)

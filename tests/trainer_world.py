@@ -96,6 +96,7 @@ def samples(seed: int, partition: int, count: int, *, offset: int = 0, spec: str
         "slots": list_column(slots_NF, pa.int64()),
         "numeric": list_column(numeric_ND, pa.float32()),
         "spec": pa.array([spec or PROJECT.features.digest()] * count),
+        "correction": pa.array([None] * count, pa.bool_()),
     }
     schema = sample_schema(PROJECT)
     return pa.RecordBatch.from_arrays(

@@ -29,7 +29,7 @@ from headrace.contract.snapshot import Manifest, Weights, encode_manifest, encod
 from headrace.contract.topics import Topics
 from headrace.trainer.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.learner import Learner
+from headrace.trainer.model.learner import TableLearner
 
 logger = logging.getLogger("headrace.train")
 
@@ -86,7 +86,7 @@ class Publisher:
         """True while a snapshot is being written."""
         return self._writer is not None and self._writer.is_alive()
 
-    def delta(self, learner: Learner, positions: Positions) -> bool:
+    def delta(self, learner: TableLearner, positions: Positions) -> bool:
         """Publish what changed since the last delta; False when that must wait for a snapshot or for Kafka."""
         version = version_of(self.run, learner.step)
         if version == self._base:
@@ -107,7 +107,7 @@ class Publisher:
             positions=positions.to_json(),
             generation=positions.generation,
             spec=self.project.features.digest(),
-            dim=self.project.recipe.dim,
+            dim=self.project.recipe.row_dim,
             created_ms=self.clock.now_ms(),
         )
         try:
@@ -126,7 +126,7 @@ class Publisher:
         self.metrics.add("deltas_published_total")
         return True
 
-    def snapshot(self, learner: Learner, positions: Positions, meta: Meta, evaluation: Arrays) -> bool:
+    def snapshot(self, learner: TableLearner, positions: Positions, meta: Meta, evaluation: Arrays) -> bool:
         """Begin a snapshot and a checkpoint of the model as it is; False when one is still being written, or Kafka
         does not tell where the chain begins."""
         if self.is_busy:
@@ -154,14 +154,12 @@ class Publisher:
             spec=self.project.features.digest(),
             spec_json=msgspec.json.encode(self.project.features).decode(),
             recipe_json=msgspec.json.encode(self.project.recipe).decode(),
-            dim=self.project.recipe.dim,
+            dim=self.project.recipe.row_dim,
             blob=f"snapshots/{self.project.name}/{self.run}-{learner.step:012d}",
             deltas_offset=self._next_offset,
             created_ms=self.clock.now_ms(),
         )
-        weights = Weights(
-            state["table.keys"].astype(np.int64), state["table.values"].astype(np.float32), learner.dense.dense()
-        )
+        weights = learner.weights()
         self._chain, self._base, self._seq, self._touched, self._failed = version, version, 0, [], False
         checkpoint = Checkpoint(meta, state, evaluation)
         self.unstored = False

@@ -181,7 +181,7 @@ def _end(children: list[int]) -> None:
 def _region(runtime: Runtime) -> Path:
     """Return the file of the shared model, one for each local state: in memory where /dev/shm has room for it."""
     name = f"headrace-model-{hashlib.sha256(str(runtime.home).encode()).hexdigest()[:16]}"
-    memory, size = Path("/dev/shm"), region_bytes(runtime.project.recipe.dim, runtime.config.serve.rows_max)
+    memory, size = Path("/dev/shm"), region_bytes(runtime.project.recipe.row_dim, runtime.config.serve.rows_max)
     if os.access(memory, os.W_OK):
         (memory / name).unlink(missing_ok=True)
         if shutil.disk_usage(memory).free > size:
@@ -193,7 +193,7 @@ def _region(runtime: Runtime) -> Path:
 
 
 def _open(runtime: Runtime, path: Path, *, reader: int, create: bool) -> SharedModel:
-    rows_max, dim = runtime.config.serve.rows_max, runtime.project.recipe.dim
+    rows_max, dim = runtime.config.serve.rows_max, runtime.project.recipe.row_dim
     return SharedModel(path, dim=dim, rows_max=rows_max, reader=reader, create=create)
 
 

@@ -46,17 +46,17 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Widths of the hidden layers of `deepfm` and `dcn`."""
     cross_layers: Annotated[int, Meta(gt=0, le=LAYERS_MAX)] = 2
     """Cross layers of `dcn`: x_(l+1) = x_0 * (W_l x_l + b_l) + x_l."""
+    cross_rank: Annotated[int, Meta(ge=0, le=4_096)] = 0
+    """Rank of `dcn`'s matrices W_l; 0: full, which costs the square of the width of x_0."""
     lr_table: Rate = 0.05
     """Learning rate of rows; FTRL's alpha."""
     lr_dense: Rate = 0.001
-    """Learning rate of dense weights: Adam's, or Adagrad's in `logistic` and `fm`."""
+    """Learning rate of dense weights, which learn by Adam."""
     l1_table: NotNegative = 0.0
     """FTRL's lambda 1: a weight whose adjusted sum of gradients is not above it is exactly 0."""
     l2_table: NotNegative = 0.0
     optimizer: Optimizer = "adagrad_row"
     ftrl_beta: NotNegative = 1.0
-    adam_beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.999
     init_scale: NotNegative = 0.01
     """A new row's embedding is uniform in +- this, by its key and the seed."""
     slot_dims: dict[str, Annotated[int, Meta(ge=0, le=256)]] = {}
@@ -123,6 +123,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ConfigRejected(
                 "recipe.calibrate and delayed='fake_negative_calibrated' both bend the scores: drop one."
             )
+        kinds = {self.optimizer, *self.slot_optimizers.values()}
+        if self.l1_table and "ftrl" not in kinds:
+            raise ConfigRejected(f"recipe.l1_table is {self.l1_table} and no row learns by ftrl, which alone knows it.")
         labels = {label_of(feature) for feature in features.features if feature.slots}
         unknown = (self.slot_dims.keys() | self.slot_optimizers.keys()) - labels
         if unknown:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learner_world import twin_logits
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.project import Recipe
@@ -17,8 +18,8 @@ from headrace.contract.spec import PAD, Categorical, FeatureSpec, Numeric
 from headrace.trainer.checkpoint import Checkpoint, Meta, decode_checkpoint, encode_checkpoint
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.learner import Learner
-from headrace.trainer.model.scoring import score
+from headrace.trainer.model.learner import TableLearner, make_learner
+from headrace.trainer.model.scoring import sigmoid
 from headrace.trainer.model.tables import KeyIndex, Table, initial_values
 from headrace.trainer.source import Cursor
 
@@ -38,8 +39,8 @@ def batch(seed: int, rows: int = 24, keys: int = 10) -> Batch:
     )
 
 
-def trained(seed: int, steps: int = 4) -> Learner:
-    learner = Learner(RECIPE, SPEC)
+def trained(seed: int, steps: int = 4) -> TableLearner:
+    learner = make_learner(RECIPE, SPEC)
     for i in range(steps):
         learner.learn(batch(seed + i))
     return learner
@@ -60,7 +61,7 @@ def test_a_checkpoint_gives_back_the_bits_and_the_future(seed):
     data = encode_checkpoint(Checkpoint(meta, learner.state(), {}))
     back = decode_checkpoint(data)
     assert back is not None and back.meta == meta
-    other = Learner(RECIPE, SPEC)
+    other = make_learner(RECIPE, SPEC)
     other.load(back.learner)
     assert other.digest() == learner.digest()
     other.learn(batch(seed + 99))
@@ -80,9 +81,8 @@ def test_a_damaged_checkpoint_is_not_read():
 @given(seeds)
 def test_numpy_scores_as_torch_does(seed):
     learner, b = trained(seed), batch(seed + 50)
-    values = torch.from_numpy(learner.table.lookup(b.slots_BF.reshape(-1)).reshape(24, 3, -1))
-    with torch.no_grad():
-        wanted = torch.sigmoid(learner.dense.logits(values, torch.from_numpy(b.numeric_BD))).numpy()
+    values = learner.table.lookup(b.slots_BF.reshape(-1)).reshape(24, 3, -1)
+    wanted = sigmoid(learner.net.forward(values, b.numeric_BD))[:, 0]
     np.testing.assert_allclose(learner.predict(b), wanted, atol=1e-5)
 
 
@@ -98,11 +98,11 @@ def test_the_score_reported_is_that_of_before(seed):
 @given(seeds)
 def test_rows_learn_like_a_dense_twin(seed):
     """One step equals autograd through a dense embedding, summed by row, then row-wise Adagrad."""
-    learner, b = Learner(RECIPE, SPEC), batch(seed)
+    learner, b = make_learner(RECIPE, SPEC), batch(seed)
     keys, which = np.unique(b.slots_BF, return_inverse=True)
     start = initial_values(keys, dim=RECIPE.dim, seed=RECIPE.seed, scale=RECIPE.init_scale)
     dense = torch.from_numpy(start.copy()).requires_grad_(True)
-    logits = learner.dense.logits(dense[torch.from_numpy(which.reshape(24, 3))], torch.from_numpy(b.numeric_BD))
+    logits = twin_logits(RECIPE, learner.net.flat.weights, dense[torch.from_numpy(which.reshape(24, 3))], b)[:, 0]
     torch.nn.functional.binary_cross_entropy_with_logits(
         logits, torch.from_numpy(b.label_B), weight=torch.from_numpy(b.weight_B), reduction="sum"
     ).backward()
@@ -149,7 +149,7 @@ def test_refusals_leave_the_rest_alone():
     dirty.weight_B[6] = -1
     keep = np.ones(24, bool)
     keep[4:7] = False
-    one, two = Learner(RECIPE, SPEC), Learner(RECIPE, SPEC)
+    one, two = make_learner(RECIPE, SPEC), make_learner(RECIPE, SPEC)
     report = one.learn(dirty)
     two.learn(clean.where(keep))
     assert (report.learnt, report.refused) == (21, 3)
@@ -160,7 +160,9 @@ def test_refusals_leave_the_rest_alone():
 def test_a_batch_of_another_spec_is_refused():
     b = batch(1)
     with pytest.raises(InvariantBroken, match="another specification"):
-        Learner(RECIPE, SPEC).learn(Batch(b.slots_BF[:, :2], b.numeric_BD, b.label_B, b.weight_B, b.event_time_ms_B))
+        make_learner(RECIPE, SPEC).learn(
+            Batch(b.slots_BF[:, :2], b.numeric_BD, b.label_B, b.weight_B, b.event_time_ms_B)
+        )
 
 
 def test_scoring_does_not_import_torch():
@@ -168,13 +170,3 @@ def test_scoring_does_not_import_torch():
         "import sys, headrace.trainer.model.scoring, headrace.trainer.model.tables; assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert score(np.zeros((0, 1), np.int64), np.zeros((0, 0), np.float32), lookup=_zeros, dense=_tiny()).shape == (0,)
-
-
-def _zeros(keys):
-    return np.zeros((len(keys), 3), np.float32)
-
-
-def _tiny():
-    z = np.zeros
-    return {"bias": z(1), "numeric": z(0), "w0": z((2, 1)), "b0": z(1)}

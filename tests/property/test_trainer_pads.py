@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +14,9 @@ from headrace.contract.snapshot import Manifest
 from headrace.contract.spec import PAD, Categorical, FeatureSpec, MultiValued, Numeric
 from headrace.serving.shared_model import Meta, SharedModel
 from headrace.trainer.model.batch import Batch
-from headrace.trainer.model.learner import Learner
-from headrace.trainer.model.scoring import score
+from headrace.trainer.model.calibration import gradients
+from headrace.trainer.model.learner import make_learner
+from headrace.trainer.model.scoring import score, sigmoid
 from headrace.trainer.model.tables import Table
 
 SPEC = FeatureSpec(
@@ -42,13 +42,13 @@ def padded(seed: int, rows: int = 24) -> Batch:
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_a_pad_never_gets_a_row_nor_is_published(seed):
-    learner = Learner(RECIPE, SPEC)
+    learner = make_learner(RECIPE, SPEC)
     for step in range(4):
         report = learner.learn(padded(seed + step))
         assert report.learnt == 24 and PAD not in report.touched_K
     assert PAD not in learner.table.state()["keys"] and PAD not in learner.weights().keys_K
     assert not learner.table.lookup(np.array([PAD])).any()
-    other = Learner(RECIPE, SPEC)
+    other = make_learner(RECIPE, SPEC)
     other.load(learner.state())
     assert other.learn(padded(seed + 9)).touched_K.tolist() == learner.learn(padded(seed + 9)).touched_K.tolist()
     assert other.digest() == learner.digest()
@@ -58,11 +58,12 @@ def test_a_pad_never_gets_a_row_nor_is_published(seed):
 @given(seeds)
 def test_the_other_rows_learn_as_if_pads_were_cut_out(seed):
     """One step of the torch twin whose pads are constant zeros gives the same gradients to every row."""
-    learner, batch = Learner(RECIPE, SPEC), padded(seed)
+    learner, batch = make_learner(RECIPE, SPEC), padded(seed)
     rows_BF = learner.table.rows_for(batch.slots_BF)
     values = learner.table.gather(rows_BF)
     assert not values[batch.slots_BF == PAD].any()
-    _, grad_BFV, _ = learner.dense.gradients(values, batch.numeric_BD, batch.label_B, batch.weight_B)
+    logits_BT = learner.net.forward(values, batch.numeric_BD)
+    grad_BFV, _ = learner.net.backward(gradients(RECIPE, logits_BT[:, 0], batch.label_B, batch.weight_B)[:, None])
     before = learner.table.values_RV.copy()
     touched = learner.table.update(rows_BF, grad_BFV, batch.event_time_ms_B)
     real = batch.slots_BF != PAD
@@ -78,7 +79,7 @@ def test_the_other_rows_learn_as_if_pads_were_cut_out(seed):
 @settings(max_examples=10, deadline=None)
 @given(seeds)
 def test_trainer_and_serving_score_pads_alike(seed):
-    learner, batch = Learner(RECIPE, SPEC), padded(seed)
+    learner, batch = make_learner(RECIPE, SPEC), padded(seed)
     learner.learn(padded(seed + 1))
     weights = learner.weights()
     shapes = {name: list(array.shape) for name, array in weights.dense.items()}
@@ -88,16 +89,17 @@ def test_trainer_and_serving_score_pads_alike(seed):
         model.replace(weights, meta)
         served, _ = model.read(
             lambda view: score(
+                RECIPE,
+                SPEC,
                 batch.slots_BF,
                 batch.numeric_BD,
                 lookup=lambda keys: view.lookup(keys, seed=RECIPE.seed, scale=RECIPE.init_scale),
                 dense=view.dense(),
             )
         )
-    np.testing.assert_array_equal(served, learner.predict(batch))
-    values = torch.from_numpy(learner.table.lookup(batch.slots_BF.reshape(-1)).reshape(24, 4, -1))
-    with torch.no_grad():
-        twin = torch.sigmoid(learner.dense.logits(values, torch.from_numpy(batch.numeric_BD))).numpy()
+    np.testing.assert_array_equal(served[:, 0], learner.predict(batch))
+    values = learner.table.lookup(batch.slots_BF.reshape(-1)).reshape(24, 4, -1)
+    twin = sigmoid(learner.net.forward(values, batch.numeric_BD))
     np.testing.assert_allclose(served, twin, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ from headrace.backends.fenced_memory import FencedMemory
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.snapshot import decode_manifest, decode_weights
 from headrace.contract.steps import decode_step
-from headrace.trainer.model.learner import Learner
+from headrace.trainer.model.learner import TableLearner, make_learner
 from headrace.trainer.run import Trainer
 from headrace.trainer.source import Cursor, Source
 
@@ -62,11 +62,11 @@ class FaultyStore(FaultyBlobs):
             raise Killed
 
 
-def replayed(world: World) -> tuple[Learner, Counter[str], int]:
+def replayed(world: World) -> tuple[TableLearner, Counter[str], int]:
     """Learn the recorded steps from nothing; return the learner, how often each event was learnt, and the last step."""
     source = Source(PROJECT, world.log.reader(), TOPICS.samples, generation=1, metrics=world.parts().metrics)
     source.begin(Cursor())
-    learner, taken = Learner(PROJECT.recipe, PROJECT.features), Counter()
+    learner, taken = make_learner(PROJECT.recipe, PROJECT.features), Counter()
     steps = [decode_step(r.value) for r in world.log.partitions(TOPICS.steps)[0]]
     runs = [s.run for s in steps]
     assert runs == sorted(runs)

@@ -43,7 +43,7 @@ from headrace.contract.spec import (
 from headrace.serving.scorer import merge, rank
 from headrace.serving.shared_model import Meta, SharedModel
 from headrace.stream.join import JoinState
-from headrace.trainer.model.learner import Learner
+from headrace.trainer.model.learner import make_learner
 from headrace.trainer.source import conform, to_batch
 
 
@@ -150,7 +150,7 @@ def test_rows_from_before_a_field_was_declared_are_featurized_again(samples):
 
 
 def test_serving_scores_as_the_trainer_does(samples, tmp_path):
-    batch, learner = to_batch(pa.Table.from_batches([samples]), PROJECT), Learner(PROJECT.recipe, PROJECT.features)
+    batch, learner = to_batch(pa.Table.from_batches([samples]), PROJECT), make_learner(PROJECT.recipe, PROJECT.features)
     learner.learn(batch)
     weights = learner.weights()
     assert PAD not in weights.keys_K
@@ -168,7 +168,7 @@ def test_serving_scores_as_the_trainer_does(samples, tmp_path):
         served = [{name: samples[name][n].as_py() for name in PROJECT.features.counter_columns()}]
         at_ms = samples["event_time_ms"][n].as_py()
         found, _ = model.read(lambda view, s=served, t=at_ms, r=raw: rank(view, r, s, event_time_ms=t))
-        assert found == [float(learner.predict(batch)[n])]
+        assert found == {"click": [float(learner.predict(batch)[n])]}
 
 
 @pytest.mark.parametrize("bad", [{"tags": "a"}, {"tags": [1]}, {"topics": ["1"]}, {"topics": [1.5]}, {"user": [1]}])

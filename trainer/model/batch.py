@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.trainer.model.scoring import Float32s
 from headrace.trainer.model.tables import Int64s
+
+Int8s = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,17 @@ class Batch:
     label_B: Float32s
     weight_B: Float32s
     event_time_ms_B: Int64s
+    task_B: Int8s = field(default_factory=lambda: np.empty(0, np.int8))
+    """Which of the recipe's `heads` a sample is of; left out, the first."""
+    id_B: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
+    """Hash of the sample's id, by which negatives are left out; zeros where all are learnt."""
+
+    def __post_init__(self) -> None:
+        """Fill what was left out with zeros."""
+        if len(self.task_B) != len(self.label_B):
+            object.__setattr__(self, "task_B", np.zeros(len(self.label_B), np.int8))
+        if len(self.id_B) != len(self.label_B):
+            object.__setattr__(self, "id_B", np.zeros(len(self.label_B), np.int64))
 
     def __len__(self) -> int:
         return len(self.label_B)
@@ -32,4 +45,6 @@ class Batch:
             self.label_B[keep_B],
             self.weight_B[keep_B],
             self.event_time_ms_B[keep_B],
+            self.task_B[keep_B],
+            self.id_B[keep_B],
         )

@@ -1,25 +1,38 @@
-"""The learner: (state, batch) -> state, with nothing from outside. Equal batches in equal order give equal bits."""
+"""The learner: (state, batch) -> state, with nothing from outside. Equal batches in equal order give equal bits.
+
+`Learner` is the contract, in NumPy and Arrow terms; tests/unit/test_trainer_conformance.py is the suite that every
+learner passes, one of another framework too. `make_learner` builds the one that a recipe names.
+
+Axes: B samples, F slots, D numbers, K keys, V = 1 + dim values of a row, T tasks.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from headrace.contract.errors import InvariantBroken
-from headrace.contract.project import Recipe
+from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.recipe import Optimizer as Kind
+from headrace.contract.recipe import Recipe
 from headrace.contract.snapshot import Weights
 from headrace.contract.spec import FeatureSpec
+from headrace.trainer.model.adam import Norms
+from headrace.trainer.model.admission import Admission
 from headrace.trainer.model.batch import Batch
-from headrace.trainer.model.deepfm import DeepFM
+from headrace.trainer.model.calibration import Platt, gradients, left_out
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.scoring import Float32s, score, sigmoid
+from headrace.trainer.model.net import Net
+from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, probabilities, score
 from headrace.trainer.model.table_optimizers import Optimizer
 from headrace.trainer.model.tables import Int64s, Table
 
 State = dict[str, npt.NDArray[np.generic]]
+_NO_KEYS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -28,91 +41,227 @@ class StepReport:
 
     prediction_B: Float32s
     touched_K: Int64s
-    """Keys whose rows changed."""
+    """Keys whose rows changed, those that were forgotten among them: they have their initial values again."""
     learnt: int
     refused: int
+    sampled_out: int = 0
+    """Negatives that the recipe's `negative_share` leaves out; they are scored all the same."""
+    gradient_norm: float = math.nan
+    """L2 norm of the dense weights' gradients, those of the mean loss; NaN where nobody measured."""
+    table_gradient_norm: float = math.nan
+    """L2 norm of the gradients of all places of the batch, those of the summed loss, as rows learn from them."""
 
 
-class Learner:
-    """DeepFM over collisionless tables. Not thread-safe."""
+class Learner(Protocol):
+    """What trains, whatever it is made of. Not thread-safe."""
 
-    def __init__(self, recipe: Recipe, features: FeatureSpec) -> None:
-        self.recipe, self.slots, self.numerics = recipe, features.slots, features.numerics
-        self.step = 0
-        self.table = Table(
-            dim=recipe.dim,
-            seed=recipe.seed,
-            scale=recipe.init_scale,
-            optimizer=Optimizer(lr=recipe.lr_table, l2=recipe.l2_table),
-        )
-        self.dense = DeepFM(
-            slots=self.slots,
-            numerics=self.numerics,
-            dim=recipe.dim,
-            hidden=recipe.hidden,
-            lr=recipe.lr_dense,
-            seed=recipe.seed,
-        )
+    step: int
+    """Batches learnt so far, refused ones too."""
+
+    @property
+    def rows(self) -> int:
+        """Return how many ids have a row of their own."""
 
     def predict(self, batch: Batch) -> Float32s:
-        """Return the probability of a positive for each sample; changes nothing."""
-        return score(batch.slots_BF, batch.numeric_BD, lookup=self.table.lookup, dense=self.dense.dense())
+        """Return the probability of a positive for each sample, of its own task: float32 [B]; changes nothing."""
 
     def learn(self, batch: Batch) -> StepReport:
         """Score the batch, then take one step on it.
 
-        A sample with a NaN or infinite number, a label outside 0..1 or a negative weight is refused; a batch whose
-        gradients are not finite is refused whole and changes no weight. The step counts all the same.
+        A sample with a NaN or infinite number, a label outside 0..1, a weight that is negative or not finite or a task
+        that the recipe does not have is refused; a batch whose gradients are not finite is refused whole and changes
+        no weight. The step counts all the same.
         """
-        if batch.slots_BF.shape[1:] != (self.slots,) or batch.numeric_BD.shape[1:] != (self.numerics,):
-            raise InvariantBroken(
-                f"a batch of {batch.slots_BF.shape[1]} slots and {batch.numeric_BD.shape[1]} numbers reached a model "
-                f"of {self.slots} and {self.numerics}: it was featurized by another specification."
-            )
-        self.step += 1
-        prediction_B = np.full(len(batch), np.nan, np.float32)
-        keep_B = _acceptable(batch)
-        part = batch if keep_B.all() else batch.where(keep_B)
-        nothing = np.empty(0, np.int64)
-        if not len(part):
-            return StepReport(prediction_B, nothing, 0, len(batch))
-        rows_BF = self.table.rows_for(part.slots_BF, part.event_time_ms_B)
-        logits_B, grad_BFV, dense = self.dense.gradients(
-            self.table.gather(rows_BF, part.slots_BF), part.numeric_BD, part.label_B, part.weight_B
-        )
-        finite = np.isfinite(logits_B).all() and np.isfinite(grad_BFV).all()
-        if not finite or not all(bool(g.isfinite().all()) for g in dense.values()):
-            return StepReport(prediction_B, nothing, 0, len(batch))
-        prediction_B[keep_B] = sigmoid(logits_B)
-        touched_R = self.table.update(rows_BF, grad_BFV, part.event_time_ms_B)
-        self.dense.update(dense)
-        return StepReport(prediction_B, self.table.keys_of(touched_R), len(part), len(batch) - len(part))
 
     def weights(self, keys_K: Int64s | None = None) -> Weights:
         """Return what serving needs of these keys (of all rows by default): keys, values, dense weights."""
-        if keys_K is None:
-            keys_K = self.table.keys()
-        return Weights(keys_K, self.table.lookup(keys_K), self.dense.dense())
+
+    def state(self) -> State:
+        """Return a copy of everything; `load` of it gives the same bits and the same future."""
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Replace everything by what `state` returned."""
+
+    def digest(self) -> str:
+        """Return the digest of the whole state."""
+
+
+class DensePart(Protocol):
+    """What lies on top of the tables: `forward`, then `backward`, then perhaps `update`."""
+
+    def forward(self, values_BFV: Float32s, numeric_BD: Float32s) -> Float32s:
+        """Return the log-odds of each task, float32 [B, T]."""
+
+    def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
+        """Return the gradients of the rows, float32 [B, F, V], and the norms."""
+
+    def update(self, samples: int) -> None:
+        """Apply the gradients that `backward` kept, as a mean over so many samples."""
+
+    def dense(self) -> dict[str, Float32s]:
+        """Return copies of the weights by name."""
+
+    def state(self) -> State:
+        """Return copies of weights, moments and step."""
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Replace everything by what `state` returned."""
+
+
+def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu") -> TableLearner:
+    """Return the learner that the recipe names, as it begins. Raises `ConfigRejected`; see `Recipe.checked`."""
+    recipe.checked(features)
+    dense: DensePart
+    if recipe.model == "module":
+        from headrace.trainer.model.module import ModuleNet
+
+        dense = ModuleNet(recipe, features, device=device)
+    else:
+        dense = Net(recipe, features, device=device)
+    return TableLearner(recipe, features, make_table(recipe, features), dense)
+
+
+def device_of(setting: str) -> str:
+    """Return `cpu` or `cuda` for a setting that may be `auto`. Raises `ConfigRejected` where there is no CUDA."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if setting == "cuda" and not has_cuda:
+        raise ConfigRejected("train.device is cuda and torch finds none: set it to auto or cpu.")
+    return "cuda" if has_cuda and setting != "cpu" else "cpu"
+
+
+def make_table(recipe: Recipe, features: FeatureSpec) -> Table:
+    """Return the recipe's tables, empty."""
+    return Table(
+        dim=recipe.row_dim,
+        seed=recipe.seed,
+        scale=recipe.row_scale,
+        optimizer=_optimizer(recipe, recipe.optimizer),
+        admission=Admission(after=recipe.admit_after, by=recipe.admit_by),
+        expire_after_ms=recipe.expire_after_ms,
+    )
+
+
+def _optimizer(recipe: Recipe, kind: Kind) -> Optimizer:
+    l1 = recipe.l1_table if kind == "ftrl" else 0.0
+    return Optimizer(kind=kind, lr=recipe.lr_table, l2=recipe.l2_table, l1=l1, beta=recipe.ftrl_beta)
+
+
+class TableLearner:
+    """A dense part over collisionless tables: every model of `Recipe.model`."""
+
+    def __init__(self, recipe: Recipe, features: FeatureSpec, table: Table, dense: DensePart) -> None:
+        self.recipe, self.features, self.table, self.net = recipe, features, table, dense
+        self.step = 0
+        self._platt = Platt(recipe) if recipe.calibrate else None
+
+    @property
+    def rows(self) -> int:
+        """Return how many ids have a row of their own."""
+        return len(self.table)
+
+    def predict(self, batch: Batch) -> Float32s:
+        """Return the probability of a positive for each sample, of its own task; changes nothing."""
+        return self.score(batch, lookup=self.lookup, dense=self.dense())
+
+    def score(self, batch: Batch, *, lookup: Lookup, dense: Dense) -> Float32s:
+        """Return what these weights in place of the learner's own would say: float32 [B]."""
+        said_BT = score(self.recipe, self.features, batch.slots_BF, batch.numeric_BD, lookup=lookup, dense=dense)
+        out_B: Float32s = said_BT[np.arange(len(batch)), batch.task_B]
+        return out_B
+
+    def lookup(self, keys_K: Int64s) -> Float32s:
+        """Return the values of keys, the initial ones where a key has no row: float32 [K, V]."""
+        return self.table.lookup(keys_K)
+
+    def dense(self) -> dict[str, Float32s]:
+        """Return copies of the dense weights by name, in the order of `shapes_of`."""
+        dense = self.net.dense()
+        if self._platt is not None:
+            dense[PLATT] = self._platt.weights_2T.copy()
+        return dense
+
+    def learn(self, batch: Batch) -> StepReport:
+        """Score the batch, then take one step on it; see `Learner.learn`.
+
+        Rows learn from the sum of the weighted log losses, so that a row's step does not depend on how many others
+        share its batch; dense weights learn from the mean.
+        """
+        self._check_shape(batch)
+        self.step += 1
+        prediction_B = np.full(len(batch), np.nan, np.float32)
+        keep_B = acceptable(batch, tasks=len(self.recipe.heads))
+        refused = len(batch) - int(keep_B.sum())
+        out_B = keep_B & left_out(self.recipe, batch)
+        sampled_out = int(out_B.sum())
+        if sampled_out:
+            prediction_B[out_B] = self.predict(batch.where(out_B))
+            keep_B &= ~out_B
+        part = batch if keep_B.all() else batch.where(keep_B)
+        if not len(part):
+            return StepReport(prediction_B, _NO_KEYS, 0, refused, sampled_out)
+        rows_BF = self.table.rows_for(part.slots_BF, part.event_time_ms_B)
+        logits_BT = self.net.forward(self.table.gather(rows_BF, part.slots_BF), part.numeric_BD)
+        own_B = np.arange(len(part)), part.task_B
+        logit_B = logits_BT[own_B]
+        grad_BT = np.zeros_like(logits_BT)
+        grad_BT[own_B] = gradients(self.recipe, logit_B, part.label_B, part.weight_B)
+        grad_BFV, norms = self.net.backward(grad_BT)
+        if not norms.are_finite or not np.isfinite(logit_B).all():
+            return StepReport(prediction_B, _NO_KEYS, 0, refused + len(part), sampled_out)
+        platt_2T = self._platt.weights_2T if self._platt is not None else None
+        prediction_B[keep_B] = probabilities(self.recipe, logits_BT, platt_2T)[own_B]
+        touched_R = self.table.update(rows_BF, grad_BFV, part.event_time_ms_B)
+        touched_K = self.table.keys_of(touched_R)
+        forgotten_K = self.table.expire(int(part.event_time_ms_B.max()))
+        if len(forgotten_K):
+            touched_K = np.concatenate([touched_K, forgotten_K])
+        self.net.update(len(part))
+        if self._platt is not None:
+            self._platt.learn(logit_B, part.label_B, part.weight_B, part.task_B)
+        return StepReport(prediction_B, touched_K, len(part), refused, sampled_out, norms.dense / len(part), norms.rows)
+
+    def weights(self, keys_K: Int64s | None = None) -> Weights:
+        """Return what serving needs of these keys (of all rows by default): keys, values, dense weights."""
+        keys_K = self.table.keys() if keys_K is None else keys_K
+        return Weights(keys_K, self.table.lookup(keys_K), self.dense())
 
     def state(self) -> State:
         """Return a copy of everything; `load` of it gives the same bits."""
         out: State = {"step": np.array([self.step], np.int64)}
         out |= {f"table.{name}": array for name, array in self.table.state().items()}
-        out |= {f"dense.{name}": array for name, array in self.dense.state().items()}
+        out |= {f"dense.{name}": array for name, array in self.net.state().items()}
+        if self._platt is not None:
+            out |= {"platt.weights": self._platt.weights_2T.copy(), "platt.squares": self._platt.squares_2T.copy()}
         return out
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Replace everything by what `state` returned."""
         self.step = int(state["step"][0])
         self.table.load({n.removeprefix("table."): a for n, a in state.items() if n.startswith("table.")})
-        self.dense.load({n.removeprefix("dense."): a for n, a in state.items() if n.startswith("dense.")})
+        self.net.load({n.removeprefix("dense."): a for n, a in state.items() if n.startswith("dense.")})
+        if self._platt is not None:
+            self._platt.weights_2T = np.array(state["platt.weights"], np.float32)
+            self._platt.squares_2T = np.array(state["platt.squares"], np.float32)
 
     def digest(self) -> str:
         """Return the digest of the whole state."""
         return digest(self.state())
 
+    def _check_shape(self, batch: Batch) -> None:
+        slots, numerics = self.features.slots, self.features.numerics
+        if batch.slots_BF.shape[1:] != (slots,) or batch.numeric_BD.shape[1:] != (numerics,):
+            raise InvariantBroken(
+                f"a batch of {batch.slots_BF.shape[1]} slots and {batch.numeric_BD.shape[1]} numbers reached a model "
+                f"of {slots} and {numerics}: it was featurized by another specification."
+            )
 
-def _acceptable(batch: Batch) -> npt.NDArray[np.bool_]:
+
+def acceptable(batch: Batch, *, tasks: int) -> npt.NDArray[np.bool_]:
+    """Say which samples may be learnt: bool [B]. Every learner refuses the others."""
     finite_B = np.isfinite(batch.numeric_BD).all(axis=1) & np.isfinite(batch.weight_B)
-    out: npt.NDArray[np.bool_] = finite_B & (batch.weight_B >= 0) & (batch.label_B >= 0) & (batch.label_B <= 1)
-    return out
+    label_B, task_B = batch.label_B, batch.task_B
+    out_B: npt.NDArray[np.bool_] = finite_B & (batch.weight_B >= 0) & (label_B >= 0) & (label_B <= 1)
+    out_B &= (task_B >= 0) & (task_B < tasks)
+    return out_B

@@ -1,0 +1,87 @@
+"""Adam for dense weights that lie in one flat tensor. Imports torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.trainer.model.scoring import Float32s, Shapes
+
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+
+
+class Norms(NamedTuple):
+    """Euclidean norms of gradients summed over a batch; not finite where a gradient is not, or where they overflow."""
+
+    rows: float
+    dense: float
+
+    @property
+    def are_finite(self) -> bool:
+        """Say whether the gradients may be applied."""
+        return math.isfinite(self.rows) and math.isfinite(self.dense)
+
+
+class Flat:
+    """Weights, gradients and moments of one model, each one flat float32 tensor on `device` with named views."""
+
+    def __init__(self, shapes: Shapes, *, lr: float, device: str) -> None:
+        self.shapes, self.lr, self.device, self.step = shapes, lr, device, 0
+        size = sum(math.prod(shape) for shape in shapes.values())
+        self.weight, self.grad, self._first, self._second, self._scratch = (
+            torch.zeros(size, device=device) for _ in range(5)
+        )
+        self.weights, self.grads = self._views(self.weight), self._views(self.grad)
+
+    def _views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        views, at = {}, 0
+        for name, shape in self.shapes.items():
+            count = math.prod(shape)
+            views[name] = flat[at : at + count].view(shape)
+            at += count
+        return views
+
+    def norm(self) -> float:
+        """Return the Euclidean norm of the gradients; not finite where one of them is not."""
+        return float(torch.linalg.vector_norm(self.grad))
+
+    def update(self, samples: int) -> None:
+        """Take one step along the gradients' mean over so many samples.
+
+        Source: Kingma, Ba, "Adam", ICLR 2015, Algorithm 1.
+        """
+        self.step += 1
+        rate = self.lr * math.sqrt(1 - _BETA2**self.step) / (1 - _BETA1**self.step)
+        self._first.mul_(_BETA1).add_(self.grad, alpha=(1 - _BETA1) / samples)
+        self._second.mul_(_BETA2).addcmul_(self.grad, self.grad, value=(1 - _BETA2) / samples**2)
+        torch.sqrt(self._second, out=self._scratch).add_(_EPSILON)
+        self.weight.addcdiv_(self._first, self._scratch, value=-rate)
+
+    def dense(self) -> dict[str, Float32s]:
+        """Return copies of the weights by name, in a fixed order."""
+        flat, out, at = self.weight.cpu().numpy().copy(), {}, 0
+        for name, shape in self.shapes.items():
+            count = math.prod(shape)
+            out[name] = flat[at : at + count].reshape(shape)
+            at += count
+        return out
+
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return copies of weights, moments and step; `load` reads them."""
+        return {
+            "step": np.array([self.step], np.int64),
+            "weight": self.weight.cpu().numpy().copy(),
+            "first": self._first.cpu().numpy().copy(),
+            "second": self._second.cpu().numpy().copy(),
+        }
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Replace everything by what `state` returned."""
+        self.step = int(state["step"][0])
+        for name, target in (("weight", self.weight), ("first", self._first), ("second", self._second)):
+            target.copy_(torch.from_numpy(np.array(state[name], np.float32)))
