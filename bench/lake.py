@@ -38,6 +38,7 @@ from figures import Figure, show
 
 from headrace.backends.lake_delta import DeltaLake, with_hours
 from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.cli.local import quiet_clients
 from headrace.contract.config import LakeConfig
 from headrace.contract.positions import Position
 from headrace.deploy.local import cephfs, hdfs, probe
@@ -251,6 +252,7 @@ def main() -> None:
     # 75,000 rows are what comes at 25,000 events/s within sink.commit_ms, 3 s.
     rounds, commits, rows = (1, 8, 20_000) if args.quick else (3, 10, 75_000)
     batches = [commit_rows(number, rows, commits) for number in range(commits)]
+    quiet_clients()
     home = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     took: dict[str, Took] = {}
     try:

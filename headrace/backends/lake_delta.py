@@ -12,8 +12,9 @@ Transactions survive compaction and the checkpoints of Delta's own log, so a wri
 
 A commit goes: 1. read the newest version, 2. refuse rows and offsets that it already holds (another writer was here),
 3. write the files, an hour of event time its own, side by side, 4. write the log's entry, which only one writer of a
-version can. Where somebody was first, delta-rs looks at what they did: a compaction, a vacuum or another partition's
-commit is stepped over; one that moved a partition of ours ends the commit with nothing done.
+version can, 5. on a POSIX path, wait until files and entry are on the disk. Where somebody was first in 4, delta-rs
+looks at what they did: a compaction, a vacuum or another partition's commit is stepped over; one that moved a partition
+of ours ends the commit with nothing done.
 
 A table that this module makes is partitioned by `event_date` (UTC) and `event_hour`. One that is there without them
 stays as it is: readable and written to, its hours not apart, so retention leaves it alone; a new `log.generation`
@@ -38,6 +39,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from headrace.backends.lake_durable import make_durable
 from headrace.backends.lake_leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
@@ -103,6 +105,7 @@ class DeltaLake:
             Path(self.uri).mkdir(parents=True, exist_ok=True)
         try:
             table = self._newest_for_writing()
+            before = -1 if table is None else int(table.version())
             self._refuse_repeats(table, rows, next_offsets, positions)
             parted = "event_time_ms" in rows.column_names if table is None else bool(partition_columns(table))
             write_deltalake(
@@ -118,6 +121,8 @@ class DeltaLake:
             )
             if table is None:
                 table = self._newest_for_writing()
+            if table is not None and "://" not in self.uri:
+                make_durable(Path(self.uri), range(before + 1, int(table.version()) + 1))
         except (DeltaError, CommitFailedError, OSError) as error:
             self._writer = None
             raise Unavailable(f"the lake at {self.uri} did not take a commit: {error}") from error
