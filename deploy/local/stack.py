@@ -71,8 +71,11 @@ def start(
         if stages:
             names = [p.name for p in supervisor.processes() if p.name not in INFRASTRUCTURE]
             probes = probe.stage_probes(layout)
-            # The shop comes last: its traffic would take the processor from those that still start.
-            for group in ([n for n in names if n != "shop"], ["shop"] if "shop" in names else []):
+            # The shop comes late: its traffic would take the processor from those that still start. The crawler comes
+            # after it: a site that does not answer at first would be left alone for half a minute.
+            late: list[list[str]] = [[name] for name in ("shop", "crawl") if name in names]
+            early = [name for name in names if [name] not in late]
+            for group in [early, *late]:
                 supervisor.begin(group)
                 await_all({name: probes[name] for name in group if name in probes}, STAGES_S, say)
 

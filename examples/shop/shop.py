@@ -6,6 +6,7 @@ so that no stage can take one for a feature.
 
 from __future__ import annotations
 
+from headrace.contract.crawl import Crawl, Extract, Follow
 from headrace.contract.project import FeedbackType, FieldType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Bucket, Categorical, Counter, FeatureSpec, Numeric, Rate
 
@@ -45,6 +46,21 @@ VIDEO: dict[str, FieldType] = {
 CLICK: dict[str, FieldType] = {"video_id": "int64", "author_id": "int64"}
 """What a click carries besides the partition key: the keys of the counters that count it."""
 
+CATALOGUE = Crawl(
+    name="catalogue",
+    kind="json",
+    # The site that `headrace shop` serves. A shelf holds a hundred videos; the sitemap says which shelves have changed.
+    sitemaps=("http://127.0.0.1:$PORT_CATALOGUE/sitemap.xml",),
+    follow=(Follow(url=r"/shelf/\d+\.json$"),),
+    rows="items",
+    joins="video_id",
+    key=Extract(at="id", type="int64"),
+    fields={"music": Extract(at="music"), "price": Extract(at="price", type="float64")},
+    every_ms=15_000,
+    delay_ms=50,
+)
+"""What no log line carries: the kind of a video's sound, which the model learns, and a price that moves."""
+
 COUNTERS = (
     Counter(name="user", key="user_id"),
     Counter(name="video", key="video_id"),
@@ -56,6 +72,7 @@ FEATURES = FeatureSpec(
     features=(
         *(Categorical(field=name) for name in ("user_id", "video_id", "author_id", "tab", "tag", "upload_type")),
         Categorical(field="user_active_degree"),
+        Categorical(field="external.catalogue.music"),
         Bucket(field="duration_ms", edges=(5e3, 7e3, 1e4, 1.5e4, 2e4, 3e4, 4.5e4, 6e4, 9e4, 1.2e5, 1.8e5, 3e5)),
         Numeric(field="duration_ms", scale=0.1),
         *(Rate(of=f"counter.{c.name}.click", over=f"counter.{c.name}.impression", prior=0.45) for c in COUNTERS),
@@ -69,6 +86,7 @@ PROJECT = Project(
     feedback=(FeedbackType(name="click", tag="shop.click", fields=CLICK),),
     # Clicks come within 0.7 s. A longer window delays the negatives alone, and a model in a hurry learns that.
     tasks=(Task(name="click", feedback="click", window_ms=2_000),),
+    crawls=(CATALOGUE,),
     features=FEATURES,
     recipe=Recipe(task="click", dim=8, hidden=(64, 32), lr_table=0.02, lr_dense=0.001, batch_rows=512),
 ).checked()

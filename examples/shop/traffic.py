@@ -35,6 +35,9 @@ IMPRESSIONS, USERS, VIDEOS = "impressions_*.csv.gz", "users.csv.gz", "videos.csv
 # be 2 s. There is no time of the click in the data: the delay is synthetic.
 VALID_PLAY_MS, SPEED = 7_000, 10
 
+SYNTHETIC_VIDEOS = 2_000
+"""Videos 0 ... without KuaiRand's rows."""
+
 Fields = Mapping[str, FieldType]
 
 
@@ -113,7 +116,7 @@ def synthetic(fields: Fields, *, rows: int = 200_000, seed: int = 7) -> Traffic:
     click ~ Bernoulli(sigmoid(user bias + video bias + taste . style + page)), popularity ~ Zipf.
     """
     random = np.random.default_rng(seed)
-    users, videos, authors, dim = 5_000, 2_000, 400, 4
+    users, videos, authors, dim = 5_000, SYNTHETIC_VIDEOS, 400, 4
     user_N = random.integers(users, size=rows)
     video_N = np.minimum(random.zipf(1.3, size=rows) - 1, videos - 1)
     tab_N = random.choice(3, size=rows, p=(0.2, 0.7, 0.1))

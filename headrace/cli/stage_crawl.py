@@ -2,15 +2,25 @@
 version to `events` with the time at which it was fetched.
 
 Addresses, validators and what Kafka lacks are kept in HEADRACE_HOME/crawl; bodies lie in the store, below crawl/bodies.
-One process is enough; a second one on the same folder is refused.
+One process is enough; a second one on the same folder is refused. How a source is declared: ingest/crawl/README.md.
+
+  headrace crawl                    until SIGTERM; metrics on 9105
+  headrace crawl --once             what is due now, then end (for cron)
+  headrace crawl --extract-again    after a change of fields or selectors: from the stored bodies, without a request
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+from pathlib import Path
 
-from headrace.cli.runtime import add_common, open_runtime, stop_event
+import msgspec
+
+from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
+from headrace.contract.config import PORTS
+from headrace.contract.crawl import Crawl, external_columns, located
 from headrace.contract.errors import ConfigRejected
 
 HELP = "crawl declared sources: changed versions into `events`, bodies into the store"
@@ -19,6 +29,12 @@ HELP = "crawl declared sources: changed versions into `events`, bodies into the 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
     add_common(parser)
+    parser.add_argument(
+        "--sources",
+        metavar="FILE",
+        type=Path,
+        help="JSON list of sources in place of the project's, of the same names and fields: a site for tests",
+    )
     parser.add_argument("--once", action="store_true", help="fetch what is due, send it, end")
     parser.add_argument(
         "--extract-again",
@@ -33,8 +49,7 @@ def main(args: argparse.Namespace) -> int:
     from headrace.ingest.crawl.service import Service
 
     runtime = open_runtime(args)
-    if not runtime.project.crawls:
-        raise ConfigRejected(f"the project in {runtime.project_dir} declares no crawls: add some, or leave this stage.")
+    crawls = sources(runtime, args.sources)
     stop = stop_event()
     metrics = runtime.metrics("crawl")
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
@@ -45,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
     producer = runtime.producer(linger_ms=5.0)
     try:
         service = Service(
-            runtime.project.crawls,
+            crawls,
             runtime.config.crawl,
             runtime.topics,
             runtime.config.log.partitions,
@@ -66,6 +81,30 @@ def main(args: argparse.Namespace) -> int:
         frontier.close()
         metrics.close()
     return 0
+
+
+def sources(runtime: Runtime, file: Path | None) -> list[Crawl]:
+    """Return what to crawl, addresses filled in: the project's sources, or those of a file that bring the same columns.
+
+    Raises `ConfigRejected` where there are none, or the file's differ in names, joined fields or columns.
+    """
+    declared = runtime.project.crawls
+    if not declared:
+        raise ConfigRejected(f"the project in {runtime.project_dir} declares no crawls: add some, or leave this stage.")
+    chosen = declared
+    if file is not None:
+        try:
+            chosen = msgspec.json.decode(file.read_bytes(), type=tuple[Crawl, ...])
+        except (OSError, msgspec.DecodeError) as error:
+            raise ConfigRejected(f"--sources {file}: {error}; a JSON list of sources is wanted.") from error
+        told, wanted = ({(c.name, c.joins) for c in crawls} for crawls in (chosen, declared))
+        if told != wanted or external_columns(chosen) != external_columns(declared):
+            raise ConfigRejected(
+                f"--sources {file} brings {sorted(external_columns(chosen))}; the project's sources bring "
+                f"{sorted(external_columns(declared))}, joined on {sorted(joins for _, joins in wanted)}: bring these."
+            )
+    ports = {f"PORT_{name.upper()}": str(runtime.port(name)) for name in PORTS}
+    return [located(crawl, {**ports, **os.environ}) for crawl in chosen]
 
 
 def _quieten() -> None:

@@ -1,7 +1,9 @@
-"""The demo shop's traffic: asks serving to rank, shows, logs impressions and clicks through `headrace.sender`.
+"""The demo shop: its catalogue as a site for the crawler, and its traffic, which asks serving to rank, shows, and logs
+impressions and clicks through `headrace.sender`.
 
 Rows come from DATA= (a folder with KuaiRand), else shared/data/kuairand beside the checkout, else a seeded generator.
-RATE= or --rate is impressions a second; 0 shows nothing. It goes on where it stopped, a kill -9 included.
+RATE= or --rate is impressions a second; 0 shows nothing, the site stays up. It goes on where it
+stopped, a kill -9 included.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from typing import Any
 
 from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected, Overloaded
+from headrace.examples.shop.catalogue import Catalogue, Site, load_items
 from headrace.examples.shop.freshness import Freshness
 from headrace.examples.shop.run import Log, Shop
 from headrace.examples.shop.traffic import find_data, load_traffic
 from headrace.sender import Sender
 
-HELP = "demo traffic: ask, show, log, click"
+HELP = "demo shop: a catalogue site; traffic: ask, show, log, click"
 
 RATE = 200.0
 RATE_MAX = 100_000.0
@@ -39,6 +42,8 @@ def main(args: argparse.Namespace) -> int:
     metrics = runtime.metrics("shop")
     rate = args.rate if args.rate is not None else _rate(os.environ.get("RATE") or str(RATE))
     folder = find_data(runtime.project_dir, os.environ.get("DATA"))
+    site = Site(Catalogue(load_items(folder)), HOST, runtime.port("catalogue"), runtime.clock)
+    logger.info("catalogue on %s", site.url)
     traffic = load_traffic(folder, runtime.project.impression.fields)
     logger.info("rows: %s", traffic.label)
     metrics.ready(True)

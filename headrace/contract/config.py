@@ -39,6 +39,7 @@ PORTS: dict[str, int] = {
     "metrics_train": 9106,
     "metrics_serve": 9107,
     "metrics_shop": 9108,
+    "catalogue": 8091,
 }
 """Every port, loopback by default. With PORT_BASE=n the i-th of this table moves to n + i."""
 
@@ -244,6 +245,12 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the dense part is learnt; the tables stay on the CPU. `auto`: CUDA where there is one. Bits are equal on
     machines of one kind only."""
+    slices: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
+    """Impression fields by whose values the figures of progressive validation are told apart."""
+    slice_values_max: Annotated[int, Meta(gt=0, le=256)] = 16
+    """Most values of a field that are slices of their own: the first that are learnt. All others share one."""
+    projector_ms: Annotated[int, Meta(ge=0)] = 60_000
+    """Time between embeddings for TensorBoard's projector. 0: none."""
 
 
 class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -35,6 +35,7 @@ CRAWL_TIME = "crawl_time_ms"
 
 ExtractType = Literal["int64", "float64", "string", "bool", "list[string]"]
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_VARIABLE = re.compile(r"\$([A-Z][A-Z0-9_]*)")
 
 
 class Extract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,8 +71,10 @@ class Crawl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     key: Extract
     fields: dict[str, Extract]
     start: tuple[str, ...] = ()
+    """Addresses to begin with. `$NAME` in one is the crawler's environment's, `$PORT_CATALOGUE` and the like a port of
+    the stack."""
     sitemaps: tuple[str, ...] = ()
-    """Sitemaps and their indexes, plain or gzip: their addresses are fetched as documents."""
+    """Sitemaps and their indexes, plain or gzip: their addresses are fetched as documents. `$NAME` as in `start`."""
     rows: str = ""
     """CSS selector or JMESPath of the parts of a document that are an entity each. Empty: the document is one."""
     follow: tuple[Follow, ...] = ()
@@ -105,6 +108,27 @@ class Crawl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             f"{PREFIX}.{self.name}.{field}": one.type for field, one in self.fields.items()
         }
         return {**named, f"{PREFIX}.{self.name}.{CRAWL_TIME}": "int64"}
+
+
+def located(crawl: Crawl, names: Mapping[str, str]) -> Crawl:
+    """Return the source with each `$NAME` of its addresses filled in. Raises `ConfigRejected` for one without a value.
+
+    >>> shop = Crawl(name="shop", kind="json", joins="id", key=Extract(at="id"), fields={}, start=("http://$SHOP/",))
+    >>> located(shop, {"SHOP": "127.0.0.1:8091"}).start
+    ('http://127.0.0.1:8091/',)
+    """
+
+    def filled(url: str) -> str:
+        lacking = [name for name in _VARIABLE.findall(url) if name not in names]
+        if lacking:
+            raise ConfigRejected(f"crawl {crawl.name!r}: {url!r} wants ${lacking[0]}, which the environment lacks.")
+        return _VARIABLE.sub(lambda match: names[match[1]], url)
+
+    found = msgspec.structs.replace(
+        crawl, start=tuple(map(filled, crawl.start)), sitemaps=tuple(map(filled, crawl.sitemaps))
+    )
+    _check_addresses(found)
+    return found
 
 
 def external_columns(crawls: Sequence[Crawl]) -> dict[str, ExtractType]:
