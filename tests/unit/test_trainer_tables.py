@@ -81,6 +81,19 @@ def test_ftrl_begins_where_the_others_do():
     np.testing.assert_allclose(table.lookup(KEYS), start, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["adagrad", "adagrad_row"])
+def test_squares_halve_in_their_half_life(kind):
+    """One step, an idle hour of two half-lives, another step: the second sum is a quarter of the first and new."""
+    table = Table(dim=1, seed=3, scale=0.5, optimizer=Optimizer(kind, half_life_ms=1_800_000))
+    for now_ms, squares in ((1_000, 4.0), (3_601_000, 4.0 / 4 + 4.0)):
+        times_B = np.full(1, now_ms)
+        rows = table.rows_for(KEYS[:1, None], times_B)
+        table.update(rows, np.full((1, 1, 2), 2.0, np.float32), times_B)
+        assert table.states_RS[rows[0, 0]].tolist() == [squares, squares]
+    with pytest.raises(ConfigRejected, match="half_life_ms"):
+        Optimizer("ftrl", half_life_ms=5)
+
+
 @pytest.mark.parametrize(("kind", "numbers"), [("adagrad_row", 2), ("adagrad", 9), ("ftrl", 18), ("adam", 19)])
 def test_memory_is_as_stated(kind, numbers):
     """Payload: key 8, last use 4, 9 values, the optimizer's numbers; all else is at most a quarter of it."""

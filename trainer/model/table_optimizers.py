@@ -19,10 +19,12 @@ from typing import Literal
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.model.row_index import HEADER_WORDS, LAST_USE, Float32s, Int32s, Int64s
 
+UInt32s = npt.NDArray[np.uint32]
 Kind = Literal["adagrad_row", "adagrad", "ftrl", "adam"]
 _V = HEADER_WORDS
 _EPSILON = np.float32(1e-6)
@@ -52,12 +54,17 @@ class Optimizer:
     beta1: float = 0.9
     beta2: float = 0.999
     """Adam only."""
+    half_life_ms: int = 0
+    """Adagrad only: in so much event time a sum of squares halves, so that the rate of a row does not end at 0 and an
+    idle row learns fast again. Sums shrink when their row is touched, before g^2 is added. 0: never."""
 
     def __post_init__(self) -> None:
         if self.kind not in _STEPS:
             raise ConfigRejected(f"optimizer {self.kind!r} of the tables is not one of {sorted(_STEPS)}.")
         if self.lr <= 0 or self.l1 < 0 or self.l2 < 0 or self.beta < 0:
             raise ConfigRejected(f"{self}: lr must be above 0; l1, l2 and beta must not be below.")
+        if self.half_life_ms < 0 or (self.half_life_ms and not self.kind.startswith("adagrad")):
+            raise ConfigRejected(f"{self}: half_life_ms is for adagrad and adagrad_row, and not below 0; leave it 0.")
         if self.l1 and self.kind != "ftrl":
             raise ConfigRejected(f"{self}: only ftrl knows l1; leave it 0, or choose ftrl.")
 
@@ -72,10 +79,13 @@ class Optimizer:
 
     def step(self, words_RW: Int32s, floats_RW: Float32s, rows_N: Int64s, grad_NV: Float32s, *, now_s: int) -> Int64s:
         """Apply one step and return the touched rows in order of first appearance; row -1 is left out."""
-        touched_N = np.empty(len(rows_N), np.int64)
+        touched_N, used_N = np.empty(len(rows_N), np.int64), np.empty(len(rows_N), np.uint32)
         sums_NV = np.empty(grad_NV.shape, np.float32)
-        numbers = np.array([self.lr, self.l2, self.l1, self.beta, self.beta1, self.beta2], np.float32)
-        count = _STEPS[self.kind](words_RW, floats_RW, rows_N, grad_NV, touched_N, sums_NV, now_s, numbers)
+        numbers = np.array(
+            [self.lr, self.l2, self.l1, self.beta, self.beta1, self.beta2, self.half_life_ms / 1_000], np.float32
+        )
+        batch = (rows_N, grad_NV, touched_N, used_N, sums_NV)
+        count = _STEPS[self.kind](words_RW, floats_RW, *batch, now_s, numbers)
         return touched_N[:count]
 
 
@@ -93,9 +103,17 @@ def _begin(floats_RW: Float32s, rows_K: Int64s, values: int, states: int, z: np.
 
 @numba.njit(cache=True)
 def _add_up(
-    words_RW: Int32s, rows_N: Int64s, grad_NV: Float32s, touched_N: Int64s, sums_NV: Float32s, now_s: int
+    words_RW: Int32s,
+    rows_N: Int64s,
+    grad_NV: Float32s,
+    touched_N: Int64s,
+    used_N: UInt32s,
+    sums_NV: Float32s,
+    now_s: int,
 ) -> int:
-    """Add gradients by row. A row knows its place by a word that is only believed if the place names the row.
+    """Add gradients by row, and keep when each was last used.
+
+    A row knows its place by a word that is only believed if the place names the row.
 
     Source: Briggs, Torczon, "An Efficient Representation for Sparse Sets", 1993.
     """
@@ -106,6 +124,7 @@ def _add_up(
             continue
         place = np.int64(np.uint32(words_RW[row, LAST_USE]))
         if place >= count or touched_N[place] != row:
+            used_N[count] = np.uint32(words_RW[row, LAST_USE])
             words_RW[row, LAST_USE] = np.int32(count)
             touched_N[count] = row
             for j in range(width):
@@ -121,12 +140,22 @@ def _add_up(
 
 
 @numba.njit(cache=True)
+def _kept(used_s: np.uint32, now_s: int, numbers: Float32s) -> np.float32:
+    """Return what is left of a sum of squares: 2 ** (-idle / half-life)."""
+    half_life_s = numbers[6]
+    if half_life_s == 0:
+        return _ONE
+    return np.float32(2.0 ** (-np.float64(now_s - np.int64(used_s)) / np.float64(half_life_s)))
+
+
+@numba.njit(cache=True)
 def step_adagrad_row(
     words_RW: Int32s,
     floats_RW: Float32s,
     rows_N: Int64s,
     grad_NV: Float32s,
     touched_N: Int64s,
+    used_N: UInt32s,
     sums_NV: Float32s,
     now_s: int,
     numbers: Float32s,
@@ -137,11 +166,12 @@ def step_adagrad_row(
     """
     lr, l2 = numbers[0], numbers[1]
     width = grad_NV.shape[1]
-    count = _add_up(words_RW, rows_N, grad_NV, touched_N, sums_NV, now_s)
+    count = _add_up(words_RW, rows_N, grad_NV, touched_N, used_N, sums_NV, now_s)
     for k in range(count):
         row = touched_N[k]
+        kept = _kept(used_N[k], now_s, numbers)
         g = sums_NV[k, 0] + l2 * floats_RW[row, _V]
-        floats_RW[row, _V + width] += g * g
+        floats_RW[row, _V + width] = kept * floats_RW[row, _V + width] + g * g
         floats_RW[row, _V] -= lr * g / (np.sqrt(floats_RW[row, _V + width]) + _EPSILON)
         if width == 1:
             continue
@@ -150,7 +180,7 @@ def step_adagrad_row(
             g = sums_NV[k, j] + l2 * floats_RW[row, _V + j]
             sums_NV[k, j] = g
             mean += g * g
-        floats_RW[row, _V + width + 1] += mean / np.float32(width - 1)
+        floats_RW[row, _V + width + 1] = kept * floats_RW[row, _V + width + 1] + mean / np.float32(width - 1)
         rate = lr / (np.sqrt(floats_RW[row, _V + width + 1]) + _EPSILON)
         for j in range(1, width):
             floats_RW[row, _V + j] -= rate * sums_NV[k, j]
@@ -164,6 +194,7 @@ def step_adagrad(
     rows_N: Int64s,
     grad_NV: Float32s,
     touched_N: Int64s,
+    used_N: UInt32s,
     sums_NV: Float32s,
     now_s: int,
     numbers: Float32s,
@@ -174,12 +205,13 @@ def step_adagrad(
     """
     lr, l2 = numbers[0], numbers[1]
     width = grad_NV.shape[1]
-    count = _add_up(words_RW, rows_N, grad_NV, touched_N, sums_NV, now_s)
+    count = _add_up(words_RW, rows_N, grad_NV, touched_N, used_N, sums_NV, now_s)
     for k in range(count):
         row = touched_N[k]
+        kept = _kept(used_N[k], now_s, numbers)
         for j in range(width):
             g = sums_NV[k, j] + l2 * floats_RW[row, _V + j]
-            s = floats_RW[row, _V + width + j] + g * g
+            s = kept * floats_RW[row, _V + width + j] + g * g
             floats_RW[row, _V + width + j] = s
             floats_RW[row, _V + j] -= lr * g / (np.sqrt(s) + _EPSILON)
     return count
@@ -192,6 +224,7 @@ def step_ftrl(
     rows_N: Int64s,
     grad_NV: Float32s,
     touched_N: Int64s,
+    used_N: UInt32s,
     sums_NV: Float32s,
     now_s: int,
     numbers: Float32s,
@@ -207,7 +240,7 @@ def step_ftrl(
     """
     lr, l2, l1, beta = numbers[0], numbers[1], numbers[2], numbers[3]
     width = grad_NV.shape[1]
-    count = _add_up(words_RW, rows_N, grad_NV, touched_N, sums_NV, now_s)
+    count = _add_up(words_RW, rows_N, grad_NV, touched_N, used_N, sums_NV, now_s)
     for k in range(count):
         row = touched_N[k]
         for j in range(width):
@@ -230,6 +263,7 @@ def step_adam(
     rows_N: Int64s,
     grad_NV: Float32s,
     touched_N: Int64s,
+    used_N: UInt32s,
     sums_NV: Float32s,
     now_s: int,
     numbers: Float32s,
@@ -245,7 +279,7 @@ def step_adam(
     """
     lr, l2, beta1, beta2 = numbers[0], numbers[1], numbers[4], numbers[5]
     width = grad_NV.shape[1]
-    count = _add_up(words_RW, rows_N, grad_NV, touched_N, sums_NV, now_s)
+    count = _add_up(words_RW, rows_N, grad_NV, touched_N, used_N, sums_NV, now_s)
     for k in range(count):
         row = touched_N[k]
         t = floats_RW[row, _V + 3 * width] + _ONE
