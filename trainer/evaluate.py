@@ -1,227 +1,312 @@
 """Progressive validation that does not peek: each sample is scored by a model that knew nothing later than it.
 
 Positives come soon and negatives at the window's end, so a score taken when the sample is *learnt* gives away its
-label (on KuaiRand it shows an AUC of 0.96). Instead the newest of a few lagged copies scores it whose knowledge ends
-before the impression, whatever the label. Copies are taken on a grid of event time and hold values only. Scores are
-grouped by impression time and count once their window is closed. Stored samples come in event-time order with their
-labels, so there the score just before learning is honest.
+label (on KuaiRand it shows an AUC of 0.96). Instead the newest of a few lagged models scores it whose knowledge ends
+before the impression, whatever the label. Scores are grouped by impression time and count once their window is
+closed. Stored samples come in event-time order with their labels, so there the score just before learning is honest.
+
+Lagged models are not copies. On a grid of event time a layer is laid down; each layer remembers, of the keys that are
+touched while it is the newest, the values that they had when it was laid. The model at a layer is the learner's
+values of today, with the layers' old values laid over them from the newest down to that layer. So memory follows what
+`LAYERS` grid steps touch, not the table, and any learner can be evaluated that can look up and score. A row that
+expired since then scores as one that was never learnt.
 
 Baselines, by the same rules: the constant (AUC 0.5; its log loss is that of the windows' own base rate) and the
-item's click rate so far. AUC comes from histograms of 4,096 logit bins, ties within a bin count half.
+item's click rate so far. Figures are kept for each task, and for each slice of it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from headrace.contract.project import Task
 from headrace.contract.spec import Categorical, FeatureSpec
+from headrace.trainer.drift import Change, LabelRate
+from headrace.trainer.figures import Bools, Figures, Float64s, Scored, State, Tally
 from headrace.trainer.model.batch import Batch
-from headrace.trainer.model.learner import Learner
-from headrace.trainer.model.scoring import Float32s, score
-from headrace.trainer.model.tables import Int64s, KeyIndex, initial_values
+from headrace.trainer.model.scoring import Float32s, Lookup
+from headrace.trainer.model.tables import Int64s, KeyIndex
+from headrace.trainer.slices import Slices
 
-BINS = 4_096
-COPIES = 8
-_LOGIT_MAX = 8.0
+logger = logging.getLogger("headrace.train")
+
+LAYERS = 8
+FORMAT = 2
+"""Of `state`; figures begin anew where a checkpoint holds another."""
 _PRIOR, _STRENGTH = 0.5, 10.0
-Float64s = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Over all closed windows, or the newest one. `auc` values are NaN while only one label was seen."""
+class Closed:
+    """One task's window of impression time that is over: no label of it is to come."""
 
-    samples: int
-    auc: float
-    auc_item_rate: float
-    log_loss: float
-    log_loss_constant: float
-    auc_constant: float = 0.5
+    end_ms: int
+    task: str
+    figures: Figures
+    slices: Mapping[str, Figures]
+    change: Change | None
+    """How the label rate stands against what was usual; None while too few samples came since the last one."""
+
+
+class Scorer(Protocol):
+    """What is asked of a learner."""
+
+    def score(self, batch: Batch, *, lookup: Lookup, dense: Mapping[str, Float32s]) -> Float32s:
+        """Return what these weights in place of the learner's own would say: float32 [B]."""
+
+    def lookup(self, keys_K: Int64s) -> Float32s:
+        """Return the values of keys, the initial ones where a key has no row: float32 [K, V]."""
+
+    def dense(self) -> dict[str, Float32s]:
+        """Return copies of all other weights by name."""
+
+
+class _Remembered:
+    """Values that keys had when they were first asked for, one row a key."""
+
+    def __init__(self, width: int, kind: type[np.float32] | type[np.float64]) -> None:
+        self.index = KeyIndex()
+        self._kind = kind
+        self._values_RV: npt.NDArray[np.floating] = np.empty((1_024, width), kind)
+
+    def remember(self, keys_K: Int64s, values_of: Callable[[Int64s], npt.NDArray[np.floating]]) -> None:
+        """Keep the present values of those keys that are not kept yet."""
+        before = len(self.index)
+        self.index.insert(keys_K)
+        count = len(self.index)
+        if count == before:
+            return
+        if count > len(self._values_RV):
+            room = max(count, 2 * len(self._values_RV))
+            grown_RV = np.empty((room, self._values_RV.shape[1]), self._kind)
+            grown_RV[:before] = self._values_RV[:before]
+            self._values_RV = grown_RV
+        self._values_RV[before:count] = values_of(self.index.keys_R[before:count].copy())
+
+    def lay_over(self, keys_K: Int64s, values_KV: npt.NDArray[np.floating]) -> None:
+        """Replace the values of kept keys by the kept ones."""
+        rows_K = self.index.find(keys_K)
+        kept_K = rows_K >= 0
+        values_KV[kept_K] = self._values_RV[rows_K[kept_K]]
 
 
 @dataclass
-class _Copy:
+class _Layer:
     known_ms: int
-    values_RV: Float32s
     dense: dict[str, Float32s]
-    counts_R2: Float64s
-
-
-class Tally:
-    """Histograms of scores by label: the model's and the item rate's, and sums for the log loss."""
-
-    def __init__(self) -> None:
-        self.model_2N: Float64s = np.zeros((2, BINS))
-        self.item_2N: Float64s = np.zeros((2, BINS))
-        self.loss = 0.0
-
-    def add(self, score_B: Float32s, item_B: Float32s, positive_B: npt.NDArray[np.bool_]) -> None:
-        """Count scored samples."""
-        p_B = np.clip(score_B.astype(np.float64), 1e-6, 1 - 1e-6)
-        self.loss -= float(np.log(np.where(positive_B, p_B, 1 - p_B)).sum())
-        for histogram_2N, values_B in ((self.model_2N, p_B), (self.item_2N, item_B.astype(np.float64))):
-            values_B = np.clip(values_B, 1e-6, 1 - 1e-6)
-            logit_B = np.clip(np.log(values_B / (1 - values_B)), -_LOGIT_MAX, _LOGIT_MAX)
-            bin_B = np.minimum(((logit_B + _LOGIT_MAX) * (BINS / (2 * _LOGIT_MAX))).astype(np.int64), BINS - 1)
-            for label in (0, 1):
-                histogram_2N[label] += np.bincount(bin_B[positive_B == bool(label)], minlength=BINS)
-
-    def merge(self, other: Tally) -> None:
-        """Add what `other` counted."""
-        self.model_2N += other.model_2N
-        self.item_2N += other.item_2N
-        self.loss += other.loss
-
-    def figures(self) -> Figures:
-        """Return the figures so far."""
-        negatives, positives = self.model_2N.sum(axis=1)
-        total = negatives + positives
-        rate = positives / total if total else 0.5
-        entropy = -sum(x * np.log(x) for x in (rate, 1 - rate) if x > 0)
-        return Figures(
-            int(total),
-            area_under_curve(self.model_2N),
-            area_under_curve(self.item_2N),
-            self.loss / total if total else float("nan"),
-            float(entropy),
-        )
-
-
-def area_under_curve(histogram_2N: Float64s) -> float:
-    """Return the AUC of binned scores, negatives first; NaN without both labels. Source: Mann, Whitney, 1947."""
-    negative_N, positive_N = histogram_2N
-    pairs = negative_N.sum() * positive_N.sum()
-    below_N = np.cumsum(negative_N) - negative_N
-    return float((positive_N * (below_N + negative_N / 2)).sum() / pairs) if pairs else float("nan")
+    rows: _Remembered
+    items: _Remembered
 
 
 class Evaluation:
     """Scores samples honestly and keeps the figures. Changes nothing of the learner."""
 
-    def __init__(self, features: FeatureSpec, *, window_ms: int, key_field: str) -> None:
-        self.grid_ms = max(window_ms // 4, 100)
-        self.span_ms = max(5 * window_ms, 10_000)
+    def __init__(self, features: FeatureSpec, tasks: Sequence[Task], *, key_field: str, slices: Slices) -> None:
+        window_ms = max(task.window_ms + task.correct_ms for task in tasks)
+        self.tasks, self.slices = tuple(task.name for task in tasks), slices
+        self.grid_ms = max(max(task.window_ms for task in tasks) // 4, 100)
+        self.span_ms = max(5 * max(task.window_ms for task in tasks), 10_000)
         self.close_after_ms = window_ms
         self.item_slot = item_slot(features, key_field)
         self.known_ms = -1
-        self.total, self.newest = Tally(), Tally()
+        self.totals = [Tally() for _ in tasks]
+        self.newest = [Tally() for _ in tasks]
+        self.label_rates = [LabelRate() for _ in tasks]
         self.unscored = 0
-        """Samples that no copy could score: those of the first moments after a start, and very late ones."""
-        self._open: dict[int, Tally] = {}
+        """Samples that no lagged model could score: those of the first moments after a start, and very late ones."""
+        self._open: dict[int, list[Tally]] = {}
         self._closed_below = -1
-        self._copies: deque[_Copy] = deque(maxlen=COPIES)
+        self._layers: deque[_Layer] = deque(maxlen=LAYERS)
         self._items = KeyIndex()
-        self._counts_R2: Float64s = np.zeros((0, 2))
+        self._counts_RC: Float64s = np.zeros((0, 2 * len(tasks)))
+        """By item: clicks and impressions of each task."""
 
-    def before(self, learner: Learner, batch: Batch) -> tuple[Float32s, Float32s]:
-        """Return the scores of the model and of the item rate for a live batch; NaN where no copy is old enough.
+    def before(self, learner: Scorer, batch: Batch) -> tuple[Float32s, Float32s]:
+        """Return the lagged scores of the model and of the item rate; NaN where no lagged model is old enough.
 
-        Call it before the batch is learnt.
+        Call it before each batch is learnt: what the batch will change is remembered here.
         """
         score_B, item_B = np.full(len(batch), np.nan, np.float32), np.full(len(batch), np.nan, np.float32)
-        which_B = np.searchsorted([c.known_ms for c in self._copies], batch.event_time_ms_B, side="right") - 1
+        which_B = np.searchsorted([layer.known_ms for layer in self._layers], batch.event_time_ms_B, side="right") - 1
         for which in np.unique(which_B[which_B >= 0]):
-            copy, here_B = self._copies[which], which_B == which
-            score_B[here_B] = score(
-                batch.slots_BF[here_B],
-                batch.numeric_BD[here_B],
-                lookup=lambda keys, c=copy: _lookup(learner, c, keys),  # type: ignore[misc]
-                dense=copy.dense,
-            )
-            item_B[here_B] = self._item_rate(batch.where(here_B), copy.counts_R2)
+            here_B = which_B == which
+            part = batch.where(here_B)
+            lookup = partial(self._rows_at, learner, int(which))
+            score_B[here_B] = learner.score(part, lookup=lookup, dense=self._layers[which].dense)
+            item_B[here_B] = self._item_rate(part, int(which))
+        self._remember(learner, batch)
         return score_B, item_B
 
-    def item_rate(self, batch: Batch) -> Float32s:
-        """Return the items' click rate as of now."""
-        return self._item_rate(batch, self._counts_R2)
+    def before_stored(self, learner: Scorer, batch: Batch) -> Float32s:
+        """Do the same for stored samples, whose own prediction is honest; return the item rate as of now."""
+        self._remember(learner, batch)
+        return self._item_rate(batch, len(self._layers))
 
     def after(
-        self, learner: Learner, batch: Batch, score_B: Float32s, item_B: Float32s, known_ms_B: Int64s
-    ) -> list[tuple[int, Figures]]:
-        """Count a batch that was learnt; return (end of window in event time, figures) of windows that it closed."""
+        self, learner: Scorer, batch: Batch, rows: pa.Table, score_B: Float32s, item_B: Float32s, known_ms_B: Int64s
+    ) -> list[Closed]:
+        """Count a batch that was learnt, `rows` its samples; return the windows that it closed, oldest first."""
         good_B = np.isfinite(score_B)
         self.unscored += int((~good_B).sum())
+        correction_B = _marked(rows)
+        scored = Scored(score_B, item_B, batch.label_B > 0.5, correction_B, self.slices.numbers(rows))
         window_B = batch.event_time_ms_B // self.span_ms
         for window in np.unique(window_B[good_B]):
-            here_B = good_B & (window_B == window)
             late = int(window) <= self._closed_below
-            tally = self.total if late else self._open.setdefault(int(window), Tally())
-            tally.add(score_B[here_B], item_B[here_B], batch.label_B[here_B] > 0.5)
-        self._count_items(batch)
+            tallies = self.totals if late else self._open.setdefault(int(window), [Tally() for _ in self.tasks])
+            for task, tally in enumerate(tallies):
+                here_B = good_B & (window_B == window) & (batch.task_B == task)
+                if here_B.any():
+                    tally.add(scored.where(here_B))
+        self._count_items(batch, correction_B)
         known = max(self.known_ms, int(known_ms_B.max(initial=-1)))
-        if known // self.grid_ms > self.known_ms // self.grid_ms or not self._copies:
-            n = len(learner.table)
-            self._copies.append(
-                _Copy(known, learner.table.values_RV[:n].copy(), learner.dense.dense(), self._counts_R2.copy())
-            )
+        if known // self.grid_ms > self.known_ms // self.grid_ms or not self._layers:
+            self._lay(learner, known)
         self.known_ms = known
         return self._close()
 
-    def state(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Return what a checkpoint keeps; lagged copies are not kept, so a restart leaves a window unscored."""
+    def state(self) -> State:
+        """Return what a checkpoint keeps; layers are not kept, so a restart leaves a window unscored."""
         windows = sorted(self._open)
-        tallies = [self.total, self.newest, *(self._open[w] for w in windows)]
-        return {
+        out: State = {
+            "format": np.array([FORMAT]),
+            "tasks": np.array(self.tasks),
+            "slices": np.array(list(self.slices.names), np.str_),
             "windows": np.array(windows, np.int64),
             "times": np.array([self.known_ms, self._closed_below, self.unscored], np.int64),
-            "model": np.stack([t.model_2N for t in tallies]),
-            "item": np.stack([t.item_2N for t in tallies]),
-            "loss": np.array([t.loss for t in tallies]),
             "item_keys": self._items.keys_R[: len(self._items)].copy(),
-            "item_counts": self._counts_R2[: len(self._items)].copy(),
+            "item_counts": self._counts_RC[: len(self._items)].copy(),
         }
+        out |= {f"label_rate.{task}": watch.state() for task, watch in enumerate(self.label_rates)}
+        for place, tallies in enumerate((self.totals, self.newest, *(self._open[w] for w in windows))):
+            for task, tally in enumerate(tallies):
+                out |= {f"{place}.{task}.{name}": array for name, array in tally.state().items()}
+        return out
 
-    def load(self, state: dict[str, npt.NDArray[np.generic]]) -> None:
-        """Replace everything by what `state` returned."""
-        tallies = []
-        for model, item, loss in zip(state["model"], state["item"], state["loss"], strict=True):
-            tally = Tally()
-            tally.model_2N, tally.item_2N, tally.loss = np.array(model), np.array(item), float(loss)
-            tallies.append(tally)
-        self.total, self.newest = tallies[0], tallies[1]
-        self._open = {int(w): t for w, t in zip(state["windows"], tallies[2:], strict=True)}
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Replace everything by what `state` returned; a state of another format or other tasks is left alone."""
+        if int(state.get("format", np.zeros(1))[0]) != FORMAT or tuple(state["tasks"].tolist()) != self.tasks:
+            logger.warning("the checkpoint holds figures of another format or other tasks: figures begin anew")
+            return
+        self.slices.load([str(name) for name in state["slices"].tolist()])
+        windows = [int(w) for w in state["windows"]]
+        loaded = [
+            [
+                Tally.load({n.removeprefix(lead): a for n, a in state.items() if n.startswith(lead)})
+                for lead in (f"{place}.{task}." for task in range(len(self.tasks)))
+            ]
+            for place in range(2 + len(windows))
+        ]
+        self.totals, self.newest = loaded[0], loaded[1]
+        self._open = dict(zip(windows, loaded[2:], strict=True))
+        for task, watch in enumerate(self.label_rates):
+            watch.load(np.asarray(state[f"label_rate.{task}"], np.float64))
         self.known_ms, self._closed_below, self.unscored = (int(x) for x in state["times"])
-        self._copies.clear()
+        self._layers.clear()
         self._items = KeyIndex()
         self._items.insert(state["item_keys"].astype(np.int64))
-        self._counts_R2 = np.array(state["item_counts"], np.float64)
+        self._counts_RC = np.array(state["item_counts"], np.float64)
 
-    def _close(self) -> list[tuple[int, Figures]]:
+    def total(self, task: str) -> tuple[Figures, dict[str, Figures]]:
+        """Return a task's figures over all closed windows, and those of its slices by name."""
+        return self._named(self.totals[self.tasks.index(task)])
+
+    def _named(self, tally: Tally) -> tuple[Figures, dict[str, Figures]]:
+        names = self.slices.names
+        return tally.figures(), {names[g]: figures for g, figures in tally.slice_figures().items()}
+
+    def _close(self) -> list[Closed]:
         closed = []
         for window in sorted(self._open):
             end = (window + 1) * self.span_ms
             if end + self.close_after_ms > self.known_ms:
                 break
             self.newest = self._open.pop(window)
-            self.total.merge(self.newest)
             self._closed_below = window
-            closed.append((end, self.newest.figures()))
+            for task, tally in enumerate(self.newest):
+                self.totals[task].merge(tally)
+                figures, slices = self._named(tally)
+                if figures.samples > 0:
+                    positives = float(tally.model_2N[1].sum())
+                    change = self.label_rates[task].take(positives, figures.samples)
+                    closed.append(Closed(end, self.tasks[task], figures, slices, change))
         return closed
 
-    def _item_rate(self, batch: Batch, counts_R2: Float64s) -> Float32s:
+    def _lay(self, learner: Scorer, known_ms: int) -> None:
+        """Lay a layer; when there are `LAYERS` already, the oldest goes."""
+        width = learner.lookup(np.empty(0, np.int64)).shape[1]
+        rows, items = _Remembered(width, np.float32), _Remembered(self._counts_RC.shape[1], np.float64)
+        self._layers.append(_Layer(known_ms, learner.dense(), rows, items))
+
+    def _rows_at(self, learner: Scorer, which: int, keys_K: Int64s) -> Float32s:
+        values_KV = learner.lookup(keys_K)
+        for layer in reversed([*self._layers][which:]):
+            layer.rows.lay_over(keys_K, values_KV)
+        return values_KV
+
+    def _remember(self, learner: Scorer, batch: Batch) -> None:
+        if not self._layers:
+            return
+        newest = self._layers[-1]
+        newest.rows.remember(batch.slots_BF.reshape(-1), learner.lookup)
+        if self.item_slot >= 0:
+            newest.items.remember(np.ascontiguousarray(batch.slots_BF[:, self.item_slot]), self._item_counts)
+
+    def _items_at(self, which: int, keys_K: Int64s) -> Float64s:
+        counts_KC = self._item_counts(keys_K)
+        for layer in reversed([*self._layers][which:]):
+            layer.items.lay_over(keys_K, counts_KC)
+        return counts_KC
+
+    def _item_counts(self, keys_K: Int64s) -> Float64s:
+        counts_KC = np.zeros((len(keys_K), self._counts_RC.shape[1]))
+        rows_K = self._items.find(keys_K)
+        counts_KC[rows_K >= 0] = self._counts_RC[rows_K[rows_K >= 0]]
+        return counts_KC
+
+    def _item_rate(self, batch: Batch, which: int) -> Float32s:
         if self.item_slot < 0:
             return np.full(len(batch), _PRIOR, np.float32)
-        rows_B = self._items.find(batch.slots_BF[:, self.item_slot])
-        known_B = (rows_B >= 0) & (rows_B < len(counts_R2))
-        clicks_B, shown_B = np.zeros(len(batch)), np.zeros(len(batch))
-        clicks_B[known_B], shown_B[known_B] = counts_R2[rows_B[known_B]].T
+        counts_BC = self._items_at(which, np.ascontiguousarray(batch.slots_BF[:, self.item_slot]))
+        at_B, task_B = np.arange(len(batch)), 2 * batch.task_B.astype(np.int64)
+        clicks_B, shown_B = counts_BC[at_B, task_B], counts_BC[at_B, task_B + 1]
         rate_B: Float32s = ((clicks_B + _PRIOR * _STRENGTH) / (shown_B + _STRENGTH)).astype(np.float32)
         return rate_B
 
-    def _count_items(self, batch: Batch) -> None:
+    def _count_items(self, batch: Batch, correction_B: Bools) -> None:
         if self.item_slot < 0:
             return
-        rows_B = self._items.insert(batch.slots_BF[:, self.item_slot])
-        missing = len(self._items) - len(self._counts_R2)
+        rows_B = self._items.insert(np.ascontiguousarray(batch.slots_BF[:, self.item_slot]))
+        missing = len(self._items) - len(self._counts_RC)
         if missing > 0:
-            self._counts_R2 = np.concatenate([self._counts_R2, np.zeros((missing, 2))])
-        clicks_R, shown_R = self._counts_R2[:, 0], self._counts_R2[:, 1]
-        np.add.at(clicks_R, rows_B, batch.label_B)
-        np.add.at(shown_R, rows_B, 1.0)
+            self._counts_RC = np.concatenate([self._counts_RC, np.zeros((missing, self._counts_RC.shape[1]))])
+        known_B = rows_B >= 0
+        task_B = 2 * batch.task_B.astype(np.int64)
+        np.add.at(self._counts_RC, (rows_B[known_B], task_B[known_B]), batch.label_B[known_B])
+        shown_B = known_B & ~correction_B
+        np.add.at(self._counts_RC, (rows_B[shown_B], task_B[shown_B] + 1), 1.0)
+
+
+def known_times(rows: pa.Table, tasks: Sequence[Task]) -> Int64s:
+    """Return when each sample was known, in event time: int64 [B].
+
+    That is the feedback's time for a positive; for a negative the window's end or, under the policy `eager`, the
+    impression's own time: it says no more than that there was one.
+    """
+    task_B = pc.index_in(rows["task"], value_set=pa.array([task.name for task in tasks])).to_numpy()
+    wait_T = np.array([0 if task.policy == "eager" else task.window_ms for task in tasks], np.int64)
+    by_window = pc.add(rows["event_time_ms"], pa.array(wait_T[task_B]))
+    return np.array(pc.coalesce(rows["feedback_time_ms"], by_window), np.int64)
 
 
 def item_slot(features: FeatureSpec, key_field: str) -> int:
@@ -240,12 +325,5 @@ def item_slot(features: FeatureSpec, key_field: str) -> int:
     return next((names.index(name) for name in wanted if name in names), -1)
 
 
-def _lookup(learner: Learner, copy: _Copy, keys_K: Int64s) -> Float32s:
-    table = learner.table
-    rows_K = table.index.find(keys_K)
-    missing_K = (rows_K < 0) | (rows_K >= len(copy.values_RV))
-    out_KV = np.empty((len(keys_K), 1 + table.dim), np.float32)
-    out_KV[~missing_K] = copy.values_RV[rows_K[~missing_K]]
-    if missing_K.any():
-        out_KV[missing_K] = initial_values(keys_K[missing_K], dim=table.dim, seed=table.seed, scale=table.scale)
-    return out_KV
+def _marked(rows: pa.Table) -> Bools:
+    return np.array(pc.fill_null(rows["correction"], False), np.bool_)

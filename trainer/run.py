@@ -27,22 +27,23 @@ from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.log import Producer, Reader
 from headrace.contract.metrics import Metrics
 from headrace.contract.positions import Positions
-from headrace.contract.project import Project
+from headrace.contract.project import Project, Task
 from headrace.contract.steps import Step, StepRange
 from headrace.contract.topics import Topics
 from headrace.trainer.board import Board
 from headrace.trainer.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
-from headrace.trainer.evaluate import Evaluation
-from headrace.trainer.model.learner import Learner
+from headrace.trainer.evaluate import Evaluation, known_times
+from headrace.trainer.model.learner import device_of, make_learner
 from headrace.trainer.publish import Publisher
-from headrace.trainer.source import Cursor, Lake, Source, known_ms
+from headrace.trainer.report import Report
+from headrace.trainer.slices import slices_of
+from headrace.trainer.source import Cursor, Lake, Source
 from headrace.trainer.steps_log import Pen, StepsLog
 
 logger = logging.getLogger("headrace.train")
 
 T = TypeVar("T")
 
-_REPORT_S = 1.0
 _RETRY_SNAPSHOT_S = 2.0
 
 
@@ -88,10 +89,20 @@ def digest_of(project: Project) -> str:
     return recipe_digest({"recipe": msgspec.json.encode(project.recipe), "spec": msgspec.json.encode(project.features)})
 
 
-def new_evaluation(project: Project) -> Evaluation:
-    """Return an empty evaluation of the recipe's task."""
-    task = next(t for t in project.tasks if t.name == project.recipe.task)
-    return Evaluation(project.features, window_ms=task.window_ms, key_field=project.impression.key)
+def tasks_of(project: Project) -> list[Task]:
+    """Return the tasks that the recipe learns, in the order of its heads."""
+    tasks = {task.name: task for task in project.tasks}
+    return [tasks[name] for name in project.recipe.heads]
+
+
+def new_evaluation(project: Project, config: TrainConfig) -> Evaluation:
+    """Return an empty evaluation of the recipe's tasks."""
+    return Evaluation(
+        project.features,
+        tasks_of(project),
+        key_field=project.impression.key,
+        slices=slices_of(project, config.slices, values_max=config.slice_values_max),
+    )
 
 
 class Trainer:
@@ -99,7 +110,6 @@ class Trainer:
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.project = parts, parts.project
-        self.window_ms = next(t.window_ms for t in self.project.tasks if t.name == self.project.recipe.task)
         self.source = Source(
             self.project,
             parts.reader,
@@ -110,13 +120,14 @@ class Trainer:
         )
         self.steps = StepsLog(parts.pen, self.project.name, pause=self._pause)
         self.recipe = digest_of(self.project)
-        self.learner = Learner(self.project.recipe, self.project.features)
-        self.evaluation = new_evaluation(self.project)
+        self.learner = make_learner(self.project.recipe, self.project.features, device=device_of(parts.config.device))
+        self.evaluation = new_evaluation(self.project, parts.config)
         self.run_id = ""
         self.publisher: Publisher | None = None
-        self.learnt = 0
+        self.tasks = tasks_of(self.project)
+        self.report = Report(self.project, parts.config, parts.metrics, parts.board, parts.clock)
         self._waiting_since = -1.0
-        self._published_at = self._snapshot_at = self._reported_at = float("-inf")
+        self._published_at = self._snapshot_at = float("-inf")
 
     def recover(self) -> None:
         """Bring the learner to the last recorded step, and publish it. Waits while Kafka or the store is away."""
@@ -159,6 +170,11 @@ class Trainer:
         logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
 
     @property
+    def learnt(self) -> int:
+        """How many samples this process learnt."""
+        return self.report.samples_learnt
+
+    @property
     def positions(self) -> Positions:
         """What the model contains."""
         return self.source.positions()
@@ -180,7 +196,7 @@ class Trainer:
         while not self.parts.stop.is_set():
             try:
                 self.turn()
-                self._report()
+                self._tell()
                 if self.publisher and not self.publisher.wants_snapshot and not self.publisher.is_busy:
                     self.parts.metrics.ready(True)
             except Unavailable as error:
@@ -242,12 +258,12 @@ class Trainer:
         )
 
     def _apply(self, step: Step) -> None:
-        metrics, is_stored = self.parts.metrics, self.source.is_stored
+        is_stored = self.source.is_stored
         rows = self.source.take(step.ranges)
         batch = self.source.batch(rows)
-        known_B = known_ms(rows, self.window_ms)
+        known_B = known_times(rows, self.tasks)
         if is_stored:
-            item_B = self.evaluation.item_rate(batch)
+            item_B = self.evaluation.before_stored(self.learner, batch)
         else:
             score_B, item_B = self.evaluation.before(self.learner, batch)
         report = self.learner.learn(batch)
@@ -255,24 +271,9 @@ class Trainer:
             score_B = report.prediction_B
         if self.publisher is not None:
             self.publisher.note(report.touched_K)
-        closed = self.evaluation.after(self.learner, batch, score_B, item_B, known_B)
-        self.learnt += report.learnt
-        metrics.add("steps_total")
-        metrics.add("samples_learnt_total", report.learnt)
-        metrics.add("samples_refused_total", report.refused)
-        if self.parts.board is not None:
-            for end_ms, figures in closed:
-                self.parts.board.scalars(
-                    {
-                        "window/auc": figures.auc,
-                        "window/auc_item_rate": figures.auc_item_rate,
-                        "window/log_loss": figures.log_loss,
-                        "window/log_loss_constant": figures.log_loss_constant,
-                        "window/samples": figures.samples,
-                    },
-                    step=self.learner.step,
-                    now_ms=end_ms,
-                )
+        closed = self.evaluation.after(self.learner, batch, rows, score_B, item_B, known_B)
+        self.report.learnt(report, batch, rows)
+        self.report.closed(closed, step=self.learner.step)
 
     def _publish(self) -> None:
         publisher, now, config = self.publisher, self.parts.clock.monotonic(), self.parts.config
@@ -299,24 +300,12 @@ class Trainer:
         if publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
             self._snapshot_at = self.parts.clock.monotonic()
 
-    def _report(self) -> None:
-        now, metrics = self.parts.clock.monotonic(), self.parts.metrics
-        if now - self._reported_at < _REPORT_S:
-            return
-        self._reported_at = now
-        figures = self.evaluation.total.figures()
-        values = {"log_loss": figures.log_loss, "auc": figures.auc, "auc_item_rate": figures.auc_item_rate}
-        metrics.set("model_step", self.learner.step)
-        metrics.set("table_rows", len(self.learner.table))
-        metrics.set("lag_records", self.source.ready_rows())
-        if figures.samples:
-            metrics.set("auc_constant", figures.auc_constant)
-            metrics.set("log_loss", figures.log_loss)
-            metrics.set("auc", figures.auc)
-            metrics.set("auc_item_rate", figures.auc_item_rate)
-        if self.parts.board is not None:
-            values |= {"table_rows": len(self.learner.table), "samples_learnt": self.learnt}
-            self.parts.board.scalars(values, step=self.learner.step, now_ms=self.parts.clock.now_ms())
+    def _tell(self) -> None:
+        if self.report.is_due():
+            ends = self.parts.reader.end_offsets(self.parts.topics.samples)
+            following = self.source.cursor().next_offsets
+            lag = sum(max(0, end - following.get(str(p), end)) for p, end in ends.items())
+            self.report.tell(self.learner, self.evaluation, self.source, lag)
 
     def _await_rows(self, ranges: tuple[StepRange, ...]) -> None:
         while not self.source.has(ranges):

@@ -1,0 +1,202 @@
+"""What the trainer tells of itself: metrics for Prometheus, pages for TensorBoard, a log line for a sudden change.
+
+Called with each step and once a second. Reads the learner and the evaluation, changes neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.contract.clock import Clock
+from headrace.contract.config import TrainConfig
+from headrace.contract.metrics import Metrics, Name
+from headrace.contract.project import Project
+from headrace.trainer.board import Board
+from headrace.trainer.drift import Change
+from headrace.trainer.evaluate import Closed, Evaluation
+from headrace.trainer.figures import Figures
+from headrace.trainer.model.batch import Batch
+from headrace.trainer.model.learner import StepReport, TableLearner
+from headrace.trainer.projector import Sampler, write_projector
+from headrace.trainer.source import Source
+
+logger = logging.getLogger("headrace.train")
+
+REPORT_S = 1.0
+HISTOGRAMS_S = 30.0
+_TOTALS: tuple[Name, ...] = ("auc", "log_loss", "normalized_entropy", "calibration")
+_WINDOWS: dict[str, Name] = {
+    "auc": "window_auc",
+    "log_loss": "window_log_loss",
+    "normalized_entropy": "window_normalized_entropy",
+    "calibration": "window_calibration",
+}
+_SLICES: dict[str, Name] = {
+    "auc": "slice_auc",
+    "log_loss": "slice_log_loss",
+    "normalized_entropy": "slice_normalized_entropy",
+    "calibration": "slice_calibration",
+}
+
+
+class Report:
+    """One trainer's voice. For its thread alone."""
+
+    def __init__(
+        self, project: Project, config: TrainConfig, metrics: Metrics, board: Board | None, clock: Clock
+    ) -> None:
+        self._project, self._metrics, self._board, self._clock = project, metrics, board, clock
+        self._projector_s = config.projector_ms / 1000
+        self._sampler = Sampler(project.features)
+        self._main = project.recipe.task
+        self.samples_learnt = self._told_learnt = 0
+        self._told_at = self._drawn_at = self._projected_at = float("-inf")
+        self._newest: StepReport | None = None
+        self._learnt_until_ms = -1
+
+    def learnt(self, report: StepReport, batch: Batch, rows: pa.Table) -> None:
+        """Count a step."""
+        metrics = self._metrics
+        metrics.add("steps_total")
+        metrics.add("samples_learnt_total", report.learnt)
+        metrics.add("samples_refused_total", report.refused)
+        metrics.add("samples_left_out_total", report.sampled_out)
+        self.samples_learnt += report.learnt
+        self._newest = report
+        self._learnt_until_ms = max(self._learnt_until_ms, int(batch.event_time_ms_B.max(initial=-1)))
+        if self._board is not None and self._projector_s:
+            self._sampler.note(batch, rows)
+
+    def closed(self, windows: Sequence[Closed], *, step: int) -> None:
+        """Tell what closed windows say, by task and slice; raise the alarm where a label rate jumped."""
+        for window in windows:
+            if window.change is not None:
+                self._tell_change(window.task, window.change)
+            named = {window.task: window.figures}
+            named |= {f"{window.task} {name}": figures for name, figures in window.slices.items()}
+            for name, figures in named.items():
+                for kind, value in figures.shown().items():
+                    if math.isfinite(value):
+                        self._metrics.set(_WINDOWS[kind], value, reason=name)
+                self._metrics.set("window_samples", figures.samples, reason=name)
+            if self._board is not None:
+                values = {f"window/{kind}/{name}": v for name, f in named.items() for kind, v in f.shown().items()}
+                values |= {
+                    f"window/auc_item_rate/{window.task}": window.figures.auc_item_rate,
+                    f"window/log_loss_constant/{window.task}": window.figures.log_loss_constant,
+                    f"window/label_rate/{window.task}": window.figures.label_rate,
+                    f"window/predicted_rate/{window.task}": window.figures.predicted_rate,
+                    f"window/samples/{window.task}": window.figures.samples,
+                }
+                self._board.scalars(values, step=step, now_ms=window.end_ms)
+
+    def tell(self, learner: TableLearner, evaluation: Evaluation, source: Source, lag_records: int) -> None:
+        """Tell where the trainer stands; the caller asks `is_due` first."""
+        now = self._clock.monotonic()
+        rate = (
+            (self.samples_learnt - self._told_learnt) / (now - self._told_at)
+            if math.isfinite(self._told_at)
+            else math.nan
+        )
+        self._told_at, self._told_learnt = now, self.samples_learnt
+        metrics = self._metrics
+        metrics.set("model_step", learner.step)
+        metrics.set("table_rows", learner.rows)
+        metrics.set("lag_records", lag_records)
+        metrics.set("lag_samples", source.ready_rows())
+        values = {"table/rows": float(learner.rows), "lag/records": float(lag_records)}
+        values |= {"lag/samples": float(source.ready_rows()), "speed/samples_learnt": float(self.samples_learnt)}
+        if self._learnt_until_ms >= 0:
+            behind = max(0.0, (self._clock.now_ms() - self._learnt_until_ms) / 1000)
+            metrics.set("lag_seconds", behind)
+            values["lag/seconds"] = behind
+        if math.isfinite(rate):
+            metrics.set("samples_per_second", rate)
+            values["speed/samples_per_second"] = rate
+        values |= self._tell_totals(evaluation)
+        if self._board is not None:
+            values |= self._norms(learner)
+            self._board.scalars(values, step=learner.step, now_ms=self._clock.now_ms())
+            self._draw(learner, now)
+
+    def is_due(self) -> bool:
+        """Say whether `tell` would tell anything: ask before what costs a round trip."""
+        return self._clock.monotonic() - self._told_at >= REPORT_S
+
+    def _tell_change(self, task: str, change: Change) -> None:
+        self._metrics.set("label_rate", change.rate, reason=task)
+        if math.isnan(change.usual):
+            return
+        self._metrics.set("label_rate_usual", change.usual, reason=task)
+        self._metrics.set("label_rate_score", change.score, reason=task)
+        self._metrics.add("label_rate_jumps_total", float(change.is_sudden), reason=task)
+        if change.is_sudden:
+            logger.warning(
+                "label rate of %s jumped from %.4f to %.4f (%+.0f %%) over %d samples, %.1f standard deviations; "
+                "look for a deploy that changed what is shown or what is logged (`headrace dead-letters list`)",
+                *(task, change.usual, change.rate, 100 * (change.rate / change.usual - 1) if change.usual else 100.0),
+                *(change.samples, change.score),
+            )
+
+    def _tell_totals(self, evaluation: Evaluation) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for task in evaluation.tasks:
+            figures, slices = evaluation.total(task)
+            if not figures.samples:
+                continue
+            if task == self._main:
+                self._tell_main(figures)
+            named = {task: figures} if len(evaluation.tasks) > 1 else {}
+            named |= {f"{task} {name}": of_slice for name, of_slice in slices.items()}
+            for name, of_slice in named.items():
+                for kind, value in of_slice.shown().items():
+                    if math.isfinite(value):
+                        self._metrics.set(_SLICES[kind], value, reason=name)
+            values |= {f"total/{kind}/{task}": value for kind, value in figures.shown().items()}
+            values[f"total/auc_item_rate/{task}"] = figures.auc_item_rate
+            values[f"total/log_loss_constant/{task}"] = figures.log_loss_constant
+        return values
+
+    def _tell_main(self, figures: Figures) -> None:
+        shown = figures.shown()
+        for name in _TOTALS:
+            self._metrics.set(name, shown[name])
+        self._metrics.set("auc_constant", figures.auc_constant)
+        self._metrics.set("auc_item_rate", figures.auc_item_rate)
+
+    def _norms(self, learner: TableLearner) -> dict[str, float]:
+        recipe = self._project.recipe
+        values = {"rate/table": recipe.lr_table, "rate/dense": recipe.lr_dense}
+        if self._newest is not None:
+            values |= {
+                "norm/gradient_dense": self._newest.gradient_norm,
+                "norm/gradient_table": self._newest.table_gradient_norm,
+            }
+            if len(self._newest.touched_K):
+                rows_KV = learner.lookup(self._newest.touched_K)
+                values["norm/weights_table"] = float(np.sqrt(np.square(rows_KV, dtype=np.float64).sum(axis=1).mean()))
+        squares = sum(float(np.square(w, dtype=np.float64).sum()) for w in learner.dense().values())
+        values["norm/weights_dense"] = math.sqrt(squares)
+        return values
+
+    def _draw(self, learner: TableLearner, now: float) -> None:
+        """Draw histograms, and the projector's embeddings, now and then."""
+        board, now_ms = self._board, self._clock.now_ms()
+        if board is None or self._newest is None:
+            return
+        if now - self._drawn_at >= HISTOGRAMS_S:
+            self._drawn_at = now
+            board.histogram("score", self._newest.prediction_B, step=learner.step, now_ms=now_ms)
+            rows_KV = learner.lookup(self._newest.touched_K)
+            board.histogram("table/linear_weights", rows_KV[:, 0], step=learner.step, now_ms=now_ms)
+            board.histogram("table/embeddings", rows_KV[:, 1:], step=learner.step, now_ms=now_ms)
+            for name, weight in learner.dense().items():
+                board.histogram(f"dense/{name}", weight, step=learner.step, now_ms=now_ms)
+        if self._projector_s and now - self._projected_at >= self._projector_s:
+            self._projected_at = now
+            write_projector(board.folder, self._sampler.chosen(), learner.lookup)
