@@ -166,8 +166,8 @@ class Found:
     """Rows of event time before this are in the lake no more, or late and still there, as retention left them."""
 
 
-def draw(expected: Expected, found: Found, *, task: str) -> Ledger:
-    """Return the ledger. `task` is what the recipe learns; samples of other tasks count as sampled out."""
+def draw(expected: Expected, found: Found, *, tasks: tuple[str, ...]) -> Ledger:
+    """Return the ledger. `tasks` are what the recipe learns; samples of other tasks count as sampled out."""
     ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0))
     reasons = Counter(letter.reason for letter in found.letters)
     reasons.subtract(letter.reason for letter, _ in found.retried)
@@ -183,7 +183,7 @@ def draw(expected: Expected, found: Found, *, task: str) -> Ledger:
     _draw_topic(ledger, expected, found, ids_N)
     _draw_lake(ledger, expected, found, ids_N)
     for run in _runs(found.steps):
-        counts = _draw_model(expected, found, run, ids_N, task)
+        counts = _draw_model(expected, found, run, ids_N, tasks)
         ledger.models[counts.run] = counts
         for name in ("learnt", "refused", "sampled_out", "in_flight"):
             setattr(ledger, name, getattr(counts, name))
@@ -265,13 +265,15 @@ def _draw_lake(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array
     ledger.lost_where["lake"], ledger.twice_where["lake"] = lost - ledger.retained, twice
 
 
-def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, task: str) -> ModelCounts:
+def _draw_model(
+    expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, tasks: tuple[str, ...]
+) -> ModelCounts:
     """Count how often the run's steps took each expected sample, by their ranges alone."""
     times_N = taken(expected.samples, ids_N, run, found.stored_keys)
     last = run[-1]
     positions = Positions.from_json(found.lake_positions.generation, last.positions)
     covered_N = covers(expected.samples, positions)
-    ours_N = pc.equal(expected.samples["task"], task).to_numpy()
+    ours_N = pc.is_in(expected.samples["task"], value_set=pa.array(tasks)).to_numpy()
     topic_N = pc.is_in(ids_N, value_set=sample_ids(found.topic)).to_numpy(zero_copy_only=False)
     took_N = times_N > 0
     named = sum(r.rows for step in run for r in step.ranges)
@@ -334,7 +336,7 @@ def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys
 
 
 def stored_by_log(
-    samples: pa.Table, steps: Iterable[Step], version: int, task: str, *, retained: bool
+    samples: pa.Table, steps: Iterable[Step], version: int, tasks: tuple[str, ...], *, retained: bool
 ) -> pa.Table | None:
     """Return KEYS of a version of the lake that is no more, in total order; None where the steps don't tell it.
 
@@ -352,7 +354,7 @@ def stored_by_log(
             positions = Positions.from_json(0, step.positions).by_partition
             befores = {r.partition: Position(*r.after) for r in reversed(step.ranges)}
             held_N = covers(samples, Positions(0, {**positions, **befores}))
-            found = samples.filter(pa.array(held_N)).filter(pc.field("task") == task)
+            found = samples.filter(pa.array(held_N)).filter(pc.field("task").isin(tasks))
             found = found.sort_by([(n, "ascending") for n in ("event_time_ms", "partition", "offset", "rank")])
             return (found.slice(max(0, found.num_rows - rows)) if retained else found).select(KEYS.names)
     return None

@@ -171,12 +171,12 @@ class Rows:
         offsets = dict(state.next_offsets) if state is not None else {}
         missing = {p: upto for p, upto in need.items() if upto > self._lake_upto.get(p, Position(-1, -1))}
         later = self._from_topic(reader, topics.samples, missing, offsets) if missing else []
-        task = project.recipe.task
+        tasks = project.recipe.heads
         self._live: dict[int, _Store] = {}
         for partition in need:
             parts = [conform(stored.filter(pc.equal(stored["partition"], partition)), self._schema)]
             parts += [pa.Table.from_batches([b]) for p, b in later if p == partition]
-            self._live[partition] = _indexed(parts, self._schema, task)
+            self._live[partition] = _indexed(parts, self._schema, tasks)
 
     def of(self, step: Step) -> pa.Table:
         """Return a step's rows, in the order in which they were learnt."""
@@ -203,7 +203,7 @@ class Rows:
             if self._lake is None:
                 raise InvariantBroken(f"the run began with version {version} of a lake, and no lake is given.")
             rows = conform(self._leased(self._lake, version), self._schema)
-            self._stored[version] = stored_order(rows, self._project.recipe.task)
+            self._stored[version] = stored_order(rows, self._project.recipe.heads)
         return self._stored[version]
 
     def _leased(self, lake: Lake, version: int) -> pa.Table:
@@ -243,10 +243,10 @@ def _ends(wanted: StepRange) -> tuple[tuple[int, int], tuple[int, int]]:
     return wanted.after, wanted.upto
 
 
-def _indexed(parts: list[pa.Table], schema: pa.Schema, task: str) -> _Store:
-    """Return rows of one task in position order, each position once: the lake and the topic may both hold it."""
+def _indexed(parts: list[pa.Table], schema: pa.Schema, tasks: tuple[str, ...]) -> _Store:
+    """Return rows of these tasks in position order, each position once: the lake and the topic may both hold it."""
     table = pa.concat_tables(parts).combine_chunks()
-    table = table.filter(pc.equal(table["task"], task))
+    table = table.filter(pc.is_in(table["task"], value_set=pa.array(tasks)))
     order_N = (table["offset"].to_numpy() << _RANK_BITS) + table["rank"].to_numpy()
     kept_K, first_K = np.unique(order_N, return_index=True)
     return _Store(table.take(pa.array(first_K)), kept_K)

@@ -21,12 +21,14 @@ import pyarrow.compute as pc
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.events import decode_batch
+from headrace.contract.hashing import combine64
 from headrace.contract.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.positions import START, Position, Positions
 from headrace.contract.project import Project
 from headrace.contract.sample import matrix, parse_position, sample_schema
 from headrace.contract.steps import StepRange
+from headrace.ingest.texts import hash_column
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.batch import Batch
 
@@ -89,7 +91,7 @@ class Cursor(msgspec.Struct, frozen=True):
 
 @dataclass
 class _Chunk:
-    """Rows of one record that are not taken yet, of the recipe's task, in position order."""
+    """Rows of one record that are not taken yet, of the recipe's tasks, in position order."""
 
     rows: pa.RecordBatch
     order_N: npt.NDArray[np.int64]
@@ -123,7 +125,7 @@ def _order(position: Position) -> int:
 
 
 class Source:
-    """Reads one task's samples. For one thread."""
+    """Reads the samples of the recipe's tasks. For one thread."""
 
     def __init__(
         self,
@@ -287,7 +289,7 @@ class Source:
             raise InvariantBroken(f"the run is at version {version} of a lake, and no lake is given.")
         # Until the first checkpoint names the version, only the lease keeps its files from a vacuum.
         self._lake.hold(version, self._holder)
-        stored = stored_order(conform(self._lake.read(version), self._schema), self._project.recipe.task)
+        stored = stored_order(conform(self._lake.read(version), self._schema), self._project.recipe.heads)
         if not stored.num_rows:
             self._lake.let_go(self._holder)
             return  # nothing to learn there: the topic has it all
@@ -341,8 +343,8 @@ class Source:
         rows = decode_batch(record.value or b"", self._schema)
         order_N = (rows["offset"].to_numpy() << _RANK_BITS) + rows["rank"].to_numpy()
         keep_N = order_N > _order(partition.read)
-        task_N = pc.equal(rows["task"], self._project.recipe.task).to_numpy(zero_copy_only=False)
-        keep_N &= task_N
+        heads = pa.array(self._project.recipe.heads)
+        keep_N &= pc.is_in(rows["task"], value_set=heads).to_numpy(zero_copy_only=False)
         if not keep_N.all():
             rows, order_N = rows.filter(pa.array(keep_N)), order_N[keep_N]
         partition.chunks.append(_Chunk(rows, order_N, record.offset, last))
@@ -391,9 +393,9 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def stored_order(rows: pa.Table, task: str) -> pa.Table:
-    """Return one task's rows in total order: event time, partition, offset, rank."""
-    return rows.filter(pc.equal(rows["task"], task)).sort_by(TOTAL_ORDER)
+def stored_order(rows: pa.Table, tasks: tuple[str, ...]) -> pa.Table:
+    """Return the rows of these tasks in total order: event time, partition, offset, rank."""
+    return rows.filter(pc.is_in(rows["task"], value_set=pa.array(tasks))).sort_by(TOTAL_ORDER)
 
 
 def to_batch(rows: pa.Table, project: Project) -> Batch:
@@ -412,7 +414,14 @@ def to_batch(rows: pa.Table, project: Project) -> Batch:
         np.array(batch["label"], np.float32),
         np.array(batch["weight"], np.float32),
         np.array(batch["event_time_ms"], np.int64),
+        np.array(pc.fill_null(pc.index_in(batch["task"], value_set=pa.array(project.recipe.heads)), -1), np.int8),
+        _ids(batch) if project.recipe.negative_share < 1 else np.zeros(batch.num_rows, np.int64),
     )
+
+
+def _ids(rows: pa.RecordBatch) -> npt.NDArray[np.int64]:
+    """Return a hash of each sample's identity, its impression and task: int64 [B]."""
+    return combine64(hash_column(rows["event_id"]), hash_column(rows["task"])).view(np.int64)
 
 
 def known_ms(rows: pa.Table, window_ms: int) -> npt.NDArray[np.int64]:

@@ -83,12 +83,12 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
     retained_before_ms = state.retained_before_ms if state is not None else 0
 
     def stored_keys(version: int) -> pa.Table:
-        task = project.recipe.task
+        tasks = project.recipe.heads
         try:
-            return stored_order(lake.read(version, TIMED_KEYS.names), task).select(KEYS.names).cast(KEYS)
+            return stored_order(lake.read(version, TIMED_KEYS.names), tasks).select(KEYS.names).cast(KEYS)
         except (Unavailable, InvariantBroken):
             # The version is beyond lake.history_ms, or retention dropped rows of it: the log has them still.
-            found = stored_by_log(expected.samples, steps, version, task, retained=retained_before_ms > 0)
+            found = stored_by_log(expected.samples, steps, version, tasks, retained=retained_before_ms > 0)
             if found is None:
                 raise
             return found
@@ -105,7 +105,7 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
         retried=superseded(letters, marks),
         retained_before_ms=retained_before_ms,
     )
-    return draw(expected, found, task=project.recipe.task)
+    return draw(expected, found, tasks=project.recipe.heads)
 
 
 def table(ledger: Ledger) -> str:

@@ -135,6 +135,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         wide = {name: dim for name, dim in self.slot_dims.items() if dim > self.dim}
         if wide:
             raise ConfigRejected(f"recipe.slot_dims {wide} are above recipe.dim {self.dim}, the widest.")
+        if self.slot_dims and self.model == "logistic":
+            raise ConfigRejected("recipe.slot_dims are of embeddings, which the model 'logistic' does not have.")
+        if labels and all(self.slot_dims.get(label, self.dim) < self.dim for label in labels):
+            raise ConfigRejected(f"recipe.slot_dims leave no slot of recipe.dim {self.dim}: lower it to the widest.")
         return self
 
 

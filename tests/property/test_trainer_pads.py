@@ -46,7 +46,7 @@ def test_a_pad_never_gets_a_row_nor_is_published(seed):
     for step in range(4):
         report = learner.learn(padded(seed + step))
         assert report.learnt == 24 and PAD not in report.touched_K
-    assert PAD not in learner.table.state()["keys"] and PAD not in learner.weights().keys_K
+    assert PAD not in learner.table.state()["0.keys"] and PAD not in learner.weights().keys_K
     assert not learner.table.lookup(np.array([PAD])).any()
     other = make_learner(RECIPE, SPEC)
     other.load(learner.state())
@@ -64,7 +64,7 @@ def test_the_other_rows_learn_as_if_pads_were_cut_out(seed):
     assert not values[batch.slots_BF == PAD].any()
     logits_BT = learner.net.forward(values, batch.numeric_BD)
     grad_BFV, _ = learner.net.backward(gradients(RECIPE, logits_BT[:, 0], batch.label_B, batch.weight_B)[:, None])
-    before = learner.table.values_RV.copy()
+    before = learner.table.tables[0].values_RV.copy()
     touched = learner.table.update(rows_BF, grad_BFV, batch.event_time_ms_B)
     real = batch.slots_BF != PAD
     assert sorted(touched.tolist()) == sorted(set(rows_BF[real].tolist()))
@@ -72,8 +72,8 @@ def test_the_other_rows_learn_as_if_pads_were_cut_out(seed):
     np.add.at(sums, rows_BF[real], grad_BFV[real])
     wanted = before[: len(sums), 0] - 0.1 * sums[:, 0] / (np.abs(sums[:, 0]) + 1e-6)
     clear = np.abs(sums[:, 0]) > 1e-4
-    np.testing.assert_allclose(learner.table.values_RV[: len(sums), 0][clear], wanted[clear], atol=2e-4)
-    assert (learner.table.last_s_R[touched] == batch.event_time_ms_B.max() // 1_000).all()
+    np.testing.assert_allclose(learner.table.tables[0].values_RV[: len(sums), 0][clear], wanted[clear], atol=2e-4)
+    assert (learner.table.tables[0].last_s_R[touched] == batch.event_time_ms_B.max() // 1_000).all()
 
 
 @settings(max_examples=10, deadline=None)

@@ -70,7 +70,7 @@ def change(found: Found, **changes: object) -> Found:
 
 
 def test_a_sound_pipeline_closes():
-    ledger = draw(EXPECTED, sound(), task="click")
+    ledger = draw(EXPECTED, sound(), tasks=("click",))
     assert ledger.closes
     assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 58, 2, 5)
     assert (ledger.samples, ledger.learnt, ledger.stored) == (ROWS, ROWS, ROWS)
@@ -83,7 +83,7 @@ def test_what_is_beyond_the_positions_is_on_its_way_and_not_lost():
     steps = [*sound().steps[:2], step(3, live(0, (7, 1), (12, 1), 10), positions={"0": [12, 1]})]
     lake = SAMPLES.filter(pa.compute.field("offset") <= 8)
     found = change(sound(), steps=steps, lake=lake, lake_positions=Positions.from_json(1, {"0": [8, 1], "1": [8, 1]}))
-    ledger = draw(EXPECTED, found, task="click")
+    ledger = draw(EXPECTED, found, tasks=("click",))
     assert ledger.closes
     assert (ledger.learnt, ledger.in_flight, ledger.lost) == (20, 20, 0)
 
@@ -92,36 +92,36 @@ def test_what_is_beyond_the_positions_is_on_its_way_and_not_lost():
 @pytest.mark.parametrize("row", [0, 19, 20, ROWS - 2])
 def test_one_row_missing_or_repeated_is_found(where: str, row: int):
     missing = pa.concat_tables([SAMPLES.slice(0, row), SAMPLES.slice(row + 1)])
-    ledger = draw(EXPECTED, change(sound(), **{where: missing}), task="click")
+    ledger = draw(EXPECTED, change(sound(), **{where: missing}), tasks=("click",))
     assert (ledger.lost_where[where], ledger.lost, ledger.twice, ledger.closes) == (1, 1, 0, False)
     repeated = pa.concat_tables([SAMPLES, SAMPLES.slice(row, 1)])
-    ledger = draw(EXPECTED, change(sound(), **{where: repeated}), task="click")
+    ledger = draw(EXPECTED, change(sound(), **{where: repeated}), tasks=("click",))
     assert (ledger.twice_where[where], ledger.lost, ledger.twice, ledger.closes) == (1, 0, 1, False)
 
 
 def test_a_row_nobody_logged_is_found():
     strange = SAMPLES.slice(0, 1).set_column(3, "event_id", pa.array(["made up"]))
-    ledger = draw(EXPECTED, change(sound(), lake=pa.concat_tables([SAMPLES, strange])), task="click")
+    ledger = draw(EXPECTED, change(sound(), lake=pa.concat_tables([SAMPLES, strange])), tasks=("click",))
     assert ledger.twice_where["lake"] == 1 and not ledger.closes
 
 
 def test_a_gap_and_an_overlap_between_steps_are_found():
     gap = [*sound().steps[:2], step(3, live(0, (7, 1), (12, 1), 10), live(1, (-1, -1), (7, 0), 9)), sound().steps[3]]
-    ledger = draw(EXPECTED, change(sound(), steps=gap), task="click")
+    ledger = draw(EXPECTED, change(sound(), steps=gap), tasks=("click",))
     assert (ledger.lost_where["model"], ledger.learnt, ledger.twice) == (1, ROWS - 1, 0)
     overlap = [*sound().steps[:3], step(4, live(1, (7, 0), (12, 1), 11))]
-    ledger = draw(EXPECTED, change(sound(), steps=overlap), task="click")
+    ledger = draw(EXPECTED, change(sound(), steps=overlap), tasks=("click",))
     assert (ledger.twice_where["model"], ledger.learnt, ledger.lost) == (1, ROWS, 0)
 
 
 def test_a_step_that_learnt_fewer_rows_than_its_range_holds_is_found():
     short = [*sound().steps[:3], step(4, live(1, (7, 1), (12, 1), 9))]
-    assert draw(EXPECTED, change(sound(), steps=short), task="click").lost_where["model"] == 1
+    assert draw(EXPECTED, change(sound(), steps=short), tasks=("click",)).lost_where["model"] == 1
 
 
 def test_a_receipt_for_what_the_log_lacks_is_a_loss():
     said = Punctuation("g", 1, 0, counts={"read": 67, "appended": 60, "dead_lettered": 2, "repeated": 5})
-    ledger = draw(EXPECTED, change(sound(), punctuations=[said]), task="click")
+    ledger = draw(EXPECTED, change(sound(), punctuations=[said]), tasks=("click",))
     assert ledger.lost_where["log"] == 2 and not ledger.closes
 
 
@@ -131,7 +131,7 @@ def test_a_killed_gateway_said_less_than_it_did():
         Punctuation("g", 1, 9, counts={"read": 30, "appended": 28, "dead_lettered": 0, "repeated": 1}),
         Punctuation("g", 2, 20, counts={"read": 20, "appended": 18, "dead_lettered": 1, "repeated": 1}),
     ]
-    ledger = draw(EXPECTED, change(sound(), punctuations=said), task="click")
+    ledger = draw(EXPECTED, change(sound(), punctuations=said), tasks=("click",))
     assert (ledger.read, ledger.repeated, ledger.closes) == (62, 2, True)
 
 
@@ -142,12 +142,12 @@ def test_a_letter_that_was_offered_again_is_counted_where_its_event_ended():
     said = Punctuation("g", 1, 0, counts={"read": 65, "appended": 57, "dead_lettered": 3, "repeated": 5})
     before = change(sound(), letters=old, punctuations=[said])
     rows = {**EXPECTED.rows, "impression": 44}
-    ledger = draw(Expected(**{**EXPECTED.__dict__, "rows": rows}), before, task="click")
+    ledger = draw(Expected(**{**EXPECTED.__dict__, "rows": rows}), before, tasks=("click",))
     assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 57, 3, 5)
     after = change(
         before, letters=[*old, newer], retried=[(old[0], "appended"), (old[1], "repeated"), (old[2], "refused")]
     )
-    ledger = draw(EXPECTED, after, task="click")
+    ledger = draw(EXPECTED, after, tasks=("click",))
     assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 58, 1, 6)
     assert (ledger.retried, ledger.closes, ledger.dead_letters) == (3, True, {"bad_type": 1})
 
@@ -156,5 +156,5 @@ def test_a_mark_for_what_the_log_lacks_is_a_loss():
     letter = DeadLetter(reason="undeclared", detail="", origin="", tag="a")
     said = Punctuation("g", 1, 0, counts={"read": 60, "appended": 58, "dead_lettered": 0, "repeated": 2})
     found = change(sound(), letters=[letter], punctuations=[said], retried=[(letter, "appended")])
-    ledger = draw(EXPECTED, found, task="click")
+    ledger = draw(EXPECTED, found, tasks=("click",))
     assert ledger.lost_where["log"] == 1 and not ledger.closes

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.recipe import Optimizer as Kind
-from headrace.contract.recipe import Recipe
+from headrace.contract.recipe import Recipe, slot_labels
 from headrace.contract.snapshot import Weights
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.adam import Norms
@@ -27,9 +27,10 @@ from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import Platt, gradients, left_out
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.net import Net
-from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, probabilities, score
+from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, probabilities, score
+from headrace.trainer.model.table_group import SlotTable, Tables
 from headrace.trainer.model.table_optimizers import Optimizer
-from headrace.trainer.model.tables import Int64s, Table
+from headrace.trainer.model.tables import Int64s
 
 State = dict[str, npt.NDArray[np.generic]]
 _NO_KEYS = np.empty(0, np.int64)
@@ -118,7 +119,7 @@ def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu") 
         dense = ModuleNet(recipe, features, device=device)
     else:
         dense = Net(recipe, features, device=device)
-    return TableLearner(recipe, features, make_table(recipe, features), dense)
+    return TableLearner(recipe, features, make_tables(recipe, features), dense)
 
 
 def device_of(setting: str) -> str:
@@ -131,13 +132,17 @@ def device_of(setting: str) -> str:
     return "cuda" if has_cuda and setting != "cpu" else "cpu"
 
 
-def make_table(recipe: Recipe, features: FeatureSpec) -> Table:
+def make_tables(recipe: Recipe, features: FeatureSpec) -> Tables:
     """Return the recipe's tables, empty."""
-    return Table(
-        dim=recipe.row_dim,
+    kinds = [recipe.slot_optimizers.get(label, recipe.optimizer) for label in slot_labels(features)]
+    slots = [
+        SlotTable(int(dim), _optimizer(recipe, kind))
+        for dim, kind in zip(dims_of(recipe, features), kinds, strict=True)
+    ]
+    return Tables(
+        slots or [SlotTable(recipe.row_dim, _optimizer(recipe, recipe.optimizer))],
         seed=recipe.seed,
         scale=recipe.row_scale,
-        optimizer=_optimizer(recipe, recipe.optimizer),
         admission=Admission(after=recipe.admit_after, by=recipe.admit_by),
         expire_after_ms=recipe.expire_after_ms,
     )
@@ -151,7 +156,7 @@ def _optimizer(recipe: Recipe, kind: Kind) -> Optimizer:
 class TableLearner:
     """A dense part over collisionless tables: every model of `Recipe.model`."""
 
-    def __init__(self, recipe: Recipe, features: FeatureSpec, table: Table, dense: DensePart) -> None:
+    def __init__(self, recipe: Recipe, features: FeatureSpec, table: Tables, dense: DensePart) -> None:
         self.recipe, self.features, self.table, self.net = recipe, features, table, dense
         self.step = 0
         self._platt = Platt(recipe) if recipe.calibrate else None
