@@ -5,6 +5,9 @@
    written out of turn: it is left out, counted (`gap_total`) and comes again from the partition's owner.
 3. Every `sink.commit_ms`, or `sink.commit_rows`, commit rows, offsets and positions in one Delta commit.
 4. Then let Faust commit. When a commit fails, everything since the last one is dropped and read again.
+
+`behind_ms` is the age of the oldest record that is not in the lake. Beyond half of what the topic keeps it is an alarm:
+what the topic forgets before it is stored is lost.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from headrace.contract.topics import Topics
 from headrace.stream.engine import Engine
 
 log = logging.getLogger("headrace.sink")
+
+ALARM_EVERY_S = 60.0
 
 
 class LakeState(Protocol):
@@ -67,6 +72,8 @@ class SinkStage:
 
     def __init__(self, project: Project, config: Config, lake: Lake, metrics: Metrics, clock: Clock) -> None:
         self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
+        topics = Topics(config.log.generation)
+        self.kept_ms = next(t.retention_ms for t in topics.specs(1) if t.name == topics.samples)
         self.schema = sample_schema(project)
         self.engine: Engine | None = None
         self.positions: dict[int, Position] = {}
@@ -74,6 +81,11 @@ class SinkStage:
         self.batches: list[tuple[int, pa.RecordBatch]] = []
         self.rows = 0
         self._moved: set[int] = set()
+        self._since_ms: dict[int, int] = {}
+        """When the oldest record that waits for the next commit was written, by partition."""
+        self._since_committing_ms: dict[int, int] = {}
+        """The same of the commit that is under way."""
+        self._alarm_due_s = 0.0
         self._due_s = 0.0
         self._metrics_due_s = 0.0
         self._committing: asyncio.Task[None] | None = None
@@ -97,6 +109,7 @@ class SinkStage:
         partition, own = record.partition, self.positions[record.partition]
         self.next[partition] = record.offset + 1
         self._moved.add(partition)
+        self._since_ms.setdefault(partition, record.timestamp_ms)
         self.metrics.add("records_read_total")
         if record.value is None:
             return
@@ -134,6 +147,21 @@ class SinkStage:
         if now_s >= self._metrics_due_s and self.engine is not None:
             self._metrics_due_s = now_s + 1.0
             self.metrics.set("lag_records", self.engine.lag())
+            self.look_behind()
+
+    def look_behind(self) -> None:
+        """Tell how far the lake is behind, and raise the alarm where the topic may forget what is not stored yet."""
+        waiting = [*self._since_ms.values(), *self._since_committing_ms.values()]
+        behind_ms = max(0, self.clock.now_ms() - min(waiting)) if waiting else 0
+        self.metrics.set("behind_ms", behind_ms)
+        if behind_ms > self.kept_ms // 2 and self.clock.monotonic() >= self._alarm_due_s:
+            self._alarm_due_s = self.clock.monotonic() + ALARM_EVERY_S
+            log.error(
+                "the lake is %.1f h behind and the samples topic keeps %.1f h: what it forgets before it is stored is "
+                "lost. Raise the topic's retention.ms, then see commit_seconds and whether the store takes writes.",
+                behind_ms / 3_600_000,
+                self.kept_ms / 3_600_000,
+            )
 
     def drop(self, partitions: set[int]) -> None:
         """Forget what is not committed of revoked partitions; the lake tells the new owner where to go on."""
@@ -143,6 +171,7 @@ class SinkStage:
         for partition in partitions:
             self.positions.pop(partition, None)
             self.next.pop(partition, None)
+            self._since_ms.pop(partition, None)
 
     async def finish(self) -> None:
         """Commit what is there."""
@@ -159,6 +188,7 @@ class SinkStage:
         offsets = {p: self.next[p] for p in moved}
         positions = {p: self.positions[p] for p in moved}
         self.batches, self.rows, self._moved = [], 0, set()
+        self._since_committing_ms, self._since_ms = self._since_ms, {}
         self._committing = asyncio.ensure_future(self._commit(batches, offsets, positions))
 
     async def _commit(
@@ -173,6 +203,7 @@ class SinkStage:
             return
         finally:
             self._committing = None
+        self._since_committing_ms = {}
         for partition, following in offsets.items():
             if self.engine is not None:
                 self.engine.acknowledge(partition, following - 1)

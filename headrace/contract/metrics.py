@@ -33,6 +33,7 @@ Name = Literal[
     "rows_stored_total",
     "lake_version",
     "commit_seconds",
+    "behind_ms",
     "lake_files",
     "lake_bytes",
     "lake_files_compacted_total",

@@ -1,0 +1,61 @@
+"""Goal: a lake that falls behind is told before the topic forgets. Method: the sink on a folder, a virtual clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+from trainer_world import PROJECT, TOPICS, samples, send
+
+from headrace.backends.clock import VirtualClock
+from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.log_memory import MemoryLog
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.contract.config import Config
+from headrace.stream.sink import SinkStage
+
+HOUR_S = 3_600
+
+
+def test_what_is_not_stored_is_told_by_its_age_and_alarms_at_half_of_what_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    clock, metrics = VirtualClock(0), MemoryMetrics()
+    memory = MemoryLog(clock.now_ms)
+    memory.admin().ensure_topics(TOPICS.specs(1))
+    after = send(memory, samples(1, 0, 6), after=(-1, -1))
+    clock.advance(HOUR_S)
+    send(memory, samples(1, 0, 6, offset=6), after=after)
+    reader = memory.reader()
+    reader.assign({(TOPICS.samples, 0): 0})
+    records = reader.poll(10, 0.0)
+    stage = SinkStage(PROJECT, Config(), DeltaLake(str(tmp_path / "lake"), partitions=1), metrics, clock)
+
+    def behind_ms() -> float:
+        stage.look_behind()
+        return metrics.gauges["behind_ms", ""]
+
+    async def work() -> None:
+        await stage.begin(0)
+        assert behind_ms() == 0
+        await stage.take(records[0])
+        assert behind_ms() == HOUR_S * 1_000
+        await stage.take(records[1])
+        clock.advance(HOUR_S)
+        assert behind_ms() == 2 * HOUR_S * 1_000  # since the first of them
+        clock.advance(82 * HOUR_S)
+        assert (behind_ms(), caplog.records) == (84 * HOUR_S * 1_000, [])  # half of seven days, and not more
+        clock.advance(1)
+        behind_ms()
+        behind_ms()
+        assert ["84.0 h behind" in r.getMessage() for r in caplog.records] == [True]  # once a minute
+        await stage.finish()
+        assert behind_ms() == 0
+        clock.advance(HOUR_S)
+        stage.drop({0})
+        assert behind_ms() == 0
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(work())
