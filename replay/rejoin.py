@@ -1,4 +1,8 @@
-"""What should be: the events log through the same pure join again, without features, which no identity depends on."""
+"""What should be: the events log through the same pure join again, without features, which no identity depends on.
+
+A change of rules in the log is gone through like in the stream; a task counts from the partition's first row that it
+was declared for.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +37,15 @@ SETTLED_MS = 1_000
 def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple[Expected, list[Punctuation]]:
     """Return what the join makes of `records`, and the gateways' punctuation that carries settled totals.
 
+    `project` is read by the rules that were in force from the log's beginning (`headrace.stream.rules.first_rules`).
+
     Raises `InvariantBroken` when the log no longer begins at offset 0: what preceded can't be told any more.
     """
-    plain = _identities_only(project)
     states: dict[int, JoinState] = {}
     rows = {IMPRESSION: 0, FEEDBACK: 0, EXTERNAL: 0}
     tables: list[pa.Table] = []
     said: list[tuple[int, Punctuation]] = []
-    answers = Counter[str]()
+    answers = Counter[tuple[int, str]]()
     newest_ms = 0
     for record in records:
         state = states.get(record.partition)
@@ -51,11 +56,15 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
                     "ledger needs. Raise the topic's retention, or begin a new generation."
                 )
             state = states[record.partition] = JoinState(
-                plain, config.join, silent_ms=config.ingest.silent_ms, partition=record.partition
+                project,
+                config.join,
+                silent_ms=config.ingest.silent_ms,
+                partition=record.partition,
+                as_read=_identities_only,
             )
         before = state.totals.feedback
         emitted = state.take(record)
-        answers[record.headers.get("type", "")] += state.totals.feedback - before
+        answers[record.partition, record.headers.get("type", "")] += state.totals.feedback - before
         if emitted is not None:
             tables.append(pa.Table.from_batches([emitted.batch.select(TIMED_KEYS.names)]).cast(TIMED_KEYS))
         kind, newest_ms = record.headers.get("kind", ""), max(newest_ms, record.timestamp_ms)
@@ -65,25 +74,22 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
             rows[kind] += _row_count(record.value)
     samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else TIMED_KEYS.empty_table()
     settled = [p for at, p in said if at <= newest_ms - SETTLED_MS or p.bye]
-    return _expected(project, samples, rows, answers, list(states.values())), settled
+    return _expected(samples, rows, answers, list(states.values())), settled
 
 
 def _expected(
-    project: Project, samples: pa.Table, rows: dict[str, int], answers: Counter[str], states: list[JoinState]
+    samples: pa.Table, rows: dict[str, int], answers: Counter[tuple[int, str]], states: list[JoinState]
 ) -> Expected:
-    tasks = {}
-    for i, task in enumerate(project.tasks):
-        counts = [state.totals.tasks[i] for state in states]
-        tasks[task.name] = TaskCounts(
-            **{
-                name: sum(getattr(c, name) for c in counts)
-                for name in (
-                    *("impressions", "positives", "negatives", "waiting"),
-                    *("matched", "duplicate", "late", "orphans", "pending"),
-                )
-            }
-        )
-        tasks[task.name].feedback = answers[task.feedback]
+    tasks: dict[str, TaskCounts] = {}
+    for state in states:
+        for (task, feedback), counts in zip(state.tasks, state.totals.tasks, strict=True):
+            total = tasks.setdefault(task, TaskCounts())
+            for name in (
+                *("impressions", "positives", "negatives", "waiting"),
+                *("matched", "duplicate", "late", "orphans", "pending"),
+            ):
+                setattr(total, name, getattr(total, name) + getattr(counts, name))
+            total.feedback += answers[state.partition, feedback]
     return Expected(
         samples=samples,
         rows=rows,

@@ -32,7 +32,6 @@ from headrace.contract.project import Project
 from headrace.contract.topics import Topics
 from headrace.stream.aggregator import AggregatorState, Settled
 from headrace.stream.engine import Engine
-from headrace.stream.state import dependence
 
 log = logging.getLogger("headrace.aggregate")
 
@@ -58,7 +57,6 @@ class AggregateStage:
         self.engine: Engine | None = None
         self.state: AggregatorState | None = None
         self.epoch = 0
-        self._others = {c.name for c in project.features.counters if c.key != project.impression.key}
         self._names: list[str] = []
         self._sent = self._delivered = 0
         self._stored: list[int] = []
@@ -139,11 +137,6 @@ class AggregateStage:
             except (zlib.error, msgspec.DecodeError) as error:
                 log.error("%s/%s is damaged (%s); taking the one before", self._folder, name, error)
                 continue
-            if plain["needs"] != dependence(self.project):
-                raise InvariantBroken(
-                    f"the stored counters belong to declarations {plain['needs']}, this project is "
-                    f"{dependence(self.project)}. Raise log.generation to begin anew."
-                )
             state.load_plain(plain)
             break
         self.epoch = state.epoch_seen = max(self.clock.now_ms(), state.epoch_seen + 1)
@@ -151,7 +144,7 @@ class AggregateStage:
         return state
 
     async def _write(self, settled: list[Settled]) -> None:
-        ours = [s for s in settled if s.counter in self._others]
+        ours = [s for s in settled if s.is_shared]
         for start in range(0, len(ours), RECORD_ROWS):
             rows = ours[start : start + RECORD_ROWS]
             columns = [
@@ -204,8 +197,7 @@ class AggregateStage:
         state = self.state
         if state is None or state.offsets == self._stored:
             return
-        plain = {"needs": dependence(self.project), **state.to_plain()}
-        data = zlib.compress(msgspec.msgpack.encode(plain), 1)
+        data = zlib.compress(msgspec.msgpack.encode(state.to_plain()), 1)
         self._storing = asyncio.ensure_future(self._store(list(state.offsets), self._sent, data))
 
     async def _store(self, offsets: list[int], sent: int, data: bytes) -> None:

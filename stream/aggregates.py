@@ -28,14 +28,15 @@ F64s = npt.NDArray[np.float64]
 
 
 class Known(NamedTuple):
-    """The arrays: `places_M` has rows, `filled_R` says how many values a row has, oldest first. `head`: first free
-    row, rows ever used, highest epoch seen."""
+    """The arrays: `places_M` has rows, `filled_R` says how many values a row has, oldest first, `number_R` of which
+    counter. `head`: first free row, rows ever used, highest epoch seen."""
 
     places_M: I32s
     keys_R2: U64s
     filled_R: I64s
     as_of_RK: I64s
     values_RKE: F64s
+    number_R: I64s
     head: I64s
 
 
@@ -43,12 +44,49 @@ class Aggregates:
     """Newest values of each (counter, key); a key leaves when its value is zero and the watermark has passed that."""
 
     def __init__(self, counters: Sequence[Counter]) -> None:
-        self.counters = {counter.name: counter for counter in counters}
-        self._names = pa.array(list(self.counters), pa.string())
-        self._width = max((len(counter.counts) for counter in counters), default=0)
+        self.counters: dict[str, Counter] = {}
+        self._numbers: dict[str, int] = {}
+        """Of each counter, one that no other of them gets; it is part of a row's key."""
+        self._numbered = 0
+        self._width = 0
         self._zeros: list[tuple[int, int]] = []
         """(as_of_ms, row) of values that are zero: when the watermark passes them, the row may leave."""
         self._clear(1_024, -1)
+        self.change(counters)
+
+    def change(self, counters: Sequence[Counter]) -> None:
+        """Know these counters from now on. One that was known goes on, a new one begins with nothing."""
+        kept = {self._numbers[c.name] for c in counters if self.counters.get(c.name) == c}
+        before, self.counters = self._numbers, {counter.name: counter for counter in counters}
+        self._numbers = {}
+        for name in self.counters:
+            if name in before and before[name] in kept:
+                self._numbers[name] = before[name]
+            else:
+                self._numbers[name] = self._numbered
+                self._numbered += 1
+        self._names = pa.array(list(self.counters), pa.string())
+        self._width = max((len(counter.counts) for counter in counters), default=0)
+        self._keep(kept)
+
+    def _keep(self, numbers: set[int]) -> None:
+        """Keep the rows of these counters, as wide as the counters are now."""
+        old, used = self.arrays, int(self.arrays.head[_USED])
+        stays_R = (old.filled_R[:used] > 0) & np.isin(old.number_R[:used], sorted(numbers))
+        row_R = np.cumsum(stays_R) - 1
+        stay = int(stays_R.sum())
+        self._clear(max(1_024, stay + stay // 4), int(old.head[_EPOCH]))
+        for column, before in zip(self.arrays[1:6], old[1:6], strict=True):
+            moved = before[:used][stays_R]
+            if column.ndim == 3:
+                width = min(column.shape[2], moved.shape[2])
+                column[:stay] = 0.0
+                column[:stay, :, :width] = moved[:, :, :width]
+            else:
+                column[:stay] = moved
+        self.arrays.head[_USED] = stay
+        _settle(self.arrays)
+        self._zeros = sorted((as_of_ms, int(row_R[row])) for as_of_ms, row in self._zeros if stays_R[row])
 
     def _clear(self, rows: int, epoch: int) -> None:
         self.arrays = Known(
@@ -57,6 +95,7 @@ class Aggregates:
             np.zeros(rows, np.int64),
             np.zeros((rows, KEEP), np.int64),
             np.zeros((rows, KEEP, self._width)),
+            np.zeros(rows, np.int64),
             np.array([_END, 0, epoch], np.int64),
         )
 
@@ -65,7 +104,8 @@ class Aggregates:
         rows = batch.num_rows
         if not rows or not self.counters:
             return
-        number_N = pc.fill_null(pc.index_in(batch.column(0), value_set=self._names), -1).to_numpy()
+        place_N = pc.fill_null(pc.index_in(batch.column(0), value_set=self._names), len(self._numbers)).to_numpy()
+        number_N = np.array([*self._numbers.values(), -1], np.int64)[place_N]
         keys_N2 = with_numbers(hash_texts(batch.column(1), 0), number_N)
         counts = batch.column(4)
         starts_S = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(counts), 0).to_numpy())])
@@ -85,7 +125,7 @@ class Aggregates:
         Zeros where there are none or the key is null; what fades by itself is aged to the row's time.
         """
         texts = keys if pa.types.is_string(keys.type) else keys.cast(pa.string())
-        number_N = np.full(len(texts), list(self.counters).index(counter.name), np.int64)
+        number_N = np.full(len(texts), self._numbers[counter.name], np.int64)
         present_N = np.ones(len(texts), np.bool_)
         if texts.null_count:
             present_N = texts.is_valid().to_numpy(zero_copy_only=False)
@@ -109,15 +149,16 @@ class Aggregates:
     def to_plain(self) -> list[Any]:
         """Return the state as numbers and bytes; rows keep their places."""
         a, used = self.arrays, int(self.arrays.head[_USED])
-        columns = [a.keys_R2, a.filled_R, a.as_of_RK, a.values_RKE]
-        return [a.head.tolist(), [c[:used].tobytes() for c in columns], [list(zero) for zero in sorted(self._zeros)]]
+        columns = [c[:used].tobytes() for c in a[1:6]]
+        return [a.head.tolist(), columns, [list(zero) for zero in sorted(self._zeros)], self._numbered, self._numbers]
 
     def load_plain(self, plain: Sequence[Any]) -> None:
         """Take over what `to_plain` gave."""
-        head, columns, zeros = plain
+        head, columns, zeros, self._numbered, self._numbers = plain
+        self._numbers = {name: self._numbers[name] for name in self.counters}
         used = head[_USED]
         self._clear(max(1_024, used + used // 4), head[_EPOCH])
-        for column, raw in zip(self.arrays[1:5], columns, strict=True):
+        for column, raw in zip(self.arrays[1:6], columns, strict=True):
             column[:used] = np.frombuffer(raw, column.dtype).reshape(used, *column.shape[1:])
         self.arrays.head[_USED] = used
         _settle(self.arrays)
@@ -129,7 +170,7 @@ class Aggregates:
             return
         old = self.arrays
         self._clear(max(2 * len(old.filled_R), used + more), int(old.head[_EPOCH]))
-        for column, before in zip(self.arrays[1:5], old[1:5], strict=True):
+        for column, before in zip(self.arrays[1:6], old[1:6], strict=True):
             column[: len(before)] = before
         self.arrays.head[_USED] = used
         _settle(self.arrays)
@@ -190,6 +231,7 @@ def _take_values(
             continue
         a.head[_EPOCH] = epoch_N[n]
         row = _row_for(a, keys_N2[n, 0], keys_N2[n, 1])
+        a.number_R[row] = number_N[n]
         filled = a.filled_R[row]
         # A restarted aggregator says what it said again, under its new epoch.
         while filled and a.as_of_RK[row, filled - 1] >= as_of_N[n]:

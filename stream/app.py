@@ -4,6 +4,9 @@
 2. Every `join.snapshot_ms` take the state at its offset.
 3. When all samples sent up to then have their receipts, store the state: its new parts, then its manifest, atomically.
 4. Then, and only then, let Faust commit up to that offset; keep the three newest manifests and the parts they need.
+
+The rules that impressions are read by come from the log: those of change 1, then each change where it lies. What the
+project on disk declares is only compared with them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow.compute as pc
+
 from headrace.contract.blobs import Blobs
 from headrace.contract.clock import Clock
 from headrace.contract.config import Config
@@ -26,10 +31,12 @@ from headrace.contract.log import Producer, Record
 from headrace.contract.metrics import Metrics, Name
 from headrace.contract.positions import Position
 from headrace.contract.project import Project
+from headrace.contract.rules import Rules, differences, rules_of
 from headrace.contract.sample import format_position
 from headrace.contract.topics import Topics
 from headrace.stream.engine import Engine
-from headrace.stream.join import Emitted, JoinState, TaskCounts
+from headrace.stream.join import JoinState
+from headrace.stream.outcome import Emitted, TaskCounts
 from headrace.stream.payload import Spill
 from headrace.stream.state import Damaged, Snapshot, StateWriter, load, part_names, read_manifest
 
@@ -77,8 +84,11 @@ class StreamStage:
         metrics: Metrics,
         clock: Clock,
         spill: Spill | None = None,
+        declared: Rules | None = None,
     ) -> None:
         self.project, self.config, self.topics = project, config, topics
+        self.declared = rules_of(project) if declared is None else declared
+        """What the project on disk says, where that is not `project`, whose rules the log begins with."""
         self.producer, self.blobs, self.metrics, self.clock, self.spill = producer, blobs, metrics, clock, spill
         self.engine: Engine | None = None
         self.parts: dict[int, _Part] = {}
@@ -86,7 +96,6 @@ class StreamStage:
         # A blob store serves one thread at a time.
         self._blob_lock = asyncio.Lock()
         self._metrics_due_s = 0.0
-        self._digest = project.features.digest()
 
     async def begin(self, partition: int) -> int | None:
         """Restore the newest readable state."""
@@ -114,13 +123,17 @@ class StreamStage:
         due_s = self.clock.monotonic() + snapshot_s * (1 + partition % 4 / 4)
         kept = dict(sorted(manifests.items(), key=lambda item: _offset_of(item[0])))
         self.parts[partition] = _Part(state, writer, due_s, state.totals.tasks, stored=state.offset, manifests=kept)
+        self._tell_rules(partition, state)
         return state.offset + 1 if state.offset >= 0 else None
 
     async def take_all(self, records: Sequence[Record]) -> None:
         """Join records of one partition, in order, and send what they resolved."""
         partition = records[0].partition
         part = self.parts[partition]
+        number = part.state.era.number
         emitted = part.state.take_all(records)
+        if part.state.era.number != number:
+            self._tell_rules(partition, part.state)
         self.metrics.add("records_read_total", len(records))
         if emitted is not None:
             pieces = _pieces(emitted)
@@ -164,6 +177,18 @@ class StreamStage:
             self.producer.poll(0.0)
             await asyncio.sleep(0.005)
 
+    def _tell_rules(self, partition: int, state: JoinState) -> None:
+        rules = state.era.rules
+        log.info("partition %d is read by rules %s (change %d)", partition, rules.digest(), state.era.number)
+        if lines := differences(rules, self.declared):
+            log.warning(
+                "partition %d: the project on disk (%s) differs from the rules in the log, and the log counts:\n  %s\n"
+                "`headrace spec apply` puts the project's in force.",
+                partition,
+                self.declared.digest(),
+                "\n  ".join(lines),
+            )
+
     def _new_state(self, partition: int) -> JoinState:
         silent_ms = self.config.ingest.silent_ms
         return JoinState(self.project, self.config.join, silent_ms=silent_ms, partition=partition, spill=self.spill)
@@ -179,7 +204,7 @@ class StreamStage:
         headers = {
             "after": format_position(emitted.after),
             "last": format_position(emitted.last),
-            "spec": self._digest,
+            "spec": ",".join(pc.unique(emitted.batch.column("spec")).to_pylist()),
         }
 
         def delivered(error: Exception | None, _offset: int) -> None:
@@ -241,16 +266,19 @@ class StreamStage:
         parts = list(self.parts.values())
         if not parts:
             return
-        self.metrics.set("pending_impressions", sum(len(p.state.pending) for p in parts))
+        self.metrics.set("pending_impressions", sum(p.state.waiting for p in parts))
         self.metrics.set("pending_feedback", sum(len(p.state.early) for p in parts))
         self.metrics.set("watermark_ms", min(p.state.watermark.time_ms for p in parts))
+        self.metrics.set("rules_number", min(p.state.era.number for p in parts))
+        self.metrics.set("rules_differ", float(any(p.state.era.rules != self.declared for p in parts)))
         for part in parts:
             tasks = part.state.totals.tasks
-            for task, now, before in zip(self.project.tasks, tasks, part.shown, strict=False):
+            # A task that has just been declared begins with what came before it, which is no news.
+            for (task, _), now, before in zip(part.state.tasks, tasks, part.shown, strict=False):
                 for name, count in _TOTALS:
                     grown = getattr(now, count) - getattr(before, count)
                     if grown:
-                        self.metrics.add(name, grown, reason=task.name)
+                        self.metrics.add(name, grown, reason=task)
             part.shown = tasks
         if self.engine is not None:
             self.metrics.set("lag_records", self.engine.lag())
@@ -266,12 +294,13 @@ def run(
     metrics: Metrics,
     clock: Clock,
     spill: Spill | None,
+    declared: Rules,
     datadir: Path,
     stop: threading.Event,
     ready: Callable[[bool, str], None],
 ) -> int:
-    """Join until `stop`; return the exit status."""
-    stage = StreamStage(project, config, topics, producer, blobs, metrics, clock, spill)
+    """Join until `stop`; return the exit status. See `StreamStage` for `project` and `declared`."""
+    stage = StreamStage(project, config, topics, producer, blobs, metrics, clock, spill, declared)
     name = f"headrace-stream-g{topics.generation}"
     stage.engine = Engine(name, brokers, topics.events, config.log.partitions, datadir)
     return stage.engine.run(stage, stop, ready)

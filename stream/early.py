@@ -67,6 +67,16 @@ class EarlyFeedback:
         """How many wait."""
         return int(self.arrays.ring.head[USED])
 
+    def declare(self, tasks_K: U8s) -> None:
+        """Know more kinds and tasks: `tasks_K` only grows, and the tasks of what waits have been counted."""
+        self.tasks_K = tasks_K
+        self.arrays = self.arrays._replace(tasks_K=tasks_K)
+
+    def waiting_of(self, kind: int) -> int:
+        """Return how many of a kind wait."""
+        ring, _, kinds_C, _ = self.arrays
+        return int(np.count_nonzero(stretch(ring, kinds_C, int(ring.head[FIRST]), int(ring.head[NEXT])) == kind))
+
     def reserve(self, more: int) -> None:
         """Make room for `more`: required before compiled code lets any wait."""
         ring, facts_C3, kinds_C, tasks_K = self.arrays

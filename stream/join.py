@@ -7,6 +7,9 @@
 4. Feedback in time makes a positive at once; feedback that comes first waits for its impression.
 5. Punctuation moves the watermark; what has expired by then becomes negative, in the order (expiry, offset, row, task).
    A task with the eager policy says negative when the impression comes; its positive is a correction.
+6. Feedback after the window is late; up to the task's `correct_ms` later it makes one positive, a correction.
+7. A change of rules is in force for what is read after it; what waits keeps the rules under which it was read, until
+   nothing of it waits any more. Counters and memories of both rules go on, new ones begin empty.
 
 Samples that one record resolves get ranks 0, 1, 2 ...; (offset, rank) is a sample's position. Records may be taken
 several at once: features and samples are then made together, which changes nothing but the time it takes.
@@ -17,17 +20,17 @@ Legend: N rows of a record, L labels, T tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from headrace.contract.config import JoinConfig
-from headrace.contract.errors import EventRejected, Overloaded
+from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded
 from headrace.contract.events import (
     AGGREGATE,
     AGGREGATE_SCHEMA,
@@ -36,19 +39,22 @@ from headrace.contract.events import (
     FEEDBACK,
     IMPRESSION,
     PUNCTUATION,
+    SPEC,
     decode_batch,
     decode_punctuation,
     feedback_schema,
-    impression_schema,
 )
-from headrace.contract.hashing import hash_text
 from headrace.contract.log import Record
 from headrace.contract.positions import START, Position
-from headrace.contract.project import Project
-from headrace.contract.sample import list_column, sample_schema
+from headrace.contract.project import FeedbackType, Project
+from headrace.contract.rules import Rules, check_code, check_growth, decode_change, lanes_of, rules_of
+from headrace.contract.sample import list_column
+from headrace.contract.spec import Counter
 from headrace.stream.aggregates import Aggregates
+from headrace.stream.columns import as_columns, checked, keys_of, numbers_of
 from headrace.stream.counting import CountingTable
 from headrace.stream.early import EarlyFeedback
+from headrace.stream.era import LABEL_COLUMNS, AsRead, Era, Lane, joined_schema, late_lanes
 from headrace.stream.external import ExternalMemory
 from headrace.stream.features.counters import amounts, feeds
 from headrace.stream.features.featurize import featurize
@@ -61,118 +67,90 @@ from headrace.stream.matching import (
     TASK,
     TIME,
     Tables,
+    mark_waiting,
     take_feedback,
     take_impressions,
 )
 from headrace.stream.memory import Memory
+from headrace.stream.outcome import Emitted, Gathered, TaskCounts, Totals
 from headrace.stream.payload import Payload, Spill
-from headrace.stream.pending import Pending
-from headrace.stream.rings import I64s, U64s, hash_texts, with_numbers
+from headrace.stream.pending import ORPHANS, PENDING, Pending
+from headrace.stream.rings import I64s, U8s, U64s, hash_texts
 from headrace.stream.watermark import Watermark
-
-# Columns of a sample that the label decides; all others are the impression's and kept while it waits.
-LABEL_COLUMNS = ("partition", "offset", "rank", "task", "label", "weight", "feedback_id", "feedback_time_ms")
-
-# One byte of memory a resolved request: a bit a task.
-TASKS_MAX = 8
-
-
-@dataclass(slots=True)
-class TaskCounts:
-    """Totals of one task since the log began; impressions = positives + negatives + waiting."""
-
-    impressions: int = 0
-    positives: int = 0
-    negatives: int = 0
-    waiting: int = 0
-    matched: int = 0
-    duplicate: int = 0
-    late: int = 0
-    orphans: int = 0
-    pending: int = 0
-
-
-@dataclass(slots=True)
-class Totals:
-    """Rows by what became of them, since the log began."""
-
-    impressions: int = 0
-    feedback: int = 0
-    repeated_in_log: int = 0
-    bad_records: int = 0
-    tasks: list[TaskCounts] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Emitted:
-    """The samples that records resolved: positions > `after` and <= `last`."""
-
-    batch: pa.RecordBatch
-    after: Position
-    last: Position
-
-
-class _Gathered:
-    """What several records gave so far: rows to featurize and labels to emit, in order."""
-
-    def __init__(self) -> None:
-        self.impressions: list[pa.RecordBatch] = []
-        self.labels: list[I64s] = []
-        self.offsets: list[I64s] = []
-        self.released: list[I64s] = []
-        """Sequence numbers of impressions whose eager negative has become the last word."""
-        self.ids: list[pa.Array] = []
-        self.ids_rows = 0
-
-    def label(self, labels_L5: I64s, offset: int, ids: pa.Array | None) -> None:
-        """Add the labels of one record, whose feedback ids are `ids`."""
-        rows_L = labels_L5[:, ID]
-        if ids is not None:
-            rows_L[rows_L >= 0] += self.ids_rows
-            self.ids.append(ids)
-            self.ids_rows += len(ids)
-        self.labels.append(labels_L5)
-        self.offsets.append(np.full(len(labels_L5), offset, np.int64))
 
 
 class JoinState:
-    """The whole state of one partition; `take` and `take_all` are its only ways on."""
+    """The whole state of one partition; `take` and `take_all` are its only ways on.
+
+    Args:
+        project: whose rules are in force from the partition's beginning (change 1).
+        as_read: what becomes of the project's declarations under each change of rules before they are used.
+    """
 
     def __init__(
-        self, project: Project, config: JoinConfig, *, silent_ms: int, partition: int, spill: Spill | None = None
+        self,
+        project: Project,
+        config: JoinConfig,
+        *,
+        silent_ms: int,
+        partition: int,
+        spill: Spill | None = None,
+        as_read: AsRead | None = None,
     ) -> None:
         self.project, self.config, self.partition = project, config, partition
-        self.spec = project.features
-        self.digest = self.spec.digest()
-        self.schema = sample_schema(project)
-        self._impression_schema = impression_schema(project)
-        self._feedback_schemas = {f.name: feedback_schema(project, f) for f in project.feedback}
-        kept = [f for f in self.schema if f.name not in LABEL_COLUMNS]
-        self.source_schema = pa.schema(kept)
+        self._as_read = as_read
         self.offset = -1
         self.last = START
         self.watermark = Watermark(silent_ms)
         self._rows = Totals()
-        tasks, key = project.tasks[:TASKS_MAX], project.impression.key
-        self._task_names = pa.array([task.name for task in tasks], pa.string())
-        self._windows_T = np.array([task.window_ms for task in tasks], np.int64)
-        self._eager_T = np.array([task.policy == "eager" for task in tasks], np.uint8)
-        self._weights_T = np.array([task.correction_weight for task in tasks], np.float32)
-        self.locals = [CountingTable(c) for c in self.spec.counters if c.key == key]
-        self.aggregates = Aggregates([c for c in self.spec.counters if c.key != key])
-        self.external = ExternalMemory(project.crawls)
         self.seen = Memory(config.repeat_horizon_ms)
         self.resolved = Memory(config.resolved_ms)
-        self.pending = Pending(self._windows_T.tolist())
-        tasks_K = [sum(1 << i for i, t in enumerate(tasks) if t.feedback == f.name) for f in project.feedback]
-        self.early = EarlyFeedback(np.array(tasks_K, np.uint8), config.early_feedback_ms)
         self.payload = Payload(f"p{partition}", spill=spill, memory_bytes=config.payload_bytes)
+        self.early = EarlyFeedback(np.zeros(0, np.uint8), config.early_feedback_ms)
+        self.aggregates = Aggregates(())
+        self.external = ExternalMemory(())
+        self.locals: list[CountingTable] = []
+        self.counts_T9 = np.zeros((0, 9), np.int64)
+        self.lanes: list[Lane] = []
+        self.feedback: dict[str, FeedbackType] = {}
+        """Every type ever declared, as it was declared last, with its schema in `_feedback_schemas`."""
+        self.answers: list[int] = []
+        """Rows of each of them, repeats left out."""
+        self._feedback_schemas: dict[str, pa.Schema] = {}
+        self.eras: list[Era] = []
+        """Oldest first; the last one's rules are in force."""
+        self.begin_era(1, rules_of(project))
+
+    @property
+    def era(self) -> Era:
+        """The rules in force, and what was read under them."""
+        return self.eras[-1]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of samples of what is read now."""
+        return self.era.schema
+
+    @property
+    def waiting(self) -> int:
+        """How many impressions wait, under whatever rules."""
+        return sum(len(era.pending) for era in self.eras)
+
+    @property
+    def pending(self) -> Pending:
+        """What waits of the impressions that were read under the rules in force."""
+        return self.era.pending
+
+    @property
+    def tasks(self) -> list[Lane]:
+        """Every task ever declared here, with its feedback, in the order of `totals.tasks`."""
+        return [lane for lane in self.lanes if lane[1]]
 
     @property
     def totals(self) -> Totals:
         """What became of all rows so far."""
-        tasks = [TaskCounts(*counts) for counts in self.pending.arrays.counts_T9.tolist()]
-        return replace(self._rows, tasks=tasks)
+        counts = zip(self.counts_T9.tolist(), self.lanes, strict=True)
+        return replace(self._rows, tasks=[TaskCounts(*row) for row, (_, feedback) in counts if feedback])
 
     def row_totals(self) -> list[int]:
         """Return the totals that no task has, for a snapshot."""
@@ -183,6 +161,81 @@ class JoinState:
         """Take over what `row_totals` gave."""
         impressions, feedback, repeated_in_log, bad_records = totals
         self._rows = Totals(impressions, feedback, repeated_in_log, bad_records)
+
+    # Rules
+
+    def begin_era(self, number: int, rules: Rules, *, first: int = 0) -> None:
+        """Read by these rules from now on; what waits goes on under its own.
+
+        A task that is new here has had all feedback of its kind so far as orphans, or waiting for an impression: its
+        sums close like those of the others.
+        """
+        project = rules.over(self.project)
+        project = project if self._as_read is None else self._as_read(project)
+        for feedback in project.feedback:
+            self.answers += [0] * (feedback.name not in self.feedback)
+            self.feedback[feedback.name] = feedback
+            self._feedback_schemas[feedback.name] = feedback_schema(project, feedback)
+        self._add_lanes([lane for lane in lanes_of(project.tasks) if lane not in self.lanes])
+        self.payload.seal()
+        self.eras.append(Era(number, rules, project, self.lanes, self.counts_T9, first=first))
+        known, key = {table.counter: table for table in self.locals}, project.impression.key
+        counters = project.features.counters
+        self.locals = [known[c] if c in known else self._new_table(c) for c in counters if c.key == key]
+        self.aggregates.change([c for c in counters if c.key != key])
+        self.external.crawls = project.crawls
+
+    def resume_eras(
+        self, lanes: Sequence[Lane], feedback: Sequence[FeedbackType], answers: Sequence[int], counts_T9: I64s
+    ) -> None:
+        """Forget all rules, and know these lanes and types: the stored eras follow, one `begin_era` each."""
+        self.eras, self.locals, self.aggregates = [], [], Aggregates(())
+        self.lanes, self.counts_T9, self.answers = list(lanes), counts_T9, list(answers)
+        self.feedback = {one.name: one for one in feedback}
+        self._feedback_schemas = {one.name: feedback_schema(self.project, one) for one in feedback}
+        self._declare()
+
+    def _new_table(self, counter: Counter) -> CountingTable:
+        table = CountingTable(counter)
+        table.advance(self.watermark.time_ms)
+        return table
+
+    def _add_lanes(self, fresh: list[Lane]) -> None:
+        kinds = list(self.feedback)
+        added_L9 = np.zeros((len(fresh), 9), np.int64)
+        for at, (_, feedback) in enumerate(fresh):
+            if feedback:
+                kind = kinds.index(feedback)
+                waiting = self.early.waiting_of(kind)
+                added_L9[at, PENDING], added_L9[at, ORPHANS] = waiting, self.answers[kind] - waiting
+        self.lanes += fresh
+        self.counts_T9 = np.concatenate([self.counts_T9, added_L9])
+        for era in self.eras:
+            era.pending.share(self.counts_T9)
+        self._declare()
+
+    def _declare(self) -> None:
+        """Tell the compiled tables which lanes each kind of feedback answers."""
+        tasks_K = [sum(1 << i for i, (_, of) in enumerate(self.lanes) if of == name) for name in self.feedback]
+        self.early.declare(np.array(tasks_K, np.uint8))
+        self._late_T = late_lanes(self.lanes)
+        self._task_names = pa.array([name for name, _ in self.lanes], pa.string())
+
+    def _take_change(self, record: Record, value: bytes, gathered: Gathered) -> None:
+        change = decode_change(value, where=f"{record.topic}/{record.partition} offset {record.offset}")
+        if change.number <= self.era.number:
+            return
+        if self._as_read is None:
+            check_code(change)
+        try:
+            check_growth(self.era.rules, change.rules, self.lanes)
+        except ConfigRejected as error:
+            # What `headrace spec apply` refuses is the same in every partition: a record that changes nothing.
+            raise EventRejected("bad_change", str(error)) from error
+        if gathered.impressions:
+            self._keep(gathered.impressions)
+            gathered.impressions.clear()
+        self.begin_era(change.number, change.rules, first=self.era.pending.following)
 
     def take(self, record: Record) -> Emitted | None:
         """Apply one record of the partition and return the samples that it resolved, if any; see `take_all`."""
@@ -196,7 +249,7 @@ class JoinState:
 
         Raises `Overloaded` when more than `join.pending_max` impressions wait; the state is of no use then.
         """
-        gathered = _Gathered()
+        gathered = Gathered()
         for record in records:
             if record.offset <= self.offset or record.value is None:
                 continue
@@ -211,48 +264,61 @@ class JoinState:
         for seq_L in gathered.released:
             self.payload.release(seq_L)
         self.early.forget_ids()
+        if len(self.eras) > 1:
+            self.eras = [era for era in self.eras if len(era.pending) or era is self.era]
         return emitted
 
-    def _take(self, record: Record, value: bytes, gathered: _Gathered) -> None:
+    def _take(self, record: Record, value: bytes, gathered: Gathered) -> None:
         kind, name = record.headers.get("kind", ""), record.headers.get("type", "")
         if kind == PUNCTUATION:
             self._take_time(self.watermark.take(decode_punctuation(value)), record.offset, gathered)
         elif kind == IMPRESSION:
-            self._take_impressions(_checked(decode_batch(value, self._impression_schema)), record.offset, gathered)
+            self._take_impressions(checked(decode_batch(value, self.era.impression_schema)), record.offset, gathered)
         elif kind == FEEDBACK and name in self._feedback_schemas:
-            self._take_feedback(name, _checked(decode_batch(value, self._feedback_schemas[name])), record, gathered)
+            self._take_feedback(name, checked(decode_batch(value, self._feedback_schemas[name])), record, gathered)
         elif kind == AGGREGATE:
             self.aggregates.take(decode_batch(value, AGGREGATE_SCHEMA))
         elif kind == EXTERNAL:
             self.external.take(decode_batch(value, EXTERNAL_SCHEMA))
+        elif kind == SPEC:
+            self._take_change(record, value, gathered)
 
-    def _tables(self) -> Tables:
+    def _tables(self, era: Era) -> Tables:
         return Tables(
             self.seen.arrays,
             self.resolved.arrays,
-            self.pending.arrays,
+            era.pending.arrays,
             self.early.arrays,
-            self._windows_T,
-            self._eager_T,
+            era.windows_T,
+            era.eager_T,
+            self._late_T,
         )
+
+    def _elsewhere(self, keys_N2: U64s) -> U8s:
+        """Return which older era each key waits in, from 1 on; 0 for none."""
+        marks_N = np.zeros(len(keys_N2), np.uint8)
+        for mark, era in enumerate(self.eras[:-1], start=1):
+            mark_waiting(era.pending.arrays.ring, keys_N2, mark, marks_N)
+        return marks_N
 
     # Time
 
-    def _take_time(self, watermark_ms: int, offset: int, gathered: _Gathered) -> None:
-        seq_L, task_L = self.pending.expired(watermark_ms)
-        if len(seq_L):
-            self.resolved.reserve(len(seq_L))
-            self.pending.close(seq_L, task_L, self.resolved.arrays)
-            told_L = self._eager_T[task_L] == 1
-            if told_L.any():
-                gathered.released.append(seq_L[told_L])
-                seq_L, task_L = seq_L[~told_L], task_L[~told_L]
-            labels_L5 = np.full((len(seq_L), 5), -1, np.int64)
-            labels_L5[:, SEQ], labels_L5[:, TASK], labels_L5[:, CODE] = seq_L, task_L, NEGATIVE
+    def _take_time(self, watermark_ms: int, offset: int, gathered: Gathered) -> None:
+        for era in self.eras:
+            seq_L, task_L = era.pending.expired(watermark_ms)
             if len(seq_L):
-                gathered.label(labels_L5, offset, None)
-        self.pending.let_go()
-        self.early.advance(watermark_ms, self.pending.arrays.counts_T9)
+                self.resolved.reserve(len(seq_L))
+                era.pending.close(seq_L, task_L, self.resolved.arrays)
+                silent_L = era.silent_T[task_L] == 1
+                if silent_L.any():
+                    gathered.released.append(seq_L[silent_L])
+                    seq_L, task_L = seq_L[~silent_L], task_L[~silent_L]
+                labels_L5 = np.full((len(seq_L), 5), -1, np.int64)
+                labels_L5[:, SEQ], labels_L5[:, TASK], labels_L5[:, CODE] = seq_L, task_L, NEGATIVE
+                if len(seq_L):
+                    gathered.label(labels_L5, offset, None)
+            era.pending.let_go()
+        self.early.advance(watermark_ms, self.counts_T9)
         self.seen.advance(watermark_ms)
         self.resolved.advance(watermark_ms)
         self.aggregates.advance(watermark_ms)
@@ -261,22 +327,24 @@ class JoinState:
 
     # Impressions
 
-    def _take_impressions(self, batch: pa.RecordBatch, offset: int, gathered: _Gathered) -> None:
-        rows, tasks = batch.num_rows, len(self._windows_T)
-        for table in (self.seen, self.pending):
+    def _take_impressions(self, batch: pa.RecordBatch, offset: int, gathered: Gathered) -> None:
+        rows, era = batch.num_rows, self.era
+        for table in (self.seen, era.pending, self.resolved):
             table.reserve(rows)
-        self.resolved.reserve(rows)
-        fresh_N, labels_L5 = np.empty(rows, np.int32), np.empty((2 * rows * tasks, 5), np.int64)
+        # A negative of an eager task, a positive, and one for late feedback that came early.
+        fresh_N, labels_L5 = np.empty(rows, np.int32), np.empty((3 * rows * len(self.lanes), 5), np.int64)
+        seen_N2, keys_N2 = keys_of(batch, IMPRESSION)
         fresh, labels = take_impressions(
-            self._tables(), *_keys(batch, IMPRESSION), _numbers(batch, 4), self.watermark.time_ms, fresh_N, labels_L5
-        )
+            self._tables(era), seen_N2, keys_N2, numbers_of(batch, 4), self._elsewhere(keys_N2), self.watermark.time_ms,
+            fresh_N, labels_L5,
+        )  # fmt: skip
         self._rows.repeated_in_log += rows - fresh
         self._rows.impressions += fresh
         if not fresh:
             return
-        if len(self.pending) > self.config.pending_max:
+        if self.waiting > self.config.pending_max:
             raise Overloaded(
-                f"partition {self.partition}: {len(self.pending)} impressions wait for feedback and "
+                f"partition {self.partition}: {self.waiting} impressions wait for feedback and "
                 f"join.pending_max allows {self.config.pending_max}; the watermark is {self.watermark.time_ms} ms. If "
                 "it stands still, look for a gateway that stopped punctuating; if it moves, raise join.pending_max."
             )
@@ -288,17 +356,17 @@ class JoinState:
 
     def _counted(self, batch: pa.RecordBatch, offset: int, record_rows_N: npt.NDArray[Any]) -> pa.RecordBatch:
         """Return the batch with its counters, as served or else as known here and now, and count it, row after row."""
-        times_N = _numbers(batch, 4)
+        times_N = numbers_of(batch, 4)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
         keys_N2 = hash_texts(batch.column(3), 0)
         for table in self.locals:
             ours = feeds(table.counter, IMPRESSION)
             amounts_FN = np.array([amounts(feed, batch) for feed in ours], np.int64).reshape(len(ours), batch.num_rows)
             values_NE = table.take(keys_N2, times_N, ours, amounts_FN, read=True)
-            columns |= _as_columns(table.counter.columns(), values_NE, batch)
+            columns |= as_columns(table.counter.columns(), values_NE, batch)
         for counter in self.aggregates.counters.values():
             values_NE = self.aggregates.values(counter, batch.column(counter.key), times_N)
-            columns |= _as_columns(counter.columns(), values_NE, batch)
+            columns |= as_columns(counter.columns(), values_NE, batch)
         columns |= self.external.columns(columns, times_N)
         columns["impression_offset"] = pa.array(np.full(batch.num_rows, offset, dtype=np.int64))
         columns["impression_row"] = pa.array(record_rows_N)
@@ -306,72 +374,93 @@ class JoinState:
 
     def _keep(self, batches: list[pa.RecordBatch]) -> None:
         """Featurize impressions and keep what their samples will hold."""
+        era = self.era
         batch = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
-        slots_NF, numeric_ND = featurize(columns, self.spec)
+        slots_NF, numeric_ND = featurize(columns, era.spec)
         columns["slots"] = list_column(slots_NF, pa.int64())
         columns["numeric"] = list_column(numeric_ND, pa.float32())
-        columns["spec"] = pa.repeat(pa.scalar(self.digest, pa.string()), batch.num_rows)
-        kept = pa.RecordBatch.from_arrays([columns[f.name] for f in self.source_schema], schema=self.source_schema)
-        self.payload.append(
-            self.pending.following - batch.num_rows, kept, len(self._windows_T) + int(self._eager_T.sum())
-        )
+        columns["spec"] = pa.repeat(pa.scalar(era.digest, pa.string()), batch.num_rows)
+        kept = pa.RecordBatch.from_arrays([columns[f.name] for f in era.source_schema], schema=era.source_schema)
+        self.payload.append(era.pending.following - batch.num_rows, kept, era.takes)
 
     # Feedback
 
-    def _take_feedback(self, name: str, batch: pa.RecordBatch, record: Record, gathered: _Gathered) -> None:
-        rows, tasks = batch.num_rows, len(self._windows_T)
-        for table in (self.seen, self.early):
-            table.reserve(rows)
-        self.resolved.reserve(rows)
-        fresh_N, early_N = np.empty(rows, np.int32), np.empty(rows, np.int64)
-        labels_L5 = np.empty((rows * tasks, 5), np.int64)
-        kind = list(self._feedback_schemas).index(name)
-        times_N = _numbers(batch, 4)
-        fresh, labels = take_feedback(
-            self._tables(), kind, *_keys(batch, f"{FEEDBACK}\x00{name}"), times_N, self.watermark.time_ms,
-            self.config.pending_max, fresh_N, labels_L5, early_N,
-        )  # fmt: skip
-        self._rows.repeated_in_log += rows - fresh
-        self._rows.feedback += fresh
-        self._count_feedback(name, batch if fresh == rows else batch.take(pa.array(fresh_N[:fresh])))
-        for row in np.flatnonzero(early_N >= 0).tolist():
-            self.early.ids[int(early_N[row])] = batch.column(0)[row].as_py()
-        if labels:
-            gathered.label(labels_L5[:labels], record.offset, batch.column(0))
+    def _take_feedback(self, name: str, batch: pa.RecordBatch, record: Record, gathered: Gathered) -> None:
+        for table in (self.seen, self.early, self.resolved):
+            table.reserve(batch.num_rows)
+        kind = list(self.feedback).index(name)
+        seen_N2, keys_N2 = keys_of(batch, f"{FEEDBACK}\x00{name}")
+        times_N, fresh_N, early_N, labels = numbers_of(batch, 4), list[I64s](), list[I64s](), list[I64s]()
+        # A key waits in one era, and no feedback changes in which: rows that follow each other there go together.
+        mark_N = self._elsewhere(keys_N2)
+        cuts = [0, *(np.flatnonzero(mark_N[1:] != mark_N[:-1]) + 1).tolist(), batch.num_rows]
+        for start, end in pairwise(cuts):
+            era = self.eras[int(mark_N[start]) - 1]
+            fresh_R, early_R = np.empty(end - start, np.int32), np.empty(end - start, np.int64)
+            labels_L5 = np.empty(((end - start) * len(self.lanes), 5), np.int64)
+            fresh, count = take_feedback(
+                self._tables(era), kind, seen_N2[start:end], keys_N2[start:end], times_N[start:end],
+                self.watermark.time_ms, self.config.pending_max, fresh_R, labels_L5, early_R,
+            )  # fmt: skip
+            labels_L5[:count, ID] += start
+            labels.append(labels_L5[:count])
+            fresh_N.append(fresh_R[:fresh].astype(np.int64) + start)
+            early_N.append(early_R)
+        if any(map(len, labels)):
+            gathered.label(np.concatenate(labels), record.offset, batch.column(0))
+        self._count_feedback(name, kind, batch, np.concatenate(fresh_N))
+        arrivals_N = np.concatenate(early_N)
+        for row in np.flatnonzero(arrivals_N >= 0).tolist():
+            self.early.ids[int(arrivals_N[row])] = batch.column(0)[row].as_py()
 
-    def _count_feedback(self, name: str, batch: pa.RecordBatch) -> None:
+    def _count_feedback(self, name: str, kind: int, batch: pa.RecordBatch, fresh_N: I64s) -> None:
+        self._rows.repeated_in_log += batch.num_rows - len(fresh_N)
+        self._rows.feedback += len(fresh_N)
+        self.answers[kind] += len(fresh_N)
+        if len(fresh_N) < batch.num_rows:
+            batch = batch.take(pa.array(fresh_N))
         counted = [(table, ours) for table in self.locals if (ours := feeds(table.counter, name))]
         if not counted:
             return
-        keys_N2, times_N = hash_texts(batch.column(3), 0), _numbers(batch, 4)
+        keys_N2, times_N = hash_texts(batch.column(3), 0), numbers_of(batch, 4)
         for table, ours in counted:
             amounts_FN = np.array([amounts(feed, batch) for feed in ours], np.int64)
             table.take(keys_N2, times_N, ours, amounts_FN, read=False)
 
     # Samples
 
-    def _emit(self, gathered: _Gathered) -> Emitted:
+    def _emit(self, gathered: Gathered) -> Emitted:
         """Return the samples in order, ranked within the record that resolved them."""
         labels_L5, offset_L = np.concatenate(gathered.labels), np.concatenate(gathered.offsets)
         count = len(labels_L5)
         first_L = np.flatnonzero(np.concatenate([[True], offset_L[1:] != offset_L[:-1]]))
         rank_L = np.arange(count) - np.repeat(first_L, np.diff(np.concatenate([first_L, [count]])))
-        kept = self.payload.take(labels_L5[:, SEQ])
-        columns = {name: kept.column(i) for i, name in enumerate(self.source_schema.names)}
-        positive_L, one = labels_L5[:, CODE] != NEGATIVE, np.float32(1.0)
+        seq_L, task_L, code_L = (labels_L5[:, column] for column in (SEQ, TASK, CODE))
+        era_L = np.searchsorted([era.first for era in self.eras], seq_L, side="right") - 1
+        present = [era for i, era in enumerate(self.eras) if (era_L == i).any()]
+        schema = present[0].schema if len(present) == 1 else joined_schema(present)
+        source = pa.schema([f for f in schema if f.name not in LABEL_COLUMNS])
+        kept = self.payload.take(seq_L, source)
+        columns = {name: kept.column(i) for i, name in enumerate(source.names)}
+        corrects_L, weight_L = code_L == CORRECTION, np.ones(count, np.float32)
+        for i, era in enumerate(self.eras):
+            ours_L = corrects_L & (era_L == i)
+            weight_L[ours_L] = era.weights_T[task_L[ours_L]]
+        positive_L = code_L != NEGATIVE
         columns |= {
             "partition": pa.array(np.full(count, self.partition, dtype=np.int32)),
             "offset": pa.array(offset_L),
             "rank": pa.array(rank_L.astype(np.int32)),
-            "task": self._task_names.take(pa.array(labels_L5[:, TASK])),
+            "task": self._task_names.take(pa.array(task_L)),
             "label": pa.array(positive_L.astype(np.float32)),
-            "weight": pa.array(np.where(labels_L5[:, CODE] == CORRECTION, self._weights_T[labels_L5[:, TASK]], one)),
+            "weight": pa.array(weight_L),
             "feedback_id": self._feedback_ids(labels_L5[:, ID], gathered.ids),
             "feedback_time_ms": pa.array(labels_L5[:, TIME], mask=~positive_L),
+            "correction": pa.array(corrects_L),
         }
         after, self.last = self.last, Position(int(offset_L[-1]), int(rank_L[-1]))
-        batch = pa.RecordBatch.from_arrays([columns[f.name] for f in self.schema], schema=self.schema)
+        batch = pa.RecordBatch.from_arrays([columns[f.name] for f in schema], schema=schema)
         return Emitted(batch, after, self.last)
 
     def _feedback_ids(self, id_L: I64s, ids: list[pa.Array]) -> pa.Array:
@@ -383,31 +472,3 @@ class JoinState:
             row_L[early_L] = len(known) + np.arange(len(early_L))
             known = pa.concat_arrays([known, pa.array(texts, pa.string())])
         return known.take(pa.array(row_L, mask=row_L < 0))
-
-
-def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    for i in range(5):
-        if batch.column(i).null_count:
-            raise EventRejected("bad_batch", f"column {batch.schema.names[i]!r} has nulls")
-    return batch
-
-
-def _keys(batch: pa.RecordBatch, salt: str) -> tuple[U64s, U64s]:
-    """Return the keys of the event ids and of what they answer: (request, place)."""
-    return hash_texts(batch.column(0), hash_text(salt)), with_numbers(
-        hash_texts(batch.column(1), 0), _numbers(batch, 2)
-    )
-
-
-def _numbers(batch: pa.RecordBatch, column: int) -> I64s:
-    numbers_N: I64s = batch.column(column).to_numpy()
-    return numbers_N
-
-
-def _as_columns(names: tuple[str, ...], known_NE: npt.NDArray[Any], batch: pa.RecordBatch) -> dict[str, pa.Array]:
-    columns = {}
-    for i, name in enumerate(names):
-        served = batch.column(name)
-        known = pa.array(known_NE[:, i].astype(np.float32))
-        columns[name] = known if served.null_count == batch.num_rows else pc.coalesce(served, known)
-    return columns

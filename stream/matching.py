@@ -19,19 +19,21 @@ from headrace.stream.pending import (
     LATE,
     MATCHED,
     OPEN,
+    ORPHANS,
     POSITIVE,
     Waiting,
     admit,
     resolve,
 )
-from headrace.stream.rings import I32s, I64s, Int, U8s, U64s, find, row_of, seq_of
+from headrace.stream.rings import I32s, I64s, Int, Ring, U8s, U64s, find, row_of, seq_of
 
 SEQ, TASK, CODE, ID, TIME = range(5)
 """Columns of labels: the impression's sequence number, the task, what it is, where the feedback's id is, its time.
 
 `ID` is a row of the record, or -2 - s for the early feedback with sequence number s, or -1 for none."""
-NEGATIVE, POSITIVE_LABEL, CORRECTION = 0, 1, 2
-"""What a label is: `CODE`. A correction is a positive after an eager negative."""
+NEGATIVE, POSITIVE_LABEL, CORRECTION, SETTLED = range(4)
+"""What a label is: `CODE`. A correction is a positive after a negative: an eager one, or one that late feedback proved
+wrong. `SETTLED` is a positive that ends a wait for late feedback too."""
 
 
 class Tables(NamedTuple):
@@ -44,26 +46,43 @@ class Tables(NamedTuple):
     windows_T: I64s
     eager_T: U8s
     """1 where a task's negatives are told at once."""
+    late_T: I64s
+    """The lane of a task in which it waits for late feedback, or -1."""
 
 
 @numba.njit(cache=True)
 def _answer(tables: Tables, row: Int, kind: Int, feedback_id: Int, time_ms: Int, labels_L5: I64s, count: Int) -> Int:
     """Answer an impression that waits, or did when this record's row began; return the count of labels."""
     w = tables.waiting
-    seq = seq_of(w.ring, row)
+    seq, after_ms = seq_of(w.ring, row), time_ms - w.times_C2[row, EVENT_MS]
     for task in range(w.counts_T9.shape[0]):
         if not (tables.early.tasks_K[kind] >> task) & 1:
             continue
-        if (w.bits_C3[row, POSITIVE] >> task) & 1:
+        late = tables.late_T[task]
+        code = -1
+        if not (w.opens >> task) & 1:
+            # The impression was read under rules without this task.
+            w.counts_T9[task, ORPHANS] += 1
+        elif (w.bits_C3[row, POSITIVE] >> task) & 1:
             w.counts_T9[task, DUPLICATE] += 1
-        elif not (w.bits_C3[row, OPEN] >> task) & 1 or time_ms - w.times_C2[row, EVENT_MS] > tables.windows_T[task]:
-            w.counts_T9[task, LATE] += 1
-        else:
+        elif (w.bits_C3[row, OPEN] >> task) & 1 and after_ms <= tables.windows_T[task]:
             w.counts_T9[task, MATCHED] += 1
             resolve(w, row, task, True, tables.resolved)
+            code = CORRECTION if tables.eager_T[task] else POSITIVE_LABEL
+            if late >= 0 and (w.bits_C3[row, OPEN] >> late) & 1:
+                resolve(w, row, late, False, tables.resolved)
+                code = SETTLED
+        elif late >= 0 and (w.bits_C3[row, POSITIVE] >> late) & 1:
+            w.counts_T9[task, DUPLICATE] += 1
+        else:
+            w.counts_T9[task, LATE] += 1
+            if late >= 0 and (w.bits_C3[row, OPEN] >> late) & 1 and after_ms <= tables.windows_T[late]:
+                resolve(w, row, late, True, tables.resolved)
+                code = CORRECTION
+        if code >= 0:
             labels_L5[count, SEQ] = seq
             labels_L5[count, TASK] = task
-            labels_L5[count, CODE] = CORRECTION if tables.eager_T[task] else POSITIVE_LABEL
+            labels_L5[count, CODE] = code
             labels_L5[count, ID] = feedback_id
             labels_L5[count, TIME] = time_ms
             count += 1
@@ -76,6 +95,7 @@ def take_impressions(
     seen_N2: U64s,
     keys_N2: U64s,
     times_N: I64s,
+    elsewhere_N: U8s,
     watermark_ms: Int,
     fresh_N: I32s,
     labels_L5: I64s,
@@ -83,6 +103,7 @@ def take_impressions(
     """Let what is new wait, answered by what came before; return how many rows are new and how many labels there are.
 
     Args:
+        elsewhere_N: 0 where the key does not wait under older rules.
         fresh_N: receives the rows that are new.
         labels_L5: receives the labels; 2 * N * T fit.
     """
@@ -92,6 +113,7 @@ def take_impressions(
         low, high = keys_N2[i, 0], keys_N2[i, 1]
         if (
             recall(tables.seen, seen_N2[i, 0], seen_N2[i, 1]) >= 0
+            or elsewhere_N[i]
             or find(w.ring, low, high) >= 0
             or recall(tables.resolved, low, high) >= 0
         ):
@@ -101,7 +123,7 @@ def take_impressions(
         fresh += 1
         row = admit(w, low, high, times_N[i], max(times_N[i], watermark_ms))
         for task in range(tables.eager_T.shape[0]):
-            if tables.eager_T[task]:
+            if tables.eager_T[task] and (w.opens >> task) & 1:
                 labels_L5[count, :] = -1
                 labels_L5[count, SEQ] = seq_of(w.ring, row)
                 labels_L5[count, TASK] = task
@@ -154,5 +176,16 @@ def take_feedback(
             continue
         for task in range(w.counts_T9.shape[0]):
             if (tables.early.tasks_K[kind] >> task) & 1:
-                w.counts_T9[task, DUPLICATE if (remembered >> task) & 1 else LATE] += 1
+                answered = (remembered >> task) & 1
+                if tables.late_T[task] >= 0:
+                    answered |= (remembered >> tables.late_T[task]) & 1
+                w.counts_T9[task, DUPLICATE if answered else LATE] += 1
     return fresh, count
+
+
+@numba.njit(cache=True)
+def mark_waiting(ring: Ring, keys_N2: U64s, mark: Int, marks_N: U8s) -> None:
+    """Set `marks_N` to `mark` where a key waits."""
+    for i in range(keys_N2.shape[0]):
+        if find(ring, keys_N2[i, 0], keys_N2[i, 1]) >= 0:
+            marks_N[i] = mark

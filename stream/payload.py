@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from headrace.contract.events import fit
 from headrace.stream.rings import I64s
 
 PIECE_ROWS = 32_768
@@ -71,13 +72,20 @@ class Payload:
         elif len(self.open) > PIECES_OPEN_MAX:
             self.open = [_joined(self.open)]
 
-    def take(self, seq_L: I64s) -> pa.RecordBatch:
-        """Return the rows with these sequence numbers, in this order, and let each go once."""
+    def seal(self) -> None:
+        """Close the open pieces: what comes next has other columns."""
+        if self.open:
+            self.full.append(_joined(self.open))
+            self.open, self._firsts = [], None
+            self._spill()
+
+    def take(self, seq_L: I64s, schema: pa.Schema) -> pa.RecordBatch:
+        """Return the rows with these sequence numbers, in this order, as `schema`, and let each go once."""
         pieces, piece_L = self._places(seq_L)
         low, high = int(piece_L.min()), int(piece_L.max())
         if low == high:
             pieces[low].live -= len(seq_L)
-            rows = pieces[low].batch.take(pa.array(seq_L - pieces[low].first))
+            rows = fit(pieces[low].batch.take(pa.array(seq_L - pieces[low].first)), schema)
         else:
             order_L = np.argsort(piece_L, kind="stable")
             ends = np.cumsum(np.bincount(piece_L, minlength=len(pieces)))
@@ -85,7 +93,7 @@ class Payload:
             for at in np.unique(piece_L):
                 mine = seq_L[order_L[ends[at - 1] if at else 0 : ends[at]]]
                 pieces[at].live -= len(mine)
-                runs.append(pieces[at].batch.take(pa.array(mine - pieces[at].first)))
+                runs.append(fit(pieces[at].batch.take(pa.array(mine - pieces[at].first)), schema))
             back_L = np.empty(len(seq_L), np.int64)
             back_L[order_L] = np.arange(len(seq_L))
             rows = pa.concat_batches(runs)

@@ -59,17 +59,29 @@ class Waiting(NamedTuple):
     heaps_TH: I64s
     sizes_T: I64s
     counts_T9: I64s
+    opens: int
+    lates: int
 
 
 class Pending:
-    """The table of one partition; `windows_T` are the tasks' windows in ms."""
+    """The table of what one partition read under the same rules.
 
-    def __init__(self, windows_ms: list[int]) -> None:
-        self.windows_ms = windows_ms
+    Args:
+        windows_ms: after how long each task closes.
+        opens: the tasks (bits) that an impression waits for; all by default.
+        lates: those of them that wait for late feedback behind another task's window, and count nothing.
+        counts_T9: the partition's counts, which all its tables share.
+        first: sequence number of the first impression.
+    """
+
+    def __init__(
+        self, windows_ms: list[int], *, opens: int, lates: int = 0, counts_T9: I64s | None = None, first: int = 0
+    ) -> None:
+        self.windows_ms, self.opens, self.lates = windows_ms, opens, lates
         tasks = len(windows_ms)
         # The longest window passes a list last.
         self.order = sorted(range(tasks), key=lambda task: windows_ms[task])
-        self._clear(0, np.zeros((tasks, 9), np.int64))
+        self._clear(first, np.zeros((tasks, 9), np.int64) if counts_T9 is None else counts_T9)
 
     def _clear(self, first: int, counts_T9: I64s, rows: int = 1_024) -> None:
         tasks = len(self.windows_ms)
@@ -83,7 +95,13 @@ class Pending:
             np.empty((tasks, 128), np.int64),
             np.zeros(tasks + 1, np.int64),
             counts_T9,
+            self.opens,
+            self.lates,
         )
+
+    def share(self, counts_T9: I64s) -> None:
+        """Count in this array from now on."""
+        self.arrays = self.arrays._replace(counts_T9=counts_T9)
 
     def __len__(self) -> int:
         """How many impressions wait for at least one task."""
@@ -147,10 +165,10 @@ class Pending:
         ring = self.arrays.ring
         return stretch(ring, ring.keys_C2, first, following), stretch(ring, self.arrays.times_C2, first, following)
 
-    def begin(self, first: int, following: int, counts_T9: I64s) -> None:
+    def begin(self, first: int, following: int) -> None:
         """Become a table of rows that wait for nothing, with these sequence numbers, to be filled by `restore`."""
         rows = following - first
-        self._clear(first, counts_T9.copy(), max(1_024, rows + rows // 8))
+        self._clear(first, self.arrays.counts_T9, max(1_024, rows + rows // 8))
         self.arrays.ring.head[NEXT] = following
 
     def restore(self, first: int, keys_N2: U64s, event_N: I64s, base_N: I64s, bits_N2: U8s) -> int:
@@ -258,26 +276,27 @@ def link(w: Waiting, row: Int) -> None:
 
 @numba.njit(cache=True)
 def admit(w: Waiting, low: np.uint64, high: np.uint64, event_time_ms: Int, base_ms: Int) -> Int:
-    """Let an impression wait for all tasks and return its row; there must be room."""
+    """Let an impression wait for its tasks and return its row; there must be room."""
     row = push(w.ring, low, high)
-    tasks = w.counts_T9.shape[0]
     w.times_C2[row, EVENT_MS] = event_time_ms
     w.times_C2[row, BASE_MS] = base_ms
-    w.bits_C3[row, OPEN] = (1 << tasks) - 1
+    w.bits_C3[row, OPEN] = w.opens
     w.bits_C3[row, POSITIVE] = 0
     w.ring.head[USED] += 1
     link(w, row)
-    for task in range(tasks):
-        w.counts_T9[task, IMPRESSIONS] += 1
-        w.counts_T9[task, WAITING] += 1
+    for task in range(w.counts_T9.shape[0]):
+        if ((w.opens & ~w.lates) >> task) & 1:
+            w.counts_T9[task, IMPRESSIONS] += 1
+            w.counts_T9[task, WAITING] += 1
     return row
 
 
 @numba.njit(cache=True)
 def resolve(w: Waiting, row: Int, task: Int, positive: bool, resolved: Remembered) -> None:
     """Close one task of a row; when it was the last, the row's key moves to `resolved`, which has room."""
-    w.counts_T9[task, WAITING] -= 1
-    w.counts_T9[task, POSITIVES if positive else NEGATIVES] += 1
+    if not (w.lates >> task) & 1:
+        w.counts_T9[task, WAITING] -= 1
+        w.counts_T9[task, POSITIVES if positive else NEGATIVES] += 1
     if positive:
         w.bits_C3[row, POSITIVE] |= np.uint8(1 << task)
     w.bits_C3[row, OPEN] &= np.uint8(255 ^ (1 << task))

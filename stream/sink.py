@@ -25,12 +25,12 @@ import pyarrow as pa
 from headrace.contract.clock import Clock
 from headrace.contract.config import Config
 from headrace.contract.errors import Unavailable
-from headrace.contract.events import decode_batch
+from headrace.contract.events import decode_batch, fit
 from headrace.contract.log import Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.positions import START, Position, Positions
 from headrace.contract.project import Project
-from headrace.contract.sample import parse_position, sample_schema
+from headrace.contract.sample import parse_position
 from headrace.contract.topics import Topics
 from headrace.stream.engine import Engine
 
@@ -74,7 +74,6 @@ class SinkStage:
         self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
         topics = Topics(config.log.generation)
         self.kept_ms = next(t.retention_ms for t in topics.specs(1) if t.name == topics.samples)
-        self.schema = sample_schema(project)
         self.engine: Engine | None = None
         self.positions: dict[int, Position] = {}
         self.next: dict[int, int] = {}
@@ -127,7 +126,8 @@ class SinkStage:
             return
         if last <= own:
             return
-        batch = decode_batch(record.value, self.schema)
+        # As it came: a batch of other rules has other columns, and the lake's schema grows by them.
+        batch = decode_batch(record.value)
         offset_N, rank_N = batch["offset"].to_numpy(), batch["rank"].to_numpy()
         fresh_N = (offset_N > own.offset) | ((offset_N == own.offset) & (rank_N > own.rank))
         fresh = batch if fresh_N.all() else batch.filter(pa.array(np.asarray(fresh_N)))
@@ -184,7 +184,7 @@ class SinkStage:
 
     def _begin_commit(self) -> None:
         self._due_s = self.clock.monotonic() + self.config.commit_ms / 1000
-        batches, moved = [b for _, b in self.batches], sorted(self._moved)
+        batches, moved = _alike([b for _, b in self.batches]), sorted(self._moved)
         offsets = {p: self.next[p] for p in moved}
         positions = {p: self.positions[p] for p in moved}
         self.batches, self.rows, self._moved = [], 0, set()
@@ -210,6 +210,15 @@ class SinkStage:
         self.metrics.add("rows_stored_total", sum(b.num_rows for b in batches))
         self.metrics.set("lake_version", version)
         self.metrics.observe("commit_seconds", self.clock.monotonic() - start_s)
+
+
+def _alike(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """Return batches with the columns of all of them, null where one had none: rules may have changed between."""
+    schema = batches[0].schema
+    if all(batch.schema.equals(schema) for batch in batches):
+        return batches
+    schema = pa.unify_schemas([batch.schema for batch in batches])
+    return [fit(batch, schema) for batch in batches]
 
 
 def _patiently(ask: Callable[[], LakeState | None], clock: Clock) -> LakeState | None:

@@ -2,14 +2,15 @@
 
 | what | where |
 |---|---|
+| rules: those in force, and those that something waits under | the manifest |
 | impressions that wait: keys, times, columns | a part for each full piece; the open ones in the manifest |
 | what was seen and resolved | parts by sequence number, eight of a size merged; the newest rows in the manifest |
 | counters | whole in the manifest while few; then a base and at most 16 parts of what changed |
 | bits of what is answered, early feedback, aggregates, watermark, totals, positions | the manifest |
 
 A part's name says what is in it, so two workers that write the same name write the same bytes. The manifest carries
-the offset it was taken at, the last emitted position and a digest of what the state depends on; a state of another
-digest is refused, since going on with it would not be what the log says.
+the offset it was taken at, the last emitted position and the rules in force there, which are what the log said: those
+of the project that a restarted worker loads are not asked.
 
 Taking a snapshot copies little; encoding it touches nothing of the state any more and may run in another thread.
 """
@@ -29,14 +30,17 @@ import pyarrow as pa
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.events import decode_batch, encode_batch
 from headrace.contract.positions import Position
-from headrace.contract.project import Project
-from headrace.stream.counting import Rows
+from headrace.contract.project import FeedbackType
+from headrace.contract.rules import Rules
+from headrace.contract.spec import Counter
+from headrace.stream.counting import CountingTable, Rows
+from headrace.stream.era import Era
 from headrace.stream.join import JoinState
 from headrace.stream.memory import Memory
 from headrace.stream.payload import Piece
 from headrace.stream.rings import FIRST, NEXT
 
-VERSION = 2
+VERSION = 3
 INLINE_ROWS = 16_384
 """Rows that a manifest may carry itself; more of them become a part."""
 MERGED = 8
@@ -46,14 +50,6 @@ CHAIN_MAX = 16
 _KEYS = ("low", "high", "base_ms")
 
 Encode = Callable[[], bytes]
-
-
-def dependence(project: Project) -> str:
-    """Return a digest of all declarations that a join's state depends on."""
-    declared: list[Any] = [project.impression, project.feedback, project.tasks, project.features]
-    # Crawled columns lie in what waits; a project without any keeps its digest.
-    declared += [[[crawl.joins, crawl.columns()] for crawl in project.crawls]] if project.crawls else []
-    return hashlib.sha256(msgspec.json.encode(declared)).hexdigest()[:16]
 
 
 class Damaged(Exception):
@@ -105,29 +101,34 @@ class StateWriter:
         self._memories = {"seen": _Spans(), "resolved": _Spans()}
         self._pieces: dict[int, str] = {}
         self._external = ""
-        self._chains: list[list[str]] = [[] for _ in state.locals]
-        self._chain_rows: list[list[int]] = [[] for _ in state.locals]
+        self._chains: dict[Counter, tuple[list[str], list[int]]] = {}
+        """Of each counter the names of its parts, and their rows."""
 
     def take(self) -> Snapshot:
         """Return the state as it is now."""
         state = self.state
         plain: dict[str, Any] = {
             "v": VERSION,
-            "needs": dependence(state.project),
             "partition": state.partition,
             "offset": state.offset,
             "last": list(state.last),
             "watermark": state.watermark.to_plain(),
             "totals": state.row_totals(),
-            "counts": state.pending.arrays.counts_T9.copy(),
+            "counts": state.counts_T9.copy(),
+            "lanes": list(state.lanes),
+            "feedback": msgspec.to_builtins(list(state.feedback.values())),
+            "answers": list(state.answers),
             "aggregates": state.aggregates.to_plain(),
         }
         snapshot = Snapshot(state.offset, plain)
         for name, spans in self._memories.items():
             plain[name] = self._take_memory(name, getattr(state, name), spans, snapshot)
-        plain["pending"] = self._take_pending(snapshot)
+        plain["eras"] = [self._take_era(era, snapshot) for era in state.eras]
+        needed = {part for era in plain["eras"] for part in era["parts"]}
+        self._pieces = {start: name for start, name in self._pieces.items() if name in needed}
         plain["external"] = self._take_external(snapshot)
-        plain["locals"] = [self._take_counter(i, snapshot) for i in range(len(state.locals))]
+        self._chains = {table.counter: self._chains.get(table.counter, ([], [])) for table in state.locals}
+        plain["locals"] = [self._take_counter(table, snapshot) for table in state.locals]
         first, *columns = state.early.rows()
         plain["early"] = [first, *columns, list(state.early.ids.items())]
         return snapshot
@@ -136,10 +137,10 @@ class StateWriter:
         """Go on after the snapshot that the state was loaded from."""
         for name, spans in self._memories.items():
             spans.spans = [(a, b) for a, b in plain[name]["spans"]]
-        self._pieces = {_start_of(name): name for name in plain["pending"]["parts"]}
+        self._pieces = {_start_of(name): name for era in plain["eras"] for name in era["parts"]}
         self._external = plain.get("external", "")
-        for i, kept in enumerate(plain["locals"]):
-            self._chains[i], self._chain_rows[i] = list(kept["parts"]), list(kept["rows"])
+        for table, kept in zip(self.state.locals, plain["locals"], strict=True):
+            self._chains[table.counter] = list(kept["parts"]), list(kept["rows"])
 
     def _take_memory(self, name: str, memory: Memory, spans: _Spans, snapshot: Snapshot) -> dict[str, Any]:
         first, following = memory.live
@@ -154,24 +155,28 @@ class StateWriter:
             "rest": list(memory.rows(rest, following)),
         }
 
-    def _take_pending(self, snapshot: Snapshot) -> dict[str, Any]:
-        pending, payload = self.state.pending, self.state.payload
-        head = pending.arrays.ring.head
+    def _take_era(self, era: Era, snapshot: Snapshot) -> dict[str, Any]:
+        payload, head = self.state.payload, era.pending.arrays.ring.head
         first, following = int(head[FIRST]), int(head[NEXT])
-        known, self._pieces = self._pieces, {}
+        parts: list[str] = []
         for piece in payload.full:
             start, end = max(piece.first, first), piece.first + piece.batch.num_rows
-            name = known.get(piece.first, f"rows-{start}-{end}")
-            if piece.first not in known:
-                snapshot.fresh[name] = self._piece_encoder(piece, start)
-            self._pieces[piece.first] = name
-        open_ = [(max(p.first, first), self._piece_encoder(p, max(p.first, first))) for p in payload.open if p.live]
+            if not era.first <= piece.first < following:
+                continue
+            if piece.first not in self._pieces:
+                self._pieces[piece.first] = f"rows-{start}-{end}"
+                snapshot.fresh[self._pieces[piece.first]] = self._piece_encoder(era, piece, start)
+            parts.append(self._pieces[piece.first])
+        open_ = [(max(p.first, first), p) for p in payload.open if p.live and era.first <= p.first < following]
         return {
+            "number": era.number,
+            "rules": msgspec.to_builtins(era.rules),
+            "begins": era.first,
             "first": first,
             "following": following,
-            "bits": pending.bits(first, following),
-            "parts": list(self._pieces.values()),
-            "open": [[start, encode] for start, encode in open_],
+            "bits": era.pending.bits(first, following),
+            "parts": parts,
+            "open": [[start, self._piece_encoder(era, piece, start)] for start, piece in open_],
         }
 
     def _take_external(self, snapshot: Snapshot) -> str:
@@ -183,9 +188,9 @@ class StateWriter:
             self._external = name
         return name
 
-    def _piece_encoder(self, piece: Piece, start: int) -> Encode:
+    def _piece_encoder(self, era: Era, piece: Piece, start: int) -> Encode:
         """Return what encodes a piece's rows from sequence number `start` on, with keys and times as columns."""
-        keys_N2, times_N2 = self.state.pending.rows(start, piece.first + piece.batch.num_rows)
+        keys_N2, times_N2 = era.pending.rows(start, piece.first + piece.batch.num_rows)
         batch = piece.batch.slice(start - piece.first)
         extra = [keys_N2[:, 0].view(np.int64), keys_N2[:, 1].view(np.int64), times_N2[:, 1]]
 
@@ -195,8 +200,8 @@ class StateWriter:
 
         return encode
 
-    def _take_counter(self, i: int, snapshot: Snapshot) -> dict[str, Any]:
-        table, chain, sizes = self.state.locals[i], self._chains[i], self._chain_rows[i]
+    def _take_counter(self, table: CountingTable, snapshot: Snapshot) -> dict[str, Any]:
+        chain, sizes = self._chains[table.counter]
         changed = table.rows(changed=bool(chain))
         rows = len(changed.number_R)
         if chain and (len(chain) >= CHAIN_MAX or sum(sizes[1:]) + rows > sizes[0]):
@@ -208,7 +213,8 @@ class StateWriter:
         if not chain and rows <= INLINE_ROWS:
             whole = list(changed)
         elif rows:
-            name = f"counter{i}-{'delta' if chain else 'base'}-{self.state.offset}"
+            declared = hashlib.sha256(msgspec.json.encode(table.counter)).hexdigest()[:8]
+            name = f"counter-{declared}-{'delta' if chain else 'base'}-{self.state.offset}"
             snapshot.fresh[name] = _encoder(list(changed))
             chain.append(name)
             sizes.append(rows)
@@ -222,7 +228,7 @@ def part_names(plain: Mapping[str, Any]) -> list[str]:
     return [
         *memories,
         *external,
-        *plain["pending"]["parts"],
+        *(part for era in plain["eras"] for part in era["parts"]),
         *(part for kept in plain["locals"] for part in kept["parts"]),
     ]
 
@@ -239,13 +245,14 @@ def read_manifest(data: bytes) -> dict[str, Any]:
 def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes | None]) -> StateWriter:
     """Make a fresh `state` what was stored; the writer returned takes further snapshots on top of it.
 
-    Raises `InvariantBroken` when it belongs to other declarations, `Damaged` when a part is missing.
+    Raises `InvariantBroken` when it is of another format or another partition key, `Damaged` when a part is missing.
     """
-    if plain["v"] != VERSION or plain["needs"] != dependence(state.project) or plain["partition"] != state.partition:
+    key, format_ = state.project.impression.key, plain["v"]
+    stored_key = plain["eras"][-1]["rules"]["key"] if format_ == VERSION else key
+    if format_ != VERSION or plain["partition"] != state.partition or stored_key != key:
         raise InvariantBroken(
-            f"the stored state of partition {plain['partition']} is of format {plain['v']} and declarations "
-            f"{plain.get('needs')}; this is {VERSION} and {dependence(state.project)}. Raise log.generation to begin "
-            "anew."
+            f"the stored state of partition {plain['partition']} is of format {format_} and partition key "
+            f"{stored_key!r}; this is {VERSION} and {key!r}. Raise log.generation to begin anew."
         )
 
     def fetch(name: str) -> bytes:
@@ -257,6 +264,11 @@ def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes
     state.offset, state.last = plain["offset"], Position(*plain["last"])
     state.watermark.load_plain(plain["watermark"])
     state.load_totals(plain["totals"])
+    counts_T9 = _array(plain["counts"], np.int64, 9).copy()
+    feedback = msgspec.convert(plain["feedback"], list[FeedbackType])
+    state.resume_eras([(name, of) for name, of in plain["lanes"]], feedback, plain["answers"], counts_T9)
+    for era in plain["eras"]:
+        state.begin_era(era["number"], msgspec.convert(era["rules"], Rules), first=era["begins"])
     state.aggregates.load_plain(plain["aggregates"])
     if plain.get("external"):
         state.external.load_plain(_plain_of(fetch(plain["external"])))
@@ -265,7 +277,8 @@ def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes
     for table, kept in zip(state.locals, plain["locals"], strict=True):
         several = [_rows_of(_plain_of(fetch(name))) for name in kept["parts"]]
         table.load(kept["floor"], [*several, *([_rows_of(kept["whole"])] if kept["whole"] else [])])
-    _load_pending(state, plain, fetch)
+    loaded = [_load_era(era, kept, fetch) for era, kept in zip(state.eras, plain["eras"], strict=True)]
+    state.payload.load([piece for pieces in loaded for piece in pieces])
     first, keys, facts, kinds, ids = plain["early"]
     columns = _array(keys, np.uint64, 2), _array(facts, np.int64, 3), _array(kinds, np.uint8)
     state.early.load(first, *columns, dict(ids))
@@ -299,9 +312,9 @@ def _load_memory(name: str, memory: Memory, plain: Mapping[str, Any], fetch: Cal
     memory.load([tuple(s) for s in plain["slices"]], plain["first"], np.concatenate(keys), np.concatenate(values))
 
 
-def _load_pending(state: JoinState, plain: Mapping[str, Any], fetch: Callable[[str], bytes]) -> None:
-    kept = plain["pending"]
-    state.pending.begin(kept["first"], kept["following"], _array(plain["counts"], np.int64, 9))
+def _load_era(era: Era, kept: Mapping[str, Any], fetch: Callable[[str], bytes]) -> list[Piece]:
+    """Fill an era with what waits, and return its columns that are still asked for."""
+    era.pending.begin(kept["first"], kept["following"])
     bits_N2 = _array(kept["bits"], np.uint8, 2)
     stored = [(_start_of(name), fetch(name)) for name in kept["parts"]] + [tuple(o) for o in kept["open"]]
     pieces: list[Piece] = []
@@ -309,15 +322,15 @@ def _load_pending(state: JoinState, plain: Mapping[str, Any], fetch: Callable[[s
         batch = decode_batch(data)
         width = batch.num_columns - len(_KEYS)
         low_N, high_N, base_N = (batch.column(width + i).to_numpy() for i in range(len(_KEYS)))
-        columns = pa.RecordBatch.from_arrays(batch.columns[:width], schema=state.source_schema)
+        columns = pa.RecordBatch.from_arrays(batch.columns[:width], schema=era.source_schema)
         keys_N2 = np.ascontiguousarray(np.stack([low_N, high_N], axis=1)).view(np.uint64)
         gone = max(0, kept["first"] - start)
         at = start + gone - kept["first"]
         bits = bits_N2[at : at + batch.num_rows - gone]
         event_N = columns.column("event_time_ms").to_numpy()
-        live = state.pending.restore(start + gone, keys_N2[gone:], event_N[gone:], base_N[gone:], bits)
+        live = era.pending.restore(start + gone, keys_N2[gone:], event_N[gone:], base_N[gone:], bits)
         pieces.append(Piece(start, columns, live, bytes=columns.nbytes))
-    state.payload.load([piece for piece in pieces if piece.live])
+    return [piece for piece in pieces if piece.live]
 
 
 def _start_of(part: str) -> int:

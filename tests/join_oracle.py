@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from headrace.contract.events import (
     FEEDBACK,
     IMPRESSION,
     PUNCTUATION,
+    SPEC,
     decode_batch,
     decode_punctuation,
     feedback_schema,
@@ -30,11 +31,13 @@ from headrace.contract.events import (
 from headrace.contract.log import Record
 from headrace.contract.positions import START, Position
 from headrace.contract.project import Project
+from headrace.contract.rules import Rules, decode_change, lanes_of, rules_of
 from headrace.contract.sample import list_column, sample_schema
 from headrace.contract.spec import Counter
+from headrace.stream.era import LABEL_COLUMNS
 from headrace.stream.features.counters import CounterState, aged, amounts, feeds, key_strings
 from headrace.stream.features.featurize import featurize
-from headrace.stream.join import LABEL_COLUMNS, TASKS_MAX, Emitted, TaskCounts, Totals
+from headrace.stream.outcome import Emitted, TaskCounts, Totals
 from headrace.stream.watermark import Watermark
 
 SLICES = 16
@@ -122,26 +125,33 @@ class Waiting:
     record_row: int
     event_time_ms: int
     base_ms: int
+    era: Era
     open: int
     positive: int = 0
 
 
-@dataclass(slots=True)
-class Source:
-    """Columns of impressions that came together, kept while `live` (impression, task) pairs are open."""
+class Era:
+    """Rules that were in force, and their tasks by lane."""
 
-    batch: pa.RecordBatch
-    live: int
+    def __init__(self, number: int, rules: Rules, project: Project, lanes: list[tuple[str, str]]) -> None:
+        self.number, self.rules, self.project = number, rules, project
+        self.schema = sample_schema(project)
+        tasks = {task.name: task for task in project.tasks}
+        self.tasks = {
+            lane: tasks[name]
+            for lane, (name, feedback) in enumerate(lanes)
+            if name in tasks and (feedback or tasks[name].correct_ms)
+        }
 
 
 @dataclass(slots=True)
 class _Label:
-    source: int
-    row: int
+    waiting: Waiting
     task: int
     label: float
     feedback_id: str | None = None
     feedback_time_ms: int | None = None
+    is_late: bool = False
 
 
 @dataclass(slots=True)
@@ -159,33 +169,71 @@ class PlainJoin:
 
     def __init__(self, project: Project, config: JoinConfig, *, silent_ms: int, partition: int) -> None:
         self.project, self.config, self.partition = project, config, partition
-        self.spec = project.features
-        self.digest = self.spec.digest()
-        self.schema = sample_schema(project)
-        self._impression_schema = impression_schema(project)
-        self._feedback_schemas = {f.name: feedback_schema(project, f) for f in project.feedback}
-        kept = [f for f in self.schema if f.name not in LABEL_COLUMNS]
-        self.source_schema = pa.schema(kept)
-        key = project.impression.key
         self.offset = -1
         self.last = START
         self.watermark = Watermark(silent_ms)
-        self.totals = Totals(tasks=[TaskCounts() for _ in project.tasks[:TASKS_MAX]])
-        self.locals = [CounterState(c) for c in self.spec.counters if c.key == key]
-        self.aggregates = Aggregates([c for c in self.spec.counters if c.key != key])
+        self.rows = Totals()
+        self.counts: list[TaskCounts] = []
+        self.lanes: list[tuple[str, str]] = []
+        self.answers: dict[str, int] = {}
+        self.locals: list[CounterState] = []
+        self.aggregates = Aggregates(())
         self.seen = Memory(config.repeat_horizon_ms)
         self.resolved = Memory(config.resolved_ms)
         self.waiting: dict[bytes, Waiting] = {}
-        self.sources: dict[int, Source] = {}
+        self.sources: dict[int, pa.RecordBatch] = {}
         self.early: dict[tuple[bytes, str], list[Early]] = {}
         self.early_rows = 0
         self.expiries: list[tuple[int, int, int, int, bytes]] = []
         self.arrival = 0
-        self.next_source = 0
-        self._tasks_of = {
-            f.name: [i for i, t in enumerate(project.tasks[:TASKS_MAX]) if t.feedback == f.name]
-            for f in project.feedback
-        }
+        self._feedback_schemas: dict[str, pa.Schema] = {}
+        self._begin(1, rules_of(project))
+
+    @property
+    def totals(self) -> Totals:
+        tasks = [counts for counts, (_, feedback) in zip(self.counts, self.lanes, strict=True) if feedback]
+        return replace(self.rows, tasks=tasks)
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.era.schema
+
+    def _begin(self, number: int, rules: Rules) -> None:
+        project = rules.over(self.project)
+        for feedback in project.feedback:
+            self.answers.setdefault(feedback.name, 0)
+            self._feedback_schemas[feedback.name] = feedback_schema(project, feedback)
+        for lane in lanes_of(project.tasks):
+            if lane in self.lanes:
+                continue
+            self.lanes.append(lane)
+            counts = TaskCounts()
+            if lane[1]:
+                counts.pending = sum(len(rows) for (_, name), rows in self.early.items() if name == lane[1])
+                counts.orphans = self.answers[lane[1]] - counts.pending
+            self.counts.append(counts)
+        self.era = Era(number, rules, project, self.lanes)
+        known = {state.counter.name: state for state in self.locals}
+        values, zeros, epoch = self.aggregates.values, self.aggregates._zeros, self.aggregates.epoch
+        ours, key = project.features.counters, project.impression.key
+        self.locals = [known.get(c.name) or CounterState(c) for c in ours if c.key == key]
+        for state in self.locals:
+            state.advance(self.watermark.time_ms)
+        self.aggregates = Aggregates([c for c in ours if c.key != key])
+        names = self.aggregates.counters
+        self.aggregates.values = {item: value for item, value in values.items() if item[0] in names}
+        self.aggregates._zeros = [zero for zero in zeros if zero[1] in names]
+        heapq.heapify(self.aggregates._zeros)
+        self.aggregates.epoch = epoch
+        self._impression_schema = impression_schema(project)
+        self.source_schema = pa.schema([f for f in self.schema if f.name not in LABEL_COLUMNS])
+
+    def _late_lane(self, task: int) -> int:
+        late = (self.lanes[task][0], "")
+        return self.lanes.index(late) if late in self.lanes else -1
+
+    def _tasks_of(self, name: str) -> list[int]:
+        return [lane for lane, (_, feedback) in enumerate(self.lanes) if feedback == name]
 
     def take(self, record: Record) -> Emitted | None:
         """Apply one record of the partition and return the samples that it resolved, if any.
@@ -209,21 +257,28 @@ class PlainJoin:
                 self._take_feedback(name, decode_batch(record.value, self._feedback_schemas[name]), labels)
             elif kind == AGGREGATE:
                 self.aggregates.take(decode_batch(record.value, AGGREGATE_SCHEMA))
+            elif kind == SPEC:
+                change = decode_change(record.value, where="here")
+                if change.number > self.era.number:
+                    self._begin(change.number, change.rules)
         except EventRejected:
-            self.totals.bad_records += 1
+            self.rows.bad_records += 1
         self.offset = record.offset
         return self._emit(record.offset, labels) if labels else None
 
     # Time
 
     def _take_time(self, watermark_ms: int, labels: list[_Label]) -> None:
+        due: list[tuple[tuple[int, ...], bytes, Waiting]] = []
         while self.expiries and self.expiries[0][0] <= watermark_ms:
-            _, offset, row, task, key = heapq.heappop(self.expiries)
+            expiry_ms, offset, row, task, key = heapq.heappop(self.expiries)
             waiting = self.waiting.get(key)
             # A positive has left its expiry behind; (offset, row) tells it from a later impression of the same key.
             if waiting is None or (waiting.offset, waiting.record_row) != (offset, row) or not waiting.open >> task & 1:
                 continue
-            self._resolve(key, waiting, task, _Label(waiting.source, waiting.row, task, 0.0), labels)
+            due.append(((waiting.era.number, expiry_ms, offset, row, task), key, waiting))
+        for (*_, task), key, waiting in sorted(due, key=lambda item: item[0]):
+            self._resolve(key, waiting, task, _Label(waiting, task, 0.0), labels)
         for (key, name), rows in list(self.early.items()):
             for early in rows:
                 if early.since_ms < 0:
@@ -239,9 +294,9 @@ class PlainJoin:
     def _forget_early(self, key: bytes, name: str, rows: list[Early], kept: list[Early]) -> None:
         gone = len(rows) - len(kept)
         self.early_rows -= gone
-        for task in self._tasks_of[name]:
-            self.totals.tasks[task].pending -= gone
-            self.totals.tasks[task].orphans += gone
+        for task in self._tasks_of(name):
+            self.counts[task].pending -= gone
+            self.counts[task].orphans += gone
         if kept:
             self.early[key, name] = kept
         else:
@@ -258,7 +313,7 @@ class PlainJoin:
             seen, key = key_of(IMPRESSION, event_id), key_of(request, str(place))
             known = key in new or key in self.waiting or self.resolved.get(key) is not None
             if known or self.seen.get(seen) is not None:
-                self.totals.repeated_in_log += 1
+                self.rows.repeated_in_log += 1
                 continue
             self.seen.put(seen)
             new.add(key)
@@ -273,11 +328,9 @@ class PlainJoin:
                 "it stands still, look for a gateway that stopped punctuating; if it moves, raise join.pending_max."
             )
         kept = batch if len(fresh) == batch.num_rows else batch.take(pa.array(fresh, pa.int64()))
-        tasks = len(self.totals.tasks)
-        source = self.next_source
-        self.next_source += 1
-        self.sources[source] = Source(self._featurized(kept, offset, fresh), len(fresh) * tasks)
-        self.totals.impressions += len(fresh)
+        source = len(self.sources)
+        self.sources[source] = self._featurized(kept, offset, fresh)
+        self.rows.impressions += len(fresh)
         for row, (record_row, key, time_ms) in enumerate(
             zip(fresh, keys, kept.column("event_time_ms").to_pylist(), strict=True)
         ):
@@ -286,34 +339,35 @@ class PlainJoin:
     def _admit(
         self, key: bytes, source: int, row: int, offset: int, record_row: int, time_ms: int, labels: list[_Label]
     ) -> None:
-        tasks = range(len(self.totals.tasks))
-        base_ms = max(time_ms, self.watermark.time_ms)
-        waiting = Waiting(source, row, offset, record_row, time_ms, base_ms, open=(1 << len(tasks)) - 1)
+        base_ms, tasks = max(time_ms, self.watermark.time_ms), self.era.tasks
+        waiting = Waiting(
+            source, row, offset, record_row, time_ms, base_ms, self.era, open=sum(1 << lane for lane in tasks)
+        )
         self.waiting[key] = waiting
-        labels += [_Label(source, row, task, 0.0) for task in tasks if self.project.tasks[task].policy == "eager"]
-        for task in tasks:
-            counts = self.totals.tasks[task]
-            counts.impressions += 1
-            counts.waiting += 1
-            expiry_ms = base_ms + self.project.tasks[task].window_ms
-            heapq.heappush(self.expiries, (expiry_ms, offset, record_row, task, key))
-        for name, of in self._tasks_of.items():
+        labels += [_Label(waiting, lane, 0.0) for lane, task in tasks.items() if task.policy == "eager"]
+        for lane, task in tasks.items():
+            is_late = not self.lanes[lane][1]
+            self.counts[lane].impressions += not is_late
+            self.counts[lane].waiting += not is_late
+            expiry_ms = base_ms + task.window_ms + (task.correct_ms if is_late else 0)
+            heapq.heappush(self.expiries, (expiry_ms, offset, record_row, lane, key))
+        for name in self.answers:
             for early in self.early.pop((key, name), ()):
                 self.early_rows -= 1
-                for task in of:
-                    self.totals.tasks[task].pending -= 1
-                self._answer(key, name, early.feedback_id, early.event_time_ms, labels)
+                for task in self._tasks_of(name):
+                    self.counts[task].pending -= 1
+                self._answer(key, name, early.feedback_id, early.event_time_ms, labels, waiting)
 
     def _featurized(self, batch: pa.RecordBatch, offset: int, rows: list[int]) -> pa.RecordBatch:
         """Return the columns of `source_schema`: counters as served, else as known here and now."""
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
         columns |= self._counted(batch)
-        slots_NF, numeric_ND = featurize(columns, self.spec)
+        slots_NF, numeric_ND = featurize(columns, self.era.project.features)
         columns["impression_offset"] = pa.array(np.full(batch.num_rows, offset, dtype=np.int64))
         columns["impression_row"] = pa.array(rows, pa.int32())
         columns["slots"] = list_column(slots_NF, pa.int64())
         columns["numeric"] = list_column(numeric_ND, pa.float32())
-        columns["spec"] = pa.array([self.digest] * batch.num_rows, pa.string())
+        columns["spec"] = pa.array([self.era.project.features.digest()] * batch.num_rows, pa.string())
         return pa.RecordBatch.from_arrays([columns[f.name] for f in self.source_schema], schema=self.source_schema)
 
     def _counted(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
@@ -347,36 +401,49 @@ class PlainJoin:
         for n, (event_id, request, place, partition_key, time_ms) in enumerate(rows):
             seen = key_of(FEEDBACK, name, event_id)
             if self.seen.get(seen) is not None:
-                self.totals.repeated_in_log += 1
+                self.rows.repeated_in_log += 1
                 continue
             self.seen.put(seen)
-            self.totals.feedback += 1
+            self.rows.feedback += 1
+            self.answers[name] += 1
             for state, feed, amount_N in counted:
                 state.add(partition_key, feed.entry, time_ms, int(amount_N[n]))
             self._answer(key_of(request, str(place)), name, event_id, time_ms, labels)
 
-    def _answer(self, key: bytes, name: str, event_id: str, time_ms: int, labels: list[_Label]) -> None:
-        waiting, remembered = self.waiting.get(key), self.resolved.get(key)
+    def _answer(
+        self, key: bytes, name: str, event_id: str, time_ms: int, labels: list[_Label], found: Waiting | None = None
+    ) -> None:
+        waiting, remembered = found or self.waiting.get(key), self.resolved.get(key)
         if waiting is None and remembered is None:
             self._wait_early(key, name, event_id, time_ms)
             return
-        for task in self._tasks_of[name]:
-            counts = self.totals.tasks[task]
-            positive = (waiting.positive if waiting is not None else remembered or 0) >> task & 1
-            if positive:
+        for task in self._tasks_of(name):
+            counts, late = self.counts[task], self._late_lane(task)
+            if waiting is None:
+                known = remembered or 0
+                is_known = known >> task & 1 or (late >= 0 and known >> late & 1)
+                counts.duplicate += bool(is_known)
+                counts.late += not is_known
+                continue
+            declared = waiting.era.tasks.get(task)
+            after_ms = time_ms - waiting.event_time_ms
+            if declared is None:
+                counts.orphans += 1
+            elif waiting.positive >> task & 1:
                 counts.duplicate += 1
-            elif (
-                waiting is None
-                or not waiting.open >> task & 1
-                or time_ms - waiting.event_time_ms > self.project.tasks[task].window_ms
-            ):
-                counts.late += 1
-            else:
+            elif waiting.open >> task & 1 and after_ms <= declared.window_ms:
                 counts.matched += 1
-                label = _Label(waiting.source, waiting.row, task, 1.0, event_id, time_ms)
-                self._resolve(key, waiting, task, label, labels)
-                if not waiting.open:
-                    waiting, remembered = None, self.resolved.get(key)
+                self._resolve(key, waiting, task, _Label(waiting, task, 1.0, event_id, time_ms), labels)
+                if late >= 0 and waiting.open >> late & 1:
+                    self._shut(key, waiting, late)
+            elif late >= 0 and waiting.positive >> late & 1:
+                counts.duplicate += 1
+            else:
+                counts.late += 1
+                if late >= 0 and waiting.open >> late & 1 and after_ms <= declared.window_ms + declared.correct_ms:
+                    waiting.positive |= 1 << late
+                    self._shut(key, waiting, late)
+                    labels.append(_Label(waiting, task, 1.0, event_id, time_ms, is_late=True))
 
     def _wait_early(self, key: bytes, name: str, event_id: str, time_ms: int) -> None:
         if self.early_rows >= self.config.pending_max:
@@ -387,55 +454,58 @@ class PlainJoin:
         early = Early(event_id, time_ms, self.watermark.time_ms, self.arrival)
         self.early.setdefault((key, name), []).append(early)
         self.early_rows += 1
-        for task in self._tasks_of[name]:
-            self.totals.tasks[task].pending += 1
+        for task in self._tasks_of(name):
+            self.counts[task].pending += 1
 
     # Samples
 
     def _resolve(self, key: bytes, waiting: Waiting, task: int, label: _Label, labels: list[_Label]) -> None:
-        counts = self.totals.tasks[task]
-        counts.waiting -= 1
-        if label.label:
-            counts.positives += 1
-            waiting.positive |= 1 << task
-        else:
-            counts.negatives += 1
-        waiting.open &= ~(1 << task)
-        if label.label or self.project.tasks[task].policy == "window":
-            labels.append(label)
+        if self.lanes[task][1]:
+            counts = self.counts[task]
+            counts.waiting -= 1
+            counts.positives += bool(label.label)
+            counts.negatives += not label.label
+            waiting.positive |= (1 << task) if label.label else 0
+            if label.label or waiting.era.tasks[task].policy == "window":
+                labels.append(label)
+        self._shut(key, waiting, task)
+
+    def _shut(self, key: bytes, waiting: Waiting, lane: int) -> None:
+        waiting.open &= ~(1 << lane)
         if not waiting.open:
             del self.waiting[key]
             self.resolved.put(key, waiting.positive)
 
     def _emit(self, offset: int, labels: list[_Label]) -> Emitted:
-        """Return the samples, ranked in the order of `labels`, and let go of sources that nothing waits for."""
-        runs: list[pa.RecordBatch] = []
-        start = 0
-        for i in range(1, len(labels) + 1):
-            if i == len(labels) or labels[i].source != labels[start].source:
-                rows = pa.array([label.row for label in labels[start:i]], pa.int64())
-                runs.append(self.sources[labels[start].source].batch.take(rows))
-                start = i
-        merged = pa.concat_batches(runs) if len(runs) > 1 else runs[0]
-        count = len(labels)
-        columns = {name: merged.column(i) for i, name in enumerate(self.source_schema.names)}
-        columns |= {
-            "partition": pa.array(np.full(count, self.partition, dtype=np.int32)),
-            "offset": pa.array(np.full(count, offset, dtype=np.int64)),
-            "rank": pa.array(np.arange(count, dtype=np.int32)),
-            "task": pa.array([self.project.tasks[label.task].name for label in labels], pa.string()),
-            "label": pa.array([label.label for label in labels], pa.float32()),
-            "weight": pa.array([self._weight(label) for label in labels], pa.float32()),
-            "feedback_id": pa.array([label.feedback_id for label in labels], pa.string()),
-            "feedback_time_ms": pa.array([label.feedback_time_ms for label in labels], pa.int64()),
-        }
-        after, self.last = self.last, Position(offset, count - 1)
-        batch = pa.RecordBatch.from_arrays([columns[f.name] for f in self.schema], schema=self.schema)
-        return Emitted(batch, after, self.last)
+        """Return the samples, ranked in the order of `labels`, with the columns of all rules that they were read by."""
+        eras = sorted({label.waiting.era.number: label.waiting.era for label in labels}.items(), reverse=True)
+        fields = {field.name: field for _, era in reversed(eras) for field in era.schema}
+        order = list(dict.fromkeys(field.name for _, era in eras for field in era.schema))
+        schema = pa.schema([fields[name] for name in order])
+        rows = []
+        for rank, label in enumerate(labels):
+            source = self.sources[label.waiting.source].slice(label.waiting.row, 1).to_pylist()[0]
+            corrects = self._corrects(label)
+            task = label.waiting.era.tasks[label.task]
+            rows.append(
+                source
+                | {
+                    "partition": self.partition,
+                    "offset": offset,
+                    "rank": rank,
+                    "task": task.name,
+                    "label": label.label,
+                    "weight": task.correction_weight if corrects else 1.0,
+                    "feedback_id": label.feedback_id,
+                    "feedback_time_ms": label.feedback_time_ms,
+                    "correction": corrects,
+                }
+            )
+        after, self.last = self.last, Position(offset, len(labels) - 1)
+        return Emitted(pa.RecordBatch.from_pylist(rows, schema=schema), after, self.last)
 
-    def _weight(self, label: _Label) -> float:
-        task = self.project.tasks[label.task]
-        return task.correction_weight if label.label and task.policy == "eager" else 1.0
+    def _corrects(self, label: _Label) -> bool:
+        return bool(label.label) and (label.is_late or label.waiting.era.tasks[label.task].policy == "eager")
 
 
 def _as_columns(

@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "stream": ("stage_stream", "join impressions with feedback, featurize, emit samples"),
     "sink": ("stage_sink", "write samples to the Delta table of the lake"),
     "lake": ("stage_lake", "compact, vacuum, retain; show history; read a version"),
+    "spec": ("stage_spec", "show and change, in mid-stream, by which rules events are read"),
     "aggregate": ("stage_aggregate", "windowed counters of keys other than the partition's"),
     "crawl": ("stage_crawl", "crawl declared sources: catalogue, prices, news, weather"),
     "train": ("stage_train", "learn from the lake, then from the topic; publish snapshots and deltas"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from headrace.cli.rules import begin_rules
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 
 HELP = "keep counters over all partitions for the join and for serving"
@@ -22,10 +23,11 @@ def main(args: argparse.Namespace) -> int:
     stop = stop_event()
     metrics = runtime.metrics("aggregate")
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    began = begin_rules(runtime)
     producer = runtime.producer(linger_ms=1.0)
     try:
         return run(
-            runtime.project,
+            began,
             runtime.config,
             runtime.topics,
             runtime.brokers,

@@ -26,6 +26,7 @@ from headrace.ingest.dead_letters import Letter, superseded
 from headrace.replay.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored_by_log
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all, sample_keys
+from headrace.stream.rules import first_rules
 from headrace.trainer.source import stored_order
 
 HELP = "account for every event: read, joined, learnt, lost, twice"
@@ -71,7 +72,8 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
     stored = lake.read(state.version, KEYS.names).cast(KEYS) if state is not None else KEYS.empty_table()
     topic = sample_keys(read_all(reader, topics.samples))
     marks = [decode_retry_mark(r.value) for r in read_all(reader, topics.retries, marked=True) if r.value is not None]
-    expected, punctuations = rejoin(project, config, read_all(reader, topics.events))
+    began = first_rules(project, list(read_all(reader, topics.rules, marked=True)))
+    expected, punctuations = rejoin(began, config, read_all(reader, topics.events))
     letters = [
         Letter(r.offset, decode_dead_letter(r.value))
         for r in read_all(reader, topics.dead_letters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from headrace.cli.rules import begin_rules
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 
 HELP = "join impressions with feedback, featurize, emit samples"
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
     from headrace.backends.spill_file import FileSpill
+    from headrace.contract.rules import rules_of
     from headrace.stream.app import run
     from headrace.stream.warm import warm
 
@@ -27,11 +29,12 @@ def main(args: argparse.Namespace) -> int:
     metrics.ready(False, "compiling the join, once on this machine")
     warm(runtime.project, runtime.config.join)
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    began = begin_rules(runtime)
     producer = runtime.producer(linger_ms=1.0)
     spill = FileSpill(runtime.home / "faust" / f"spill-{os.getpid()}")
     try:
         return run(
-            runtime.project,
+            began,
             runtime.config,
             runtime.topics,
             runtime.brokers,
@@ -40,6 +43,7 @@ def main(args: argparse.Namespace) -> int:
             metrics,
             runtime.clock,
             spill,
+            rules_of(runtime.project),
             runtime.home / "faust" / "stream",
             stop,
             metrics.ready,

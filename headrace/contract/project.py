@@ -140,8 +140,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         lanes = sum(2 if task.correct_ms else 1 for task in self.tasks)
         if lanes > LANES_MAX:
             raise ConfigRejected(
-                f"{len(self.tasks)} tasks take {lanes} of the {LANES_MAX} lanes there are (a task takes one, a task with "
-                "correct_ms two): drop some."
+                f"{len(self.tasks)} tasks take {lanes} of {LANES_MAX} lanes (a task takes one, a task with correct_ms "
+                "two): drop some."
             )
         self._check_recipe()
         types: dict[str, str] = {**self.impression.fields, EVENT_TIME: "int64", **dict.fromkeys(columns, "float32")}

@@ -6,7 +6,9 @@ A `samples` record holds one Arrow batch of the samples that one `events` record
 |---|---|
 | `after` | "offset:rank", the position of the last sample before this record in the partition; "-1:-1" for none |
 | `last` | "offset:rank" of this record's last row |
-| `spec` | digest of the feature spec that made `slots` and `numeric` |
+| `spec` | digests of the feature specs that made `slots` and `numeric`, joined by `,`; a row's own is its `spec` |
+
+Across a change of rules one batch may hold rows of two: it has the columns of both, null where a row has none.
 
 A reader drops rows whose position is not greater than its own; where `after` is beyond its own position, it waits and
 alarms: a worker that was declared dead may have written out of turn.
@@ -47,8 +49,10 @@ _TAIL = (
     pa.field("slots", pa.list_(pa.int64()), nullable=False),
     pa.field("numeric", pa.list_(pa.float32()), nullable=False),
     pa.field("spec", pa.string(), nullable=False),
+    pa.field("correction", pa.bool_()),
 )
-"""`slots` has F ids a row (uint64 bits in int64, since the lake knows no unsigned), `numeric` D numbers."""
+"""`slots` has F ids a row (uint64 bits in int64, since the lake knows no unsigned), `numeric` D numbers. `correction`
+is true on a positive that comes beside a negative of the same impression and task."""
 
 
 def sample_schema(project: Project) -> pa.Schema:

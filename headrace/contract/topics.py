@@ -57,6 +57,11 @@ class Topics(msgspec.Struct, frozen=True):
         """Which dead letters were offered again, and what came of it."""
         return self._name("retries")
 
+    @property
+    def rules(self) -> str:
+        """Changes of spec, windows and policies; see `headrace.contract.rules`."""
+        return self._name("rules")
+
     def specs(self, partitions: int) -> tuple[TopicSpec, ...]:
         """Return every topic as it is created."""
         return (
@@ -68,4 +73,5 @@ class Topics(msgspec.Struct, frozen=True):
             TopicSpec(self.deltas, 1, retention_ms=DAY_MS),
             TopicSpec(self.dead_letters, 1, retention_ms=28 * DAY_MS),
             TopicSpec(self.retries, 1),
+            TopicSpec(self.rules, 1),
         )

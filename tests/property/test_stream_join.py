@@ -22,6 +22,7 @@ from headrace.contract.events import (
 )
 from headrace.contract.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
+from headrace.contract.rules import Change, encode_change
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
 from headrace.stream.join import JoinState
 from headrace.stream.state import encode_state, load_state
@@ -62,7 +63,7 @@ SCHEMAS = {
 }
 POSITION_COLUMNS = ["offset", "rank", "impression_offset", "impression_row"]
 
-Item = tuple[str, dict | Punctuation]
+Item = tuple[str, dict | Punctuation | Change]
 
 
 def traffic(seed: int, steps: int = 400) -> list[Item]:
@@ -97,7 +98,7 @@ def traffic(seed: int, steps: int = 400) -> list[Item]:
     return items
 
 
-def records(items: list[Item], random: Random | None) -> list[Record]:
+def records(items: list[Item], random: Random | None, schemas: dict[str, pa.Schema] = SCHEMAS) -> list[Record]:
     """Return the items as records; with `random`, neighbours of one kind share a record at will."""
     made: list[Record] = []
     run: list[Item] = []
@@ -107,15 +108,18 @@ def records(items: list[Item], random: Random | None) -> list[Record]:
             kind = run[0][0]
             if kind == "time":
                 value, headers = encode_punctuation(run[0][1]), {"kind": "punctuation"}
+            elif kind == "spec":
+                value, headers = encode_change(run[0][1]), {"kind": "spec"}
             else:
-                value = encode_batch(batch_from_rows([row for _, row in run], SCHEMAS[kind]))
+                value = encode_batch(batch_from_rows([row for _, row in run], schemas[kind]))
                 named = kind in ("click", "order")
                 headers = {"kind": "feedback", "type": kind} if named else {"kind": kind}
             made.append(Record("events", 0, len(made), None, value, headers, 0))
             run.clear()
 
     for item in items:
-        if run and (random is None or item[0] != run[0][0] or item[0] == "time" or random.random() < 0.3):
+        alone = item[0] in ("time", "spec")
+        if run and (random is None or item[0] != run[0][0] or alone or random.random() < 0.3):
             close()
         run.append(item)
     close()

@@ -11,6 +11,7 @@ from msgspec import structs
 from headrace.backends.spill_file import FileSpill
 from headrace.contract.errors import InvariantBroken, Overloaded
 from headrace.contract.events import Punctuation, decode_batch, encode_batch
+from headrace.contract.rules import rules_of
 from headrace.stream.join import JoinState
 from headrace.stream.state import encode_state, load_state
 from tests.join_oracle import PlainJoin
@@ -60,12 +61,16 @@ def test_spilled_pieces_come_back_and_leave_no_file(seed, tmp_path, monkeypatch)
     assert not list((tmp_path / "spill").glob("*"))
 
 
-def test_a_state_of_other_declarations_is_refused():
+def test_a_state_keeps_its_rules_and_is_refused_under_another_key():
     join = JoinState(PROJECT, CONFIG, silent_ms=300, partition=0)
     join.take_all(records(traffic(1, 50), None))
     other = structs.replace(PROJECT, tasks=(structs.replace(PROJECT.tasks[0], window_ms=77), *PROJECT.tasks[1:]))
-    with pytest.raises(InvariantBroken, match=r"log\.generation"):
-        load_state(JoinState(other, CONFIG, silent_ms=300, partition=0), encode_state(join))
+    again = JoinState(other, CONFIG, silent_ms=300, partition=0)
+    load_state(again, encode_state(join))
+    assert again.era.rules == join.era.rules != rules_of(other)
+    keyed = structs.replace(PROJECT, impression=structs.replace(PROJECT.impression, key="item"))
+    with pytest.raises(InvariantBroken, match=r"partition key 'user'.*log\.generation"):
+        load_state(JoinState(keyed, CONFIG, silent_ms=300, partition=0), encode_state(join))
 
 
 def test_a_batch_with_nulls_in_its_envelope_is_a_bad_record():

@@ -1,0 +1,174 @@
+"""Put a changed feature spec, windows or label policy in force while events flow, and show what is.
+
+  show      what is in force, and what the project on disk would change
+  apply     write the project's rules into every partition of `events`: they are in force from there on
+  history   every change so far, and the offsets from which it is in force
+
+What impressions are read by is in the log, not in the project's file: an edited file does nothing until `apply`.
+Applying the same rules again does nothing; after a crash it writes what is missing. What may not change (a type, a
+counter's meaning, the partition key) is refused with its name, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from headrace.cli.rules import open_pen
+from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.contract.rules import Change, Rules, differences, rules_of
+from headrace.stream.rules import Applied, History, apply, check_follows, read_history
+
+HELP = "show and change, in mid-stream, by which rules events are read"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    add_common(parser)
+    parser.add_argument("what", choices=["show", "apply", "history"], nargs="?", default="show")
+    parser.add_argument("--dry-run", action="store_true", help="apply: say what would change, and write nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for programs")
+    parser.set_defaults(log_level="WARNING")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Show or change; 0 when done, and when there was nothing to do."""
+    runtime = open_runtime(args)
+    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    if args.what == "apply":
+        said, text = _apply(runtime, dry=args.dry_run)
+    else:
+        pen = open_pen(runtime)
+        try:
+            history = read_history(pen)
+        finally:
+            pen.close()
+        said, text = _history(history) if args.what == "history" else _show(runtime, history)
+    print(msgspec.json.encode(said).decode() if args.json else text)
+    sys.stdout.flush()
+    return 0
+
+
+def _apply(runtime: Runtime, *, dry: bool) -> tuple[dict[str, Any], str]:
+    partitions = runtime.config.log.partitions
+    pen, producer = open_pen(runtime), runtime.producer()
+    try:
+        before = read_history(pen).newest
+        applied = apply(
+            pen,
+            producer,
+            runtime.topics.events,
+            partitions,
+            runtime.project,
+            now_ms=runtime.clock.now_ms(),
+            dry=dry,
+        )
+    finally:
+        producer.close()
+        pen.close()
+    lines = differences(before.rules, rules_of(runtime.project)) if before is not None else []
+    said = {
+        "applied": applied.is_new and not dry,
+        "repaired": applied.is_repaired and not dry,
+        "digest": rules_of(runtime.project).digest(),
+        "number": _number(applied),
+        "changes": lines,
+    }
+    return said, "\n".join([*_repaired(applied, before, dry=dry), *_outcome(applied, lines, dry=dry)])
+
+
+def _number(applied: Applied) -> int:
+    newest = applied.history.newest
+    return newest.number if newest is not None else 0
+
+
+def _repaired(applied: Applied, before: Change | None, *, dry: bool) -> list[str]:
+    if not applied.is_repaired or before is None:
+        return []
+    done = "is written" if dry else "was written"
+    return [f"change {before.number} was begun and not finished: it {done} into every partition again."]
+
+
+def _outcome(applied: Applied, lines: list[str], *, dry: bool) -> list[str]:
+    newest = applied.history.newest
+    if not applied.is_new and newest is not None:
+        return [f"nothing to do: rules {newest.digest} are in force (change {newest.number})."]
+    told = [f"  {line}" for line in lines] or ["  everything: these are the first rules"]
+    if dry or newest is None:
+        return ["would change:", *told, "nothing was written."]
+    offsets = applied.history.written.get(newest.number, {})
+    where = ", ".join(f"{p}: {offset}" for p, offset in offsets.items()) or "the beginning of every partition"
+    return [
+        f"change {newest.number}, rules {newest.digest}:",
+        *told,
+        f"in force from these offsets of events: {where}." if offsets else f"in force from {where}.",
+        "What waits is labelled by the rules it was read under. The gateway takes new fields, and the trainer and",
+        "serving the new spec, when they start with this project: a new model is backfilled beside the one served.",
+    ]
+
+
+def _show(runtime: Runtime, history: History) -> tuple[dict[str, Any], str]:
+    declared, newest = rules_of(runtime.project), history.newest
+    if newest is None:
+        said: dict[str, Any] = {"number": 0, "digest": "", "declared": declared.digest(), "differences": []}
+        return said, f"the log holds no rules yet: the first start puts the project's in force ({declared.digest()})."
+    lines = differences(newest.rules, declared)
+    said = {
+        "number": newest.number,
+        "digest": newest.digest,
+        "spec": newest.rules.features.digest(),
+        "declared": declared.digest(),
+        "whole": history.is_whole,
+        "differences": lines,
+        "rules": newest.rules,
+    }
+    text = [
+        f"in force: change {newest.number}, rules {newest.digest}, feature spec {newest.rules.features.digest()}, "
+        f"applied {_time(newest)}",
+        _summary(newest.rules),
+    ]
+    if not history.is_whole:
+        text.append("the change may be missing in some partition: `headrace spec apply` finishes it.")
+    if not lines:
+        return said, "\n".join([*text, "the project on disk declares the same."])
+    check_follows(history, runtime.project)
+    text += [f"the project on disk ({declared.digest()}) differs:", *(f"  {line}" for line in lines)]
+    return said, "\n".join([*text, "`headrace spec apply` puts it in force."])
+
+
+def _history(history: History) -> tuple[dict[str, Any], str]:
+    said = [
+        {
+            "number": change.number,
+            "digest": change.digest,
+            "spec": change.rules.features.digest(),
+            "applied_ms": change.applied_ms,
+            "whole": change.number == 1 or change.number in history.written,
+            "offsets": history.written.get(change.number, {}),
+        }
+        for change in history.changes
+    ]
+    lines: list[str] = []
+    before: Rules | None = None
+    for change in history.changes:
+        offsets = history.written.get(change.number, {})
+        where = ", ".join(f"{p}: {offset}" for p, offset in offsets.items())
+        where = "the beginning" if change.number == 1 else where or "not known to lie in every partition: apply again"
+        lines.append(f"{change.number:>4}  {change.digest}  {_time(change)}  from {where}")
+        lines += [f"        {line}" for line in (differences(before, change.rules) if before is not None else [])]
+        before = change.rules
+    return {"changes": said}, "\n".join(lines) or "the log holds no rules yet."
+
+
+def _summary(rules: Rules) -> str:
+    tasks = ", ".join(f"{t.name} ({t.policy}, {t.window_ms} ms)" for t in rules.tasks)
+    features, counters = len(rules.features.features), len(rules.features.counters)
+    return f"  {len(rules.fields)} fields, {features} features, {counters} counters; tasks: {tasks}"
+
+
+def _time(change: Change) -> str:
+    return datetime.fromtimestamp(change.applied_ms / 1000, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,48 @@
+"""The columns of a record as the join takes them. Pure.
+
+Legend: N rows, 2 the halves of a key, E entries of a counter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.contract.errors import EventRejected
+from headrace.contract.hashing import hash_text
+from headrace.stream.rings import I64s, U64s, hash_texts, with_numbers
+
+
+def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the batch, or raise `EventRejected` when its envelope has nulls."""
+    for i in range(5):
+        if batch.column(i).null_count:
+            raise EventRejected("bad_batch", f"column {batch.schema.names[i]!r} has nulls")
+    return batch
+
+
+def keys_of(batch: pa.RecordBatch, salt: str) -> tuple[U64s, U64s]:
+    """Return the keys of the event ids and of what they answer: (request, place)."""
+    return hash_texts(batch.column(0), hash_text(salt)), with_numbers(
+        hash_texts(batch.column(1), 0), numbers_of(batch, 2)
+    )
+
+
+def numbers_of(batch: pa.RecordBatch, column: int) -> I64s:
+    """Return an integer column without a copy."""
+    numbers_N: I64s = batch.column(column).to_numpy()
+    return numbers_N
+
+
+def as_columns(names: tuple[str, ...], known_NE: npt.NDArray[Any], batch: pa.RecordBatch) -> dict[str, pa.Array]:
+    """Return counter columns: as they were served, else as known."""
+    columns = {}
+    for i, name in enumerate(names):
+        served = batch.column(name)
+        known = pa.array(known_NE[:, i].astype(np.float32))
+        columns[name] = known if served.null_count == batch.num_rows else pc.coalesce(served, known)
+    return columns

@@ -1,0 +1,77 @@
+"""What the join makes of records: counts, labels on their way, samples. Pure.
+
+Legend: L labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.contract.positions import Position
+from headrace.stream.matching import CODE, ID, SEQ, SETTLED
+from headrace.stream.rings import I64s
+
+
+@dataclass(slots=True)
+class TaskCounts:
+    """Totals of one task since the log began; impressions = positives + negatives + waiting."""
+
+    impressions: int = 0
+    positives: int = 0
+    negatives: int = 0
+    waiting: int = 0
+    matched: int = 0
+    duplicate: int = 0
+    late: int = 0
+    orphans: int = 0
+    pending: int = 0
+
+
+@dataclass(slots=True)
+class Totals:
+    """Rows by what became of them, since the log began."""
+
+    impressions: int = 0
+    feedback: int = 0
+    repeated_in_log: int = 0
+    bad_records: int = 0
+    tasks: list[TaskCounts] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """The samples that records resolved: positions > `after` and <= `last`."""
+
+    batch: pa.RecordBatch
+    after: Position
+    last: Position
+
+
+class Gathered:
+    """What several records gave so far: rows to featurize and labels to emit, in order."""
+
+    def __init__(self) -> None:
+        self.impressions: list[pa.RecordBatch] = []
+        self.labels: list[I64s] = []
+        self.offsets: list[I64s] = []
+        self.released: list[I64s] = []
+        """Sequence numbers of impressions that are let go unseen: an eager negative has become the last word, or no
+        late feedback is waited for any more."""
+        self.ids: list[pa.Array] = []
+        self.ids_rows = 0
+
+    def label(self, labels_L5: I64s, offset: int, ids: pa.Array | None) -> None:
+        """Add the labels of one record, whose feedback ids are `ids`."""
+        rows_L = labels_L5[:, ID]
+        if ids is not None:
+            rows_L[rows_L >= 0] += self.ids_rows
+            self.ids.append(ids)
+            self.ids_rows += len(ids)
+        settled_L = labels_L5[:, CODE] == SETTLED
+        if settled_L.any():
+            self.released.append(labels_L5[settled_L, SEQ])
+        self.labels.append(labels_L5)
+        self.offsets.append(np.full(len(labels_L5), offset, np.int64))

@@ -1,0 +1,192 @@
+"""Changes of rules, written: first into the `rules` topic, then into every partition of `events`.
+
+1. Take the pen of `rules`: another one's appends fail from then on. Read it to its end.
+2. If the newest change is not known to lie in every partition, write it there again and say so: this is what a crash
+   in step 4 left behind, and a partition that has it already ignores it.
+3. If its digest is the wanted one, there is nothing to do.
+4. Append the change; write it into every partition; when all have given their receipts, append that it is there.
+
+Change 1 is in force from the beginning of every partition and lies in `rules` alone; whichever stage comes first
+writes it. A partition never sees change n + 1 before change n.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.events import SPEC
+from headrace.contract.log import Producer, Record
+from headrace.contract.project import Project
+from headrace.contract.rules import (
+    Change,
+    Written,
+    change_of,
+    check_growth,
+    decode_entry,
+    encode_change,
+    lanes_of,
+    rules_of,
+)
+
+log = logging.getLogger("headrace.rules")
+
+PEN = "headrace-rules"
+FLUSH_S = 30.0
+TURNS_MAX = 20
+"""Starts of several stages at once: each takes the pen from the one before, which then finds change 1."""
+
+
+class Pen(Protocol):
+    """A topic of one partition with one writer at a time; see `headrace.backends.fenced_kafka`."""
+
+    def open(self) -> None:
+        """Take the pen from whoever holds it."""
+
+    def append(self, value: bytes) -> None:
+        """Commit one record."""
+
+    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
+        """Return committed records from `offset` on."""
+
+
+@dataclass
+class History:
+    """All changes so far, by number, and where each was written."""
+
+    changes: list[Change] = field(default_factory=list)
+    written: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> Change | None:
+        """The change that is in force once every partition has been read up to it."""
+        return self.changes[-1] if self.changes else None
+
+    @property
+    def is_whole(self) -> bool:
+        """False when the newest change may be missing in some partition."""
+        return len(self.changes) < 2 or self.changes[-1].number in self.written
+
+
+def history_of(values: list[bytes]) -> History:
+    """Return the history that the records of `rules` tell."""
+    history = History()
+    for place, value in enumerate(values):
+        entry = decode_entry(value, where=f"record {place} of rules")
+        if isinstance(entry, Written):
+            history.written[entry.number] = entry.offsets
+        else:
+            history.changes.append(entry)
+    return history
+
+
+def read_history(pen: Pen) -> History:
+    """Read the `rules` topic. Raises `Unavailable`."""
+    return history_of([value for _, value in pen.read(0)])
+
+
+def first_rules(project: Project, records: list[Record]) -> Project:
+    """Return `project` with the rules in force from the log's beginning, as the records of `rules` say.
+
+    A log without any is read by the project's own: no stage has begun to read it.
+    """
+    history = history_of([record.value for record in records if record.value is not None])
+    return history.changes[0].rules.over(project) if history.changes else project
+
+
+def ensure_first(pen: Pen, project: Project, *, now_ms: int, pause: Callable[[float], None]) -> History:
+    """Return the history, whose change 1 is the project's own rules when there was none. Waits while Kafka is away."""
+    for turn in range(TURNS_MAX):
+        try:
+            history = read_history(pen)
+            if history.changes:
+                return history
+            pen.open()
+            if not read_history(pen).changes:
+                pen.append(encode_change(change_of(project, 1, now_ms=now_ms)))
+        except (Unavailable, InvariantBroken) as error:
+            # Another stage that starts at this moment has taken the pen: its change 1 is the one to read.
+            log.info("the first rules are not written yet: %s", error)
+            if turn == TURNS_MAX - 1:
+                raise
+            pause(0.2 * (turn + 1))
+    raise Unavailable(f"the rules topic does not give back change 1 after {TURNS_MAX} turns.")
+
+
+@dataclass
+class Applied:
+    """What `apply` did."""
+
+    history: History
+    is_repaired: bool = False
+    """An earlier change was missing in some partition, and was written there."""
+    is_new: bool = False
+    """False: the wanted rules were in force already."""
+
+
+def apply(
+    pen: Pen, producer: Producer, topic: str, partitions: int, project: Project, *, now_ms: int, dry: bool = False
+) -> Applied:
+    """Put the project's rules in force in every partition of `topic`; see the module for the protocol.
+
+    Args:
+        dry: say what would be done, and do none of it.
+
+    Raises:
+        ConfigRejected: when these rules may not follow those in force; nothing was written.
+        Unavailable: when Kafka does not answer: apply again, which repairs what was begun.
+    """
+    if not dry:
+        pen.open()
+    history = read_history(pen)
+    is_repaired = not history.is_whole
+    if is_repaired and not dry:
+        _write(pen, producer, topic, partitions, history, history.changes[-1])
+    newest = history.newest
+    change = change_of(project, newest.number + 1 if newest else 1, now_ms=now_ms)
+    if newest is not None and newest.digest == change.digest:
+        return Applied(history, is_repaired)
+    check_follows(history, project)
+    if not dry:
+        pen.append(encode_change(change))
+        history.changes.append(change)
+        if newest is not None:
+            _write(pen, producer, topic, partitions, history, change)
+    return Applied(history, is_repaired, is_new=True)
+
+
+def check_follows(history: History, project: Project) -> None:
+    """Raise `ConfigRejected` when the project's rules may not follow all that were in force."""
+    wanted = rules_of(project)
+    lanes: list[tuple[str, str]] = []
+    for change in history.changes:
+        lanes += [lane for lane in lanes_of(change.rules.tasks) if lane not in lanes]
+    for change in history.changes:
+        check_growth(change.rules, wanted, lanes)
+
+
+def _write(pen: Pen, producer: Producer, topic: str, partitions: int, history: History, change: Change) -> None:
+    offsets: dict[str, int] = {}
+    failures: list[Exception] = []
+
+    def delivered(partition: int) -> Callable[[Exception | None, int], None]:
+        def note(error: Exception | None, offset: int) -> None:
+            if error is not None:
+                failures.append(error)
+            offsets[str(partition)] = offset
+
+        return note
+
+    for partition in range(partitions):
+        producer.send(topic, partition, encode_change(change), headers={"kind": SPEC}, delivered=delivered(partition))
+    left = producer.flush(FLUSH_S)
+    if left or failures or len(offsets) < partitions:
+        raise Unavailable(
+            f"change {change.number} has receipts of {len(offsets) - len(failures)} of {partitions} partitions after "
+            f"{FLUSH_S:g} s {failures[:1] or ''}; apply it again: partitions that have it ignore a second one."
+        )
+    pen.append(encode_change(Written(number=change.number, offsets=offsets)))
+    history.written[change.number] = offsets

@@ -1,0 +1,204 @@
+"""Goal: a change of rules is written once into every partition, or refused by name; a crash between partitions is
+mended by applying again. Method: the memory log with a producer that dies, the real join behind it."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from msgspec import structs
+
+from headrace.backends.fenced_memory import FencedMemory, Pens
+from headrace.backends.log_memory import MemoryLog
+from headrace.contract.config import JoinConfig
+from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
+from headrace.contract.functions import feature_function
+from headrace.contract.log import Record
+from headrace.contract.project import Task
+from headrace.contract.rules import (
+    change_of,
+    check_code,
+    decode_change,
+    differences,
+    encode_change,
+    rules_of,
+)
+from headrace.contract.spec import Categorical, Custom, FeatureSpec
+from headrace.contract.topics import Topics
+from headrace.stream.join import JoinState
+from headrace.stream.rules import apply, ensure_first, first_rules, read_history
+from tests.property.test_stream_join import PROJECT
+from tests.rules_world import LATE, WIDE, change
+
+TOPICS, PARTITIONS = Topics(), 3
+
+
+class World:
+    """A log of three partitions, its rules, and whoever holds the pen."""
+
+    def __init__(self) -> None:
+        self.log, self.pens = MemoryLog(lambda: 0), Pens()
+        self.log.admin().ensure_topics(TOPICS.specs(PARTITIONS))
+
+    def pen(self) -> FencedMemory:
+        return FencedMemory(self.log, TOPICS.rules, "pen", self.pens)
+
+    def apply(self, project, producer=None, *, dry=False):
+        producer = self.log.producer() if producer is None else producer
+        return apply(self.pen(), producer, TOPICS.events, PARTITIONS, project, now_ms=7, dry=dry)
+
+    def events(self) -> list[list[Record]]:
+        return self.log.partitions(TOPICS.events)
+
+
+class Dying:
+    """A producer that dies after some records: the next one raises."""
+
+    def __init__(self, log: MemoryLog, records: int) -> None:
+        self.producer, self.left = log.producer(), records
+
+    def send(self, *args, **kwargs) -> None:
+        if not self.left:
+            raise Unavailable("the process is gone")
+        self.left -= 1
+        self.producer.send(*args, **kwargs)
+
+    def flush(self, timeout_s: float) -> int:
+        return self.producer.flush(timeout_s)
+
+
+def begun() -> World:
+    world = World()
+    ensure_first(world.pen(), PROJECT, now_ms=1, pause=lambda _: None)
+    return world
+
+
+def test_the_first_rules_are_the_projects_and_lie_in_no_partition():
+    world = begun()
+    # Another stage that starts with an edited file reads what is there.
+    history = ensure_first(world.pen(), WIDE, now_ms=2, pause=lambda _: None)
+    assert [c.number for c in history.changes] == [1]
+    assert history.changes[0].rules == rules_of(PROJECT)
+    assert not any(world.events())
+    assert first_rules(WIDE, world.log.partitions(TOPICS.rules)[0]).tasks == PROJECT.tasks
+    assert first_rules(WIDE, []) == WIDE
+
+
+def test_applying_twice_writes_once():
+    world = begun()
+    assert world.apply(WIDE, dry=True).is_new
+    assert not any(world.events())
+    first, second = world.apply(WIDE), world.apply(WIDE)
+    assert (first.is_new, second.is_new, second.is_repaired) == (True, False, False)
+    assert [len(records) for records in world.events()] == [1] * PARTITIONS
+    found = decode_change(world.events()[1][0].value or b"", where="here")
+    assert found.number == 2 and found.rules == rules_of(WIDE)
+    assert world.apply(PROJECT).history.changes[-1].number == 3
+
+
+@pytest.mark.parametrize("survived", range(PARTITIONS))
+def test_a_crash_between_partitions_is_mended_by_applying_again(survived):
+    world = begun()
+    with pytest.raises(Unavailable):
+        world.apply(WIDE, Dying(world.log, survived))
+    assert not read_history(world.pen()).is_whole
+    assert sum(map(len, world.events())) == survived
+    applied = world.apply(WIDE)
+    assert applied.is_repaired and not applied.is_new and applied.history.is_whole
+    joins = [JoinState(PROJECT, JoinConfig(), silent_ms=300, partition=p) for p in range(PARTITIONS)]
+    for join, records in zip(joins, world.events(), strict=True):
+        join.take_all(records)
+        assert (join.era.number, join.era.rules) == (2, rules_of(WIDE))
+        assert len(join.eras) == 1
+
+
+def test_another_change_first_finishes_the_one_before():
+    world = begun()
+    with pytest.raises(Unavailable):
+        world.apply(WIDE, Dying(world.log, 1))
+    assert world.apply(LATE).is_repaired
+    for records in world.events():
+        numbers = [decode_change(record.value or b"", where="here").number for record in records]
+        assert list(dict.fromkeys(numbers)) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("project", "said"),
+    [
+        (structs.replace(PROJECT, impression=structs.replace(PROJECT.impression, key="item")), "partition key"),
+        (
+            structs.replace(PROJECT, impression=structs.replace(PROJECT.impression, fields={"user": "string"})),
+            "'user' of the impression would change from int64 to string",
+        ),
+        (structs.replace(PROJECT, tasks=(Task(name="click", feedback="order", window_ms=5),)), "task 'click'"),
+        (
+            structs.replace(
+                PROJECT,
+                features=FeatureSpec(counters=(structs.replace(PROJECT.features.counters[0], window_ms=9),)),
+            ),
+            "counter 'u' would mean something else",
+        ),
+        (
+            structs.replace(PROJECT, tasks=tuple(Task(name=f"t{n}", feedback="click", window_ms=5) for n in range(6))),
+            "3 lanes were used so far and 6 would be added",
+        ),
+    ],
+    ids=["key", "type", "task", "counter", "lanes"],
+)
+def test_what_may_not_change_is_refused_and_nothing_is_written(project, said):
+    world = begun()
+    with pytest.raises(ConfigRejected, match=said):
+        world.apply(project)
+    assert not any(world.events())
+    # One that is in the log all the same changes nothing, in every partition alike.
+    join = JoinState(PROJECT, JoinConfig(), silent_ms=300, partition=0)
+    value = encode_change(change_of(project, 2, now_ms=0))
+    join.take(Record("events", 0, 0, None, value, {"kind": "spec"}, 0))
+    assert (join.era.number, join.totals.bad_records, join.offset) == (1, 1, 0)
+
+
+def test_a_counter_that_was_dropped_comes_back_as_it_was_or_not_at_all():
+    world = begun()
+    world.apply(structs.replace(PROJECT, features=FeatureSpec()))
+    other = FeatureSpec(counters=(structs.replace(PROJECT.features.counters[0], window_ms=9),))
+    with pytest.raises(ConfigRejected, match="counter 'u'"):
+        world.apply(structs.replace(PROJECT, features=other))
+    assert world.apply(PROJECT).is_new
+
+
+def test_a_change_that_this_build_cannot_read_stops_the_join():
+    join = JoinState(PROJECT, JoinConfig(), silent_ms=300, partition=0)
+    torn = structs.replace(change(2, 2), digest="0" * 16)
+    for value in (b'{"type":"change","number":2}', encode_change(torn)):
+        with pytest.raises(InvariantBroken, match="Run the build that wrote it"):
+            join.take(Record("events", 0, 0, None, value, {"kind": "spec"}, 0))
+
+
+def test_a_function_must_be_declared_and_be_the_code_that_was_applied():
+    @feature_function("rules.length", version=1)
+    def length(text: pa.Array) -> pa.Array:
+        """Say how long."""
+        return pa.compute.utf8_length(text)
+
+    spec = FeatureSpec(
+        features=(
+            Custom(function="rules.length", version=1, fields=("version",), gives="numbers"),
+            Categorical(field="item"),
+        )
+    )
+    made = change_of(structs.replace(PROJECT, features=spec), 2, now_ms=0)
+    assert len(made.functions["rules.length@1"]) == 16
+    check_code(made)
+    with pytest.raises(ConfigRejected, match="has other code here"):
+        check_code(structs.replace(made, functions={"rules.length@1": "0" * 16}))
+    unknown = FeatureSpec(features=(Custom(function="rules.gone", version=1, fields=("version",), gives="numbers"),))
+    with pytest.raises(ConfigRejected, match=r"no feature function 'rules\.gone'"):
+        change_of(structs.replace(PROJECT, features=unknown), 2, now_ms=0)
+
+
+def test_differences_name_what_changes():
+    lines = differences(rules_of(PROJECT), rules_of(WIDE))
+    assert any(line.startswith("+ field device: string") for line in lines)
+    assert "- task order" in lines and "- counter u" in lines
+    assert any(line.startswith("~ task click: ") and '"window_ms":900' in line for line in lines)
+    assert any(line.startswith("+ feature ") and "bucket" in line for line in lines)
+    assert not differences(rules_of(WIDE), rules_of(WIDE))
