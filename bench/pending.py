@@ -133,7 +133,8 @@ def run(pending: int) -> dict[str, float]:
                 raise RuntimeError("clicks on impressions that wait gave no samples")
             encode_batch(emitted.batch)
             times.append(time.perf_counter() - before)
-        tables = sum(column.nbytes for column in (*join.pending.arrays.ring, *join.pending.arrays[1:]))
+        columns = (*join.pending.arrays.ring, *join.pending.arrays[1:])
+        tables = sum(column.nbytes for column in columns if isinstance(column, np.ndarray))
         join.payload.clear()
         return {
             "held": held, "tables": tables / len(join.pending), "fill": filler.shown / taken,
