@@ -3,9 +3,10 @@
 1. Start Kafka and the stages that are needed, in a folder and on ports of their own, and wait until they are ready.
 2. Load: half of the events through `headrace.sender`, half as raw forward chunks that a shipper sends again under their
    ids until they are acked; among them events sent twice on purpose and events that no schema allows.
-3. Kill -9, a random named process after a random time, soon after its start or while it works; supervisord restarts it.
-4. Stop the load, wait until every shipper has its acks.
-5. Read the log and the dead letters from the first record, drop repeated ids as the stream does, and hold what is left
+3. A project's crawled sources are served by a site of chaos's own (`chaos_crawl`) where the crawler is killed.
+4. Kill -9, a random named process after a random time, soon after its start or while it works; supervisord restarts it.
+5. Stop the load, wait until every shipper has its acks.
+6. Read the log and the dead letters from the first record, drop repeated ids as the stream does, and hold what is left
    against what was emitted.
 """
 
@@ -33,10 +34,11 @@ from headrace.contract.log import Reader
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
 from headrace.deploy.local import probe
+from headrace.deploy.local.chaos_crawl import CrawlAccount
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.load import Emitted, Load
-from headrace.deploy.local.stack import STAGES, start, stop
+from headrace.deploy.local.stack import ALSO, STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger import Ledger, draw_gateways
 from headrace.replay.scan import read_all
@@ -47,10 +49,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "stream": ("ingest", "stream"),
     "aggregate": ("ingest", "stream", "aggregate"),
     "sink": ("ingest", "stream", "sink"),
+    "hdfs": ("ingest", "stream", "sink"),
+    "crawl": ("ingest", "crawl"),
     "train": ("ingest", "stream", "aggregate", "sink", "train"),
     "serve": ("ingest", "stream", "aggregate", "sink", "train", "serve"),
 }
 """Which stages run when one is killed: those that it reads from."""
+STORE = ("namenode", "datanode")
+ON_HDFS = frozenset({"hdfs", "crawl"})
+"""Who names one of these gets a store on HDFS, and its processes are killed too; else the store is a folder."""
 
 SECOND = "ingest-2"
 READY_S = 120.0
@@ -96,6 +103,8 @@ class Account(msgspec.Struct, kw_only=True):
     closes: bool = False
     ledger: Ledger | None = None
     """The whole ledger, down to the lake, where a stage after `ingest` ran."""
+    crawl: CrawlAccount | None = None
+    """What came of the crawled versions, where the crawler was killed."""
 
 
 def plan(random: Random, victims: Sequence[str], kills: int) -> list[Kill]:
@@ -112,30 +121,43 @@ def victims_of(stages: Sequence[str], gateways: int) -> list[str]:
     wrong = [stage for stage in stages if stage not in NEEDS]
     if wrong:
         raise ConfigRejected(f"--stage {','.join(wrong)}: one or more of {', '.join(NEEDS)} is wanted.")
-    return [*stages, *([SECOND] if gateways > 1 and "ingest" in stages else [])]
+    named = [stage for stage in stages if stage != "hdfs"]
+    named += STORE if ON_HDFS & set(stages) else ()
+    return [*named, *([SECOND] if gateways > 1 and "ingest" in stages else [])]
 
 
 @contextmanager
 def own_stack(
-    project: Path, config: Config, stages: Sequence[str], say: Say, *, gateways: int = 1, base: int | None = None
+    project: Path,
+    config: Config,
+    stages: Sequence[str],
+    say: Say,
+    *,
+    gateways: int = 1,
+    base: int | None = None,
+    more: Sequence[Program] = (),
 ) -> Iterator[Layout]:
-    """Yield a fresh stack that runs what `stages` need; its folder goes with it, unless an error leaves the block."""
+    """Yield a fresh stack that runs what `stages` need; its folder goes with it, unless an error leaves the block.
+
+    `more` are programs that take the place of the stages whose names they have.
+    """
     home = Path(tempfile.mkdtemp(prefix="headrace-chaos-")) / "home"
-    base = free_base() if base is None else base
+    base, on_hdfs = free_base() if base is None else base, bool(ON_HDFS & set(stages))
     layout = Layout(
         home=home,
         port_base=base,
         brokers=f"{HOST}:{port('kafka', base)}",
-        store=f"file:{home / 'store'}",
-        webhdfs=None,
+        store=f"hdfs://{HOST}:{port('namenode', base)}/headrace" if on_hdfs else f"file:{home / 'store'}",
+        webhdfs=f"http://{HOST}:{port('namenode_http', base)}" if on_hdfs else None,
         project=project,
         own_kafka=True,
-        own_hdfs=False,
+        own_hdfs=on_hdfs,
     )
-    needed = sorted({need for stage in stages for need in NEEDS[stage]}, key=STAGES.index)
+    needed = sorted({need for stage in stages for need in NEEDS[stage]}, key=(*STAGES, *ALSO).index)
+    gates = _two_gateways(layout) if gateways > 1 else []
     try:
         specs = Topics(config.log.generation).specs(config.log.partitions)
-        start(layout, specs, say, stages=needed, more=_two_gateways(layout) if gateways > 1 else ())
+        start(layout, specs, say, stages=needed, more=[*gates, *more])
         yield layout
     except BaseException:
         say(f"logs and data stay in {home}")
@@ -227,6 +249,9 @@ def await_ready(layout: Layout) -> None:
         time.sleep(0.05)
     if layout.own_kafka and (trouble := probe.kafka_trouble(layout.brokers, READY_S)):
         raise Unavailable(trouble)
+    while layout.own_hdfs and (trouble := probe.hdfs_trouble(layout)):
+        if time.monotonic() > until:
+            raise Unavailable(f"not ready again after {READY_S:.0f} s: {trouble}; see {layout.logs}.")
 
 
 def count(reader: Reader, topics: Topics, project: Project, load: Emitted, account: Account) -> None:

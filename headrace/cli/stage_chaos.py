@@ -1,8 +1,10 @@
 """Kill processes at random under load, then account for every event: nothing lost, nothing twice.
 
 It starts a stack of its own (Kafka, the stages that `--stage` needs, a store on disk) in a temporary folder on free
-ports, and never touches the running one. The seed is printed first; the same seed kills the same processes after the
-same times. Exit code 1 when the account does not close; the stack's folder then stays, with logs and data.
+ports, and never touches the running one. With `crawl` or `hdfs` among the stages the store is an HDFS, whose NameNode
+and DataNode are killed too; what the crawler asks then is a site of its own, never the project's. The seed is printed
+first; the same seed kills the same processes after the same times. Exit code 1 when the account does not close; the
+stack's folder then stays, with logs and data.
 """
 
 from __future__ import annotations
@@ -10,10 +12,15 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from typing import Self
 
 import msgspec
 
@@ -23,14 +30,18 @@ from headrace.cli.local import quiet_clients
 from headrace.cli.runtime import find_project, load_project
 from headrace.cli.stage_ledger import table as ledger_table
 from headrace.cli.stage_ledger import take_stock
+from headrace.cli.watch import parse
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.project import Project
 from headrace.contract.topics import Topics
-from headrace.deploy.local import chaos
-from headrace.deploy.local.layout import Layout
+from headrace.deploy.local import chaos, chaos_crawl
+from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.load import seed_from_system
+from headrace.deploy.local.probe import http_get
+from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger import Ledger
+from headrace.replay.scan import read_all
 
 HELP = "kill processes at random under load, then account for every event"
 DRAINED_S = 120.0
@@ -40,6 +51,11 @@ ROWS = (
     ("gateway", ("read", "appended", "dead_lettered", "repeated")),
     ("log", ("repeated_in_log",)),
     ("verdict", ("lost", "twice", "made_up", "bad_lost")),
+)
+CRAWL_ROWS = (
+    ("site", ("sent", "acknowledged", "unsettled")),
+    ("crawled", ("logged", "repeated_in_log", "joined")),
+    ("wrong", ("lost", "twice", "made_up", "out_of_order", "differing", "stale", "mixed", "bodies_changed")),
 )
 
 
@@ -80,14 +96,21 @@ def main(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"{time.monotonic() - begin:6.1f} s  {text}", file=out, flush=True)
 
-    stack = chaos.own_stack(project_dir, config, stages, say, gateways=args.gateways, base=args.port_base or None)
+    base = args.port_base or None
     try:
-        with stack as layout:
-            chaos.run(layout, project, config, kills, account, say)
-            if set(stages) - {"ingest", "kafka"}:
-                account.ledger = _drained(layout, project, config, say)
-            if not _closes(account):
-                raise InvariantBroken("the account does not close")
+        with _Crawled.of(project, seed, wanted="crawl" in stages) as crawled:
+            more = crawled.programs() if crawled else ()
+            stack = chaos.own_stack(project_dir, config, stages, say, gateways=args.gateways, base=base, more=more)
+            with stack as layout:
+                chaos.run(layout, project, config, kills, account, say)
+                if crawled:
+                    account.crawl = crawled.settled(layout, say)
+                if set(stages) - {"ingest", "kafka"}:
+                    account.ledger = _drained(layout, project, config, say)
+                if crawled and account.crawl is not None:
+                    crawled.count(layout, config, account.crawl)
+                if not _closes(account):
+                    raise InvariantBroken("the account does not close")
     except InvariantBroken as error:
         _show(account, args.json)
         print(f"headrace chaos: {error}; again with --seed {seed}", file=sys.stderr)
@@ -98,6 +121,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _closes(account: chaos.Account) -> bool:
     account.closes = account.closes and (account.ledger is None or account.ledger.closes)
+    account.closes = account.closes and (account.crawl is None or account.crawl.closes)
     return account.closes
 
 
@@ -108,6 +132,11 @@ def _show(account: chaos.Account, as_json: bool) -> None:
     lines = [
         f"{title:<10}" + "   ".join(f"{name} {getattr(account, name):,}" for name in names) for title, names in ROWS
     ]
+    if account.crawl is not None:
+        lines += [
+            f"{title:<10}" + "   ".join(f"{name} {getattr(account.crawl, name):,}" for name in names)
+            for title, names in CRAWL_ROWS
+        ]
     if account.ledger is not None:
         lines.append(ledger_table(account.ledger))
     held = f"{account.rate_held:,.0f} of {account.rate:,} events/s held for {account.seconds:.0f} s"
@@ -118,14 +147,85 @@ def _show(account: chaos.Account, as_json: bool) -> None:
 def _drained(layout: Layout, project: Project, config: Config, say: chaos.Say) -> Ledger:
     """Return the whole ledger once nothing moves any more, or after `DRAINED_S`."""
     topics = Topics(config.log.generation)
-    uri = str(Path(layout.store.removeprefix("file:")) / "lake" / "samples")
     until, before = time.monotonic() + DRAINED_S, ""
     while True:
-        lake = DeltaLake(uri, generation=topics.generation, partitions=config.log.partitions)
-        ledger = take_stock(project, config, topics, KafkaReader(layout.brokers), lake)
+        ledger = take_stock(project, config, topics, KafkaReader(layout.brokers), _lake(layout, config))
         now = f"{ledger.samples} {ledger.stored} {ledger.in_flight} {ledger.waiting}"
         if (now == before and not ledger.waiting) or time.monotonic() > until:
             return ledger
         say(f"draining: {ledger.waiting:,} wait for feedback, {ledger.samples:,} samples, {ledger.stored:,} stored")
         before = now
         time.sleep(3.0)
+
+
+def _lake(layout: Layout, config: Config) -> DeltaLake:
+    uri = f"{layout.store.removeprefix('file:')}/lake/samples"
+    return DeltaLake(uri, generation=config.log.generation, partitions=config.log.partitions)
+
+
+class _Crawled:
+    """The site that is crawled while the crawler is killed, and what came of it."""
+
+    def __init__(self, project: Project, seed: int, sources: Path) -> None:
+        joined = {crawl.name: project.impression.fields[crawl.joins] for crawl in project.crawls}
+        self.site = chaos_crawl.ChangingSite(project.crawls, joined, seed)
+        self._sources = sources
+        sources.write_bytes(msgspec.json.encode(self.site.sources()))
+        self.site.start()
+
+    @classmethod
+    @contextmanager
+    def of(cls, project: Project, seed: int, *, wanted: bool) -> Iterator[Self | None]:
+        """Yield a site that serves, or None where none is wanted."""
+        if not wanted:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="headrace-chaos-site-") as folder:
+            crawled = cls(project, seed, Path(folder) / "sources.json")
+            try:
+                yield crawled
+            finally:
+                crawled.site.close()
+
+    def programs(self) -> list[Program]:
+        """Return the crawler that asks this site."""
+        return [Program("crawl", [*self._command(), "--log-level", "WARNING"])]
+
+    def settled(self, layout: Layout, say: chaos.Say) -> chaos_crawl.CrawlAccount:
+        """Return the account with what is not settled once the site is at rest and the outbox empty."""
+        account = chaos_crawl.CrawlAccount(unsettled=self.site.rest(chaos.QUIET_S))
+        until = time.monotonic() + chaos.QUIET_S
+        while time.monotonic() < until:
+            status, body = http_get(f"http://{HOST}:{layout.port('metrics_crawl')}/metrics")
+            if status == 200 and parse(body.decode()).get("headrace_crawl_outbox_rows") == 0:
+                break
+            time.sleep(0.2)
+        say(f"the site rests, {account.unsettled} of {len(self.site.pages)} pages are not acknowledged as they are")
+        return account
+
+    def count(self, layout: Layout, config: Config, account: chaos_crawl.CrawlAccount) -> None:
+        """Fill the account from log, `features`, lake and stored bodies, and say whether it closes."""
+        topics, reader = Topics(config.log.generation), KafkaReader(layout.brokers)
+        events, features = read_all(reader, topics.events), read_all(reader, topics.features)
+        versions = chaos_crawl.count(self.site, events, features, config.log.partitions, account)
+        reader.close()
+        lake, crawls = _lake(layout, config), list(self.site.crawls.values())
+        state = lake.state()
+        if state is not None:
+            stored = lake.read(state.version, chaos_crawl.stored_columns(crawls))
+            chaos_crawl.count_stored(crawls, stored, versions, account)
+        Supervisor(layout).end(("crawl",))
+        again = subprocess.run(
+            [*self._command(), "--extract-again"],
+            env=layout.environment(),
+            capture_output=True,
+            text=True,
+            timeout=chaos.QUIET_S,
+            check=False,
+        )
+        changed = again.stdout.partition(" ")[0]
+        account.bodies_changed = int(changed) if again.returncode == 0 and changed.isdigit() else len(self.site.pages)
+        account.closes = chaos_crawl.closes(account)
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "headrace.cli.main", "crawl", "--sources", str(self._sources)]
