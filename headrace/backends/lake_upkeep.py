@@ -55,6 +55,8 @@ _COMMIT = CommitProperties(max_commit_retries=STEPS_MAX)
 # The total order in which samples are learnt.
 ORDER = ("event_time_ms", "partition", "offset", "rank")
 UPKEEP_ID = "upkeep"
+# One group a file of 190,000 rows took readers a half more CPU than groups of this size, which cost 6 % more bytes.
+ROW_GROUP_ROWS = 131_072
 
 Place = tuple[date, int] | None
 """A date and hour; None where the table has no hours."""
@@ -203,7 +205,7 @@ class Upkeep:
             folder = "" if place is None else f"{DATE}={place[0].isoformat()}/{HOUR}={place[1]}/"
             path = f"{folder}part-00000-{uuid.uuid4()}-c000.zstd.parquet"
             with store.open_output_stream(path) as stream:
-                parquet.write_table(rows, stream, compression="zstd")
+                parquet.write_table(rows, stream, row_group_size=ROW_GROUP_ROWS, compression="zstd")
                 size = stream.tell()
         except (DeltaError, OSError) as error:
             raise self._away("compacted", error) from error
