@@ -53,8 +53,12 @@ SCHEMAS = {
 }
 
 
-def changing(seed: int, steps: int = 400, changes: int = 3) -> list[Item]:
-    """Return traffic in which the rules change, each change written twice at times, and dwells among the feedback."""
+def changing(seed: int, steps: int = 400, changes: int = 3, order: tuple[int, ...] = ()) -> list[Item]:
+    """Return traffic in which the rules change, each change written twice at times, and dwells among the feedback.
+
+    Args:
+        order: the projects to change to; by the seed otherwise.
+    """
     random = Random(seed)
     items: list[Item] = []
     for kind, row in traffic(seed, steps):
@@ -67,7 +71,8 @@ def changing(seed: int, steps: int = 400, changes: int = 3) -> list[Item]:
         items.append((kind, row))
     places = sorted(random.sample(range(1, len(items)), changes))
     for number, at in reversed(list(enumerate(places, start=2))):
-        items.insert(at, ("spec", change(random.randrange(len(PROJECTS)), number)))
+        project = order[number - 2] if order else random.randrange(len(PROJECTS))
+        items.insert(at, ("spec", change(project, number)))
         if random.random() < 0.4:
             items.insert(min(len(items), at + random.randrange(1, 20)), items[at])
     return items

@@ -1,0 +1,134 @@
+"""Goal: whatever dies around a change of rules, every sample comes out once, by the rules it was read under.
+
+Method: the two workers and the faults of `test_stream_faults`, over a log in which the rules change; each worker has
+another project on its disk, before the change is applied and after. Planted bugs: rules taken from the disk at a
+restart, what waits labelled by the new rules, a change written twice counted twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import pytest
+
+from headrace.contract.events import decode_batch
+from headrace.contract.positions import START, Position
+from headrace.contract.rules import rules_of
+from headrace.contract.sample import parse_position
+from headrace.contract.topics import Topics
+from headrace.stream import state as states
+from headrace.stream.join import JoinState
+from tests.property.test_stream_join import PROJECT, records
+from tests.rules_world import PROJECTS, SCHEMAS, changing
+from tests.simulation.test_stream_faults import JOIN, Stage, World
+
+Row = dict[str, object]
+
+
+class AnyDisk(Stage):
+    """The stage, on a machine whose project file is any of those that there were, or will be."""
+
+    disk = Random(0)
+
+    def __init__(self, project, *args, **kwargs) -> None:
+        super().__init__(project, *args, **kwargs, declared=rules_of(self.disk.choice(PROJECTS)))
+
+
+class Changing(World):
+    """A world whose log changes the rules."""
+
+    def __init__(self, seed: int, stage_type: type[Stage]) -> None:
+        super().__init__(seed, stage_type)
+        AnyDisk.disk = Random(seed)
+        self.events = records(changing(seed, 250, 2), Random(seed), SCHEMAS)
+
+    def taken(self) -> list[Row]:
+        """Return what a reader takes of `samples`, by position."""
+        position, rows = START, list[Row]()
+        for record in self.log.partitions(Topics().samples)[0]:
+            after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
+            if after > position or last <= position:
+                continue
+            found = present(decode_batch(record.value or b""))
+            rows += [row for row in found if Position(row["offset"], row["rank"]) > position]
+            assert {row["spec"] for row in found} == set(record.headers["spec"].split(","))
+            position = last
+        return rows
+
+    def joined(self) -> list[Row]:
+        """Return what one undisturbed pass gives."""
+        join = JoinState(PROJECT, JOIN, silent_ms=300, partition=0)
+        emitted = [e.batch for record in self.events if (e := join.take(record)) is not None]
+        return [row for batch in emitted for row in present(batch)]
+
+
+def present(batch) -> list[Row]:
+    """Return rows without what is null: a record has the columns of all rules that its rows were read by."""
+    return [{name: value for name, value in row.items() if value is not None} for row in batch.to_pylist()]
+
+
+def survives(seed: int, stage_type: type[Stage] = AnyDisk) -> bool:
+    """Say whether a world with these faults gives exactly what it should."""
+    world = Changing(seed, stage_type)
+    try:
+        asyncio.run(world.run())
+    except Exception:
+        if stage_type is AnyDisk:
+            raise
+        return False
+    return world.taken() == world.joined()
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_each_sample_comes_out_once_across_changes_whatever_dies(block, monkeypatch):
+    monkeypatch.setattr(states, "INLINE_ROWS", 8)
+    monkeypatch.setattr("headrace.stream.payload.PIECE_ROWS", 16)
+    for seed in range(5 * block, 5 * block + 5):
+        assert survives(seed), f"seed {seed}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(20))
+def test_hundreds_of_seeds(block, monkeypatch):
+    monkeypatch.setattr(states, "INLINE_ROWS", 8)
+    monkeypatch.setattr("headrace.stream.payload.PIECE_ROWS", 16)
+    for seed in range(1_000 + 20 * block, 1_000 + 20 * block + 20):
+        assert survives(seed), f"seed {seed}"
+
+
+class RulesFromDisk(AnyDisk):
+    """Reads by the project file after a restart, not by what the state says."""
+
+    async def begin(self, partition):
+        following = await super().begin(partition)
+        state = self.parts[partition].state
+        if following is not None:
+            state.begin_era(state.era.number, self.declared, first=state.era.pending.following)
+        return following
+
+
+class WaitingUnderNewRules(AnyDisk):
+    """Labels what waits by the rules that came after it."""
+
+    async def take_all(self, records):
+        join = self.parts[records[0].partition].state
+        await super().take_all(records)
+        for era in join.eras[:-1]:
+            width = len(era.windows_T)
+            era.pending.windows_ms[:] = join.era.windows_T[:width].tolist()
+
+
+class ForgetsOldRules(AnyDisk):
+    """Stores only the rules in force: what waits under older ones is gone after a restart."""
+
+    async def begin(self, partition):
+        following = await super().begin(partition)
+        state = self.parts[partition].state
+        del state.eras[:-1]
+        return following
+
+
+@pytest.mark.parametrize("bug", [RulesFromDisk, WaitingUnderNewRules, ForgetsOldRules])
+def test_a_planted_bug_is_caught(bug):
+    assert not all(survives(seed, bug) for seed in range(8))
