@@ -6,10 +6,20 @@ from random import Random
 
 import msgspec
 import pytest
+from msgspec import structs
 
-from headrace.contract.events import Punctuation, batch_from_rows, encode_batch, encode_punctuation, impression_schema
+from headrace.contract.events import (
+    Punctuation,
+    batch_from_rows,
+    decode_batch,
+    decode_punctuation,
+    encode_batch,
+    encode_punctuation,
+    impression_schema,
+)
 from headrace.contract.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
+from headrace.contract.rules import change_of, encode_change
 from headrace.contract.spec import Categorical, Counter, FeatureSpec
 from headrace.stream.aggregator import AggregatorState, Settled
 
@@ -83,3 +93,64 @@ def test_any_order_of_partitions_settles_the_same(seed):
 def test_values_decay_to_zero_when_the_window_has_passed():
     last = {item.key: item for item in settle(logs(1), Random(1), crash=False)}
     assert all(item.counts == [0.0] and item.buckets == {} for item in last.values())
+
+
+CHANGED = structs.replace(
+    PROJECT,
+    features=FeatureSpec(
+        counters=(Counter(name="new", key="item", counts=("impression",), window_ms=400, buckets=4),),
+        features=(Categorical(field="item"),),
+    ),
+).checked()
+
+
+def changing(seed: int) -> tuple[list[list[Record]], list[int]]:
+    """Return logs in which a change drops one counter and brings another, and where it lies in each partition."""
+    random, made, at = Random(seed), logs(seed), list[int]()
+    for partition, log in enumerate(made):
+        at.append(random.randrange(10, 100))
+        value = encode_change(change_of(CHANGED, 2, now_ms=0))
+        for place in (at[-1], random.randrange(at[-1] + 1, 110)):
+            log.insert(place, Record("events", partition, 0, None, value, {"kind": "spec"}, 0))
+        made[partition] = [structs.replace(record, offset=n) for n, record in enumerate(log)]
+    return made, at
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_change_of_rules_settles_the_same_in_any_order(seed):
+    made, at = changing(seed)
+    expected = settle(made, Random(1), crash=False)
+    assert settle(made, Random(seed + 100), crash=False) == expected
+    assert settle(made, Random(seed + 200), crash=True) == expected
+    fresh_values = [item for item in expected if item.counter == "new"]
+    assert len(fresh_values) > 5
+    for item in fresh_values:
+        # Whoever reads it has read the change, and it counts what each partition read after that.
+        assert all(reached(log[:place]) < item.as_of_ms for log, place in zip(made, at, strict=True))
+        assert item.counts == [brute(made, at, item.key, item.as_of_ms)]
+    last = {item.key: item for item in expected if item.counter == "i"}
+    assert all(item.counts == [0.0] and item.buckets == {} for item in last.values()), "a dropped counter fades"
+    end = fresh()
+    for record in (*made[0], *made[1]):
+        end.take(record)
+    assert [state.counter.name for state in end.counters.values()] == ["new"]
+
+
+def reached(log: list[Record]) -> int:
+    """Return the watermark at the end of a stretch of one partition's log."""
+    times = [decode_punctuation(r.value or b"").time_ms for r in log if r.headers["kind"] == "punctuation"]
+    return max(times)
+
+
+def brute(made: list[list[Record]], at: list[int], key: str, as_of_ms: int) -> float:
+    count = 0
+    bottom = as_of_ms // 100 - 4
+    for log, place in zip(made, at, strict=True):
+        times = [n for n, record in enumerate(log) if record.headers["kind"] == "punctuation"]
+        end = next(n for n in times if reached([log[n]]) >= as_of_ms)
+        for record in log[place:end]:
+            if record.headers["kind"] == "impression":
+                row = decode_batch(record.value or b"").to_pylist()[0]
+                is_in = bottom < row["event_time_ms"] // 100 and row["event_time_ms"] <= as_of_ms
+                count += is_in and str(row["item"]) == key
+    return float(count)
