@@ -8,13 +8,24 @@ from headrace.backends.fenced_kafka import FencedKafka
 from headrace.cli.runtime import Runtime
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import Project
-from headrace.contract.rules import check_code
-from headrace.stream.rules import PEN, ensure_first
+from headrace.contract.rules import check_code, differences, rules_of
+from headrace.contract.topics import Topics
+from headrace.stream.rules import PEN, ensure_first, read_history
 
 
-def open_pen(runtime: Runtime) -> FencedKafka:
+def open_pen(brokers: str, topics: Topics) -> FencedKafka:
     """Return the pen of the `rules` topic, not yet taken."""
-    return FencedKafka(runtime.brokers, runtime.topics.rules, f"{PEN}-g{runtime.topics.generation}")
+    return FencedKafka(brokers, topics.rules, f"{PEN}-g{topics.generation}")
+
+
+def unapplied(brokers: str, topics: Topics, project: Project) -> list[str]:
+    """Return what the project on disk would change of the rules in force, a line each."""
+    pen = open_pen(brokers, topics)
+    try:
+        newest = read_history(pen).newest
+    finally:
+        pen.close()
+    return [] if newest is None else differences(newest.rules, rules_of(project))
 
 
 def begin_rules(runtime: Runtime) -> Project:
@@ -23,7 +34,7 @@ def begin_rules(runtime: Runtime) -> Project:
     Raises `ConfigRejected` when the project on disk has another partition key, or a function of the user's in other
     code than when the newest change was applied.
     """
-    pen = open_pen(runtime)
+    pen = open_pen(runtime.brokers, runtime.topics)
     try:
         history = ensure_first(pen, runtime.project, now_ms=runtime.clock.now_ms(), pause=time.sleep)
     finally:

@@ -13,6 +13,7 @@ import threading
 import time
 
 from headrace.cli.local import add_stack_flags, new_layout, present_layout, quiet_clients, table
+from headrace.cli.rules import unapplied
 from headrace.cli.runtime import HOST, load_project
 from headrace.cli.watch import Watch
 from headrace.contract.errors import ConfigRejected
@@ -59,6 +60,9 @@ def main(args: argparse.Namespace) -> int:
     try:
         start(layout, Topics(config.log.generation).specs(config.log.partitions), say, more=more)
         _show(layout, time.monotonic() - begin)
+        if lines := unapplied(layout.brokers, Topics(config.log.generation), project):
+            print("the project on disk differs from the rules in force, which are the log's:")
+            print("\n".join(f"  {line}" for line in (*lines, "`headrace spec apply` puts it in force.")), flush=True)
         if args.detach:
             return 0
         _follow(layout)

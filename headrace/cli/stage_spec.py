@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     if args.what == "apply":
         said, text = _apply(runtime, dry=args.dry_run)
     else:
-        pen = open_pen(runtime)
+        pen = open_pen(runtime.brokers, runtime.topics)
         try:
             history = read_history(pen)
         finally:
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _apply(runtime: Runtime, *, dry: bool) -> tuple[dict[str, Any], str]:
     partitions = runtime.config.log.partitions
-    pen, producer = open_pen(runtime), runtime.producer()
+    pen, producer = open_pen(runtime.brokers, runtime.topics), runtime.producer()
     try:
         before = read_history(pen).newest
         applied = apply(
