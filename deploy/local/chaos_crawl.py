@@ -67,7 +67,7 @@ class CrawlAccount(msgspec.Struct, kw_only=True):
     mixed: int = 0
     """Stored samples with crawled columns that are no version of the log, or of after the impression."""
     bodies_changed: int = 0
-    """Versions that the stored bodies, extracted again, would change."""
+    """Versions that the stored bodies, extracted again, would change; a body that is not there counts as one."""
     closes: bool = False
 
 

@@ -140,9 +140,14 @@ class Frontier:
         return epoch
 
     def plant(self, source: str, starts: Iterable[Found]) -> None:
-        """Add the addresses that a source begins with."""
+        """Add the addresses that a source begins with, and forget those that it no longer begins with."""
+        declared = list(starts)
         with self._db:
-            for one in starts:
+            self._db.execute(
+                f"delete from pages where source=? and is_start and url not in ({_marks(declared)})",
+                (source, *(one.url for one in declared)),
+            )
+            for one in declared:
                 self._db.execute(
                     "insert into pages(source, url, host, sitemap, depth, due_ms, is_start) values (?,?,?,?,0,0,1) "
                     "on conflict do update set is_start = 1, sitemap = excluded.sitemap",
@@ -350,5 +355,5 @@ def host_of(url: str) -> str:
     return urlsplit(url).hostname or ""
 
 
-def _marks(values: Sequence[str]) -> str:
+def _marks(values: Sequence[object]) -> str:
     return ",".join("?" * len(values))  # None at all is well, too: SQLite knows an empty list.

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -42,9 +42,13 @@ from headrace.deploy.local.probe import http_get
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger import Ledger
 from headrace.replay.scan import read_all
+from headrace.replay.settled import SettledCounts, check_settled
 
 HELP = "kill processes at random under load, then account for every event"
 DRAINED_S = 120.0
+KILLS, STREAM_KILLS = 20, 30
+VALUES_ON_THEIR_WAY_MS = 10_000
+"""Punctuation that is younger than this when the account is drawn may have values that are not written yet."""
 
 ROWS = (
     ("load", ("emitted", "emitted_again", "emitted_bad")),
@@ -65,10 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage",
         default=env("STAGE") or "ingest",
-        help=f"who is killed, separated by commas: {', '.join(chaos.NEEDS)}",
+        help=f"who is killed, separated by commas: {', '.join(chaos.NEEDS)}; stream: {', '.join(chaos.STREAM)}",
     )
     parser.add_argument("--seed", type=int, default=int(env("SEED") or 0), help="of times and victims (any)")
-    parser.add_argument("--kills", type=int, default=int(env("KILLS") or 20), help="how many (%(default)s)")
+    parser.add_argument(
+        "--kills", type=int, default=int(env("KILLS") or 0), help=f"how many ({KILLS}; {STREAM_KILLS} with stream)"
+    )
     parser.add_argument("--rate", type=int, default=int(env("RATE") or 2_000), help="events a second (%(default)s)")
     parser.add_argument("--gateways", type=int, default=2, choices=(1, 2), help="processes on the port (%(default)s)")
     parser.add_argument(
@@ -87,10 +93,11 @@ def main(args: argparse.Namespace) -> int:
     stages = [stage.strip() for stage in args.stage.split(",") if stage.strip()]
     seed = args.seed or seed_from_system()
     victims = chaos.victims_of(stages, args.gateways)
-    print(f"seed {seed}: {args.kills} kills of {', '.join(victims)} at {args.rate} events/s", file=out, flush=True)
+    count = args.kills or (STREAM_KILLS if "stream" in stages else KILLS)
+    print(f"seed {seed}: {count} kills of {', '.join(victims)} at {args.rate} events/s", file=out, flush=True)
     project_dir = find_project(args.project or os.environ.get("HEADRACE_PROJECT") or "")
     config, project = load_project(project_dir)
-    kills = chaos.plan(Random(seed), victims, args.kills)
+    kills = chaos.plan(Random(seed), victims, count)
     account = chaos.Account(seed=seed, stages=stages, kills=kills, rate=args.rate, seconds=0.0, rate_held=0.0)
 
     def say(text: str) -> None:
@@ -106,9 +113,11 @@ def main(args: argparse.Namespace) -> int:
                 if crawled:
                     account.crawl = crawled.settled(layout, say)
                 if set(stages) - {"ingest", "kafka"}:
-                    account.ledger = _drained(layout, project, config, say)
+                    account.ledger = _drained(layout, project, config, stages, say)
                 if crawled and account.crawl is not None:
                     crawled.count(layout, config, account.crawl)
+                if "aggregate" in chaos.needed(stages):
+                    account.settled = _settled(layout, project, config, say)
                 if not _closes(account):
                     raise InvariantBroken("the account does not close")
     except InvariantBroken as error:
@@ -120,23 +129,27 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _closes(account: chaos.Account) -> bool:
-    account.closes = account.closes and (account.ledger is None or account.ledger.closes)
+    account.closes = account.closes and (account.ledger is None or _all_there(account.ledger, account.stages))
+    account.closes = account.closes and (account.settled is None or account.settled.closes())
     account.closes = account.closes and (account.crawl is None or account.crawl.closes)
     return account.closes
+
+
+def _all_there(ledger: Ledger, stages: Sequence[str]) -> bool:
+    """Say whether the ledger closes and, where a sink ran, nothing is left on its way to the lake."""
+    arrived = ledger.positives + ledger.negatives <= ledger.samples == ledger.stored and not ledger.waiting
+    return ledger.closes and (arrived or "sink" not in chaos.needed(stages))
 
 
 def _show(account: chaos.Account, as_json: bool) -> None:
     if as_json:
         print(msgspec.json.encode(account).decode(), flush=True)
         return
-    lines = [
-        f"{title:<10}" + "   ".join(f"{name} {getattr(account, name):,}" for name in names) for title, names in ROWS
-    ]
+    lines = [f"{title:<10}" + _pairs(account, names) for title, names in ROWS]
     if account.crawl is not None:
-        lines += [
-            f"{title:<10}" + "   ".join(f"{name} {getattr(account.crawl, name):,}" for name in names)
-            for title, names in CRAWL_ROWS
-        ]
+        lines += [f"{title:<10}" + _pairs(account.crawl, names) for title, names in CRAWL_ROWS]
+    if account.settled is not None:
+        lines.append(f"{'aggregates':<10}" + _pairs(account.settled, ("values", "wrong", "missing", "undue")))
     if account.ledger is not None:
         lines.append(ledger_table(account.ledger))
     held = f"{account.rate_held:,.0f} of {account.rate:,} events/s held for {account.seconds:.0f} s"
@@ -144,18 +157,45 @@ def _show(account: chaos.Account, as_json: bool) -> None:
     print("\n".join([*lines, f"{len(account.kills)} kills, {held}; {verdict}"]), flush=True)
 
 
-def _drained(layout: Layout, project: Project, config: Config, say: chaos.Say) -> Ledger:
+def _pairs(counts: object, names: Sequence[str]) -> str:
+    return "   ".join(f"{name} {getattr(counts, name):,}" for name in names)
+
+
+def _drained(layout: Layout, project: Project, config: Config, stages: Sequence[str], say: chaos.Say) -> Ledger:
     """Return the whole ledger once nothing moves any more, or after `DRAINED_S`."""
     topics = Topics(config.log.generation)
-    until, before = time.monotonic() + DRAINED_S, ""
+    until = time.monotonic() + DRAINED_S
     while True:
+        _await_rest(layout, topics, config, until)
+        say("samples and lake stand still; drawing the ledger")
         ledger = take_stock(project, config, topics, KafkaReader(layout.brokers), _lake(layout, config))
-        now = f"{ledger.samples} {ledger.stored} {ledger.in_flight} {ledger.waiting}"
-        if (now == before and not ledger.waiting) or time.monotonic() > until:
+        if _all_there(ledger, stages) or time.monotonic() > until:
             return ledger
         say(f"draining: {ledger.waiting:,} wait for feedback, {ledger.samples:,} samples, {ledger.stored:,} stored")
+
+
+def _await_rest(layout: Layout, topics: Topics, config: Config, until: float) -> None:
+    """Return when neither `samples` nor the lake grew while the sink had time for two commits, or at `until`."""
+    reader, before = KafkaReader(layout.brokers), ""
+    while time.monotonic() < until:
+        state = _lake(layout, config).state()
+        now = f"{reader.end_offsets(topics.samples)} {state.version if state else -1}"
+        if now == before:
+            break
         before = now
-        time.sleep(3.0)
+        time.sleep(2 * config.sink.commit_ms / 1000 + 2.0)
+    reader.close()
+
+
+def _settled(layout: Layout, project: Project, config: Config, say: chaos.Say) -> SettledCounts:
+    """Return what a second count of every aggregate finds."""
+    say("counting every aggregate again")
+    reader = KafkaReader(layout.brokers)
+    now_ms = time.time_ns() // 1_000_000
+    events = read_all(reader, Topics(config.log.generation).events)
+    counts = check_settled(project, config, events, upto_ms=now_ms - VALUES_ON_THEIR_WAY_MS)
+    reader.close()
+    return counts
 
 
 def _lake(layout: Layout, config: Config) -> DeltaLake:
@@ -223,8 +263,9 @@ class _Crawled:
             timeout=chaos.QUIET_S,
             check=False,
         )
-        changed = again.stdout.partition(" ")[0]
-        account.bodies_changed = int(changed) if again.returncode == 0 and changed.isdigit() else len(self.site.pages)
+        changed, missing = again.stdout.partition(" ")[0], again.stderr.count("is not in the store")
+        is_done = again.returncode == 0 and changed.isdigit()
+        account.bodies_changed = int(changed) + missing if is_done else len(self.site.pages)
         account.closes = chaos_crawl.closes(account)
 
     def _command(self) -> list[str]:

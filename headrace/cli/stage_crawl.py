@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sources",
         metavar="FILE",
         type=Path,
-        help="JSON list of sources in place of the project's, of the same names and fields: a site for tests",
+        help="JSON list of sources in place of the project's, of the same names and fields: a site for tests, "
+        "with a --home of its own",
     )
     parser.add_argument("--once", action="store_true", help="fetch what is due, send it, end")
     parser.add_argument(

@@ -250,6 +250,22 @@ def test_an_entity_ends_with_its_page(site: Site, crawlers: list[Crawler], tmp_p
     assert [v["values"] is None for v in crawler.versions()] == [False, True, False]
 
 
+def test_a_start_that_is_declared_no_more_is_asked_for_no_more(
+    site: Site, crawlers: list[Crawler], tmp_path: Path
+) -> None:
+    site.pages = {"/": (200, {}, links("/item/1")), "/old": (200, {}, links("/item/2"))}
+    site.pages |= {f"/item/{n}": item(n, 1.0) for n in (1, 2)}
+    crawl = catalogue(site, start=(f"{site.url}/", f"{site.url}/old"), every_ms=1_000)
+    crawler = made(crawlers, tmp_path, crawl)
+    crawler.run()
+    before = site.asked.copy()
+    crawler.declare(catalogue(site, every_ms=1_000))
+    again(crawler, crawl)
+    # What it led to is known by now, and asked for until it is gone.
+    assert {path for path, times in site.asked.items() if times > before[path]} >= {"/", "/item/1", "/item/2"}
+    assert site.asked["/old"] == before["/old"]
+
+
 def test_stored_bodies_are_extracted_again_without_a_request(
     site: Site, crawlers: list[Crawler], tmp_path: Path
 ) -> None:
