@@ -123,17 +123,17 @@ class StreamStage:
         due_s = self.clock.monotonic() + snapshot_s * (1 + partition % 4 / 4)
         kept = dict(sorted(manifests.items(), key=lambda item: _offset_of(item[0])))
         self.parts[partition] = _Part(state, writer, due_s, state.totals.tasks, stored=state.offset, manifests=kept)
-        self._tell_rules(partition, state)
+        self._tell_rules(partition, state, None)
         return state.offset + 1 if state.offset >= 0 else None
 
     async def take_all(self, records: Sequence[Record]) -> None:
         """Join records of one partition, in order, and send what they resolved."""
         partition = records[0].partition
         part = self.parts[partition]
-        number = part.state.era.number
+        before = part.state.era
         emitted = part.state.take_all(records)
-        if part.state.era.number != number:
-            self._tell_rules(partition, part.state)
+        if part.state.era.number != before.number:
+            self._tell_rules(partition, part.state, before.rules)
         self.metrics.add("records_read_total", len(records))
         if emitted is not None:
             pieces = _pieces(emitted)
@@ -177,13 +177,15 @@ class StreamStage:
             self.producer.poll(0.0)
             await asyncio.sleep(0.005)
 
-    def _tell_rules(self, partition: int, state: JoinState) -> None:
+    def _tell_rules(self, partition: int, state: JoinState, before: Rules | None) -> None:
+        """Log what the partition is read by; `before` are the rules until now, unless the worker just began."""
         rules = state.era.rules
         log.info("partition %d is read by rules %s (change %d)", partition, rules.digest(), state.era.number)
-        if lines := differences(rules, self.declared):
+        # A worker that was there before a change has the project of before: nothing hangs on that.
+        if before != self.declared and (lines := differences(rules, self.declared)):
             log.warning(
-                "partition %d: the project on disk (%s) differs from the rules in the log, and the log counts:\n  %s\n"
-                "`headrace spec apply` puts the project's in force.",
+                "partition %d: the project that this worker was started with (%s) differs from the rules in the log, "
+                "and the log counts. It would change:\n  %s\n`headrace spec apply` puts it in force.",
                 partition,
                 self.declared.digest(),
                 "\n  ".join(lines),

@@ -101,7 +101,7 @@ def _outcome(applied: Applied, lines: list[str], *, dry: bool) -> list[str]:
     if dry or newest is None:
         return ["would change:", *told, "nothing was written."]
     offsets = applied.history.written.get(newest.number, {})
-    where = ", ".join(f"{p}: {offset}" for p, offset in offsets.items()) or "the beginning of every partition"
+    where = _places(offsets) or "the beginning of every partition"
     return [
         f"change {newest.number}, rules {newest.digest}:",
         *told,
@@ -156,12 +156,20 @@ def _history(history: History) -> tuple[dict[str, Any], str]:
     before: Rules | None = None
     for change in history.changes:
         offsets = history.written.get(change.number, {})
-        where = ", ".join(f"{p}: {offset}" for p, offset in offsets.items())
+        where = _places(offsets)
         where = "the beginning" if change.number == 1 else where or "not known to lie in every partition: apply again"
         lines.append(f"{change.number:>4}  {change.digest}  {_time(change)}  from {where}")
         lines += [f"        {line}" for line in (differences(before, change.rules) if before is not None else [])]
         before = change.rules
     return {"changes": said}, "\n".join(lines) or "the log holds no rules yet."
+
+
+def _places(offsets: dict[str, int]) -> str:
+    return ", ".join(f"{partition}: {offset}" for partition, offset in sorted(offsets.items(), key=_partition))
+
+
+def _partition(item: tuple[str, int]) -> int:
+    return int(item[0])
 
 
 def _summary(rules: Rules) -> str:

@@ -20,6 +20,7 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -27,7 +28,7 @@ from headrace.contract.crawl import Crawl, Extract, ExtractType
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.functions import function_of
 from headrace.contract.project import LANES_MAX, FeedbackType, FieldType, Project, Task
-from headrace.contract.spec import Custom, FeatureSpec
+from headrace.contract.spec import Counter, Custom, FeatureSpec
 
 
 class FeedbackRule(msgspec.Struct, frozen=True):
@@ -202,7 +203,7 @@ def lanes_of(tasks: Sequence[Task]) -> list[tuple[str, str]]:
 
 
 def differences(before: Rules, after: Rules) -> list[str]:
-    """Return what changes, a line each, for people."""
+    """Return what changes, a line each, for people, in the words of the project's file."""
     lines = _named_changes("field", before.fields, after.fields)
     lines += _named_changes("feedback", _by_name(before.feedback), _by_name(after.feedback))
     lines += _named_changes("task", _by_name(before.tasks), _by_name(after.tasks))
@@ -252,16 +253,36 @@ def _check_types(what: str, before: Mapping[str, str], after: Mapping[str, str])
             )
 
 
-def _by_name(declared: Sequence[FeedbackRule | Task | CrawlRule | msgspec.Struct]) -> dict[str, str]:
-    return {str(getattr(one, "name", "")): _text(one) for one in declared}
+def _by_name(declared: Sequence[FeedbackRule | Task | CrawlRule | Counter]) -> dict[str, Any]:
+    return {one.name: one for one in declared}
 
 
-def _named_changes(what: str, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+def _named_changes(what: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     lines = [f"- {what} {name}" for name in before if name not in after]
-    lines += [f"+ {what} {name}: {text}" for name, text in after.items() if name not in before]
+    lines += [f"+ {what} {name}: {_text(one)}" for name, one in after.items() if name not in before]
     both = [name for name in after if name in before and before[name] != after[name]]
-    return lines + [f"~ {what} {name}: {before[name]} -> {after[name]}" for name in both]
+    return lines + [f"~ {what} {name}: {_step(before[name], after[name])}" for name in both]
 
 
-def _text(one: object) -> str:
-    return msgspec.json.encode(one, order="deterministic").decode()
+def _step(before: Any, after: Any) -> str:
+    """Return which fields of a declaration change, and how."""
+    if not isinstance(after, msgspec.Struct):
+        return f"{before} -> {after}"
+    names = [field.name for field in msgspec.structs.fields(after)]
+    pairs = [(name, getattr(before, name), getattr(after, name)) for name in names]
+    return ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in pairs if old != new)
+
+
+def _text(one: Any) -> str:
+    """Return a declaration as it is written in a project's file, without what is as by default."""
+    if not isinstance(one, msgspec.Struct):
+        return str(one)
+    told = [(field.name, getattr(one, field.name), field.default) for field in msgspec.structs.fields(one)]
+    inner = ", ".join(f"{name}={_value(value)}" for name, value, default in told if value != default)
+    return f"{type(one).__name__}({inner})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple) and value and isinstance(value[0], msgspec.Struct):
+        return f"({', '.join(map(_text, value))})"
+    return repr(value)

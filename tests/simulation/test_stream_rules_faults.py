@@ -89,7 +89,7 @@ def test_each_sample_comes_out_once_across_changes_whatever_dies(block, monkeypa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("block", range(20))
+@pytest.mark.parametrize("block", range(10))
 def test_hundreds_of_seeds(block, monkeypatch):
     monkeypatch.setattr(states, "INLINE_ROWS", 8)
     monkeypatch.setattr("headrace.stream.payload.PIECE_ROWS", 16)

@@ -199,6 +199,6 @@ def test_differences_name_what_changes():
     lines = differences(rules_of(PROJECT), rules_of(WIDE))
     assert any(line.startswith("+ field device: string") for line in lines)
     assert "- task order" in lines and "- counter u" in lines
-    assert any(line.startswith("~ task click: ") and '"window_ms":900' in line for line in lines)
-    assert any(line.startswith("+ feature ") and "bucket" in line for line in lines)
+    assert "~ task click: window_ms 500 -> 900, correct_ms 0 -> 500" in lines
+    assert "+ feature Bucket(field='price', edges=(2.0, 5.0))" in lines
     assert not differences(rules_of(WIDE), rules_of(WIDE))
