@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -22,6 +22,7 @@ from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.events import decode_batch
 from headrace.contract.log import Reader
 from headrace.contract.positions import Position
+from headrace.contract.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.contract.sample import parse_position, sample_schema
 from headrace.contract.snapshot import Manifest, decode_manifest
@@ -65,7 +66,7 @@ def as_trained(
     *,
     step: int | None = None,
     holder: str = "replay",
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> Result:
     """Replay the newest run of `project` up to its newest snapshot (or up to `step`) and compare digests.
 
@@ -86,16 +87,16 @@ def as_trained(
     steps = read_steps(reader, topics, project.name, run, target)
     if any(s.recipe != digest_of(project) for s in steps):
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
-    progress(f"run {run}: {len(steps)} steps, {sum(r.rows for s in steps for r in s.ranges)} samples")
+    shown = progress or Silent()
+    shown.begin(f"replaying {target} steps of run {run}", sum(r.rows for s in steps for r in s.ranges))
     rows = Rows(project, topics, reader, lake, steps, holder)
-    learner, learnt, said = make_learner(project.recipe, project.features), 0, time.monotonic()
+    learner, learnt = make_learner(project.recipe, project.features), 0
     for one in steps:
         batch = to_batch(rows.of(one), project)
         learner.learn(batch)
         learnt += len(batch)
-        if time.monotonic() - said > 2.0:
-            said = time.monotonic()
-            progress(f"step {one.step} of {target}, {learnt} samples")
+        shown.done(learnt)
+    shown.end()
     digest = learner.digest()
     return Result(
         model=project.name,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -27,6 +27,7 @@ from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.log import Producer, Reader
 from headrace.contract.metrics import Metrics
 from headrace.contract.positions import Positions
+from headrace.contract.progress import Progress, Silent
 from headrace.contract.project import Project, Task
 from headrace.contract.steps import Step, StepRange
 from headrace.contract.topics import Topics
@@ -81,6 +82,7 @@ class Parts:
     stop: Stop
     lake: Lake | None = None
     board: Board | None = None
+    progress: Progress = field(default_factory=Silent)
     background: bool = True
 
 
@@ -127,6 +129,8 @@ class Trainer:
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, parts.config, parts.metrics, parts.board, parts.clock)
         self._waiting_since = -1.0
+        self._stored_rows = 0
+        """How many stored samples there were when this process began to learn them; 0 while it learns none."""
         self._published_at = self._snapshot_at = float("-inf")
 
     def recover(self) -> None:
@@ -150,11 +154,16 @@ class Trainer:
         todo = [s for _, s in steps if s.run == self.run_id and s.step > self.learner.step]
         if todo:
             logger.info("redoing %d recorded steps of run %s after step %d", len(todo), self.run_id, self.learner.step)
+            self.parts.progress.begin("redoing recorded steps", sum(r.rows for s in todo for r in s.ranges))
+        redone = 0
         for step in todo:
             if step.step != self.learner.step + 1:
                 raise InvariantBroken(f"step {step.step} of run {self.run_id} follows step {self.learner.step}.")
             self._await_rows(step.ranges)
             self._apply(step)
+            redone += sum(r.rows for r in step.ranges)
+            self.parts.progress.done(redone)
+        self.parts.progress.end()
         self.publisher = Publisher(
             self.project,
             self.run_id,
@@ -196,6 +205,7 @@ class Trainer:
         while not self.parts.stop.is_set():
             try:
                 self.turn()
+                self._show_progress()
                 self._tell()
                 if self.publisher and not self.publisher.wants_snapshot and not self.publisher.is_busy:
                     self.parts.metrics.ready(True)
@@ -299,6 +309,18 @@ class Trainer:
         )
         if publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
             self._snapshot_at = self.parts.clock.monotonic()
+
+    def _show_progress(self) -> None:
+        if self.source.is_stored:
+            left = self.source.ready_rows()
+            if not self._stored_rows:
+                self._stored_rows = left
+                self.parts.progress.begin("learning the lake", left)
+            self.parts.progress.done(self._stored_rows - left)
+        elif self._stored_rows:
+            self.parts.progress.done(self._stored_rows)
+            self.parts.progress.end()
+            self._stored_rows = 0
 
     def _tell(self) -> None:
         if self.report.is_due():

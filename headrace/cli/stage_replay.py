@@ -6,13 +6,16 @@ Exit status 1 when the digests differ. `--json` prints one object on the standar
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
-import sys
 
 import msgspec
 
+from headrace.cli.progress import show_progress
 from headrace.cli.runtime import add_common, open_runtime
+
+logger = logging.getLogger("headrace.replay")
 
 HELP = "run stored samples through the same learner again"
 
@@ -32,6 +35,8 @@ def main(args: argparse.Namespace) -> int:
     from headrace.replay.replay import as_trained
 
     runtime = open_runtime(args)
+    # Whatever else is silent: a replay takes as long as the training did.
+    logger.setLevel(logging.INFO)
     torch.set_num_threads(runtime.config.train.threads)
     result = as_trained(
         runtime.project,
@@ -40,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         runtime.lake(),
         step=args.step,
         holder=f"replay-{socket.gethostname()}-{os.getpid()}",
-        progress=lambda text: print(text, file=sys.stderr, flush=True),
+        progress=show_progress(logger),
     )
     if args.json:
         print(msgspec.json.encode(result).decode())

@@ -1,14 +1,29 @@
 """Learn from the lake, then from the topic; publish snapshots and deltas.
 
+What it does, in this order:
+
+  1. resume      the newest checkpoint of the project's recipe; the steps recorded after it are done again, exactly
+  2. catch up    without a checkpoint: all that the lake holds, in event-time order; a progress bar shows the time left
+  3. follow      the samples topic, for ever; deltas several times a second, a snapshot and a checkpoint now and then
+
 One worker. Its state is in the store (checkpoints) and in the `steps` topic: killed at any moment, it goes on from
-there with the same bits.
+there with the same bits. SIGTERM leaves a checkpoint and stops within 5 s. Changing the recipe or the feature spec
+begins a new run from the lake; the old one's checkpoints stay.
+
+What to watch: `headrace tensorboard`, and on the metrics port /metrics, /readyz, /healthz. A trainer that is slower
+than its samples loses none: they wait in Kafka, lag_records and lag_seconds grow, and steps fill up to `batch_rows`,
+which is when it is fastest. `negative_share` in the recipe makes it learn fewer.
+
+Settings: [train] in headrace.toml. Which model, rates, sizes: the project's Recipe.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 
 from headrace.backends.fenced_kafka import FencedKafka
+from headrace.cli.progress import show_progress
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.trainer.board import Board
 
@@ -43,6 +58,7 @@ def main(args: argparse.Namespace) -> int:
             stop=stop,
             lake=runtime.lake(),
             board=Board(runtime.tensorboard_dir / "train"),
+            progress=show_progress(logging.getLogger("headrace.train")),
         )
     )
     return 0
