@@ -14,7 +14,7 @@ from headrace.contract.dead_letters import DeadLetter
 from headrace.contract.events import Punctuation
 from headrace.contract.positions import Positions
 from headrace.contract.steps import Step, StepRange
-from headrace.replay.ledger import KEYS, Expected, Found, TaskCounts, draw
+from headrace.replay.ledger import KEYS, Expected, Found, TaskCounts, covers, draw, stored_by_log
 
 ROWS = 40
 SAMPLES = pa.Table.from_pylist(
@@ -158,3 +158,22 @@ def test_a_mark_for_what_the_log_lacks_is_a_loss():
     found = change(sound(), letters=[letter], punctuations=[said], retried=[(letter, "appended")])
     ledger = draw(EXPECTED, found, tasks=("click",))
     assert ledger.lost_where["log"] == 1 and not ledger.closes
+
+
+@pytest.mark.parametrize("dropped", [0, 3])
+def test_a_version_that_is_no_more_is_told_by_the_step_that_went_on_from_it(dropped: int):
+    """The version held the first 10 rows of either partition; retention had taken the oldest `dropped` of them."""
+    timed = SAMPLES.append_column("event_time_ms", pa.array([(i * 7) % ROWS for i in range(ROWS)]))
+    known = {"0": [7, 1], "1": [7, 1]}
+    steps = [
+        step(1, StepRange("stored", version=3, start=0, stop=8), positions={}),
+        step(2, StepRange("stored", version=3, start=8, stop=20 - dropped), positions={}),
+        step(2, StepRange("stored", version=3, start=8, stop=20 - dropped), positions={}),
+        step(3, live(0, (7, 1), (9, 1), 4), positions={"0": [9, 1], "1": [7, 1]}),
+        step(4, live(1, (7, 1), (9, 1), 4), positions={"0": [9, 1], "1": [9, 1]}),
+    ]
+    held = timed.filter(pa.array(covers(timed, Positions.from_json(1, known)))).sort_by("event_time_ms")
+    found = stored_by_log(timed, steps, 3, ("click",), retained=dropped > 0)
+    assert held.num_rows == 20 and found == held.slice(dropped).select(KEYS.names)
+    assert stored_by_log(timed, steps[:3], 3, ("click",), retained=False) is None
+    assert stored_by_log(timed, steps, 4, ("click",), retained=False) is None
