@@ -61,8 +61,8 @@ tests:
           - exp_labels: {severity: warning, instance: a}
             exp_annotations:
               summary: "The trainer is 7m 30s behind"
-              description: "1800 records wait. It learns 9k samples/s. Nothing is lost while the topic keeps them. Give it
-                a core, or lower negative_share in the recipe."
+              description: "1800 records wait. It learns 9k samples/s. Nothing is lost while the topic keeps them. Give
+                it a core, or lower negative_share in the recipe."
       - {eval_time: 15m, alertname: HeadraceTrainOverloaded, exp_alerts: []}
       - eval_time: 40m
         alertname: HeadraceTrainOverloaded
