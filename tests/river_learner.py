@@ -14,9 +14,9 @@ from headrace.contract.recipe import Recipe
 from headrace.contract.snapshot import Weights
 from headrace.contract.spec import PAD, FeatureSpec
 from headrace.trainer.model.batch import Batch
-from headrace.trainer.model.calibration import left_out
+from headrace.trainer.model.calibration import acceptable, left_out
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.learner import State, StepReport, acceptable
+from headrace.trainer.model.learner import State, StepReport
 
 
 class RiverLearner:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +12,6 @@ import torch
 from headrace.trainer.model.scoring import Float32s, Shapes
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
-
-
-class Norms(NamedTuple):
-    """Euclidean norms of gradients summed over a batch; not finite where a gradient is not, or where they overflow."""
-
-    rows: float
-    dense: float
-
-    @property
-    def are_finite(self) -> bool:
-        """Say whether the gradients may be applied."""
-        return math.isfinite(self.rows) and math.isfinite(self.dense)
 
 
 class Flat:

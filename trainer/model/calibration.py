@@ -16,38 +16,74 @@ from __future__ import annotations
 
 import math
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.hashing import U64, mix64
 from headrace.contract.recipe import Recipe
 from headrace.trainer.model.batch import Batch, Int8s
-from headrace.trainer.model.scoring import Float32s, sigmoid
+from headrace.trainer.model.scoring import Float32s
+
+Bools = npt.NDArray[np.bool_]
 
 _PLATT_RATE = 0.02
 _UNIT = 1.0 / 9007199254740992.0
 
 
-def left_out(recipe: Recipe, batch: Batch) -> npt.NDArray[np.bool_]:
+def left_out(recipe: Recipe, batch: Batch) -> Bools:
     """Say which samples are negatives that are not learnt: bool [B], a function of a sample's id and the seed."""
     if recipe.negative_share == 1.0:
         return np.zeros(len(batch), np.bool_)
     seed = mix64(np.array([recipe.seed], U64))
     unit_B = (mix64(batch.id_B.view(U64) ^ seed) >> U64(11)).astype(np.float64) * _UNIT
-    out_B: npt.NDArray[np.bool_] = (batch.label_B == 0) & (unit_B >= recipe.negative_share)
+    out_B: Bools = (batch.label_B == 0) & (unit_B >= recipe.negative_share)
     return out_B
 
 
 def gradients(recipe: Recipe, logit_B: Float32s, label_B: Float32s, weight_B: Float32s) -> Float32s:
     """Return the derivative of each sample's weighted log loss by its log-odds: float32 [B]."""
+    out_B = np.empty(len(logit_B), np.float32)
     offset = np.float32(-math.log(recipe.negative_share))
-    said_B = sigmoid(logit_B + offset if offset else logit_B)
-    if recipe.delayed == "fake_negative_weighted":
-        p_B = sigmoid(logit_B)
-        with np.errstate(over="ignore"):  # What overflows is refused with the gradients that it leads to.
-            weight_B = weight_B * (1 + p_B) * np.where(label_B > 0, np.float32(1), 1 - p_B)
-    out_B: Float32s = (weight_B * (said_B - label_B)).astype(np.float32)
+    _gradients(logit_B, label_B, weight_B, offset, recipe.delayed == "fake_negative_weighted", out_B)
     return out_B
+
+
+@numba.njit(cache=True)
+def _gradients(
+    logit_B: Float32s, label_B: Float32s, weight_B: Float32s, offset: np.float32, is_weighted: bool, out_B: Float32s
+) -> None:
+    one = np.float32(1.0)
+    for b in range(logit_B.shape[0]):
+        said, weight = _sigmoid(logit_B[b] + offset), weight_B[b]
+        if is_weighted:
+            p = _sigmoid(logit_B[b])
+            weight *= (one + p) * (one if label_B[b] > 0 else one - p)
+        out_B[b] = weight * (said - label_B[b])
+
+
+@numba.njit(cache=True)
+def _sigmoid(logit: np.float32) -> np.float32:
+    small, one = np.exp(-abs(logit)), np.float32(1.0)
+    return one / (one + small) if logit >= 0 else small / (one + small)
+
+
+def acceptable(batch: Batch, *, tasks: int) -> Bools:
+    """Say which samples may be learnt, see `Learner.learn`: bool [B]. Every learner refuses the others."""
+    keep_B = np.empty(len(batch), np.bool_)
+    _acceptable(batch.numeric_BD, batch.label_B, batch.weight_B, batch.task_B, tasks, keep_B)
+    return keep_B
+
+
+@numba.njit(cache=True)
+def _acceptable(
+    numeric_BD: Float32s, label_B: Float32s, weight_B: Float32s, task_B: Int8s, tasks: int, keep_B: Bools
+) -> None:
+    for b in range(label_B.shape[0]):
+        keep = np.isfinite(weight_B[b]) and weight_B[b] >= 0 and 0 <= label_B[b] <= 1 and 0 <= task_B[b] < tasks
+        for d in range(numeric_BD.shape[1]):
+            keep = keep and np.isfinite(numeric_BD[b, d])
+        keep_B[b] = keep
 
 
 class Platt:

@@ -20,13 +20,9 @@ def spread(
     sum_BE: Float32s,
     x_BX: Float32s,
 ) -> None:
-    """Write what the dense part reads: the sum of linear weights, FM's pairs, the sum of embeddings, and x0.
-
-    An `x_BX` of no width is left out.
-    """
+    """Write what the dense part reads: the sum of linear weights, FM's pairs, the sum of embeddings, and x0."""
     slots, width, numerics = values_BFV.shape[1], values_BFV.shape[2] - 1, numeric_BD.shape[1]
     squares_E = np.empty(width, np.float32)
-    has_x = x_BX.shape[1] > 0
     for b in range(values_BFV.shape[0]):
         linear = np.float32(0.0)
         for e in range(width):
@@ -38,17 +34,14 @@ def spread(
                 v = values_BFV[b, f, 1 + e]
                 sum_BE[b, e] += v
                 squares_E[e] += v * v
-            if has_x:
-                for e in range(width):
-                    x_BX[b, f * width + e] = values_BFV[b, f, 1 + e]
+                x_BX[b, f * width + e] = v
         pairs = np.float32(0.0)
         for e in range(width):
             pairs += sum_BE[b, e] * sum_BE[b, e] - squares_E[e]
         linear_B[b] = linear
         pairs_B[b] = np.float32(0.5) * pairs
-        if has_x:
-            for d in range(numerics):
-                x_BX[b, slots * width + d] = numeric_BD[b, d]
+        for d in range(numerics):
+            x_BX[b, slots * width + d] = numeric_BD[b, d]
 
 
 @numba.njit(cache=True)
@@ -60,12 +53,11 @@ def collect(
     x_BX: Float32s,
     grad_BFV: Float32s,
 ) -> np.float32:
-    """Write the gradients of rows from those of the sum of linear weights, of FM's pairs and of x0 (if it has width).
+    """Write the gradients of rows from those of the sum of linear weights, of FM's pairs and of x0.
 
     Returns the sum of their squares, which is not finite where a gradient is not.
     """
     slots, width = values_BFV.shape[1], values_BFV.shape[2] - 1
-    has_x = x_BX.shape[1] > 0
     squares_E = np.zeros(width, np.float32)
     squares = np.float32(0.0)
     for b in range(values_BFV.shape[0]):
@@ -73,16 +65,10 @@ def collect(
         squares += np.float32(slots) * linear * linear
         for f in range(slots):
             grad_BFV[b, f, 0] = linear
-            if has_x:
-                for e in range(width):
-                    g = x_BX[b, f * width + e] + pairs * (sum_BE[b, e] - values_BFV[b, f, 1 + e])
-                    grad_BFV[b, f, 1 + e] = g
-                    squares_E[e] += g * g
-            else:
-                for e in range(width):
-                    g = pairs * (sum_BE[b, e] - values_BFV[b, f, 1 + e])
-                    grad_BFV[b, f, 1 + e] = g
-                    squares_E[e] += g * g
+            for e in range(width):
+                g = x_BX[b, f * width + e] + pairs * (sum_BE[b, e] - values_BFV[b, f, 1 + e])
+                grad_BFV[b, f, 1 + e] = g
+                squares_E[e] += g * g
     for e in range(width):
         squares += squares_E[e]
     return squares

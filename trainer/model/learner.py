@@ -21,13 +21,13 @@ from headrace.contract.recipe import Optimizer as Kind
 from headrace.contract.recipe import Recipe, slot_labels
 from headrace.contract.snapshot import Weights
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.adam import Norms
 from headrace.trainer.model.admission import Admission
 from headrace.trainer.model.batch import Batch
-from headrace.trainer.model.calibration import Platt, gradients, left_out
+from headrace.trainer.model.calibration import Platt, acceptable, gradients, left_out
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.net import Net
+from headrace.trainer.model.norms import Norms
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, probabilities, score
+from headrace.trainer.model.shallow import Shallow
 from headrace.trainer.model.table_group import SlotTable, Tables
 from headrace.trainer.model.table_optimizers import Optimizer
 from headrace.trainer.model.tables import Int64s
@@ -113,11 +113,15 @@ def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu") 
     """Return the learner that the recipe names, as it begins. Raises `ConfigRejected`; see `Recipe.checked`."""
     recipe.checked(features)
     dense: DensePart
-    if recipe.model == "module":
+    if recipe.model in ("logistic", "fm"):
+        dense = Shallow(recipe, features)  # A handful of numbers: no device is worth the way there.
+    elif recipe.model == "module":
         from headrace.trainer.model.module import ModuleNet
 
         dense = ModuleNet(recipe, features, device=device)
     else:
+        from headrace.trainer.model.net import Net
+
         dense = Net(recipe, features, device=device)
     return TableLearner(recipe, features, make_tables(recipe, features), dense)
 
@@ -198,9 +202,10 @@ class TableLearner:
         prediction_B = np.full(len(batch), np.nan, np.float32)
         keep_B = acceptable(batch, tasks=len(self.recipe.heads))
         refused = len(batch) - int(keep_B.sum())
-        out_B = keep_B & left_out(self.recipe, batch)
-        sampled_out = int(out_B.sum())
-        if sampled_out:
+        sampled_out = 0
+        if self.recipe.negative_share < 1:
+            out_B = keep_B & left_out(self.recipe, batch)
+            sampled_out = int(out_B.sum())
             prediction_B[out_B] = self.predict(batch.where(out_B))
             keep_B &= ~out_B
         part = batch if keep_B.all() else batch.where(keep_B)
@@ -208,15 +213,18 @@ class TableLearner:
             return StepReport(prediction_B, _NO_KEYS, 0, refused, sampled_out)
         rows_BF = self.table.rows_for(part.slots_BF, part.event_time_ms_B)
         logits_BT = self.net.forward(self.table.gather(rows_BF, part.slots_BF), part.numeric_BD)
-        own_B = np.arange(len(part)), part.task_B
-        logit_B = logits_BT[own_B]
-        grad_BT = np.zeros_like(logits_BT)
-        grad_BT[own_B] = gradients(self.recipe, logit_B, part.label_B, part.weight_B)
+        if logits_BT.shape[1] == 1:
+            logit_B = logits_BT[:, 0]
+            grad_BT = gradients(self.recipe, logit_B, part.label_B, part.weight_B)[:, None]
+        else:
+            own_B = np.arange(len(part)), part.task_B
+            logit_B, grad_BT = logits_BT[own_B], np.zeros_like(logits_BT)
+            grad_BT[own_B] = gradients(self.recipe, logit_B, part.label_B, part.weight_B)
         grad_BFV, norms = self.net.backward(grad_BT)
         if not norms.are_finite or not np.isfinite(logit_B).all():
             return StepReport(prediction_B, _NO_KEYS, 0, refused + len(part), sampled_out)
-        platt_2T = self._platt.weights_2T if self._platt is not None else None
-        prediction_B[keep_B] = probabilities(self.recipe, logits_BT, platt_2T)[own_B]
+        platt_2B = self._platt.weights_2T[:, part.task_B] if self._platt is not None else None
+        prediction_B[keep_B] = probabilities(self.recipe, logit_B, platt_2B)
         touched_R = self.table.update(rows_BF, grad_BFV, part.event_time_ms_B)
         touched_K = self.table.keys_of(touched_R)
         forgotten_K = self.table.expire(int(part.event_time_ms_B.max()))
@@ -261,12 +269,3 @@ class TableLearner:
                 f"a batch of {batch.slots_BF.shape[1]} slots and {batch.numeric_BD.shape[1]} numbers reached a model "
                 f"of {slots} and {numerics}: it was featurized by another specification."
             )
-
-
-def acceptable(batch: Batch, *, tasks: int) -> npt.NDArray[np.bool_]:
-    """Say which samples may be learnt: bool [B]. Every learner refuses the others."""
-    finite_B = np.isfinite(batch.numeric_BD).all(axis=1) & np.isfinite(batch.weight_B)
-    label_B, task_B = batch.label_B, batch.task_B
-    out_B: npt.NDArray[np.bool_] = finite_B & (batch.weight_B >= 0) & (label_B >= 0) & (label_B <= 1)
-    out_B &= (task_B >= 0) & (task_B < tasks)
-    return out_B

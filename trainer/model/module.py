@@ -20,7 +20,8 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.functions import ModelShape, model_of
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.adam import Flat, Norms
+from headrace.trainer.model.adam import Flat
+from headrace.trainer.model.norms import Norms
 from headrace.trainer.model.scoring import Dense, Float32s, Shapes
 
 _BUILDING = threading.Lock()

@@ -1,4 +1,4 @@
-"""The dense half of the models in torch, forward and backward written out. Weights and formulas are those of `scoring`.
+"""The dense half of `deepfm` and `dcn` in torch, forward and backward written out. Formulas are those of `scoring`.
 
 Written out instead of recorded by autograd, it reads each matrix once a pass and keeps its buffers: 1.7 times as fast
 at a batch of 512. A test holds it against autograd. One thread, fixed order: equal batches give equal bits.
@@ -17,24 +17,24 @@ import torch
 
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.adam import Flat, Norms
+from headrace.trainer.model.adam import Flat
 from headrace.trainer.model.kernels import collect, spread
+from headrace.trainer.model.norms import Norms
 from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
 
 
 class Net:
-    """Dense weights of `logistic`, `fm`, `deepfm` and `dcn`. `forward`, then `backward`, then perhaps `update`."""
+    """Dense weights of `deepfm` and `dcn`. `forward`, then `backward`, then perhaps `update`."""
 
     def __init__(self, recipe: Recipe, features: FeatureSpec, *, device: str) -> None:
-        self.recipe, self.device = recipe, device
+        self.device = device
         self.slots, self.numerics, self.dim = features.slots, features.numerics, recipe.row_dim
         self.tasks = len(recipe.heads)
-        self.is_deep = recipe.model in ("deepfm", "dcn")
-        self.layers = len(recipe.hidden) + 1 if self.is_deep else 0
+        self.layers = len(recipe.hidden) + 1
         self.crosses = recipe.cross_layers if recipe.model == "dcn" else 0
-        self.width = self.slots * self.dim + self.numerics if self.is_deep else 0
+        self.width = self.slots * self.dim + self.numerics
         shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name != PLATT}
         self.flat = Flat(shapes, lr=recipe.lr_dense, device=device)
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
@@ -67,9 +67,6 @@ class Net:
         self._values_BFV = values_BFV
         self._numeric_BD = self._sent(numeric_BD)
         out_BT = torch.addmm(w["bias"], self._numeric_BD, w["numeric"])
-        if self.recipe.model == "logistic":
-            out_BT += self._sent(values_BFV.sum(axis=1))
-            return self._fetched(out_BT)
         linear_B, pairs_B = np.empty(self._rows, np.float32), np.empty(self._rows, np.float32)
         self._sum_BE = np.empty((self._rows, self.dim), np.float32)
         # On the CPU x0 is written where the layers read it.
@@ -80,12 +77,11 @@ class Net:
             home.copy_(torch.from_numpy(x_BX))
         self._linear_B1, self._pairs_B1 = self._sent(linear_B)[:, None], self._sent(pairs_B)[:, None]
         out_BT += self._linear_B1 * w["mix"][0] if "mix" in w else self._linear_B1
-        if self.recipe.model != "dcn":
+        if not self.crosses:
             out_BT += self._pairs_B1 * w["mix"][1] if "mix" in w else self._pairs_B1
         if self.crosses:
             out_BT.addmm_(self._cross_forward(home), w["cross"])
-        if self.is_deep:
-            out_BT += self._deep_forward(home)
+        out_BT += self._deep_forward(home)
         return self._fetched(out_BT)
 
     def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
@@ -98,10 +94,7 @@ class Net:
         torch.mm(self._numeric_BD.t(), g_BT, out=grads["numeric"])
         torch.sum(g_BT, 0, out=grads["bias"])
         grad_BFV = np.empty(self._values_BFV.shape, np.float32)
-        if self.recipe.model == "logistic":
-            grad_BFV[:] = grad_BT[:, None, :]
-            return grad_BFV, Norms(math.sqrt(self.slots) * float(torch.linalg.vector_norm(g_BT)), self.flat.norm())
-        has_pairs = self.recipe.model != "dcn"
+        has_pairs = not self.crosses
         if "mix" in w:
             grads["mix"][0] = (g_BT * self._linear_B1).sum(0)
             linear_B = self._fetched(g_BT @ w["mix"][0])
@@ -111,12 +104,10 @@ class Net:
         else:
             linear_B = np.ascontiguousarray(grad_BT[:, 0])
             pairs_B = linear_B if has_pairs else np.zeros_like(linear_B)
-        grad_x = np.empty((self._rows, 0), np.float32)
-        if self.is_deep:
-            gradient_BX = self._deep_backward(g_BT)
-            if self.crosses:
-                gradient_BX = self._cross_backward(g_BT, gradient_BX)
-            grad_x = self._fetched(gradient_BX)
+        gradient_BX = self._deep_backward(g_BT)
+        if self.crosses:
+            gradient_BX = self._cross_backward(g_BT, gradient_BX)
+        grad_x = self._fetched(gradient_BX)
         squares = collect(self._values_BFV, self._sum_BE, linear_B, pairs_B, grad_x, grad_BFV)
         return grad_BFV, Norms(math.sqrt(squares), self.flat.norm())
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -115,9 +116,17 @@ def _deep(x_BX: Float32s, layers: int, dense: Dense) -> Float32s:
 
 def sigmoid(logits_N: Float32s) -> Float32s:
     """Return probabilities without overflow: float32, shaped as the log-odds."""
-    small_N = np.exp(-np.abs(logits_N))
-    out_N: Float32s = np.where(logits_N >= 0, 1 / (1 + small_N), small_N / (1 + small_N)).astype(np.float32)
+    out_N = np.empty(logits_N.shape, np.float32)
+    _sigmoid(np.ascontiguousarray(logits_N, np.float32).reshape(-1), out_N.reshape(-1))
     return out_N
+
+
+@numba.njit(cache=True)
+def _sigmoid(logits_N: Float32s, out_N: Float32s) -> None:
+    one = np.float32(1.0)
+    for i in range(logits_N.shape[0]):
+        small = np.exp(-abs(logits_N[i]))
+        out_N[i] = one / (one + small) if logits_N[i] >= 0 else small / (one + small)
 
 
 def probabilities(recipe: Recipe, logits_NT: Float32s, platt_2T: Float32s | None) -> Float32s:

@@ -1,0 +1,92 @@
+"""Ways to train, as functions: take the nearest one, change what differs, and give it to `Project(recipe=...)`.
+
+    PROJECT = Project(..., recipe=deepfm(task="click", dim=16))
+    PROJECT = Project(..., recipe=multitask(("click", "like", "dwell")))
+    PROJECT = Project(..., recipe=late_positives(fm(task="order")))
+
+| recipe | take it when | what a row keeps, beside key and last use (12 bytes) |
+| --- | --- | --- |
+| `logistic_ftrl` | many sparse ids, weights that may be exactly 0, the fastest | w, z, n: 12 bytes a task |
+| `logistic` | the same, denser ids, no zeros | w and one sum: 8 bytes a task |
+| `fm` | pairs of ids matter and the stream is short: few dense weights to warm up | 4 (1 + dim) and two sums |
+| `deepfm` | the default: pairs at once, more as the stream goes on | 4 (1 + dim) and two sums |
+| `dcn` | crosses of higher order between features that you know to matter | 4 (1 + dim) and two sums |
+| `multitask` | rare labels (like, order) beside a frequent one (click) | as deepfm; tables are shared |
+| `module_of` | a torch.nn.Module of your own | as deepfm |
+
+Rates are those that did best on the first days of KuaiRand (`bench/quality.py`, `bench/trainer.py`); begin there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from headrace.contract.recipe import Recipe
+
+
+def logistic_ftrl(task: str = "click", **changes: Any) -> Recipe:
+    """Return logistic regression whose rows learn by FTRL-proximal, each weight with a rate of its own.
+
+    With `l1_table` above 0 a weight that the data don't ask for is exactly 0. Source: McMahan et al., KDD 2013.
+    """
+    return _with(Recipe(task=task, model="logistic", optimizer="ftrl", lr_table=0.2, lr_dense=0.003), changes)
+
+
+def logistic(task: str = "click", **changes: Any) -> Recipe:
+    """Return logistic regression whose rows learn by Adagrad. Small batches: each sees the weights of the last."""
+    return _with(
+        Recipe(task=task, model="logistic", optimizer="adagrad", lr_table=0.15, lr_dense=0.003, batch_rows=64), changes
+    )
+
+
+def fm(task: str = "click", **changes: Any) -> Recipe:
+    """Return a factorization machine: linear weights and every pair of embeddings. Source: Rendle, ICDM 2010."""
+    return _with(Recipe(task=task, model="fm", lr_table=0.02, lr_dense=0.003), changes)
+
+
+def deepfm(task: str = "click", **changes: Any) -> Recipe:
+    """Return DeepFM: the factorization machine and layers over the same embeddings. Source: Guo et al., IJCAI 2017."""
+    return _with(Recipe(task=task, model="deepfm", lr_table=0.02, lr_dense=0.001), changes)
+
+
+def dcn(task: str = "click", **changes: Any) -> Recipe:
+    """Return DCN-v2, cross layers beside deep ones; `cross_rank` makes wide inputs cheap.
+
+    Source: Wang et al., "DCN V2: Improved deep & cross network", WWW 2021.
+    """
+    return _with(Recipe(task=task, model="dcn", lr_table=0.02, lr_dense=0.001, cross_rank=16), changes)
+
+
+def module_of(name: str, *, version: int = 1, task: str = "click", **changes: Any) -> Recipe:
+    """Return a recipe of the project's own `@model_function(name, version=version)`."""
+    return _with(Recipe(task=task, model="module", module=name, module_version=version, lr_table=0.02), changes)
+
+
+def multitask(tasks: tuple[str, ...] = ("click", "like", "dwell"), **changes: Any) -> Recipe:
+    """Return DeepFM with a head a task over shared tables and hidden layers; the first task is the main one."""
+    return _with(deepfm(task=tasks[0], tasks=tasks), changes)
+
+
+def late_positives(recipe: Recipe, *, weighted: bool = True) -> Recipe:
+    """Return the recipe for tasks of policy `eager`: negatives at once, corrected when feedback comes.
+
+    `weighted` (fake-negative weighted) learns the true rate itself; without it (fake-negative calibration) samples are
+    learnt as they come, and what the model says is corrected. Source: Ktena et al., RecSys 2019.
+    """
+    return _with(recipe, {"delayed": "fake_negative_weighted" if weighted else "fake_negative_calibrated"})
+
+
+def rare_positives(recipe: Recipe, *, negative_share: float) -> Recipe:
+    """Return the recipe with only a share of the negatives learnt, the log-odds corrected for it."""
+    return _with(recipe, {"negative_share": negative_share})
+
+
+def bounded(recipe: Recipe, *, admit_after: int = 3, expire_after_ms: int = 14 * 86_400_000) -> Recipe:
+    """Return the recipe with a bounded table: a row from the third sighting on, none after two idle weeks."""
+    return _with(recipe, {"admit_after": admit_after, "admit_by": "sketch", "expire_after_ms": expire_after_ms})
+
+
+def _with(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    return msgspec.structs.replace(recipe, **changes)
