@@ -90,7 +90,7 @@ def timed(act: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def read_again(read: Callable[[], pa.Table]) -> tuple[float, pa.Table]:
-    """Return the median of three reads, the first of which finds memory and caches as others left them; and the rows."""
+    """Return the median of three reads, of which the first finds memory and caches as others left them; and rows."""
     reads = [timed(read) for _ in range(3)]
     return statistics.median(took_s for took_s, _ in reads), reads[-1][1]
 
