@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -42,11 +43,12 @@ from headrace.deploy.local.stack import ALSO, STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger import Ledger, draw_gateways
 from headrace.replay.scan import read_all
+from headrace.replay.settled import SettledCounts
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "kafka": ("ingest",),
     "ingest": ("ingest",),
-    "stream": ("ingest", "stream"),
+    "stream": ("ingest", "stream", "aggregate", "sink"),
     "aggregate": ("ingest", "stream", "aggregate"),
     "sink": ("ingest", "stream", "sink"),
     "hdfs": ("ingest", "stream", "sink"),
@@ -59,7 +61,9 @@ STORE = ("namenode", "datanode")
 ON_HDFS = frozenset({"hdfs", "crawl"})
 """Who names one of these gets a store on HDFS, and its processes are killed too; else the store is a folder."""
 
-SECOND = "ingest-2"
+SECOND, SECOND_WORKER = "ingest-2", "stream-2"
+STREAM = ("stream", SECOND_WORKER, "aggregate", "sink")
+"""Who is killed when `stream` is named: two workers that share the partitions, and what stands around them."""
 READY_S = 120.0
 QUIET_S = 180.0
 # Kafka takes 2 to 5 s to be back, a gateway 1 to 3: a kill in the middle of it now and then, else while it works.
@@ -105,6 +109,8 @@ class Account(msgspec.Struct, kw_only=True):
     """The whole ledger, down to the lake, where a stage after `ingest` ran."""
     crawl: CrawlAccount | None = None
     """What came of the crawled versions, where the crawler was killed."""
+    settled: SettledCounts | None = None
+    """The aggregator's values, counted again from the events, where it ran."""
 
 
 def plan(random: Random, victims: Sequence[str], kills: int) -> list[Kill]:
@@ -121,9 +127,14 @@ def victims_of(stages: Sequence[str], gateways: int) -> list[str]:
     wrong = [stage for stage in stages if stage not in NEEDS]
     if wrong:
         raise ConfigRejected(f"--stage {','.join(wrong)}: one or more of {', '.join(NEEDS)} is wanted.")
-    named = [stage for stage in stages if stage != "hdfs"]
+    named = [victim for stage in stages if stage != "hdfs" for victim in (STREAM if stage == "stream" else (stage,))]
     named += STORE if ON_HDFS & set(stages) else ()
-    return [*named, *([SECOND] if gateways > 1 and "ingest" in stages else [])]
+    return list(dict.fromkeys([*named, *([SECOND] if gateways > 1 and "ingest" in stages else [])]))
+
+
+def needed(stages: Sequence[str]) -> set[str]:
+    """Return the stages that run when `stages` are named."""
+    return {need for stage in stages for need in NEEDS[stage]}
 
 
 @contextmanager
@@ -153,11 +164,12 @@ def own_stack(
         own_kafka=True,
         own_hdfs=on_hdfs,
     )
-    needed = sorted({need for stage in stages for need in NEEDS[stage]}, key=(*STAGES, *ALSO).index)
+    running = sorted(needed(stages), key=(*STAGES, *ALSO).index)
     gates = _two_gateways(layout) if gateways > 1 else []
+    gates += [_second_worker(layout)] if "stream" in stages else []
     try:
         specs = Topics(config.log.generation).specs(config.log.partitions)
-        start(layout, specs, say, stages=needed, more=[*gates, *more])
+        start(layout, specs, say, stages=running, more=[*gates, *more])
         yield layout
     except BaseException:
         say(f"logs and data stay in {home}")
@@ -173,8 +185,18 @@ def _two_gateways(layout: Layout) -> list[Program]:
     """Return the programs of two gateways that share the forward port. The second's metrics are on another base."""
     command = [sys.executable, "-m", "headrace.cli.main", "ingest", "--share-port", "--port"]
     command.append(str(layout.port("forward")))
-    second = ["--name", SECOND, "--port-base", str((layout.port_base or 0) + len(PORTS))]
+    second = ["--name", SECOND, "--port-base", str(_second_base(layout))]
     return [Program("ingest", [*command, "--name", "ingest-1"]), Program(SECOND, [*command, *second])]
+
+
+def _second_worker(layout: Layout) -> Program:
+    """Return a second stream worker of the same group, with local state and metrics of its own."""
+    own = ["--home", str(layout.home / SECOND_WORKER), "--port-base", str(_second_base(layout))]
+    return Program(SECOND_WORKER, [sys.executable, "-m", "headrace.cli.main", "stream", *own])
+
+
+def _second_base(layout: Layout) -> int:
+    return (layout.port_base or 0) + len(PORTS)
 
 
 def _remove(folder: Path) -> None:
@@ -241,6 +263,8 @@ def kill_all(layout: Layout, kills: Sequence[Kill], load: Load, say: Say) -> Non
 def await_ready(layout: Layout) -> None:
     """Return when the broker and all stages that run here say that they are ready."""
     probes = probe.stage_probes(layout)
+    others = probe.stage_probes(replace(layout, port_base=_second_base(layout)))
+    probes |= {SECOND: others["ingest"], SECOND_WORKER: others["stream"]}
     asked = [probes[p.name] for p in Supervisor(layout).processes() if p.name in probes]
     until = time.monotonic() + READY_S
     while reasons := [reason for ask in asked if (reason := ask())]:

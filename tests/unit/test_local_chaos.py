@@ -64,9 +64,17 @@ def test_the_same_seed_kills_the_same_at_the_same_times() -> None:
 
 
 def test_an_unknown_stage_is_refused_by_name() -> None:
-    assert chaos.victims_of(["ingest", "stream"], 2) == ["ingest", "stream", chaos.SECOND]
+    assert chaos.victims_of(["ingest", "kafka"], 2) == ["ingest", "kafka", chaos.SECOND]
     with pytest.raises(ConfigRejected, match="millrace"):
         chaos.victims_of(["ingest", "millrace"], 1)
+
+
+def test_stream_names_both_workers_the_aggregator_and_the_sink() -> None:
+    victims = chaos.victims_of(["stream"], 2)
+    assert victims == ["stream", chaos.SECOND_WORKER, "aggregate", "sink"]
+    assert chaos.victims_of(["stream", "aggregate", "sink"], 2) == victims
+    assert chaos.victims_of(["sink"], 1) == ["sink"]
+    assert chaos.needed(["stream"]) == {"ingest", "stream", "aggregate", "sink"}
 
 
 def test_the_account_of_what_a_gateway_did_closes() -> None:
