@@ -29,7 +29,6 @@ from headrace.contract.events import decode_batch, fit
 from headrace.contract.log import Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.positions import START, Position, Positions
-from headrace.contract.project import Project
 from headrace.contract.sample import parse_position
 from headrace.contract.topics import Topics
 from headrace.stream.engine import Engine
@@ -70,7 +69,7 @@ class Lake(Protocol):
 class SinkStage:
     """The shell around the lake; see the module for the protocol."""
 
-    def __init__(self, project: Project, config: Config, lake: Lake, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, config: Config, lake: Lake, metrics: Metrics, clock: Clock) -> None:
         self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
         topics = Topics(config.log.generation)
         self.kept_ms = next(t.retention_ms for t in topics.specs(1) if t.name == topics.samples)
@@ -235,7 +234,6 @@ def _patiently(ask: Callable[[], LakeState | None], clock: Clock) -> LakeState |
 
 
 def run(
-    project: Project,
     config: Config,
     topics: Topics,
     brokers: str,
@@ -247,7 +245,7 @@ def run(
     ready: Callable[[bool, str], None],
 ) -> int:
     """Store samples until `stop`; return the exit status."""
-    stage = SinkStage(project, config, lake, metrics, clock)
+    stage = SinkStage(config, lake, metrics, clock)
     name = f"headrace-sink-g{topics.generation}"
     stage.engine = Engine(name, brokers, topics.samples, config.log.partitions, datadir)
     return stage.engine.run(stage, stop, ready)

@@ -37,7 +37,6 @@ def main(args: argparse.Namespace) -> int:
     schedule.start()
     try:
         return run(
-            runtime.project,
             runtime.config,
             runtime.topics,
             runtime.brokers,

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from lake_world import DAY_MS, HOUR_MS
-from trainer_world import PROJECT, TOPICS, FaultyBlobs, Killed, samples, send
+from trainer_world import TOPICS, FaultyBlobs, Killed, samples, send
 
 from headrace.backends import lake_delta, lake_upkeep
 from headrace.backends.clock import VirtualClock
@@ -239,7 +239,7 @@ class Sink:
         try:
             if self.stage is None:
                 lake = world.lake(FaultyLake)
-                self.stage = SinkStage(PROJECT, Config(), lake, MemoryMetrics(), world.clock)
+                self.stage = SinkStage(Config(), lake, MemoryMetrics(), world.clock)
                 self.at = {p: await self.stage.begin(p) or 0 for p in range(PARTITIONS)}
             lake = self.stage.lake
             lake.between = lambda: meet(world, self)
@@ -303,7 +303,7 @@ def simulate(folder: Path, seed: int) -> World:
 
 async def finish(sink: Sink, world: World) -> None:
     """Store what is left, without faults."""
-    stage = SinkStage(PROJECT, Config(), world.lake(), MemoryMetrics(), world.clock)
+    stage = SinkStage(Config(), world.lake(), MemoryMetrics(), world.clock)
     for partition, records in world.records.items():
         begin = await stage.begin(partition) or 0
         for record in records[begin:]:

@@ -55,7 +55,7 @@ class World:
 
     def store(self, commits: int = 3) -> None:
         """Let the sink store all samples, in a few commits."""
-        stage = SinkStage(PROJECT, Config(), self.lake, MemoryMetrics(), VirtualClock())
+        stage = SinkStage(Config(), self.lake, MemoryMetrics(), VirtualClock())
 
         async def run() -> None:
             await stage.begin(0)

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from trainer_world import PROJECT, TOPICS, samples, send
+from trainer_world import TOPICS, samples, send
 
 from headrace.backends.clock import VirtualClock
 from headrace.backends.lake_delta import DeltaLake
@@ -31,7 +31,7 @@ def test_what_is_not_stored_is_told_by_its_age_and_alarms_at_half_of_what_is_kep
     reader = memory.reader()
     reader.assign({(TOPICS.samples, 0): 0})
     records = reader.poll(10, 0.0)
-    stage = SinkStage(PROJECT, Config(), DeltaLake(str(tmp_path / "lake"), partitions=1), metrics, clock)
+    stage = SinkStage(Config(), DeltaLake(str(tmp_path / "lake"), partitions=1), metrics, clock)
 
     def behind_ms() -> float:
         stage.look_behind()
