@@ -17,6 +17,7 @@ from headrace.contract.events import (
     FEEDBACK,
     IMPRESSION,
     PUNCTUATION,
+    SPEC,
     Punctuation,
     batch_from_rows,
     encode_batch,
@@ -26,6 +27,7 @@ from headrace.contract.events import (
 )
 from headrace.contract.log import Record
 from headrace.contract.project import Project
+from headrace.contract.rules import change_of, encode_change
 from headrace.stream.join import JoinState
 from headrace.stream.state import encode_state, load_state
 
@@ -33,7 +35,8 @@ _DAY_MS = 86_400_000
 
 
 def warm(project: Project, config: JoinConfig) -> None:
-    """Lead a few events through a join of which nothing is kept: matched, early, late, twice, expired, restored."""
+    """Lead a few events through a join of which nothing is kept: matched, early, late, twice, expired, restored, and
+    read by other rules."""
     state = JoinState(project, config, silent_ms=1_000, partition=0)
     for record in _records(project):
         state.take(record)
@@ -59,8 +62,13 @@ def _records(project: Project) -> Iterator[Record]:
             yield record(offset, FEEDBACK, batch, feedback.name)
             offset += 1
         yield record(offset, IMPRESSION, batch_from_rows(rows if when else rows[:2], shown))
-        yield time(offset + 1, _DAY_MS * when)
-        offset += 2
+        change = encode_change(change_of(project, when + 2, now_ms=0))
+        yield Record("", 0, offset + 1, None, change, {"kind": SPEC}, 0)
+        # Across the change: the impression that is answered, and one like it, are found under the older rules.
+        yield record(offset + 2, FEEDBACK, batch, feedback.name)
+        yield record(offset + 3, IMPRESSION, batch_from_rows(rows, shown))
+        yield time(offset + 4, _DAY_MS * when)
+        offset += 5
 
 
 def _row(schema: pa.Schema, project: Project, number: int, kind: str = "") -> dict[str, Any]:

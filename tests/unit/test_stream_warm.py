@@ -4,7 +4,9 @@ through a warm join and count what was compiled."""
 from __future__ import annotations
 
 from headrace.contract.config import JoinConfig
-from headrace.contract.events import FEEDBACK, IMPRESSION, batch_from_rows, feedback_schema, impression_schema
+from headrace.contract.events import FEEDBACK, IMPRESSION, SPEC, batch_from_rows, feedback_schema, impression_schema
+from headrace.contract.log import Record
+from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop.shop import PROJECT
 from headrace.stream import aggregates, counting, early, matching, memory, pending, rings, warm
 from headrace.stream.join import JoinState
@@ -29,9 +31,13 @@ def test_after_warming_other_events_compile_nothing() -> None:
         envelope = {"event_id": f"i{number}", "request_id": f"r{number}", "place": 0, "key": str(number % 4)}
         row = {**envelope, **key, "event_time_ms": 1_000 * number}
         click = row | {"event_id": f"c{number}", "value": 2.5}
-        state.take(record(3 * number, IMPRESSION, batch_from_rows([row] * (1 + number % 2), shown)))
+        state.take(record(4 * number, IMPRESSION, batch_from_rows([row] * (1 + number % 2), shown)))
         if number % 3:
-            state.take(record(3 * number + 1, FEEDBACK, batch_from_rows([click], clicked), "click"))
-        state.take(time(3 * number + 2, 1_000 * number))
+            state.take(record(4 * number + 1, FEEDBACK, batch_from_rows([click], clicked), "click"))
+        if number == 15:
+            change = encode_change(change_of(PROJECT, 2, now_ms=0))
+            state.take(Record("", 1, 4 * number + 2, None, change, {"kind": SPEC}, 0))
+        state.take(time(4 * number + 3, 1_000 * number))
+    assert state.era.number == 2
     load_state(JoinState(PROJECT, JoinConfig(), silent_ms=1_000, partition=1), encode_state(state))
     assert _compiled() == after
