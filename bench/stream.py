@@ -213,7 +213,9 @@ def main() -> None:
 
 
 def _rows(record: Record) -> int:
-    with pa.ipc.open_stream(pa.py_buffer(record.value), options=pa.ipc.IpcReadOptions(included_fields=[0])) as reader:
+    with pa.ipc.open_stream(
+        pa.py_buffer(record.value), options=pa.ipc.IpcReadOptions(included_fields=[0], use_threads=False)
+    ) as reader:
         return sum(batch.num_rows for batch in reader)
 
 

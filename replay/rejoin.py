@@ -115,7 +115,9 @@ def _identities_only(project: Project) -> Project:
 def _row_count(value: bytes) -> int:
     """Return how many rows a record holds, decoding its first column only; 0 where it can't be decoded."""
     try:
-        with pa.ipc.open_stream(pa.py_buffer(value), options=pa.ipc.IpcReadOptions(included_fields=[0])) as reader:
+        with pa.ipc.open_stream(
+            pa.py_buffer(value), options=pa.ipc.IpcReadOptions(included_fields=[0], use_threads=False)
+        ) as reader:
             return sum(batch.num_rows for batch in reader)
     except (pa.ArrowInvalid, OSError):
         return 0
