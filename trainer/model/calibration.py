@@ -65,7 +65,8 @@ def _gradients(
 @numba.njit(cache=True)
 def _sigmoid(logit: np.float32) -> np.float32:
     small, one = np.exp(-abs(logit)), np.float32(1.0)
-    return one / (one + small) if logit >= 0 else small / (one + small)
+    out: np.float32 = one / (one + small) if logit >= 0 else small / (one + small)
+    return out
 
 
 def acceptable(batch: Batch, *, tasks: int) -> Bools:
