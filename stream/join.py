@@ -225,13 +225,13 @@ class JoinState:
         change = decode_change(value, where=f"{record.topic}/{record.partition} offset {record.offset}")
         if change.number <= self.era.number:
             return
-        if self._as_read is None:
-            check_code(change)
         try:
             check_growth(self.era.rules, change.rules, self.lanes)
         except ConfigRejected as error:
             # What `headrace spec apply` refuses is the same in every partition: a record that changes nothing.
             raise EventRejected("bad_change", str(error)) from error
+        if self._as_read is None:
+            check_code(change)
         if gathered.impressions:
             self._keep(gathered.impressions)
             gathered.impressions.clear()
