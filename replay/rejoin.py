@@ -7,7 +7,7 @@ was declared for.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import pyarrow as pa
@@ -32,6 +32,8 @@ from headrace.stream.join import JoinState
 # 1 s before the newest record: partitions are read to ends that were asked one after the other, and totals in one may
 # speak of appends beyond the end of another.
 SETTLED_MS = 1_000
+RUN_RECORDS = 64
+"""Most records that are joined at once: a pass costs what some ten small records do."""
 
 
 def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple[Expected, list[Punctuation]]:
@@ -47,34 +49,53 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
     said: list[tuple[int, Punctuation]] = []
     answers = Counter[tuple[int, str]]()
     newest_ms = 0
-    for record in records:
-        state = states.get(record.partition)
+    for run, answered in _runs(records):
+        first = run[0]
+        state = states.get(first.partition)
         if state is None:
-            if record.offset != 0:
+            if first.offset != 0:
                 raise InvariantBroken(
-                    f"{record.topic}/{record.partition} begins at offset {record.offset}: retention took what the "
+                    f"{first.topic}/{first.partition} begins at offset {first.offset}: retention took what the "
                     "ledger needs. Raise the topic's retention, or begin a new generation."
                 )
-            state = states[record.partition] = JoinState(
+            state = states[first.partition] = JoinState(
                 project,
                 config.join,
                 silent_ms=config.ingest.silent_ms,
-                partition=record.partition,
+                partition=first.partition,
                 as_read=_identities_only,
             )
         before = state.totals.feedback
-        emitted = state.take(record)
-        answers[record.partition, record.headers.get("type", "")] += state.totals.feedback - before
+        emitted = state.take_all(run)
+        answers[first.partition, answered] += state.totals.feedback - before
         if emitted is not None:
             tables.append(pa.Table.from_batches([emitted.batch.select(TIMED_KEYS.names)]).cast(TIMED_KEYS))
-        kind, newest_ms = record.headers.get("kind", ""), max(newest_ms, record.timestamp_ms)
-        if record.value is not None and kind == PUNCTUATION:
-            said.append((record.timestamp_ms, decode_punctuation(record.value)))
-        elif record.value is not None and kind in rows:
-            rows[kind] += _row_count(record.value)
+        for record in run:
+            kind, newest_ms = record.headers.get("kind", ""), max(newest_ms, record.timestamp_ms)
+            if record.value is not None and kind == PUNCTUATION:
+                said.append((record.timestamp_ms, decode_punctuation(record.value)))
+            elif record.value is not None and kind in rows:
+                rows[kind] += _row_count(record.value)
     samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else TIMED_KEYS.empty_table()
     settled = [p for at, p in said if at <= newest_ms - SETTLED_MS or p.bye]
     return _expected(samples, rows, answers, list(states.values())), settled
+
+
+def _runs(records: Iterable[Record]) -> Iterator[tuple[list[Record], str]]:
+    """Cut each partition into runs that the join takes at once: (records, the type of feedback among them or "")."""
+    waiting: dict[int, list[Record]] = {}
+    types: dict[int, str] = {}
+    for record in records:
+        partition, kind = record.partition, record.headers.get("type", "")
+        run, before = waiting.setdefault(partition, []), types.setdefault(partition, "")
+        if len(run) == RUN_RECORDS or (kind and before and kind != before):
+            yield run, before
+            run, before = [], ""
+            waiting[partition] = run
+        run.append(record)
+        types[partition] = kind or before
+    for partition, run in waiting.items():
+        yield run, types[partition]
 
 
 def _expected(
