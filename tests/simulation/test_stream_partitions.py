@@ -278,7 +278,7 @@ def disturbed(
     return trouble(world)
 
 
-BLOCKS = [*range(2), *(pytest.param(block, marks=pytest.mark.long) for block in range(2, 30))]
+BLOCKS = [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 30))]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
