@@ -23,8 +23,9 @@ def show(figures: list[Figure]) -> None:
     """Print the table and the last line."""
     width = max(len(f.name) for f in figures)
     for figure in figures:
-        against = f"   {figure.peer}: {figure.peer_value:,.3g} ({figure.ratio:.2f}x)" if figure.peer else ""
-        print(f"{figure.name:<{width}}  {figure.value:>12,.1f} {figure.unit}{against}")
+        against = f"   {figure.peer}: {figure.peer_value:,.4g} ({figure.ratio:.2f}x)" if figure.peer else ""
+        digits = 1 if abs(figure.value) >= 10 else 4
+        print(f"{figure.name:<{width}}  {figure.value:>12,.{digits}f} {figure.unit}{against}")
     print(msgspec.json.encode({"figures": figures}).decode(), flush=True)
 
 

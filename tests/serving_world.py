@@ -142,7 +142,7 @@ class Trainer:
         """Store the whole model and announce it."""
         rows, dense = self.world.models[self.version]
         keys = np.array(list(rows), np.int64)
-        values = np.array(list(rows.values()), np.float32).reshape(len(keys), 1 + RECIPE.dim)
+        values = np.array(list(rows.values()), np.float32).reshape(len(keys), -1)
         end = self.world.log.reader().end_offsets(TOPICS.deltas)[0]
         manifest = Manifest(
             kind="snapshot", model="small", run=self.run, step=self.step, version=self.version, dim=RECIPE.dim,

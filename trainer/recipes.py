@@ -37,7 +37,7 @@ def logistic_ftrl(task: str = "click", **changes: Any) -> Recipe:
 def logistic(task: str = "click", **changes: Any) -> Recipe:
     """Return logistic regression whose rows learn by Adagrad. Small batches: each sees the weights of the last."""
     return _with(
-        Recipe(task=task, model="logistic", optimizer="adagrad", lr_table=0.15, lr_dense=0.003, batch_rows=64), changes
+        Recipe(task=task, model="logistic", optimizer="adagrad", lr_table=0.1, lr_dense=0.003, batch_rows=64), changes
     )
 
 
