@@ -3,7 +3,7 @@
 1. Take the pen of `rules`: another one's appends fail from then on. Read it to its end.
 2. If the newest change is not known to lie in every partition, write it there again and say so: this is what a crash
    in step 4 left behind, and a partition that has it already ignores it.
-3. If its digest is the wanted one, there is nothing to do.
+3. If it is what is wanted, there is nothing to do.
 4. Append the change; write it into every partition; when all have given their receipts, append that it is there.
 
 Change 1 is in force from the beginning of every partition and lies in `rules` alone; whichever stage comes first
@@ -147,7 +147,7 @@ def apply(
         _write(pen, producer, topic, partitions, history, history.changes[-1])
     newest = history.newest
     change = change_of(project, newest.number + 1 if newest else 1, now_ms=now_ms)
-    if newest is not None and newest.digest == change.digest:
+    if newest is not None and newest.rules == change.rules:
         return Applied(history, is_repaired)
     check_follows(history, project)
     if not dry:

@@ -118,7 +118,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
     """What the crawler brings from the web; see `headrace.contract.crawl`."""
 
     def checked(self) -> Project:
-        """Return self, or raise `ConfigRejected` naming the first declaration that contradicts another."""
+        """Return self, its spec's numbers of the declared types, or raise `ConfigRejected` naming the first declaration
+        that contradicts another."""
         raw, columns = set(self.impression.fields), set(self.features.counter_columns())
         kinds = {f.name for f in self.feedback}
         if self.impression.key not in raw:
@@ -161,7 +162,10 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
                 if name not in types:
                     raise ConfigRejected(f"feature {feature!r} reads {name!r}, which no field and no counter gives.")
             _check_feature(feature, types, lasts)
-        return self
+        # As it comes back from JSON: 1 for 1.0 would give the log's rules another digest than the file's.
+        features = msgspec.convert(msgspec.to_builtins(self.features), FeatureSpec)
+        is_plain = features.digest() == self.features.digest()
+        return self if is_plain else msgspec.structs.replace(self, features=features)
 
     def _check_recipe(self) -> None:
         recipe, declared = self.recipe.checked(self.features), {t.name: t for t in self.tasks}

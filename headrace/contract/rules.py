@@ -58,8 +58,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     crawls: tuple[CrawlRule, ...] = ()
 
     def digest(self) -> str:
-        """Return 16 hex digits over the canonical JSON of these rules."""
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:16]
+        """Return 16 hex digits over these rules' JSON, in the order in which they are declared."""
+        return _digest(msgspec.json.encode(self))
 
     def over(self, project: Project) -> Project:
         """Return `project` with these rules in place of its own."""
@@ -79,14 +79,27 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True, tag="change"):
-    """One change, as it lies in `rules` and in every partition of `events`."""
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One change."""
 
     number: int
     rules: Rules
+    raw: bytes
+    """The rules' JSON as it was written: a later build, whose declarations have more fields, passes it on unchanged."""
     digest: str
+    """Of `raw`."""
     functions: dict[str, str] = {}
     """User functions by "name@version", and a digest of the code of each, "" where there is no source."""
+    applied_ms: int = 0
+
+
+class _Wire(msgspec.Struct, frozen=True, kw_only=True, tag="change"):
+    """A change as it lies in `rules` and in every partition of `events`."""
+
+    number: int
+    rules: msgspec.Raw
+    digest: str
+    functions: dict[str, str] = {}
     applied_ms: int = 0
 
 
@@ -113,12 +126,22 @@ def change_of(project: Project, number: int, *, now_ms: int) -> Change:
     """Return a change to the rules that `project` declares."""
     rules = rules_of(project)
     codes = {f"{c.function}@{c.version}": code_digest(c.function, c.version) for c in _customs(rules.features)}
-    return Change(number=number, rules=rules, digest=rules.digest(), functions=codes, applied_ms=now_ms)
+    raw = msgspec.json.encode(rules)
+    return Change(number=number, rules=rules, raw=raw, digest=_digest(raw), functions=codes, applied_ms=now_ms)
 
 
 def encode_change(change: Change | Written) -> bytes:
     """Return the record's value: compact JSON."""
-    return msgspec.json.encode(change)
+    if isinstance(change, Written):
+        return msgspec.json.encode(change)
+    wire = _Wire(
+        number=change.number,
+        rules=msgspec.Raw(change.raw),
+        digest=change.digest,
+        functions=change.functions,
+        applied_ms=change.applied_ms,
+    )
+    return msgspec.json.encode(wire)
 
 
 def decode_change(data: bytes, *, where: str) -> Change:
@@ -136,17 +159,28 @@ def decode_change(data: bytes, *, where: str) -> Change:
 def decode_entry(data: bytes, *, where: str) -> Change | Written:
     """Read one record of the `rules` topic; see `decode_change`."""
     try:
-        found: Change | Written = msgspec.json.decode(data, type=Change | Written)
+        found: _Wire | Written = msgspec.json.decode(data, type=_Wire | Written)
+        if isinstance(found, Written):
+            return found
+        raw = bytes(found.rules)
+        rules = msgspec.json.decode(raw, type=Rules)
     except msgspec.MsgspecError as error:
         raise InvariantBroken(
             f"{where} holds a change of rules that this build can't read ({error}). Run the build that wrote it."
         ) from error
-    if isinstance(found, Change) and found.rules.digest() != found.digest:
+    if _digest(raw) != found.digest:
         raise InvariantBroken(
-            f"{where} holds change {found.number} of digest {found.digest}, which this build reads as "
-            f"{found.rules.digest()}. Run the build that wrote it."
+            f"{where} holds change {found.number} of digest {found.digest}, and its rules have {_digest(raw)}: it is "
+            "damaged. Keep the topic, and compare it with `headrace spec history`."
         )
-    return found
+    return Change(
+        number=found.number,
+        rules=rules,
+        raw=raw,
+        digest=found.digest,
+        functions=found.functions,
+        applied_ms=found.applied_ms,
+    )
 
 
 def check_code(change: Change) -> None:
@@ -232,6 +266,10 @@ def code_digest(name: str, version: int) -> str:
             if ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def _customs(spec: FeatureSpec) -> Iterator[Custom]:

@@ -3,6 +3,8 @@ mended by applying again. Method: the memory log with a producer that dies, the 
 
 from __future__ import annotations
 
+import hashlib
+
 import pyarrow as pa
 import pytest
 from msgspec import structs
@@ -22,7 +24,7 @@ from headrace.contract.rules import (
     encode_change,
     rules_of,
 )
-from headrace.contract.spec import Categorical, Custom, FeatureSpec
+from headrace.contract.spec import Bucket, Categorical, Custom, FeatureSpec
 from headrace.contract.topics import Topics
 from headrace.stream.join import JoinState
 from headrace.stream.rules import apply, ensure_first, first_rules, read_history
@@ -81,6 +83,25 @@ def test_the_first_rules_are_the_projects_and_lie_in_no_partition():
     assert not any(world.events())
     assert first_rules(WIDE, world.log.partitions(TOPICS.rules)[0]).tasks == PROJECT.tasks
     assert first_rules(WIDE, []) == WIDE
+
+
+def test_what_an_earlier_build_wrote_is_read_and_passed_on_as_it_was():
+    """Without fields that have come since, with defaults in their place; and the order of declarations is kept."""
+    made = change(0, 2)
+    raw = made.raw.replace(b',"correct_ms":0', b"")
+    assert raw != made.raw
+    older = structs.replace(made, raw=raw, digest=hashlib.sha256(raw).hexdigest()[:16])
+    found = decode_change(encode_change(older), where="here")
+    assert found == older and found.rules == rules_of(PROJECT)
+    assert encode_change(found) == encode_change(older)
+    assert list(found.rules.fields) == list(PROJECT.impression.fields)
+
+
+def test_a_spec_written_with_whole_numbers_has_one_digest_in_file_and_log():
+    spec = FeatureSpec(features=(Bucket(field="price", edges=(1, 10)),))
+    project = structs.replace(PROJECT, features=spec).checked()
+    found = decode_change(encode_change(change_of(project, 2, now_ms=0)), where="here")
+    assert found.rules.features.digest() == project.features.digest() != spec.digest()
 
 
 def test_applying_twice_writes_once():
@@ -168,8 +189,9 @@ def test_a_counter_that_was_dropped_comes_back_as_it_was_or_not_at_all():
 def test_a_change_that_this_build_cannot_read_stops_the_join():
     join = JoinState(PROJECT, JoinConfig(), silent_ms=300, partition=0)
     torn = structs.replace(change(2, 2), digest="0" * 16)
-    for value in (b'{"type":"change","number":2}', encode_change(torn)):
-        with pytest.raises(InvariantBroken, match="Run the build that wrote it"):
+    later = encode_change(change(2, 2)).replace(b'"window_ms"', b'"window_of_a_later_build"')
+    for value, said in ((later, "Run the build that wrote it"), (encode_change(torn), "it is damaged")):
+        with pytest.raises(InvariantBroken, match=said):
             join.take(Record("events", 0, 0, None, value, {"kind": "spec"}, 0))
 
 
