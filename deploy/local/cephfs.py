@@ -241,9 +241,14 @@ def _checked(command: list[str], ran: subprocess.CompletedProcess[str]) -> str:
 
 
 def _runs(pid: int) -> bool:
-    """Say whether a process runs; one that ended and was not asked for its status does not."""
+    """Say whether a process runs; one that ended and was not asked for its status does not.
+
+    While threads of a killed process still end, its first one is a zombie, and its files are open and locked.
+    """
+    proc = Path(f"/proc/{pid}")
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state = (proc / "stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or sum(1 for _ in (proc / "task").iterdir()) > 1
     except OSError:
         return False
 
