@@ -104,7 +104,8 @@ class CephFs:
 
     def prepare(self) -> None:
         """Write the configuration and the monitor's store where they are not there yet; nothing runs meanwhile."""
-        if (self.folder / "prepared").exists():
+        # A cluster of an earlier build has the second mark alone.
+        if (self.folder / "prepared").exists() or (self.folder / "made").exists():
             return
         if self.folder.exists() and any(self.folder.iterdir()):
             self.stop()

@@ -100,6 +100,17 @@ def test_in_a_stack_what_dies_comes_back(cephfs_allowed: None, tmp_path: Path):
     assert not cluster.is_mounted() and not any(cluster.pid(name) for name in ("mon", "mgr", "osd", "mds", "client"))
 
 
+def test_a_cluster_that_is_there_is_never_made_anew(tmp_path: Path):
+    """Of this build and of an earlier one, which left no mark of the preparation."""
+    for mark in ("prepared", "made"):
+        cluster = CephFs(tmp_path / mark)
+        (cluster.folder / "osd0").mkdir(parents=True)
+        (cluster.folder / "osd0" / "block").write_text("data")
+        (cluster.folder / mark).touch()
+        cluster.prepare()
+        assert (cluster.folder / "osd0" / "block").read_text() == "data"
+
+
 def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(local_cephfs.shutil, "which", lambda name: None if name == "ceph-mds" else f"/usr/bin/{name}")
     assert "ceph-mds not found; Debian, Ubuntu: apt-get install" in local_cephfs.missing()
