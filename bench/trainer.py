@@ -164,7 +164,7 @@ def tell(name: str, mine: list[Result], peer_name: str = "", theirs: list[Result
 def deep(rows: int, rounds: int) -> Iterator[Figure]:
     """Measure DeepFM beside naive torch."""
     slots_NF, ids_NF, label_N = stream(rows)
-    recipe = deepfm(dim=DIM, hidden=HIDDEN, batch_rows=1_024)
+    recipe = deepfm(dim=DIM, hidden=HIDDEN, batch_rows=512)
     mine, theirs = [], []
     names = tuple(f"c{i}" for i in range(SLOTS))
     ours(recipe, names, slots_NF[:4_096], label_N[:4_096], 0)  # compiles

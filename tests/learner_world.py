@@ -67,6 +67,7 @@ RECIPES = {
     "logistic-late": recipe_of("logistic", delayed="fake_negative_calibrated"),
     "logistic-sparse": recipe_of("logistic", optimizer="ftrl", l1_table=0.5, l2_table=0.1),
     "deepfm-admitted": recipe_of("deepfm", admit_after=3, expire_after_ms=2_000),
+    "deepfm-half-life": recipe_of("deepfm", squares_half_life_ms=60_000),
     "dcn-slots": recipe_of("dcn", slot_dims={"a": 2, "c": 0}, slot_optimizers={"b": "ftrl", "c": "adam"}),
     "module-slots": recipe_of("module", slot_dims={"b": 1}, slot_optimizers={"a": "adagrad"}),
     "fm-sketch": recipe_of("fm", admit_after=2, admit_by="sketch", expire_after_ms=2_000),

@@ -57,6 +57,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     l2_table: NotNegative = 0.0
     optimizer: Optimizer = "adagrad_row"
     ftrl_beta: NotNegative = 1.0
+    """FTRL's beta: lr_table / (beta + sqrt(n)) is the rate of a weight with the sum of squares n."""
+    adam_beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.999
+    """Of rows that learn by Adam."""
+    squares_half_life_ms: Annotated[int, Meta(ge=0)] = 0
+    """Adagrad's rows: in so much event time a sum of squares halves, so that a row's rate does not end at 0 over weeks
+    and an idle row learns fast again. 0: never."""
     init_scale: NotNegative = 0.01
     """A new row's embedding is uniform in +- this, by its key and the seed."""
     slot_dims: dict[str, Annotated[int, Meta(ge=0, le=256)]] = {}
@@ -126,6 +133,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         kinds = {self.optimizer, *self.slot_optimizers.values()}
         if self.l1_table and "ftrl" not in kinds:
             raise ConfigRejected(f"recipe.l1_table is {self.l1_table} and no row learns by ftrl, which alone knows it.")
+        if self.squares_half_life_ms and not kinds & {"adagrad", "adagrad_row"}:
+            raise ConfigRejected(
+                "recipe.squares_half_life_ms is of Adagrad's rows, and no row learns by it: leave it 0."
+            )
         labels = {label_of(feature) for feature in features.features if feature.slots}
         unknown = (self.slot_dims.keys() | self.slot_optimizers.keys()) - labels
         if unknown:

@@ -153,8 +153,16 @@ def make_tables(recipe: Recipe, features: FeatureSpec) -> Tables:
 
 
 def _optimizer(recipe: Recipe, kind: Kind) -> Optimizer:
-    l1 = recipe.l1_table if kind == "ftrl" else 0.0
-    return Optimizer(kind=kind, lr=recipe.lr_table, l2=recipe.l2_table, l1=l1, beta=recipe.ftrl_beta)
+    return Optimizer(
+        kind=kind,
+        lr=recipe.lr_table,
+        l2=recipe.l2_table,
+        l1=recipe.l1_table if kind == "ftrl" else 0.0,
+        beta=recipe.ftrl_beta,
+        beta1=recipe.adam_beta1,
+        beta2=recipe.adam_beta2,
+        half_life_ms=recipe.squares_half_life_ms if kind.startswith("adagrad") else 0,
+    )
 
 
 class TableLearner:
