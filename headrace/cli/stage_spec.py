@@ -20,6 +20,7 @@ import msgspec
 
 from headrace.cli.rules import open_pen
 from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.contract.errors import ConfigRejected
 from headrace.contract.rules import Change, Rules, differences, rules_of
 from headrace.stream.rules import Applied, History, apply, check_follows, read_history
 
@@ -135,8 +136,12 @@ def _show(runtime: Runtime, history: History) -> tuple[dict[str, Any], str]:
         text.append("the change may be missing in some partition: `headrace spec apply` finishes it.")
     if not lines:
         return said, "\n".join([*text, "the project on disk declares the same."])
-    check_follows(history, runtime.project)
     text += [f"the project on disk ({declared.digest()}) differs:", *(f"  {line}" for line in lines)]
+    try:
+        check_follows(history, runtime.project)
+    except ConfigRejected as error:
+        said["refused"] = str(error)
+        return said, "\n".join([*text, f"`headrace spec apply` would refuse it: {error}"])
     return said, "\n".join([*text, "`headrace spec apply` puts it in force."])
 
 
