@@ -21,15 +21,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import deltalake
+import pyarrow.compute as pc
 import pytest
-from stack import Stack
+from stack import SHOP, Stack
 
 from headrace.contract.dead_letters import decode_dead_letter
 from headrace.contract.sample import matrix
 from headrace.contract.snapshot import decode_manifest
 from headrace.contract.steps import decode_step
+from headrace.examples.shop.catalogue import load_items
 from headrace.examples.shop.shop import PROJECT
-from headrace.examples.shop.traffic import Visit
+from headrace.examples.shop.traffic import Visit, find_data
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -39,7 +41,7 @@ RATE = 250.0
 REPEAT_EVERY = 200
 BAD_EVERY = 250
 KILL_EVERY_S = 7.0
-STAGES = ("ingest", "kafka", "stream", "train", "serve", "sink", "aggregate")
+STAGES = ("ingest", "kafka", "stream", "train", "serve", "sink", "aggregate", "crawl")
 VICTIMS = {"hdfs": (*STAGES, "datanode", "namenode"), "cephfs": (*STAGES, "ceph-osd", "ceph-mds")}
 DRAIN_S = 240.0
 TOML = """
@@ -283,6 +285,22 @@ def test_a_marker_click_changes_the_next_score_of_its_user_and_item(outcome: Out
     assert tuple(model["positions"][str(partition)]) >= position
     assert model["version"] == answer["version"]
     assert answer["scores"] != control["scores"]
+
+
+def test_what_the_crawler_brought_reached_the_samples(outcome: Outcome):
+    """The shop serves its catalogue, whose prices move: samples of one video carry several versions of it."""
+    assert outcome.ledger["external"] > len(PROJECT.crawls)
+    table = lake(outcome.stack)
+    known = table.filter(pc.greater(table["external.catalogue.crawl_time_ms"], 0))
+    assert known.num_rows > IMPRESSIONS / 2
+    assert pc.all(pc.less_equal(known["external.catalogue.crawl_time_ms"], known["event_time_ms"])).as_py()
+    versions = known.select(["video_id", "external.catalogue.crawl_time_ms"]).group_by(["video_id"])
+    several = versions.aggregate([("external.catalogue.crawl_time_ms", "count_distinct")])
+    assert pc.max(several["external.catalogue.crawl_time_ms_count_distinct"]).as_py() > 1
+    items = load_items(find_data(SHOP, outcome.stack.env.get("DATA") or None))
+    sounds = {item.id: item.music for item in items}
+    rows = known.select(["video_id", "external.catalogue.music"]).to_pylist()
+    assert all(sounds[row["video_id"]] == row["external.catalogue.music"] for row in rows)
 
 
 def resolved(records: list[Any]) -> dict[str, tuple[int, tuple[int, int]]]:

@@ -20,6 +20,7 @@ from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.events import EXTERNAL_SCHEMA, ExternalValue, encode_batch
 from headrace.contract.log import Record
+from headrace.deploy.local.chaos import STORE, victims_of
 from headrace.deploy.local.chaos_crawl import ChangingSite, CrawlAccount, closes, count, count_stored
 from headrace.ingest.crawl.extract import Document, extract
 
@@ -186,6 +187,12 @@ def test_stored_samples_are_held_against_the_log(asker: Asker) -> None:
     assert stored(int(row["key"]), at_ms, values["price"], at_ms - 1).mixed == 1
     assert stored(int(row["key"]) + 1, at_ms, values["price"], at_ms).mixed == 1
     assert stored(int(row["key"]), 0, 0.0, at_ms).joined == 0
+
+
+def test_the_crawlers_store_is_killed_with_it() -> None:
+    assert victims_of(["sink", "crawl"], 2) == ["sink", "crawl", *STORE]
+    assert victims_of(["hdfs"], 1) == list(STORE)
+    assert victims_of(["sink"], 1) == ["sink"]
 
 
 def test_who_declares_nothing_has_nothing_to_kill() -> None:
