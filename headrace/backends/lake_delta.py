@@ -154,14 +154,21 @@ class DeltaLake:
         """Return that version's rows (the newest one's by default), of one UTC day where told, in any order.
 
         A version whose files were vacuumed is told from the newest one by the positions it holds. Raises
-        `InvariantBroken` where retention has dropped rows of it, `Unavailable` where it can't be read.
+        `InvariantBroken` where retention has dropped rows of it or a file is damaged, `Unavailable` where it can't be
+        read, `ConfigRejected` for a column that it does not have.
         """
         table: Any = None
         try:
             table = self.open(version)
             if table is None:
                 raise Unavailable(f"there is no lake at {self.uri} yet; the sink makes it with its first commit.")
+            _refuse_unknown(table, columns or ())
             return read_rows(table, columns, day)
+        except pa.ArrowInvalid as error:
+            raise InvariantBroken(
+                f"the lake at {self.uri} has a damaged file: {error}. After a power cut in the middle of a commit, "
+                "delete the newest entry of its _delta_log: the sink stores its rows again."
+            ) from error
         except (DeltaError, OSError, Unavailable) as error:
             if version is None or (table is None and isinstance(error, Unavailable) and self.leases is None):
                 raise _unreadable(self.uri, error) from error
@@ -423,6 +430,12 @@ def parse_at(text: str) -> datetime:
     except ValueError as error:
         raise ConfigRejected(f"{text!r} is no time; 2026-11-25T01:00:00Z or Unix seconds are.") from error
     return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+def _refuse_unknown(table: Any, columns: Sequence[str]) -> None:
+    known = [field.name for field in table.schema().fields]
+    if unknown := [name for name in columns if name not in known]:
+        raise ConfigRejected(f"version {table.version()} of the lake has no column {unknown}; it has {known}.")
 
 
 def _unreadable(uri: str, error: Exception) -> Unavailable:

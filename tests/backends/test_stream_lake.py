@@ -332,6 +332,31 @@ def test_a_commit_is_on_the_disk_when_it_is_told(tmp_path: Path, monkeypatch: py
         assert made <= synced and {path.parent for path in made} - {tmp_path} <= synced
 
 
+def test_what_a_power_cut_tore_is_named_and_stored_again(tmp_path: Path):
+    """The newest entry is on the disk and its file is not; without the entry, the sink goes on from the one before."""
+    lake = DeltaLake(str(tmp_path / "lake"), partitions=3)
+    fill(lake, 2)
+    whole = set((tmp_path / "lake").rglob("*.parquet"))
+    fill(lake, 1, first=2)
+    for torn in set((tmp_path / "lake").rglob("*.parquet")) - whole:
+        torn.write_bytes(b"")
+    with pytest.raises(InvariantBroken, match="delete the newest entry"):
+        lake.read()
+    (tmp_path / "lake" / "_delta_log" / f"{2:020d}.json").unlink()
+    again = DeltaLake(str(tmp_path / "lake"), partitions=3)
+    state = again.state()
+    assert state is not None and state.next_offsets == {0: 2}
+    fill(again, 1, first=2)
+    assert places(again.read()) == [(o, r) for o in range(3) for r in range(2)]
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(new_lake: NewLake):
+    lake = new_lake()
+    fill(lake, 1)
+    with pytest.raises(ConfigRejected, match=r"no column \['colour'\]; it has \['partition', 'offset'"):
+        lake.read(columns=["offset", "colour"])
+
+
 PROGRAM = (
     "import sys, pyarrow as pa\nfrom headrace.backends.lake_delta import DeltaLake\n"
     "from headrace.contract.positions import Position\nfrom lake_world import samples, hours\n"
