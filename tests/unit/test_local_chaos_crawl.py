@@ -85,13 +85,20 @@ def asker(site: ChangingSite) -> Asker:
     one = Asker(site)
     one.ask("/shelf/")
     one.all_pages()
-    while sum(sum(page.changes.values()) for page in site.pages.values()) < 10:
+    before = changes(site)
+    while changes(site) < before + 10:
         time.sleep(0.01)
     one.all_pages()
     assert site.rest(0.0) > 0, "the newest bodies are sent, and nothing says that they have arrived"
+    # Once for what changed until the rest, once more to say that it has arrived.
+    one.all_pages()
     one.all_pages()
     assert site.rest(0.0) == 0
     return one
+
+
+def changes(site: ChangingSite) -> int:
+    return sum(sum(page.changes.values()) for page in site.pages.values())
 
 
 def record(partition: int, rows: list[dict[str, Any]]) -> Record:
