@@ -1,6 +1,7 @@
 """What the trainer tells of itself: metrics for Prometheus, pages for TensorBoard, a log line for a sudden change.
 
-Called with each step and once a second. Reads the learner and the evaluation, changes neither.
+Called with each step and once a second. Reads the learner and the evaluation, changes neither. Tags begin with a number
+so that TensorBoard, which sorts by name, shows first what is looked at first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from headrace.trainer.source import Source
 logger = logging.getLogger("headrace.train")
 
 REPORT_S = 1.0
-HISTOGRAMS_S = 30.0
+BOARD_S = 5.0
+HISTOGRAMS_S = 60.0
 _TOTALS: tuple[Name, ...] = ("auc", "log_loss", "normalized_entropy", "calibration")
 _WINDOWS: dict[str, Name] = {
     "auc": "window_auc",
@@ -55,7 +57,7 @@ class Report:
         self._sampler = Sampler(project.features)
         self._main = project.recipe.task
         self.samples_learnt = self._told_learnt = 0
-        self._told_at = self._drawn_at = self._projected_at = float("-inf")
+        self._told_at = self._boarded_at = self._drawn_at = self._projected_at = float("-inf")
         self._newest: StepReport | None = None
         self._learnt_until_ms = -1
 
@@ -85,13 +87,13 @@ class Report:
                         self._metrics.set(_WINDOWS[kind], value, reason=name)
                 self._metrics.set("window_samples", figures.samples, reason=name)
             if self._board is not None:
-                values = {f"window/{kind}/{name}": v for name, f in named.items() for kind, v in f.shown().items()}
+                values = {f"2_windows/{kind}/{name}": v for name, f in named.items() for kind, v in f.shown().items()}
                 values |= {
-                    f"window/auc_item_rate/{window.task}": window.figures.auc_item_rate,
-                    f"window/log_loss_constant/{window.task}": window.figures.log_loss_constant,
-                    f"window/label_rate/{window.task}": window.figures.label_rate,
-                    f"window/predicted_rate/{window.task}": window.figures.predicted_rate,
-                    f"window/samples/{window.task}": window.figures.samples,
+                    f"2_windows/auc_item_rate/{window.task}": window.figures.auc_item_rate,
+                    f"2_windows/log_loss_constant/{window.task}": window.figures.log_loss_constant,
+                    f"2_windows/label_rate/{window.task}": window.figures.label_rate,
+                    f"2_windows/predicted_rate/{window.task}": window.figures.predicted_rate,
+                    f"2_windows/samples/{window.task}": window.figures.samples,
                 }
                 self._board.scalars(values, step=step, now_ms=window.end_ms)
 
@@ -109,17 +111,18 @@ class Report:
         metrics.set("table_rows", learner.rows)
         metrics.set("lag_records", lag_records)
         metrics.set("lag_samples", source.ready_rows())
-        values = {"table/rows": float(learner.rows), "lag/records": float(lag_records)}
-        values |= {"lag/samples": float(source.ready_rows()), "speed/samples_learnt": float(self.samples_learnt)}
+        values = {"4_table/rows": float(learner.rows), "5_lag/records": float(lag_records)}
+        values |= {"5_lag/samples": float(source.ready_rows()), "3_learning/samples_learnt": float(self.samples_learnt)}
         if self._learnt_until_ms >= 0:
             behind = max(0.0, (self._clock.now_ms() - self._learnt_until_ms) / 1000)
             metrics.set("lag_seconds", behind)
-            values["lag/seconds"] = behind
+            values["5_lag/seconds"] = behind
         if math.isfinite(rate):
             metrics.set("samples_per_second", rate)
-            values["speed/samples_per_second"] = rate
+            values["3_learning/samples_per_second"] = rate
         values |= self._tell_totals(evaluation)
-        if self._board is not None:
+        if self._board is not None and now - self._boarded_at >= BOARD_S:
+            self._boarded_at = now
             values |= self._norms(learner)
             self._board.scalars(values, step=learner.step, now_ms=self._clock.now_ms())
             self._draw(learner, now)
@@ -157,9 +160,9 @@ class Report:
                 for kind, value in of_slice.shown().items():
                     if math.isfinite(value):
                         self._metrics.set(_SLICES[kind], value, reason=name)
-            values |= {f"total/{kind}/{task}": value for kind, value in figures.shown().items()}
-            values[f"total/auc_item_rate/{task}"] = figures.auc_item_rate
-            values[f"total/log_loss_constant/{task}"] = figures.log_loss_constant
+            values |= {f"1_figures/{kind}/{task}": value for kind, value in figures.shown().items()}
+            values[f"1_figures/auc_item_rate/{task}"] = figures.auc_item_rate
+            values[f"1_figures/log_loss_constant/{task}"] = figures.log_loss_constant
         return values
 
     def _tell_main(self, figures: Figures) -> None:
@@ -171,17 +174,19 @@ class Report:
 
     def _norms(self, learner: TableLearner) -> dict[str, float]:
         recipe = self._project.recipe
-        values = {"rate/table": recipe.lr_table, "rate/dense": recipe.lr_dense}
+        values = {"3_learning/rate_table": recipe.lr_table, "3_learning/rate_dense": recipe.lr_dense}
         if self._newest is not None:
             values |= {
-                "norm/gradient_dense": self._newest.gradient_norm,
-                "norm/gradient_table": self._newest.table_gradient_norm,
+                "3_learning/norm_gradient_dense": self._newest.gradient_norm,
+                "3_learning/norm_gradient_table": self._newest.table_gradient_norm,
             }
             if len(self._newest.touched_K):
                 rows_KV = learner.lookup(self._newest.touched_K)
-                values["norm/weights_table"] = float(np.sqrt(np.square(rows_KV, dtype=np.float64).sum(axis=1).mean()))
+                values["3_learning/norm_weights_table"] = float(
+                    np.sqrt(np.square(rows_KV, dtype=np.float64).sum(axis=1).mean())
+                )
         squares = sum(float(np.square(w, dtype=np.float64).sum()) for w in learner.dense().values())
-        values["norm/weights_dense"] = math.sqrt(squares)
+        values["3_learning/norm_weights_dense"] = math.sqrt(squares)
         return values
 
     def _draw(self, learner: TableLearner, now: float) -> None:
@@ -191,12 +196,12 @@ class Report:
             return
         if now - self._drawn_at >= HISTOGRAMS_S:
             self._drawn_at = now
-            board.histogram("score", self._newest.prediction_B, step=learner.step, now_ms=now_ms)
+            board.histogram("6_histograms/score", self._newest.prediction_B, step=learner.step, now_ms=now_ms)
             rows_KV = learner.lookup(self._newest.touched_K)
-            board.histogram("table/linear_weights", rows_KV[:, 0], step=learner.step, now_ms=now_ms)
-            board.histogram("table/embeddings", rows_KV[:, 1:], step=learner.step, now_ms=now_ms)
+            board.histogram("6_histograms/linear_weights", rows_KV[:, 0], step=learner.step, now_ms=now_ms)
+            board.histogram("6_histograms/embeddings", rows_KV[:, 1:], step=learner.step, now_ms=now_ms)
             for name, weight in learner.dense().items():
-                board.histogram(f"dense/{name}", weight, step=learner.step, now_ms=now_ms)
+                board.histogram(f"6_histograms/dense/{name}", weight, step=learner.step, now_ms=now_ms)
         if self._projector_s and now - self._projected_at >= self._projector_s:
             self._projected_at = now
             write_projector(board.folder, self._sampler.chosen(), learner.lookup)

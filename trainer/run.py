@@ -204,8 +204,8 @@ class Trainer:
         self.recover()
         while not self.parts.stop.is_set():
             try:
-                self.turn()
                 self._show_progress()
+                self.turn()
                 self._tell()
                 if self.publisher and not self.publisher.wants_snapshot and not self.publisher.is_busy:
                     self.parts.metrics.ready(True)
