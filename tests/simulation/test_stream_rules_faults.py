@@ -84,7 +84,7 @@ def survives(seed: int, stage_type: type[Stage] = AnyDisk) -> bool:
 def test_each_sample_comes_out_once_across_changes_whatever_dies(block, monkeypatch):
     monkeypatch.setattr(states, "INLINE_ROWS", 8)
     monkeypatch.setattr("headrace.stream.payload.PIECE_ROWS", 16)
-    for seed in range(5 * block, 5 * block + 5):
+    for seed in range(2 * block, 2 * block + 2):
         assert survives(seed), f"seed {seed}"
 
 
