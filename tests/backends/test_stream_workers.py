@@ -105,10 +105,9 @@ def test_each_sample_once_across_kill_and_rebalance(stack: Layout, tmp_path: Pat
 
 def start(stack: Layout, project: Path, number: int) -> subprocess.Popen[bytes]:
     """Start a worker with its own home and ports, on the same store."""
-    return subprocess.Popen(
-        headrace("stream", project), env=env_of(stack, project, number), stdout=subprocess.DEVNULL,
-        stderr=(project / f"worker{number}.log").open("ab"),
-    )  # fmt: skip
+    with (project / f"worker{number}.log").open("ab") as log:
+        env = env_of(stack, project, number)
+        return subprocess.Popen(headrace("stream", project), env=env, stdout=subprocess.DEVNULL, stderr=log)
 
 
 def headrace(verb: str, project: Path, *more: str) -> list[str]:
