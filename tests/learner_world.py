@@ -62,6 +62,8 @@ RECIPES = {
     **{f"{model}-tasks": recipe_of(model, tasks=("click", "like", "dwell")) for model in get_args(Model)},
     "dcn-rank": recipe_of("dcn", cross_rank=3, cross_layers=3),
     "deepfm-calibrated": recipe_of("deepfm", calibrate=True),
+    "deepfm-average": recipe_of("deepfm", dense_average=0.9),
+    "module-average": recipe_of("module", dense_average=0.9),
     "deepfm-sampled": recipe_of("deepfm", negative_share=0.5),
     "fm-weighted": recipe_of("fm", delayed="fake_negative_weighted"),
     "logistic-late": recipe_of("logistic", delayed="fake_negative_calibrated"),

@@ -52,6 +52,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Learning rate of rows; FTRL's alpha."""
     lr_dense: Rate = 0.001
     """Learning rate of dense weights, which learn by Adam."""
+    dense_average: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """What a step leaves of a running average of the dense weights. The average scores and is served in place of the
+    newest weights, which go on learning: it allows a higher `lr_dense`. 0: none. See `headrace.trainer.model.average`."""
     l1_table: NotNegative = 0.0
     """FTRL's lambda 1: a weight whose adjusted sum of gradients is not above it is exactly 0."""
     l2_table: NotNegative = 0.0
@@ -129,6 +132,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if self.calibrate and self.delayed == "fake_negative_calibrated":
             raise ConfigRejected(
                 "recipe.calibrate and delayed='fake_negative_calibrated' both bend the scores: drop one."
+            )
+        if self.calibrate and self.dense_average:
+            raise ConfigRejected(
+                "recipe.calibrate learns from scores of the newest dense weights, dense_average scores with others: "
+                "drop one."
             )
         kinds = {self.optimizer, *self.slot_optimizers.values()}
         if self.l1_table and "ftrl" not in kinds:

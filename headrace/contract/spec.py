@@ -163,6 +163,9 @@ class Rate(Declared, frozen=True, tag="rate", kw_only=True):
     over: str
     prior: Annotated[float, Meta(ge=0, le=1)] = 0.5
     strength: Annotated[float, Meta(gt=0)] = 10.0
+    log_odds: bool | UnsetType = UNSET
+    """Give log(rate / (1 - rate)), the rate clipped to 0.001 ... 0.999, and half of the weight: both about as wide as
+    what a model adds up, which a few thousand samples learn from sooner."""
 
     @property
     def numerics(self) -> int:

@@ -132,7 +132,11 @@ def dense_numbers(feature: Feature, inputs: Inputs) -> tuple[F64s, ...]:
         case Rate():
             of_N, over_N = number(feature.of), number(feature.over)
             rate_N = (of_N + feature.prior * feature.strength) / (over_N + feature.strength)
-            return (rate_N, np.log1p(np.maximum(over_N, 0.0)))
+            weight_N = np.log1p(np.maximum(over_N, 0.0))
+            if feature.log_odds is True:
+                clipped_N = np.clip(rate_N, 0.001, 0.999)
+                return (np.log(clipped_N / (1.0 - clipped_N)), weight_N / 2)
+            return (rate_N, weight_N)
         case Mean():
             total_N = number(feature.of) + feature.prior * feature.strength
             return (total_N / (np.maximum(number(feature.over), 0.0) + feature.strength) * feature.scale,)

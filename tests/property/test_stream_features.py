@@ -86,6 +86,7 @@ SPEC = FeatureSpec(
         Quantile(field="price", edges=(-5.0, 0.0, 1.0, 1e6)),
         Numeric(field="price"),
         Rate(of="counter.u.click", over="counter.u.impression"),
+        Rate(of="counter.u.click", over="counter.u.impression", log_odds=True),
         Mean(of="counter.u.sum:buy.value", over="counter.u.click"),
         Recency(of="counter.u.last:click", half_life_ms=60_000),
         Custom(function="test.length", version=1, fields=("title",), gives="numbers"),

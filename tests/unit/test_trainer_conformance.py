@@ -248,8 +248,9 @@ def test_serving_scores_without_torch_as_the_trainer_does(name):
     weights = learner.weights()
     assert {n: list(a.shape) for n, a in weights.dense.items()} == shapes_of(recipe, SPEC)
     values_BFV = learner.table.lookup(batch.slots_BF.reshape(-1)).reshape(*batch.slots_BF.shape, -1)
+    newest_BT = logits(recipe, values_BFV, batch.numeric_BD, learner.net.dense())
+    np.testing.assert_allclose(newest_BT, learner.net.forward(values_BFV, batch.numeric_BD), atol=1e-5)
     said_BT = logits(recipe, values_BFV, batch.numeric_BD, weights.dense)
-    np.testing.assert_allclose(said_BT, learner.net.forward(values_BFV, batch.numeric_BD), atol=1e-5)
     own_B = probabilities(recipe, said_BT, weights.dense.get("platt"))[np.arange(len(batch)), batch.task_B]
     np.testing.assert_allclose(own_B, learner.predict(batch), atol=1e-6)
 

@@ -22,6 +22,7 @@ from headrace.contract.recipe import Recipe, slot_labels
 from headrace.contract.snapshot import Weights
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.admission import Admission
+from headrace.trainer.model.average import Average
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import Platt, acceptable, gradients, left_out
 from headrace.trainer.model.digest import digest
@@ -172,6 +173,7 @@ class TableLearner:
         self.recipe, self.features, self.table, self.net = recipe, features, table, dense
         self.step = 0
         self._platt = Platt(recipe) if recipe.calibrate else None
+        self._average = Average(recipe.dense_average, dense.dense()) if recipe.dense_average else None
 
     @property
     def rows(self) -> int:
@@ -193,8 +195,8 @@ class TableLearner:
         return self.table.lookup(keys_K)
 
     def dense(self) -> dict[str, Float32s]:
-        """Return copies of the dense weights by name, in the order of `shapes_of`."""
-        dense = self.net.dense()
+        """Return copies of the dense weights that score, by name, in the order of `shapes_of`."""
+        dense = self.net.dense() if self._average is None else self._average.means()
         if self._platt is not None:
             dense[PLATT] = self._platt.weights_2T.copy()
         return dense
@@ -232,13 +234,17 @@ class TableLearner:
         if not norms.are_finite or not np.isfinite(logit_B).all():
             return StepReport(prediction_B, _NO_KEYS, 0, refused + len(part), sampled_out)
         platt_2B = self._platt.weights_2T[:, part.task_B] if self._platt is not None else None
-        prediction_B[keep_B] = probabilities(self.recipe, logit_B, platt_2B)
+        prediction_B[keep_B] = (
+            self.predict(part) if self._average is not None else probabilities(self.recipe, logit_B, platt_2B)
+        )
         touched_R = self.table.update(rows_BF, grad_BFV, part.event_time_ms_B)
         touched_K = self.table.keys_of(touched_R)
         forgotten_K = self.table.expire(int(part.event_time_ms_B.max()))
         if len(forgotten_K):
             touched_K = np.concatenate([touched_K, forgotten_K])
         self.net.update(len(part))
+        if self._average is not None:
+            self._average.add(self.net.dense())
         if self._platt is not None:
             self._platt.learn(logit_B, part.label_B, part.weight_B, part.task_B)
         return StepReport(prediction_B, touched_K, len(part), refused, sampled_out, norms.dense / len(part), norms.rows)
@@ -255,6 +261,8 @@ class TableLearner:
         out |= {f"dense.{name}": array for name, array in self.net.state().items()}
         if self._platt is not None:
             out |= {"platt.weights": self._platt.weights_2T.copy(), "platt.squares": self._platt.squares_2T.copy()}
+        if self._average is not None:
+            out |= {f"average.{name}": array for name, array in self._average.state().items()}
         return out
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -265,6 +273,8 @@ class TableLearner:
         if self._platt is not None:
             self._platt.weights_2T = np.array(state["platt.weights"], np.float32)
             self._platt.squares_2T = np.array(state["platt.squares"], np.float32)
+        if self._average is not None:
+            self._average.load({n.removeprefix("average."): a for n, a in state.items() if n.startswith("average.")})
 
     def digest(self) -> str:
         """Return the digest of the whole state."""
