@@ -287,7 +287,7 @@ def test_json_gives_back_each_feature_and_every_field_is_in_the_digest(feature):
     assert len(spec.digest()) == 16
     for field in msgspec.structs.fields(feature):
         value = getattr(feature, field.name)
-        other = {"int": 7, "str": "zzz", "float": 0.125, "tuple": ()}
+        other = {"int": 7, "str": "zzz", "float": 0.125, "tuple": (), "UnsetType": True, "bool": False}
         changed = msgspec.structs.replace(feature, **{field.name: other[type(value).__name__]})
         assert FeatureSpec(features=(changed,)).digest() != spec.digest()
 
