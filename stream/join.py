@@ -387,6 +387,8 @@ class JoinState:
     # Feedback
 
     def _take_feedback(self, name: str, batch: pa.RecordBatch, record: Record, gathered: Gathered) -> None:
+        if not batch.num_rows:
+            return
         for table in (self.seen, self.early, self.resolved):
             table.reserve(batch.num_rows)
         kind = list(self.feedback).index(name)

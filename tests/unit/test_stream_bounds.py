@@ -73,6 +73,15 @@ def test_a_state_keeps_its_rules_and_is_refused_under_another_key():
         load_state(JoinState(keyed, CONFIG, silent_ms=300, partition=0), encode_state(join))
 
 
+def test_records_without_rows_change_nothing():
+    join = JoinState(PROJECT, CONFIG, silent_ms=300, partition=0)
+    log = records([row("impression", 1, 10_000), row("click", 1, 10_010)], None)
+    for offset, record in enumerate(log):
+        empty = decode_batch(record.value or b"").slice(0, 0)
+        assert join.take(structs.replace(record, offset=offset, value=encode_batch(empty))) is None
+    assert (join.offset, join.totals.impressions, join.totals.feedback, join.totals.bad_records) == (1, 0, 0, 0)
+
+
 def test_a_batch_with_nulls_in_its_envelope_is_a_bad_record():
     join = JoinState(PROJECT, CONFIG, silent_ms=300, partition=0)
     (good,) = records([row("impression", 1, 10_000)], None)
