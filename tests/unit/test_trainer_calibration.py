@@ -16,7 +16,7 @@ from headrace.trainer.model.learner import make_learner
 from headrace.trainer.recipes import late_positives, logistic, rare_positives
 
 ONE = FeatureSpec(features=(Categorical(field="a"),))
-RATE = 0.1
+RATE = 0.3
 # One id in batches of 500: the default rate is made for ids that are seen a few times.
 FAST = logistic(lr_table=1.0)
 
@@ -49,7 +49,7 @@ def test_a_share_of_the_negatives_is_left_out_and_the_rate_stays_true():
     said, learnt, sampled_out = said_after(rare_positives(FAST, negative_share=0.2), eager=False)
     negatives = 400 * 500 * (1 - RATE)
     assert abs(sampled_out / negatives - 0.8) < 0.01 and learnt + sampled_out == 400 * 500
-    assert abs(said - RATE) < 0.01
+    assert abs(said - RATE) < 0.02
 
 
 def test_which_negatives_are_left_out_depends_on_id_and_seed_alone():
@@ -64,13 +64,13 @@ def test_which_negatives_are_left_out_depends_on_id_and_seed_alone():
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_late_positives_are_learnt_at_the_true_rate(weighted):
-    assert abs(said_after(FAST, eager=True)[0] - RATE / (1 + RATE)) < 0.005
-    assert abs(said_after(late_positives(FAST, weighted=weighted), eager=True)[0] - RATE) < 0.01
+    assert abs(said_after(FAST, eager=True)[0] - RATE / (1 + RATE)) < 0.02
+    assert abs(said_after(late_positives(FAST, weighted=weighted), eager=True)[0] - RATE) < 0.02
 
 
 def test_late_positives_and_left_out_negatives_go_together():
     recipe = rare_positives(late_positives(FAST), negative_share=0.5)
-    assert abs(said_after(recipe, eager=True)[0] - RATE) < 0.01
+    assert abs(said_after(recipe, eager=True)[0] - RATE) < 0.02
 
 
 def test_the_weights_are_those_of_the_paper():
