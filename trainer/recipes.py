@@ -14,7 +14,7 @@
 | `multitask` | rare labels (like, order) beside a frequent one (click) | as deepfm; tables are shared |
 | `module_of` | a torch.nn.Module of your own | as deepfm |
 
-Rates are those that did best on the first days of KuaiRand (`bench/quality.py`, `bench/trainer.py`); begin there.
+The rates of `logistic` are the best of a few tried on KuaiRand (`bench/trainer.py`); the others are where to begin.
 """
 
 from __future__ import annotations
