@@ -29,6 +29,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,7 +44,7 @@ from headrace.trainer.recipes import dcn, deepfm, fm, logistic
 
 CHOOSE_DAYS = 3
 Floats = npt.NDArray[np.float32]
-BEST = deepfm(lr_table=0.01, lr_dense=0.003, hidden=(128,), dense_average=0.995, batch_rows=64)
+BEST = dcn(lr_table=0.01, lr_dense=0.003, hidden=(128,), dense_average=0.995, batch_rows=32)
 
 
 @dataclass(frozen=True)
@@ -103,20 +104,23 @@ def learnt(name: str, recipe: Recipe, rows: Rows, groups: tuple[str, ...]) -> Re
 
 def first_days(rows: Rows) -> Rows:
     """Return the rows of the days that choices are made on."""
-    end = int(np.searchsorted(rows.day_N, CHOOSE_DAYS))
-    columns = {name: column.slice(0, end) for name, column in rows.columns.items()}
-    return Rows(columns, rows.label_N[:end], rows.time_ms_N[:end], rows.day_N[:end])
+    few_N = rows.day_N < CHOOSE_DAYS
+    columns = {name: column.filter(pa.array(few_N)) for name, column in rows.columns.items()}
+    return Rows(columns, rows.label_N[few_N], rows.time_ms_N[few_N], rows.day_N[few_N])
 
 
 def chosen(rows: Rows, groups: tuple[str, ...]) -> Recipe:
-    """Return the recipe of the least log loss on the first days, among rates, widths and models."""
+    """Return the recipe of the least log loss on the first days, among models, rates, widths and batches."""
     few = first_days(rows)
     grid = [
-        _changed(BEST, lr_table=table, lr_dense=dense, hidden=hidden)
-        for table, dense, hidden in itertools.product((0.01, 0.02), (0.001, 0.003), ((64, 32), (128,)))
+        model(lr_table=0.01, lr_dense=dense, hidden=hidden, dense_average=0.995, batch_rows=batch)
+        for model, dense, hidden, batch in itertools.product(
+            (deepfm, dcn), (0.001, 0.003), ((64, 32), (128,)), (32, 64)
+        )
     ]
     results = [
-        learnt(f"choice: table {r.lr_table}, dense {r.lr_dense}, hidden {r.hidden}", r, few, groups) for r in grid
+        learnt(f"choice: {r.model}, dense {r.lr_dense}, hidden {r.hidden}, batch {r.batch_rows}", r, few, groups)
+        for r in grid
     ]
     return grid[int(np.argmin([r.log_loss for r in results]))]
 
@@ -131,7 +135,7 @@ def ablated(best: Recipe, rows: Rows, groups: tuple[str, ...]) -> Iterator[Resul
     yield learnt("batches of 512", _changed(best, batch_rows=512), rows, groups)
     common: dict[str, Any] = {"batch_rows": best.batch_rows}
     averaged = {"dense_average": best.dense_average, "lr_dense": best.lr_dense, "lr_table": best.lr_table}
-    yield learnt("dcn", dcn(**common, **averaged, hidden=best.hidden), rows, groups)
+    yield learnt("deepfm", deepfm(**common, **averaged, hidden=best.hidden), rows, groups)
     yield learnt("fm", fm(**common, **averaged), rows, groups)
     yield learnt("logistic", logistic(**common), rows, groups)
 
