@@ -181,7 +181,10 @@ def survives(seed: int, stage_type: type[Stage] = Stage) -> bool:
     return world.read().equals(world.expected())
 
 
-@pytest.mark.parametrize("block", range(10))
+BLOCKS = [*range(5), *(pytest.param(block, marks=pytest.mark.long) for block in range(5, 10))]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
 def test_each_sample_comes_out_once_whatever_dies(block, monkeypatch):
     # States small enough that every kind of part is written, merged and deleted.
     monkeypatch.setattr(states, "INLINE_ROWS", 8)
