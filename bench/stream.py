@@ -146,6 +146,15 @@ def fill(layout: Layout, events: int) -> tuple[int, int]:
     return count, samples
 
 
+def nudge(brokers: str, number: int) -> None:
+    """Append the punctuation that a gateway would: a stage restores at a partition's first new record."""
+    producer = KafkaProducer(brokers)
+    for partition in range(PARTITIONS):
+        end = encode_punctuation(Punctuation("bench", 1, START_MS + 10**9 + number))
+        producer.send(Topics().events, partition, end, headers={"kind": "punctuation"})
+    producer.flush(60)
+
+
 def measure(
     layout: Layout, command: list[str], env: dict[str, str], topic: str, count_of: Callable[[Record], int],
     events: int, samples: int,
@@ -198,6 +207,7 @@ def main() -> None:
             state = layout.home / f"round-{number}"
             ours = env | {"HEADRACE_STORE": f"file:{state}", "HEADRACE_HOME": str(state)}
             command = [str(Path(sys.executable).with_name("headrace")), "stream", "--project", str(layout.project)]
+            nudge(layout.brokers, number)
             rates.setdefault("headrace", []).append(
                 measure(layout, command, ours, Topics().samples, _rows, events, samples)
             )
