@@ -36,7 +36,7 @@ Names are those of `headrace.contract.spec`; a letter is an id, `-` a pad.
 [(0.5, 0.0), (0.75, 1.0986123)]
 >>> odds = Rate(of="clicks", over="shown", prior=0.5, strength=2.0, log_odds=True)
 >>> shown(odds, clicks=[0.0, 2.0], shown=[0.0, 2.0])
-[(0.0, 0.0), (1.0986123, 0.5493061)]
+[(0.0, 0.0), (1.0986123, 0.54930615)]
 >>> shown(Mean(of="spent", over="orders", prior=10.0, strength=1.0), spent=[0.0, 50.0], orders=[0.0, 1.0])
 [(10.0,), (30.0,)]
 >>> shown(Recency(of="last", half_life_ms=1_000), last=[1.0, 1_001.0, 0.0])

@@ -39,7 +39,7 @@ def samples() -> list[Record]:
 def test_a_record_beyond_a_gap_is_left_out_and_named(caplog):
     first, second, third, fourth = samples()
     metrics = MemoryMetrics()
-    sink = SinkStage(PROJECT, Config(), NoLake(), metrics, VirtualClock())
+    sink = SinkStage(Config(), NoLake(), metrics, VirtualClock())
 
     async def take(*some: Record) -> None:
         for record in some:
