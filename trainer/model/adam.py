@@ -1,4 +1,4 @@
-"""Adam for dense weights that lie in one flat tensor. Imports torch."""
+"""Dense weights that lie in one flat tensor and learn by Adam. Imports torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.trainer.model.kernels import adam
 from headrace.trainer.model.scoring import Float32s, Shapes
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -20,9 +21,7 @@ class Flat:
     def __init__(self, shapes: Shapes, *, lr: float, device: str) -> None:
         self.shapes, self.lr, self.device, self.step = shapes, lr, device, 0
         size = sum(math.prod(shape) for shape in shapes.values())
-        self.weight, self.grad, self._first, self._second, self._scratch = (
-            torch.zeros(size, device=device) for _ in range(5)
-        )
+        self.weight, self.grad, self._first, self._second = (torch.zeros(size, device=device) for _ in range(4))
         self.weights, self.grads = self._views(self.weight), self._views(self.grad)
 
     def _views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -43,11 +42,14 @@ class Flat:
         Source: Kingma, Ba, "Adam", ICLR 2015, Algorithm 1.
         """
         self.step += 1
+        flat = (self.weight, self.grad, self._first, self._second)
+        if self.device == "cpu":
+            adam(*(tensor.numpy() for tensor in flat), lr=self.lr, step=self.step, samples=samples)
+            return
         rate = self.lr * math.sqrt(1 - _BETA2**self.step) / (1 - _BETA1**self.step)
         self._first.mul_(_BETA1).add_(self.grad, alpha=(1 - _BETA1) / samples)
         self._second.mul_(_BETA2).addcmul_(self.grad, self.grad, value=(1 - _BETA2) / samples**2)
-        torch.sqrt(self._second, out=self._scratch).add_(_EPSILON)
-        self.weight.addcdiv_(self._first, self._scratch, value=-rate)
+        self.weight.addcdiv_(self._first, self._second.sqrt().add_(_EPSILON), value=-rate)
 
     def dense(self) -> dict[str, Float32s]:
         """Return copies of the weights by name, in a fixed order."""

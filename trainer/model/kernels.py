@@ -1,74 +1,261 @@
-"""Compiled passes between rows of the tables and the dense part: one read of the rows forward, one write back.
+"""Compiled passes of the dense part over the distinct ids of a batch: each is multiplied once, not once a place.
 
-Single-threaded, in a fixed order. Axes: B samples, F slots, V = 1 + E values of a row, D numbers, X = F * E + D.
+The first layer's product of x0 is a sum over slots, so it is taken of distinct ids, and what comes out is added up by
+place; gradients go the other way. Products are tiled (two rows by four, four by two), so that a number that was loaded
+is used several times. Single-threaded, in a fixed order.
+
+Axes: B samples, F slots, U distinct ids (see `Places`), N those of one slot, V = 1 + E values of a row, X = F * E + D,
+H the first layer's width.
 """
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
 
+from headrace.trainer.model.row_index import Int32s, Int64s
 from headrace.trainer.model.scoring import Float32s
 
+_CONTRACT = {"contract"}
+_SUMS = {"contract", "reassoc"}
 
-@numba.njit(cache=True)
-def spread(
-    values_BFV: Float32s,
-    numeric_BD: Float32s,
+
+@numba.njit(cache=True, fastmath=_CONTRACT)
+def project(
+    values_UV: Float32s,
+    begin_F: Int64s,
+    place_FB: Int32s,
+    weight_XH: Float32s,
+    first_BH: Float32s,
     linear_B: Float32s,
     pairs_B: Float32s,
     sum_BE: Float32s,
-    x_BX: Float32s,
 ) -> None:
-    """Write what the dense part reads: the sum of linear weights, FM's pairs, the sum of embeddings, and x0."""
-    slots, width, numerics = values_BFV.shape[1], values_BFV.shape[2] - 1, numeric_BD.shape[1]
-    squares_E = np.empty(width, np.float32)
-    for b in range(values_BFV.shape[0]):
-        linear = np.float32(0.0)
-        for e in range(width):
-            sum_BE[b, e] = np.float32(0.0)
-            squares_E[e] = np.float32(0.0)
-        for f in range(slots):
-            linear += values_BFV[b, f, 0]
+    """Add the embeddings' part to the first layer; write sums of linear weights, FM's pairs, sums of embeddings."""
+    slots, samples = place_FB.shape
+    width, hidden = values_UV.shape[1] - 1, weight_XH.shape[1]
+    product_NH, squares_N = np.empty((samples, hidden), np.float32), np.empty(samples, np.float32)
+    linear_B[:], pairs_B[:], sum_BE[:] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for f in range(slots):
+        begin = begin_F[f]
+        value_NV = values_UV[begin : begin_F[f + 1]]
+        _products(value_NV, weight_XH[f * width : (f + 1) * width], product_NH)
+        for n in range(value_NV.shape[0]):
+            squares = np.float32(0.0)
             for e in range(width):
-                v = values_BFV[b, f, 1 + e]
-                sum_BE[b, e] += v
-                squares_E[e] += v * v
-                x_BX[b, f * width + e] = v
-        pairs = np.float32(0.0)
+                squares += value_NV[n, 1 + e] * value_NV[n, 1 + e]
+            squares_N[n] = squares
+        for b in range(samples):
+            n = place_FB[f, b] - begin
+            linear_B[b] += value_NV[n, 0]
+            pairs_B[b] -= squares_N[n]
+            for e in range(width):
+                sum_BE[b, e] += value_NV[n, 1 + e]
+            for h in range(hidden):
+                first_BH[b, h] += product_NH[n, h]
+    for b in range(samples):
         for e in range(width):
-            pairs += sum_BE[b, e] * sum_BE[b, e] - squares_E[e]
-        linear_B[b] = linear
-        pairs_B[b] = np.float32(0.5) * pairs
-        for d in range(numerics):
+            pairs_B[b] += sum_BE[b, e] * sum_BE[b, e]
+        pairs_B[b] *= np.float32(0.5)
+
+
+@numba.njit(cache=True, fastmath=_CONTRACT)
+def collect(
+    values_UV: Float32s,
+    begin_F: Int64s,
+    place_FB: Int32s,
+    weight_XH: Float32s,
+    first_BH: Float32s,
+    linear_B: Float32s,
+    pairs_B: Float32s,
+    sum_BE: Float32s,
+    grad_XH: Float32s,
+    grad_UV: Float32s,
+) -> None:
+    """Write the gradients of the first layer's weights and of rows.
+
+    They come from those of the first layer, of the sum of linear weights and of FM's pairs.
+    """
+    slots, samples = place_FB.shape
+    width, hidden = values_UV.shape[1] - 1, weight_XH.shape[1]
+    grad_NH, pairs_N = np.empty((samples, hidden), np.float32), np.empty(samples, np.float32)
+    grad_UV[:] = np.float32(0.0)
+    pulled_BE = np.empty((samples, width), np.float32)
+    for b in range(samples):
+        for e in range(width):
+            pulled_BE[b, e] = pairs_B[b] * sum_BE[b, e]
+    for f in range(slots):
+        begin, count = begin_F[f], begin_F[f + 1] - begin_F[f]
+        value_NV, out_NV = values_UV[begin : begin + count], grad_UV[begin : begin + count]
+        grad_NH[:count], pairs_N[:count] = np.float32(0.0), np.float32(0.0)
+        for b in range(samples):
+            n = place_FB[f, b] - begin
+            out_NV[n, 0] += linear_B[b]
+            pairs_N[n] += pairs_B[b]
+            for e in range(width):
+                out_NV[n, 1 + e] += pulled_BE[b, e]
+            for h in range(hidden):
+                grad_NH[n, h] += first_BH[b, h]
+        for n in range(count):
+            for e in range(width):
+                out_NV[n, 1 + e] -= pairs_N[n] * value_NV[n, 1 + e]
+        weight_EH = weight_XH[f * width : (f + 1) * width]
+        _weight_gradients(value_NV, grad_NH, grad_XH[f * width : (f + 1) * width])
+        _row_gradients(grad_NH, weight_EH, out_NV)
+
+
+@numba.njit(cache=True, fastmath=_CONTRACT)
+def _products(value_NV: Float32s, weight_EH: Float32s, out_NH: Float32s) -> None:
+    """Write embeddings times weights, two ids and four numbers of theirs at a time."""
+    count, width, hidden = value_NV.shape[0], weight_EH.shape[0], weight_EH.shape[1]
+    out_NH[:count] = np.float32(0.0)
+    for first in range(0, count, 2):
+        # An odd last id is its own partner, and then written once.
+        a, b = value_NV[first], value_NV[min(first + 1, count - 1)]
+        out, partner = out_NH[first], out_NH[min(first + 1, count - 1)]
+        is_pair = first + 1 < count
+        e = 0
+        while is_pair and e + 4 <= width:
+            a0, a1, a2, a3 = a[1 + e], a[2 + e], a[3 + e], a[4 + e]
+            b0, b1, b2, b3 = b[1 + e], b[2 + e], b[3 + e], b[4 + e]
+            w0, w1, w2, w3 = weight_EH[e], weight_EH[e + 1], weight_EH[e + 2], weight_EH[e + 3]
+            for h in range(hidden):
+                out[h] = out[h] + a0 * w0[h] + a1 * w1[h] + a2 * w2[h] + a3 * w3[h]
+                partner[h] = partner[h] + b0 * w0[h] + b1 * w1[h] + b2 * w2[h] + b3 * w3[h]
+            e += 4
+        while e < width:
+            w0 = weight_EH[e]
+            for h in range(hidden):
+                out[h] += a[1 + e] * w0[h]
+            if is_pair:
+                for h in range(hidden):
+                    partner[h] += b[1 + e] * w0[h]
+            e += 1
+
+
+@numba.njit(cache=True, fastmath=_CONTRACT)
+def _weight_gradients(value_NV: Float32s, grad_NH: Float32s, out_EH: Float32s) -> None:
+    """Write transposed embeddings times gradients, four ids and two numbers of theirs at a time."""
+    count, width, hidden = value_NV.shape[0], out_EH.shape[0], out_EH.shape[1]
+    out_EH[:] = np.float32(0.0)
+    n = 0
+    while n + 4 <= count:
+        g0, g1, g2, g3 = grad_NH[n], grad_NH[n + 1], grad_NH[n + 2], grad_NH[n + 3]
+        v0, v1, v2, v3 = value_NV[n], value_NV[n + 1], value_NV[n + 2], value_NV[n + 3]
+        for e in range(0, width - 1, 2):
+            a0, a1, a2, a3 = v0[1 + e], v1[1 + e], v2[1 + e], v3[1 + e]
+            b0, b1, b2, b3 = v0[2 + e], v1[2 + e], v2[2 + e], v3[2 + e]
+            out, below = out_EH[e], out_EH[e + 1]
+            for h in range(hidden):
+                out[h] = out[h] + a0 * g0[h] + a1 * g1[h] + a2 * g2[h] + a3 * g3[h]
+                below[h] = below[h] + b0 * g0[h] + b1 * g1[h] + b2 * g2[h] + b3 * g3[h]
+        if width % 2:
+            out = out_EH[width - 1]
+            for h in range(hidden):
+                out[h] += v0[width] * g0[h] + v1[width] * g1[h] + v2[width] * g2[h] + v3[width] * g3[h]
+        n += 4
+    while n < count:
+        for e in range(width):
+            for h in range(hidden):
+                out_EH[e, h] += value_NV[n, 1 + e] * grad_NH[n, h]
+        n += 1
+
+
+@numba.njit(cache=True, fastmath=_SUMS)
+def _row_gradients(grad_NH: Float32s, weight_EH: Float32s, out_NV: Float32s) -> None:
+    """Add gradients times transposed weights, two ids and four numbers of theirs at a time.
+
+    Sums are split over the lanes of a vector, always in the same way.
+    """
+    count, width, hidden = out_NV.shape[0], weight_EH.shape[0], weight_EH.shape[1]
+    for n in range(0, count - 1, 2):
+        g, k = grad_NH[n], grad_NH[n + 1]
+        for e in range(0, width - 3, 4):
+            w0, w1, w2, w3 = weight_EH[e], weight_EH[e + 1], weight_EH[e + 2], weight_EH[e + 3]
+            g0 = g1 = g2 = g3 = k0 = k1 = k2 = k3 = np.float32(0.0)
+            for h in range(hidden):
+                g0 += g[h] * w0[h]
+                g1 += g[h] * w1[h]
+                g2 += g[h] * w2[h]
+                g3 += g[h] * w3[h]
+                k0 += k[h] * w0[h]
+                k1 += k[h] * w1[h]
+                k2 += k[h] * w2[h]
+                k3 += k[h] * w3[h]
+            out_NV[n, 1 + e] += g0
+            out_NV[n, 2 + e] += g1
+            out_NV[n, 3 + e] += g2
+            out_NV[n, 4 + e] += g3
+            out_NV[n + 1, 1 + e] += k0
+            out_NV[n + 1, 2 + e] += k1
+            out_NV[n + 1, 3 + e] += k2
+            out_NV[n + 1, 4 + e] += k3
+    # What the tiles leave over: the last numbers of each id, and a last id without a partner.
+    tiled_ids, tiled_numbers = count - count % 2, width - width % 4
+    for n in range(count):
+        for e in range(tiled_numbers if n < tiled_ids else 0, width):
+            g0 = np.float32(0.0)
+            for h in range(hidden):
+                g0 += grad_NH[n, h] * weight_EH[e, h]
+            out_NV[n, 1 + e] += g0
+
+
+@numba.njit(cache=True)
+def spread(values_UV: Float32s, place_FB: Int32s, numeric_BD: Float32s, x_BX: Float32s) -> None:
+    """Write x0: each sample's embeddings, and its numbers."""
+    slots, samples = place_FB.shape
+    width = values_UV.shape[1] - 1
+    for b in range(samples):
+        for f in range(slots):
+            u = place_FB[f, b]
+            for e in range(width):
+                x_BX[b, f * width + e] = values_UV[u, 1 + e]
+        for d in range(numeric_BD.shape[1]):
             x_BX[b, slots * width + d] = numeric_BD[b, d]
 
 
 @numba.njit(cache=True)
-def collect(
-    values_BFV: Float32s,
-    sum_BE: Float32s,
-    linear_B: Float32s,
-    pairs_B: Float32s,
-    x_BX: Float32s,
-    grad_BFV: Float32s,
-) -> np.float32:
-    """Write the gradients of rows from those of the sum of linear weights, of FM's pairs and of x0.
-
-    Returns the sum of their squares, which is not finite where a gradient is not.
-    """
-    slots, width = values_BFV.shape[1], values_BFV.shape[2] - 1
-    squares_E = np.zeros(width, np.float32)
-    squares = np.float32(0.0)
-    for b in range(values_BFV.shape[0]):
-        linear, pairs = linear_B[b], pairs_B[b]
-        squares += np.float32(slots) * linear * linear
+def collect_spread(x_BX: Float32s, place_FB: Int32s, grad_UV: Float32s) -> None:
+    """Add the gradient of x0 to those of rows."""
+    slots, samples = place_FB.shape
+    width = grad_UV.shape[1] - 1
+    for b in range(samples):
         for f in range(slots):
-            grad_BFV[b, f, 0] = linear
+            u = place_FB[f, b]
             for e in range(width):
-                g = x_BX[b, f * width + e] + pairs * (sum_BE[b, e] - values_BFV[b, f, 1 + e])
-                grad_BFV[b, f, 1 + e] = g
-                squares_E[e] += g * g
-    for e in range(width):
-        squares += squares_E[e]
+                grad_UV[u, 1 + e] += x_BX[b, f * width + e]
+
+
+@numba.njit(cache=True, fastmath=_SUMS)
+def squares_of(array_UV: Float32s) -> np.float32:
+    """Return the sum of the squares, which is not finite where a number is not."""
+    squares = np.float32(0.0)
+    for u in range(array_UV.shape[0]):
+        for v in range(array_UV.shape[1]):
+            squares += array_UV[u, v] * array_UV[u, v]
     return squares
+
+
+def adam(
+    weight_P: Float32s, grad_P: Float32s, first_P: Float32s, second_P: Float32s, *, lr: float, step: int, samples: int
+) -> None:
+    """Take step number `step` (from 1) along the mean of gradients that are summed over so many samples.
+
+    Source: Kingma, Ba, "Adam", ICLR 2015, Algorithm 1.
+    """
+    rate = lr * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+    _adam(weight_P, grad_P, first_P, second_P, np.float32(rate), np.float32(1 / samples))
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _adam(
+    weight_P: Float32s, grad_P: Float32s, first_P: Float32s, second_P: Float32s, rate: np.float32, share: np.float32
+) -> None:
+    beta1, beta2, epsilon, one = np.float32(0.9), np.float32(0.999), np.float32(1e-8), np.float32(1.0)
+    for p in range(weight_P.shape[0]):
+        g = grad_P[p] * share
+        first_P[p] = beta1 * first_P[p] + (one - beta1) * g
+        second_P[p] = beta2 * second_P[p] + (one - beta2) * g * g
+        weight_P[p] -= rate * first_P[p] / (np.sqrt(second_P[p]) + epsilon)

@@ -3,7 +3,7 @@
 `Learner` is the contract, in NumPy and Arrow terms; tests/unit/test_trainer_conformance.py is the suite that every
 learner passes, one of another framework too. `make_learner` builds the one that a recipe names.
 
-Axes: B samples, F slots, D numbers, K keys, V = 1 + dim values of a row, T tasks.
+Axes: B samples, F slots, U distinct ids of a batch, D numbers, K keys, V = 1 + dim values of a row, T tasks.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import Platt, acceptable, gradients, left_out
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.norms import Norms
+from headrace.trainer.model.places import Places
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, probabilities, score
 from headrace.trainer.model.shallow import Shallow
 from headrace.trainer.model.table_group import SlotTable, Tables
@@ -51,7 +52,7 @@ class StepReport:
     gradient_norm: float = math.nan
     """L2 norm of the dense weights' gradients, those of the mean loss; NaN where nobody measured."""
     table_gradient_norm: float = math.nan
-    """L2 norm of the gradients of all places of the batch, those of the summed loss, as rows learn from them."""
+    """L2 norm of the gradients of the batch's rows, those of the summed loss, as rows learn from them."""
 
 
 class Learner(Protocol):
@@ -91,11 +92,11 @@ class Learner(Protocol):
 class DensePart(Protocol):
     """What lies on top of the tables: `forward`, then `backward`, then perhaps `update`."""
 
-    def forward(self, values_BFV: Float32s, numeric_BD: Float32s) -> Float32s:
-        """Return the log-odds of each task, float32 [B, T]."""
+    def forward(self, values_UV: Float32s, places: Places, numeric_BD: Float32s) -> Float32s:
+        """Return the log-odds of each task, float32 [B, T], from the values of the batch's distinct ids."""
 
     def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
-        """Return the gradients of the rows, float32 [B, F, V], and the norms."""
+        """Return the gradients of the distinct ids, float32 [U, V], and the norms."""
 
     def update(self, samples: int) -> None:
         """Apply the gradients that `backward` kept, as a mean over so many samples."""
@@ -221,8 +222,9 @@ class TableLearner:
         part = batch if keep_B.all() else batch.where(keep_B)
         if not len(part):
             return StepReport(prediction_B, _NO_KEYS, 0, refused, sampled_out)
-        rows_BF = self.table.rows_for(part.slots_BF, part.event_time_ms_B)
-        logits_BT = self.net.forward(self.table.gather(rows_BF, part.slots_BF), part.numeric_BD)
+        places = self.table.places(part.slots_BF, part.event_time_ms_B)
+        values_UV = self.table.gather(places)
+        logits_BT = self.net.forward(values_UV, places, part.numeric_BD)
         if logits_BT.shape[1] == 1:
             logit_B = logits_BT[:, 0]
             grad_BT = gradients(self.recipe, logit_B, part.label_B, part.weight_B)[:, None]
@@ -230,15 +232,16 @@ class TableLearner:
             own_B = np.arange(len(part)), part.task_B
             logit_B, grad_BT = logits_BT[own_B], np.zeros_like(logits_BT)
             grad_BT[own_B] = gradients(self.recipe, logit_B, part.label_B, part.weight_B)
-        grad_BFV, norms = self.net.backward(grad_BT)
+        grad_UV, norms = self.net.backward(grad_BT)
         if not norms.are_finite or not np.isfinite(logit_B).all():
             return StepReport(prediction_B, _NO_KEYS, 0, refused + len(part), sampled_out)
         platt_2B = self._platt.weights_2T[:, part.task_B] if self._platt is not None else None
-        prediction_B[keep_B] = (
-            self.predict(part) if self._average is not None else probabilities(self.recipe, logit_B, platt_2B)
-        )
-        touched_R = self.table.update(rows_BF, grad_BFV, part.event_time_ms_B)
-        touched_K = self.table.keys_of(touched_R)
+        if self._average is None:
+            prediction_B[keep_B] = probabilities(self.recipe, logit_B, platt_2B)
+        else:
+            here = places.place_FB.T.reshape(-1)
+            prediction_B[keep_B] = self.score(part, lookup=lambda _: values_UV[here], dense=self.dense())
+        touched_K = self.table.update(places, grad_UV, part.event_time_ms_B)
         forgotten_K = self.table.expire(int(part.event_time_ms_B.max()))
         if len(forgotten_K):
             touched_K = np.concatenate([touched_K, forgotten_K])

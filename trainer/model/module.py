@@ -3,7 +3,7 @@
 Imported only where a recipe names one; serving scores with it through torch too. Parameters are the module's, by their
 names. See `ModelShape` for what a module gets and must be.
 
-Axes: B samples, F slots, V = 1 + E values of a row, D numbers, T tasks.
+Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, T tasks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.adam import Flat
 from headrace.trainer.model.norms import Norms
+from headrace.trainer.model.places import Places
 from headrace.trainer.model.scoring import Dense, Float32s, Shapes
 
 _BUILDING = threading.Lock()
@@ -88,26 +89,27 @@ class ModuleNet:
         for name, weight in begin.items():
             self.flat.weights[name].copy_(weight)
 
-    def forward(self, values_BFV: Float32s, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Float32s, places: Places, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], and keep what `backward` needs."""
-        self._values = torch.from_numpy(values_BFV).to(self.device).requires_grad_(True)
+        self._values_UV = torch.from_numpy(values_UV).to(self.device).requires_grad_(True)
+        values_BFV = self._values_UV[torch.from_numpy(places.place_FB).to(self.device).t()]
         self._leaves = {name: w.detach().requires_grad_(True) for name, w in self.flat.weights.items()}
-        inputs = (self._values[:, :, 1:], self._values[:, :, 0], torch.from_numpy(numeric_BD).to(self.device))
+        inputs = (values_BFV[:, :, 1:], values_BFV[:, :, 0], torch.from_numpy(numeric_BD).to(self.device))
         out = torch.func.functional_call(self._module, self._leaves, inputs)
-        if out.numel() != len(values_BFV) * self.tasks:
+        if out.numel() != len(numeric_BD) * self.tasks:
             raise ConfigRejected(
-                f"the module returned {list(out.shape)} for {len(values_BFV)} samples of {self.tasks} tasks: "
+                f"the module returned {list(out.shape)} for {len(numeric_BD)} samples of {self.tasks} tasks: "
                 "return [B, tasks] log-odds."
             )
-        self._logits = out.reshape(len(values_BFV), self.tasks)
+        self._logits = out.reshape(len(numeric_BD), self.tasks)
         logits_BT: Float32s = self._logits.detach().cpu().numpy()
         return logits_BT
 
     def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
-        """Return the gradients of the rows, float32 [B, F, V], and the norms."""
+        """Return the gradients of the rows, float32 [U, V], and the norms."""
         grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
             self._logits,
-            [self._values, *self._leaves.values()],
+            [self._values_UV, *self._leaves.values()],
             torch.from_numpy(grad_BT).to(self.device),
             allow_unused=True,
         )
@@ -116,8 +118,8 @@ class ModuleNet:
                 target.zero_()
             else:
                 target.copy_(grad)
-        grad_BFV: Float32s = np.zeros(self._values.shape, np.float32) if grads[0] is None else grads[0].cpu().numpy()
-        return grad_BFV, Norms(float(torch.linalg.vector_norm(torch.from_numpy(grad_BFV))), self.flat.norm())
+        grad_UV: Float32s = np.zeros(self._values_UV.shape, np.float32) if grads[0] is None else grads[0].cpu().numpy()
+        return grad_UV, Norms(float(torch.linalg.vector_norm(torch.from_numpy(grad_UV))), self.flat.norm())
 
     def update(self, samples: int) -> None:
         """Apply the gradients that `backward` kept."""

@@ -3,7 +3,7 @@
 Written out instead of recorded by autograd, it keeps its buffers and leaves no graph behind; a test holds it against
 autograd. One thread, fixed order: equal batches give equal bits.
 
-Axes: B samples, F slots, V = 1 + E values of a row, D numbers, X = F * E + D, T tasks, H a hidden layer's width.
+Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, X = F * E + D, T tasks, H a hidden layer's width.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.adam import Flat
-from headrace.trainer.model.kernels import collect, spread
+from headrace.trainer.model.bottom import Bottom, DeviceBottom, HostBottom, Layer, Read
+from headrace.trainer.model.kernels import squares_of
 from headrace.trainer.model.norms import Norms
+from headrace.trainer.model.places import Places
 from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
@@ -30,13 +32,13 @@ class Net:
 
     def __init__(self, recipe: Recipe, features: FeatureSpec, *, device: str) -> None:
         self.device = device
-        self.slots, self.numerics, self.dim = features.slots, features.numerics, recipe.row_dim
-        self.tasks = len(recipe.heads)
         self.layers = len(recipe.hidden) + 1
         self.crosses = recipe.cross_layers if recipe.model == "dcn" else 0
-        self.width = self.slots * self.dim + self.numerics
         shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name != PLATT}
         self.flat = Flat(shapes, lr=recipe.lr_dense, device=device)
+        layer = Layer(*(part[name] for part in (self.flat.weights, self.flat.grads) for name in ("w0", "b0")))
+        bottom = HostBottom if device == "cpu" else DeviceBottom
+        self._bottom: Bottom = bottom(layer, has_crosses=self.crosses > 0)
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self._begin(recipe.seed)
 
@@ -61,31 +63,23 @@ class Net:
             self._buffers[name, width] = have
         return have[: self._rows]
 
-    def forward(self, values_BFV: Float32s, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Float32s, places: Places, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], and keep what `backward` needs."""
-        self._rows, w = len(values_BFV), self.flat.weights
-        self._values_BFV = values_BFV
+        self._rows, w = len(numeric_BD), self.flat.weights
         self._numeric_BD = self._sent(numeric_BD)
         out_BT = torch.addmm(w["bias"], self._numeric_BD, w["numeric"])
-        linear_B, pairs_B = np.empty(self._rows, np.float32), np.empty(self._rows, np.float32)
-        self._sum_BE = np.empty((self._rows, self.dim), np.float32)
-        # On the CPU x0 is written where the layers read it.
-        home = self._buffer("x", self.width)
-        x_BX = home.numpy() if self.device == "cpu" else np.empty((self._rows, self.width), np.float32)
-        spread(values_BFV, numeric_BD, linear_B, pairs_B, self._sum_BE, x_BX)
-        if self.device != "cpu":
-            home.copy_(torch.from_numpy(x_BX))
-        self._linear_B1, self._pairs_B1 = self._sent(linear_B)[:, None], self._sent(pairs_B)[:, None]
+        read = self._bottom.forward(values_UV, places, self._numeric_BD)
+        self._linear_B1, self._pairs_B1 = read.linear_B[:, None], read.pairs_B[:, None]
         out_BT += self._linear_B1 * w["mix"][0] if "mix" in w else self._linear_B1
-        if not self.crosses:
+        if read.x_BX is None:
             out_BT += self._pairs_B1 * w["mix"][1] if "mix" in w else self._pairs_B1
-        if self.crosses:
-            out_BT.addmm_(self._cross_forward(home), w["cross"])
-        out_BT += self._deep_forward(home)
+        else:
+            out_BT.addmm_(self._cross_forward(read.x_BX), w["cross"])
+        out_BT += self._deep_forward(read.first_BH)
         return self._fetched(out_BT)
 
     def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
-        """Return the gradients of the rows from those of the log-odds, float32 [B, F, V], and the norms.
+        """Return the gradients of the rows from those of the log-odds, float32 [U, V], and the norms.
 
         The dense weights' gradients, summed over the batch, are kept for `update`.
         """
@@ -93,45 +87,40 @@ class Net:
         g_BT = self._sent(grad_BT)
         torch.mm(self._numeric_BD.t(), g_BT, out=grads["numeric"])
         torch.sum(g_BT, 0, out=grads["bias"])
-        grad_BFV = np.empty(self._values_BFV.shape, np.float32)
         has_pairs = not self.crosses
+        linear_B = pairs_B = g_BT[:, 0].contiguous()
         if "mix" in w:
             grads["mix"][0] = (g_BT * self._linear_B1).sum(0)
-            linear_B = self._fetched(g_BT @ w["mix"][0])
+            linear_B = g_BT @ w["mix"][0]
             if has_pairs:
                 grads["mix"][1] = (g_BT * self._pairs_B1).sum(0)
-            pairs_B = self._fetched(g_BT @ w["mix"][1]) if has_pairs else np.zeros_like(linear_B)
-        else:
-            linear_B = np.ascontiguousarray(grad_BT[:, 0])
-            pairs_B = linear_B if has_pairs else np.zeros_like(linear_B)
-        gradient_BX = self._deep_backward(g_BT)
-        if self.crosses:
-            gradient_BX = self._cross_backward(g_BT, gradient_BX)
-        grad_x = self._fetched(gradient_BX)
-        squares = collect(self._values_BFV, self._sum_BE, linear_B, pairs_B, grad_x, grad_BFV)
-        return grad_BFV, Norms(math.sqrt(squares), self.flat.norm())
+                pairs_B = g_BT @ w["mix"][1]
+        if not has_pairs:
+            pairs_B = torch.zeros_like(linear_B)
+        x_BX = self._cross_backward(g_BT) if self.crosses else None
+        grad_UV = self._bottom.backward(Read(linear_B, pairs_B, self._deep_backward(g_BT), x_BX))
+        return grad_UV, Norms(math.sqrt(squares_of(grad_UV)), self.flat.norm())
 
-    def _deep_forward(self, x_BX: torch.Tensor) -> torch.Tensor:
+    def _deep_forward(self, first_BH: torch.Tensor) -> torch.Tensor:
+        """Return the last layer's sums from the first one's, in whose place its outputs are written."""
         w = self.flat.weights
-        self._outputs = [x_BX]
-        for i in range(self.layers - 1):
-            hidden_BH = self._buffer(f"h{i}", w[f"b{i}"].shape[0])
-            torch.addmm(w[f"b{i}"], self._outputs[-1], w[f"w{i}"], out=hidden_BH).relu_()
-            self._outputs.append(hidden_BH)
-        last = self.layers - 1
-        return torch.addmm(w[f"b{last}"], self._outputs[-1], w[f"w{last}"])
+        self._outputs = [first_BH]
+        for i in range(1, self.layers):
+            self._outputs[-1].relu_()
+            sums_BH = self._buffer(f"h{i}", len(w[f"b{i}"]))
+            self._outputs.append(torch.addmm(w[f"b{i}"], self._outputs[-1], w[f"w{i}"], out=sums_BH))
+        return self._outputs[-1]
 
     def _deep_backward(self, grad_BT: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the first layer's sums."""
         w, grads, gradient = self.flat.weights, self.flat.grads, grad_BT
-        for i in range(self.layers - 1, -1, -1):
-            input_BH = self._outputs[i]
+        for i in range(self.layers - 1, 0, -1):
+            input_BH = self._outputs[i - 1]
             torch.mm(input_BH.t(), gradient, out=grads[f"w{i}"])
             torch.sum(gradient, 0, out=grads[f"b{i}"])
             into = self._buffer(f"g{i}", input_BH.shape[1])
             torch.mm(gradient, w[f"w{i}"].t(), out=into)
-            if i:
-                _relu_backward(into, input_BH, 0, grad_input=into)
-            gradient = into
+            gradient = _relu_backward(into, input_BH, 0, grad_input=into)
         return gradient
 
     def _cross_forward(self, x_BX: torch.Tensor) -> torch.Tensor:
@@ -148,11 +137,12 @@ class Net:
             self._crossed.append(torch.addcmul(last_BX, x_BX, mixed_BX))
         return self._crossed[-1]
 
-    def _cross_backward(self, grad_BT: torch.Tensor, first_BX: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of x0: `first_BX`, which is added to, and the cross layers'."""
+    def _cross_backward(self, grad_BT: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of x0."""
         w, grads, x_BX = self.flat.weights, self.flat.grads, self._crossed[0]
         torch.mm(self._crossed[-1].t(), grad_BT, out=grads["cross"])
         gradient_BX = grad_BT @ w["cross"].t()
+        first_BX = torch.zeros_like(x_BX)
         for i in range(self.crosses - 1, -1, -1):
             first_BX.addcmul_(gradient_BX, self._mixed[i])
             mixed_BX = gradient_BX * x_BX

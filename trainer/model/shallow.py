@@ -3,7 +3,7 @@
 Its weights are a bias and D numbers a task, and `mix` with several tasks; formulas are those of `scoring`. A step costs
 microseconds besides its rows, so small batches pay: each one sees the weights that the last has made.
 
-Axes: B samples, F slots, V = 1 + E values of a row, D numbers, T tasks, P dense weights in one flat array.
+Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, T tasks, P dense weights in one flat array.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
+from headrace.trainer.model.kernels import adam, squares_of
 from headrace.trainer.model.norms import Norms
+from headrace.trainer.model.places import Places
+from headrace.trainer.model.row_index import Int32s
 from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
-
-_BETA1, _BETA2, _EPSILON = np.float32(0.9), np.float32(0.999), np.float32(1e-8)
-
 
 # Sums may be split over the lanes of a vector, always in the same way; NaN and infinity count as they do everywhere.
 _SUMS = {"reassoc", "contract"}
@@ -29,7 +29,8 @@ _SUMS = {"reassoc", "contract"}
 
 @numba.njit(cache=True, fastmath=_SUMS)
 def _forward(
-    values_BFV: Float32s,
+    values_UV: Float32s,
+    place_FB: Int32s,
     numeric_BD: Float32s,
     weight_P: Float32s,
     is_fm: bool,
@@ -37,10 +38,10 @@ def _forward(
     out_BT: Float32s,
 ) -> None:
     """Write log-odds, and to `sums_BX` what `_backward` needs: FM's sum of embeddings, of linear weights, its pairs."""
-    slots, width, tasks = values_BFV.shape[1], values_BFV.shape[2] - 1, out_BT.shape[1]
+    slots, width, tasks = place_FB.shape[0], values_UV.shape[1] - 1, out_BT.shape[1]
     numerics = numeric_BD.shape[1]
     mix = tasks * (1 + numerics)
-    for b in range(values_BFV.shape[0]):
+    for b in range(numeric_BD.shape[0]):
         for t in range(tasks):
             out = weight_P[t]
             for d in range(numerics):
@@ -49,15 +50,16 @@ def _forward(
         if not is_fm:
             for f in range(slots):
                 for t in range(tasks):
-                    out_BT[b, t] += values_BFV[b, f, t]
+                    out_BT[b, t] += values_UV[place_FB[f, b], t]
             continue
         linear, squares, pairs = np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for e in range(width):
             sums_BX[b, e] = np.float32(0.0)
         for f in range(slots):
-            linear += values_BFV[b, f, 0]
+            u = place_FB[f, b]
+            linear += values_UV[u, 0]
             for e in range(width):
-                v = values_BFV[b, f, 1 + e]
+                v = values_UV[u, 1 + e]
                 sums_BX[b, e] += v
                 squares += v * v
         for e in range(width):
@@ -73,33 +75,31 @@ def _forward(
 
 @numba.njit(cache=True, fastmath=_SUMS)
 def _backward(
-    values_BFV: Float32s,
+    values_UV: Float32s,
+    place_FB: Int32s,
     numeric_BD: Float32s,
     weight_P: Float32s,
     is_fm: bool,
     sums_BX: Float32s,
     grad_BT: Float32s,
     grad_P: Float32s,
-    grad_BFV: Float32s,
+    grad_UV: Float32s,
 ) -> tuple[np.float32, np.float32]:
     """Write the gradients of dense weights, summed over the batch, and of rows; return the sums of their squares."""
-    slots, width, tasks = values_BFV.shape[1], values_BFV.shape[2] - 1, grad_BT.shape[1]
+    slots, width, tasks = place_FB.shape[0], values_UV.shape[1] - 1, grad_BT.shape[1]
     numerics = numeric_BD.shape[1]
     mix = tasks * (1 + numerics)
-    rows = np.float32(0.0)
-    grad_P[:] = np.float32(0.0)
-    for b in range(values_BFV.shape[0]):
+    grad_P[:], grad_UV[:] = np.float32(0.0), np.float32(0.0)
+    for b in range(numeric_BD.shape[0]):
         for t in range(tasks):
             g = grad_BT[b, t]
             grad_P[t] += g
             for d in range(numerics):
                 grad_P[tasks * (1 + d) + t] += g * numeric_BD[b, d]
-            if not is_fm:
-                rows += np.float32(slots) * g * g
         if not is_fm:
             for f in range(slots):
                 for t in range(tasks):
-                    grad_BFV[b, f, t] = grad_BT[b, t]
+                    grad_UV[place_FB[f, b], t] += grad_BT[b, t]
             continue
         linear, pairs = grad_BT[b, 0], grad_BT[b, 0]
         if tasks > 1:
@@ -110,28 +110,15 @@ def _backward(
                 pairs += g * weight_P[mix + tasks + t]
                 grad_P[mix + t] += g * sums_BX[b, width]
                 grad_P[mix + tasks + t] += g * sums_BX[b, width + 1]
-        rows += np.float32(slots) * linear * linear
         for f in range(slots):
-            grad_BFV[b, f, 0] = linear
+            u = place_FB[f, b]
+            grad_UV[u, 0] += linear
             for e in range(width):
-                g = pairs * (sums_BX[b, e] - values_BFV[b, f, 1 + e])
-                grad_BFV[b, f, 1 + e] = g
-                rows += g * g
+                grad_UV[u, 1 + e] += pairs * (sums_BX[b, e] - values_UV[u, 1 + e])
     dense = np.float32(0.0)
     for p in range(grad_P.shape[0]):
         dense += grad_P[p] * grad_P[p]
-    return rows, dense
-
-
-@numba.njit(cache=True)
-def _adam(
-    weight_P: Float32s, grad_P: Float32s, first_P: Float32s, second_P: Float32s, rate: np.float32, samples: np.float32
-) -> None:
-    for p in range(weight_P.shape[0]):
-        g = grad_P[p] / samples
-        first_P[p] = _BETA1 * first_P[p] + (np.float32(1) - _BETA1) * g
-        second_P[p] = _BETA2 * second_P[p] + (np.float32(1) - _BETA2) * g * g
-        weight_P[p] -= rate * first_P[p] / (np.sqrt(second_P[p]) + _EPSILON)
+    return squares_of(grad_UV), dense
 
 
 class Shallow:
@@ -146,35 +133,25 @@ class Shallow:
         if "mix" in self.shapes:
             self.weight_P[size - math.prod(self.shapes["mix"]) :] = 1
 
-    def forward(self, values_BFV: Float32s, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Float32s, places: Places, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], and keep what `backward` needs."""
-        self._values_BFV, self._numeric_BD = values_BFV, numeric_BD
+        self._read = values_UV, places.place_FB, np.ascontiguousarray(numeric_BD)
         # The sum of embeddings, of linear weights, and the pairs.
-        self._sums_BX = np.empty((len(values_BFV), self._row_values + 1 if self._is_fm else 0), np.float32)
-        out_BT = np.empty((len(values_BFV), self._tasks), np.float32)
-        _forward(values_BFV, numeric_BD, self.weight_P, self._is_fm, self._sums_BX, out_BT)
+        self._sums_BX = np.empty((len(numeric_BD), self._row_values + 1 if self._is_fm else 0), np.float32)
+        out_BT = np.empty((len(numeric_BD), self._tasks), np.float32)
+        _forward(*self._read, self.weight_P, self._is_fm, self._sums_BX, out_BT)
         return out_BT
 
     def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
-        """Return the gradients of the rows from those of the log-odds, float32 [B, F, V], and the norms."""
-        grad_BFV = np.empty(self._values_BFV.shape, np.float32)
-        rows, dense = _backward(
-            self._values_BFV,
-            self._numeric_BD,
-            self.weight_P,
-            self._is_fm,
-            self._sums_BX,
-            grad_BT,
-            self.grad_P,
-            grad_BFV,
-        )
-        return grad_BFV, Norms(math.sqrt(rows), math.sqrt(dense))
+        """Return the gradients of the rows from those of the log-odds, float32 [U, V], and the norms."""
+        grad_UV = np.empty(self._read[0].shape, np.float32)
+        rows, dense = _backward(*self._read, self.weight_P, self._is_fm, self._sums_BX, grad_BT, self.grad_P, grad_UV)
+        return grad_UV, Norms(math.sqrt(rows), math.sqrt(dense))
 
     def update(self, samples: int) -> None:
-        """Take one Adam step along the gradients' mean. Source: Kingma, Ba, "Adam", ICLR 2015, Algorithm 1."""
+        """Take one Adam step along the gradients' mean."""
         self.step += 1
-        rate = self.lr * math.sqrt(1 - 0.999**self.step) / (1 - 0.9**self.step)
-        _adam(self.weight_P, self.grad_P, self.first_P, self.second_P, np.float32(rate), np.float32(samples))
+        adam(self.weight_P, self.grad_P, self.first_P, self.second_P, lr=self.lr, step=self.step, samples=samples)
 
     def named(self, flat_P: Float32s) -> dict[str, Float32s]:
         """Return views of a flat array by the names of its weights."""

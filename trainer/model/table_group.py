@@ -1,15 +1,15 @@
 """Tables of several widths and optimizers behind one face: that of `Table`, by slot.
 
 Slots of equal width and optimizer share one `Table`. Values and gradients are as wide as the widest; what a slot does
-not have is 0 on the way out and left out on the way in. A row's number says its table too: number % G is the table.
-An id is looked up in every table when its slot is not known (`lookup`), so slots that share ids must agree.
+not have is 0 on the way out and left out on the way in. An id is looked up in every table when its slot is not known
+(`lookup`), so slots that share ids must agree.
 
-Axes: B samples, F slots, K keys, G tables, V values of the widest row.
+Axes: B samples, F slots, U distinct ids of a batch (see `Places`), K keys, V values of the widest row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.model.admission import Admission
+from headrace.trainer.model.places import Places, distinct
 from headrace.trainer.model.row_index import Float32s, Int64s
 from headrace.trainer.model.table_optimizers import Optimizer
 from headrace.trainer.model.tables import State, Table, initial_values
@@ -61,6 +62,7 @@ class Tables:
             for kind in self.kinds
         ]
         self.slots = len(slots)
+        self._counts_sightings = admission is not None and admission.after > 1
 
     def __len__(self) -> int:
         return sum(map(len, self.tables))
@@ -70,28 +72,31 @@ class Tables:
         """Bytes in use."""
         return sum(table.nbytes for table in self.tables)
 
-    def rows_for(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> Int64s:
-        """Return the row of each key, making those that are due: int64 [B, F]; see `Table.rows_for`."""
-        if len(self.tables) == 1:
-            return self.tables[0].rows_for(keys_BF, event_time_ms_B)
+    def places(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> Places:
+        """Return the distinct ids of a batch with their rows, making rows that are due; see `Table.rows_for`."""
         self._check(keys_BF)
-        rows_BF = np.empty(keys_BF.shape, np.int64)
-        for number, (table, columns) in enumerate(zip(self.tables, self.columns, strict=True)):
-            found = table.rows_for(keys_BF[:, columns], event_time_ms_B)
-            rows_BF[:, columns] = np.where(found < 0, -1, found * len(self.tables) + number)
-        return rows_BF
+        if self._counts_sightings:
+            rows_BF = np.empty(keys_BF.shape, np.int64)
+            for table, columns in zip(self.tables, self.columns, strict=True):
+                rows_BF[:, columns] = table.rows_for(keys_BF[:, columns], event_time_ms_B)
+            keys_U, place_FB, begin_F = distinct(keys_BF, rows_BF >= 0)
+            rows_U = np.empty(len(keys_U), np.int64)
+            rows_U[place_FB] = rows_BF.T
+            return Places(keys_U, rows_U, place_FB, begin_F)
+        keys_U, place_FB, begin_F = distinct(keys_BF)
+        places = Places(keys_U, np.empty(len(keys_U), np.int64), place_FB, begin_F)
+        for table, ids in self._parts(places):
+            places.rows_U[ids] = table.rows_for(keys_U[ids], event_time_ms_B)
+        return places
 
-    def gather(self, rows_BF: Int64s, keys_BF: Int64s | None = None) -> Float32s:
-        """Return a copy of the rows' values: float32 [B, F, V]; see `Table.gather`."""
+    def gather(self, places: Places) -> Float32s:
+        """Return a copy of the values of each distinct id: float32 [U, V]; see `Table.gather`."""
         if len(self.tables) == 1:
-            return self.tables[0].gather(rows_BF, keys_BF)
-        self._check(rows_BF)
-        out_BFV = np.zeros((*rows_BF.shape, 1 + self.dim), np.float32)
-        for table, columns in zip(self.tables, self.columns, strict=True):
-            keys = None if keys_BF is None else keys_BF[:, columns]
-            # Floor division keeps -1.
-            out_BFV[:, columns, : 1 + table.dim] = table.gather(rows_BF[:, columns] // len(self.tables), keys)
-        return out_BFV
+            return self.tables[0].gather(places.rows_U, places.keys_U)
+        out_UV = np.zeros((len(places.keys_U), 1 + self.dim), np.float32)
+        for table, ids in self._parts(places):
+            out_UV[ids, : 1 + table.dim] = table.gather(places.rows_U[ids], places.keys_U[ids])
+        return out_UV
 
     def lookup(self, keys_K: Int64s) -> Float32s:
         """Return the values of each key: float32 [K, V], the widest row's initial ones where it has none.
@@ -114,29 +119,17 @@ class Tables:
                 values_BFV[:, columns, 1 + table.dim :] = 0
         return values_BFV
 
-    def update(self, rows_BF: Int64s, grad_BFV: Float32s, event_time_ms_B: Int64s) -> Int64s:
-        """Apply one step and return the touched rows, table by table; see `Table.update`."""
-        if len(self.tables) == 1:
-            return self.tables[0].update(rows_BF, grad_BFV, event_time_ms_B)
-        self._check(rows_BF)
+    def update(self, places: Places, grad_UV: Float32s, event_time_ms_B: Int64s) -> Int64s:
+        """Apply one step and return the keys that learnt, each once a table; see `Table.update`."""
         touched = []
-        for number, (table, columns) in enumerate(zip(self.tables, self.columns, strict=True)):
-            part = grad_BFV[:, columns, : 1 + table.dim]
-            rows_K = table.update(rows_BF[:, columns] // len(self.tables), part, event_time_ms_B)
-            touched.append(rows_K * len(self.tables) + number)
+        for table, ids in self._parts(places):
+            rows_K = table.update(places.rows_U[ids], grad_UV[ids, : 1 + table.dim], event_time_ms_B)
+            touched.append(table.keys_of(rows_K))
         return np.concatenate(touched)
 
     def expire(self, now_ms: int) -> Int64s:
         """Return the keys that were forgotten since the last call; see `Table.expire`."""
         return np.concatenate([table.expire(now_ms) for table in self.tables])
-
-    def keys_of(self, rows_K: Int64s) -> Int64s:
-        """Return the keys of rows."""
-        keys_K = np.empty(len(rows_K), np.int64)
-        for number, table in enumerate(self.tables):
-            here_K = rows_K % len(self.tables) == number
-            keys_K[here_K] = table.keys_of(rows_K[here_K] // len(self.tables))
-        return keys_K
 
     def keys(self) -> Int64s:
         """Return all keys that have a row, table by table."""
@@ -152,6 +145,14 @@ class Tables:
             prefix = f"{number}."
             table.load({name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)})
 
-    def _check(self, array_BF: npt.NDArray[np.generic]) -> None:
-        if array_BF.shape[1:] != (self.slots,):
-            raise ConfigRejected(f"an array of shape {array_BF.shape} reached tables of {self.slots} slots.")
+    def _parts(self, places: Places) -> Iterator[tuple[Table, Int64s | slice]]:
+        """Yield each table and where in U its ids are."""
+        if len(self.tables) == 1:
+            yield self.tables[0], slice(None)
+            return
+        for table, columns in zip(self.tables, self.columns, strict=True):
+            yield table, places.of(columns)
+
+    def _check(self, keys_BF: Int64s) -> None:
+        if keys_BF.size and keys_BF.shape[1:] != (self.slots,):
+            raise ConfigRejected(f"an array of shape {keys_BF.shape} reached tables of {self.slots} slots.")

@@ -30,6 +30,7 @@ _V = HEADER_WORDS
 _EPSILON = np.float32(1e-6)
 _ADAM_EPSILON = np.float32(1e-8)
 _ONE = np.float32(1.0)
+_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Optimizer:
 
     def step(self, words_RW: Int32s, floats_RW: Float32s, rows_N: Int64s, grad_NV: Float32s, *, now_s: int) -> Int64s:
         """Apply one step and return the touched rows in order of first appearance; row -1 is left out."""
-        touched_N, used_N = np.empty(len(rows_N), np.int64), np.empty(len(rows_N), np.uint32)
+        touched_N, used_N = np.empty(len(rows_N) + 1, np.int64), np.empty(len(rows_N), np.uint32)
         sums_NV = np.empty(grad_NV.shape, np.float32)
         numbers = np.array(
             [self.lr, self.l2, self.l1, self.beta, self.beta1, self.beta2, self.half_life_ms / 1_000], np.float32
@@ -113,12 +114,18 @@ def _add_up(
 ) -> int:
     """Add gradients by row, and keep when each was last used.
 
-    A row knows its place by a word that is only believed if the place names the row.
+    A row knows its place by a word that is only believed if the place names the row. The layers have driven the rows
+    out of the caches: both ends of a group of records are asked for first, so that their misses overlap.
 
     Source: Briggs, Torczon, "An Efficient Representation for Sparse Sets", 1993.
     """
     count, width = 0, grad_NV.shape[1]
+    asked, last = np.int64(0), words_RW.shape[1] - 1
     for i in range(rows_N.shape[0]):
+        if i % _GROUP == 0:
+            for ahead in range(i, min(i + _GROUP, rows_N.shape[0])):
+                row = max(rows_N[ahead], 0)
+                asked += np.int64(words_RW[row, LAST_USE]) ^ np.int64(words_RW[row, last])
         row = rows_N[i]
         if row < 0:
             continue
@@ -136,6 +143,7 @@ def _add_up(
     stamp = np.int32(np.uint32(now_s))
     for k in range(count):
         words_RW[touched_N[k], LAST_USE] = stamp
+    touched_N[rows_N.shape[0]] = asked  # Behind all rows, for nobody: so that the compiler must ask.
     return count
 
 
@@ -148,7 +156,7 @@ def _kept(used_s: np.uint32, now_s: int, numbers: Float32s) -> np.float32:
     return np.float32(2.0 ** (-np.float64(now_s - np.int64(used_s)) / np.float64(half_life_s)))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
 def step_adagrad_row(
     words_RW: Int32s,
     floats_RW: Float32s,
@@ -168,22 +176,23 @@ def step_adagrad_row(
     width = grad_NV.shape[1]
     count = _add_up(words_RW, rows_N, grad_NV, touched_N, used_N, sums_NV, now_s)
     for k in range(count):
-        row = touched_N[k]
+        row_W, sums_V = floats_RW[touched_N[k]], sums_NV[k]
         kept = _kept(used_N[k], now_s, numbers)
-        g = sums_NV[k, 0] + l2 * floats_RW[row, _V]
-        floats_RW[row, _V + width] = kept * floats_RW[row, _V + width] + g * g
-        floats_RW[row, _V] -= lr * g / (np.sqrt(floats_RW[row, _V + width]) + _EPSILON)
+        g = sums_V[0] + l2 * row_W[_V]
+        s = kept * row_W[_V + width] + g * g
+        row_W[_V + width] = s
+        row_W[_V] -= lr * g / (np.sqrt(s) + _EPSILON)
         if width == 1:
             continue
         mean = np.float32(0.0)
         for j in range(1, width):
-            g = sums_NV[k, j] + l2 * floats_RW[row, _V + j]
-            sums_NV[k, j] = g
+            g = sums_V[j] + l2 * row_W[_V + j]
             mean += g * g
-        floats_RW[row, _V + width + 1] = kept * floats_RW[row, _V + width + 1] + mean / np.float32(width - 1)
-        rate = lr / (np.sqrt(floats_RW[row, _V + width + 1]) + _EPSILON)
+        s = kept * row_W[_V + width + 1] + mean / np.float32(width - 1)
+        row_W[_V + width + 1] = s
+        rate = lr / (np.sqrt(s) + _EPSILON)
         for j in range(1, width):
-            floats_RW[row, _V + j] -= rate * sums_NV[k, j]
+            row_W[_V + j] -= rate * (sums_V[j] + l2 * row_W[_V + j])
     return count
 
 

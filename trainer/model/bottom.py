@@ -1,0 +1,128 @@
+"""What reads the rows: sums of linear weights, FM's pairs, the first layer, x0 for cross layers; and their gradients.
+
+`HostBottom` multiplies each distinct id of a batch once, in compiled passes; `DeviceBottom` multiplies every place, in
+torch, since a device has multiplications to spare and no patience for gathering. A test holds them against each other.
+
+Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, X = F * E + D, H the first
+layer's width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from headrace.trainer.model.kernels import collect, collect_spread, project, spread
+from headrace.trainer.model.places import Places
+from headrace.trainer.model.scoring import Float32s
+
+
+class Read(NamedTuple):
+    """What the layers above take, or the gradients of it."""
+
+    linear_B: torch.Tensor
+    pairs_B: torch.Tensor
+    first_BH: torch.Tensor
+    """The first layer's sums, before what bends them."""
+    x_BX: torch.Tensor | None
+    """x0 where there are cross layers."""
+
+
+class Layer(NamedTuple):
+    """The first layer's weights, and where their gradients go."""
+
+    weight_XH: torch.Tensor
+    bias_H: torch.Tensor
+    grad_XH: torch.Tensor
+    grad_H: torch.Tensor
+
+
+class Bottom(Protocol):
+    """`forward`, then `backward`; the returned tensors hold until the next `forward`."""
+
+    def forward(self, values_UV: Float32s, places: Places, numeric_BD: torch.Tensor) -> Read:
+        """Read a batch's rows."""
+
+    def backward(self, grads: Read) -> Float32s:
+        """Return the gradients of the rows, float32 [U, V], and write the layer's."""
+
+
+class HostBottom:
+    """On the CPU, compiled, single-threaded: equal batches give equal bits."""
+
+    def __init__(self, layer: Layer, *, has_crosses: bool) -> None:
+        self._layer, self._has_crosses = layer, has_crosses
+        self._weight_XH, self._grad_XH = layer.weight_XH.numpy(), layer.grad_XH.numpy()
+
+    def forward(self, values_UV: Float32s, places: Places, numeric_BD: torch.Tensor) -> Read:
+        """Read a batch's rows."""
+        samples, width = len(numeric_BD), values_UV.shape[1] - 1
+        self._values_UV, self._places, self._numeric_BD = values_UV, places, numeric_BD
+        first_BH = torch.addmm(self._layer.bias_H, numeric_BD, self._layer.weight_XH[self._embedded :])
+        linear_B, pairs_B = np.empty(samples, np.float32), np.empty(samples, np.float32)
+        self._sum_BE = np.empty((samples, width), np.float32)
+        project(
+            *(values_UV, places.begin_F, places.place_FB, self._weight_XH),
+            *(first_BH.numpy(), linear_B, pairs_B, self._sum_BE),
+        )
+        x_BX = None
+        if self._has_crosses:
+            x_BX = torch.empty(samples, len(self._weight_XH))
+            spread(values_UV, places.place_FB, numeric_BD.numpy(), x_BX.numpy())
+        return Read(torch.from_numpy(linear_B), torch.from_numpy(pairs_B), first_BH, x_BX)
+
+    def backward(self, grads: Read) -> Float32s:
+        """Return the gradients of the rows, float32 [U, V], and write the layer's."""
+        torch.sum(grads.first_BH, 0, out=self._layer.grad_H)
+        torch.mm(self._numeric_BD.t(), grads.first_BH, out=self._layer.grad_XH[self._embedded :])
+        grad_UV = np.empty(self._values_UV.shape, np.float32)
+        collect(
+            *(self._values_UV, self._places.begin_F, self._places.place_FB, self._weight_XH),
+            *(grads.first_BH.numpy(), grads.linear_B.numpy(), grads.pairs_B.numpy(), self._sum_BE),
+            *(self._grad_XH, grad_UV),
+        )
+        if grads.x_BX is not None:
+            collect_spread(grads.x_BX.numpy(), self._places.place_FB, grad_UV)
+        return grad_UV
+
+    @property
+    def _embedded(self) -> int:
+        return len(self._weight_XH) - self._numeric_BD.shape[1]
+
+
+class DeviceBottom:
+    """On any device of torch's. Sums by place are those of `index_put_`, which adds in a fixed order on CUDA too."""
+
+    def __init__(self, layer: Layer, *, has_crosses: bool) -> None:
+        self._layer, self._has_crosses = layer, has_crosses
+
+    def forward(self, values_UV: Float32s, places: Places, numeric_BD: torch.Tensor) -> Read:
+        """Read a batch's rows."""
+        self._place_BF = torch.from_numpy(places.place_FB).to(numeric_BD.device).t().long()
+        self._shape_UV = values_UV.shape
+        values_BFV = torch.from_numpy(values_UV).to(numeric_BD.device)[self._place_BF]
+        self._embedding_BFE = values_BFV[:, :, 1:]
+        self._sum_BE = self._embedding_BFE.sum(1)
+        pairs_B = 0.5 * ((self._sum_BE**2).sum(1) - (self._embedding_BFE**2).sum((1, 2)))
+        self._x_BX = torch.cat([self._embedding_BFE.flatten(1), numeric_BD], 1)
+        first_BH = torch.addmm(self._layer.bias_H, self._x_BX, self._layer.weight_XH)
+        return Read(values_BFV[:, :, 0].sum(1), pairs_B, first_BH, self._x_BX if self._has_crosses else None)
+
+    def backward(self, grads: Read) -> Float32s:
+        """Return the gradients of the rows, float32 [U, V], and write the layer's."""
+        torch.sum(grads.first_BH, 0, out=self._layer.grad_H)
+        torch.mm(self._x_BX.t(), grads.first_BH, out=self._layer.grad_XH)
+        x_BX = grads.first_BH @ self._layer.weight_XH.t()
+        if grads.x_BX is not None:
+            x_BX += grads.x_BX
+        samples, slots, width = self._embedding_BFE.shape
+        grad_BFV = torch.empty(samples, slots, 1 + width, device=x_BX.device)
+        grad_BFV[:, :, 0] = grads.linear_B[:, None]
+        grad_BFV[:, :, 1:] = x_BX[:, : slots * width].view(samples, slots, width)
+        grad_BFV[:, :, 1:] += grads.pairs_B[:, None, None] * (self._sum_BE[:, None] - self._embedding_BFE)
+        grad_UV = torch.zeros(self._shape_UV, device=x_BX.device)
+        grad_UV.index_put_((self._place_BF,), grad_BFV, accumulate=True)
+        out_UV: Float32s = grad_UV.cpu().numpy()
+        return out_UV
