@@ -115,8 +115,8 @@ def dense_seconds(batches: int) -> float:
         whole = time.thread_time() - before
         # The same rows once more, without the dense part.
         before = time.thread_time()
-        rows_BF = table.rows_for(slots_BF, batch.event_time_ms_B)
-        table.update(rows_BF, table.gather(rows_BF, slots_BF), batch.event_time_ms_B)
+        places = table.places(slots_BF, batch.event_time_ms_B)
+        table.update(places, table.gather(places), batch.event_time_ms_B)
         times.append((whole - (time.thread_time() - before)) / BATCH)
     return statistics.median(times)
 
