@@ -125,7 +125,7 @@ def check_settled(
 
 
 def _read(project: Project, config: Config, records: Iterable[Record], upto_ms: int) -> _Log:
-    others = [c for c in project.features.counters if c.key != project.impression.key]
+    others = [c for c in project.features.counters if not c.is_local(project.impression.key)]
     grid_ms, log = config.aggregate.grid_ms, _Log()
     watermarks: dict[int, Watermark] = {}
     seen: set[tuple[int, str, str]] = set()
@@ -165,7 +165,8 @@ def _keep_events(
     fed = [(feed.entry, amounts(feed, batch).tolist()) for feed in feeds(counter, name)]
     if not fed:
         return
-    keys, times = key_strings(batch.column(counter.key)), batch.column("event_time_ms").to_pylist()
+    keys = key_strings([batch.column(field) for field in counter.key_fields])
+    times = batch.column("event_time_ms").to_pylist()
     for row in fresh:
         key = keys[row]
         if key is None:

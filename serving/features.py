@@ -109,7 +109,8 @@ class FeatureMemory:
         for counter in spec.counters:
             names = counter.columns()
             known: dict[str | None, dict[str, float]] = {}
-            for row, key in zip(served, key_strings(raw[counter.key]), strict=True):
+            keys = key_strings([raw[field] for field in counter.key_fields])
+            for row, key in zip(served, keys, strict=True):
                 found = known.get(key)
                 if found is None:
                     counts: list[float] = [0] * len(names) if key is None else self.counts(counter, key)
@@ -117,7 +118,7 @@ class FeatureMemory:
                 row.update(found)
         for crawl in self._crawls.values():
             nothing: dict[str, Any] = dict.fromkeys(crawl.columns()) | {f"{PREFIX}.{crawl.name}.{CRAWL_TIME}": 0}
-            for row, key in zip(served, key_strings(raw[crawl.joins]), strict=True):
+            for row, key in zip(served, key_strings([raw[crawl.joins]]), strict=True):
                 entity = None if key is None else self._entities.get((crawl.name, key))
                 row.update(nothing if entity is None else entity)
         return served

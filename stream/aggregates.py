@@ -119,12 +119,11 @@ class Aggregates:
         for n in np.flatnonzero(zeros_N >= 0):
             heapq.heappush(self._zeros, (int(as_of_N[n]), int(zeros_N[n])))
 
-    def values(self, counter: Counter, keys: pa.Array, as_of_N: I64s) -> F64s:
-        """Return the newest counts of each key whose time is not after its row's: float64 [N, E].
+    def values(self, counter: Counter, texts: pa.Array, as_of_N: I64s) -> F64s:
+        """Return the newest counts of each key (as `key_texts`) not after its row's time: float64 [N, E].
 
         Zeros where there are none or the key is null; what fades by itself is aged to the row's time.
         """
-        texts = keys if pa.types.is_string(keys.type) else keys.cast(pa.string())
         number_N = np.full(len(texts), self._numbers[counter.name], np.int64)
         present_N = np.ones(len(texts), np.bool_)
         if texts.null_count:

@@ -58,7 +58,7 @@ class Settled:
     bucket_ms: int
     buckets: dict[int, list[int]]
     is_shared: bool = True
-    """False for a counter over the partition key, which each partition keeps itself."""
+    """False for a counter with the partition key in its own, which each partition keeps itself."""
 
 
 class _Reading:
@@ -161,7 +161,7 @@ class AggregatorState:
             fed = [(feed.entry, amounts(feed, batch).tolist()) for feed in feeds(state.counter, name)]
             if not fed:
                 continue
-            keys = key_strings(batch.column(state.counter.key))
+            keys = key_strings([batch.column(field) for field in state.counter.key_fields])
             for row in fresh:
                 key_text = keys[row]
                 if key_text is not None:
@@ -226,7 +226,7 @@ class AggregatorState:
         bottom = as_of_ms // state.width_ms - state.counter.buckets
         counts = [float(c) for c in value_as_of(row, state.counter, as_of_ms)]
         kept = {b: list(c) for b, c in sorted(row.items()) if b > bottom}
-        is_shared = state.counter.key != self.project.impression.key
+        is_shared = not state.counter.is_local(self.project.impression.key)
         return Settled(state.counter.name, key, as_of_ms, counts, state.width_ms, kept, is_shared)
 
     def to_plain(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Legend: N rows, 2 the halves of a key, E entries of a counter.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import pyarrow.compute as pc
 
 from headrace.contract.errors import EventRejected
 from headrace.contract.hashing import hash_text
+from headrace.contract.spec import Counter
+from headrace.stream.features.counters import key_texts
 from headrace.stream.rings import I64s, U64s, hash_texts, with_numbers
 
 
@@ -36,6 +39,18 @@ def numbers_of(batch: pa.RecordBatch, column: int) -> I64s:
     """Return an integer column without a copy."""
     numbers_N: I64s = batch.column(column).to_numpy()
     return numbers_N
+
+
+def local_keys(
+    counters: Iterable[Counter], batch: pa.RecordBatch
+) -> dict[tuple[str, ...], tuple[U64s, npt.NDArray[np.bool_]]]:
+    """Return, by key fields, the keys under which a partition counts the rows itself, and which rows have one."""
+    keys = {}
+    for fields in {counter.key_fields for counter in counters}:
+        # The partition key is in the envelope as text, and never null.
+        texts = batch.column(3) if len(fields) == 1 else key_texts([batch.column(field) for field in fields])
+        keys[fields] = hash_texts(texts, 0), texts.is_valid().to_numpy(zero_copy_only=False)
+    return keys
 
 
 def as_columns(names: tuple[str, ...], known_NE: npt.NDArray[Any], batch: pa.RecordBatch) -> dict[str, pa.Array]:

@@ -1,4 +1,4 @@
-"""Counters of the partition's own key, as `headrace.stream.features.counters` says them, compiled. Pure.
+"""Counters of the partition's own keys, as `headrace.stream.features.counters` says them, compiled. Pure.
 
 Each key has a list of its buckets, newest first. What a value is, and what is dropped when, is told in `counters`;
 `CounterState` there is the same thing row by row, and gives the same bits.
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from headrace.contract.spec import Counter
 from headrace.stream.features.counters import UNIT, Feed, bucket_ms, weights
 from headrace.stream.rings import I32s, I64s, Int, U8s, U64s, place_of
+
+Bools = npt.NDArray[np.bool_]
 
 _FREE, _USED, _KEYS, _FLOOR = range(4)
 _EMPTY, _END = -1, -1
@@ -78,11 +80,12 @@ class CountingTable:
         return int(self.arrays.head[_FLOOR])
 
     def take(
-        self, keys_N2: U64s, times_N: I64s, feeds: Sequence[Feed], amounts_FN: I64s, *, read: bool
+        self, keys_N2: U64s, present_N: Bools, times_N: I64s, feeds: Sequence[Feed], amounts_FN: I64s, *, read: bool
     ) -> npt.NDArray[np.float64]:
         """Count rows in order and return the values before each row, as of its time: float64 [N, E].
 
         Args:
+            present_N: False for a row without a key: it is not counted, and its values are zeros.
             feeds: the entries that these rows change.
             amounts_FN: what each row adds to them.
             read: False where nobody asks for values; none are returned then.
@@ -94,7 +97,7 @@ class CountingTable:
             self._reserve(rows)
         _take(
             self.arrays, self._kinds_E, self._weights_A, self.width_ms, self.counter.buckets,
-            keys_N2, times_N, entries_F, amounts_FN, out_NE,
+            keys_N2, present_N, times_N, entries_F, amounts_FN, out_NE,
         )  # fmt: skip
         return out_NE
 
@@ -252,10 +255,12 @@ def _read(
 @numba.njit(cache=True)
 def _take(
     a: Buckets, kinds_E: I64s, weights_A: npt.NDArray[np.float64], width_ms: Int, buckets: Int,
-    keys_N2: U64s, times_N: I64s, entries_F: I64s, amounts_FN: I64s, out_NE: npt.NDArray[np.float64],
+    keys_N2: U64s, present_N: Bools, times_N: I64s, entries_F: I64s, amounts_FN: I64s, out_NE: npt.NDArray[np.float64],
 ) -> None:  # fmt: skip
     whole_E = np.zeros(kinds_E.shape[0], np.int64)
     for n in range(times_N.shape[0]):
+        if not present_N[n]:
+            continue
         low, high, time_ms = keys_N2[n, 0], keys_N2[n, 1], times_N[n]
         if out_NE.shape[0]:
             _read(a, kinds_E, weights_A, width_ms, buckets, low, high, time_ms, out_NE[n], whole_E)

@@ -51,12 +51,12 @@ from headrace.contract.rules import Rules, check_code, check_growth, decode_chan
 from headrace.contract.sample import list_column
 from headrace.contract.spec import Counter
 from headrace.stream.aggregates import Aggregates
-from headrace.stream.columns import as_columns, checked, keys_of, numbers_of
+from headrace.stream.columns import as_columns, checked, keys_of, local_keys, numbers_of
 from headrace.stream.counting import CountingTable
 from headrace.stream.early import EarlyFeedback
 from headrace.stream.era import LABEL_COLUMNS, AsRead, Era, Lane, joined_schema, late_lanes
 from headrace.stream.external import ExternalMemory
-from headrace.stream.features.counters import amounts, feeds
+from headrace.stream.features.counters import amounts, feeds, key_texts
 from headrace.stream.features.featurize import featurize
 from headrace.stream.matching import (
     CODE,
@@ -75,7 +75,7 @@ from headrace.stream.memory import Memory
 from headrace.stream.outcome import Emitted, Gathered, TaskCounts, Totals
 from headrace.stream.payload import Payload, Spill
 from headrace.stream.pending import ORPHANS, PENDING, Pending
-from headrace.stream.rings import I64s, U8s, U64s, hash_texts
+from headrace.stream.rings import I64s, U8s, U64s
 from headrace.stream.watermark import Watermark
 
 
@@ -181,8 +181,8 @@ class JoinState:
         self.eras.append(Era(number, rules, project, self.lanes, self.counts_T9, first=first))
         known, key = {table.counter: table for table in self.locals}, project.impression.key
         counters = project.features.counters
-        self.locals = [known[c] if c in known else self._new_table(c) for c in counters if c.key == key]
-        self.aggregates.change([c for c in counters if c.key != key])
+        self.locals = [known[c] if c in known else self._new_table(c) for c in counters if c.is_local(key)]
+        self.aggregates.change([c for c in counters if not c.is_local(key)])
         self.external.crawls = project.crawls
 
     def resume_eras(
@@ -358,14 +358,15 @@ class JoinState:
         """Return the batch with its counters, as served or else as known here and now, and count it, row after row."""
         times_N = numbers_of(batch, 4)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
-        keys_N2 = hash_texts(batch.column(3), 0)
+        keys = local_keys((table.counter for table in self.locals), batch)
         for table in self.locals:
             ours = feeds(table.counter, IMPRESSION)
             amounts_FN = np.array([amounts(feed, batch) for feed in ours], np.int64).reshape(len(ours), batch.num_rows)
-            values_NE = table.take(keys_N2, times_N, ours, amounts_FN, read=True)
+            values_NE = table.take(*keys[table.counter.key_fields], times_N, ours, amounts_FN, read=True)
             columns |= as_columns(table.counter.columns(), values_NE, batch)
         for counter in self.aggregates.counters.values():
-            values_NE = self.aggregates.values(counter, batch.column(counter.key), times_N)
+            texts = key_texts([batch.column(field) for field in counter.key_fields])
+            values_NE = self.aggregates.values(counter, texts, times_N)
             columns |= as_columns(counter.columns(), values_NE, batch)
         columns |= self.external.columns(columns, times_N)
         columns["impression_offset"] = pa.array(np.full(batch.num_rows, offset, dtype=np.int64))
@@ -425,10 +426,10 @@ class JoinState:
         counted = [(table, ours) for table in self.locals if (ours := feeds(table.counter, name))]
         if not counted:
             return
-        keys_N2, times_N = hash_texts(batch.column(3), 0), numbers_of(batch, 4)
+        keys, times_N = local_keys((table.counter for table, _ in counted), batch), numbers_of(batch, 4)
         for table, ours in counted:
             amounts_FN = np.array([amounts(feed, batch) for feed in ours], np.int64)
-            table.take(keys_N2, times_N, ours, amounts_FN, read=False)
+            table.take(*keys[table.counter.key_fields], times_N, ours, amounts_FN, read=False)
 
     # Samples
 

@@ -6,6 +6,7 @@ Memories are dicts, a heap closes windows, each counter is `CounterState`; only 
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -216,10 +217,10 @@ class PlainJoin:
         known = {state.counter.name: state for state in self.locals}
         values, zeros, epoch = self.aggregates.values, self.aggregates._zeros, self.aggregates.epoch
         ours, key = project.features.counters, project.impression.key
-        self.locals = [known.get(c.name) or CounterState(c) for c in ours if c.key == key]
+        self.locals = [known.get(c.name) or CounterState(c) for c in ours if key in c.key_fields]
         for state in self.locals:
             state.advance(self.watermark.time_ms)
-        self.aggregates = Aggregates([c for c in ours if c.key != key])
+        self.aggregates = Aggregates([c for c in ours if key not in c.key_fields])
         names = self.aggregates.counters
         self.aggregates.values = {item: value for item, value in values.items() if item[0] in names}
         self.aggregates._zeros = [zero for zero in zeros if zero[1] in names]
@@ -373,18 +374,17 @@ class PlainJoin:
     def _counted(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
         """Return the counter columns and count the impressions, row after row."""
         times = batch.column("event_time_ms").to_pylist()
-        keys = batch.column("key").to_pylist()
         columns: dict[str, pa.Array] = {}
         for state in self.locals:
             ours = [(feed, amounts(feed, batch)) for feed in feeds(state.counter, IMPRESSION)]
             values = []
-            for key, time_ms in zip(keys, times, strict=True):
-                values.append(state.value(key, time_ms))
-                for feed, amount_N in ours:
+            for key, time_ms in zip(_local_keys(state.counter, batch), times, strict=True):
+                values.append([0] * len(state.counter.counts) if key is None else state.value(key, time_ms))
+                for feed, amount_N in ours if key is not None else ():
                     state.add(key, feed.entry, time_ms, int(amount_N[len(values) - 1]))
             columns |= _as_columns(state.counter.columns(), values, batch)
         for counter in self.aggregates.counters.values():
-            others = key_strings(batch.column(counter.key))
+            others = key_strings([batch.column(field) for field in counter.key_fields])
             nothing = (0.0,) * len(counter.counts)
             found = [
                 nothing if key is None else self.aggregates.value(counter.name, key, time_ms)
@@ -396,9 +396,13 @@ class PlainJoin:
     # Feedback
 
     def _take_feedback(self, name: str, batch: pa.RecordBatch, labels: list[_Label]) -> None:
-        counted = [(s, feed, amounts(feed, batch)) for s in self.locals for feed in feeds(s.counter, name)]
+        counted = [
+            (s, feed, amounts(feed, batch), _local_keys(s.counter, batch))
+            for s in self.locals
+            for feed in feeds(s.counter, name)
+        ]
         rows = zip(*(batch.column(i).to_pylist() for i in range(5)), strict=True)
-        for n, (event_id, request, place, partition_key, time_ms) in enumerate(rows):
+        for n, (event_id, request, place, _, time_ms) in enumerate(rows):
             seen = key_of(FEEDBACK, name, event_id)
             if self.seen.get(seen) is not None:
                 self.rows.repeated_in_log += 1
@@ -406,8 +410,10 @@ class PlainJoin:
             self.seen.put(seen)
             self.rows.feedback += 1
             self.answers[name] += 1
-            for state, feed, amount_N in counted:
-                state.add(partition_key, feed.entry, time_ms, int(amount_N[n]))
+            for state, feed, amount_N, keys in counted:
+                key = keys[n]
+                if key is not None:
+                    state.add(key, feed.entry, time_ms, int(amount_N[n]))
             self._answer(key_of(request, str(place)), name, event_id, time_ms, labels)
 
     def _answer(
@@ -506,6 +512,14 @@ class PlainJoin:
 
     def _corrects(self, label: _Label) -> bool:
         return bool(label.label) and (label.is_late or label.waiting.era.tasks[label.task].policy == "eager")
+
+
+def _local_keys(counter: Counter, batch: pa.RecordBatch) -> list[str | None]:
+    """Return a text a row: the partition key, or a list of the values as JSON; None where one is missing."""
+    if isinstance(counter.key, str):
+        return list(batch.column("key").to_pylist())
+    values = zip(*(batch.column(field).to_pylist() for field in counter.key), strict=True)
+    return [None if None in row else json.dumps(row) for row in values]
 
 
 def _as_columns(

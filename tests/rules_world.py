@@ -66,7 +66,7 @@ def changing(seed: int, steps: int = 400, changes: int = 3, order: tuple[int, ..
             row = {**row, "device": random.choice(["phone", "desk", None])}
         elif kind == "order" and random.random() < 0.4:
             kind, row = "dwell", {**row, "event_id": f"d{row['event_id']}", "value": random.random()}
-        elif kind == "aggregate" and random.random() < 0.5:
+        elif kind == "aggregate" and random.random() < 0.5 and row["counter"] == "i":
             row = {**row, "counter": "items", "counts": [*row["counts"], 1.0]}
         items.append((kind, row))
     places = sorted(random.sample(range(1, len(items)), changes))

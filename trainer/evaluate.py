@@ -320,7 +320,7 @@ def item_slot(features: FeatureSpec, key_field: str) -> int:
         for feature in features.features
         for _ in range(feature.slots)
     ]
-    counted = [c.key for c in features.counters if c.key != key_field]
+    counted = [c.key for c in features.counters if isinstance(c.key, str) and c.key != key_field]
     wanted = [*counted, *(name for name in names if name not in ("", key_field))]
     return next((names.index(name) for name in wanted if name in names), -1)
 

@@ -180,15 +180,23 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
                 )
 
     def _check_counter(self, counter: Counter, kinds: set[str]) -> None:
-        entries = counter.entries()
-        events = {entry.event for entry in entries}
-        missing = [n for n in ("impression", *sorted(kinds)) if n in events and counter.key not in self._fields(n)]
-        unknown = events - kinds - {"impression"}
-        if missing or unknown:
+        entries, fields = counter.entries(), counter.key_fields
+        if not isinstance(counter.key, str) and (len(fields) < 2 or len(set(fields)) < len(fields)):
             raise ConfigRejected(
-                f"counter {counter.name!r} over {counter.key!r}: not a field of {missing}, unknown counts "
-                f"{sorted(unknown)}. Declare the field there, or count something else."
+                f"counter {counter.name!r} is kept over {counter.key!r}: a tuple names two fields or more, each once; "
+                'one field is a text, key="user_id".'
             )
+        events = {entry.event for entry in entries}
+        unknown = events - kinds - {"impression"}
+        # The impression must have them too: its counts are looked up by its own key.
+        told = [name for name in ("impression", *sorted(kinds)) if name in {"impression", *events}]
+        for field in fields:
+            missing = [name for name in told if field not in self._fields(name)]
+            if missing or unknown:
+                raise ConfigRejected(
+                    f"counter {counter.name!r} over {counter.key!r}: {field!r} is not a field of {missing}, unknown "
+                    f"counts {sorted(unknown)}. Declare the field there, or count something else."
+                )
         for entry in entries:
             kind = self._fields(entry.event).get(entry.field, "missing")
             if entry.kind == "sum" and kind not in _NUMBERS:
@@ -196,8 +204,9 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
                     f"counter {counter.name!r} sums {entry.field!r} of {entry.event!r}, which is {kind}; numbers of "
                     f"that event are {[n for n, k in self._fields(entry.event).items() if k in _NUMBERS]}."
                 )
-        if self._fields("impression").get(counter.key) in LISTS:
-            raise ConfigRejected(f"counter {counter.name!r} is kept over {counter.key!r}, a list; a key is one value.")
+        lists = [field for field in fields if self._fields("impression")[field] in LISTS]
+        if lists:
+            raise ConfigRejected(f"counter {counter.name!r} is kept over {lists[0]!r}, a list; a key is one value.")
 
     def _fields(self, name: str) -> dict[str, FieldType]:
         if name == "impression":

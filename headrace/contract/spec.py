@@ -50,7 +50,8 @@ class Counter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Windowed counts, sums and recencies of events per key, as of an impression's event time.
 
     Gives one float32 column for each entry of `counts`, named `counter.<name>.<entry>`. A counter whose key is the
-    partition key is kept by the join itself, exactly; any other comes from the aggregator, on its grid.
+    partition key, or has it among its fields, is kept by the join itself, exactly; any other comes from the aggregator,
+    on its grid.
 
     | entry | its column holds, of the events in the window |
     |---|---|
@@ -60,8 +61,9 @@ class Counter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """
 
     name: str
-    key: str
-    """Raw field that counts are kept for; impressions and feedback must both carry it."""
+    key: str | Annotated[tuple[str, ...], Meta(min_length=2)]
+    """Raw field that counts are kept for, or several: then for each combination of their values. Impressions and
+    feedback must carry all of them; an event without one of them is not counted."""
     counts: tuple[str, ...] = ("impression", "click")
     """What is kept, see the table."""
     window_ms: Positive = 3_600_000
@@ -70,6 +72,19 @@ class Counter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """The window moves in steps of window_ms / buckets."""
     half_life_ms: Positive | UnsetType = UNSET
     """Counts and sums weigh 2 ** (-age / half_life_ms), age in whole buckets; unset, all in the window weigh 1."""
+
+    @property
+    def key_fields(self) -> tuple[str, ...]:
+        """The raw fields that the key is made of, in declared order.
+
+        >>> Counter(name="pair", key=("user_id", "tag")).key_fields, Counter(name="user", key="user_id").key_fields
+        (('user_id', 'tag'), ('user_id',))
+        """
+        return (self.key,) if isinstance(self.key, str) else self.key
+
+    def is_local(self, partition_key: str) -> bool:
+        """Say whether all events of one key lie in one partition, so that the join there can count them itself."""
+        return partition_key in self.key_fields
 
     def columns(self) -> tuple[str, ...]:
         """Return the names of the columns that this counter fills."""

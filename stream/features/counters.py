@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from msgspec import UNSET
 
 from headrace.contract.spec import Counter
@@ -161,9 +162,31 @@ def moves_within_bucket(counter: Counter) -> bool:
     return bool(_kinds(counter)[1])
 
 
-def key_strings(column: pa.Array) -> list[str | None]:
-    """Return a key field's values as the text under which they are counted; null stays null."""
-    texts: list[str | None] = column.cast(pa.string()).to_pylist()
+def key_texts(parts: Sequence[pa.Array]) -> pa.Array:
+    """Return the text under which each row is counted: of one field its value, of several their values between colons.
+
+    Colons and backslashes within a value are escaped, so that different values never make one text. Null where any
+    part is null: such a row has no key.
+
+    >>> key_texts([pa.array([7, 7, None])]).to_pylist()
+    ['7', '7', None]
+    >>> key_texts([pa.array([7, 7, None]), pa.array(["a:b", "", "c"])]).to_pylist()
+    ['7:a\\\\:b', '7:', None]
+    """
+    texts = [part if pa.types.is_string(part.type) else part.cast(pa.string()) for part in parts]
+    if len(texts) == 1:
+        return texts[0]
+    safe = [_escaped(text) if pa.types.is_string(part.type) else text for part, text in zip(parts, texts, strict=True)]
+    return pc.binary_join_element_wise(*safe, ":")
+
+
+def _escaped(texts: pa.Array) -> pa.Array:
+    return pc.replace_substring(pc.replace_substring(texts, "\\", "\\\\"), ":", "\\:")
+
+
+def key_strings(parts: Sequence[pa.Array]) -> list[str | None]:
+    """Return what `key_texts` does, as Python's texts."""
+    texts: list[str | None] = key_texts(parts).to_pylist()
     return texts
 
 

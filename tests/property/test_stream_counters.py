@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, product
 from random import Random
 
 import msgspec
@@ -26,7 +26,16 @@ from headrace.contract.project import FeedbackType, ImpressionType, Project, Tas
 from headrace.contract.spec import Categorical, Counter, Custom, FeatureSpec, MultiValued, Numeric, Recency, Text
 from headrace.serving.features import FeatureMemory
 from headrace.stream.aggregator import AggregatorState
-from headrace.stream.features.counters import CounterState, aged, amounts, bucket_ms, feeds, value_as_of, weights
+from headrace.stream.features.counters import (
+    CounterState,
+    aged,
+    amounts,
+    bucket_ms,
+    feeds,
+    key_texts,
+    value_as_of,
+    weights,
+)
 
 ENTRIES = ("impression", "buy", "sum:buy.value", "last:buy", "last:impression")
 PLAIN = Counter(name="c", key="k", counts=ENTRIES, window_ms=1_000, buckets=10)
@@ -141,6 +150,20 @@ def test_what_was_known_ages_as_the_buckets_do(events, known_ms, passed_ms):
                 np.testing.assert_allclose(found[:3], exact[:3], rtol=1e-6, atol=1e-6)
 
 
+def test_keys_of_several_fields_are_equal_where_all_values_are():
+    """All values of up to two of the characters that could be taken for a join's, in every pair."""
+    values = [None, *("".join(text) for n in range(3) for text in product(":\\a", repeat=n))]
+    rows = list(product(values, values, (None, -1, 11)))
+    parts = [
+        pa.array(column, kind)
+        for column, kind in zip(zip(*rows, strict=True), (pa.string(), pa.string(), pa.int64()), strict=True)
+    ]
+    texts = key_texts(parts).to_pylist()
+    assert [text is None for text in texts] == [None in row for row in rows]
+    assert len(set(texts)) == 1 + 13 * 13 * 2
+    assert key_texts(parts[:1]).equals(parts[0]) and key_texts(parts[2:]).type == pa.string()
+
+
 def test_old_counters_give_whole_numbers_as_before():
     clicks = Counter(name="item", key="k", window_ms=4_000, buckets=4)
     found = value_as_of({0: [2, 1], 3: [1, 0]}, clicks, 3_999)
@@ -187,6 +210,17 @@ def project(*, counters: tuple = (), features: tuple = (), key: str = "k", buy: 
         ({"counters": (Counter(name="c", key="k", counts=("last:view",)),)}, "unknown counts"),
         ({"counters": (Counter(name="c", key="title", counts=("last:buy",)),)}, "not a field of \\['buy'\\]"),
         ({"counters": (Counter(name="c", key="tags", counts=("impression",)),)}, "a list"),
+        ({"counters": (Counter(name="c", key=("k", "tags"), counts=("impression",)),)}, "over 'tags', a list"),
+        ({"counters": (Counter(name="d", key=("k",), counts=("buy",)),)}, "two fields or more"),
+        ({"counters": (Counter(name="c", key=("k", "n", "k"), counts=("buy",)),)}, "each once"),
+        (
+            {"counters": (Counter(name="c", key=("k", "title"), counts=("buy",)),)},
+            "'title' is not a field of",
+        ),
+        (
+            {"counters": (Counter(name="c", key="no", counts=("buy",)),), "buy": {"no": "string"}},
+            "a field of .'impression'",
+        ),
         ({"key": "tags"}, "partition key is one value"),
         ({"features": (Categorical(field="tags"),)}, "it takes"),
         ({"features": (Numeric(field="title"),)}, "it takes"),
@@ -204,12 +238,23 @@ def test_declarations_that_contradict_are_refused(changes, match):
 
 def test_declarations_that_fit_are_taken():
     counter = Counter(name="c", key="k", counts=("buy", "sum:buy.value", "sum:impression.n", "last:buy"))
+    pair = Counter(name="p", key=("k", "n"), counts=("buy", "impression"))
     features = (
         Recency(of="counter.c.last:buy"),
         MultiValued(field="tags"),
         Numeric(field="event_time_ms"),
     )
-    project(counters=(counter,), features=features).checked()
+    project(counters=(counter, pair), features=features).checked()
+
+
+def test_a_key_of_one_field_is_written_as_before_and_one_of_several_comes_back():
+    """The digest is over the JSON: specifications from before keys of several fields keep theirs."""
+    one, pair = Counter(name="c", key="k"), Counter(name="p", key=("k", "n"))
+    assert msgspec.json.decode(msgspec.json.encode(one))["key"] == "k"
+    assert FeatureSpec(counters=(one,)).digest() == "02342cae57f21410"
+    assert msgspec.json.decode(msgspec.json.encode(pair), type=Counter) == pair and hash(pair)
+    with pytest.raises(msgspec.ValidationError, match="key"):
+        msgspec.json.decode(b'{"name": "p", "key": ["k"]}', type=Counter)
 
 
 @pytest.mark.parametrize("seed", range(12))

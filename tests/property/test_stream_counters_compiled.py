@@ -38,8 +38,12 @@ def test_the_table_gives_the_bits_of_the_state(counter, seed):
         batch = pa.RecordBatch.from_pydict({"value": pa.array(values, pa.float64())})
         fed = feeds(counter, name)
         amounts_FN = np.array([amounts(feed, batch) for feed in fed], np.int64).reshape(len(fed), rows)
-        found = table.take(hash_texts(pa.array(keys), 0), np.array(times), fed, amounts_FN, read=True)
+        present = np.array([random.random() < 0.9 for _ in keys])
+        found = table.take(hash_texts(pa.array(keys), 0), present, np.array(times), fed, amounts_FN, read=True)
         for row, (key, time_ms) in enumerate(zip(keys, times, strict=True)):
+            if not present[row]:
+                assert not found[row].any()
+                continue
             assert found[row].tolist() == [float(v) for v in plain.value(key, time_ms)]
             for f, feed in enumerate(fed):
                 plain.add(key, feed.entry, time_ms, int(amounts_FN[f, row]))

@@ -42,12 +42,16 @@ PROJECT = Project(
         counters=(
             Counter(name="u", key="user", counts=("impression", "click"), window_ms=2000, buckets=4),
             Counter(name="i", key="item", counts=("impression", "click", "order"), window_ms=2000, buckets=4),
+            Counter(name="ui", key=("user", "item"), counts=("impression", "order"), window_ms=1000, buckets=4),
+            Counter(name="pi", key=("price", "item"), counts=("impression",), window_ms=1000, buckets=2),
         ),
         features=(
             Categorical(field="item"),
             Numeric(field="price"),
             Rate(of="counter.u.click", over="counter.u.impression"),
             Rate(of="counter.i.click", over="counter.i.impression"),
+            Rate(of="counter.ui.order", over="counter.ui.impression"),
+            Numeric(field="counter.pi.impression"),
         ),
     ),
     recipe=Recipe(task="click"),
@@ -81,7 +85,8 @@ def traffic(seed: int, steps: int = 400) -> list[Item]:
         elif kind == "aggregate":
             counts = [float(random.randrange(3)) for _ in range(3)]
             row = {"counter": "i", "key": str(random.randrange(5)), "as_of_ms": now - now % 100, "epoch": 1}
-            items.append(("aggregate", {**row, "counts": counts}))
+            pair = {**row, "counter": "pi", "key": f"{n % 4 + 1}:{row['key']}", "counts": counts[:1]}
+            items.append(("aggregate", {**row, "counts": counts} if n % 3 else pair))
         elif kind == "again":
             items += random.sample([i for i in items if i[0] not in ("time", "aggregate")][-20:] or items[:1], 1)
         else:
@@ -90,7 +95,7 @@ def traffic(seed: int, steps: int = 400) -> list[Item]:
             row = {"event_id": f"{kind}{n}", "request_id": request, "place": 0, "key": str(user)}
             row |= {"event_time_ms": now - random.randrange(0, 20), "user": user, "item": random.randrange(5)}
             if kind == "impression":
-                row |= {"price": random.random() * 10, "version": "v"}
+                row |= {"price": round(random.random() * 4) or None, "version": "v"}
                 shown.append(row)
             elif shown and random.random() < 0.6:
                 row["request_id"] = random.choice(shown[-15:])["request_id"]

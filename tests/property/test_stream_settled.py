@@ -39,6 +39,8 @@ PROJECT = Project(
             Counter(name="item", key="item", counts=COUNTS, window_ms=800, buckets=4),
             Counter(name="trend", key="item", counts=COUNTS[:3], window_ms=600, buckets=6, half_life_ms=200),
             Counter(name="shop", key="shop", counts=COUNTS[:2], window_ms=450, buckets=3),
+            Counter(name="pair", key=("item", "shop"), counts=COUNTS[:3], window_ms=500, buckets=5),
+            Counter(name="user_item", key=("user", "item"), counts=COUNTS[:2], window_ms=800, buckets=4),
             Counter(name="user", key="user", counts=("impression",), window_ms=800, buckets=4),
         ),
         features=(Categorical(field="item"),),
@@ -86,7 +88,7 @@ def aggregated(events: list[Record]) -> list[Record]:
     )
     values = list[Record]()
     for record in events:
-        settled = [s for s in state.take(record) if s.counter != "user"]
+        settled = [s for s in state.take(record) if s.is_shared]
         if settled:
             rows = [{"counter": s.counter, "key": s.key, "as_of_ms": s.as_of_ms, "epoch": 1} for s in settled]
             counts = [{**row, "counts": s.counts} for row, s in zip(rows, settled, strict=True)]
@@ -100,6 +102,14 @@ def test_every_value_is_what_the_events_give(seed):
     found = check_settled(PROJECT, CONFIG, aggregated(arrivals(seed)))
     assert found.closes(), found
     assert found.values > 400
+
+
+def test_a_partition_keeps_what_has_its_key_and_the_aggregator_tells_the_rest():
+    told = [decode_batch(r.value or b"", AGGREGATE_SCHEMA) for r in aggregated(arrivals(1))[-40:]]
+    pairs = {row["key"] for batch in told for row in batch.to_pylist() if row["counter"] == "pair"}
+    assert {row["counter"] for batch in told for row in batch.to_pylist()} == {"item", "trend", "shop", "pair"}
+    # A row without a shop has no such key.
+    assert pairs <= {f"{item}:{shop}" for item in range(4) for shop in "ab"} and len(pairs) > 3
 
 
 def test_a_changed_a_missing_and_a_needless_value_are_found():

@@ -40,8 +40,10 @@ from headrace.contract.spec import (
     Text,
     TimePart,
 )
+from headrace.serving.features import FeatureMemory
 from headrace.serving.scorer import merge, rank
 from headrace.serving.shared_model import Meta, SharedModel
+from headrace.stream.aggregator import AggregatorState
 from headrace.stream.join import JoinState
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.source import conform, to_batch
@@ -58,12 +60,13 @@ PROJECT = Project(
         key="user",
         fields={"user": "int64", "tags": "list[string]", "topics": "list[int64]", "title": "string"},
     ),
-    feedback=(FeedbackType(name="buy", tag="b"),),
+    feedback=(FeedbackType(name="buy", tag="b", fields={"title": "string"}),),
     tasks=(Task(name="click", feedback="buy", window_ms=1_000),),
     features=FeatureSpec(
         counters=(
             Counter(name="u", key="user", counts=("buy", "sum:buy.value", "last:buy")),
             Counter(name="d", key="user", counts=("buy",), half_life_ms=600_000),
+            Counter(name="ut", key=("user", "title"), counts=("buy", "impression")),
         ),
         features=(
             Categorical(field="user"),
@@ -80,13 +83,12 @@ PROJECT = Project(
     recipe=Recipe(dim=4, hidden=(8,), init_scale=0.5),
 ).checked()
 T0 = 1_760_000_000_000
-FIELDS = {"user": 7, "tags": ["a", "b", "a"], "topics": [5], "title": "Red  bicycle"}
+FIELDS = {"user": 7, "tags": ["a", "b", "a"], "topics": [5], "title": "Red:  bicycle"}
 
 
-def joined() -> pa.RecordBatch:
-    """Return the samples of three impressions: before any purchase, 30 s and 400 s after one of 12.5."""
+def log() -> list[Record]:
+    """Return three impressions: before any purchase, 30 s and 400 s after one of 12.5."""
     schema, bought = impression_schema(PROJECT), feedback_schema(PROJECT, PROJECT.feedback[0])
-    state = JoinState(PROJECT, JoinConfig(), silent_ms=10_000, partition=0)
     records: list[tuple[dict[str, str], bytes]] = []
 
     def impression(n: int, at_ms: int, **fields) -> None:
@@ -95,16 +97,18 @@ def joined() -> pa.RecordBatch:
 
     impression(0, T0)
     lead = {"event_id": "b0", "request_id": "r9", "place": 0, "key": "7", "event_time_ms": T0 + 1_000}
-    value = encode_batch(batch_from_rows([lead | {"value": 12.5, "user": 7}], bought))
+    value = encode_batch(batch_from_rows([lead | {"value": 12.5, "user": 7, "title": FIELDS["title"]}], bought))
     records.append(({"kind": "feedback", "type": "buy"}, value))
     impression(1, T0 + 31_000)
     impression(2, T0 + 401_000, tags=None, topics=[], title=None)
     records.append(({"kind": "punctuation"}, encode_punctuation(Punctuation("g", 1, T0 + 1_000_000))))
-    out = []
-    for offset, (headers, body) in enumerate(records):
-        emitted = state.take(Record("events", 0, offset, None, body, headers, 0))
-        if emitted is not None:
-            out.append(emitted.batch)
+    return [Record("events", 0, offset, None, body, headers, 0) for offset, (headers, body) in enumerate(records)]
+
+
+def joined() -> pa.RecordBatch:
+    """Return the samples of the log."""
+    state = JoinState(PROJECT, JoinConfig(), silent_ms=10_000, partition=0)
+    out = [emitted.batch for record in log() if (emitted := state.take(record)) is not None]
     return pa.Table.from_batches(out).combine_chunks().to_batches()[0].sort_by("event_time_ms")
 
 
@@ -120,6 +124,28 @@ def test_the_join_counts_sums_recencies_and_decay(samples):
     # Buckets are 5 minutes: in the same one, then one later, which is half a half-life.
     faded = samples["counter.d.buy"].to_pylist()
     assert faded[0] == 0 and faded[1] in (1.0, pytest.approx(0.5**0.5)) and faded[2] < faded[1]
+
+
+def test_a_counter_over_two_fields_is_the_same_in_join_aggregator_and_serving(samples):
+    """The join counts by itself what has the partition key; serving takes it from the aggregator, by its own text."""
+    assert samples["counter.ut.buy"].to_pylist() == [0, 1, 0] and samples["counter.ut.impression"][1].as_py() == 1
+    aggregator, memory = (
+        AggregatorState(PROJECT, 1, grid_ms=1_000, silent_ms=10_000, horizon_ms=100_000),
+        FeatureMemory(),
+    )
+    # Up to the last impression: the windows are still full, and what was counted is known to serving.
+    told = [*log()[:-1], Record("events", 0, 9, None, _time(T0 + 402_000), {"kind": "punctuation"}, 0)]
+    for settled in [item for record in told for item in aggregator.take(record)]:
+        body = {"as_of_ms": settled.as_of_ms, "epoch": 1, "buckets": {str(b): c for b, c in settled.buckets.items()}}
+        key = f"{settled.counter}/{settled.key}".encode()
+        memory.take(Record("features", 0, 0, key, msgspec.json.encode(body), {}, 0))
+    raw = merge(PROJECT, FIELDS, [{}, {"title": None}, {"title": "Red"}])
+    found = [(row["counter.ut.buy"], row["counter.ut.impression"]) for row in memory.columns(PROJECT.features, raw, 3)]
+    assert found == [(1, 2), (0, 0), (0, 0)]
+
+
+def _time(at_ms: int) -> bytes:
+    return encode_punctuation(Punctuation("g", 1, at_ms))
 
 
 def test_lake_and_trainer_read_what_the_join_made(samples, tmp_path):
@@ -139,7 +165,7 @@ def test_lake_and_trainer_read_what_the_join_made(samples, tmp_path):
 
 def test_rows_from_before_a_field_was_declared_are_featurized_again(samples):
     """A column that an old row lacks is null: no tags, no sum."""
-    lacking = {"tags", "counter.u.sum:buy.value", "counter.d.buy"}
+    lacking = {"tags", "counter.u.sum:buy.value", "counter.d.buy", "counter.ut.buy"}
     old = pa.Table.from_batches([samples]).select([n for n in samples.schema.names if n not in lacking])
     old = old.set_column(old.schema.get_field_index("spec"), "spec", pa.array(["other"] * old.num_rows))
     before = to_batch(conform(old, sample_schema(PROJECT)), PROJECT)
