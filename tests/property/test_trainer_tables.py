@@ -241,7 +241,10 @@ def test_distinct_ids_learn_as_all_places_do(seed, after, by):
     slots = [SlotTable(DIM, OPTIMIZERS["adagrad"])] * SLOTS
     several = Tables(slots, seed=SEED, scale=SCALE, admission=admission, expire_after_ms=3_000)
     one = Table(
-        **{"dim": DIM, "seed": SEED, "scale": SCALE, "optimizer": OPTIMIZERS["adagrad"]},
+        dim=DIM,
+        seed=SEED,
+        scale=SCALE,
+        optimizer=OPTIMIZERS["adagrad"],
         admission=admission,
         expire_after_ms=3_000,
     )

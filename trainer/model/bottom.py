@@ -3,8 +3,8 @@
 `HostBottom` multiplies each distinct id of a batch once, in compiled passes; `DeviceBottom` multiplies every place, in
 torch, since a device has multiplications to spare and no patience for gathering. A test holds them against each other.
 
-Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, X = F * E + D, H the first
-layer's width.
+Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, X = F * E + D, H the
+first layer's width.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Written out instead of recorded by autograd, it keeps its buffers and leaves no graph behind; a test holds it against
 autograd. One thread, fixed order: equal batches give equal bits.
 
-Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, X = F * E + D, T tasks, H a hidden layer's width.
+Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers,
+X = F * E + D, T tasks, H a hidden layer's width.
 """
 
 from __future__ import annotations

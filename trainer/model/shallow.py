@@ -3,7 +3,8 @@
 Its weights are a bias and D numbers a task, and `mix` with several tasks; formulas are those of `scoring`. A step costs
 microseconds besides its rows, so small batches pay: each one sees the weights that the last has made.
 
-Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, T tasks, P dense weights in one flat array.
+Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, T
+tasks, P dense weights in one flat array.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How rows of the tables learn: one compiled kernel an optimizer, which gathers, adds up and applies.
 
-Each kernel does one step. It adds the gradients of a row that appears several times, in (sample, slot) order, applies
+Each kernel does one step. It adds the gradients of a row that appears several times, in the order given, applies
 the sum once, and sets the row's last use. Rows are touched in order of first appearance. Nothing is allocated by row:
 while a batch is added up, the word of a row's last use holds the row's place in the batch.
 

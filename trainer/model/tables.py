@@ -236,7 +236,7 @@ class Table:
     def update(self, rows_BF: Int64s, grad_BFV: Float32s, event_time_ms_B: Int64s) -> Int64s:
         """Apply one step of the optimizer and return the touched rows in order of first appearance.
 
-        Gradients of a row that appears several times are added in (sample, slot) order and applied once; row -1 learns
+        Gradients of a row that appears several times are added in the order given and applied once; row -1 learns
         nothing.
         """
         self._advance(event_time_ms_B)
