@@ -137,7 +137,7 @@ def ablated(best: Recipe, rows: Rows, groups: tuple[str, ...]) -> Iterator[Resul
     common: dict[str, Any] = {"batch_rows": best.batch_rows}
     averaged = {"dense_average": best.dense_average, "lr_dense": best.lr_dense, "lr_table": best.lr_table}
     yield learnt("deepfm", deepfm(**common, **averaged, hidden=best.hidden), rows, groups)
-    yield learnt("fm", fm(**common, **averaged), rows, groups)
+    yield learnt("fm", fm(**common, **averaged, updates="batch"), rows, groups)
     yield learnt("logistic", logistic(**common), rows, groups)
 
 

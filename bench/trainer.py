@@ -182,9 +182,9 @@ def shallow(folder: Path, python: str, rounds: int, river_rows: int) -> Iterator
         rows = str(len(label_N))
         recipes = {
             "logistic": logistic(),
-            "logistic_wide_batch": logistic(batch_rows=256),
-            "logistic_ftrl": logistic_ftrl(batch_rows=128),
-            "fm": fm(batch_rows=128),
+            "logistic_by_batch": logistic(updates="batch", lr_table=0.1, l2_table=0.0, lr_dense=0.003, batch_rows=64),
+            "logistic_ftrl": logistic_ftrl(),
+            "fm": fm(),
         }
         mine: dict[str, list[Result]] = {name: [] for name in recipes}
         vw: dict[str, list[Result]] = {rate: [] for rate in ("0.25", "0.5", "1")}

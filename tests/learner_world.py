@@ -72,6 +72,13 @@ RECIPES = {
     "deepfm-half-life": recipe_of("deepfm", squares_half_life_ms=60_000),
     "dcn-slots": recipe_of("dcn", slot_dims={"a": 2, "c": 0}, slot_optimizers={"b": "ftrl", "c": "adam"}),
     "module-slots": recipe_of("module", slot_dims={"b": 1}, slot_optimizers={"a": "adagrad"}),
+    **{
+        f"{model}-in-order-{kind}": recipe_of(model, updates="sample", optimizer=kind)
+        for model in ("logistic", "fm")
+        for kind in get_args(Optimizer)
+    },
+    "fm-in-order-calibrated": recipe_of("fm", updates="sample", calibrate=True, negative_share=0.5),
+    "fm-in-order-admitted": recipe_of("fm", updates="sample", admit_after=2, expire_after_ms=2_000),
     "fm-sketch": recipe_of("fm", admit_after=2, admit_by="sketch", expire_after_ms=2_000),
 }
 """Every model with every optimizer, with several tasks, and each choice of a recipe at least once."""

@@ -14,7 +14,9 @@
 | `multitask` | rare labels (like, order) beside a frequent one (click) | as deepfm; tables are shared |
 | `module_of` | a torch.nn.Module of your own | as deepfm |
 
-The rates of `logistic` are the best of a few tried on KuaiRand (`bench/trainer.py`); the others are where to begin.
+`logistic_ftrl`, `logistic` and `fm` learn sample after sample, which for several tasks, `slot_dims`, `slot_optimizers`
+or `dense_average` must be given up (`updates="batch"`). Their rates are the best of a few tried on KuaiRand
+(`bench/trainer.py`); the others are where to begin.
 """
 
 from __future__ import annotations
@@ -31,19 +33,42 @@ def logistic_ftrl(task: str = "click", **changes: Any) -> Recipe:
 
     With `l1_table` above 0 a weight that the data don't ask for is exactly 0. Source: McMahan et al., KDD 2013.
     """
-    return _with(Recipe(task=task, model="logistic", optimizer="ftrl", lr_table=0.2, lr_dense=0.003), changes)
+    return _with(
+        Recipe(
+            task=task,
+            model="logistic",
+            updates="sample",
+            optimizer="ftrl",
+            lr_table=0.15,
+            ftrl_beta=0.5,
+            lr_dense=0.0003,
+        ),
+        changes,
+    )
 
 
 def logistic(task: str = "click", **changes: Any) -> Recipe:
-    """Return logistic regression whose rows learn by Adagrad. Small batches: each sees the weights of the last."""
+    """Return logistic regression whose rows learn by Adagrad, sample after sample."""
     return _with(
-        Recipe(task=task, model="logistic", optimizer="adagrad", lr_table=0.1, lr_dense=0.003, batch_rows=64), changes
+        Recipe(
+            task=task,
+            model="logistic",
+            updates="sample",
+            optimizer="adagrad",
+            lr_table=0.105,
+            l2_table=0.003,
+            lr_dense=0.0001,
+        ),
+        changes,
     )
 
 
 def fm(task: str = "click", **changes: Any) -> Recipe:
-    """Return a factorization machine: linear weights and every pair of embeddings. Source: Rendle, ICDM 2010."""
-    return _with(Recipe(task=task, model="fm", lr_table=0.02, lr_dense=0.003), changes)
+    """Return a factorization machine: linear weights and every pair of embeddings, sample after sample.
+
+    Source: Rendle, ICDM 2010.
+    """
+    return _with(Recipe(task=task, model="fm", updates="sample", lr_table=0.02, lr_dense=0.0003), changes)
 
 
 def deepfm(task: str = "click", **changes: Any) -> Recipe:

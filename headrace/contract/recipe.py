@@ -92,6 +92,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     apply them to every score. Source: Platt, "Probabilistic outputs for support vector machines", 1999."""
     batch_rows: Annotated[int, Meta(gt=0, le=65_536)] = 512
     """Most rows in one training step."""
+    updates: Literal["batch", "sample"] = "batch"
+    """`sample`: every sample is a step of its own, scored with what those before it have taught, whatever batch they
+    came in. For `logistic` and `fm` of one task whose rows are all of one kind."""
     seed: int = 7
 
     @property
@@ -137,6 +140,17 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ConfigRejected(
                 "recipe.calibrate learns from scores of the newest dense weights, dense_average scores with others: "
                 "drop one."
+            )
+        if self.updates == "sample" and (
+            self.model not in ("logistic", "fm")
+            or len(self.heads) > 1
+            or self.dense_average
+            or self.slot_dims
+            or self.slot_optimizers
+        ):
+            raise ConfigRejected(
+                "recipe.updates='sample' is for model 'logistic' or 'fm' with one task and without slot_dims, "
+                "slot_optimizers and dense_average: drop those, or learn by batch."
             )
         kinds = {self.optimizer, *self.slot_optimizers.values()}
         if self.l1_table and "ftrl" not in kinds:

@@ -17,7 +17,7 @@ from headrace.trainer.recipes import late_positives, logistic, rare_positives
 
 ONE = FeatureSpec(features=(Categorical(field="a"),))
 RATE = 0.3
-# One id in batches of 500: the default rate is made for ids that are seen a few times.
+# One id in every sample: the default rate is made for ids that are seen a few times.
 FAST = logistic(lr_table=1.0)
 
 

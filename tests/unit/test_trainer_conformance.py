@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import get_args
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ MAKERS = {
     **{name: lambda device, r=recipe: make_learner(r, SPEC, device=device) for name, recipe in RECIPES.items()},
     "river": lambda device: RiverLearner(recipe_of("logistic"), SPEC),
 }
+IN_ORDER = {name: recipe.updates == "sample" for name, recipe in RECIPES.items()} | {"river": True}
 TASKS = {name: len(recipe.heads) for name, recipe in RECIPES.items()} | {"river": 1}
 
 every = pytest.mark.parametrize("name", list(MAKERS))
@@ -69,8 +71,8 @@ def test_another_seed_begins_elsewhere(name, device):
 @every
 @on
 def test_the_order_within_a_batch_matters_as_rounding_the_order_of_batches_does(name, device):
-    """Tables step once a batch, so samples within one may trade places up to the order of float sums. (River steps a
-    sample at a time, and a row's admission counts sightings: there order within a batch counts.)"""
+    """Tables step once a batch, so samples within one may trade places up to the order of float sums. (Where each
+    sample is a step, as with River, and where a row's admission counts sightings, order within a batch counts.)"""
     one, two, three = (MAKERS[name](device) for _ in range(3))
     first, second = batch_of(1, tasks=TASKS[name]), batch_of(2, tasks=TASKS[name])
     order = np.random.default_rng(3).permutation(len(first))
@@ -78,7 +80,7 @@ def test_the_order_within_a_batch_matters_as_rounding_the_order_of_batches_does(
         for batch in batches:
             learner.learn(batch)
     assert one.digest() != two.digest()
-    if name == "river" or RECIPES[name].admit_after > 1:
+    if IN_ORDER[name] or RECIPES[name].admit_after > 1:
         return
     three.learn(Batch(*(getattr(first, f)[order] for f in Batch.__dataclass_fields__)))
     alone = MAKERS[name](device)
@@ -96,8 +98,35 @@ def test_scoring_changes_nothing_and_learning_reports_the_score_of_before(name, 
     before, digest = learner.predict(batch), learner.digest()
     assert before.dtype == np.float32 and before.shape == (len(batch),) and learner.digest() == digest
     assert ((before >= 0) & (before <= 1)).all()
-    np.testing.assert_allclose(learner.learn(batch).prediction_B, before, atol=1e-5)
+    told = 1 if IN_ORDER[name] and name != "river" else len(batch)
+    np.testing.assert_allclose(learner.learn(batch).prediction_B[:told], before[:told], atol=1e-5)
     assert learner.digest() != digest
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if IN_ORDER[name]])
+def test_sample_after_sample_is_batches_of_one(name):
+    """The same recipe learning by batch, one sample each; and however a batch is cut."""
+    recipe = RECIPES[name]
+    alone = make_learner(msgspec.structs.replace(recipe, updates="batch"), SPEC)
+    whole, cut = make_learner(recipe, SPEC), make_learner(recipe, SPEC)
+    for seed in range(4):
+        batch = batch_of(seed, from_ms=seed * 1_000)
+        # Within a batch time stands still, and so it does for batches of one.
+        batch.event_time_ms_B[:] = seed * 1_000
+        said = whole.learn(batch).prediction_B
+        parts = [batch.where(np.arange(len(batch)) == i) for i in range(len(batch))]
+        if not recipe.calibrate:  # The calibration learns from the mean of a batch.
+            wanted = np.concatenate([alone.learn(part).prediction_B for part in parts])
+            np.testing.assert_allclose(said, wanted, atol=1e-5)
+            some = np.arange(len(batch)) < 7
+            found = [cut.learn(batch.where(keep)).prediction_B for keep in (some, ~some)]
+            np.testing.assert_allclose(np.concatenate(found), said, atol=1e-5)
+    if not recipe.calibrate:
+        keys = np.sort(whole.weights().keys_K)
+        for other in (alone, cut):
+            np.testing.assert_array_equal(np.sort(other.weights().keys_K), keys)
+            np.testing.assert_allclose(other.weights(keys).values_KV, whole.weights(keys).values_KV, atol=1e-4)
+            np.testing.assert_allclose(other.dense()["numeric"], whole.dense()["numeric"], atol=1e-5)
 
 
 @every
@@ -139,6 +168,7 @@ def test_what_is_not_finite_is_refused_counted_and_never_learnt(name, device):
 @ours
 @on
 def test_a_batch_whose_gradients_overflow_is_refused_whole(name, device):
+    """And each of its samples, where each is a step."""
     learner, batch = trained(name, device), batch_of(7, tasks=TASKS[name])
     batch.numeric_BD[3, 0] = 3e38
     batch.weight_B[:] = 3e38

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.trainer.model.kernels import adam
+from headrace.trainer.model.kernels import BETA1, BETA2, adam
 from headrace.trainer.model.scoring import Float32s, Shapes
 
-_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+_EPSILON = 1e-8
 
 
 class Flat:
@@ -46,9 +46,9 @@ class Flat:
         if self.device == "cpu":
             adam(*(tensor.numpy() for tensor in flat), lr=self.lr, step=self.step, samples=samples)
             return
-        rate = self.lr * math.sqrt(1 - _BETA2**self.step) / (1 - _BETA1**self.step)
-        self._first.mul_(_BETA1).add_(self.grad, alpha=(1 - _BETA1) / samples)
-        self._second.mul_(_BETA2).addcmul_(self.grad, self.grad, value=(1 - _BETA2) / samples**2)
+        rate = self.lr * math.sqrt(1 - BETA2**self.step) / (1 - BETA1**self.step)
+        self._first.mul_(BETA1).add_(self.grad, alpha=(1 - BETA1) / samples)
+        self._second.mul_(BETA2).addcmul_(self.grad, self.grad, value=(1 - BETA2) / samples**2)
         self.weight.addcdiv_(self._first, self._second.sqrt().add_(_EPSILON), value=-rate)
 
     def dense(self) -> dict[str, Float32s]:

@@ -44,22 +44,34 @@ def left_out(recipe: Recipe, batch: Batch) -> Bools:
 def gradients(recipe: Recipe, logit_B: Float32s, label_B: Float32s, weight_B: Float32s) -> Float32s:
     """Return the derivative of each sample's weighted log loss by its log-odds: float32 [B]."""
     out_B = np.empty(len(logit_B), np.float32)
-    offset = np.float32(-math.log(recipe.negative_share))
-    _gradients(logit_B, label_B, weight_B, offset, recipe.delayed == "fake_negative_weighted", out_B)
+    _gradients(logit_B, label_B, weight_B, *bent(recipe), out_B)
     return out_B
+
+
+def bent(recipe: Recipe) -> tuple[np.float32, bool]:
+    """Return what `gradient_of` takes last: the offset of down-sampled negatives, and whether positives come late."""
+    return np.float32(-math.log(recipe.negative_share)), recipe.delayed == "fake_negative_weighted"
 
 
 @numba.njit(cache=True)
 def _gradients(
     logit_B: Float32s, label_B: Float32s, weight_B: Float32s, offset: np.float32, is_weighted: bool, out_B: Float32s
 ) -> None:
-    one = np.float32(1.0)
     for b in range(logit_B.shape[0]):
-        said, weight = _sigmoid(logit_B[b] + offset), weight_B[b]
-        if is_weighted:
-            p = _sigmoid(logit_B[b])
-            weight *= (one + p) * (one if label_B[b] > 0 else one - p)
-        out_B[b] = weight * (said - label_B[b])
+        out_B[b] = gradient_of(logit_B[b], label_B[b], weight_B[b], offset, is_weighted)
+
+
+@numba.njit(cache=True)
+def gradient_of(
+    logit: np.float32, label: np.float32, weight: np.float32, offset: np.float32, is_weighted: bool
+) -> np.float32:
+    """Return the derivative of one sample's weighted log loss by its log-odds; `offset` is -log(negative_share)."""
+    one = np.float32(1.0)
+    if is_weighted:
+        p = _sigmoid(logit)
+        weight *= (one + p) * (one if label > 0 else one - p)
+    out: np.float32 = weight * (_sigmoid(logit + offset) - label)
+    return out
 
 
 @numba.njit(cache=True)

@@ -18,6 +18,9 @@ import numpy as np
 from headrace.trainer.model.row_index import Int32s, Int64s
 from headrace.trainer.model.scoring import Float32s
 
+BETA1, BETA2 = 0.9, 0.999
+"""Of Adam, for dense weights."""
+
 _CONTRACT = {"contract"}
 _SUMS = {"contract", "reassoc"}
 
@@ -245,15 +248,16 @@ def adam(
 
     Source: Kingma, Ba, "Adam", ICLR 2015, Algorithm 1.
     """
-    rate = lr * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-    _adam(weight_P, grad_P, first_P, second_P, np.float32(rate), np.float32(1 / samples))
+    rate = lr * math.sqrt(1 - BETA2**step) / (1 - BETA1**step)
+    adam_step(weight_P, grad_P, first_P, second_P, np.float32(rate), np.float32(1 / samples))
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _adam(
+def adam_step(
     weight_P: Float32s, grad_P: Float32s, first_P: Float32s, second_P: Float32s, rate: np.float32, share: np.float32
 ) -> None:
-    beta1, beta2, epsilon, one = np.float32(0.9), np.float32(0.999), np.float32(1e-8), np.float32(1.0)
+    """Take one step at a rate that is corrected for the beginning, along `share` times the gradients."""
+    beta1, beta2, epsilon, one = np.float32(BETA1), np.float32(BETA2), np.float32(1e-8), np.float32(1.0)
     for p in range(weight_P.shape[0]):
         g = grad_P[p] * share
         first_P[p] = beta1 * first_P[p] + (one - beta1) * g

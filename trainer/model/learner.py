@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from headrace.trainer.model.average import Average
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import Platt, acceptable, gradients, left_out
 from headrace.trainer.model.digest import digest
+from headrace.trainer.model.in_order import learn_in_order
 from headrace.trainer.model.norms import Norms
 from headrace.trainer.model.places import Places
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, probabilities, score
@@ -69,10 +70,10 @@ class Learner(Protocol):
         """Return the probability of a positive for each sample, of its own task: float32 [B]; changes nothing."""
 
     def learn(self, batch: Batch) -> StepReport:
-        """Score the batch, then take one step on it.
+        """Score the batch, then take one step on it; or score and learn sample after sample, where the recipe says so.
 
         A sample with a NaN or infinite number, a label outside 0..1, a weight that is negative or not finite or a task
-        that the recipe does not have is refused; a batch whose gradients are not finite is refused whole and changes
+        that the recipe does not have is refused; a step whose gradients are not finite is refused whole and changes
         no weight. The step counts all the same.
         """
 
@@ -222,35 +223,58 @@ class TableLearner:
         part = batch if keep_B.all() else batch.where(keep_B)
         if not len(part):
             return StepReport(prediction_B, _NO_KEYS, 0, refused, sampled_out)
-        places = self.table.places(part.slots_BF, part.event_time_ms_B)
+        report = self._learn_in_order(part) if self.recipe.updates == "sample" else self._take_step(part)
+        prediction_B[keep_B] = report.prediction_B
+        refused += report.refused
+        return replace(report, prediction_B=prediction_B, refused=refused, sampled_out=sampled_out)
+
+    def _take_step(self, batch: Batch) -> StepReport:
+        places = self.table.places(batch.slots_BF, batch.event_time_ms_B)
         values_UV = self.table.gather(places)
-        logits_BT = self.net.forward(values_UV, places, part.numeric_BD)
+        logits_BT = self.net.forward(values_UV, places, batch.numeric_BD)
         if logits_BT.shape[1] == 1:
             logit_B = logits_BT[:, 0]
-            grad_BT = gradients(self.recipe, logit_B, part.label_B, part.weight_B)[:, None]
+            grad_BT = gradients(self.recipe, logit_B, batch.label_B, batch.weight_B)[:, None]
         else:
-            own_B = np.arange(len(part)), part.task_B
+            own_B = np.arange(len(batch)), batch.task_B
             logit_B, grad_BT = logits_BT[own_B], np.zeros_like(logits_BT)
-            grad_BT[own_B] = gradients(self.recipe, logit_B, part.label_B, part.weight_B)
+            grad_BT[own_B] = gradients(self.recipe, logit_B, batch.label_B, batch.weight_B)
         grad_UV, norms = self.net.backward(grad_BT)
         if not norms.are_finite or not np.isfinite(logit_B).all():
-            return StepReport(prediction_B, _NO_KEYS, 0, refused + len(part), sampled_out)
-        platt_2B = self._platt.weights_2T[:, part.task_B] if self._platt is not None else None
+            return StepReport(np.full(len(batch), np.nan, np.float32), _NO_KEYS, 0, len(batch))
         if self._average is None:
-            prediction_B[keep_B] = probabilities(self.recipe, logit_B, platt_2B)
+            said_B = self._said(logit_B, batch)
         else:
             here = places.place_FB.T.reshape(-1)
-            prediction_B[keep_B] = self.score(part, lookup=lambda _: values_UV[here], dense=self.dense())
-        touched_K = self.table.update(places, grad_UV, part.event_time_ms_B)
-        forgotten_K = self.table.expire(int(part.event_time_ms_B.max()))
-        if len(forgotten_K):
-            touched_K = np.concatenate([touched_K, forgotten_K])
-        self.net.update(len(part))
+            said_B = self.score(batch, lookup=lambda _: values_UV[here], dense=self.dense())
+        touched_K = self._expired_too(self.table.update(places, grad_UV, batch.event_time_ms_B), batch)
+        self.net.update(len(batch))
         if self._average is not None:
             self._average.add(self.net.dense())
         if self._platt is not None:
-            self._platt.learn(logit_B, part.label_B, part.weight_B, part.task_B)
-        return StepReport(prediction_B, touched_K, len(part), refused, sampled_out, norms.dense / len(part), norms.rows)
+            self._platt.learn(logit_B, batch.label_B, batch.weight_B, batch.task_B)
+        return StepReport(said_B, touched_K, len(batch), 0, 0, norms.dense / len(batch), norms.rows)
+
+    def _learn_in_order(self, batch: Batch) -> StepReport:
+        assert isinstance(self.net, Shallow), "Recipe.checked lets no other model learn by the sample"
+        places = self.table.places(batch.slots_BF, batch.event_time_ms_B)
+        done = learn_in_order(self.recipe, self.table, self.net, batch, places)
+        learnt = int(done.learnt_B.sum())
+        said_B = np.where(done.learnt_B, self._said(done.logit_B, batch), np.float32(np.nan))
+        touched_K = self._expired_too(done.touched_K, batch) if learnt else _NO_KEYS
+        if self._platt is not None and learnt:
+            own = batch.where(done.learnt_B)
+            self._platt.learn(done.logit_B[done.learnt_B], own.label_B, own.weight_B, own.task_B)
+        norm = done.norms.dense / max(learnt, 1)
+        return StepReport(said_B, touched_K, learnt, len(batch) - learnt, 0, norm, done.norms.rows)
+
+    def _said(self, logit_B: Float32s, batch: Batch) -> Float32s:
+        platt_2B = self._platt.weights_2T[:, batch.task_B] if self._platt is not None else None
+        return probabilities(self.recipe, logit_B, platt_2B)
+
+    def _expired_too(self, touched_K: Int64s, batch: Batch) -> Int64s:
+        forgotten_K = self.table.expire(int(batch.event_time_ms_B.max()))
+        return np.concatenate([touched_K, forgotten_K]) if len(forgotten_K) else touched_K
 
     def weights(self, keys_K: Int64s | None = None) -> Weights:
         """Return what serving needs of these keys (of all rows by default): keys, values, dense weights."""

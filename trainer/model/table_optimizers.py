@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numba
 import numpy as np
@@ -26,6 +26,7 @@ from headrace.trainer.model.row_index import HEADER_WORDS, LAST_USE, Float32s, I
 
 UInt32s = npt.NDArray[np.uint32]
 Kind = Literal["adagrad_row", "adagrad", "ftrl", "adam"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _V = HEADER_WORDS
 _EPSILON = np.float32(1e-6)
 _ADAM_EPSILON = np.float32(1e-8)
@@ -82,12 +83,22 @@ class Optimizer:
         """Apply one step and return the touched rows in order of first appearance; row -1 is left out."""
         touched_N, used_N = np.empty(len(rows_N) + 1, np.int64), np.empty(len(rows_N), np.uint32)
         sums_NV = np.empty(grad_NV.shape, np.float32)
-        numbers = np.array(
+        batch = (rows_N, grad_NV, touched_N, used_N, sums_NV)
+        count = _STEPS[self.kind](words_RW, floats_RW, *batch, now_s, self.numbers())
+        return touched_N[:count]
+
+    def touch(self, words_RW: Int32s, rows_N: Int64s, *, now_s: int) -> Int64s:
+        """Return the rows in order of first appearance, each once, and set their last use; row -1 is left out."""
+        touched_N, used_N = np.empty(len(rows_N) + 1, np.int64), np.empty(len(rows_N), np.uint32)
+        nothing_N0 = np.empty((len(rows_N), 0), np.float32)
+        count = _add_up(words_RW, rows_N, nothing_N0, touched_N, used_N, nothing_N0, now_s)
+        return touched_N[:count]
+
+    def numbers(self) -> Float32s:
+        """Return what kernels read: lr, l2, l1, beta, beta1, beta2, half-life in seconds."""
+        return np.array(
             [self.lr, self.l2, self.l1, self.beta, self.beta1, self.beta2, self.half_life_ms / 1_000], np.float32
         )
-        batch = (rows_N, grad_NV, touched_N, used_N, sums_NV)
-        count = _STEPS[self.kind](words_RW, floats_RW, *batch, now_s, numbers)
-        return touched_N[:count]
 
 
 @numba.njit(cache=True)

@@ -1,0 +1,145 @@
+"""Sample after sample: `logistic` and `fm` where each sample is scored with what those before it have taught.
+
+A batch is then no more than what comes at a time: how a stream is cut changes nothing but roundings, and the model is
+never a batch behind. One compiled pass does it all, on the rows where they lie; formulas are those of `scoring`.
+
+Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, P = 1 + D dense weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from headrace.contract.recipe import Recipe
+from headrace.trainer.model.batch import Batch
+from headrace.trainer.model.calibration import Bools, bent, gradient_of
+from headrace.trainer.model.kernels import BETA1, BETA2, adam_step
+from headrace.trainer.model.norms import Norms
+from headrace.trainer.model.places import Places
+from headrace.trainer.model.row_index import HEADER_WORDS, Float32s, Int32s, Int64s
+from headrace.trainer.model.shallow import Shallow
+from headrace.trainer.model.table_group import Tables
+from headrace.trainer.model.table_optimizers import KINDS, step_adagrad, step_adagrad_row, step_adam, step_ftrl
+
+_ADAGRAD_ROW, _ADAGRAD, _FTRL = KINDS.index("adagrad_row"), KINDS.index("adagrad"), KINDS.index("ftrl")
+
+
+class Outcome(NamedTuple):
+    """What a batch came to. A sample whose gradients overflow is refused by itself."""
+
+    logit_B: Float32s
+    """Each made before its sample was learnt, after those before it."""
+    learnt_B: Bools
+    touched_K: Int64s
+    norms: Norms
+    """Of all samples' gradients side by side."""
+
+
+def learn_in_order(recipe: Recipe, tables: Tables, net: Shallow, batch: Batch, places: Places) -> Outcome:
+    """Score and learn each sample in turn. The tables must be of one kind and the recipe of one task."""
+    table, samples = tables.tables[0], len(batch)
+    logit_B, learnt_B = np.empty(samples, np.float32), np.empty(samples, np.bool_)
+    learnt_U = np.zeros(len(places.keys_U), np.bool_)
+    rows, dense = _learn(
+        *(table.index.arrays.words_RW, table.index.floats_RW, places.rows_U, places.place_FB, tables.gather(places)),
+        *(np.ascontiguousarray(batch.numeric_BD), batch.label_B, batch.weight_B, *bent(recipe)),
+        *(recipe.model == "fm", KINDS.index(table.optimizer.kind), table.optimizer.numbers(), table.now_s),
+        *(net.weight_P, net.first_P, net.second_P, np.float32(net.lr), net.step),
+        *(logit_B, learnt_B, learnt_U),
+    )
+    net.step += int(learnt_B.sum())
+    touched_R = table.optimizer.touch(
+        table.index.arrays.words_RW, np.where(learnt_U, places.rows_U, -1), now_s=table.now_s
+    )
+    return Outcome(logit_B, learnt_B, table.keys_of(touched_R), Norms(math.sqrt(rows), math.sqrt(dense)))
+
+
+@numba.njit(cache=True, fastmath={"contract"})
+def _learn(
+    words_RW: Int32s,
+    floats_RW: Float32s,
+    rows_U: Int64s,
+    place_FB: Int32s,
+    values_UV: Float32s,
+    numeric_BD: Float32s,
+    label_B: Float32s,
+    weight_B: Float32s,
+    offset: np.float32,
+    is_weighted: bool,
+    is_fm: bool,
+    kind: int,
+    numbers: Float32s,
+    now_s: int,
+    weight_P: Float32s,
+    first_P: Float32s,
+    second_P: Float32s,
+    lr: np.float32,
+    steps: int,
+    logit_B: Float32s,
+    learnt_B: Bools,
+    learnt_U: Bools,
+) -> tuple[np.float64, np.float64]:
+    """Write log-odds, what was learnt, and the weights; `values_UV` serves ids without a row.
+
+    Returns the sums of the squares of the rows' and of the dense weights' gradients.
+    """
+    (slots, samples), values = place_FB.shape, values_UV.shape[1]
+    rows_F, value_FV = np.empty(slots, np.int64), np.empty((slots, values), np.float32)
+    grad_FV, sums_FV = np.empty((slots, values), np.float32), np.empty((slots, values), np.float32)
+    touched_F, used_F = np.empty(slots + 1, np.int64), np.empty(slots, np.uint32)
+    sum_V, grad_P = np.empty(values, np.float32), np.empty(weight_P.shape[0], np.float32)
+    power1, power2 = BETA1**steps, BETA2**steps
+    all_rows, all_dense = 0.0, 0.0
+    for b in range(samples):
+        logit, squares = weight_P[0], np.float32(0.0)
+        for d in range(numeric_BD.shape[1]):
+            logit += numeric_BD[b, d] * weight_P[1 + d]
+        sum_V[:] = np.float32(0.0)
+        for f in range(slots):
+            u = place_FB[f, b]
+            row = rows_F[f] = rows_U[u]
+            for v in range(values):
+                value = floats_RW[row, HEADER_WORDS + v] if row >= 0 else values_UV[u, v]
+                value_FV[f, v] = value
+                sum_V[v] += value
+                squares += value * value if v else np.float32(0.0)
+        logit += sum_V[0]
+        if is_fm:
+            pairs = -squares
+            for v in range(1, values):
+                pairs += sum_V[v] * sum_V[v]
+            logit += np.float32(0.5) * pairs
+        logit_B[b] = logit
+        g = gradient_of(logit, label_B[b], weight_B[b], offset, is_weighted)
+        grad_P[0] = g
+        for d in range(numeric_BD.shape[1]):
+            grad_P[1 + d] = g * numeric_BD[b, d]
+        for f in range(slots):
+            grad_FV[f, 0] = g
+            for v in range(1, values):
+                grad_FV[f, v] = g * (sum_V[v] - value_FV[f, v])
+        rows, dense = np.sum(grad_FV * grad_FV), np.sum(grad_P * grad_P)
+        learnt_B[b] = np.isfinite(rows) and np.isfinite(dense) and np.isfinite(logit)
+        if not learnt_B[b]:
+            continue
+        all_rows += np.float64(rows)
+        all_dense += np.float64(dense)
+        if kind == _ADAGRAD_ROW:
+            step_adagrad_row(words_RW, floats_RW, rows_F, grad_FV, touched_F, used_F, sums_FV, now_s, numbers)
+        elif kind == _ADAGRAD:
+            step_adagrad(words_RW, floats_RW, rows_F, grad_FV, touched_F, used_F, sums_FV, now_s, numbers)
+        elif kind == _FTRL:
+            step_ftrl(words_RW, floats_RW, rows_F, grad_FV, touched_F, used_F, sums_FV, now_s, numbers)
+        else:
+            step_adam(words_RW, floats_RW, rows_F, grad_FV, touched_F, used_F, sums_FV, now_s, numbers)
+        for f in range(slots):
+            learnt_U[place_FB[f, b]] = True
+        power1 *= BETA1
+        power2 *= BETA2
+        rate = lr * np.float32(math.sqrt(1.0 - power2) / (1.0 - power1))
+        adam_step(weight_P, grad_P, first_P, second_P, rate, np.float32(1.0))
+    return all_rows, all_dense
