@@ -44,12 +44,30 @@ def learn_in_order(recipe: Recipe, tables: Tables, net: Shallow, batch: Batch, p
     table, samples = tables.tables[0], len(batch)
     logit_B, learnt_B = np.empty(samples, np.float32), np.empty(samples, np.bool_)
     learnt_U = np.zeros(len(places.keys_U), np.bool_)
+    offset, is_weighted = bent(recipe)
     rows, dense = _learn(
-        *(table.index.arrays.words_RW, table.index.floats_RW, places.rows_U, places.place_FB, tables.gather(places)),
-        *(np.ascontiguousarray(batch.numeric_BD), batch.label_B, batch.weight_B, *bent(recipe)),
-        *(recipe.model == "fm", KINDS.index(table.optimizer.kind), table.optimizer.numbers(), table.now_s),
-        *(net.weight_P, net.first_P, net.second_P, np.float32(net.lr), net.step),
-        *(logit_B, learnt_B, learnt_U),
+        table.index.arrays.words_RW,
+        table.index.floats_RW,
+        places.rows_U,
+        places.place_FB,
+        tables.gather(places),
+        np.ascontiguousarray(batch.numeric_BD),
+        batch.label_B,
+        batch.weight_B,
+        offset,
+        is_weighted,
+        recipe.model == "fm",
+        KINDS.index(table.optimizer.kind),
+        table.optimizer.numbers(),
+        table.now_s,
+        net.weight_P,
+        net.first_P,
+        net.second_P,
+        np.float32(net.lr),
+        net.step,
+        logit_B,
+        learnt_B,
+        learnt_U,
     )
     net.step += int(learnt_B.sum())
     touched_R = table.optimizer.touch(
@@ -82,7 +100,7 @@ def _learn(
     logit_B: Float32s,
     learnt_B: Bools,
     learnt_U: Bools,
-) -> tuple[np.float64, np.float64]:
+) -> tuple[float, float]:
     """Write log-odds, what was learnt, and the weights; `values_UV` serves ids without a row.
 
     Returns the sums of the squares of the rows' and of the dense weights' gradients.
