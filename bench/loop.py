@@ -1,10 +1,10 @@
 """Sustained events/s of each stage and of the whole loop.
 
-Method: a stack of its own, the shop silent. Impressions and clicks go in through `headrace.sender` as fast as the spool
-takes them, all stages sharing this machine; each stage's counter is read ten times a second. A stage's rate is that of
-its own counter between 10 % and 90 % of its total, so that start and tail do not count. The whole loop's rate is all
-impressions over the time from the first line sent to the last sample learnt; the label window (waited for by
-every impression without a click) is taken off, since it is no work.
+Method: a stack of its own, the shop silent. Impressions, clicks and dwells go in through `headrace.sender` as fast as
+the spool takes them, all stages sharing this machine; each stage's counter is read ten times a second. A stage's rate
+is that of its own counter between 10 % and 90 % of its total, so that start and tail do not count. The whole loop's
+rate is all impressions over the time from the first line sent to the last sample learnt; the label window (waited for
+by every impression without a click) is taken off, since it is no work.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def feed(stack: Stack, impressions: int) -> int:
     """Send the shop's visits without a pause; return how many events went in."""
     sender, sent = stack.sender("loop"), 0
     for n, visit in enumerate(stack.visits(impressions)):
-        for tag, record in stack.events(visit, f"loop-{n}")[: 2 if visit.clicked else 1]:
+        shown, _ = stack.events(visit, f"loop-{n}")
+        for tag, record in (shown, *(stack.answer(visit, given, f"loop-{n}") for given in visit.feedback)):
             while True:
                 try:
                     sender.emit(tag, record)

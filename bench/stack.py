@@ -26,9 +26,9 @@ from headrace.backends.log_kafka import KafkaReader
 from headrace.contract import config as settings
 from headrace.contract.log import Record
 from headrace.contract.topics import Topics
-from headrace.examples.shop.run import CANDIDATE
+from headrace.examples.shop.run import CANDIDATE, feedback_record
 from headrace.examples.shop.shop import PROJECT
-from headrace.examples.shop.traffic import Traffic, Visit, find_data, load_traffic
+from headrace.examples.shop.traffic import Given, Traffic, Visit, find_data, load_traffic
 from headrace.replay.scan import read_all
 from headrace.sender import Sender
 
@@ -164,14 +164,14 @@ class Stack:
     @staticmethod
     def events(visit: Visit, request_id: str) -> tuple[Event, Event]:
         """Return the impression and the click of a visit, to be stamped by the sender."""
-        envelope = {"request_id": request_id, "place": 0}
-        feedback = PROJECT.feedback[0]
-        names = {PROJECT.impression.key, *feedback.fields}
-        click = {name: value for name, value in visit.fields.items() if name in names}
-        return (
-            (PROJECT.impression.tag, {**envelope, **visit.fields, "event_id": request_id}),
-            (feedback.tag, {**envelope, **click, "event_id": f"{request_id}/click"}),
-        )
+        shown = {"request_id": request_id, "place": 0, **visit.fields, "event_id": request_id}
+        return (PROJECT.impression.tag, shown), Stack.answer(visit, Given("click", 0, {}), request_id)
+
+    @staticmethod
+    def answer(visit: Visit, given: Given, request_id: str) -> Event:
+        """Return one feedback of a visit, to be stamped by the sender."""
+        tag = next(feedback.tag for feedback in PROJECT.feedback if feedback.name == given.name)
+        return tag, feedback_record(PROJECT, visit, given, request_id)
 
     @staticmethod
     def question(*visits: Visit, request_id: str = "question") -> bytes:

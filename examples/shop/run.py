@@ -4,7 +4,7 @@ For each visit, in event-time order at `rate` a second:
 
 1. ask serving to rank; without an answer the page is shown all the same, and logged without a version;
 2. log the impression, stamped now, with the answer's version and the counters as they were served;
-3. after the visitor's delay, log the click, if there is one.
+3. after the visitor's delay, log the click, if there is one, and the dwell when the visitor leaves the video.
 
 Event ids come from the run's id and the row number. `progress` keeps the lowest row that is not done yet: after a
 kill -9 the shop goes on from there, and what it says again has the same ids, which the pipeline drops.
@@ -28,9 +28,9 @@ import msgspec
 
 from headrace.contract.clock import Clock
 from headrace.contract.metrics import Metrics
-from headrace.contract.project import Project
+from headrace.contract.project import FeedbackType, Project
 from headrace.examples.shop.freshness import Freshness
-from headrace.examples.shop.traffic import Traffic, Visit
+from headrace.examples.shop.traffic import Given, Traffic, Visit
 
 logger = logging.getLogger("headrace.shop")
 
@@ -57,7 +57,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """Where to go on: every row below `row` of `run` is done, its click included."""
+    """Where to go on: every row below `row` of `run` is done, its feedback included."""
 
     run: str
     row: int = 0
@@ -123,10 +123,11 @@ class Shop:
     freshness: Freshness | None = None
     shown: queue.Queue[tuple[Visit, Answer | None]] = field(default_factory=lambda: queue.Queue(256))
     asked: queue.Queue[Visit | None] = field(default_factory=lambda: queue.Queue(64))
-    clicks: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
-    """Clicks to come, a heap by (due time in ms, row)."""
-    open_rows: set[int] = field(default_factory=set)
-    """Rows that are not done; one whose event was not taken stays here, and the next start shows it again."""
+    coming: list[tuple[int, int, str, dict[str, Any]]] = field(default_factory=list)
+    """Feedback to come, a heap by (due time in ms, row, name)."""
+    open_rows: dict[int, int] = field(default_factory=dict)
+    """How many events are still to be logged of each row that is not done; one whose event was not taken stays here,
+    and the next start shows it again."""
     run_id: str = ""
     next_row: int = 0
 
@@ -142,7 +143,7 @@ class Shop:
         while not self.stop.is_set():
             due = self._admit(visits, due)
             self._show()
-            self._click()
+            self._answer()
             if time.monotonic() - saved_at > SAVE_S:
                 save_progress(self.progress, Progress(self.run_id, self._done_below()))
                 saved_at = time.monotonic()
@@ -161,7 +162,7 @@ class Shop:
             visit = next(visits, None)
             if visit is None:
                 return now
-            self.open_rows.add(visit.row)
+            self.open_rows[visit.row] = 1
             self.next_row = visit.row + 1
             self.asked.put(visit)
             due += 1 / self.rate
@@ -174,7 +175,7 @@ class Shop:
         ranker.close()
 
     def _show(self) -> None:
-        """Log what was shown, and remember its click. Waits at most `TURN_S`."""
+        """Log what was shown, and remember its feedback. Waits at most `TURN_S`."""
         try:
             item = self.shown.get(timeout=TURN_S)
             while True:
@@ -195,25 +196,28 @@ class Shop:
         if not self.log(self.project.impression.tag, record):
             return
         self.metrics.add("events_appended_total", reason="impression")
-        if not visit.clicked:
-            self.open_rows.discard(visit.row)
-            return
-        feedback = self.project.feedback[0]
-        names = {self.project.impression.key, *feedback.fields}
-        click = {name: visit.fields[name] for name in names if name in visit.fields}
-        click |= {"event_id": f"{request_id}/{feedback.name}", "request_id": request_id, "place": 0}
-        heapq.heappush(self.clicks, (now_ms + visit.delay_ms, visit.row, click))
+        declared = {feedback.name for feedback in self.project.feedback}
+        for given in (given for given in visit.feedback if given.name in declared):
+            self.open_rows[visit.row] += 1
+            record = feedback_record(self.project, visit, given, request_id)
+            heapq.heappush(self.coming, (now_ms + given.delay_ms, visit.row, given.name, record))
+        self._logged(visit.row)
 
-    def _click(self) -> None:
-        feedback = self.project.feedback[0]
-        while self.clicks and self.clicks[0][0] <= self.clock.now_ms():
-            _, row, click = heapq.heappop(self.clicks)
-            if not self.log(feedback.tag, {**click, "event_time_ms": self.clock.now_ms()}):
+    def _answer(self) -> None:
+        while self.coming and self.coming[0][0] <= self.clock.now_ms():
+            _, row, name, record = heapq.heappop(self.coming)
+            if not self.log(_declared(self.project, name).tag, {**record, "event_time_ms": self.clock.now_ms()}):
                 continue
-            if self.freshness is not None:
-                self.freshness.clicked(click["event_id"])
+            if self.freshness is not None and any(task.feedback == name for task in self.project.tasks):
+                self.freshness.clicked(record["event_id"])
             self.metrics.add("events_appended_total", reason="feedback")
-            self.open_rows.discard(row)
+            self._logged(row)
+
+    def _logged(self, row: int) -> None:
+        """Take one event of a row as done."""
+        self.open_rows[row] -= 1
+        if not self.open_rows[row]:
+            del self.open_rows[row]
 
     def _offer(self, visit: Visit | None) -> None:
         try:
@@ -226,6 +230,17 @@ class Shop:
 
     def _request_id(self, row: int) -> str:
         return f"{self.run_id}-{row}"
+
+
+def feedback_record(project: Project, visit: Visit, given: Given, request_id: str) -> dict[str, Any]:
+    """Return one feedback without its time: its facts, and the impression's fields that its type repeats."""
+    names = {project.impression.key, *_declared(project, given.name).fields}
+    told = {name: visit.fields[name] for name in names if name in visit.fields} | given.facts
+    return {**told, "event_id": f"{request_id}/{given.name}", "request_id": request_id, "place": 0}
+
+
+def _declared(project: Project, name: str) -> FeedbackType:
+    return next(feedback for feedback in project.feedback if feedback.name == name)
 
 
 def load_progress(path: Path) -> Progress:

@@ -47,6 +47,17 @@ VIDEO: dict[str, FieldType] = {
 CLICK: dict[str, FieldType] = {"video_id": "int64", "author_id": "int64"}
 """What a click carries besides the partition key: the keys of the counters that count it."""
 
+WATCHED_MS = (1_000, 3_000, 7_000, 15_000, 30_000)
+DWELL: dict[str, FieldType] = {
+    **CLICK,
+    **{f"over_{ms}": "int64" for ms in WATCHED_MS},
+    "long_view": "int64",
+    "share": "float64",
+}
+"""What a dwell tells when the visitor leaves a video, besides its `value` in seconds: whether it was watched for
+longer than so many milliseconds, whether that is a long view (each 0 or 1), and half the share of its length, 1 at
+most. Counters sum these over earlier videos; what is shown now has none yet."""
+
 CATALOGUE = Crawl(
     name="catalogue",
     kind="json",
@@ -87,7 +98,10 @@ FEATURES = FeatureSpec(
 PROJECT = Project(
     name="shop",
     impression=ImpressionType(tag="shop.impression", key="user_id", fields={**REQUEST, **USER, **VIDEO}),
-    feedback=(FeedbackType(name="click", tag="shop.click", fields=CLICK),),
+    feedback=(
+        FeedbackType(name="click", tag="shop.click", fields=CLICK),
+        FeedbackType(name="dwell", tag="shop.dwell", fields=DWELL),
+    ),
     # Clicks come within 0.7 s. A longer window delays the negatives alone, and a model in a hurry learns that.
     tasks=(Task(name="click", feedback="click", window_ms=2_000),),
     crawls=(CATALOGUE,),

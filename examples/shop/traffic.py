@@ -1,7 +1,8 @@
 """The shop's visitors: KuaiRand's real rows in event-time order or, without them, a seeded generator.
 
-Features and outcomes are told apart here, once: `Traffic.features` holds only fields that the project declares,
-and what is known afterwards survives only as `clicked_N` and `delay_ms_N`.
+Features and outcomes are told apart here, once: `Traffic.features` holds only fields that the project's impression
+declares, and what is known afterwards survives only as `Visit.feedback`: a click, and when the visitor leaves a video
+the dwell, which says how long it was watched.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import pyarrow.csv
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.events import ARROW_TYPES
 from headrace.contract.project import FieldType
+from headrace.examples.shop.shop import WATCHED_MS
 
 OUTCOMES = frozenset(
     (
@@ -34,11 +36,24 @@ IMPRESSIONS, USERS, VIDEOS = "impressions_*.csv.gz", "users.csv.gz", "videos.csv
 # KuaiRand's own rule for a valid play in single-column pages is 7 s; sped up 10 times, so that the demo's window can
 # be 2 s. There is no time of the click in the data: the delay is synthetic.
 VALID_PLAY_MS, SPEED = 7_000, 10
+# A player reports when the visitor leaves, and after a minute at the latest: nine of ten have left by then.
+DWELL_MAX_MS = 60_000
+# KuaiRand's own rule for a long view: to the end of a short video, or 18 s of another.
+LONG_VIEW_MS = 18_000
 
 SYNTHETIC_VIDEOS = 2_000
 """Videos 0 ... without KuaiRand's rows."""
 
 Fields = Mapping[str, FieldType]
+
+
+class Given(NamedTuple):
+    """One feedback that a visitor will give."""
+
+    name: str
+    delay_ms: int
+    facts: dict[str, Any]
+    """What it tells beside the impression's own fields."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,17 @@ class Visit:
     fields: dict[str, Any]
     clicked: bool
     delay_ms: int
+    dwell: dict[str, Any] | None = None
+    """What is known when the visitor leaves; None of a video that was not played."""
+
+    @property
+    def feedback(self) -> tuple[Given, ...]:
+        """What the visitor will say, in order of time."""
+        given = [Given("click", self.delay_ms, {})] if self.clicked else []
+        if self.dwell is not None:
+            # Never before the click: that comes when a valid play is over, or the visitor has left.
+            given.append(Given("dwell", round(self.dwell["value"] * 1_000) // SPEED, self.dwell))
+        return tuple(given)
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,8 @@ class Traffic:
     features: pa.Table
     clicked_N: npt.NDArray[np.bool_]
     delay_ms_N: npt.NDArray[np.int64]
+    dwells: pa.Table
+    """What a dwell of each row tells, by field."""
 
     def __len__(self) -> int:
         return len(self.clicked_N)
@@ -66,9 +94,11 @@ class Traffic:
     def visits(self, start: int = 0, *, chunk: int = 1_024) -> Iterator[Visit]:
         """Yield the visits from row `start` on; absent values are left out of `fields`."""
         for at in range(start, len(self), chunk):
-            for i, fields in enumerate(self.features.slice(at, chunk).to_pylist(), at):
+            rows = zip(*(table.slice(at, chunk).to_pylist() for table in (self.features, self.dwells)), strict=True)
+            for i, (fields, dwell) in enumerate(rows, at):
                 known = {name: value for name, value in fields.items() if value is not None}
-                yield Visit(i, known, bool(self.clicked_N[i]), int(self.delay_ms_N[i]))
+                told = dwell if dwell["value"] else None
+                yield Visit(i, known, bool(self.clicked_N[i]), int(self.delay_ms_N[i]), told)
 
 
 def load_traffic(folder: Path | None, fields: Fields, *, rows_max: int | None = None) -> Traffic:
@@ -107,13 +137,27 @@ def kuairand(folder: Path, fields: Fields, rows_max: int | None = None) -> Traff
         _declared(columns, fields),
         rows["is_click"].to_numpy() == 1,
         np.clip(play_N, 0, VALID_PLAY_MS) // SPEED,
+        watched(play_N, columns["duration_ms"].to_numpy()),
     )
+
+
+def watched(play_ms_N: npt.NDArray[np.int64], duration_ms_N: npt.NDArray[np.int64]) -> pa.Table:
+    """Return what the player reports of each row: `value` is seconds; sums of the others are counts and shares."""
+    play_ms_N = np.clip(play_ms_N, 0, DWELL_MAX_MS)
+    known_N = duration_ms_N > 0
+    columns = {f"over_{ms}": pa.array((play_ms_N > ms).astype(np.int64)) for ms in WATCHED_MS}
+    columns["long_view"] = pa.array(((play_ms_N >= np.minimum(duration_ms_N, LONG_VIEW_MS)) & known_N).astype(np.int64))
+    # Watched twice is the most that counts: 1.
+    columns["share"] = pa.array(np.minimum(play_ms_N / np.maximum(duration_ms_N, 1), 2.0) / 2)
+    return pa.table({"value": pa.array(play_ms_N / 1_000), **columns})
 
 
 def synthetic(fields: Fields, *, rows: int = 200_000, seed: int = 7) -> Traffic:
     """Return seeded rows of users and videos with hidden tastes; `label` states the AUC of the true probabilities.
 
-    click ~ Bernoulli(sigmoid(user bias + video bias + taste . style + page)), popularity ~ Zipf.
+    click ~ Bernoulli(sigmoid(user bias + video bias + taste . style + page)), popularity ~ Zipf. A clicked video is
+    watched for a valid play and more, the more the likelier the click was; another for less than a valid play, or not
+    at all.
     """
     random = np.random.default_rng(seed)
     users, videos, authors, dim = 5_000, SYNTHETIC_VIDEOS, 400, 4
@@ -134,8 +178,12 @@ def synthetic(fields: Fields, *, rows: int = 200_000, seed: int = 7) -> Traffic:
         "time_ms": 1_650_816_000_000 + 3_000 * np.arange(rows),
     }
     known = {name: pa.chunked_array([values]) for name, values in columns.items()}
+    delay_ms_N = random.integers(50, VALID_PLAY_MS // SPEED, size=rows)
+    more_ms_N = 20_000 * random.exponential(1 / 3 + chance_N)
+    less_ms_N = np.clip(2 * VALID_PLAY_MS * chance_N * random.random(rows) - 500, 0, VALID_PLAY_MS)
+    play_ms_N = np.where(clicked_N, VALID_PLAY_MS + 1 + more_ms_N, less_ms_N).astype(np.int64)
     label = f"SYNTHETIC, {rows:,} seeded rows (seed {seed}); the oracle's AUC is {_auc(chance_N, clicked_N):.4f}"
-    return Traffic(label, _declared(known, fields), clicked_N, random.integers(50, 700, size=rows))
+    return Traffic(label, _declared(known, fields), clicked_N, delay_ms_N, watched(play_ms_N, columns["duration_ms"]))
 
 
 def _declared(columns: Mapping[str, pa.ChunkedArray], fields: Fields) -> pa.Table:

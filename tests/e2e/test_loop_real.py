@@ -1,9 +1,9 @@
 """The whole loop on real Kafka and HDFS, and with `make test-cephfs` on a real CephFS, while every process is killed.
 
-Goal: 20,000 impressions, their clicks, repeats and bad events go in through `headrace.sender`; a seeded kill -9 hits
-each process while traffic flows and the sender does not pause; afterwards every id that was sent is where it belongs,
-once. Method: a driver that remembers what it sent, a killer with a seed, a client that asks the same question without
-pause; then the ledger, the lake, the steps and replay are held against what the driver remembers.
+Goal: 20,000 impressions, clicks and dwells, repeats and bad events go in through `headrace.sender`; a seeded kill -9
+hits each process while traffic flows and the sender does not pause; afterwards every id that was sent is where it
+belongs, once. Method: a driver that remembers what it sent, a killer with a seed, a client that asks the same
+question without pause; then the ledger, the lake, the steps and replay are held against what the driver remembers.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Sent:
 
     impressions: dict[str, Visit] = field(default_factory=dict)
     clicks: set[str] = field(default_factory=set)
+    dwells: set[str] = field(default_factory=set)
     repeats: int = 0
     bad: Counter[str] = field(default_factory=Counter)
 
@@ -85,20 +86,21 @@ class Outcome:
 
 def drive(stack: Stack, sent: Sent) -> None:
     """Send everything at RATE; never wait for anything but the clock."""
-    sender, due_clicks = stack.sender("driver"), list[tuple[float, str, dict[str, Any]]]()
+    sender, coming = stack.sender("driver"), list[tuple[float, str, tuple[str, dict[str, Any]]]]()
     begin = time.monotonic()
     for n, visit in enumerate(stack.visits(IMPRESSIONS)):
         due = begin + n / RATE
-        while (now := time.monotonic()) < due or (due_clicks and due_clicks[0][0] <= now):
-            while due_clicks and due_clicks[0][0] <= now:
-                sender.emit(PROJECT.feedback[0].tag, heapq.heappop(due_clicks)[2])
+        while (now := time.monotonic()) < due or (coming and coming[0][0] <= now):
+            while coming and coming[0][0] <= now:
+                sender.emit(*heapq.heappop(coming)[2])
             time.sleep(max(0.0, min(0.002, due - time.monotonic())))
-        (tag, impression), (_, click) = stack.events(visit, f"e2e-{n}")
+        (tag, impression), _ = stack.events(visit, f"e2e-{n}")
         sender.emit(tag, impression)
         sent.impressions[impression["event_id"]] = visit
-        if visit.clicked:
-            heapq.heappush(due_clicks, (due + visit.delay_ms / 1_000, click["event_id"], click))
-            sent.clicks.add(click["event_id"])
+        for given in visit.feedback:
+            event = stack.answer(visit, given, f"e2e-{n}")
+            heapq.heappush(coming, (due + given.delay_ms / 1_000, event[1]["event_id"], event))
+            (sent.clicks if given.name == "click" else sent.dwells).add(event[1]["event_id"])
         if n % REPEAT_EVERY == 7:
             sender.emit(tag, impression)
             sent.repeats += 1
@@ -106,8 +108,8 @@ def drive(stack: Stack, sent: Sent) -> None:
             reason, (bad_tag, record) = bad_event(n, impression)
             sender.emit(bad_tag, record)
             sent.bad[reason] += 1
-    while due_clicks:
-        sender.emit(PROJECT.feedback[0].tag, heapq.heappop(due_clicks)[2])
+    while coming:
+        sender.emit(*heapq.heappop(coming)[2])
     assert sender.flush(120), f"{sender.unacked} events without an ack"
     sender.close()
 
@@ -209,7 +211,7 @@ def test_the_ledger_closes_on_what_was_sent(outcome: Outcome):
     ledger, sent = outcome.ledger, outcome.sent
     assert ledger["closes"], json.dumps(ledger)
     assert (ledger["lost"], ledger["twice"]) == (0, 0), json.dumps(ledger)
-    assert ledger["impressions"] == IMPRESSIONS and ledger["feedback"] == len(sent.clicks)
+    assert ledger["impressions"] == IMPRESSIONS and ledger["feedback"] == len(sent.clicks) + len(sent.dwells)
     assert ledger["positives"] + ledger["negatives"] == ledger["stored"] == ledger["learnt"] == IMPRESSIONS
     # A repeat dropped in the 200 ms before the gateway's kill has no punctuation to be told in: at 250 events/s and a
     # repeat every 200 events that is one at most.

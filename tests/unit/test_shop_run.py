@@ -1,7 +1,7 @@
 """The shop's loop.
 
-Goal: each visit is logged once with deterministic ids, clicks follow their delay, a kill is made up for under the
-same ids, and serving's absence stops nothing. Method: the shop against a list as the log and a port nobody hears.
+Goal: each visit is logged once with deterministic ids, feedback follows its delay, a kill is made up for under the same
+ids, and serving's absence stops nothing. Method: the shop against a list as the log and a port nobody hears.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from headrace.contract.project import Project
 from headrace.examples.shop import run, traffic
 from headrace.examples.shop.shop import PROJECT
 
@@ -36,9 +39,12 @@ class _Metrics:
 
 
 ROWS = traffic.synthetic(PROJECT.impression.fields, rows=120)
+VISITS = list(ROWS.visits())
+FEEDBACK = {(v.row, given.name): given for v in VISITS for given in v.feedback}
+"""All that the visitors say, by row and name."""
 
 
-def open_shop(path: Path, logged: list[tuple[str, dict[str, Any]]], until: int) -> None:
+def open_shop(path: Path, logged: list[tuple[str, dict[str, Any]]], until: int, project: Project = PROJECT) -> None:
     """Run the shop until `until` events are logged."""
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
@@ -51,32 +57,54 @@ def open_shop(path: Path, logged: list[tuple[str, dict[str, Any]]], until: int) 
             return True
 
         port = unheard.getsockname()[1]
-        shop = run.Shop(PROJECT, ROWS, 1_000.0, log, _Metrics(), _Clock(), path, "127.0.0.1", port, stop)
+        shop = run.Shop(project, ROWS, 1_000.0, log, _Metrics(), _Clock(), path, "127.0.0.1", port, stop)
         shop.run()
 
 
-def test_every_visit_and_click_is_logged_once(tmp_path: Path):
+def test_every_visit_and_its_feedback_is_logged_once(tmp_path: Path):
     logged: list[tuple[str, dict[str, Any]]] = []
-    clicks = int(ROWS.clicked_N.sum())
-    open_shop(tmp_path / "shop.json", logged, len(ROWS) + clicks)
+    open_shop(tmp_path / "shop.json", logged, len(ROWS) + len(FEEDBACK))
     ids = [record["event_id"] for _, record in logged]
-    assert len(ids) == len(set(ids)) == len(ROWS) + clicks
+    assert len(ids) == len(set(ids)) == len(ROWS) + len(FEEDBACK)
     shown = {r["request_id"]: r["event_time_ms"] for tag, r in logged if tag == PROJECT.impression.tag}
+    names = {feedback.tag: feedback.name for feedback in PROJECT.feedback}
+    said = set()
     for tag, record in logged:
         assert "version" not in record
-        if tag == PROJECT.feedback[0].tag:
+        if tag in names:
             row = int(record["request_id"].rsplit("-", 1)[1])
-            assert record["event_time_ms"] >= shown[record["request_id"]] + ROWS.delay_ms_N[row]
+            said.add((row, names[tag]))
+            assert record["event_time_ms"] >= shown[record["request_id"]] + FEEDBACK[row, names[tag]].delay_ms
+            assert record["event_id"] == f"{record['request_id']}/{names[tag]}"
+    assert said == set(FEEDBACK)
+
+
+def test_feedback_carries_what_its_type_declares_and_the_counters_need(tmp_path: Path):
+    """A field that the log lacked would be null in every counter, and nobody would be told."""
+    for visit in VISITS[:40]:
+        for given in visit.feedback:
+            declared = next(feedback for feedback in PROJECT.feedback if feedback.name == given.name)
+            record = run.feedback_record(PROJECT, visit, given, "r")
+            envelope = {"event_id", "request_id", "place", *({"value"} & set(given.facts))}
+            assert set(record) - envelope == {PROJECT.impression.key, *declared.fields}
+
+
+def test_a_project_without_dwells_is_told_of_clicks_alone(tmp_path: Path):
+    logged: list[tuple[str, dict[str, Any]]] = []
+    project = msgspec.structs.replace(PROJECT, feedback=PROJECT.feedback[:1])
+    clicks = int(ROWS.clicked_N.sum())
+    open_shop(tmp_path / "shop.json", logged, len(ROWS) + clicks, project)
+    assert {tag for tag, _ in logged} == {PROJECT.impression.tag, PROJECT.feedback[0].tag}
 
 
 def test_a_stopped_shop_goes_on_and_repeats_only_equal_ids(tmp_path: Path):
     logged: list[tuple[str, dict[str, Any]]] = []
-    open_shop(tmp_path / "shop.json", logged, 60)
+    # By then the first rows' visitors have left; the longest dwells are still to come.
+    open_shop(tmp_path / "shop.json", logged, len(ROWS) + len(FEEDBACK) - 30)
     first = len(logged)
-    clicks = int(ROWS.clicked_N.sum())
     again: list[tuple[str, dict[str, Any]]] = []
     row = run.load_progress(tmp_path / "shop.json").row
-    open_shop(tmp_path / "shop.json", again, len(ROWS) - row + int(ROWS.clicked_N[row:].sum()))
+    open_shop(tmp_path / "shop.json", again, len(ROWS) - row + sum(at >= row for at, _ in FEEDBACK))
     ids = {record["event_id"] for _, record in logged + again}
-    assert first >= 60 and row > 0
-    assert len(ids) == len(ROWS) + clicks
+    assert first >= len(ROWS) and row > 0
+    assert len(ids) == len(ROWS) + len(FEEDBACK)

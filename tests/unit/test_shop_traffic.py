@@ -18,7 +18,7 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.events import impression_schema
 from headrace.contract.sample import sample_schema
 from headrace.examples.shop import traffic
-from headrace.examples.shop.shop import PROJECT
+from headrace.examples.shop.shop import PROJECT, WATCHED_MS
 
 FIELDS = PROJECT.impression.fields
 
@@ -27,8 +27,38 @@ def test_no_outcome_is_declared_anywhere():
     assert not traffic.OUTCOMES & set(FIELDS)
     assert not traffic.OUTCOMES & set(impression_schema(PROJECT).names)
     assert not traffic.OUTCOMES & set(sample_schema(PROJECT).names)
-    for feedback in PROJECT.feedback:
-        assert not traffic.OUTCOMES & set(feedback.fields)
+    # What is known afterwards stands in feedback; its counters' columns are of earlier events.
+    assert traffic.OUTCOMES & {name for feedback in PROJECT.feedback for name in feedback.fields} == {"long_view"}
+
+
+def test_a_dwell_says_what_was_watched_and_a_video_not_played_has_none(shared: Path):
+    source = shared / "data/kuairand"
+    rows = traffic.kuairand(source, FIELDS, rows_max=20_000)
+    raw = pyarrow.csv.read_csv(next(source.glob(traffic.IMPRESSIONS))).slice(0, 20_000)
+    long_views = raw["long_view"].to_numpy()
+    # The data's own flag knows lengths to the frame; ours differs from it in one row of 200 at most.
+    assert (rows.dwells["long_view"].to_numpy() == long_views).mean() > 0.995
+    played = (raw[name].to_pylist() for name in ("play_time_ms", "duration_ms"))
+    for visit, play_ms, length_ms in zip(rows.visits(), *played, strict=True):
+        assert (visit.dwell is None) == (play_ms == 0)
+        if visit.dwell is not None:
+            watched_ms = min(play_ms, traffic.DWELL_MAX_MS)
+            over = {ms: visit.dwell[f"over_{ms}"] for ms in WATCHED_MS}
+            assert over == {ms: watched_ms > ms for ms in WATCHED_MS}
+            assert visit.dwell["value"] == watched_ms / 1_000
+            assert visit.dwell["share"] == min(1.0, watched_ms / max(length_ms, 1) / 2)
+        delays = [given.delay_ms for given in visit.feedback]
+        assert delays == sorted(delays) and all(delay <= 6_000 for delay in delays)
+
+
+def test_synthetic_visitors_watch_what_they_click():
+    visits = list(traffic.synthetic(FIELDS, rows=2_000).visits())
+    assert all(v.dwell is not None and v.dwell["over_7000"] == 1 for v in visits if v.clicked)
+    others = [v for v in visits if not v.clicked]
+    assert not any(v.dwell and v.dwell["over_7000"] for v in others)
+    assert 0.02 < sum(v.dwell is None for v in others) / len(others) < 0.5
+    # Whoever clicks less often also leaves earlier: what was watched tells of tastes.
+    assert len({given.delay_ms for v in visits for given in v.feedback}) > 500
 
 
 def test_a_declared_outcome_is_refused():
