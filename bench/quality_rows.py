@@ -6,6 +6,7 @@ know each other's outcomes. Labels are known at once after that; there is no del
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from headrace.stream.features.featurize import featurize
 DAY_MS = 86_400_000
 DURATIONS = (5e3, 7e3, 1e4, 1.5e4, 2e4, 3e4, 4.5e4, 6e4, 9e4, 1.2e5, 1.8e5, 3e5)
 PLAYED_MS = (1_000, 3_000, 7_000, 15_000, 30_000)
-CROSSES = {
+PAIRED = {
     "user_tab": ("user_id", "tab"),
     "video_tab": ("video_id", "tab"),
     "user_tag": ("user_id", "tag"),
@@ -36,12 +37,12 @@ CROSSES = {
     "upload_tab": ("upload_type", "tab"),
     "profile_tab": ("onehot_feat1", "tab"),
 }
-"""Keys that a web service would log beside its own fields: values of two fields together."""
+"""Keys of counters over two fields. `duration` is the bucket of its length, which a web service would log beside it."""
 
 Plays = tuple(f"sum:dwell.over_{ms}" for ms in PLAYED_MS)
 
 
-def _counter(name: str, key: str, *, plays: bool = False) -> Counter:
+def _counter(name: str, key: str | tuple[str, str], *, plays: bool = False) -> Counter:
     counts = ("impression", "click", *((*Plays, "sum:dwell.long_view", "sum:dwell.share") if plays else ()))
     return Counter(name=name, key=key, counts=counts, window_ms=40 * DAY_MS, buckets=40)
 
@@ -95,11 +96,13 @@ GROUPS: dict[str, Group] = {
         features=(_rate("user_1h", 2), _rate("user_5m", 1), _rate("tab_3h", 10), _rate("video_1d", 10)),
     ),
     "pairs": Group(
-        counters=tuple(_counter(n, n) for n in PAIRS), features=tuple(_rate(n, s) for n, s in PAIRS.items())
+        counters=tuple(_counter(n, PAIRED[n]) for n in PAIRS), features=tuple(_rate(n, s) for n, s in PAIRS.items())
     ),
-    "seen": Group(counters=tuple(_counter(n, n) for n in SEEN), features=tuple(_rate(n, s) for n, s in SEEN.items())),
+    "seen": Group(
+        counters=tuple(_counter(n, PAIRED[n]) for n in SEEN), features=tuple(_rate(n, s) for n, s in SEEN.items())
+    ),
     "pages": Group(
-        counters=tuple(_counter(n, n) for n in PAGES), features=tuple(_rate(n, s) for n, s in PAGES.items())
+        counters=tuple(_counter(n, PAIRED[n]) for n in PAGES), features=tuple(_rate(n, s) for n, s in PAGES.items())
     ),
     "plays": Group(features=(*_plays("user"), *_plays("video"))),
 }
@@ -145,9 +148,6 @@ def load(folder: Path, days: int = 0) -> Rows:
     duration_N = known["duration_ms"].to_numpy()
     known["duration"] = pa.array(np.searchsorted(np.array(DURATIONS), duration_N, side="right"))
     known["hour"] = pa.array(known["hourmin"].to_numpy() // 100)
-    for name, (one, other) in CROSSES.items():
-        parts = [pc.fill_null(known[field].cast(pa.string()), "") for field in (one, other)]
-        known[name] = pc.binary_join_element_wise(*parts, ":")
     time_ms_N = known["time_ms"].to_numpy()
     clicked_N = known["is_click"].to_numpy()
     outcomes = _outcomes(known)
@@ -155,7 +155,7 @@ def load(folder: Path, days: int = 0) -> Rows:
     raw = {name: known[name] for name in fields if name in known}
     for group in GROUPS.values():
         for counter in group.counters:
-            raw |= counted(counter, known[counter.key], time_ms_N, outcomes)
+            raw |= counted(counter, [known[field] for field in counter.key_fields], time_ms_N, outcomes)
     day_N = np.searchsorted(np.array(dates), known["date"].to_numpy())
     return Rows(raw, clicked_N.astype(np.float32), time_ms_N, day_N)
 
@@ -174,9 +174,12 @@ def _outcomes(known: dict[str, pa.Array]) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def counted(
-    counter: Counter, keys: pa.Array, time_ms_N: npt.NDArray[np.int64], outcomes: dict[str, npt.NDArray[np.int64]]
+    counter: Counter,
+    keys: Sequence[pa.Array],
+    time_ms_N: npt.NDArray[np.int64],
+    outcomes: dict[str, npt.NDArray[np.int64]],
 ) -> dict[str, pa.Array]:
-    """Return a counter's columns as of each row, of what was before its time: float32."""
+    """Return a counter's columns as of each row, of what was before its time: float32; `keys` are its key's fields."""
     state, texts = CounterState(counter), key_strings(keys)
     times = time_ms_N.tolist()
     amounts = [outcomes[entry].tolist() for entry in counter.counts]
