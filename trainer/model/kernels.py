@@ -1,8 +1,8 @@
 """Compiled passes of the dense part over the distinct ids of a batch: each is multiplied once, not once a place.
 
 The first layer's product of x0 is a sum over slots, so it is taken of distinct ids, and what comes out is added up by
-place; gradients go the other way. Products are tiled (two rows by four, four by two), so that a number that was loaded
-is used several times. Single-threaded, in a fixed order.
+place; gradients go the other way. Products are tiled, so that a number that was loaded is used several times.
+Single-threaded, in a fixed order.
 
 Axes: B samples, F slots, U distinct ids (see `Places`), N those of one slot, V = 1 + E values of a row, X = F * E + D,
 H the first layer's width.
@@ -44,7 +44,8 @@ def project(
     for f in range(slots):
         begin = begin_F[f]
         value_NV = values_UV[begin : begin_F[f + 1]]
-        _products(value_NV, weight_XH[f * width : (f + 1) * width], product_NH)
+        product_NH[: value_NV.shape[0]] = np.float32(0.0)
+        _add_product(value_NV[:, 1:], weight_XH[f * width : (f + 1) * width], product_NH)
         for n in range(value_NV.shape[0]):
             squares = np.float32(0.0)
             for e in range(width):
@@ -84,7 +85,7 @@ def collect(
     slots, samples = place_FB.shape
     width, hidden = values_UV.shape[1] - 1, weight_XH.shape[1]
     grad_NH, pairs_N = np.empty((samples, hidden), np.float32), np.empty(samples, np.float32)
-    grad_UV[:] = np.float32(0.0)
+    grad_UV[:], grad_XH[: slots * width] = np.float32(0.0), np.float32(0.0)
     pulled_BE = np.empty((samples, width), np.float32)
     for b in range(samples):
         for e in range(width):
@@ -104,66 +105,35 @@ def collect(
         for n in range(count):
             for e in range(width):
                 out_NV[n, 1 + e] -= pairs_N[n] * value_NV[n, 1 + e]
-        weight_EH = weight_XH[f * width : (f + 1) * width]
-        _weight_gradients(value_NV, grad_NH, grad_XH[f * width : (f + 1) * width])
-        _row_gradients(grad_NH, weight_EH, out_NV)
+        of_slot = slice(f * width, (f + 1) * width)
+        _add_product(value_NV[:, 1:].T, grad_NH[:count], grad_XH[of_slot])
+        _row_gradients(grad_NH, weight_XH[of_slot], out_NV)
 
 
 @numba.njit(cache=True, fastmath=_CONTRACT)
-def _products(value_NV: Float32s, weight_EH: Float32s, out_NH: Float32s) -> None:
-    """Write embeddings times weights, two ids and four numbers of theirs at a time."""
-    count, width, hidden = value_NV.shape[0], weight_EH.shape[0], weight_EH.shape[1]
-    out_NH[:count] = np.float32(0.0)
-    for first in range(0, count, 2):
-        # An odd last id is its own partner, and then written once.
-        a, b = value_NV[first], value_NV[min(first + 1, count - 1)]
-        out, partner = out_NH[first], out_NH[min(first + 1, count - 1)]
-        is_pair = first + 1 < count
-        e = 0
-        while is_pair and e + 4 <= width:
-            a0, a1, a2, a3 = a[1 + e], a[2 + e], a[3 + e], a[4 + e]
-            b0, b1, b2, b3 = b[1 + e], b[2 + e], b[3 + e], b[4 + e]
-            w0, w1, w2, w3 = weight_EH[e], weight_EH[e + 1], weight_EH[e + 2], weight_EH[e + 3]
+def _add_product(a_RK: Float32s, b_KH: Float32s, out_RH: Float32s) -> None:
+    """Add a times b, four rows of a and four of b at a time."""
+    (rows, inner), hidden = a_RK.shape, b_KH.shape[1]
+    for r in range(0, rows - 3, 4):
+        out0, out1, out2, out3 = out_RH[r], out_RH[r + 1], out_RH[r + 2], out_RH[r + 3]
+        for k in range(0, inner - 3, 4):
+            a00, a01, a02, a03 = a_RK[r, k], a_RK[r, k + 1], a_RK[r, k + 2], a_RK[r, k + 3]
+            a10, a11, a12, a13 = a_RK[r + 1, k], a_RK[r + 1, k + 1], a_RK[r + 1, k + 2], a_RK[r + 1, k + 3]
+            a20, a21, a22, a23 = a_RK[r + 2, k], a_RK[r + 2, k + 1], a_RK[r + 2, k + 2], a_RK[r + 2, k + 3]
+            a30, a31, a32, a33 = a_RK[r + 3, k], a_RK[r + 3, k + 1], a_RK[r + 3, k + 2], a_RK[r + 3, k + 3]
+            b0, b1, b2, b3 = b_KH[k], b_KH[k + 1], b_KH[k + 2], b_KH[k + 3]
             for h in range(hidden):
-                out[h] = out[h] + a0 * w0[h] + a1 * w1[h] + a2 * w2[h] + a3 * w3[h]
-                partner[h] = partner[h] + b0 * w0[h] + b1 * w1[h] + b2 * w2[h] + b3 * w3[h]
-            e += 4
-        while e < width:
-            w0 = weight_EH[e]
+                v0, v1, v2, v3 = b0[h], b1[h], b2[h], b3[h]
+                out0[h] = out0[h] + a00 * v0 + a01 * v1 + a02 * v2 + a03 * v3
+                out1[h] = out1[h] + a10 * v0 + a11 * v1 + a12 * v2 + a13 * v3
+                out2[h] = out2[h] + a20 * v0 + a21 * v1 + a22 * v2 + a23 * v3
+                out3[h] = out3[h] + a30 * v0 + a31 * v1 + a32 * v2 + a33 * v3
+    # What the tiles leave over: the last of b for each row of a, all of b for the last rows.
+    for r in range(rows):
+        for k in range(inner - inner % 4 if r < rows - rows % 4 else 0, inner):
+            v = a_RK[r, k]
             for h in range(hidden):
-                out[h] += a[1 + e] * w0[h]
-            if is_pair:
-                for h in range(hidden):
-                    partner[h] += b[1 + e] * w0[h]
-            e += 1
-
-
-@numba.njit(cache=True, fastmath=_CONTRACT)
-def _weight_gradients(value_NV: Float32s, grad_NH: Float32s, out_EH: Float32s) -> None:
-    """Write transposed embeddings times gradients, four ids and two numbers of theirs at a time."""
-    count, width, hidden = value_NV.shape[0], out_EH.shape[0], out_EH.shape[1]
-    out_EH[:] = np.float32(0.0)
-    n = 0
-    while n + 4 <= count:
-        g0, g1, g2, g3 = grad_NH[n], grad_NH[n + 1], grad_NH[n + 2], grad_NH[n + 3]
-        v0, v1, v2, v3 = value_NV[n], value_NV[n + 1], value_NV[n + 2], value_NV[n + 3]
-        for e in range(0, width - 1, 2):
-            a0, a1, a2, a3 = v0[1 + e], v1[1 + e], v2[1 + e], v3[1 + e]
-            b0, b1, b2, b3 = v0[2 + e], v1[2 + e], v2[2 + e], v3[2 + e]
-            out, below = out_EH[e], out_EH[e + 1]
-            for h in range(hidden):
-                out[h] = out[h] + a0 * g0[h] + a1 * g1[h] + a2 * g2[h] + a3 * g3[h]
-                below[h] = below[h] + b0 * g0[h] + b1 * g1[h] + b2 * g2[h] + b3 * g3[h]
-        if width % 2:
-            out = out_EH[width - 1]
-            for h in range(hidden):
-                out[h] += v0[width] * g0[h] + v1[width] * g1[h] + v2[width] * g2[h] + v3[width] * g3[h]
-        n += 4
-    while n < count:
-        for e in range(width):
-            for h in range(hidden):
-                out_EH[e, h] += value_NV[n, 1 + e] * grad_NH[n, h]
-        n += 1
+                out_RH[r, h] += v * b_KH[k, h]
 
 
 @numba.njit(cache=True, fastmath=_SUMS)
