@@ -31,6 +31,7 @@ from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.model.row_index import SWEEPS
+from headrace.trainer.model.table_group import SlotTable, Tables
 from headrace.trainer.model.table_optimizers import Kind, Optimizer
 from headrace.trainer.model.tables import Table
 
@@ -80,19 +81,19 @@ def grow(table: Table, to: int) -> Stalls:
     return stalls
 
 
-def sample_seconds(table: Table, batches: int) -> tuple[float, Stalls]:
+def sample_seconds(tables: Tables, batches: int) -> tuple[float, Stalls]:
     """Return the median CPU time a sample, and the times of the sweeps."""
     rng, times, sweeps = np.random.default_rng(1), [], Stalls()
     now_B = np.full(BATCH, 40 * DAY_MS)
-    grad_BFV = rng.normal(size=(BATCH, SLOTS, 1 + DIM)).astype(np.float32)
+    grad_UV = rng.normal(size=(BATCH * SLOTS, 1 + DIM)).astype(np.float32)
     for _ in range(batches):
-        keys_BF = keys_of(rng.integers(0, len(table), (BATCH, SLOTS)))
+        keys_BF = keys_of(rng.integers(0, len(tables), (BATCH, SLOTS)))
         before = time.thread_time()
-        rows_BF = table.rows_for(keys_BF, now_B)
-        table.gather(rows_BF, keys_BF)
-        table.update(rows_BF, grad_BFV, now_B)
+        places = tables.places(keys_BF, now_B)
+        tables.gather(places)
+        tables.update(places, grad_UV[: len(places.keys_U)], now_B)
         with sweeps:
-            table.expire(40 * DAY_MS)
+            tables.expire(40 * DAY_MS)
         times.append((time.thread_time() - before) / BATCH)
     return statistics.median(times), sweeps
 
@@ -160,16 +161,19 @@ def main() -> None:
     most = args.rows or (3_000_000 if args.quick else SIZES[-1])
     kind: Kind = args.optimizer
     dense = dense_seconds(60)
-    table = Table(dim=DIM, seed=7, scale=0.01, optimizer=Optimizer(kind), expire_after_ms=30 * DAY_MS)
-    grow(table, 10_000)
-    sample_seconds(table, 20)
-    table = Table(dim=DIM, seed=7, scale=0.01, optimizer=Optimizer(kind), expire_after_ms=30 * DAY_MS)
+    warm, tables = (
+        Tables([SlotTable(DIM, Optimizer(kind))] * SLOTS, seed=7, scale=0.01, expire_after_ms=30 * DAY_MS)
+        for _ in range(2)
+    )
+    grow(warm.tables[0], 10_000)
+    sample_seconds(warm, 20)
+    table = tables.tables[0]
     empty, first, figures, longest = anonymous_bytes(), 0.0, [], (0.0, 0.0)
     for size in [size for size in SIZES if size <= most]:
         stalls = grow(table, size)
         longest = tuple(map(max, longest, stalls.longest()))
         held = anonymous_bytes() - empty
-        seconds, sweeps = sample_seconds(table, 100 if args.quick else 300)
+        seconds, sweeps = sample_seconds(tables, 100 if args.quick else 300)
         first = first or seconds
         name = f"{size // 1_000_000}m"
         figures += [
