@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.hashing import combine64, hash_text
-from headrace.contract.spec import PAD, Bucket, Categorical, Cross, Feature, FeatureSpec, Pairs
+from headrace.contract.spec import PAD, Bucket, Categorical, Cross, Feature, FeatureSpec, Pairs, Rate
 from headrace.stream.features.transforms import Inputs, dense_numbers, pairs_of, slot_values
 from headrace.stream.features.values import Columns, U64s
 
@@ -46,6 +46,8 @@ def featurize(columns: Columns, spec: FeatureSpec) -> tuple[npt.NDArray[np.int64
     rows = _rows(columns)
     inputs = Inputs(columns, rows)
     inputs.hash_together(_hashed_fields(spec))
+    with np.errstate(over="ignore"):
+        inputs.rate_together(_rates(spec))
     values_FN = np.empty((spec.slots, rows), dtype=np.uint64)
     numeric_ND = np.empty((rows, spec.numerics), dtype=np.float32)
     pads: list[tuple[int, npt.NDArray[np.bool_]]] = []
@@ -115,6 +117,11 @@ def _hashed_fields(spec: FeatureSpec) -> tuple[str, ...]:
         if isinstance(feature, Categorical | Bucket | Cross | Pairs):
             names.update(dict.fromkeys(feature.inputs()))
     return tuple(names)
+
+
+@lru_cache(maxsize=64)
+def _rates(spec: FeatureSpec) -> tuple[Rate, ...]:
+    return tuple(feature for feature in spec.features if isinstance(feature, Rate))
 
 
 def _rows(columns: Columns) -> int:
