@@ -28,7 +28,8 @@ from headrace.trainer.model.calibration import Platt, acceptable, gradients, lef
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.in_order import learn_in_order
 from headrace.trainer.model.norms import Norms
-from headrace.trainer.model.places import Places
+from headrace.trainer.model.places import Places, distinct
+from headrace.trainer.model.row_index import Int32s
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, probabilities, score
 from headrace.trainer.model.shallow import Shallow
 from headrace.trainer.model.table_group import SlotTable, Tables
@@ -187,8 +188,14 @@ class TableLearner:
         return self.score(batch, lookup=self.lookup, dense=self.dense())
 
     def score(self, batch: Batch, *, lookup: Lookup, dense: Dense) -> Float32s:
-        """Return what these weights in place of the learner's own would say: float32 [B]."""
-        said_BT = score(self.recipe, self.features, batch.slots_BF, batch.numeric_BD, lookup=lookup, dense=dense)
+        """Return what these weights in place of the learner's own would say: float32 [B]. Asks for each id once."""
+        keys_U, place_FB, _ = distinct(batch.slots_BF)
+        return self._score(batch, lookup(keys_U), place_FB, dense)
+
+    def _score(self, batch: Batch, values_UV: Float32s, place_FB: Int32s, dense: Dense) -> Float32s:
+        values_NV = values_UV[place_FB.T.reshape(-1)]
+        slots_BF, numeric_BD = batch.slots_BF, batch.numeric_BD
+        said_BT = score(self.recipe, self.features, slots_BF, numeric_BD, lookup=lambda _: values_NV, dense=dense)
         out_B: Float32s = said_BT[np.arange(len(batch)), batch.task_B]
         return out_B
 
@@ -245,8 +252,7 @@ class TableLearner:
         if self._average is None:
             said_B = self._said(logit_B, batch)
         else:
-            here = places.place_FB.T.reshape(-1)
-            said_B = self.score(batch, lookup=lambda _: values_UV[here], dense=self.dense())
+            said_B = self._score(batch, values_UV, places.place_FB, self.dense())
         touched_K = self._expired_too(self.table.update(places, grad_UV, batch.event_time_ms_B), batch)
         self.net.update(len(batch))
         if self._average is not None:
