@@ -100,7 +100,11 @@ def test_tls_takes_a_client_that_sends_at_once_and_leaves(authority: Authority) 
         eventually(lambda: not gateway.server.connections and not gateway.server.gates, "no connection stays")
 
 
-@pytest.mark.parametrize("text", [frame([impression(1, title=PASSWORD)], "c"), f"GET /?{PASSWORD} HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "text",
+    [frame([impression(1, title=PASSWORD)], "c"), f"GET /?{PASSWORD} HTTP/1.1\r\n\r\n"],
+    ids=["forward", "http"],
+)
 def test_plain_text_on_the_tls_port_is_refused_without_a_word_of_it_in_the_log(
     authority: Authority, text: bytes | str, caplog: pytest.LogCaptureFixture
 ) -> None:
