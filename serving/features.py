@@ -106,11 +106,14 @@ class FeatureMemory:
     def columns(self, spec: FeatureSpec, raw: Mapping[str, pa.Array], rows: int) -> list[dict[str, Any]]:
         """Return every counter and external column of each of `rows` candidates; `raw` as `scorer.merge` returns."""
         served: list[dict[str, Any]] = [{} for _ in range(rows)]
+        texts: dict[tuple[str, ...], list[str | None]] = {}
         for counter in spec.counters:
             names = counter.columns()
             known: dict[str | None, dict[str, float]] = {}
-            keys = key_strings([raw[field] for field in counter.key_fields])
-            for row, key in zip(served, keys, strict=True):
+            fields = counter.key_fields
+            if fields not in texts:
+                texts[fields] = key_strings([raw[field] for field in fields])
+            for row, key in zip(served, texts[fields], strict=True):
                 found = known.get(key)
                 if found is None:
                     counts: list[float] = [0] * len(names) if key is None else self.counts(counter, key)

@@ -51,6 +51,8 @@ from headrace.stream.features.values import (
 
 TEXT_CHARS_MAX = 4_096
 """Most characters of a text that are looked at."""
+FEW_ROWS = 1_024
+"""Up to so many rows, as in a request, columns are worth copying together to save calls."""
 _WORD = re.compile(r"\w+")
 _MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
 
@@ -63,20 +65,27 @@ class Inputs:
         self._hashes: dict[str, U64s] = {}
         self._numbers: dict[str, F64s] = {}
         self._rates: dict[Rate, tuple[F64s, F64s]] = {}
+        self._buckets: dict[Bucket, U64s] = {}
 
     def column(self, name: str) -> pa.Array:
         """Return a column."""
         return column_of(self.columns, name)
 
     def hash_together(self, names: Iterable[str]) -> None:
-        """Hash several columns ahead; those of integers without nulls are mixed in one call."""
+        """Hash several columns ahead: integers without nulls in one call and, of a few rows, texts in one call."""
         whole: dict[str, U64s] = {}
+        texts: dict[str, pa.Array] = {}
         for name in names:
             column = self.column(name)
             if pa.types.is_int64(column.type) and not column.null_count:
                 whole[name] = column.to_numpy().view(np.uint64)
+            elif pa.types.is_string(column.type) and self.rows <= FEW_ROWS:
+                texts[name] = column
         if whole:
             self._hashes.update(zip(whole, mix64(np.stack(list(whole.values()))), strict=True))
+        if texts:
+            hashed_N = hash_values(pa.concat_arrays(list(texts.values())))
+            self._hashes.update(zip(texts, hashed_N.reshape(len(texts), self.rows), strict=True))
 
     def rate_together(self, rates: Sequence[Rate]) -> None:
         """Compute several rates ahead, in one call a step: for the rows of a request calls are what costs."""
@@ -108,6 +117,12 @@ class Inputs:
         """Return the numbers of a rate that `rate_together` was told of."""
         return self._rates[rate]
 
+    def bucket(self, feature: Bucket) -> U64s:
+        """Return the hash of each row's interval, once for all features that are made of it."""
+        if feature not in self._buckets:
+            self._buckets[feature] = _bucket(feature, self)
+        return self._buckets[feature]
+
     def hashes(self, name: str) -> U64s:
         """Return `hash_values` of a column."""
         if name not in self._hashes:
@@ -132,7 +147,7 @@ def slot_values(feature: Feature, inputs: Inputs) -> Values:
                 value_N = combine64(value_N, inputs.hashes(name))
             return Values(value_N[None], None)
         case Bucket():
-            return Values(_bucket(feature, inputs)[None], None)
+            return Values(inputs.bucket(feature)[None], None)
         case MultiValued(separator=""):
             return list_values(inputs.column(feature.field), feature.values_max)
         case MultiValued():
