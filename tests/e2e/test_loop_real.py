@@ -44,6 +44,7 @@ KILL_EVERY_S = 7.0
 STAGES = ("ingest", "kafka", "stream", "train", "serve", "sink", "aggregate", "crawl")
 VICTIMS = {"hdfs": (*STAGES, "datanode", "namenode"), "cephfs": (*STAGES, "ceph-osd", "ceph-mds")}
 DRAIN_S = 240.0
+WATCHED = "counter.watched.sum:dwell.over_7000"
 TOML = """
 module = "shop.py"
 
@@ -236,6 +237,14 @@ def test_the_lake_holds_each_impression_once(outcome: Outcome):
     # A click may come late where a kill held it up beyond the window, or before its impression and wait in vain; it is
     # counted, not lost.
     assert len(clicked - positives) == outcome.ledger["late"] + outcome.ledger["orphans"]
+
+
+def test_what_was_watched_is_known_to_later_impressions(outcome: Outcome):
+    """Nobody served these impressions: the join counted by itself, the user's dwells and the pairs of user and tab."""
+    rows = lake(outcome.stack).select(["counter.user.impression", "counter.user_tab.impression", WATCHED]).to_pylist()
+    assert sum(row[WATCHED] > 0 for row in rows) > IMPRESSIONS / 20
+    # Each earlier impression was on one tab.
+    assert all(row["counter.user_tab.impression"] <= row["counter.user.impression"] for row in rows)
 
 
 def test_each_impression_was_learnt_once(outcome: Outcome):
