@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.events import decode_batch
 from headrace.contract.log import Reader
@@ -28,7 +29,7 @@ from headrace.contract.sample import parse_position, sample_schema
 from headrace.contract.snapshot import Manifest, decode_manifest
 from headrace.contract.steps import Step, StepRange, decode_step
 from headrace.contract.topics import Topics
-from headrace.trainer.model.learner import make_learner
+from headrace.trainer.model.learner import learner_for
 from headrace.trainer.run import digest_of
 from headrace.trainer.source import Lake, conform, stored_order, to_batch
 
@@ -64,13 +65,15 @@ def as_trained(
     reader: Reader,
     lake: Lake | None,
     *,
+    train: TrainConfig | None = None,
     step: int | None = None,
     holder: str = "replay",
     progress: Progress | None = None,
 ) -> Result:
     """Replay the newest run of `project` up to its newest snapshot (or up to `step`) and compare digests.
 
-    The versions of the lake that are read are leased to `holder`, a name of its own for each replay at one time.
+    It learns where the settings `train` say, as the run did: other devices give other bits. The versions of the lake
+    that are read are leased to `holder`, a name of its own for each replay at one time.
 
     Raises `ConfigRejected` where nothing was published yet, or the run was trained by another recipe or spec;
     `InvariantBroken` where recorded samples are found nowhere.
@@ -90,7 +93,7 @@ def as_trained(
     shown = progress or Silent()
     shown.begin(f"replaying {target} steps of run {run}", sum(r.rows for s in steps for r in s.ranges))
     rows = Rows(project, topics, reader, lake, steps, holder)
-    learner, learnt = make_learner(project.recipe, project.features), 0
+    learner, learnt = learner_for(project, train or TrainConfig()), 0
     for one in steps:
         batch = to_batch(rows.of(one), project)
         learner.learn(batch)

@@ -34,7 +34,7 @@ from headrace.contract.topics import Topics
 from headrace.trainer.board import Board
 from headrace.trainer.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
 from headrace.trainer.evaluate import Evaluation, known_times
-from headrace.trainer.model.learner import device_of, make_learner
+from headrace.trainer.model.learner import learner_for
 from headrace.trainer.publish import Publisher
 from headrace.trainer.report import Report
 from headrace.trainer.slices import slices_of
@@ -122,7 +122,7 @@ class Trainer:
         )
         self.steps = StepsLog(parts.pen, self.project.name, pause=self._pause)
         self.recipe = digest_of(self.project)
-        self.learner = make_learner(self.project.recipe, self.project.features, device=device_of(parts.config.device))
+        self.learner = learner_for(self.project, parts.config)
         self.evaluation = new_evaluation(self.project, parts.config)
         self.run_id = ""
         self.publisher: Publisher | None = None

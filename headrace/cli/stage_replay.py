@@ -43,6 +43,7 @@ def main(args: argparse.Namespace) -> int:
         runtime.topics,
         runtime.reader(),
         runtime.lake(),
+        train=runtime.config.train,
         step=args.step,
         holder=f"replay-{socket.gethostname()}-{os.getpid()}",
         progress=show_progress(logger),

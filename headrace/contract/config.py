@@ -243,8 +243,10 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     threads: Count = 1
     """Threads of the math library; part of what bit equality needs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the dense part is learnt; the tables stay on the CPU. `auto`: CUDA where there is one. Bits are equal on
-    machines of one kind only."""
+    """Where the dense part is learnt. `auto`: CUDA where there is one. Bits are equal on machines of one kind only."""
+    device_rows: Annotated[int, Meta(ge=0)] = 1_000_000
+    """With CUDA: rows of each kind that are kept on the device, the most recently used; what one row takes is in
+    trainer/README.md. 0: all rows stay on the host."""
     slices: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
     """Impression fields by whose values the figures of progressive validation are told apart."""
     slice_values_max: Annotated[int, Meta(gt=0, le=256)] = 16

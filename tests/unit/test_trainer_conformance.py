@@ -23,8 +23,21 @@ from headrace.trainer.model.scoring import logits, probabilities, shapes_of
 from headrace.trainer.source import Cursor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))]
+# Rows on the device: all kinds of rows and of dense parts, a cache that is too small for what comes.
+CACHED = {
+    f"{name}-cached": recipe
+    for name, recipe in RECIPES.items()
+    if recipe.model in ("deepfm", "dcn", "module")
+    and (recipe.optimizer != "adagrad_row" or name.split("-")[1] in ("slots", "admitted", "average", "half"))
+}
+RECIPES = RECIPES | CACHED
 MAKERS = {
-    **{name: lambda device, r=recipe: make_learner(r, SPEC, device=device) for name, recipe in RECIPES.items()},
+    **{
+        name: lambda device, r=recipe, rows=11 if name in CACHED else 0: make_learner(
+            r, SPEC, device=device, device_rows=rows
+        )
+        for name, recipe in RECIPES.items()
+    },
     "river": lambda device: RiverLearner(recipe_of("logistic"), SPEC),
 }
 IN_ORDER = {name: recipe.updates == "sample" for name, recipe in RECIPES.items()} | {"river": True}
@@ -257,7 +270,8 @@ def test_gradients_are_those_of_autograd_on_a_dense_twin(name, device):
     # Any gradient of the log-odds will do, and this one is not symmetric in the tasks.
     grad_BT = np.random.default_rng(81).normal(size=logits_BT.shape).astype(np.float32)
     grad_UV, norms = learner.net.backward(grad_BT)
-    twin = torch.from_numpy(values_UV.astype(np.float64)).requires_grad_(True)
+    grad_UV = torch.as_tensor(grad_UV).cpu().numpy()
+    twin = torch.as_tensor(values_UV).cpu().double().requires_grad_(True)
     weights = {n: torch.from_numpy(w).double().requires_grad_(True) for n, w in learner.net.dense().items()}
     exact = Batch(batch.slots_BF, batch.numeric_BD.astype(np.float64), *(getattr(batch, f) for f in ["label_B"] * 3))
     wanted = twin_logits(recipe, weights, twin[torch.from_numpy(places.place_FB).T], exact)

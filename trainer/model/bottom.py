@@ -9,14 +9,25 @@ first layer's width.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from headrace.trainer.model.kernels import collect, collect_spread, project, spread
+from headrace.trainer.model.kernels import collect, collect_spread, project, spread, squares_of
 from headrace.trainer.model.places import Places
 from headrace.trainer.model.scoring import Float32s
+
+Rows = Float32s | torch.Tensor
+"""Values or gradients of rows: an array, or a tensor where rows are kept on the device."""
+
+
+def norm_of(grad_UV: Rows) -> float:
+    """Return the Euclidean norm, which is not finite where a number is not."""
+    if isinstance(grad_UV, torch.Tensor):
+        return float(torch.linalg.vector_norm(grad_UV))
+    return math.sqrt(squares_of(grad_UV))
 
 
 class Read(NamedTuple):
@@ -42,11 +53,11 @@ class Layer(NamedTuple):
 class Bottom(Protocol):
     """`forward`, then `backward`; the returned tensors hold until the next `forward`."""
 
-    def forward(self, values_UV: Float32s, places: Places, numeric_BD: torch.Tensor) -> Read:
+    def forward(self, values_UV: Rows, places: Places, numeric_BD: torch.Tensor) -> Read:
         """Read a batch's rows."""
 
-    def backward(self, grads: Read) -> Float32s:
-        """Return the gradients of the rows, float32 [U, V], and write the layer's."""
+    def backward(self, grads: Read) -> Rows:
+        """Return the gradients of the rows, float32 [U, V], where the rows were, and write the layer's."""
 
 
 class HostBottom:
@@ -56,8 +67,9 @@ class HostBottom:
         self._layer, self._has_crosses = layer, has_crosses
         self._weight_XH, self._grad_XH = layer.weight_XH.numpy(), layer.grad_XH.numpy()
 
-    def forward(self, values_UV: Float32s, places: Places, numeric_BD: torch.Tensor) -> Read:
+    def forward(self, values_UV: Rows, places: Places, numeric_BD: torch.Tensor) -> Read:
         """Read a batch's rows."""
+        assert isinstance(values_UV, np.ndarray), "rows on a device are read by DeviceBottom"
         samples, width = len(numeric_BD), values_UV.shape[1] - 1
         self._values_UV, self._places, self._numeric_BD = values_UV, places, numeric_BD
         first_BH = torch.addmm(self._layer.bias_H, numeric_BD, self._layer.weight_XH[self._embedded :])
@@ -73,7 +85,7 @@ class HostBottom:
             spread(values_UV, places.place_FB, numeric_BD.numpy(), x_BX.numpy())
         return Read(torch.from_numpy(linear_B), torch.from_numpy(pairs_B), first_BH, x_BX)
 
-    def backward(self, grads: Read) -> Float32s:
+    def backward(self, grads: Read) -> Rows:
         """Return the gradients of the rows, float32 [U, V], and write the layer's."""
         torch.sum(grads.first_BH, 0, out=self._layer.grad_H)
         torch.mm(self._numeric_BD.t(), grads.first_BH, out=self._layer.grad_XH[self._embedded :])
@@ -98,11 +110,11 @@ class DeviceBottom:
     def __init__(self, layer: Layer, *, has_crosses: bool) -> None:
         self._layer, self._has_crosses = layer, has_crosses
 
-    def forward(self, values_UV: Float32s, places: Places, numeric_BD: torch.Tensor) -> Read:
+    def forward(self, values_UV: Rows, places: Places, numeric_BD: torch.Tensor) -> Read:
         """Read a batch's rows."""
         self._place_BF = torch.from_numpy(places.place_FB).to(numeric_BD.device).t().long()
-        self._shape_UV = values_UV.shape
-        values_BFV = torch.from_numpy(values_UV).to(numeric_BD.device)[self._place_BF]
+        self._values_UV = values_UV
+        values_BFV = torch.as_tensor(values_UV, device=numeric_BD.device)[self._place_BF]
         self._embedding_BFE = values_BFV[:, :, 1:]
         self._sum_BE = self._embedding_BFE.sum(1)
         pairs_B = 0.5 * ((self._sum_BE**2).sum(1) - (self._embedding_BFE**2).sum((1, 2)))
@@ -110,8 +122,8 @@ class DeviceBottom:
         first_BH = torch.addmm(self._layer.bias_H, self._x_BX, self._layer.weight_XH)
         return Read(values_BFV[:, :, 0].sum(1), pairs_B, first_BH, self._x_BX if self._has_crosses else None)
 
-    def backward(self, grads: Read) -> Float32s:
-        """Return the gradients of the rows, float32 [U, V], and write the layer's."""
+    def backward(self, grads: Read) -> Rows:
+        """Return the gradients of the rows, float32 [U, V], where the rows were, and write the layer's."""
         torch.sum(grads.first_BH, 0, out=self._layer.grad_H)
         torch.mm(self._x_BX.t(), grads.first_BH, out=self._layer.grad_XH)
         x_BX = grads.first_BH @ self._layer.weight_XH.t()
@@ -122,7 +134,6 @@ class DeviceBottom:
         grad_BFV[:, :, 0] = grads.linear_B[:, None]
         grad_BFV[:, :, 1:] = x_BX[:, : slots * width].view(samples, slots, width)
         grad_BFV[:, :, 1:] += grads.pairs_B[:, None, None] * (self._sum_BE[:, None] - self._embedding_BFE)
-        grad_UV = torch.zeros(self._shape_UV, device=x_BX.device)
+        grad_UV = torch.zeros(tuple(self._values_UV.shape), device=x_BX.device)
         grad_UV.index_put_((self._place_BF,), grad_BFV, accumulate=True)
-        out_UV: Float32s = grad_UV.cpu().numpy()
-        return out_UV
+        return grad_UV if isinstance(self._values_UV, torch.Tensor) else grad_UV.cpu().numpy()

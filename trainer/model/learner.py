@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.project import Project
 from headrace.contract.recipe import Optimizer as Kind
 from headrace.contract.recipe import Recipe, slot_labels
 from headrace.contract.snapshot import Weights
@@ -91,13 +93,44 @@ class Learner(Protocol):
         """Return the digest of the whole state."""
 
 
-class DensePart(Protocol):
-    """What lies on top of the tables: `forward`, then `backward`, then perhaps `update`."""
+class Store(Protocol):
+    """Where rows live: `Tables` on the host, or `HotRows`, whose values and gradients are tensors on a device.
 
-    def forward(self, values_UV: Float32s, places: Places, numeric_BD: Float32s) -> Float32s:
+    See `Tables` for what each method promises.
+    """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def places(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> Places: ...
+
+    def gather(self, places: Places) -> Any: ...
+
+    def update(self, places: Places, grad_UV: Any, event_time_ms_B: Int64s) -> Int64s: ...
+
+    def expire(self, now_ms: int) -> Int64s: ...
+
+    def lookup(self, keys_K: Int64s) -> Float32s: ...
+
+    def keys(self) -> Int64s: ...
+
+    def state(self) -> State: ...
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None: ...
+
+
+class DensePart(Protocol):
+    """What lies on top of the tables: `forward`, then `backward`, then perhaps `update`.
+
+    Values and gradients of rows are arrays, or tensors where the rows are on a device: as `Store` gives and takes them.
+    """
+
+    def forward(self, values_UV: Any, places: Places, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], from the values of the batch's distinct ids."""
 
-    def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
+    def backward(self, grad_BT: Float32s) -> tuple[Any, Norms]:
         """Return the gradients of the distinct ids, float32 [U, V], and the norms."""
 
     def update(self, samples: int) -> None:
@@ -113,21 +146,40 @@ class DensePart(Protocol):
         """Replace everything by what `state` returned."""
 
 
-def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu") -> TableLearner:
-    """Return the learner that the recipe names, as it begins. Raises `ConfigRejected`; see `Recipe.checked`."""
+def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu", device_rows: int = 0) -> TableLearner:
+    """Return the learner that the recipe names, as it begins. Raises `ConfigRejected`; see `Recipe.checked`.
+
+    Args:
+        device: where the dense part of `deepfm`, `dcn` and a module is learnt.
+        device_rows: rows that are kept there, see `HotRows`; with 0 they are read and learnt on the host.
+    """
     recipe.checked(features)
-    dense: DensePart
+    tables, dense = make_tables(recipe, features), make_dense(recipe, features, device=device, device_rows=device_rows)
+    if not device_rows or isinstance(dense, Shallow):
+        return TableLearner(recipe, features, tables, dense)
+    from headrace.trainer.model.hot_rows import HotRows  # torch
+
+    return TableLearner(recipe, features, HotRows(tables, device=device, rows=device_rows), dense)
+
+
+def make_dense(recipe: Recipe, features: FeatureSpec, *, device: str, device_rows: int) -> DensePart:
+    """Return what the recipe names on top of the tables, as it begins. Imports torch only where it needs it."""
     if recipe.model in ("logistic", "fm"):
-        dense = Shallow(recipe, features)  # A handful of numbers: no device is worth the way there.
-    elif recipe.model == "module":
+        return Shallow(recipe, features)  # A handful of numbers: no device is worth the way there.
+    if recipe.model == "module":
         from headrace.trainer.model.module import ModuleNet
 
-        dense = ModuleNet(recipe, features, device=device)
-    else:
-        from headrace.trainer.model.net import Net
+        return ModuleNet(recipe, features, device=device)
+    from headrace.trainer.model.net import Net
 
-        dense = Net(recipe, features, device=device)
-    return TableLearner(recipe, features, make_tables(recipe, features), dense)
+    return Net(recipe, features, device=device, reads_device=device_rows > 0)
+
+
+def learner_for(project: Project, config: TrainConfig) -> TableLearner:
+    """Return the project's learner where the settings want it; whoever replays a run needs the same ones."""
+    device = device_of(config.device)
+    rows = config.device_rows if device == "cuda" else 0
+    return make_learner(project.recipe, project.features, device=device, device_rows=rows)
 
 
 def device_of(setting: str) -> str:
@@ -172,7 +224,7 @@ def _optimizer(recipe: Recipe, kind: Kind) -> Optimizer:
 class TableLearner:
     """A dense part over collisionless tables: every model of `Recipe.model`."""
 
-    def __init__(self, recipe: Recipe, features: FeatureSpec, table: Tables, dense: DensePart) -> None:
+    def __init__(self, recipe: Recipe, features: FeatureSpec, table: Store, dense: DensePart) -> None:
         self.recipe, self.features, self.table, self.net = recipe, features, table, dense
         self.step = 0
         self._platt = Platt(recipe) if recipe.calibrate else None
@@ -252,6 +304,8 @@ class TableLearner:
         if self._average is None:
             said_B = self._said(logit_B, batch)
         else:
+            if not isinstance(values_UV, np.ndarray):
+                values_UV = self.table.lookup(places.keys_U)
             said_B = self._score(batch, values_UV, places.place_FB, self.dense())
         touched_K = self._expired_too(self.table.update(places, grad_UV, batch.event_time_ms_B), batch)
         self.net.update(len(batch))
@@ -262,7 +316,7 @@ class TableLearner:
         return StepReport(said_B, touched_K, len(batch), 0, 0, norms.dense / len(batch), norms.rows)
 
     def _learn_in_order(self, batch: Batch) -> StepReport:
-        assert isinstance(self.net, Shallow), "Recipe.checked lets no other model learn by the sample"
+        assert isinstance(self.net, Shallow) and isinstance(self.table, Tables), "see Recipe.checked"
         places = self.table.places(batch.slots_BF, batch.event_time_ms_B)
         done = learn_in_order(self.recipe, self.table, self.net, batch, places)
         learnt = int(done.learnt_B.sum())

@@ -21,6 +21,7 @@ from headrace.contract.functions import ModelShape, model_of
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.adam import Flat
+from headrace.trainer.model.bottom import Rows, norm_of
 from headrace.trainer.model.norms import Norms
 from headrace.trainer.model.places import Places
 from headrace.trainer.model.scoring import Dense, Float32s, Shapes
@@ -89,9 +90,10 @@ class ModuleNet:
         for name, weight in begin.items():
             self.flat.weights[name].copy_(weight)
 
-    def forward(self, values_UV: Float32s, places: Places, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Rows, places: Places, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], and keep what `backward` needs."""
-        self._values_UV = torch.from_numpy(values_UV).to(self.device).requires_grad_(True)
+        self._came_from_host = not isinstance(values_UV, torch.Tensor)
+        self._values_UV = torch.as_tensor(values_UV, device=self.device).requires_grad_(True)
         values_BFV = self._values_UV[torch.from_numpy(places.place_FB).to(self.device).t()]
         self._leaves = {name: w.detach().requires_grad_(True) for name, w in self.flat.weights.items()}
         inputs = (values_BFV[:, :, 1:], values_BFV[:, :, 0], torch.from_numpy(numeric_BD).to(self.device))
@@ -105,8 +107,8 @@ class ModuleNet:
         logits_BT: Float32s = self._logits.detach().cpu().numpy()
         return logits_BT
 
-    def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
-        """Return the gradients of the rows, float32 [U, V], and the norms."""
+    def backward(self, grad_BT: Float32s) -> tuple[Rows, Norms]:
+        """Return the gradients of the rows, float32 [U, V], where the rows were, and the norms."""
         grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
             self._logits,
             [self._values_UV, *self._leaves.values()],
@@ -118,8 +120,9 @@ class ModuleNet:
                 target.zero_()
             else:
                 target.copy_(grad)
-        grad_UV: Float32s = np.zeros(self._values_UV.shape, np.float32) if grads[0] is None else grads[0].cpu().numpy()
-        return grad_UV, Norms(float(torch.linalg.vector_norm(torch.from_numpy(grad_UV))), self.flat.norm())
+        grad_UV = torch.zeros_like(self._values_UV) if grads[0] is None else grads[0]
+        norms = Norms(norm_of(grad_UV), self.flat.norm())
+        return (grad_UV.cpu().numpy() if self._came_from_host else grad_UV), norms
 
     def update(self, samples: int) -> None:
         """Apply the gradients that `backward` kept."""

@@ -19,8 +19,7 @@ import torch
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.adam import Flat
-from headrace.trainer.model.bottom import Bottom, DeviceBottom, HostBottom, Layer, Read
-from headrace.trainer.model.kernels import squares_of
+from headrace.trainer.model.bottom import Bottom, DeviceBottom, HostBottom, Layer, Read, Rows, norm_of
 from headrace.trainer.model.norms import Norms
 from headrace.trainer.model.places import Places
 from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
@@ -31,14 +30,15 @@ _relu_backward = torch.ops.aten.threshold_backward.grad_input
 class Net:
     """Dense weights of `deepfm` and `dcn`. `forward`, then `backward`, then perhaps `update`."""
 
-    def __init__(self, recipe: Recipe, features: FeatureSpec, *, device: str) -> None:
+    def __init__(self, recipe: Recipe, features: FeatureSpec, *, device: str, reads_device: bool = False) -> None:
+        """Make the first weights; with `reads_device` rows come as tensors on the device, which may be the CPU."""
         self.device = device
         self.layers = len(recipe.hidden) + 1
         self.crosses = recipe.cross_layers if recipe.model == "dcn" else 0
         shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name != PLATT}
         self.flat = Flat(shapes, lr=recipe.lr_dense, device=device)
         layer = Layer(*(part[name] for part in (self.flat.weights, self.flat.grads) for name in ("w0", "b0")))
-        bottom = HostBottom if device == "cpu" else DeviceBottom
+        bottom = HostBottom if device == "cpu" and not reads_device else DeviceBottom
         self._bottom: Bottom = bottom(layer, has_crosses=self.crosses > 0)
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self._begin(recipe.seed)
@@ -64,7 +64,7 @@ class Net:
             self._buffers[name, width] = have
         return have[: self._rows]
 
-    def forward(self, values_UV: Float32s, places: Places, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Rows, places: Places, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], and keep what `backward` needs."""
         self._rows, w = len(numeric_BD), self.flat.weights
         self._numeric_BD = self._sent(numeric_BD)
@@ -79,7 +79,7 @@ class Net:
         out_BT += self._deep_forward(read.first_BH)
         return self._fetched(out_BT)
 
-    def backward(self, grad_BT: Float32s) -> tuple[Float32s, Norms]:
+    def backward(self, grad_BT: Float32s) -> tuple[Rows, Norms]:
         """Return the gradients of the rows from those of the log-odds, float32 [U, V], and the norms.
 
         The dense weights' gradients, summed over the batch, are kept for `update`.
@@ -100,7 +100,7 @@ class Net:
             pairs_B = torch.zeros_like(linear_B)
         x_BX = self._cross_backward(g_BT) if self.crosses else None
         grad_UV = self._bottom.backward(Read(linear_B, pairs_B, self._deep_backward(g_BT), x_BX))
-        return grad_UV, Norms(math.sqrt(squares_of(grad_UV)), self.flat.norm())
+        return grad_UV, Norms(norm_of(grad_UV), self.flat.norm())
 
     def _deep_forward(self, first_BH: torch.Tensor) -> torch.Tensor:
         """Return the last layer's sums from the first one's, in whose place its outputs are written."""

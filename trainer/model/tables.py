@@ -261,6 +261,10 @@ class Table:
         self._forgotten = []
         return removed_K
 
+    def forgotten(self) -> Int64s:
+        """Return the keys that the next `expire` will name because they were asked for after their time."""
+        return np.concatenate([np.empty(0, np.int64), *self._forgotten])
+
     def keys_of(self, rows_K: Int64s) -> Int64s:
         """Return the keys of rows."""
         return self.index.keys_R[rows_K]
@@ -275,14 +279,13 @@ class Table:
         `keys`, `values`, `optimizer` and `last_s` have an entry a row; see `digest` for the others.
         """
         rows_R = self.index.live_rows()
-        forgotten = np.concatenate([np.empty(0, np.int64), *self._forgotten])
         return {
             "keys": self.index.keys_R[rows_R],
             "values": self.values_RV[rows_R],
             "optimizer": self.states_RS[rows_R],
             "last_s": self.last_s_R[rows_R],
             "clock.now_and_part": np.array([self.now_s, self._part], np.int64),
-            "clock.forgotten": forgotten,
+            "clock.forgotten": self.forgotten(),
             **self._counter.state(),
         }
 

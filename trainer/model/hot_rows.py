@@ -1,0 +1,237 @@
+"""A cache of hot rows on a device: they are read, learnt and kept there, and come home when others need the room.
+
+Every row of a batch is brought to the device before the batch is scored, and learns there; the least recently used go
+back, a quarter of the cache at a time. Rows travel as they are, so where a row lies changes no bit, and a checkpoint
+need not say: equal batches give equal bits on devices of a kind. (They differ from the compiled kernels' by rounding.)
+Keys, last uses, admission and expiry stay with the tables on the host; whoever asks for values gets the newest.
+
+Memory on the device: 4 (V + S) bytes a row, V values and S numbers of its optimizer, for each kind of row.
+
+Axes: U distinct ids of a batch (see `Places`), K rows in question, V values, S optimizer's numbers, H places of the
+cache, R rows of a table.
+
+Source: the idea, Miao et al., "HET", VLDB 2022. Their workers allow each other stale reads; here is one, and none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.contract.spec import PAD
+from headrace.trainer.model.places import Places
+from headrace.trainer.model.row_index import Float32s, Int64s
+from headrace.trainer.model.table_group import Tables
+from headrace.trainer.model.table_steps import step
+from headrace.trainer.model.tables import State, Table
+
+_EVICTED_SHARE = 4
+_FREE = -1
+
+
+def sent(array: npt.NDArray[Any], device: str) -> torch.Tensor:
+    """Return an array as a tensor on the device."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+class _Cache:
+    """The hot rows of one table."""
+
+    def __init__(self, table: Table, *, device: str, rows: int) -> None:
+        self.table, self.device = table, device
+        self.rows_H, self.keys_H, self.used_H = (np.empty(0, np.int64) for _ in range(3))
+        self.place_R = np.empty(0, np.int64)
+        self.values_HV = torch.empty(0, 1 + table.dim, device=device)
+        self.states_HS = torch.empty(0, table.states_RS.shape[1], device=device)
+        self.now = 0
+        self._extend(rows)
+
+    def clear(self) -> None:
+        """Forget everything, without writing it back."""
+        self.rows_H[:], self.keys_H[:], self.place_R = _FREE, PAD, np.empty(0, np.int64)
+
+    def bring(self, rows_K: Int64s) -> Int64s:
+        """Return the places of rows, which are on the device then; a row may be named twice."""
+        self.now += 1
+        if self.table.index.high > len(self.place_R):
+            more = max(self.table.index.high, 2 * len(self.place_R)) - len(self.place_R)
+            self.place_R = np.concatenate([self.place_R, np.full(more, _FREE)])
+        place_K = self.place_R[rows_K]
+        self.used_H[place_K[place_K >= 0]] = self.now
+        missing_K = np.unique(rows_K[place_K < 0])
+        if len(missing_K):
+            self._make_room(len(missing_K))
+            free_K = np.flatnonzero(self.rows_H == _FREE)[: len(missing_K)]
+            at_K = self._sent(free_K)
+            self.values_HV[at_K] = self._sent(self.table.values_RV[missing_K])
+            self.states_HS[at_K] = self._sent(self.table.states_RS[missing_K])
+            self.rows_H[free_K], self.keys_H[free_K] = missing_K, self.table.keys_of(missing_K)
+            self.used_H[free_K], self.place_R[missing_K] = self.now, free_K
+            place_K = self.place_R[rows_K]
+        return place_K
+
+    def learn(self, rows_K: Int64s, grad_KV: torch.Tensor) -> Int64s:
+        """Take one step with the gradients of rows that were brought, and return each row once."""
+        idle_K = self.table.now_s - self.table.last_s_R[rows_K].astype(np.int64)
+        words_RW = self.table.index.arrays.words_RW
+        touched_K = self.table.optimizer.touch(words_RW, rows_K, now_s=self.table.now_s)
+        if len(touched_K) < len(rows_K):
+            rows_K, first_K, again_K = np.unique(rows_K, return_index=True, return_inverse=True)
+            idle_K = idle_K[first_K]
+            sums_KV = torch.zeros(len(rows_K), grad_KV.shape[1], device=self.device)
+            # Unlike index_add_, this one adds in a fixed order on CUDA too.
+            grad_KV = sums_KV.index_put_((self._sent(again_K),), grad_KV, accumulate=True)
+        at_K = self._sent(self.place_R[rows_K])
+        idle = self._sent(idle_K.astype(np.float32))
+        learnt = step(self.table.optimizer, self.values_HV[at_K], self.states_HS[at_K], grad_KV, idle)
+        self.values_HV[at_K], self.states_HS[at_K] = learnt
+        return touched_K
+
+    def values_of(self, rows_K: Int64s, out_KV: Float32s) -> None:
+        """Overwrite the values of those rows that are on the device; row -1 is left alone."""
+        here_K = np.flatnonzero((rows_K >= 0) & (rows_K < len(self.place_R)))
+        here_K = here_K[self.place_R[rows_K[here_K]] >= 0]
+        if len(here_K):
+            out_KV[here_K] = self.values_HV[self._sent(self.place_R[rows_K[here_K]])].cpu().numpy()
+
+    def drop(self, keys_K: Int64s) -> None:
+        """Let rows go that the table has removed; it may have given them to other keys already."""
+        if len(keys_K):
+            self._free(np.flatnonzero(np.isin(self.keys_H, keys_K)))
+
+    def write_back(self, place_K: Int64s) -> None:
+        """Copy rows home."""
+        at_K, rows_K = self._sent(place_K), self.rows_H[place_K]
+        self.table.values_RV[rows_K] = self.values_HV[at_K].cpu().numpy()
+        self.table.states_RS[rows_K] = self.states_HS[at_K].cpu().numpy()
+
+    def write_all_back(self) -> None:
+        """Copy every row home; they stay here, too."""
+        self.write_back(np.flatnonzero(self.rows_H != _FREE))
+
+    def _make_room(self, places: int) -> None:
+        """Let the least recently used rows go, those of this batch never; extend the cache where that isn't enough."""
+        short = places - int((self.rows_H == _FREE).sum())
+        if short <= 0:
+            return
+        idle_H = np.flatnonzero((self.rows_H != _FREE) & (self.used_H < self.now))
+        oldest_K = idle_H[np.argsort(self.used_H[idle_H], kind="stable")]
+        evicted_K = oldest_K[: max(short, len(self.rows_H) // _EVICTED_SHARE)]
+        self.write_back(evicted_K)
+        self._free(evicted_K)
+        if short > len(evicted_K):
+            self._extend(max(short - len(evicted_K), len(self.rows_H)))
+
+    def _free(self, place_K: Int64s) -> None:
+        self.place_R[self.rows_H[place_K]] = _FREE
+        self.rows_H[place_K], self.keys_H[place_K] = _FREE, PAD
+
+    def _extend(self, places: int) -> None:
+        self.rows_H = np.concatenate([self.rows_H, np.full(places, _FREE)])
+        self.keys_H = np.concatenate([self.keys_H, np.full(places, PAD)])
+        self.used_H = np.concatenate([self.used_H, np.zeros(places, np.int64)])
+        self.values_HV, self.states_HS = (
+            torch.cat([have, torch.zeros(places, have.shape[1], device=self.device)])
+            for have in (self.values_HV, self.states_HS)
+        )
+
+    def _sent(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return sent(array, self.device)
+
+
+class HotRows:
+    """`Tables` whose rows are read and learnt on a device; the same face, with tensors for values and gradients."""
+
+    def __init__(self, tables: Tables, *, device: str, rows: int) -> None:
+        """Make an empty cache.
+
+        Args:
+            device: a device of torch's, the CPU too.
+            rows: most rows of each kind; a batch that has more extends it.
+        """
+        self.tables, self.device = tables, device
+        self.caches = [_Cache(table, device=device, rows=rows) for table in tables.tables]
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use on the host."""
+        return self.tables.nbytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of rows on the device, used or not."""
+        return sum(t.numel() * t.element_size() for c in self.caches for t in (c.values_HV, c.states_HS))
+
+    def places(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> Places:
+        """Return the distinct ids of a batch; see `Tables.places`."""
+        places = self.tables.places(keys_BF, event_time_ms_B)
+        for cache in self.caches:
+            cache.drop(cache.table.forgotten())
+        return places
+
+    def gather(self, places: Places) -> torch.Tensor:
+        """Return a copy of the values of each distinct id on the device, where its row is from now on: [U, V]."""
+        out_UV = torch.zeros(len(places.keys_U), 1 + self.tables.dim, device=self.device)
+        for cache, ids_K, rows_K in self._parts(places):
+            at_K = sent(cache.bring(rows_K), self.device)
+            out_UV[sent(ids_K, self.device), : 1 + cache.table.dim] = cache.values_HV[at_K]
+        without_K = np.flatnonzero(places.rows_U < 0)
+        if len(without_K):
+            initial_KV = self.tables.gather(places)[without_K]
+            out_UV[sent(without_K, self.device)] = sent(initial_KV, self.device)
+        return out_UV
+
+    def update(self, places: Places, grad_UV: torch.Tensor, event_time_ms_B: Int64s) -> Int64s:
+        """Apply one step to rows that `gather` brought; return the keys that learnt, each once a table."""
+        touched = []
+        for cache, ids_K, rows_K in self._parts(places):
+            touched_K = cache.learn(rows_K, grad_UV[sent(ids_K, self.device), : 1 + cache.table.dim])
+            touched.append(cache.table.keys_of(touched_K))
+        return np.concatenate(touched)
+
+    def lookup(self, keys_K: Int64s) -> Float32s:
+        """Return the newest values of each key, on the host; see `Tables.lookup`."""
+        out_KV = self.tables.lookup(keys_K)
+        for cache in self.caches:
+            cache.values_of(cache.table.index.find(keys_K), out_KV[:, : 1 + cache.table.dim])
+        return out_KV
+
+    def expire(self, now_ms: int) -> Int64s:
+        """Return the keys that were forgotten since the last call; see `Table.expire`."""
+        gone = []
+        for cache in self.caches:
+            gone_K = cache.table.expire(now_ms)
+            # Those that were asked for after their time have begun anew, and may have learnt since.
+            cache.drop(gone_K[cache.table.index.find(gone_K) < 0])
+            gone.append(gone_K)
+        return np.concatenate(gone)
+
+    def keys(self) -> Int64s:
+        """Return all keys that have a row, table by table."""
+        return self.tables.keys()
+
+    def state(self) -> State:
+        """Return `Tables.state`, hot rows as they are now."""
+        for cache in self.caches:
+            cache.write_all_back()
+        return self.tables.state()
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Replace everything by what `state` returned; no row is hot then."""
+        self.tables.load(state)
+        for cache in self.caches:
+            cache.clear()
+
+    def _parts(self, places: Places) -> Iterator[tuple[_Cache, Int64s, Int64s]]:
+        """Yield each table's cache, where in U its ids are that have a row, and their rows."""
+        for cache, columns in zip(self.caches, self.tables.columns, strict=True):
+            ids_K = places.of(columns)
+            ids_K = ids_K[places.rows_U[ids_K] >= 0]
+            yield cache, ids_K, places.rows_U[ids_K]
