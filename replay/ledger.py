@@ -28,7 +28,10 @@ import pyarrow.compute as pc
 from headrace.contract.dead_letters import DeadLetter, Fate
 from headrace.contract.events import Punctuation
 from headrace.contract.positions import START, Position, Positions
+from headrace.contract.recipe import Recipe
 from headrace.contract.steps import Step
+from headrace.trainer.model.calibration import left_out
+from headrace.trainer.source import sample_hashes
 
 KEYS = pa.schema(
     [
@@ -42,6 +45,8 @@ KEYS = pa.schema(
 """What identifies a sample and says where it lies."""
 TIMED_KEYS = KEYS.append(pa.field("event_time_ms", pa.int64()))
 """The same with its impression's event time, by which the lake orders, parts and drops rows."""
+JOINED = TIMED_KEYS.append(pa.field("label", pa.float32()))
+"""The same with its label, by which a recipe may leave samples out."""
 
 # A rank is below 2**22 (join.pending_max of 2 million impressions may expire in one record), an offset below 2**41.
 RANK_BITS = 22
@@ -136,7 +141,7 @@ class Expected:
     """What the pure join makes of the events log."""
 
     samples: pa.Table
-    """TIMED_KEYS, in (partition, position) order."""
+    """JOINED, in (partition, position) order."""
     rows: dict[str, int]
     """Rows in the log by kind, repeats included: `impression`, `feedback`, `external`."""
     repeated_in_log: int
@@ -166,8 +171,10 @@ class Found:
     """Rows of event time before this are in the lake no more, or late and still there, as retention left them."""
 
 
-def draw(expected: Expected, found: Found, *, tasks: tuple[str, ...]) -> Ledger:
-    """Return the ledger. `tasks` are what the recipe learns; samples of other tasks count as sampled out."""
+def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
+    """Return the ledger. Samples of tasks that the recipe doesn't have, and negatives that its `negative_share` leaves
+    out, count as sampled out.
+    """
     ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0))
     reasons = Counter(letter.reason for letter in found.letters)
     reasons.subtract(letter.reason for letter, _ in found.retried)
@@ -183,7 +190,7 @@ def draw(expected: Expected, found: Found, *, tasks: tuple[str, ...]) -> Ledger:
     _draw_topic(ledger, expected, found, ids_N)
     _draw_lake(ledger, expected, found, ids_N)
     for run in _runs(found.steps):
-        counts = _draw_model(expected, found, run, ids_N, tasks)
+        counts = _draw_model(expected, found, run, ids_N, recipe)
         ledger.models[counts.run] = counts
         for name in ("learnt", "refused", "sampled_out", "in_flight"):
             setattr(ledger, name, getattr(counts, name))
@@ -265,26 +272,33 @@ def _draw_lake(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array
     ledger.lost_where["lake"], ledger.twice_where["lake"] = lost - ledger.retained, twice
 
 
-def _draw_model(
-    expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, tasks: tuple[str, ...]
-) -> ModelCounts:
+def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, recipe: Recipe) -> ModelCounts:
     """Count how often the run's steps took each expected sample, by their ranges alone."""
     times_N = taken(expected.samples, ids_N, run, found.stored_keys)
     last = run[-1]
     positions = Positions.from_json(found.lake_positions.generation, last.positions)
     covered_N = covers(expected.samples, positions)
-    ours_N = pc.is_in(expected.samples["task"], value_set=pa.array(tasks)).to_numpy()
+    ours_N = pc.is_in(expected.samples["task"], value_set=pa.array(recipe.heads)).to_numpy()
+    learnt_N = ours_N & ~_left_out(expected.samples, recipe)
     topic_N = pc.is_in(ids_N, value_set=sample_ids(found.topic)).to_numpy(zero_copy_only=False)
     took_N = times_N > 0
     named = sum(r.rows for step in run for r in step.ranges)
     counts = ModelCounts(model=last.model, run=last.run, steps=len(run))
-    counts.learnt = int((took_N & ours_N).sum())
-    counts.sampled_out = int((took_N & ~ours_N).sum())
+    counts.learnt = int((took_N & learnt_N).sum())
+    counts.sampled_out = int((took_N & ~learnt_N).sum())
     counts.in_flight = int((topic_N & ~took_N).sum())
     counts.samples = int((topic_N | took_N).sum())
     counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, int(times_N.sum()) - named)
     counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - int(times_N.sum()))
     return counts
+
+
+def _left_out(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
+    """Say which samples the trainer scores and does not learn: bool [N]."""
+    if recipe.negative_share == 1.0 or not samples.num_rows:
+        return np.zeros(samples.num_rows, np.bool_)
+    rows = samples.combine_chunks().to_batches()[0]
+    return left_out(recipe, rows["label"].to_numpy(), sample_hashes(rows))
 
 
 def compare(samples: pa.Table, ids_N: pa.Array, there: pa.Array, positions: Positions) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from headrace.contract.events import (
 from headrace.contract.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import FeatureSpec
-from headrace.replay.ledger import TIMED_KEYS, Expected, TaskCounts
+from headrace.replay.ledger import JOINED, Expected, TaskCounts
 from headrace.replay.scan import in_order
 from headrace.stream.join import JoinState
 
@@ -69,14 +69,14 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
         emitted = state.take_all(run)
         answers[first.partition, answered] += state.totals.feedback - before
         if emitted is not None:
-            tables.append(pa.Table.from_batches([emitted.batch.select(TIMED_KEYS.names)]).cast(TIMED_KEYS))
+            tables.append(pa.Table.from_batches([emitted.batch.select(JOINED.names)]).cast(JOINED))
         for record in run:
             kind, newest_ms = record.headers.get("kind", ""), max(newest_ms, record.timestamp_ms)
             if record.value is not None and kind == PUNCTUATION:
                 said.append((record.timestamp_ms, decode_punctuation(record.value)))
             elif record.value is not None and kind in rows:
                 rows[kind] += _row_count(record.value)
-    samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else TIMED_KEYS.empty_table()
+    samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else JOINED.empty_table()
     settled = [p for at, p in said if at <= newest_ms - SETTLED_MS or p.bye]
     return _expected(samples, rows, answers, list(states.values())), settled
 

@@ -43,7 +43,7 @@ class RiverLearner:
     def learn(self, batch: Batch) -> StepReport:
         self.step += 1
         keep_B = acceptable(batch, tasks=1)
-        out_B = keep_B & left_out(self.recipe, batch)
+        out_B = keep_B & left_out(self.recipe, batch.label_B, batch.id_B)
         prediction_B = np.full(len(batch), np.nan, np.float32)
         prediction_B[keep_B] = self.predict(batch.where(keep_B))
         part = batch.where(keep_B & ~out_B)

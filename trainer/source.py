@@ -415,11 +415,11 @@ def to_batch(rows: pa.Table, project: Project) -> Batch:
         np.array(batch["weight"], np.float32),
         np.array(batch["event_time_ms"], np.int64),
         np.array(pc.fill_null(pc.index_in(batch["task"], value_set=pa.array(project.recipe.heads)), -1), np.int8),
-        _ids(batch) if project.recipe.negative_share < 1 else np.zeros(batch.num_rows, np.int64),
+        sample_hashes(batch) if project.recipe.negative_share < 1 else np.zeros(batch.num_rows, np.int64),
     )
 
 
-def _ids(rows: pa.RecordBatch) -> npt.NDArray[np.int64]:
+def sample_hashes(rows: pa.RecordBatch) -> npt.NDArray[np.int64]:
     """Return a hash of each sample's identity, its impression and task: int64 [B]."""
     return combine64(hash_column(rows["event_id"]), hash_column(rows["task"])).view(np.int64)
 

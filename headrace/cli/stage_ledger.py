@@ -107,7 +107,7 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
         retried=superseded(letters, marks),
         retained_before_ms=retained_before_ms,
     )
-    return draw(expected, found, tasks=project.recipe.heads)
+    return draw(expected, found, recipe=project.recipe)
 
 
 def table(ledger: Ledger) -> str:

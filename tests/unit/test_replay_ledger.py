@@ -7,14 +7,16 @@ expected set of samples, effects made from it, each broken once in one place.
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from headrace.contract.dead_letters import DeadLetter
 from headrace.contract.events import Punctuation
 from headrace.contract.positions import Positions
+from headrace.contract.recipe import Recipe
 from headrace.contract.steps import Step, StepRange
-from headrace.replay.ledger import KEYS, Expected, Found, TaskCounts, covers, draw, stored_by_log
+from headrace.replay.ledger import JOINED, KEYS, Expected, Found, TaskCounts, covers, draw, stored_by_log
 
 ROWS = 40
 SAMPLES = pa.Table.from_pylist(
@@ -24,8 +26,11 @@ SAMPLES = pa.Table.from_pylist(
     ],
     schema=KEYS,
 ).sort_by([("partition", "ascending"), ("offset", "ascending"), ("rank", "ascending")])
+RECIPE = Recipe(task="click")
 EXPECTED = Expected(
-    samples=SAMPLES,
+    samples=SAMPLES.append_column("event_time_ms", pa.nulls(ROWS, pa.int64()))
+    .append_column("label", pa.array(np.arange(ROWS) % 4 == 0).cast(pa.float32()))
+    .cast(JOINED),
     rows={"impression": 45, "feedback": 13, "external": 0},
     repeated_in_log=3,
     tasks={
@@ -70,7 +75,7 @@ def change(found: Found, **changes: object) -> Found:
 
 
 def test_a_sound_pipeline_closes():
-    ledger = draw(EXPECTED, sound(), tasks=("click",))
+    ledger = draw(EXPECTED, sound(), recipe=RECIPE)
     assert ledger.closes
     assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 58, 2, 5)
     assert (ledger.samples, ledger.learnt, ledger.stored) == (ROWS, ROWS, ROWS)
@@ -83,7 +88,7 @@ def test_what_is_beyond_the_positions_is_on_its_way_and_not_lost():
     steps = [*sound().steps[:2], step(3, live(0, (7, 1), (12, 1), 10), positions={"0": [12, 1]})]
     lake = SAMPLES.filter(pa.compute.field("offset") <= 8)
     found = change(sound(), steps=steps, lake=lake, lake_positions=Positions.from_json(1, {"0": [8, 1], "1": [8, 1]}))
-    ledger = draw(EXPECTED, found, tasks=("click",))
+    ledger = draw(EXPECTED, found, recipe=RECIPE)
     assert ledger.closes
     assert (ledger.learnt, ledger.in_flight, ledger.lost) == (20, 20, 0)
 
@@ -92,36 +97,36 @@ def test_what_is_beyond_the_positions_is_on_its_way_and_not_lost():
 @pytest.mark.parametrize("row", [0, 19, 20, ROWS - 2])
 def test_one_row_missing_or_repeated_is_found(where: str, row: int):
     missing = pa.concat_tables([SAMPLES.slice(0, row), SAMPLES.slice(row + 1)])
-    ledger = draw(EXPECTED, change(sound(), **{where: missing}), tasks=("click",))
+    ledger = draw(EXPECTED, change(sound(), **{where: missing}), recipe=RECIPE)
     assert (ledger.lost_where[where], ledger.lost, ledger.twice, ledger.closes) == (1, 1, 0, False)
     repeated = pa.concat_tables([SAMPLES, SAMPLES.slice(row, 1)])
-    ledger = draw(EXPECTED, change(sound(), **{where: repeated}), tasks=("click",))
+    ledger = draw(EXPECTED, change(sound(), **{where: repeated}), recipe=RECIPE)
     assert (ledger.twice_where[where], ledger.lost, ledger.twice, ledger.closes) == (1, 0, 1, False)
 
 
 def test_a_row_nobody_logged_is_found():
     strange = SAMPLES.slice(0, 1).set_column(3, "event_id", pa.array(["made up"]))
-    ledger = draw(EXPECTED, change(sound(), lake=pa.concat_tables([SAMPLES, strange])), tasks=("click",))
+    ledger = draw(EXPECTED, change(sound(), lake=pa.concat_tables([SAMPLES, strange])), recipe=RECIPE)
     assert ledger.twice_where["lake"] == 1 and not ledger.closes
 
 
 def test_a_gap_and_an_overlap_between_steps_are_found():
     gap = [*sound().steps[:2], step(3, live(0, (7, 1), (12, 1), 10), live(1, (-1, -1), (7, 0), 9)), sound().steps[3]]
-    ledger = draw(EXPECTED, change(sound(), steps=gap), tasks=("click",))
+    ledger = draw(EXPECTED, change(sound(), steps=gap), recipe=RECIPE)
     assert (ledger.lost_where["model"], ledger.learnt, ledger.twice) == (1, ROWS - 1, 0)
     overlap = [*sound().steps[:3], step(4, live(1, (7, 0), (12, 1), 11))]
-    ledger = draw(EXPECTED, change(sound(), steps=overlap), tasks=("click",))
+    ledger = draw(EXPECTED, change(sound(), steps=overlap), recipe=RECIPE)
     assert (ledger.twice_where["model"], ledger.learnt, ledger.lost) == (1, ROWS, 0)
 
 
 def test_a_step_that_learnt_fewer_rows_than_its_range_holds_is_found():
     short = [*sound().steps[:3], step(4, live(1, (7, 1), (12, 1), 9))]
-    assert draw(EXPECTED, change(sound(), steps=short), tasks=("click",)).lost_where["model"] == 1
+    assert draw(EXPECTED, change(sound(), steps=short), recipe=RECIPE).lost_where["model"] == 1
 
 
 def test_a_receipt_for_what_the_log_lacks_is_a_loss():
     said = Punctuation("g", 1, 0, counts={"read": 67, "appended": 60, "dead_lettered": 2, "repeated": 5})
-    ledger = draw(EXPECTED, change(sound(), punctuations=[said]), tasks=("click",))
+    ledger = draw(EXPECTED, change(sound(), punctuations=[said]), recipe=RECIPE)
     assert ledger.lost_where["log"] == 2 and not ledger.closes
 
 
@@ -131,7 +136,7 @@ def test_a_killed_gateway_said_less_than_it_did():
         Punctuation("g", 1, 9, counts={"read": 30, "appended": 28, "dead_lettered": 0, "repeated": 1}),
         Punctuation("g", 2, 20, counts={"read": 20, "appended": 18, "dead_lettered": 1, "repeated": 1}),
     ]
-    ledger = draw(EXPECTED, change(sound(), punctuations=said), tasks=("click",))
+    ledger = draw(EXPECTED, change(sound(), punctuations=said), recipe=RECIPE)
     assert (ledger.read, ledger.repeated, ledger.closes) == (62, 2, True)
 
 
@@ -142,12 +147,12 @@ def test_a_letter_that_was_offered_again_is_counted_where_its_event_ended():
     said = Punctuation("g", 1, 0, counts={"read": 65, "appended": 57, "dead_lettered": 3, "repeated": 5})
     before = change(sound(), letters=old, punctuations=[said])
     rows = {**EXPECTED.rows, "impression": 44}
-    ledger = draw(Expected(**{**EXPECTED.__dict__, "rows": rows}), before, tasks=("click",))
+    ledger = draw(Expected(**{**EXPECTED.__dict__, "rows": rows}), before, recipe=RECIPE)
     assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 57, 3, 5)
     after = change(
         before, letters=[*old, newer], retried=[(old[0], "appended"), (old[1], "repeated"), (old[2], "refused")]
     )
-    ledger = draw(EXPECTED, after, tasks=("click",))
+    ledger = draw(EXPECTED, after, recipe=RECIPE)
     assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 58, 1, 6)
     assert (ledger.retried, ledger.closes, ledger.dead_letters) == (3, True, {"bad_type": 1})
 
@@ -156,7 +161,7 @@ def test_a_mark_for_what_the_log_lacks_is_a_loss():
     letter = DeadLetter(reason="undeclared", detail="", origin="", tag="a")
     said = Punctuation("g", 1, 0, counts={"read": 60, "appended": 58, "dead_lettered": 0, "repeated": 2})
     found = change(sound(), letters=[letter], punctuations=[said], retried=[(letter, "appended")])
-    ledger = draw(EXPECTED, found, tasks=("click",))
+    ledger = draw(EXPECTED, found, recipe=RECIPE)
     assert ledger.lost_where["log"] == 1 and not ledger.closes
 
 

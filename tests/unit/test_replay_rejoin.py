@@ -34,7 +34,7 @@ from headrace.contract.steps import Step, StepRange, encode_step
 from headrace.contract.topics import Topics
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT
-from headrace.replay.ledger import TIMED_KEYS
+from headrace.replay.ledger import JOINED
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import in_order
 from headrace.stream.join import Emitted, JoinState
@@ -86,8 +86,8 @@ def test_identities_are_those_of_the_real_join():
     expected, said = rejoin(PROJECT, Config(), records)
     states = [JoinState(PROJECT, Config().join, silent_ms=10_000, partition=p) for p in range(2)]
     emitted = [e for record in records if (e := states[record.partition].take(record)) is not None]
-    real = pa.concat_tables([pa.Table.from_batches([e.batch.select(TIMED_KEYS.names)]) for e in emitted])
-    assert expected.samples.equals(in_order(real.cast(TIMED_KEYS)).combine_chunks())
+    real = pa.concat_tables([pa.Table.from_batches([e.batch.select(JOINED.names)]) for e in emitted])
+    assert expected.samples.equals(in_order(real.cast(JOINED)).combine_chunks())
     task = expected.tasks["click"]
     assert task.closes() and task.positives > 50 and task.negatives > 50 and task.waiting > 0
     assert expected.impressions == 400 and expected.repeated_in_log == 400

@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 from trainer_world import PROJECT, TOPICS, Lake, World, samples, send
 
+from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.positions import Position, Positions
 from headrace.contract.project import FeedbackType, Project, Task
-from headrace.replay.replay import as_trained
+from headrace.replay.ledger import JOINED, KEYS, Expected, Found, draw
+from headrace.replay.replay import as_trained, read_steps
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.run import Trainer
@@ -58,6 +60,32 @@ def test_a_live_run_learns_its_tasks_and_replay_reaches_its_digest():
     trainer.close()
     found = as_trained(MANY, TOPICS, world.log.reader(), None)
     assert found.equal and found.rows == 80
+
+
+def test_the_ledger_counts_what_the_trainer_left_out():
+    """Positives too, of which none is; and a task that the recipe doesn't have."""
+    world, after, metrics = World(), (-1, -1), MemoryMetrics()
+    rows = [mixed(0, 30, offset=30 * i) for i in range(4)]
+    trainer = Trainer(world.parts(project=MANY, metrics=metrics))
+    trainer.recover()
+    for batch in rows:
+        after = send(world.log, batch, after=after)
+        world.drain(trainer)
+    trainer.close()
+    joined = pa.Table.from_batches([batch.select(JOINED.names) for batch in rows]).cast(JOINED)
+    steps = read_steps(world.log.reader(), TOPICS, MANY.name, trainer.run_id, trainer.learner.step)
+    nothing = KEYS.empty_table()
+    found = Found(joined.select(KEYS.names), nothing, Positions(1), steps, lambda _: nothing, [], frozenset(), [])
+    ledger = draw(Expected(joined, {}, 0, {}, 0, 0), found, recipe=MANY.recipe)
+    left_out = int(metrics.counters["samples_left_out_total", ""])
+    negatives = pa.compute.sum(pa.compute.equal(of_heads(joined)["label"], 0)).as_py()
+    assert 0 < left_out < negatives
+    assert (ledger.learnt, ledger.sampled_out) == (80 - left_out, 40 + left_out)
+    assert ledger.samples == 120 and ledger.models[trainer.run_id].closes()
+
+
+def of_heads(rows: pa.Table) -> pa.Table:
+    return rows.filter(pa.compute.is_in(rows["task"], value_set=pa.array(MANY.recipe.heads)))
 
 
 def test_the_lake_gives_the_same_tasks_first():

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from headrace.contract.hashing import U64, mix64
 from headrace.contract.recipe import Recipe
 from headrace.trainer.model.batch import Batch, Int8s
+from headrace.trainer.model.row_index import Int64s
 from headrace.trainer.model.scoring import Float32s
 
 Bools = npt.NDArray[np.bool_]
@@ -31,13 +32,13 @@ _PLATT_RATE = 0.02
 _UNIT = 1.0 / 9007199254740992.0
 
 
-def left_out(recipe: Recipe, batch: Batch) -> Bools:
-    """Say which samples are negatives that are not learnt: bool [B], a function of a sample's id and the seed."""
+def left_out(recipe: Recipe, label_B: Float32s, id_B: Int64s) -> Bools:
+    """Say which samples are negatives that are not learnt: bool [B], a function of label, hash of the id, and seed."""
     if recipe.negative_share == 1.0:
-        return np.zeros(len(batch), np.bool_)
+        return np.zeros(len(label_B), np.bool_)
     seed = mix64(np.array([recipe.seed], U64))
-    unit_B = (mix64(batch.id_B.view(U64) ^ seed) >> U64(11)).astype(np.float64) * _UNIT
-    out_B: Bools = (batch.label_B == 0) & (unit_B >= recipe.negative_share)
+    unit_B = (mix64(id_B.view(U64) ^ seed) >> U64(11)).astype(np.float64) * _UNIT
+    out_B: Bools = (label_B == 0) & (unit_B >= recipe.negative_share)
     return out_B
 
 

@@ -113,24 +113,9 @@ def _learn(
     power1, power2 = BETA1**steps, BETA2**steps
     all_rows, all_dense = 0.0, 0.0
     for b in range(samples):
-        logit, squares = weight_P[0], np.float32(0.0)
+        logit = weight_P[0] + _read(floats_RW, rows_U, values_UV, place_FB[:, b], is_fm, rows_F, value_FV, sum_V)
         for d in range(numeric_BD.shape[1]):
             logit += numeric_BD[b, d] * weight_P[1 + d]
-        sum_V[:] = np.float32(0.0)
-        for f in range(slots):
-            u = place_FB[f, b]
-            row = rows_F[f] = rows_U[u]
-            for v in range(values):
-                value = floats_RW[row, HEADER_WORDS + v] if row >= 0 else values_UV[u, v]
-                value_FV[f, v] = value
-                sum_V[v] += value
-                squares += value * value if v else np.float32(0.0)
-        logit += sum_V[0]
-        if is_fm:
-            pairs = -squares
-            for v in range(1, values):
-                pairs += sum_V[v] * sum_V[v]
-            logit += np.float32(0.5) * pairs
         logit_B[b] = logit
         g = gradient_of(logit, label_B[b], weight_B[b], offset, is_weighted)
         grad_P[0] = g
@@ -161,3 +146,32 @@ def _learn(
         rate = lr * np.float32(math.sqrt(1.0 - power2) / (1.0 - power1))
         adam_step(weight_P, grad_P, first_P, second_P, rate, np.float32(1.0))
     return all_rows, all_dense
+
+
+@numba.njit(cache=True, fastmath={"contract"})
+def _read(
+    floats_RW: Float32s,
+    rows_U: Int64s,
+    values_UV: Float32s,
+    place_F: Int32s,
+    is_fm: bool,
+    rows_F: Int64s,
+    value_FV: Float32s,
+    sum_V: Float32s,
+) -> np.float32:
+    """Write a sample's rows, their values and the sum of these; return what they add to the log-odds."""
+    squares = np.float32(0.0)
+    sum_V[:] = np.float32(0.0)
+    for f in range(place_F.shape[0]):
+        row = rows_F[f] = rows_U[place_F[f]]
+        for v in range(sum_V.shape[0]):
+            value = floats_RW[row, HEADER_WORDS + v] if row >= 0 else values_UV[place_F[f], v]
+            value_FV[f, v] = value
+            sum_V[v] += value
+            squares += value * value if v else np.float32(0.0)
+    if not is_fm:
+        return sum_V[0]
+    pairs = -squares
+    for v in range(1, sum_V.shape[0]):
+        pairs += sum_V[v] * sum_V[v]
+    return np.float32(sum_V[0] + np.float32(0.5) * pairs)

@@ -275,7 +275,7 @@ class TableLearner:
         refused = len(batch) - int(keep_B.sum())
         sampled_out = 0
         if self.recipe.negative_share < 1:
-            out_B = keep_B & left_out(self.recipe, batch)
+            out_B = keep_B & left_out(self.recipe, batch.label_B, batch.id_B)
             sampled_out = int(out_B.sum())
             prediction_B[out_B] = self.predict(batch.where(out_B))
             keep_B &= ~out_B
