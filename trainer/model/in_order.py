@@ -169,9 +169,9 @@ def _read(
             value_FV[f, v] = value
             sum_V[v] += value
             squares += value * value if v else np.float32(0.0)
-    if not is_fm:
-        return sum_V[0]
-    pairs = -squares
-    for v in range(1, sum_V.shape[0]):
-        pairs += sum_V[v] * sum_V[v]
+    pairs = np.float32(0.0)
+    if is_fm:
+        pairs -= squares
+        for v in range(1, sum_V.shape[0]):
+            pairs += sum_V[v] * sum_V[v]
     return np.float32(sum_V[0] + np.float32(0.5) * pairs)
