@@ -29,10 +29,9 @@ from stack import Stack
 
 from headrace.contract.events import decode_batch
 from headrace.contract.log import Record
-from headrace.contract.positions import Position
+from headrace.contract.positions import Position, order_of
 from headrace.contract.steps import Step, decode_step
 
-RANK_BITS = 22
 # 5 ms between questions: 200 answers/s are enough to resolve tens of ms and leave the machine to the loop.
 ASK_S = 0.005
 QUIET_S = 5.0
@@ -92,7 +91,7 @@ def freshness_ms(
         if feedback not in flushed:
             continue
         order_A = reached[partition]
-        first = int(np.searchsorted(order_A, (position.offset << RANK_BITS) + position.rank, "left"))
+        first = int(np.searchsorted(order_A, order_of(position), "left"))
         if first < len(at_A):
             waits.append((at_A[first] - flushed[feedback]) * 1_000)
     return waits
@@ -100,7 +99,7 @@ def freshness_ms(
 
 def _order(step: Step | None, partition: int) -> int:
     offset, rank = (step.positions if step else {}).get(str(partition), [-1, -1])
-    return (offset << RANK_BITS) + rank
+    return order_of((offset, rank))
 
 
 def measure(stack: Stack, *, seconds: float, rate: float) -> tuple[list[float], int]:

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 
 from headrace.contract.dead_letters import DeadLetter, Fate
 from headrace.contract.events import Punctuation
-from headrace.contract.positions import START, Position, Positions
+from headrace.contract.positions import START, Position, Positions, order_of, orders, position_of
 from headrace.contract.recipe import Recipe
 from headrace.contract.steps import Step
 from headrace.trainer.model.calibration import left_out
@@ -47,9 +47,6 @@ TIMED_KEYS = KEYS.append(pa.field("event_time_ms", pa.int64()))
 """The same with its impression's event time, by which the lake orders, parts and drops rows."""
 JOINED = TIMED_KEYS.append(pa.field("label", pa.float32()))
 """The same with its label, by which a recipe may leave samples out."""
-
-# A rank is below 2**22 (join.pending_max of 2 million impressions may expire in one record), an offset below 2**41.
-RANK_BITS = 22
 
 StoredKeys = Callable[[int], pa.Table]
 """Gives KEYS of the lake at a version, in total order (event time, partition, offset, rank)."""
@@ -335,7 +332,7 @@ def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys
     partition_N, order_N = samples["partition"].to_numpy(), order(samples)
     for partition, spans in live.items():
         rows = np.flatnonzero(partition_N == partition)
-        afters, uptos = (np.array([_order(s[i]) for s in spans], np.int64) for i in (0, 1))
+        afters, uptos = (np.array([order_of(s[i]) for s in spans], np.int64) for i in (0, 1))
         starts = np.searchsorted(order_N[rows], afters, "right")
         stops = np.searchsorted(order_N[rows], uptos, "right")
         times_N[rows] += _overlaps(starts, stops, len(rows))
@@ -390,17 +387,16 @@ def sample_ids(keys: pa.Table) -> pa.Array:
 
 def order(keys: pa.Table) -> npt.NDArray[np.int64]:
     """Return one number a row that sorts as (offset, rank) does."""
-    result: npt.NDArray[np.int64] = (keys["offset"].to_numpy() << RANK_BITS) + keys["rank"].to_numpy()
-    return result
+    return orders(keys["offset"].to_numpy(), keys["rank"].to_numpy())
 
 
 def covers(keys: pa.Table, positions: Positions) -> npt.NDArray[np.bool_]:
     """Return which rows lie at or below `positions`."""
     partition_N = keys["partition"].to_numpy()
-    bound_P = np.full(int(partition_N.max(initial=-1)) + 1, _order(START), np.int64)
+    bound_P = np.full(int(partition_N.max(initial=-1)) + 1, order_of(START), np.int64)
     for partition, position in positions.by_partition.items():
         if partition < len(bound_P):
-            bound_P[partition] = _order(position)
+            bound_P[partition] = order_of(position)
     result: npt.NDArray[np.bool_] = order(keys) <= bound_P[partition_N]
     return result
 
@@ -409,12 +405,7 @@ def highest(keys: pa.Table) -> Positions:
     """Return the last position of each partition."""
     partition_N, order_N = keys["partition"].to_numpy(), order(keys)
     last = {int(p): int(order_N[partition_N == p].max()) for p in np.unique(partition_N)}
-    mask = (1 << RANK_BITS) - 1
-    return Positions(1, {p: Position(o >> RANK_BITS, o & mask) for p, o in last.items()})
-
-
-def _order(position: Position) -> int:
-    return (position.offset << RANK_BITS) + position.rank
+    return Positions(1, {p: position_of(o) for p, o in last.items()})
 
 
 def _runs(steps: Sequence[Step]) -> list[list[Step]]:

@@ -22,7 +22,7 @@ from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.events import decode_batch
 from headrace.contract.log import Reader
-from headrace.contract.positions import Position
+from headrace.contract.positions import Position, order_of, orders
 from headrace.contract.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.contract.sample import parse_position, sample_schema
@@ -32,8 +32,6 @@ from headrace.contract.topics import Topics
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.run import digest_of
 from headrace.trainer.source import Lake, conform, stored_order, to_batch
-
-_RANK_BITS = 24
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +190,7 @@ class Rows:
             self.from_lake += rows.num_rows
         else:
             store = self._live[wanted.partition]
-            low, high = (int(np.searchsorted(store.order_N, _order(x), side="right")) for x in _ends(wanted))
+            low, high = (int(np.searchsorted(store.order_N, order_of(x), side="right")) for x in _ends(wanted))
             rows = store.rows.slice(low, high - low)
             if Position(*wanted.upto) <= self._lake_upto.get(wanted.partition, Position(-1, -1)):
                 self.from_lake += rows.num_rows
@@ -239,10 +237,6 @@ class Rows:
         return found
 
 
-def _order(position: tuple[int, int]) -> int:
-    return (position[0] << _RANK_BITS) + position[1]
-
-
 def _ends(wanted: StepRange) -> tuple[tuple[int, int], tuple[int, int]]:
     return wanted.after, wanted.upto
 
@@ -251,6 +245,6 @@ def _indexed(parts: list[pa.Table], schema: pa.Schema, tasks: tuple[str, ...]) -
     """Return rows of these tasks in position order, each position once: the lake and the topic may both hold it."""
     table = pa.concat_tables(parts).combine_chunks()
     table = table.filter(pc.is_in(table["task"], value_set=pa.array(tasks)))
-    order_N = (table["offset"].to_numpy() << _RANK_BITS) + table["rank"].to_numpy()
+    order_N = orders(table["offset"].to_numpy(), table["rank"].to_numpy())
     kept_K, first_K = np.unique(order_N, return_index=True)
     return _Store(table.take(pa.array(first_K)), kept_K)

@@ -45,7 +45,7 @@ from headrace.contract.events import (
     feedback_schema,
 )
 from headrace.contract.log import Record
-from headrace.contract.positions import START, Position
+from headrace.contract.positions import RANKS_MAX, START, Position
 from headrace.contract.project import FeedbackType, Project
 from headrace.contract.rules import Rules, check_code, check_growth, decode_change, lanes_of, rules_of
 from headrace.contract.sample import list_column
@@ -439,6 +439,11 @@ class JoinState:
         count = len(labels_L5)
         first_L = np.flatnonzero(np.concatenate([[True], offset_L[1:] != offset_L[:-1]]))
         rank_L = np.arange(count) - np.repeat(first_L, np.diff(np.concatenate([first_L, [count]])))
+        if int(rank_L.max()) >= RANKS_MAX:
+            raise Overloaded(
+                f"partition {self.partition}: one record resolved {int(rank_L.max()) + 1:,} samples; a position "
+                f"counts to {RANKS_MAX:,}: lower join.pending_max ({self.config.pending_max:,}), or the number of tasks."
+            )
         seq_L, task_L, code_L = (labels_L5[:, column] for column in (SEQ, TASK, CODE))
         era_L = np.searchsorted([era.first for era in self.eras], seq_L, side="right") - 1
         present = [era for i, era in enumerate(self.eras) if (era_L == i).any()]

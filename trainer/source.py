@@ -24,7 +24,7 @@ from headrace.contract.events import decode_batch
 from headrace.contract.hashing import combine64
 from headrace.contract.log import Reader, Record
 from headrace.contract.metrics import Metrics
-from headrace.contract.positions import START, Position, Positions
+from headrace.contract.positions import START, Position, Positions, order_of, orders, position_of
 from headrace.contract.project import Project
 from headrace.contract.sample import matrix, parse_position, sample_schema
 from headrace.contract.steps import StepRange
@@ -34,8 +34,6 @@ from headrace.trainer.model.batch import Batch
 
 logger = logging.getLogger("headrace.train")
 
-# Ranks stay far below 2^24: a record holds at most a few thousand rows, and expiries are bounded by join.pending_max.
-_RANK_BITS = 24
 HELD_MAX = 10_000
 """Most records that wait for a gap before them to close."""
 BUFFER_ROWS = 131_072
@@ -118,10 +116,6 @@ class _Partition:
 
 def _pair(position: Position) -> tuple[int, int]:
     return (position.offset, position.rank)
-
-
-def _order(position: Position) -> int:
-    return (position.offset << _RANK_BITS) + position.rank
 
 
 class Source:
@@ -341,8 +335,8 @@ class Source:
 
     def _buffer(self, partition: _Partition, record: Record, last: Position) -> None:
         rows = decode_batch(record.value or b"", self._schema)
-        order_N = (rows["offset"].to_numpy() << _RANK_BITS) + rows["rank"].to_numpy()
-        keep_N = order_N > _order(partition.read)
+        order_N = orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
+        keep_N = order_N > order_of(partition.read)
         heads = pa.array(self._project.recipe.heads)
         keep_N &= pc.is_in(rows["task"], value_set=heads).to_numpy(zero_copy_only=False)
         if not keep_N.all():
@@ -359,7 +353,7 @@ class Source:
         parts: list[pa.RecordBatch] = []
         while partition.chunks:
             chunk = partition.chunks[0]
-            count = int(np.searchsorted(chunk.order_N, _order(upto), side="right"))
+            count = int(np.searchsorted(chunk.order_N, order_of(upto), side="right"))
             if count:
                 parts.append(chunk.rows.slice(0, count))
             if chunk.last <= upto:
@@ -380,8 +374,7 @@ def _upto(partition: _Partition, rows_max: int) -> tuple[Position, int]:
             upto, rows = chunk.last, rows + chunk.rows.num_rows
             continue
         if room:
-            order = int(chunk.order_N[room - 1])
-            upto, rows = Position(order >> _RANK_BITS, order & ((1 << _RANK_BITS) - 1)), rows + room
+            upto, rows = position_of(int(chunk.order_N[room - 1])), rows + room
         break
     return upto, rows
 

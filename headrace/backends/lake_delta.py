@@ -43,12 +43,12 @@ from headrace.backends.lake_durable import make_durable
 from headrace.backends.lake_leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
-from headrace.contract.positions import START, Position, Positions
+from headrace.contract.positions import START, Position, Positions, order_of, orders, position_of
 
 logger = logging.getLogger("headrace.lake")
 
-# A rank is below 2**22 (join.pending_max of 2 million impressions may expire in one record), an offset below 2**41.
-RANK_BITS = 22
+# Lakes of before keep 22 bits for a rank, under another id.
+OLD_RANK_BITS = 22
 PARTITIONS_MAX = 256
 DATE, HOUR = "event_date", "event_hour"
 HOUR_MS = 3_600_000
@@ -258,8 +258,7 @@ class DeltaLake:
         found = [Transaction(self._offset_id(partition), offset) for partition, offset in sorted(next_offsets.items())]
         for partition, position in sorted(positions.items()):
             if position.offset >= 0:
-                packed = position.offset << RANK_BITS | position.rank
-                found.append(Transaction(self._position_id(partition), packed))
+                found.append(Transaction(self._position_id(partition), order_of(position)))
         return found
 
     def _state_of(self, table: Any) -> LakeState:
@@ -276,8 +275,11 @@ class DeltaLake:
         return LakeState(table.version(), Positions(self.generation, positions), offsets, retained_ms)
 
     def _position_of(self, table: Any, partition: int) -> Position:
-        packed = table.transaction_version(self._position_id(partition))
-        return START if packed is None else Position(packed >> RANK_BITS, packed & ((1 << RANK_BITS) - 1))
+        order = table.transaction_version(self._position_id(partition))
+        if order is not None:
+            return position_of(order)
+        old = table.transaction_version(self._old_position_id(partition))
+        return START if old is None else Position(old >> OLD_RANK_BITS, old & ((1 << OLD_RANK_BITS) - 1))
 
     def _read_by_positions(
         self, version: int, columns: Sequence[str] | None, day: date | None, cause: Exception
@@ -316,6 +318,9 @@ class DeltaLake:
         return f"samples-g{self.generation}-p{partition}"
 
     def _position_id(self, partition: int) -> str:
+        return f"order-g{self.generation}-p{partition}"
+
+    def _old_position_id(self, partition: int) -> str:
         return f"position-g{self.generation}-p{partition}"
 
 
@@ -394,26 +399,20 @@ def least_positions(rows: pa.Table) -> dict[int, Position]:
     """Return each partition's lowest position among the rows; nothing where rows have no positions."""
     if not {"partition", "offset", "rank"} <= set(rows.column_names) or not rows.num_rows:
         return {}
-    part_N, order_N = rows["partition"].to_numpy(), packed(rows)
-    return {
-        int(p): Position(low >> RANK_BITS, low & ((1 << RANK_BITS) - 1))
-        for p in np.unique(part_N)
-        for low in [int(order_N[part_N == p].min())]
-    }
+    part_N, order_N = rows["partition"].to_numpy(), _orders(rows)
+    return {int(p): position_of(int(order_N[part_N == p].min())) for p in np.unique(part_N)}
 
 
-def packed(rows: pa.Table) -> npt.NDArray[np.int64]:
-    """Return each row's position as one number: int64 [N]."""
-    order_N: npt.NDArray[np.int64] = (rows["offset"].to_numpy() << RANK_BITS) + rows["rank"].to_numpy()
-    return order_N
+def _orders(rows: pa.Table) -> npt.NDArray[np.int64]:
+    return orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
 
 
 def contained(rows: pa.Table, positions: Positions) -> npt.NDArray[np.bool_]:
     """Say of each row whether `positions` contain it: bool [N]."""
-    part_N, order_N = rows["partition"].to_numpy(), packed(rows)
+    part_N, order_N = rows["partition"].to_numpy(), _orders(rows)
     kept_N = np.zeros(len(part_N), np.bool_)
     for partition, position in positions.by_partition.items():
-        kept_N |= (part_N == partition) & (order_N <= (position.offset << RANK_BITS) + position.rank)
+        kept_N |= (part_N == partition) & (order_N <= order_of(position))
     return kept_N
 
 

@@ -84,13 +84,30 @@ def test_a_commit_holds_rows_offsets_and_positions(new_lake: NewLake):
     lake = new_lake()
     assert lake.state() is None
     assert lake.append([rows(1), rows(2)], {0: 3, 2: 7}, {0: Position(11, 4), 2: Position(2, 0)}) == 0
-    assert lake.append([rows(3)], {0: 4}, {0: Position(2**40, 2**22 - 1)}) == 1
+    assert lake.append([rows(3)], {0: 4}, {0: Position(2**38, 2**24 - 1)}) == 1
     newest, first = lake.state(), lake.state(0)
     assert newest is not None and first is not None
     assert newest.next_offsets == {0: 4, 2: 7} and first.next_offsets == {0: 3, 2: 7}
-    assert newest.positions.at(0) == (2**40, 2**22 - 1) and newest.positions.at(2) == (2, 0)
+    assert newest.positions.at(0) == (2**38, 2**24 - 1) and newest.positions.at(2) == (2, 0)
     assert sorted(lake.read()["id"].to_pylist()) == [1, 2, 3]
     assert lake.read(0, ["id"]).column_names == ["id"] and lake.read(0).num_rows == 2
+
+
+def test_a_lake_of_before_tells_where_it_is_whole(new_lake: NewLake, monkeypatch: pytest.MonkeyPatch):
+    """Its positions keep 22 bits for a rank, under another name; the next commit writes today's."""
+    old = new_lake()
+    monkeypatch.setattr(old, "_position_id", old._old_position_id)
+    monkeypatch.setattr("headrace.backends.lake_delta.order_of", lambda at: at.offset << 22 | at.rank)
+    old.append([samples(0, 11, hours(1, 2))], {0: 3}, {0: Position(11, 1)})
+    monkeypatch.undo()
+    lake = new_lake()
+    state = lake.state()
+    assert state is not None and state.positions.at(0) == (11, 1)
+    with pytest.raises(Unavailable, match="Another one has stored them"):
+        lake.append([samples(0, 11, hours(1))], {0: 4}, {0: Position(11, 0)})
+    lake.append([samples(0, 12, hours(1))], {0: 4}, {0: Position(12, 0)})
+    state = new_lake().state()
+    assert state is not None and state.positions.at(0) == (12, 0)
 
 
 def test_a_new_column_is_merged_and_generations_are_apart(new_lake: NewLake):
