@@ -29,6 +29,14 @@ def test_too_many_waiting_impressions_are_refused_with_numbers():
         join.take_all(records([row("impression", n, 10_000) for n in range(3)], None))
 
 
+def test_a_record_that_resolves_more_than_a_position_counts_is_refused(monkeypatch):
+    monkeypatch.setattr("headrace.stream.join.RANKS_MAX", 3)
+    join = JoinState(PROJECT, CONFIG, silent_ms=300, partition=3)
+    end = [("time", Punctuation(gateway, 1, 10**6)) for gateway in "ab"]
+    with pytest.raises(Overloaded, match=r"partition 3: one record resolved \d+ samples; .*join\.pending_max"):
+        join.take_all(records([row("impression", n, 10_000) for n in range(8)] + end, None))
+
+
 def test_beyond_the_bound_the_oldest_early_feedback_becomes_an_orphan():
     few = structs.replace(CONFIG, pending_max=2)
     log = records([row("click", n, 10_000) for n in range(4)] + [row("impression", n, 10_000) for n in (0, 2)], None)
