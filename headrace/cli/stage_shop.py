@@ -1,5 +1,5 @@
 """The demo shop: its catalogue as a site for the crawler, and its traffic, which asks serving to rank, shows, and logs
-impressions and clicks through `headrace.sender`.
+impressions, clicks and dwells through `headrace.sender`.
 
 Rows come from DATA= (a folder with KuaiRand), else shared/data/kuairand beside the checkout, else a seeded generator.
 RATE= or --rate is impressions a second; 0 shows nothing, the site stays up. It goes on where it
