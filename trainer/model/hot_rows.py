@@ -44,7 +44,7 @@ class _Cache:
     def __init__(self, table: Table, *, device: str, rows: int) -> None:
         self.table, self.device = table, device
         self.rows_H, self.keys_H, self.used_H = (np.empty(0, np.int64) for _ in range(3))
-        self.place_R = np.empty(0, np.int64)
+        self.place_R, self._vacant = np.empty(0, np.int64), np.empty(0, np.int64)
         self.values_HV = torch.empty(0, 1 + table.dim, device=device)
         self.states_HS = torch.empty(0, table.states_RS.shape[1], device=device)
         self.now = 0
@@ -53,6 +53,7 @@ class _Cache:
     def clear(self) -> None:
         """Forget everything, without writing it back."""
         self.rows_H[:], self.keys_H[:], self.place_R = _FREE, PAD, np.empty(0, np.int64)
+        self._vacant = np.arange(len(self.rows_H))
 
     def bring(self, rows_K: Int64s) -> Int64s:
         """Return the places of rows, which are on the device then; a row may be named twice."""
@@ -65,7 +66,7 @@ class _Cache:
         missing_K = np.unique(rows_K[place_K < 0])
         if len(missing_K):
             self._make_room(len(missing_K))
-            free_K = np.flatnonzero(self.rows_H == _FREE)[: len(missing_K)]
+            self._vacant, free_K = np.split(self._vacant, [-len(missing_K)])
             at_K = self._sent(free_K)
             self.values_HV[at_K] = self._sent(self.table.values_RV[missing_K])
             self.states_HS[at_K] = self._sent(self.table.states_RS[missing_K])
@@ -115,7 +116,7 @@ class _Cache:
 
     def _make_room(self, places: int) -> None:
         """Let the least recently used rows go, those of this batch never; extend the cache where that isn't enough."""
-        short = places - int((self.rows_H == _FREE).sum())
+        short = places - len(self._vacant)
         if short <= 0:
             return
         idle_H = np.flatnonzero((self.rows_H != _FREE) & (self.used_H < self.now))
@@ -129,8 +130,10 @@ class _Cache:
     def _free(self, place_K: Int64s) -> None:
         self.place_R[self.rows_H[place_K]] = _FREE
         self.rows_H[place_K], self.keys_H[place_K] = _FREE, PAD
+        self._vacant = np.concatenate([self._vacant, place_K])
 
     def _extend(self, places: int) -> None:
+        self._vacant = np.concatenate([self._vacant, len(self.rows_H) + np.arange(places)])
         self.rows_H = np.concatenate([self.rows_H, np.full(places, _FREE)])
         self.keys_H = np.concatenate([self.keys_H, np.full(places, PAD)])
         self.used_H = np.concatenate([self.used_H, np.zeros(places, np.int64)])
