@@ -81,8 +81,14 @@ chaos: $(VENV)/.installed ## kill under load, in a stack of its own: make chaos 
 replay: $(VENV)/.installed ## learn again as recorded and compare with the live model
 	@"$(BIN)/headrace" replay
 
-test: $(VENV)/.installed-dev ## all tests but the long ones, the end-to-end test on real Kafka and HDFS included
+# Tests without servers run side by side, those that start Kafka, HDFS or a browser one after another.
+test: $(VENV)/.installed-dev ## all tests but the long ones, the end-to-end test on real Kafka and HDFS included; ARGS="-k name"
+ifdef ARGS
 	"$(BIN)/python" -m pytest -m "not long" -rs $(ARGS)
+else
+	"$(BIN)/python" -m pytest -n 2 --dist loadfile -m "not long" tests/unit tests/property tests/simulation tests/golden tests/tidy
+	"$(BIN)/python" -m pytest -m "not long" -rs tests/backends tests/e2e tests/browser
+endif
 
 test-long: $(VENV)/.installed-dev ## the long ones too
 	"$(BIN)/python" -m pytest -rs $(ARGS)

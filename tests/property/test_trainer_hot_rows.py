@@ -36,7 +36,7 @@ def tables(kind: str, after: int) -> Tables:
 
 
 @pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**31), after=st.integers(1, 2), room=st.integers(1, 30))
 def test_rows_learn_on_the_device_as_they_do_at_home(kind, seed, after, room):
     rng, home = np.random.default_rng(seed), tables(kind, after)
