@@ -33,6 +33,15 @@ _CLIENT: dict[str, Any] = {
     "message.max.bytes": RECORD_BYTES_MAX,
 }
 
+# A broker shows a topic a moment before it leads its partitions, and loses and regains that lead in a restart.
+_LEADERLESS = frozenset(
+    (
+        ck.KafkaError.UNKNOWN_TOPIC_OR_PART,
+        ck.KafkaError.LEADER_NOT_AVAILABLE,
+        ck.KafkaError.NOT_LEADER_FOR_PARTITION,
+    )
+)
+
 
 class _Link:
     """Tells once when the broker goes away and once when it is back."""
@@ -247,10 +256,15 @@ class KafkaReader:
         return sorted(meta.partitions)
 
     def _watermarks(self, topic: str, partition: int) -> tuple[int, int]:
-        try:
-            found = self._consumer.get_watermark_offsets(ck.TopicPartition(topic, partition), timeout=self._timeout_s)
-        except ck.KafkaException as error:
-            raise Unavailable(f"Kafka does not tell the offsets of {topic}/{partition}: {error}") from error
+        part, deadline = ck.TopicPartition(topic, partition), time.monotonic() + self._timeout_s
+        while True:
+            try:
+                found = self._consumer.get_watermark_offsets(part, timeout=max(0.1, deadline - time.monotonic()))
+                break
+            except ck.KafkaException as error:
+                if error.args[0].code() not in _LEADERLESS or time.monotonic() > deadline:
+                    raise Unavailable(f"Kafka does not tell the offsets of {topic}/{partition}: {error}") from error
+                time.sleep(0.02)
         if found is None:
             raise Unavailable(f"Kafka did not tell the offsets of {topic}/{partition} in {self._timeout_s} s.")
         return int(found[0]), int(found[1])

@@ -154,3 +154,12 @@ def test_retention_in_memory_stops_a_reader_that_is_behind() -> None:
         reader.poll(10, 0)
     reader.assign({("t", 0): 3})
     assert [r.offset for r in reader.poll(10, 0)] == [3, 4]
+
+
+def test_a_topic_just_made_tells_its_offsets(world: World) -> None:
+    """Brokers show a topic a moment before they lead its partitions."""
+    reader = world.reader()
+    for _ in range(10):
+        topic = world.topic(64)
+        assert set(reader.end_offsets(topic).values()) == {0}
+    reader.close()
