@@ -12,6 +12,7 @@ import importlib.util
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,20 +165,23 @@ def shipper_command(layout: Layout) -> list[str]:
 def await_all(probes: Mapping[str, Callable[[], str]], timeout_s: float, say: Say) -> None:
     """Ask each probe until it answers "", side by side; tells each that becomes ready.
 
-    Raises `Unavailable` with the reasons of those that did not in `timeout_s`.
+    Raises `Unavailable` with the reasons of those that did not in `timeout_s`. An interrupt ends the asking.
     """
-    begin = time.monotonic()
+    begin, given_up = time.monotonic(), threading.Event()
 
     def wait(name: str, ask: Callable[[], str]) -> str:
         while reason := ask():
-            if time.monotonic() - begin > timeout_s:
+            if time.monotonic() - begin > timeout_s or given_up.wait(0.1):
                 return f"{name}: {reason}"
-            time.sleep(0.1)
         say(f"{name} is ready after {time.monotonic() - begin:.1f} s")
         return ""
 
     with ThreadPoolExecutor(max(1, len(probes))) as pool:
-        reasons = [reason for reason in pool.map(lambda item: wait(*item), probes.items()) if reason]
+        try:
+            reasons = [reason for reason in pool.map(lambda item: wait(*item), probes.items()) if reason]
+        except BaseException:
+            given_up.set()
+            raise
     if reasons:
         raise Unavailable(
             f"not ready after {timeout_s:.0f} s: {'; '.join(reasons)}. `headrace logs NAME` shows why; "

@@ -19,7 +19,7 @@ from headrace.cli import local, stack_clean, watch
 from headrace.cli.main import VERBS, main
 from headrace.cli.runtime import find_addresses, open_blobs
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local import doctor, java, layout, probe
+from headrace.deploy.local import doctor, java, layout, probe, stack
 from headrace.deploy.local.jars import Bundle, read_pins, wrong_jars
 from headrace.deploy.local.supervise import Program, configuration
 
@@ -218,3 +218,13 @@ def test_memory_metrics_and_virtual_clock_are_looked_at() -> None:
 def test_the_shipper_needs_a_port_outside_the_table() -> None:
     made = layout.Layout(Path("/x"), 30_000, "b", "file:/x", None, Path("/p"), True, False, "fluentd")
     assert made.environment()["SHIPPER_PORT"] == "29999"
+
+
+def test_an_interrupt_ends_a_wait_for_stages() -> None:
+    """Without its end, the other probe is asked for hours."""
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stack.await_all({"first": interrupted, "other": lambda: "not ready"}, 7_200.0, print)
