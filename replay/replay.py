@@ -21,15 +21,15 @@ import pyarrow.compute as pc
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.events import decode_batch
-from headrace.contract.log import Reader
+from headrace.contract.log import Reader, read_topic
 from headrace.contract.positions import Position, order_of, orders
 from headrace.contract.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.contract.sample import parse_position, sample_schema
-from headrace.contract.snapshot import Manifest, decode_manifest
 from headrace.contract.steps import Step, StepRange, decode_step
 from headrace.contract.topics import Topics
 from headrace.trainer.model.learner import learner_for
+from headrace.trainer.publish import read_manifests
 from headrace.trainer.run import digest_of
 from headrace.trainer.source import Lake, conform, stored_order, to_batch
 
@@ -113,39 +113,15 @@ def as_trained(
     )
 
 
-def read_manifests(reader: Reader, topics: Topics, model: str) -> list[Manifest]:
-    """Return the snapshot manifests of `model` that the topic still holds, oldest first."""
-    values = read_all(reader, topics.model, key=f"{model}/snapshot".encode())
-    return [m for m in map(decode_manifest, values) if m.kind == "snapshot" and m.digest]
-
-
 def read_steps(reader: Reader, topics: Topics, model: str, run: str, upto: int) -> list[Step]:
     """Return steps 1..`upto` of a run. Raises `InvariantBroken` where one is missing."""
-    steps = [s for s in map(decode_step, read_all(reader, topics.steps)) if s.model == model and s.run == run]
+    steps = [s for s in map(decode_step, read_topic(reader, topics.steps)) if s.model == model and s.run == run]
     steps = [s for s in steps if s.step <= upto]
     if [s.step for s in steps] != list(range(1, upto + 1)):
         raise InvariantBroken(
             f"the steps topic holds {len(steps)} of the {upto} steps of run {run}, or in another order."
         )
     return steps
-
-
-def read_all(reader: Reader, topic: str, *, key: bytes | None = None) -> list[bytes]:
-    """Return the values of a topic of one partition up to its present end, in order, of one key where one is given.
-
-    Control records of transactions take offsets too, so the end is where nothing comes for a second.
-    """
-    begin, end = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
-    reader.assign({(topic, 0): begin})
-    values: list[bytes] = []
-    at = begin
-    while at < end:
-        records = reader.poll(1_000, 1.0)
-        if not records:
-            break
-        at = records[-1].offset + 1
-        values += [r.value for r in records if r.value is not None and r.offset < end and key in (None, r.key)]
-    return values
 
 
 class Rows:

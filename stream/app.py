@@ -88,7 +88,8 @@ class StreamStage:
     ) -> None:
         self.project, self.config, self.topics = project, config, topics
         self.declared = rules_of(project) if declared is None else declared
-        """What the project on disk says, where that is not `project`, whose rules the log begins with."""
+        """What the project on disk says, where that is not `project`, whose rules the log begins with; after a change,
+        what the worker would find there, if it had said before what was in force."""
         self.producer, self.blobs, self.metrics, self.clock, self.spill = producer, blobs, metrics, clock, spill
         self.engine: Engine | None = None
         self.parts: dict[int, _Part] = {}
@@ -181,8 +182,10 @@ class StreamStage:
         """Log what the partition is read by; `before` are the rules until now, unless the worker just began."""
         rules = state.era.rules
         log.info("partition %d is read by rules %s (change %d)", partition, rules.digest(), state.era.number)
-        # A worker that was there before a change has the project of before: nothing hangs on that.
-        if before != self.declared and (lines := differences(rules, self.declared)):
+        # A worker that was in line with the log before a change has the project of before: nothing hangs on that.
+        if before == self.declared:
+            self.declared = rules
+        if lines := differences(rules, self.declared):
             log.warning(
                 "partition %d: the project that this worker was started with (%s) differs from the rules in the log, "
                 "and the log counts. It would change:\n  %s\n`headrace spec apply` puts it in force.",

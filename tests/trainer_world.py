@@ -14,7 +14,7 @@ from headrace.backends.log_memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import TrainConfig
 from headrace.contract.events import encode_batch
-from headrace.contract.positions import Positions
+from headrace.contract.positions import Position, Positions
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.sample import list_column, sample_schema
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
@@ -187,3 +187,31 @@ class World:
         while idle < 4:
             idle = 0 if trainer.turn() else idle + 1
             self.clock.advance(0.03)
+
+
+COUNT = 200
+"""Samples of a partition in `learnt`."""
+
+
+def lake_of(seed: int, records: int) -> Lake:
+    """Return a lake of each partition's first records."""
+    batches, upto, offsets = [], {}, {}
+    for partition in range(PARTITIONS):
+        taken = cut(seed, partition, COUNT)[:records]
+        batches += [rows for rows, _ in taken]
+        upto[partition] = Position(taken[-1][0]["offset"][-1].as_py(), taken[-1][0]["rank"][-1].as_py())
+        offsets[partition] = len(taken)
+    return Lake(pa.Table.from_batches(batches), Positions(1, upto), offsets)
+
+
+def learnt(seed: int, lake: Lake | None = None) -> tuple[World, Trainer]:
+    """Return a world whose samples a trainer has learnt, and that trainer, closed."""
+    world = World(lake=lake)
+    for partition in range(PARTITIONS):
+        for rows, after in cut(seed, partition, COUNT):
+            send(world.log, rows, after=after)
+    trainer = Trainer(world.parts())
+    trainer.recover()
+    world.drain(trainer)
+    trainer.close()
+    return world, trainer

@@ -21,11 +21,11 @@ import numpy.typing as npt
 from headrace.contract.blobs import Blobs
 from headrace.contract.clock import Clock
 from headrace.contract.errors import HeadraceError, Overloaded, Unavailable
-from headrace.contract.log import Producer
+from headrace.contract.log import Producer, Reader, read_topic
 from headrace.contract.metrics import Metrics
 from headrace.contract.positions import Positions
 from headrace.contract.project import Project
-from headrace.contract.snapshot import Manifest, Weights, encode_manifest, encode_weights
+from headrace.contract.snapshot import Manifest, Weights, decode_manifest, encode_manifest, encode_weights
 from headrace.contract.topics import Topics
 from headrace.trainer.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
 from headrace.trainer.model.digest import digest
@@ -58,6 +58,8 @@ class Publisher:
     """Tells the offset that the next record of `deltas` will get; asked once."""
     background: bool = True
     """False writes snapshots before `snapshot` returns: for tests."""
+    is_held: bool = False
+    """True publishes nothing and still writes checkpoints: a better model is served than this one is yet."""
 
     def __post_init__(self) -> None:
         self._chain, self._base, self._seq = "", "", 0
@@ -70,12 +72,13 @@ class Publisher:
 
     def note(self, touched_K: npt.NDArray[np.int64]) -> None:
         """Remember the keys that a committed step changed."""
-        self._touched.append(touched_K)
+        if not self.is_held:
+            self._touched.append(touched_K)
 
     @property
     def wants_snapshot(self) -> bool:
-        """True before the first snapshot, and after a delta was lost."""
-        return not self._chain or self._failed
+        """True before the first snapshot, and after a delta was lost; never while held."""
+        return not self.is_held and (not self._chain or self._failed)
 
     def holds(self, step: int) -> bool:
         """Say whether the newest snapshot is of this very step: then another would say nothing new."""
@@ -127,10 +130,13 @@ class Publisher:
         return True
 
     def snapshot(self, learner: TableLearner, positions: Positions, meta: Meta, evaluation: Arrays) -> bool:
-        """Begin a snapshot and a checkpoint of the model as it is; False when one is still being written, or Kafka
-        does not tell where the chain begins."""
+        """Begin a snapshot and a checkpoint of the model as it is, while held a checkpoint alone; False when one is
+        still being written, or Kafka does not tell where the chain begins."""
         if self.is_busy:
             return False
+        if self.is_held:
+            self._start(self._write_checkpoint, Checkpoint(meta, learner.state(), evaluation))
+            return True
         if not self.wants_snapshot and not self.delta(learner, positions) and not self.wants_snapshot:
             return False
         try:
@@ -163,13 +169,7 @@ class Publisher:
         self._chain, self._base, self._seq, self._touched, self._failed = version, version, 0, [], False
         checkpoint = Checkpoint(meta, state, evaluation)
         self.unstored = False
-        if not self.background:
-            self._write(manifest, weights, checkpoint)
-            return True
-        self._writer = threading.Thread(
-            target=self._write, args=(manifest, weights, checkpoint), name="snapshot", daemon=True
-        )
-        self._writer.start()
+        self._start(self._write, manifest, weights, checkpoint)
         return True
 
     def close(self, timeout_s: float) -> None:
@@ -195,20 +195,35 @@ class Publisher:
             self.blobs.put(manifest.blob, data)
             self._announce(manifest)
             self.metrics.add("snapshots_published_total")
+            logger.info("snapshot %s, %d rows", manifest.version, len(weights.keys_K))
         except (HeadraceError, OSError) as error:
             logger.warning("snapshot %s was not published: %s", manifest.version, error)
             self.metrics.add("errors_total", reason="snapshot")
             self.unstored = True
             return
+        self._write_checkpoint(checkpoint)
         try:
-            name = write_checkpoint(self.blobs, self.project.name, checkpoint)
             folder = f"snapshots/{self.project.name}"
             for old in sorted(n.rpartition("/")[2] for n in self.blobs.list(folder))[:-SNAPSHOTS_KEPT]:
                 self.blobs.delete(f"{folder}/{old}")
-            logger.info("snapshot and checkpoint %s, %d rows", name, len(weights.keys_K))
         except (HeadraceError, OSError) as error:
-            logger.warning("checkpoint at step %d was not written; learning goes on: %s", manifest.step, error)
+            logger.warning("old snapshots are still there; learning goes on: %s", error)
+            self.metrics.add("errors_total", reason="snapshots_kept")
+
+    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        try:
+            name = write_checkpoint(self.blobs, self.project.name, checkpoint)
+            logger.info("checkpoint %s%s", name, ", not published yet" if self.is_held else "")
+        except (HeadraceError, OSError) as error:
+            logger.warning("checkpoint at step %d was not written; learning goes on: %s", checkpoint.meta.step, error)
             self.metrics.add("errors_total", reason="checkpoint")
+
+    def _start(self, write: Callable[..., None], *what: object) -> None:
+        if not self.background:
+            write(*what)
+            return
+        self._writer = threading.Thread(target=write, args=what, name="snapshot", daemon=True)
+        self._writer.start()
 
     def _announce(self, manifest: Manifest) -> None:
         receipts: list[Exception | None] = []
@@ -223,3 +238,9 @@ class Publisher:
         self.producer.flush(10.0)
         if not receipts or receipts[0] is not None:
             raise Unavailable(f"the manifest of {manifest.version} got no receipt: {receipts}")
+
+
+def read_manifests(reader: Reader, topics: Topics, model: str, *, silent_s: float = 1.0) -> list[Manifest]:
+    """Return the snapshot manifests of `model` that the topic still holds, oldest first; see `read_topic`."""
+    values = read_topic(reader, topics.model, key=f"{model}/snapshot".encode(), silent_s=silent_s)
+    return [m for m in map(decode_manifest, values) if m.kind == "snapshot" and m.digest]

@@ -35,7 +35,7 @@ from headrace.trainer.board import Board
 from headrace.trainer.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
 from headrace.trainer.evaluate import Evaluation, known_times
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.publish import Publisher
+from headrace.trainer.publish import Publisher, read_manifests
 from headrace.trainer.report import Report
 from headrace.trainer.slices import slices_of
 from headrace.trainer.source import Cursor, Lake, Source
@@ -134,7 +134,9 @@ class Trainer:
         self._published_at = self._snapshot_at = float("-inf")
 
     def recover(self) -> None:
-        """Bring the learner to the last recorded step, and publish it. Waits while Kafka or the store is away."""
+        """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
+        run's model is served. Waits while Kafka or the store is away."""
+        served = self._retrying("read which run is served", self._served_run)
         checkpoint = self._retrying(
             "read checkpoints",
             lambda: newest_checkpoint(self.parts.blobs, self.project.name, recipe=self.recipe),
@@ -174,7 +176,10 @@ class Trainer:
             self.parts.clock,
             lambda: self.parts.reader.end_offsets(self.parts.topics.deltas)[0],
             self.parts.background,
+            is_held=self.source.is_stored and served not in ("", self.run_id),
         )
+        if self.publisher.is_held:
+            logger.info("run %s is served until the lake is learnt", served)
         self._snapshot()
         logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
 
@@ -222,6 +227,11 @@ class Trainer:
             self.publisher.close(3.0)
         if self.parts.board is not None:
             self.parts.board.close()
+
+    def _served_run(self) -> str:
+        # 10 s: a manifest that a slow broker keeps back would let an unfinished model replace a good one.
+        manifests = read_manifests(self.parts.reader, self.parts.topics, self.project.name, silent_s=10.0)
+        return manifests[-1].run if manifests else ""
 
     def _begin(self, first: Step | None) -> None:
         """Begin afresh; a run that was begun before begins at the lake version that its first step names."""
@@ -289,10 +299,15 @@ class Trainer:
         publisher, now, config = self.publisher, self.parts.clock.monotonic(), self.parts.config
         if publisher is None:
             return
+        if publisher.is_held and not self.source.is_stored:
+            logger.info("the lake is learnt: run %s is published", self.run_id)
+            publisher.is_held = False
         wait_s = _RETRY_SNAPSHOT_S if publisher.unstored else config.snapshot_ms / 1000
         if publisher.wants_snapshot or now - self._snapshot_at >= wait_s:
             self._snapshot()
-        elif now - self._published_at >= config.publish_ms / 1000 and publisher.delta(self.learner, self.positions):
+            return
+        is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
+        if is_due and publisher.delta(self.learner, self.positions):
             self._published_at = now
 
     def _snapshot(self) -> None:

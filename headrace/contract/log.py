@@ -86,3 +86,20 @@ class Admin(Protocol):
 
     def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
         """Create what is missing; raise `ConfigRejected` where a topic exists with another partition count."""
+
+
+def read_topic(reader: Reader, topic: str, *, key: bytes | None = None, silent_s: float = 1.0) -> list[bytes]:
+    """Return the values of a topic of one partition up to its present end, in order, of one key where one is given.
+
+    Markers of transactions take offsets too, so the end is also where nothing comes for `silent_s`.
+    """
+    at, end = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
+    reader.assign({(topic, 0): at})
+    values: list[bytes] = []
+    while at < end:
+        records = reader.poll(1_000, silent_s)
+        if not records:
+            break
+        at = records[-1].offset + 1
+        values += [r.value for r in records if r.value is not None and r.offset < end and key in (None, r.key)]
+    return values

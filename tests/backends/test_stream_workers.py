@@ -22,6 +22,8 @@ import pytest
 
 from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
+from headrace.cli.watch import parse
+from headrace.contract.config import port
 from headrace.contract.events import (
     Punctuation,
     batch_from_rows,
@@ -34,7 +36,8 @@ from headrace.contract.events import (
 from headrace.contract.positions import START, Position
 from headrace.contract.sample import parse_position
 from headrace.contract.topics import Topics
-from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.probe import http_get
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all
 from headrace.stream.join import JoinState
@@ -92,12 +95,14 @@ def test_each_sample_once_across_kill_and_rebalance(stack: Layout, tmp_path: Pat
         deadline = time.monotonic() + 240
         while (found := taken(stack)) != expected and time.monotonic() < deadline:
             time.sleep(2)
+        differ = [metric(stack, number, "headrace_stream_rules_differ") for number in (1, 2)]
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
     assert len(expected) > 2_000
     assert found == expected
+    assert differ == [0.0, 0.0], "a worker of before a change is in line with the log, like one of after it"
     assert len({row[-3] for row in expected}) == 2, "samples of two feature specs"
     assert sum(bool(row[-1]) for row in expected) > 20, "late clicks correct what was told"
     account_closes(stack, tmp_path)
@@ -113,6 +118,14 @@ def start(stack: Layout, project: Path, number: int) -> subprocess.Popen[bytes]:
 def headrace(verb: str, project: Path, *more: str) -> list[str]:
     """Return a command line of a verb."""
     return [str(Path(sys.executable).with_name("headrace")), verb, *more, "--project", str(project)]
+
+
+def metric(stack: Layout, number: int, name: str) -> float:
+    """Return a metric of a worker that lives."""
+    at = port("metrics_stream", stack.port_base + 60 * (number + 1))
+    status, body = http_get(f"http://{HOST}:{at}/metrics")
+    assert status == 200, body
+    return parse(body.decode())[name]
 
 
 def env_of(stack: Layout, project: Path, number: int) -> dict[str, str]:

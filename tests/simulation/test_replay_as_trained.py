@@ -9,7 +9,7 @@ import time
 
 import pyarrow as pa
 import pytest
-from trainer_world import PARTITIONS, PROJECT, TOPICS, Lake, World, cut, send
+from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, cut, lake_of, learnt, send
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
@@ -18,35 +18,10 @@ from headrace.backends.lake_leases import Leases
 from headrace.backends.lake_upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.positions import Position, Positions
+from headrace.contract.positions import Position
 from headrace.replay.replay import as_trained
 from headrace.trainer.checkpoint import stored_versions
 from headrace.trainer.run import Trainer
-
-COUNT = 200
-
-
-def lake_of(seed: int, records: int) -> Lake:
-    """Return a lake of each partition's first records."""
-    batches, upto, offsets = [], {}, {}
-    for partition in range(PARTITIONS):
-        taken = cut(seed, partition, COUNT)[:records]
-        batches += [rows for rows, _ in taken]
-        upto[partition] = Position(taken[-1][0]["offset"][-1].as_py(), taken[-1][0]["rank"][-1].as_py())
-        offsets[partition] = len(taken)
-    return Lake(pa.Table.from_batches(batches), Positions(1, upto), offsets)
-
-
-def learnt(seed: int, lake: Lake | None = None) -> tuple[World, Trainer]:
-    world = World(lake=lake)
-    for partition in range(PARTITIONS):
-        for rows, after in cut(seed, partition, COUNT):
-            send(world.log, rows, after=after)
-    trainer = Trainer(world.parts())
-    trainer.recover()
-    world.drain(trainer)
-    trainer.close()
-    return world, trainer
 
 
 @pytest.mark.parametrize("records", [None, 3, 10_000])

@@ -15,7 +15,7 @@ import pytest
 
 from headrace.contract.metrics import Name
 
-RULES = Path(__file__).resolve().parents[2] / "deploy" / "prometheus" / "train.rules.yaml"
+RULES = sorted((Path(__file__).resolve().parents[2] / "deploy" / "prometheus").glob("*.rules.yaml"))
 
 CASES = """
 rule_files: [RULES]
@@ -93,11 +93,28 @@ tests:
           - exp_labels: {severity: warning, reason: "click tab=1"}
             exp_annotations: {summary: "The model predicts 1.5 times the positives that click tab=1 has"}
       - {eval_time: 30m, alertname: HeadraceSamplesRefused, exp_alerts: []}
+  - name: a worker that was started with an edited file, one that catches up, one in line
+    interval: 1m
+    input_series:
+      - {series: "headrace_stream_rules_differ{instance='a',reason=''}", values: "1x30"}
+      - {series: "headrace_stream_rules_number{instance='a',reason=''}", values: "3x30"}
+      - {series: "headrace_stream_rules_differ{instance='b',reason=''}", values: "1x3 0x27"}
+      - {series: "headrace_stream_rules_differ{instance='c',reason=''}", values: "0x30"}
+    alert_rule_test:
+      - {eval_time: 3m, alertname: HeadraceRulesDiffer, exp_alerts: []}
+      - eval_time: 20m
+        alertname: HeadraceRulesDiffer
+        exp_alerts:
+          - exp_labels: {severity: warning, instance: a}
+            exp_annotations:
+              summary: "The project file of a is not what events are read by"
+              description: "Change 3 is in force. `headrace spec` shows what the file would change, `headrace spec apply`
+                puts it in force; or deploy the file that was applied."
 """
 
 
 def test_rules_name_metrics_that_exist():
-    named = set(re.findall(r"headrace_train_(\w+)", RULES.read_text()))
+    named = set(re.findall(r"headrace_[a-z]+_(\w+)", "".join(file.read_text() for file in RULES)))
     assert named and named <= set(get_args(Name)), "every metric of a rule is in contract/metrics.py"
 
 
@@ -106,6 +123,6 @@ def test_alerts_fire_on_what_they_are_for(tmp_path):
     if tool is None:
         pytest.skip("promtool is not here: it comes with Debian's prometheus")
     case = tmp_path / "case.yaml"
-    case.write_text(CASES.replace("RULES", str(RULES)))
+    case.write_text(CASES.replace("RULES", ", ".join(map(str, RULES))))
     done = subprocess.run([tool, "test", "rules", str(case)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
