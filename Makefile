@@ -32,7 +32,7 @@ export RATE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down status logs doctor ledger chaos replay test test-long test-cephfs check format bench clean
+.PHONY: help install up down restart status logs doctor ledger chaos replay test test-long test-cephfs check format bench clean
 
 help: ## show this
 	@echo "make TARGET [VENV=dir] [PORT_BASE=30000] [STORE=file:/dir|hdfs://host:port/dir|cephfs] [BROKERS=host:port] [PROJECT=dir]"
@@ -65,6 +65,9 @@ down: ## stop everything; nothing is left running
 
 status: $(VENV)/.installed ## each process, its state, port, memory, log file
 	@"$(BIN)/headrace" status
+
+restart: $(VENV)/.installed ## stop and start with the files on disk: make restart STAGE="ingest train"
+	@"$(BIN)/headrace" restart $(STAGE)
 
 logs: $(VENV)/.installed ## follow a log: make logs STAGE=train
 	@"$(BIN)/headrace" logs $(or $(STAGE),supervisor)

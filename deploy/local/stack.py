@@ -84,10 +84,15 @@ def start(
 def start_infrastructure(layout: Layout, supervisor: Supervisor, say: Say) -> None:
     """Start Kafka and HDFS, those that are this stack's own, and wait until both take work."""
     supervisor.begin(INFRASTRUCTURE)
+    await_all(infrastructure_probes(layout), INFRASTRUCTURE_S, say)
+
+
+def infrastructure_probes(layout: Layout) -> dict[str, Callable[[], str]]:
+    """Return for Kafka and HDFS the function that tells why it takes no work, "" when it does."""
     probes: dict[str, Callable[[], str]] = {"kafka": lambda: probe.kafka_trouble(layout.brokers)}
     if layout.store.startswith("hdfs://"):
         probes["hdfs"] = lambda: probe.hdfs_trouble(layout)
-    await_all(probes, INFRASTRUCTURE_S, say)
+    return probes
 
 
 def stop(layout: Layout, say: Say) -> None:
@@ -108,6 +113,26 @@ def stop(layout: Layout, say: Say) -> None:
         say(f"ended {left} processes that no supervisor answered for")
     if layout.own_cephfs:
         own_cephfs(layout).stop()
+
+
+def restart(layout: Layout, names: Sequence[str], say: Say) -> None:
+    """End these processes and start them again; returns when those that can tell are ready.
+
+    Raises `ConfigRejected` where the stack does not run or has no such process, `Unavailable` when one is not ready in
+    time.
+    """
+    supervisor = Supervisor(layout)
+    known = [p.name for p in supervisor.processes()]
+    if not known:
+        raise ConfigRejected(f"nothing runs in {layout.home}; `make up` starts it.")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigRejected(f"no process {', '.join(unknown)} here; there are {', '.join(known)}.")
+    with _only_one(layout):
+        supervisor.end(names)
+        supervisor.begin(names)
+        probes = probe.stage_probes(layout) | infrastructure_probes(layout)
+        wanted = {"hdfs" if name in ("namenode", "datanode") else name for name in names}
+        await_all({name: ask for name, ask in probes.items() if name in wanted}, STAGES_S, say)
 
 
 def own_cephfs(layout: Layout) -> cephfs.CephFs:

@@ -12,6 +12,7 @@ from headrace.contract.errors import ConfigRejected, HeadraceError
 VERBS: dict[str, tuple[str, str]] = {
     "up": ("stack_up", "start everything on this machine: Kafka, HDFS, all stages, the demo shop"),
     "down": ("stack_down", "stop everything that `up` started"),
+    "restart": ("stack_restart", "stop and start named processes; the others go on"),
     "status": ("stack_status", "show each process, its state, port, memory and log file"),
     "logs": ("stack_logs", "show and follow a process's log file"),
     "doctor": ("stack_doctor", "find what keeps the stack from running, and say the remedy"),

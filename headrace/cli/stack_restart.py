@@ -1,0 +1,27 @@
+"""Stop processes of the local stack and start them again, with the project and the settings as they are on disk now.
+
+The others go on: stages read on from where they stood, and what was in flight comes again and is dropped by its ids.
+Returns when all of them are ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from headrace.cli.local import add_stack_flags, present_layout, quiet_clients
+from headrace.deploy.local.stack import restart
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    add_stack_flags(parser)
+    parser.add_argument("names", metavar="NAME", nargs="+", help="as `headrace status` shows them, such as ingest, train")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Restart; 0 when all are ready."""
+    quiet_clients()
+    begin = time.monotonic()
+    restart(present_layout(args), args.names, lambda text: print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True))
+    return 0
