@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from headrace.contract.config import port
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import HOST, Layout
 

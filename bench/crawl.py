@@ -34,7 +34,7 @@ from headrace.backends.log_memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl, Extract, Follow
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 
 PARTITIONS = 4
 PARALLEL = 16

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from figures import Figure, show
 from stack import Stack
 
-from headrace.contract.events import decode_batch
-from headrace.contract.log import Record
-from headrace.contract.positions import Position, order_of
-from headrace.contract.steps import Step, decode_step
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.positions import Position, order_of
+from headrace.contract.formats.steps import Step, decode_step
+from headrace.contract.interfaces.log import Record
 
 # 5 ms between questions: 200 answers/s are enough to resolve tens of ms and leave the machine to the loop.
 ASK_S = 0.005

@@ -31,7 +31,7 @@ from figures import beside, show
 
 from headrace.backends.log_kafka import KafkaAdmin
 from headrace.contract.config import port
-from headrace.contract.log import TopicSpec
+from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local.layout import HOST, Layout
 
 CHUNK_EVENTS = 1_000

@@ -40,7 +40,7 @@ from headrace.backends.lake_delta import DeltaLake, with_hours
 from headrace.backends.lake_upkeep import Done, Upkeep
 from headrace.cli.local import quiet_clients
 from headrace.contract.config import LakeConfig
-from headrace.contract.positions import Position
+from headrace.contract.formats.positions import Position
 from headrace.deploy.local import cephfs, hdfs, probe
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.jars import ensure_jars

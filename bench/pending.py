@@ -25,8 +25,14 @@ from figures import Figure, show
 
 from headrace.backends.spill_file import FileSpill
 from headrace.contract.config import JoinConfig
-from headrace.contract.events import Punctuation, encode_batch, encode_punctuation, feedback_schema, impression_schema
-from headrace.contract.log import Record
+from headrace.contract.formats.events import (
+    Punctuation,
+    encode_batch,
+    encode_punctuation,
+    feedback_schema,
+    impression_schema,
+)
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
 from headrace.stream.join import JoinState

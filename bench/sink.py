@@ -37,9 +37,9 @@ from figures import Figure, show
 from headrace.backends.log_kafka import KafkaProducer, KafkaReader
 from headrace.cli.local import quiet_clients
 from headrace.contract.config import port
-from headrace.contract.events import encode_batch
-from headrace.contract.sample import sample_schema
-from headrace.contract.topics import Topics
+from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.sample import sample_schema
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import CHECKOUT, HOST, Layout
 from headrace.deploy.local.supervise import Supervisor

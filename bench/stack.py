@@ -24,8 +24,8 @@ import msgspec
 
 from headrace.backends.log_kafka import KafkaReader
 from headrace.contract import config as settings
-from headrace.contract.log import Record
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Record
 from headrace.examples.shop.run import CANDIDATE, feedback_record
 from headrace.examples.shop.shop import PROJECT
 from headrace.examples.shop.traffic import Given, Traffic, Visit, find_data, load_traffic

@@ -32,10 +32,16 @@ from figures import beside, show
 from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.contract.errors import Overloaded
-from headrace.contract.events import Punctuation, encode_batch, encode_punctuation, feedback_schema, impression_schema
-from headrace.contract.log import Record, TopicSpec
+from headrace.contract.formats.events import (
+    Punctuation,
+    encode_batch,
+    encode_punctuation,
+    feedback_schema,
+    impression_schema,
+)
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Record, TopicSpec
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.deploy.local.layout import Layout
 
 PARTITIONS = 4

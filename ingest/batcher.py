@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from headrace.contract.events import encode_batch
+from headrace.contract.formats.events import encode_batch
 from headrace.ingest.columns import Layout
 from headrace.ingest.msgpack_scan import I64s
 from headrace.ingest.texts import hash_column

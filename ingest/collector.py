@@ -31,8 +31,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headrace.backends.clock import SystemClock
-from headrace.contract.clock import Clock
 from headrace.contract.config import IngestConfig
+from headrace.contract.interfaces.clock import Clock
 from headrace.ingest.batcher import Outcome
 from headrace.ingest.collector_access import Origins, Tokens, is_loopback
 from headrace.ingest.collector_body import BadRequest, messages_of, read_events

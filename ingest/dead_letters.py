@@ -23,8 +23,8 @@ from typing import Any
 import msgpack
 import msgspec
 
-from headrace.contract.dead_letters import DeadLetter, Fate, RetryMark
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.dead_letters import DeadLetter, Fate, RetryMark
 
 ADVICE: dict[str, str] = {
     "undeclared": "No event of the project has this tag: declare one, restart the gateways, retry. Or route the tag "

@@ -25,16 +25,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from headrace.contract.clock import Clock
 from headrace.contract.config import IngestConfig
-from headrace.contract.dead_letters import DeadLetter, encode_dead_letter
 from headrace.contract.errors import Overloaded
-from headrace.contract.events import PUNCTUATION, encode_punctuation
-from headrace.contract.log import Producer
+from headrace.contract.formats.dead_letters import DeadLetter, encode_dead_letter
+from headrace.contract.formats.events import PUNCTUATION, encode_punctuation
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.ingest.batcher import Acked, Batcher, Cut, Outcome, Outgoing, Owner, Waiting, cut, merge
 from headrace.ingest.ceiling import Ceiling
 from headrace.ingest.columns import decode, layout

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headrace.contract.config import SourceConfig
-from headrace.contract.group import Claim, Fetched, Group
+from headrace.contract.interfaces.group import Claim, Fetched, Group
 from headrace.contract.metrics import Metrics
 from headrace.ingest.batcher import Acked, Outcome
 from headrace.ingest.foreign import Foreign, read_foreign

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headrace.contract.events import Punctuation
+from headrace.contract.formats.events import Punctuation
 
 DEAF_S = 1.0
 """A healthy gateway has a turn every 10 ms and a receipt within 100: a second is an outage, and still shorter than a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from headrace.contract.clock import Clock
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 
 log = logging.getLogger("headrace.ingest")

@@ -25,9 +25,9 @@ from typing import Protocol
 
 import msgspec
 
-from headrace.contract.clock import Clock
 from headrace.contract.config import IngestConfig
-from headrace.contract.dead_letters import (
+from headrace.contract.errors import Overloaded, Unavailable
+from headrace.contract.formats.dead_letters import (
     Fate,
     RetryMark,
     decode_dead_letter,
@@ -35,13 +35,13 @@ from headrace.contract.dead_letters import (
     encode_dead_letter,
     encode_retry_mark,
 )
-from headrace.contract.errors import Overloaded, Unavailable
-from headrace.contract.events import FEEDBACK, IMPRESSION, decode_batch
-from headrace.contract.log import Delivered, Producer, Reader
+from headrace.contract.formats.events import FEEDBACK, IMPRESSION, decode_batch
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Delivered, Producer, Reader
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.ingest.batcher import Outcome
 from headrace.ingest.dead_letters import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
 from headrace.ingest.forward_protocol import message_of

@@ -16,13 +16,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from headrace.contract.clock import Clock
 from headrace.contract.config import IngestConfig
-from headrace.contract.log import Producer
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.ingest.connection import Connection
 from headrace.ingest.gateway import Gateway
 from headrace.ingest.listen import Listeners

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from headrace.contract.dead_letters import decode_dead_letter
 from headrace.contract.errors import Unavailable
-from headrace.contract.log import Reader, Record
+from headrace.contract.formats.dead_letters import decode_dead_letter
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.ingest.dead_letters import Letter
 
 _POLL_RECORDS, _POLL_S, _SILENT_S = 500, 0.2, 10.0

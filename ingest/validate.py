@@ -21,7 +21,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.contract.events import FEEDBACK, IMPRESSION, feedback_schema, impression_schema
+from headrace.contract.formats.events import FEEDBACK, IMPRESSION, feedback_schema, impression_schema
 from headrace.contract.project import EXTRA, FeedbackType, ImpressionType, Project, Unknown
 
 ID_BYTES_MAX = 512

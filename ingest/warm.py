@@ -10,12 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from headrace.contract.clock import Clock
 from headrace.contract.config import IngestConfig
-from headrace.contract.log import Delivered
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Delivered
 from headrace.contract.metrics import Name
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.ingest.forward_protocol import Decoder, encode_record, message_of
 from headrace.ingest.gateway import Gateway, Peer
 from headrace.ingest.validate import declared_types

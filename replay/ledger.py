@@ -25,11 +25,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.contract.dead_letters import DeadLetter, Fate
-from headrace.contract.events import Punctuation
-from headrace.contract.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.dead_letters import DeadLetter, Fate
+from headrace.contract.formats.events import Punctuation
+from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.steps import Step
 from headrace.contract.recipe import Recipe
-from headrace.contract.steps import Step
 from headrace.trainer.model.calibration import left_out
 from headrace.trainer.source import sample_hashes
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     EXTERNAL,
     FEEDBACK,
     IMPRESSION,
@@ -22,7 +22,7 @@ from headrace.contract.events import (
     Punctuation,
     decode_punctuation,
 )
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import FeatureSpec
 from headrace.replay.ledger import JOINED, Expected, TaskCounts

@@ -20,14 +20,14 @@ import pyarrow.compute as pc
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
-from headrace.contract.events import decode_batch
-from headrace.contract.log import Reader, read_topic
-from headrace.contract.positions import Position, order_of, orders
-from headrace.contract.progress import Progress, Silent
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.positions import Position, order_of, orders
+from headrace.contract.formats.sample import parse_position, sample_schema
+from headrace.contract.formats.steps import Step, StepRange, decode_step
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Reader, read_topic
+from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
-from headrace.contract.sample import parse_position, sample_schema
-from headrace.contract.steps import Step, StepRange, decode_step
-from headrace.contract.topics import Topics
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.publish import read_manifests
 from headrace.trainer.run import digest_of

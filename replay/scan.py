@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from headrace.contract.errors import Unavailable
-from headrace.contract.events import decode_batch
-from headrace.contract.log import Reader, Record
-from headrace.contract.positions import START, Position
-from headrace.contract.sample import parse_position
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.positions import START, Position
+from headrace.contract.formats.sample import parse_position
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.replay.ledger import KEYS
 
 POLL_RECORDS = 2_000

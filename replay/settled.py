@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from headrace.contract.config import Config
 from headrace.contract.errors import EventRejected
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     AGGREGATE,
     AGGREGATE_SCHEMA,
     FEEDBACK,
@@ -30,7 +30,7 @@ from headrace.contract.events import (
     decode_batch,
     decode_punctuation,
 )
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import Counter
 from headrace.stream.features.counters import amounts, bucket_ms, feeds, key_strings, weights

@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from headrace.contract.clock import Clock
 from headrace.contract.config import ServeConfig
 from headrace.contract.crawl import external_columns
 from headrace.contract.errors import EventRejected, Overloaded, Unavailable
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
 from headrace.contract.errors import HeadraceError, InvariantBroken
-from headrace.contract.events import ExternalValue
-from headrace.contract.log import Reader, Record
+from headrace.contract.formats.events import ExternalValue
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.spec import Counter, FeatureSpec
 from headrace.stream.external import values_of
 from headrace.stream.features.counters import bucket_ms, key_strings, moves_within_bucket, value_as_of

@@ -20,8 +20,8 @@ import msgspec
 import numpy as np
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.formats.snapshot import Manifest, Weights, decode_weights
 from headrace.contract.project import Project, Recipe
-from headrace.contract.snapshot import Manifest, Weights, decode_weights
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.scoring import shapes_of
 

@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from headrace.contract.blobs import Blobs
-from headrace.contract.clock import Clock
 from headrace.contract.errors import HeadraceError, InvariantBroken, Overloaded, Unavailable
-from headrace.contract.log import Reader, Record
+from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifest
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.contract.snapshot import Manifest, Weights, decode_manifest
-from headrace.contract.topics import Topics
 from headrace.serving.gate import Refused, admit_delta, admit_snapshot
 from headrace.serving.scorer import recipe_of
 from headrace.serving.shared_model import Meta, SharedModel

@@ -10,7 +10,7 @@ import msgspec
 import pyarrow as pa
 
 from headrace.contract.errors import EventRejected
-from headrace.contract.events import ARROW_TYPES
+from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import LISTS, FieldType, Project, Recipe
 from headrace.contract.spec import EVENT_TIME, FeatureSpec

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
-from headrace.contract.snapshot import Manifest, Weights
+from headrace.contract.formats.snapshot import Manifest, Weights
 from headrace.trainer.model.tables import initial_values
 
 Int64s = npt.NDArray[np.int64]

@@ -21,15 +21,15 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from headrace.contract.blobs import Blobs
-from headrace.contract.clock import Clock
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
-from headrace.contract.events import AGGREGATE, AGGREGATE_SCHEMA, encode_batch
-from headrace.contract.log import Producer, Record
+from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, encode_batch
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Producer, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.stream.aggregator import AggregatorState, Settled
 from headrace.stream.engine import Engine
 

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from headrace.contract.errors import ConfigRejected, EventRejected, InvariantBroken
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     FEEDBACK,
     IMPRESSION,
     PUNCTUATION,
@@ -30,7 +30,7 @@ from headrace.contract.events import (
     impression_schema,
 )
 from headrace.contract.hashing import hash_text
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.rules import Rules, check_growth, decode_change, lanes_of, rules_of
 from headrace.contract.spec import Counter

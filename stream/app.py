@@ -22,18 +22,18 @@ from typing import TypeVar
 
 import pyarrow.compute as pc
 
-from headrace.contract.blobs import Blobs
-from headrace.contract.clock import Clock
 from headrace.contract.config import Config
 from headrace.contract.errors import Overloaded, Unavailable
-from headrace.contract.events import encode_batch
-from headrace.contract.log import Producer, Record
+from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.positions import Position
+from headrace.contract.formats.sample import format_position
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Producer, Record
 from headrace.contract.metrics import Metrics, Name
-from headrace.contract.positions import Position
 from headrace.contract.project import Project
 from headrace.contract.rules import Rules, differences, rules_of
-from headrace.contract.sample import format_position
-from headrace.contract.topics import Topics
 from headrace.stream.engine import Engine
 from headrace.stream.join import JoinState
 from headrace.stream.outcome import Emitted, TaskCounts

@@ -22,7 +22,7 @@ import faust.transport.drivers.aiokafka as aiokafka_driver
 from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 
 log = logging.getLogger("headrace.engine")
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from headrace.contract.events import impression_schema
+from headrace.contract.formats.events import impression_schema
+from headrace.contract.formats.sample import sample_schema
 from headrace.contract.project import Project
 from headrace.contract.rules import Rules
-from headrace.contract.sample import sample_schema
 from headrace.stream.pending import Pending
 from headrace.stream.rings import I64s
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
-from headrace.contract.events import ARROW_TYPES
+from headrace.contract.formats.events import ARROW_TYPES
 
 KEEP = 8
 _NEVER = np.iinfo(np.int64).max

@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from headrace.contract.config import JoinConfig
 from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     AGGREGATE,
     AGGREGATE_SCHEMA,
     EXTERNAL,
@@ -44,11 +44,11 @@ from headrace.contract.events import (
     decode_punctuation,
     feedback_schema,
 )
-from headrace.contract.log import Record
-from headrace.contract.positions import RANKS_MAX, START, Position
+from headrace.contract.formats.positions import RANKS_MAX, START, Position
+from headrace.contract.formats.sample import list_column
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, Project
 from headrace.contract.rules import Rules, check_code, check_growth, decode_change, lanes_of, rules_of
-from headrace.contract.sample import list_column
 from headrace.contract.spec import Counter
 from headrace.stream.aggregates import Aggregates
 from headrace.stream.columns import as_columns, checked, keys_of, local_keys, numbers_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from headrace.contract.positions import Position
+from headrace.contract.formats.positions import Position
 from headrace.stream.matching import CODE, ID, SEQ, SETTLED
 from headrace.stream.rings import I64s
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from headrace.contract.events import fit
+from headrace.contract.formats.events import fit
 from headrace.stream.rings import I64s
 
 PIECE_ROWS = 32_768

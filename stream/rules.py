@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.events import SPEC
-from headrace.contract.log import Producer, Record
+from headrace.contract.formats.events import SPEC
+from headrace.contract.interfaces.log import Producer, Record
 from headrace.contract.project import Project
 from headrace.contract.rules import (
     Change,

@@ -22,15 +22,15 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from headrace.contract.clock import Clock
 from headrace.contract.config import Config
 from headrace.contract.errors import Unavailable
-from headrace.contract.events import decode_batch, fit
-from headrace.contract.log import Record
+from headrace.contract.formats.events import decode_batch, fit
+from headrace.contract.formats.positions import START, Position, Positions
+from headrace.contract.formats.sample import parse_position
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
-from headrace.contract.positions import START, Position, Positions
-from headrace.contract.sample import parse_position
-from headrace.contract.topics import Topics
 from headrace.stream.engine import Engine
 
 log = logging.getLogger("headrace.sink")

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.events import decode_batch, encode_batch
-from headrace.contract.positions import Position
+from headrace.contract.formats.events import decode_batch, encode_batch
+from headrace.contract.formats.positions import Position
 from headrace.contract.project import FeedbackType
 from headrace.contract.rules import Rules
 from headrace.contract.spec import Counter

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.contract.config import JoinConfig
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     AGGREGATE,
     AGGREGATE_SCHEMA,
     FEEDBACK,
@@ -25,7 +25,7 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.rules import change_of, encode_change
 from headrace.stream.join import JoinState

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from headrace.contract.events import Punctuation
+from headrace.contract.formats.events import Punctuation
 
 NO_TIME = -1
 """Before the first punctuation."""

@@ -14,7 +14,7 @@ from ingest_world import PROJECT, ShakyLog
 from headrace.backends.clock import SystemClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 from headrace.ingest import server
 from headrace.ingest.collector import Collector
 from headrace.ingest.tls import Identity

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 
 from headrace.contract.config import PORTS, port
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import cephfs as local_cephfs
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.doctor import free_port

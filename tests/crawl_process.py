@@ -25,9 +25,9 @@ from headrace.cli.runtime import set_logging
 from headrace.cli.stage_crawl import _quieten
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
-from headrace.contract.events import decode_batch
-from headrace.contract.log import Delivered
-from headrace.contract.topics import Topics
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Delivered
 from headrace.ingest.crawl.service import Service
 
 PARTITIONS = 3

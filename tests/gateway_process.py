@@ -20,9 +20,9 @@ from gateway_world import WallClock
 from ingest_world import PROJECT, Counts
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.events import PUNCTUATION, decode_batch, decode_punctuation
-from headrace.contract.log import Delivered
-from headrace.contract.topics import Topics
+from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Delivered
 from headrace.ingest import server
 from headrace.ingest.place import Place
 

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from ingest_world import PROJECT, Counts, ShakyLog
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 from headrace.ingest.gateway import Gateway
 from headrace.ingest.place import Place
 from headrace.ingest.server import Companion, Server

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgpack
 
-from headrace.contract.dead_letters import DeadLetter, decode_dead_letter
 from headrace.contract.errors import Overloaded
-from headrace.contract.events import PUNCTUATION, Punctuation, decode_batch, decode_punctuation
-from headrace.contract.log import Delivered
+from headrace.contract.formats.dead_letters import DeadLetter, decode_dead_letter
+from headrace.contract.formats.events import PUNCTUATION, Punctuation, decode_batch, decode_punctuation
+from headrace.contract.interfaces.log import Delivered
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Counter as Windowed
 from headrace.contract.spec import FeatureSpec

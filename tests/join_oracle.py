@@ -17,7 +17,7 @@ import xxhash
 
 from headrace.contract.config import JoinConfig
 from headrace.contract.errors import EventRejected, Overloaded
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     AGGREGATE,
     AGGREGATE_SCHEMA,
     FEEDBACK,
@@ -29,11 +29,11 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.log import Record
-from headrace.contract.positions import START, Position
+from headrace.contract.formats.positions import START, Position
+from headrace.contract.formats.sample import list_column, sample_schema
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.rules import Rules, decode_change, lanes_of, rules_of
-from headrace.contract.sample import list_column, sample_schema
 from headrace.contract.spec import Counter
 from headrace.stream.era import LABEL_COLUMNS
 from headrace.stream.features.counters import CounterState, aged, amounts, feeds, key_strings

@@ -15,11 +15,11 @@ from headrace.backends.fenced_memory import FencedMemory, Pens
 from headrace.backends.log_memory import MemoryLog, MemoryProducer
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
-from headrace.contract.dead_letters import RetryMark, decode_retry_mark
-from headrace.contract.events import PUNCTUATION, decode_batch
-from headrace.contract.log import Delivered, Producer, Reader
+from headrace.contract.formats.dead_letters import RetryMark, decode_retry_mark
+from headrace.contract.formats.events import PUNCTUATION, decode_batch
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Delivered, Producer, Reader
 from headrace.contract.project import FeedbackType, Project
-from headrace.contract.topics import Topics
 from headrace.ingest.dead_letters import Letter, States
 from headrace.ingest.gateway import Gateway, Peer
 from headrace.ingest.retry import Pen, Retry

@@ -20,8 +20,8 @@ from headrace.backends.fenced_kafka import FencedKafka
 from headrace.backends.log_kafka import KafkaProducer, KafkaReader
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
-from headrace.contract.log import Delivered
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Delivered
 from headrace.ingest.dead_letters import Filter
 from headrace.ingest.retry import Report, Retry
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 from river import linear_model, optim
 
+from headrace.contract.formats.snapshot import Weights
 from headrace.contract.recipe import Recipe
-from headrace.contract.snapshot import Weights
 from headrace.contract.spec import PAD, FeatureSpec
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import acceptable, left_out

@@ -6,7 +6,7 @@ from random import Random
 
 from msgspec import structs
 
-from headrace.contract.events import AGGREGATE_SCHEMA, feedback_schema, impression_schema
+from headrace.contract.formats.events import AGGREGATE_SCHEMA, feedback_schema, impression_schema
 from headrace.contract.project import FeedbackType, Task
 from headrace.contract.rules import Change, change_of
 from headrace.contract.spec import Bucket, Categorical, Counter, FeatureSpec, Numeric, Rate

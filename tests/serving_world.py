@@ -21,10 +21,10 @@ from headrace.backends.log_memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import ServeConfig
 from headrace.contract.errors import Unavailable
+from headrace.contract.formats.snapshot import Manifest, Weights, encode_manifest, encode_weights
+from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
-from headrace.contract.snapshot import Manifest, Weights, encode_manifest, encode_weights
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
-from headrace.contract.topics import Topics
 from headrace.serving.app import Face
 from headrace.serving.features import FeatureMemory
 from headrace.serving.live import Updater

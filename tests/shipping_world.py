@@ -16,12 +16,12 @@ from typing import Any
 from ingest_world import PROJECT, START_MS, Counts, HandClock, impression, message
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.dead_letters import decode_dead_letter
 from headrace.contract.errors import Overloaded
-from headrace.contract.events import PUNCTUATION, decode_batch, decode_punctuation
+from headrace.contract.formats.dead_letters import decode_dead_letter
+from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
+from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
-from headrace.contract.log import Delivered, Producer
-from headrace.contract.topics import Topics
+from headrace.contract.interfaces.log import Delivered, Producer
 from headrace.ingest.forward_protocol import Message
 from headrace.ingest.gateway import Gateway, Peer
 

@@ -13,12 +13,12 @@ from headrace.backends.fenced_memory import FencedMemory, Pens
 from headrace.backends.log_memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import TrainConfig
-from headrace.contract.events import encode_batch
-from headrace.contract.positions import Position, Positions
+from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.positions import Position, Positions
+from headrace.contract.formats.sample import list_column, sample_schema
+from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
-from headrace.contract.sample import list_column, sample_schema
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
-from headrace.contract.topics import Topics
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.run import Parts, Trainer
 

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.contract.blobs import Blobs
+from headrace.contract.interfaces.blobs import Blobs
 from headrace.trainer.source import Cursor
 
 logger = logging.getLogger("headrace.train")

@@ -18,15 +18,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.contract.blobs import Blobs
-from headrace.contract.clock import Clock
 from headrace.contract.errors import HeadraceError, Overloaded, Unavailable
-from headrace.contract.log import Producer, Reader, read_topic
+from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifest, encode_manifest, encode_weights
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Producer, Reader, read_topic
 from headrace.contract.metrics import Metrics
-from headrace.contract.positions import Positions
 from headrace.contract.project import Project
-from headrace.contract.snapshot import Manifest, Weights, decode_manifest, encode_manifest, encode_weights
-from headrace.contract.topics import Topics
 from headrace.trainer.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.learner import TableLearner

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from headrace.contract.clock import Clock
 from headrace.contract.config import TrainConfig
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics, Name
 from headrace.contract.project import Project
 from headrace.trainer.board import Board

@@ -20,17 +20,17 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from headrace.contract.blobs import Blobs
-from headrace.contract.clock import Clock
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.log import Producer, Reader
+from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.steps import Step, StepRange
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Producer, Reader
+from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
-from headrace.contract.positions import Positions
-from headrace.contract.progress import Progress, Silent
 from headrace.contract.project import Project, Task
-from headrace.contract.steps import Step, StepRange
-from headrace.contract.topics import Topics
 from headrace.trainer.board import Board
 from headrace.trainer.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
 from headrace.trainer.evaluate import Evaluation, known_times

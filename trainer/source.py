@@ -20,14 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.events import decode_batch
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.sample import matrix, parse_position, sample_schema
+from headrace.contract.formats.steps import StepRange
 from headrace.contract.hashing import combine64
-from headrace.contract.log import Reader, Record
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
-from headrace.contract.positions import START, Position, Positions, order_of, orders, position_of
 from headrace.contract.project import Project
-from headrace.contract.sample import matrix, parse_position, sample_schema
-from headrace.contract.steps import StepRange
 from headrace.ingest.texts import hash_column
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.batch import Batch

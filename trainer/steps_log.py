@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.steps import Step, decode_step, encode_step
+from headrace.contract.formats.steps import Step, decode_step, encode_step
 
 T = TypeVar("T")
 

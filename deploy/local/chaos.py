@@ -28,12 +28,19 @@ import msgspec
 
 from headrace.backends.log_kafka import KafkaReader
 from headrace.contract.config import PORTS, Config, port
-from headrace.contract.dead_letters import decode_dead_letter
 from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.contract.events import FEEDBACK, IMPRESSION, PUNCTUATION, Punctuation, decode_batch, decode_punctuation
-from headrace.contract.log import Reader
+from headrace.contract.formats.dead_letters import decode_dead_letter
+from headrace.contract.formats.events import (
+    FEEDBACK,
+    IMPRESSION,
+    PUNCTUATION,
+    Punctuation,
+    decode_batch,
+    decode_punctuation,
+)
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Reader
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.deploy.local import probe
 from headrace.deploy.local.chaos_crawl import CrawlAccount
 from headrace.deploy.local.doctor import free_port

@@ -26,8 +26,8 @@ import pyarrow as pa
 
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl, Extract, Follow
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.events import EXTERNAL, EXTERNAL_SCHEMA, ExternalValue, decode_batch
-from headrace.contract.log import Record
+from headrace.contract.formats.events import EXTERNAL, EXTERNAL_SCHEMA, ExternalValue, decode_batch
+from headrace.contract.interfaces.log import Record
 from headrace.deploy.local.layout import HOST
 
 PAGES, KEYS = 20, 20

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from headrace.backends.log_kafka import KafkaAdmin
 from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.contract.log import TopicSpec
+from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import cephfs, hdfs, kafka, probe
 from headrace.deploy.local.jars import ensure_jars
 from headrace.deploy.local.java import find_java

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from headrace.contract.clock import Clock
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.interfaces.clock import Clock
 from headrace.examples.shop.traffic import SYNTHETIC_VIDEOS, VIDEOS
 
 SHELF = 100

@@ -16,14 +16,14 @@ from functools import partial
 import msgspec
 import pyarrow as pa
 
-from headrace.contract.clock import Clock
 from headrace.contract.errors import Unavailable
-from headrace.contract.events import decode_batch
-from headrace.contract.log import Reader, Record
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.positions import Position
+from headrace.contract.formats.steps import decode_step
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
-from headrace.contract.positions import Position
-from headrace.contract.steps import decode_step
-from headrace.contract.topics import Topics
 
 # 20,000 clicks are more than a minute of them at 300 impressions/s; 2,000 versions are more than 6 minutes of deltas.
 CLICKS_MAX = 20_000

@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.contract.clock import Clock
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import FeedbackType, Project
 from headrace.examples.shop.freshness import Freshness

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.events import ARROW_TYPES
+from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.project import FieldType
 from headrace.examples.shop.shop import WATCHED_MS
 

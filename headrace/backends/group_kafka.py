@@ -17,7 +17,7 @@ from typing import Any, Literal
 import confluent_kafka as ck
 
 from headrace.contract.errors import Unavailable
-from headrace.contract.group import Claim, Fetched, Standing
+from headrace.contract.interfaces.group import Claim, Fetched, Standing
 
 log = logging.getLogger("headrace.kafka")
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from headrace.backends.log_memory import MemoryLog
-from headrace.contract.group import Claim, Fetched, Standing
+from headrace.contract.interfaces.group import Claim, Fetched, Standing
 
 
 class MemoryGroups:

@@ -43,7 +43,7 @@ from headrace.backends.lake_durable import make_durable
 from headrace.backends.lake_leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
-from headrace.contract.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
 
 logger = logging.getLogger("headrace.lake")
 

@@ -11,9 +11,9 @@ import logging
 
 import msgspec
 
-from headrace.contract.blobs import Blobs
-from headrace.contract.clock import Clock
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
 
 logger = logging.getLogger("headrace.lake")
 

@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
-from headrace.contract.log import Delivered, Record, TopicSpec
+from headrace.contract.interfaces.log import Delivered, Record, TopicSpec
 
 log = logging.getLogger("headrace.kafka")
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
-from headrace.contract.log import Delivered, Record, TopicSpec
+from headrace.contract.interfaces.log import Delivered, Record, TopicSpec
 
 
 class MemoryLog:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
-from headrace.contract.progress import Progress as Shown
+from headrace.contract.interfaces.progress import Progress as Shown
 
 LINE_S = 5.0
 """Time between two lines."""

@@ -7,9 +7,9 @@ import time
 from headrace.backends.fenced_kafka import FencedKafka
 from headrace.cli.runtime import Runtime
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.topics import Topics
 from headrace.contract.project import Project
 from headrace.contract.rules import check_code, differences, rules_of
-from headrace.contract.topics import Topics
 from headrace.stream.rules import PEN, ensure_first, read_history
 
 

@@ -24,12 +24,12 @@ from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.contract.blobs import Blobs
 from headrace.contract.config import PORTS, Config, decode_config, port
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.metrics import Stage
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 
 if TYPE_CHECKING:
     from headrace.backends.lake_delta import DeltaLake

@@ -16,12 +16,16 @@ from headrace.deploy.local.stack import restart
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""
     add_stack_flags(parser)
-    parser.add_argument("names", metavar="NAME", nargs="+", help="as `headrace status` shows them, such as ingest, train")
+    parser.add_argument(
+        "names", metavar="NAME", nargs="+", help="as `headrace status` shows them, such as ingest, train"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Restart; 0 when all are ready."""
     quiet_clients()
     begin = time.monotonic()
-    restart(present_layout(args), args.names, lambda text: print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True))
+    restart(
+        present_layout(args), args.names, lambda text: print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True)
+    )
     return 0

@@ -17,7 +17,7 @@ from headrace.cli.rules import unapplied
 from headrace.cli.runtime import HOST, load_project
 from headrace.cli.watch import Watch
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.stack import start, stop

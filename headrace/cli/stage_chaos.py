@@ -33,8 +33,8 @@ from headrace.cli.stage_ledger import take_stock
 from headrace.cli.watch import parse
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
+from headrace.contract.formats.topics import Topics
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.deploy.local import chaos, chaos_crawl
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.load import seed_from_system

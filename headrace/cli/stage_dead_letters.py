@@ -24,9 +24,9 @@ import msgspec
 from headrace.backends.fenced_kafka import FencedKafka
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import Runtime, add_common, open_runtime
-from headrace.contract.dead_letters import decode_retry_mark
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.log import Reader
+from headrace.contract.formats.dead_letters import decode_retry_mark
+from headrace.contract.interfaces.log import Reader
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters import (
     ADVICE,

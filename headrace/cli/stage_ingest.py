@@ -26,7 +26,7 @@ from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.contract.log import TopicSpec
+from headrace.contract.interfaces.log import TopicSpec
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest import server
 from headrace.ingest.ceiling_watch import CeilingWatch

@@ -15,13 +15,13 @@ import pyarrow as pa
 from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.contract.config import Config
-from headrace.contract.dead_letters import decode_dead_letter, decode_retry_mark
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.log import Reader
-from headrace.contract.positions import Positions
+from headrace.contract.formats.dead_letters import decode_dead_letter, decode_retry_mark
+from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.steps import decode_step
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Reader
 from headrace.contract.project import Project
-from headrace.contract.steps import decode_step
-from headrace.contract.topics import Topics
 from headrace.ingest.dead_letters import Letter, superseded
 from headrace.replay.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored_by_log
 from headrace.replay.rejoin import rejoin

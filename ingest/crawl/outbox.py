@@ -17,10 +17,10 @@ import pyarrow as pa
 from headrace.backends.frontier_sqlite import Frontier, Version
 from headrace.contract.crawl import PREFIX
 from headrace.contract.errors import Overloaded
-from headrace.contract.events import EXTERNAL, EXTERNAL_SCHEMA, ExternalValue, encode_batch
-from headrace.contract.log import Producer
+from headrace.contract.formats.events import EXTERNAL, EXTERNAL_SCHEMA, ExternalValue, encode_batch
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
-from headrace.contract.topics import Topics
 
 log = logging.getLogger("headrace.crawl")
 

@@ -17,13 +17,13 @@ from scrapy.crawler import AsyncCrawlerRunner
 from scrapy.utils.reactor import install_reactor
 
 from headrace.backends.frontier_sqlite import Found, Frontier
-from headrace.contract.blobs import Blobs
-from headrace.contract.clock import Clock
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
-from headrace.contract.log import Producer
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
-from headrace.contract.topics import Topics
 from headrace.ingest.crawl.extract import Document, extract
 from headrace.ingest.crawl.outbox import Outbox
 from headrace.ingest.crawl.politeness import host_settings

@@ -25,10 +25,10 @@ from scrapy.http import Request, Response
 from twisted.python.failure import Failure
 
 from headrace.backends.frontier_sqlite import Body, Found, Frontier, Page, Settled
-from headrace.contract.blobs import Blobs
-from headrace.contract.clock import Clock
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.ingest.crawl.extract import Document, extract
 from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable

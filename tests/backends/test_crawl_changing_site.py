@@ -16,8 +16,8 @@ from crawl_process import PARTITIONS
 from crawl_world import Crawler, eventually
 
 from headrace.contract.crawl import Crawl, Extract
-from headrace.contract.events import EXTERNAL_SCHEMA, encode_batch
-from headrace.contract.log import Record
+from headrace.contract.formats.events import EXTERNAL_SCHEMA, encode_batch
+from headrace.contract.interfaces.log import Record
 from headrace.deploy.local.chaos_crawl import ChangingSite, CrawlAccount, closes, count
 
 KILLS, RECEIPT_S = 3, 0.3

@@ -26,9 +26,9 @@ from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
 from headrace.contract.config import IngestConfig
-from headrace.contract.events import PUNCTUATION, decode_batch
+from headrace.contract.formats.events import PUNCTUATION, decode_batch
+from headrace.contract.formats.topics import Topics
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.deploy.local.layout import Layout
 from headrace.ingest.gateway import Gateway, Peer
 from headrace.ingest.spans import letters, records

@@ -24,11 +24,11 @@ import pytest
 
 from headrace.backends.group_kafka import KafkaGroup
 from headrace.backends.log_kafka import KafkaAdmin, KafkaReader
-from headrace.contract.dead_letters import decode_dead_letter
-from headrace.contract.events import PUNCTUATION, decode_batch
-from headrace.contract.group import Claim, Fetched
-from headrace.contract.log import TopicSpec
-from headrace.contract.topics import Topics
+from headrace.contract.formats.dead_letters import decode_dead_letter
+from headrace.contract.formats.events import PUNCTUATION, decode_batch
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.group import Claim, Fetched
+from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local.layout import Layout
 from tests.conftest import CHECKOUT, free_base
 

@@ -17,7 +17,7 @@ import pytest
 from headrace.backends.group_kafka import KafkaGroup
 from headrace.backends.log_kafka import KafkaAdmin
 from headrace.contract.config import port
-from headrace.contract.log import TopicSpec
+from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import kafka
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.doctor import free_port

@@ -9,8 +9,8 @@ import pytest
 
 from headrace.backends.blobs_file import UNFINISHED, FileBlobs
 from headrace.backends.blobs_hdfs import HdfsBlobs
-from headrace.contract.blobs import Blobs
 from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.interfaces.blobs import Blobs
 from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.layout import Layout
 

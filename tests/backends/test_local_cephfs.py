@@ -18,8 +18,8 @@ from headrace.backends.lake_delta import DeltaLake
 from headrace.backends.lake_upkeep import Done, Upkeep
 from headrace.cli.local import new_layout, present_layout
 from headrace.contract.config import LakeConfig
-from headrace.contract.positions import Position
-from headrace.contract.topics import Topics
+from headrace.contract.formats.positions import Position
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import cephfs as local_cephfs
 from headrace.deploy.local import stack
 from headrace.deploy.local.cephfs import SUPERVISED, CephFs
@@ -30,7 +30,7 @@ PROGRAM = f"""
 import sys
 from lake_world import hours, samples
 from headrace.backends.lake_delta import DeltaLake
-from headrace.contract.positions import Position
+from headrace.contract.formats.positions import Position
 lake = DeltaLake(sys.argv[1], partitions=1)
 for n in range({COMMITS}):
     lake.append([samples(0, n, hours(1, 2, 3))], {{0: n + 1}}, {{0: Position(n, 2)}})

@@ -11,7 +11,7 @@ import pytest
 from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.log_memory import MemoryLog
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
-from headrace.contract.log import Admin, Producer, Reader, Record, TopicSpec
+from headrace.contract.interfaces.log import Admin, Producer, Reader, Record, TopicSpec
 from headrace.deploy.local.layout import Layout
 
 

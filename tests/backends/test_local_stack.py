@@ -15,8 +15,8 @@ import pytest
 
 from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
-from headrace.contract.log import TopicSpec
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import probe
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import Layout

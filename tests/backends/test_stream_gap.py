@@ -22,7 +22,7 @@ from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.cli.watch import parse
 from headrace.contract.config import port
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     Punctuation,
     batch_from_rows,
     decode_batch,
@@ -31,7 +31,7 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.layout import Layout
 from headrace.replay.scan import read_all
 

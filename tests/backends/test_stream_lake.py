@@ -26,7 +26,7 @@ from headrace.backends.lake_leases import Leases
 from headrace.backends.lake_upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
-from headrace.contract.positions import START, Position
+from headrace.contract.formats.positions import START, Position
 from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.layout import Layout
 
@@ -376,7 +376,7 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(new_lake: New
 
 PROGRAM = (
     "import sys, pyarrow as pa\nfrom headrace.backends.lake_delta import DeltaLake\n"
-    "from headrace.contract.positions import Position\nfrom lake_world import samples, hours\n"
+    "from headrace.contract.formats.positions import Position\nfrom lake_world import samples, hours\n"
     "lake = DeltaLake(sys.argv[1], partitions=3)\nstate = lake.state()\n"
     "first = 0 if state is None else state.next_offsets[0]\n"
     "for n in range(first, 10_000):\n"

@@ -24,7 +24,7 @@ from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.cli.watch import parse
 from headrace.contract.config import port
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     Punctuation,
     batch_from_rows,
     decode_batch,
@@ -33,9 +33,9 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.positions import START, Position
-from headrace.contract.sample import parse_position
-from headrace.contract.topics import Topics
+from headrace.contract.formats.positions import START, Position
+from headrace.contract.formats.sample import parse_position
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.probe import http_get
 from headrace.replay.rejoin import rejoin

@@ -20,8 +20,8 @@ from crawl_world import NEVER_S, Site, eventually, item, links
 
 from headrace.backends.log_kafka import KafkaReader
 from headrace.cli.runtime import load_project
-from headrace.contract.events import EXTERNAL, ExternalValue, decode_batch
-from headrace.contract.topics import Topics
+from headrace.contract.formats.events import EXTERNAL, ExternalValue, decode_batch
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import chaos
 from headrace.deploy.local.layout import Layout
 from headrace.replay.scan import read_all

@@ -18,9 +18,9 @@ import pytest
 
 from headrace.backends.log_kafka import KafkaAdmin, KafkaReader
 from headrace.cli.runtime import load_project
-from headrace.contract.events import PUNCTUATION, decode_batch
-from headrace.contract.log import TopicSpec
-from headrace.contract.topics import Topics
+from headrace.contract.formats.events import PUNCTUATION, decode_batch
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import chaos
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor

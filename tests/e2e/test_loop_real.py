@@ -25,10 +25,10 @@ import pyarrow.compute as pc
 import pytest
 from stack import SHOP, Stack
 
-from headrace.contract.dead_letters import decode_dead_letter
-from headrace.contract.sample import matrix
-from headrace.contract.snapshot import decode_manifest
-from headrace.contract.steps import decode_step
+from headrace.contract.formats.dead_letters import decode_dead_letter
+from headrace.contract.formats.sample import matrix
+from headrace.contract.formats.snapshot import decode_manifest
+from headrace.contract.formats.steps import decode_step
 from headrace.examples.shop.catalogue import load_items
 from headrace.examples.shop.shop import PROJECT
 from headrace.examples.shop.traffic import Visit, find_data

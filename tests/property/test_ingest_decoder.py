@@ -16,7 +16,7 @@ from ingest_world import PROJECT, Counts, HandClock
 
 from headrace.backends.log_memory import MemoryLog
 from headrace.contract.config import IngestConfig
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 from headrace.ingest.forward_protocol import Decoder, Message, Ping, Refused, chunk_text, decompress, encode_ack
 from headrace.ingest.gateway import Gateway, Peer
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.contract.config import SourceConfig
-from headrace.contract.group import Claim, Fetched
+from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog
 from headrace.ingest.access_log import compile_format, plain_text
 from headrace.ingest.foreign import read_foreign

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.contract.snapshot import Manifest, Weights
+from headrace.contract.formats.snapshot import Manifest, Weights
 from headrace.serving.shared_model import Meta, SharedModel
 
 ROWS_MAX, PLACES = 40, 128

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     Punctuation,
     batch_from_rows,
     decode_batch,
@@ -17,7 +17,7 @@ from headrace.contract.events import (
     encode_punctuation,
     impression_schema,
 )
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.rules import change_of, encode_change
 from headrace.contract.spec import Categorical, Counter, FeatureSpec

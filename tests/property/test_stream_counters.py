@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     Punctuation,
     batch_from_rows,
     encode_batch,
@@ -21,7 +21,7 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, Custom, FeatureSpec, MultiValued, Numeric, Recency, Text
 from headrace.serving.features import FeatureMemory

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.contract.events import AGGREGATE_SCHEMA, batch_from_rows
+from headrace.contract.formats.events import AGGREGATE_SCHEMA, batch_from_rows
 from headrace.contract.spec import Counter
 from headrace.stream.aggregates import Aggregates
 from headrace.stream.counting import CountingTable

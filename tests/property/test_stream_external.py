@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.contract.crawl import Crawl, Extract
-from headrace.contract.events import EXTERNAL_SCHEMA, batch_from_rows
+from headrace.contract.formats.events import EXTERNAL_SCHEMA, batch_from_rows
 from headrace.stream.external import KEEP, ExternalMemory
 
 CRAWLS = tuple(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.contract.config import JoinConfig
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     AGGREGATE_SCHEMA,
     Punctuation,
     batch_from_rows,
@@ -20,7 +20,7 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.rules import Change, encode_change
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.contract.config import JoinConfig
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.stream.join import JoinState
 from headrace.stream.state import encode_state, load_state
 from tests.join_oracle import PlainJoin

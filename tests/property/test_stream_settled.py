@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.contract.config import AggregateConfig, Config, LogConfig
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     AGGREGATE,
     AGGREGATE_SCHEMA,
     Punctuation,
@@ -22,7 +22,7 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec
 from headrace.replay.settled import check_settled

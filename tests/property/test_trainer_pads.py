@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.project import Recipe
-from headrace.contract.snapshot import Manifest
 from headrace.contract.spec import PAD, Categorical, FeatureSpec, MultiValued, Numeric
 from headrace.serving.shared_model import Meta, SharedModel
 from headrace.trainer.model.batch import Batch

@@ -15,8 +15,8 @@ import pytest
 from shipping_world import Faults, World, total
 
 from headrace.contract.errors import Overloaded, Unavailable
-from headrace.contract.events import PUNCTUATION, decode_punctuation, encode_punctuation
-from headrace.contract.log import Producer
+from headrace.contract.formats.events import PUNCTUATION, decode_punctuation, encode_punctuation
+from headrace.contract.interfaces.log import Producer
 from headrace.ingest.gateway import Gateway, Peer
 
 LONG_SEEDS = 1_000

@@ -18,8 +18,8 @@ from ingest_world import PROJECT, Counts, HandClock, message
 from shipping_world import CLICK_TAG, IMPRESSION_TAG, NO_FAULTS, PARTITIONS, Broker, Line
 
 from headrace.contract.config import IngestConfig, JoinConfig
-from headrace.contract.log import Record
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Record
 from headrace.ingest import punctuate
 from headrace.ingest.gateway import Gateway, Peer
 from headrace.stream.join import JoinState

@@ -14,8 +14,8 @@ import pytest
 from ingest_world import START_MS
 from letters_world import TOPICS, Dying, DyingPen, DyingProducer, Killed, World, fill, found
 
-from headrace.contract.dead_letters import RetryMark, encode_retry_mark
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
+from headrace.contract.formats.dead_letters import RetryMark, encode_retry_mark
 from headrace.ingest.dead_letters import Filter, Letter
 from headrace.ingest.retry import LEASE_MS, Report, Retry
 

@@ -17,9 +17,9 @@ import pytest
 from headrace.backends.group_memory import MemoryGroup, MemoryGroups
 from headrace.backends.log_memory import MemoryLog
 from headrace.contract.config import IngestConfig, SourceConfig
-from headrace.contract.group import Claim, Group
-from headrace.contract.log import TopicSpec
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.group import Claim, Group
+from headrace.contract.interfaces.log import TopicSpec
 from headrace.ingest.batcher import Outcome
 from headrace.ingest.ceiling import Ceiling
 from headrace.ingest.gateway import Gateway

@@ -18,7 +18,7 @@ from headrace.backends.lake_leases import Leases
 from headrace.backends.lake_upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.positions import Position
+from headrace.contract.formats.positions import Position
 from headrace.replay.replay import as_trained
 from headrace.trainer.checkpoint import stored_versions
 from headrace.trainer.run import Trainer

@@ -34,8 +34,8 @@ from headrace.backends.log_memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config, LakeConfig
 from headrace.contract.errors import HeadraceError
-from headrace.contract.log import Record
-from headrace.contract.positions import Position
+from headrace.contract.formats.positions import Position
+from headrace.contract.interfaces.log import Record
 from headrace.stream.sink import SinkStage
 
 PARTITIONS, ROWS, TURNS = 2, 16, 10

@@ -20,11 +20,11 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.log_memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import AggregateConfig, Config, IngestConfig, JoinConfig, LogConfig
-from headrace.contract.events import AGGREGATE, AGGREGATE_SCHEMA, Punctuation, decode_batch
-from headrace.contract.log import Record
-from headrace.contract.positions import START, Position
-from headrace.contract.sample import parse_position
-from headrace.contract.topics import Topics
+from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, Punctuation, decode_batch
+from headrace.contract.formats.positions import START, Position
+from headrace.contract.formats.sample import parse_position
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Record
 from headrace.replay.settled import check_settled
 from headrace.stream.aggregate import AggregateStage
 from headrace.stream.aggregator import AggregatorState

@@ -12,11 +12,11 @@ from random import Random
 
 import pytest
 
-from headrace.contract.events import decode_batch
-from headrace.contract.positions import START, Position
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.positions import START, Position
+from headrace.contract.formats.sample import parse_position
+from headrace.contract.formats.topics import Topics
 from headrace.contract.rules import rules_of
-from headrace.contract.sample import parse_position
-from headrace.contract.topics import Topics
 from headrace.stream import state as states
 from headrace.stream.join import JoinState
 from tests.property.test_stream_join import PROJECT, records

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, lake_of, learnt
 
-from headrace.contract.snapshot import decode_manifest, decode_weights
+from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.replay.replay import as_trained
 from headrace.trainer.publish import read_manifests
 from headrace.trainer.run import Trainer

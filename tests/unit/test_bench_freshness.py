@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.contract.positions import Position
-from headrace.contract.steps import Step
+from headrace.contract.formats.positions import Position
+from headrace.contract.formats.steps import Step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 

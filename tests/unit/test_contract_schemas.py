@@ -9,7 +9,7 @@ import pytest
 
 from headrace.contract.config import PORTS, decode_config, port
 from headrace.contract.errors import ConfigRejected, EventRejected, InvariantBroken
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     Punctuation,
     batch_from_rows,
     decode_batch,
@@ -19,13 +19,13 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.positions import START, Position, Positions, least
+from headrace.contract.formats.positions import START, Position, Positions, least
+from headrace.contract.formats.sample import list_column, matrix
+from headrace.contract.formats.snapshot import Manifest, Weights, decode_weights, encode_weights
+from headrace.contract.formats.steps import Step, StepRange, decode_step, encode_step
+from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
-from headrace.contract.sample import list_column, matrix
-from headrace.contract.snapshot import Manifest, Weights, decode_weights, encode_weights
 from headrace.contract.spec import Categorical, Counter, Cross, FeatureSpec, Numeric, Rate
-from headrace.contract.steps import Step, StepRange, decode_step, encode_step
-from headrace.contract.topics import Topics
 
 SPEC = FeatureSpec(
     counters=(Counter(name="item", key="item_id"),),

@@ -15,7 +15,7 @@ from headrace.cli.stage_crawl import sources
 from headrace.contract.config import Config
 from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.topics import Topics
+from headrace.contract.formats.topics import Topics
 from headrace.examples.shop.shop import CATALOGUE, PROJECT
 
 

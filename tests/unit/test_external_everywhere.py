@@ -16,7 +16,7 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import JoinConfig
 from headrace.contract.crawl import Crawl, Extract, external_columns
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     IMPRESSION,
     PUNCTUATION,
     Punctuation,
@@ -25,10 +25,10 @@ from headrace.contract.events import (
     encode_punctuation,
     impression_schema,
 )
-from headrace.contract.log import Record
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, FeatureSpec, MultiValued, Numeric
-from headrace.contract.topics import Topics
 from headrace.ingest.crawl.outbox import Outbox
 from headrace.replay.ledger import Ledger, draw_gateways
 from headrace.serving.features import FeatureMemory

@@ -12,7 +12,7 @@ import pytest
 from headrace.backends.lake_delta import DeltaLake
 from headrace.contract.config import JoinConfig
 from headrace.contract.errors import EventRejected
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     Punctuation,
     batch_from_rows,
     decode_batch,
@@ -21,12 +21,12 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
+from headrace.contract.formats.positions import Position
+from headrace.contract.formats.sample import matrix, sample_schema
+from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.functions import feature_function
-from headrace.contract.log import Record
-from headrace.contract.positions import Position
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
-from headrace.contract.sample import matrix, sample_schema
-from headrace.contract.snapshot import Manifest
 from headrace.contract.spec import (
     PAD,
     Categorical,

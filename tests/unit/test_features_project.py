@@ -11,7 +11,7 @@ from headrace.backends.lake_delta import DeltaLake
 from headrace.cli.main import main
 from headrace.cli.runtime import load_project
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.positions import Position
+from headrace.contract.formats.positions import Position
 from headrace.stream.features.featurize import featurize
 
 FILE = """

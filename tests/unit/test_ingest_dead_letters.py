@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from ingest_world import PROJECT, START_MS, impression
 from letters_world import MENDED, TOPICS, Dying, DyingPen, DyingProducer, Killed, World
 
-from headrace.contract.dead_letters import DeadLetter, RetryMark, decode_dead_letter, decode_retry_mark
 from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.contract.formats.dead_letters import DeadLetter, RetryMark, decode_dead_letter, decode_retry_mark
 from headrace.contract.mapping import AccessLog, Route
 from headrace.ingest.dead_letters import (
     ADVICE,

@@ -11,8 +11,8 @@ import pytest
 from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, impression, message
 
 from headrace.contract.config import IngestConfig
+from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
-from headrace.contract.topics import Topics
 from headrace.ingest.forward_protocol import Message
 from headrace.ingest.gateway import Gateway, Peer
 

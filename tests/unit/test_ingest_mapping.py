@@ -14,10 +14,10 @@ import pytest
 
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.group import Claim, Fetched
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog, Route
 from headrace.contract.project import Project
-from headrace.contract.topics import Topics
 from headrace.ingest.batcher import Outcome
 from headrace.ingest.forward_protocol import message_of
 from headrace.ingest.gateway import Gateway, Peer

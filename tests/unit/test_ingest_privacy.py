@@ -13,11 +13,11 @@ from ingest_world import Counts, HandClock, ShakyLog, message
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.events import decode_batch
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.topics import Topics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import FeatureSpec
-from headrace.contract.topics import Topics
 from headrace.ingest.forward_protocol import Message
 from headrace.ingest.gateway import Gateway, Peer
 from headrace.serving.scorer import merge

@@ -10,7 +10,7 @@ import pytest
 from headrace.cli.stage_ingest import _client
 from headrace.contract.config import SourceConfig, decode_config
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.group import Claim, Fetched
+from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.ingest.kafka_source import Positions, Run, messages_of
 
 CLAIM = Claim("t", 0, 1)

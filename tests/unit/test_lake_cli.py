@@ -20,8 +20,8 @@ from headrace.cli import stage_lake
 from headrace.cli.lake_schedule import Schedule
 from headrace.cli.main import main
 from headrace.cli.runtime import Runtime, load_project
-from headrace.contract.positions import Position
-from headrace.contract.topics import Topics
+from headrace.contract.formats.positions import Position
+from headrace.contract.formats.topics import Topics
 
 
 @pytest.fixture

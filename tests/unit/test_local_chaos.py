@@ -14,8 +14,8 @@ from ingest_world import PROJECT, Counts, HandClock, message
 from headrace.backends.log_memory import MemoryAdmin, MemoryLog, MemoryProducer, MemoryReader
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.events import decode_batch, encode_batch
-from headrace.contract.topics import Topics
+from headrace.contract.formats.events import decode_batch, encode_batch
+from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import chaos
 from headrace.deploy.local.load import Emitted, Events
 from headrace.ingest.gateway import Gateway, Peer

@@ -18,8 +18,8 @@ import pytest
 
 from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.events import EXTERNAL_SCHEMA, ExternalValue, encode_batch
-from headrace.contract.log import Record
+from headrace.contract.formats.events import EXTERNAL_SCHEMA, ExternalValue, encode_batch
+from headrace.contract.interfaces.log import Record
 from headrace.deploy.local.chaos import STORE, victims_of
 from headrace.deploy.local.chaos_crawl import ChangingSite, CrawlAccount, closes, count, count_stored
 from headrace.ingest.crawl.extract import Document, extract

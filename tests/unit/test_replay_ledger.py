@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.contract.dead_letters import DeadLetter
-from headrace.contract.events import Punctuation
-from headrace.contract.positions import Positions
+from headrace.contract.formats.dead_letters import DeadLetter
+from headrace.contract.formats.events import Punctuation
+from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.recipe import Recipe
-from headrace.contract.steps import Step, StepRange
 from headrace.replay.ledger import JOINED, KEYS, Expected, Found, TaskCounts, covers, draw, stored_by_log
 
 ROWS = 40

@@ -19,7 +19,7 @@ from headrace.backends.log_memory import MemoryAdmin, MemoryLog
 from headrace.cli.stage_ledger import table, take_stock
 from headrace.contract.config import Config, LakeConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     Punctuation,
     batch_from_rows,
     encode_batch,
@@ -27,11 +27,11 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.log import Record
-from headrace.contract.positions import Positions
-from headrace.contract.sample import format_position
-from headrace.contract.steps import Step, StepRange, encode_step
-from headrace.contract.topics import Topics
+from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.sample import format_position
+from headrace.contract.formats.steps import Step, StepRange, encode_step
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Record
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT
 from headrace.replay.ledger import JOINED

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pyarrow as pa
 
 from headrace.backends.log_memory import MemoryAdmin, MemoryLog
-from headrace.contract.events import encode_batch
-from headrace.contract.log import Record, TopicSpec
+from headrace.contract.formats.events import encode_batch
+from headrace.contract.interfaces.log import Record, TopicSpec
 from headrace.replay.ledger import KEYS
 from headrace.replay.scan import read_all, sample_keys
 

@@ -13,8 +13,9 @@ from headrace.backends.fenced_memory import FencedMemory, Pens
 from headrace.backends.log_memory import MemoryLog
 from headrace.contract.config import JoinConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
+from headrace.contract.formats.topics import Topics
 from headrace.contract.functions import feature_function
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Task
 from headrace.contract.rules import (
     change_of,
@@ -25,7 +26,6 @@ from headrace.contract.rules import (
     rules_of,
 )
 from headrace.contract.spec import Bucket, Categorical, Custom, FeatureSpec
-from headrace.contract.topics import Topics
 from headrace.stream.join import JoinState
 from headrace.stream.rules import apply, ensure_first, first_rules, read_history
 from tests.property.test_stream_join import PROJECT

@@ -21,10 +21,10 @@ from headrace.backends.log_memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.stage_ledger import take_stock
 from headrace.contract.config import Config
-from headrace.contract.events import encode_batch
+from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.sample import format_position, matrix, sample_schema
+from headrace.contract.formats.topics import Topics
 from headrace.contract.rules import change_of, encode_change
-from headrace.contract.sample import format_position, matrix, sample_schema
-from headrace.contract.topics import Topics
 from headrace.serving.app import make_app
 from headrace.stream.features.featurize import featurize
 from headrace.stream.join import JoinState

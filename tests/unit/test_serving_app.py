@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from serving_world import PROJECT, RECIPE, SPEC, TOPICS, Client, Trainer, World
 
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.serving.app import make_app
 from headrace.serving.feedback import ImpressionLog
 from headrace.stream.features.featurize import featurize

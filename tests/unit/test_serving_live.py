@@ -12,7 +12,7 @@ from serving_world import KEYS, PROJECT, RECIPE, SPEC, TOPICS, Trainer, World, w
 
 from headrace.backends.log_memory import MemoryReader
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.snapshot import Weights
+from headrace.contract.formats.snapshot import Weights
 from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.serving.shared_model import Meta, SharedModel, View
 

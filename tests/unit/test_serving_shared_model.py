@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from headrace.contract.errors import Overloaded, Unavailable
-from headrace.contract.snapshot import Manifest, Weights
+from headrace.contract.formats.snapshot import Manifest, Weights
 from headrace.serving.shared_model import Meta, SharedModel, View
 
 KEYS = np.arange(1, 401, dtype=np.int64) * 7919

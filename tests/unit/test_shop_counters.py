@@ -11,7 +11,7 @@ from collections import Counter
 import pyarrow as pa
 
 from headrace.contract.config import JoinConfig
-from headrace.contract.events import (
+from headrace.contract.formats.events import (
     Punctuation,
     batch_from_rows,
     encode_batch,
@@ -19,7 +19,7 @@ from headrace.contract.events import (
     feedback_schema,
     impression_schema,
 )
-from headrace.contract.log import Record
+from headrace.contract.interfaces.log import Record
 from headrace.examples.shop import traffic
 from headrace.examples.shop.run import feedback_record
 from headrace.examples.shop.shop import PROJECT, WATCHED

@@ -11,10 +11,10 @@ import pytest
 
 from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
-from headrace.contract.events import encode_batch
-from headrace.contract.log import Record
-from headrace.contract.steps import Step, encode_step
-from headrace.contract.topics import Topics
+from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.steps import Step, encode_step
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import Record
 from headrace.examples.shop.freshness import Freshness
 
 

@@ -15,8 +15,8 @@ import pyarrow.csv
 import pytest
 
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.events import impression_schema
-from headrace.contract.sample import sample_schema
+from headrace.contract.formats.events import impression_schema
+from headrace.contract.formats.sample import sample_schema
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT, WATCHED_MS
 

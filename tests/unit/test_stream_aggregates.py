@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from headrace.contract.events import AGGREGATE_SCHEMA
+from headrace.contract.formats.events import AGGREGATE_SCHEMA
 from headrace.contract.spec import Counter
 from headrace.stream.aggregates import Aggregates
 

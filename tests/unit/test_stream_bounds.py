@@ -10,7 +10,7 @@ from msgspec import structs
 
 from headrace.backends.spill_file import FileSpill
 from headrace.contract.errors import InvariantBroken, Overloaded
-from headrace.contract.events import Punctuation, decode_batch, encode_batch
+from headrace.contract.formats.events import Punctuation, decode_batch, encode_batch
 from headrace.contract.rules import rules_of
 from headrace.stream.join import JoinState
 from headrace.stream.state import encode_state, load_state

@@ -10,9 +10,9 @@ import pyarrow as pa
 from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config, JoinConfig
-from headrace.contract.events import encode_batch
-from headrace.contract.log import Record
-from headrace.contract.sample import format_position
+from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.sample import format_position
+from headrace.contract.interfaces.log import Record
 from headrace.stream.join import JoinState
 from headrace.stream.sink import SinkStage
 from tests.property.test_stream_join import PROJECT, records, traffic

@@ -4,8 +4,15 @@ through a warm join and count what was compiled."""
 from __future__ import annotations
 
 from headrace.contract.config import JoinConfig
-from headrace.contract.events import FEEDBACK, IMPRESSION, SPEC, batch_from_rows, feedback_schema, impression_schema
-from headrace.contract.log import Record
+from headrace.contract.formats.events import (
+    FEEDBACK,
+    IMPRESSION,
+    SPEC,
+    batch_from_rows,
+    feedback_schema,
+    impression_schema,
+)
+from headrace.contract.interfaces.log import Record
 from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop.shop import PROJECT
 from headrace.stream import aggregates, counting, early, matching, memory, pending, rings, warm

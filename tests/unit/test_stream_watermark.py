@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from headrace.contract.events import Punctuation
+from headrace.contract.formats.events import Punctuation
 from headrace.stream.watermark import Watermark
 
 

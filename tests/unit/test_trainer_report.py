@@ -17,7 +17,7 @@ from trainer_world import PARTITIONS, Lake, World, samples, send
 
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import TrainConfig
-from headrace.contract.positions import Position, Positions
+from headrace.contract.formats.positions import Position, Positions
 from headrace.trainer.board import Board
 from headrace.trainer.run import Trainer
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 from trainer_world import PROJECT, TOPICS, Lake, World, samples, send
 
 from headrace.backends.metrics_memory import MemoryMetrics
-from headrace.contract.positions import Position, Positions
+from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.project import FeedbackType, Project, Task
 from headrace.replay.ledger import JOINED, KEYS, Expected, Found, draw
 from headrace.replay.replay import as_trained, read_steps

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.formats.snapshot import Weights
 from headrace.contract.project import Project
 from headrace.contract.recipe import Optimizer as Kind
 from headrace.contract.recipe import Recipe, slot_labels
-from headrace.contract.snapshot import Weights
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.admission import Admission
 from headrace.trainer.model.average import Average

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from headrace.contract.log import TopicSpec
+from headrace.contract.interfaces.log import TopicSpec
 
 DAY_MS = 86_400_000
 

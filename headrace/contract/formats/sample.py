@@ -21,8 +21,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.crawl import external_columns
-from headrace.contract.events import ARROW_TYPES
-from headrace.contract.positions import Position
+from headrace.contract.formats.events import ARROW_TYPES
+from headrace.contract.formats.positions import Position
 from headrace.contract.project import Project
 
 _LEAD = (
