@@ -30,7 +30,7 @@ from figures import Figure, show
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.frontier_sqlite import Frontier
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl, Extract, Follow

@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from figures import Figure, show
 
-from headrace.backends.lake_delta import DeltaLake, with_hours
-from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.backends.lake.delta import DeltaLake, with_hours
+from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.cli.local import quiet_clients
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position

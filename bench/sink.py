@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from figures import Figure, show
 
-from headrace.backends.log_kafka import KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.cli.local import quiet_clients
 from headrace.contract.config import port
 from headrace.contract.formats.events import encode_batch

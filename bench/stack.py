@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import msgspec
 
-from headrace.backends.log_kafka import KafkaReader
+from headrace.backends.log.kafka import KafkaReader
 from headrace.contract import config as settings
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from broker import broker
 from figures import beside, show
 
-from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.events import (

@@ -61,7 +61,7 @@ _NEVER_MS = 600_000
 
 
 class Pen(Protocol):
-    """A topic of one partition with one writer at a time; see `headrace.backends.fenced_kafka`."""
+    """A topic of one partition with one writer at a time; see `headrace.backends.log.fenced_kafka`."""
 
     def open(self) -> None:
         """Take the pen from whoever holds it."""

@@ -11,8 +11,8 @@ import msgspec
 from ingest_world import PROJECT, START_MS, impression, message
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.fenced_memory import FencedMemory, Pens
-from headrace.backends.log_memory import MemoryLog, MemoryProducer
+from headrace.backends.log.fenced_memory import FencedMemory, Pens
+from headrace.backends.log.memory import MemoryLog, MemoryProducer
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.dead_letters import RetryMark, decode_retry_mark

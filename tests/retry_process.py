@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from letters_world import MENDED, P
 
 from headrace.backends.clock import SystemClock
-from headrace.backends.fenced_kafka import FencedKafka
-from headrace.backends.log_kafka import KafkaProducer, KafkaReader
+from headrace.backends.log.fenced_kafka import FencedKafka
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics

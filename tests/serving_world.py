@@ -17,7 +17,7 @@ import pyarrow as pa
 from starlette.applications import Starlette
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import ServeConfig
 from headrace.contract.errors import Unavailable

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.fenced_memory import FencedMemory, Pens
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.fenced_memory import FencedMemory, Pens
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import TrainConfig
 from headrace.contract.formats.events import encode_batch

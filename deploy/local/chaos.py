@@ -26,7 +26,7 @@ from random import Random
 
 import msgspec
 
-from headrace.backends.log_kafka import KafkaReader
+from headrace.backends.log.kafka import KafkaReader
 from headrace.contract.config import PORTS, Config, port
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.formats.dead_letters import decode_dead_letter

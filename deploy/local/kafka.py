@@ -8,7 +8,7 @@ import uuid
 from base64 import urlsafe_b64encode
 from pathlib import Path
 
-from headrace.backends.log_kafka import RECORD_BYTES_MAX
+from headrace.backends.log.kafka import RECORD_BYTES_MAX
 from headrace.contract.errors import Unavailable
 from headrace.deploy.local.java import Java
 from headrace.deploy.local.layout import HOST, Layout

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from headrace.backends.log_kafka import KafkaAdmin
+from headrace.backends.log.kafka import KafkaAdmin
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import cephfs, hdfs, kafka, probe

@@ -14,7 +14,7 @@ import threading
 
 import msgspec
 
-from headrace.backends.lake_upkeep import Done
+from headrace.backends.lake.upkeep import Done
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.runtime import Runtime
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from headrace.backends.fenced_kafka import FencedKafka
+from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.cli.runtime import Runtime
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics

@@ -22,7 +22,7 @@ import msgspec
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.backends.clock import SystemClock
-from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.contract.config import PORTS, Config, decode_config, port
 from headrace.contract.errors import ConfigRejected
@@ -32,7 +32,7 @@ from headrace.contract.metrics import Stage
 from headrace.contract.project import Project
 
 if TYPE_CHECKING:
-    from headrace.backends.lake_delta import DeltaLake
+    from headrace.backends.lake.delta import DeltaLake
 
 HOST = "127.0.0.1"
 CEPHFS = "cephfs"
@@ -94,8 +94,8 @@ class Runtime:
     def lake(self) -> DeltaLake:
         """Return the store's lake, with the leases of its readers beside it."""
         # Here, since most verbs have no lake and the library takes half a second to load.
-        from headrace.backends.lake_delta import DeltaLake
-        from headrace.backends.lake_leases import Leases
+        from headrace.backends.lake.delta import DeltaLake
+        from headrace.backends.lake.leases import Leases
 
         return DeltaLake(
             self.lake_uri,

@@ -24,8 +24,8 @@ from typing import Self
 
 import msgspec
 
-from headrace.backends.lake_delta import DeltaLake
-from headrace.backends.log_kafka import KafkaReader
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.log.kafka import KafkaReader
 from headrace.cli.local import quiet_clients
 from headrace.cli.runtime import find_project, load_project
 from headrace.cli.stage_ledger import table as ledger_table

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from headrace.backends.fenced_kafka import FencedKafka
+from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.errors import ConfigRejected

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.backends.group_kafka import KafkaGroup
-from headrace.backends.log_kafka import KafkaAdmin
+from headrace.backends.log.group_kafka import KafkaGroup
+from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
 from headrace.contract.config import IngestConfig, SourceConfig

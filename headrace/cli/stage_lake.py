@@ -32,8 +32,8 @@ from headrace.contract.errors import ConfigRejected, Unavailable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from headrace.backends.lake_delta import DeltaLake
-    from headrace.backends.lake_upkeep import Done
+    from headrace.backends.lake.delta import DeltaLake
+    from headrace.backends.lake.upkeep import Done
 
 HELP = "compact, vacuum, retain; show history; read a version"
 ROWS_SHOWN = 10
@@ -85,7 +85,7 @@ def pinned_versions(runtime: Runtime) -> set[int]:
 
 
 def _keep(runtime: Runtime, args: argparse.Namespace) -> int:
-    from headrace.backends.lake_upkeep import Done, Upkeep
+    from headrace.backends.lake.upkeep import Done, Upkeep
 
     os.nice(NICENESS)
     lake = runtime.lake()
@@ -123,7 +123,7 @@ def _show(done: Done, as_json: bool) -> None:
 
 
 def _history(runtime: Runtime, args: argparse.Namespace) -> int:
-    from headrace.backends.lake_upkeep import Upkeep
+    from headrace.backends.lake.upkeep import Upkeep
 
     for entry in Upkeep(runtime.lake()).history(args.limit or None):
         figures = entry.get("operationMetrics") or {}
@@ -144,7 +144,7 @@ def _history(runtime: Runtime, args: argparse.Namespace) -> int:
 
 
 def _read(runtime: Runtime, args: argparse.Namespace) -> int:
-    from headrace.backends.lake_delta import parse_at
+    from headrace.backends.lake.delta import parse_at
 
     lake = runtime.lake()
     version = args.version

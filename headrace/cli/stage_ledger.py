@@ -12,7 +12,7 @@ import sys
 import msgspec
 import pyarrow as pa
 
-from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake.delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken, Unavailable

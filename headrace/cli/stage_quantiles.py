@@ -10,7 +10,7 @@ import json
 
 import pyarrow.compute as pc
 
-from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake.delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.contract.crawl import external_columns
 from headrace.contract.errors import ConfigRejected

@@ -11,7 +11,7 @@ from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.contract.errors import Unavailable
 
 if TYPE_CHECKING:
-    from headrace.backends.lake_delta import DeltaLake
+    from headrace.backends.lake.delta import DeltaLake
 
 log = logging.getLogger("headrace.sink")
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from headrace.backends.fenced_kafka import FencedKafka
+from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.cli.progress import show_progress
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.trainer.board import Board

@@ -22,7 +22,7 @@ from letters_world import P
 from retry_process import Turn, retry
 
 from headrace.backends.clock import SystemClock
-from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
 from headrace.contract.config import IngestConfig

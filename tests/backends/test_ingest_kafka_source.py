@@ -22,8 +22,8 @@ import confluent_kafka as ck
 import msgpack
 import pytest
 
-from headrace.backends.group_kafka import KafkaGroup
-from headrace.backends.log_kafka import KafkaAdmin, KafkaReader
+from headrace.backends.log.group_kafka import KafkaGroup
+from headrace.backends.log.kafka import KafkaAdmin, KafkaReader
 from headrace.contract.formats.dead_letters import decode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics

@@ -14,8 +14,8 @@ from pathlib import Path
 import confluent_kafka as ck
 import pytest
 
-from headrace.backends.group_kafka import KafkaGroup
-from headrace.backends.log_kafka import KafkaAdmin
+from headrace.backends.log.group_kafka import KafkaGroup
+from headrace.backends.log.kafka import KafkaAdmin
 from headrace.contract.config import port
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import kafka

@@ -14,8 +14,8 @@ import pytest
 from conftest import free_base
 from lake_world import hours, samples
 
-from headrace.backends.lake_delta import DeltaLake
-from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.cli.local import new_layout, present_layout
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
@@ -29,7 +29,7 @@ COMMITS = 60
 PROGRAM = f"""
 import sys
 from lake_world import hours, samples
-from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake.delta import DeltaLake
 from headrace.contract.formats.positions import Position
 lake = DeltaLake(sys.argv[1], partitions=1)
 for n in range({COMMITS}):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.interfaces.log import Admin, Producer, Reader, Record, TopicSpec
 from headrace.deploy.local.layout import Layout

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from headrace.backends.blobs_hdfs import HdfsBlobs
-from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import probe

@@ -18,7 +18,7 @@ import confluent_kafka as ck
 import pytest
 from confluent_kafka.admin import AdminClient
 
-from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.cli.watch import parse
 from headrace.contract.config import port

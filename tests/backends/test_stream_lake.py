@@ -21,9 +21,9 @@ from lake_world import DAY_MS, HOUR_MS, hours, samples
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
-from headrace.backends.lake_delta import DeltaLake, files, parse_at, partition_columns
-from headrace.backends.lake_leases import Leases
-from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.backends.lake.delta import DeltaLake, files, parse_at, partition_columns
+from headrace.backends.lake.leases import Leases
+from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position
@@ -97,7 +97,7 @@ def test_a_lake_of_before_tells_where_it_is_whole(new_lake: NewLake, monkeypatch
     """Its positions keep 22 bits for a rank, under another name; the next commit writes today's."""
     old = new_lake()
     monkeypatch.setattr(old, "_position_id", old._old_position_id)
-    monkeypatch.setattr("headrace.backends.lake_delta.order_of", lambda at: at.offset << 22 | at.rank)
+    monkeypatch.setattr("headrace.backends.lake.delta.order_of", lambda at: at.offset << 22 | at.rank)
     old.append([samples(0, 11, hours(1, 2))], {0: 3}, {0: Position(11, 1)})
     monkeypatch.undo()
     lake = new_lake()
@@ -375,7 +375,7 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(new_lake: New
 
 
 PROGRAM = (
-    "import sys, pyarrow as pa\nfrom headrace.backends.lake_delta import DeltaLake\n"
+    "import sys, pyarrow as pa\nfrom headrace.backends.lake.delta import DeltaLake\n"
     "from headrace.contract.formats.positions import Position\nfrom lake_world import samples, hours\n"
     "lake = DeltaLake(sys.argv[1], partitions=3)\nstate = lake.state()\n"
     "first = 0 if state is None else state.next_offsets[0]\n"

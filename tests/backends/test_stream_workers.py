@@ -20,7 +20,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from headrace.backends.log_kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.cli.watch import parse
 from headrace.contract.config import port

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from crawl_world import NEVER_S, Site, eventually, item, links
 
-from headrace.backends.log_kafka import KafkaReader
+from headrace.backends.log.kafka import KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.contract.formats.events import EXTERNAL, ExternalValue, decode_batch
 from headrace.contract.formats.topics import Topics

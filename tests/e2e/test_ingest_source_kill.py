@@ -16,7 +16,7 @@ from pathlib import Path
 import confluent_kafka as ck
 import pytest
 
-from headrace.backends.log_kafka import KafkaAdmin, KafkaReader
+from headrace.backends.log.kafka import KafkaAdmin, KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingest_world import PROJECT, Counts, HandClock
 
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
 from headrace.ingest.forward_protocol import Decoder, Message, Ping, Refused, chunk_text, decompress, encode_ack

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from headrace.backends.group_memory import MemoryGroup, MemoryGroups
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.group_memory import MemoryGroup, MemoryGroups
+from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.group import Claim, Group

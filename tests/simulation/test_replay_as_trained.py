@@ -13,9 +13,9 @@ from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, cut, lake_o
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
-from headrace.backends.lake_delta import DeltaLake
-from headrace.backends.lake_leases import Leases
-from headrace.backends.lake_upkeep import Done, Upkeep
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.lake.leases import Leases
+from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import Position

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config, IngestConfig, JoinConfig
 from headrace.contract.formats.events import decode_batch

@@ -25,12 +25,13 @@ from deltalake import DeltaTable
 from lake_world import DAY_MS, HOUR_MS
 from trainer_world import TOPICS, FaultyBlobs, Killed, samples, send
 
-from headrace.backends import lake_delta, lake_upkeep
 from headrace.backends.clock import VirtualClock
-from headrace.backends.lake_delta import DeltaLake, count_rows, files, hour_ms, read_rows
-from headrace.backends.lake_leases import Leases
-from headrace.backends.lake_upkeep import Done, Upkeep
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.lake import delta as lake_delta
+from headrace.backends.lake import upkeep as lake_upkeep
+from headrace.backends.lake.delta import DeltaLake, count_rows, files, hour_ms, read_rows
+from headrace.backends.lake.leases import Leases
+from headrace.backends.lake.upkeep import Done, Upkeep
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config, LakeConfig
 from headrace.contract.errors import HeadraceError

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import AggregateConfig, Config, IngestConfig, JoinConfig, LogConfig
 from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, Punctuation, decode_batch

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from trainer_world import PARTITIONS, PROJECT, TOPICS, FaultyBlobs, Killed, World, cut, send
 
-from headrace.backends.fenced_memory import FencedMemory
+from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.contract.formats.steps import decode_step

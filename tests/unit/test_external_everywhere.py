@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.backends.frontier_sqlite import Found, Frontier, Settled
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import JoinConfig
 from headrace.contract.crawl import Crawl, Extract, external_columns

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake.delta import DeltaLake
 from headrace.contract.config import JoinConfig
 from headrace.contract.errors import EventRejected
 from headrace.contract.formats.events import (

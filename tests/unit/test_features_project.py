@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from headrace.backends.lake_delta import DeltaLake
+from headrace.backends.lake.delta import DeltaLake
 from headrace.cli.main import main
 from headrace.cli.runtime import load_project
 from headrace.contract.errors import ConfigRejected

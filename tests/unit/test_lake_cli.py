@@ -13,8 +13,8 @@ from pyarrow import csv, parquet
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
-from headrace.backends.lake_delta import DeltaLake
-from headrace.backends.lake_leases import Leases
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.lake.leases import Leases
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli import stage_lake
 from headrace.cli.lake_schedule import Schedule

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ingest_world import PROJECT, Counts, HandClock, message
 
-from headrace.backends.log_memory import MemoryAdmin, MemoryLog, MemoryProducer, MemoryReader
+from headrace.backends.log.memory import MemoryAdmin, MemoryLog, MemoryProducer, MemoryReader
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import decode_batch, encode_batch

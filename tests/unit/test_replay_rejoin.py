@@ -13,9 +13,9 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from headrace.backends.lake_delta import DeltaLake
-from headrace.backends.lake_upkeep import Done, Upkeep
-from headrace.backends.log_memory import MemoryAdmin, MemoryLog
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.lake.upkeep import Done, Upkeep
+from headrace.backends.log.memory import MemoryAdmin, MemoryLog
 from headrace.cli.stage_ledger import table, take_stock
 from headrace.contract.config import Config, LakeConfig
 from headrace.contract.errors import InvariantBroken, Unavailable

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from headrace.backends.log_memory import MemoryAdmin, MemoryLog
+from headrace.backends.log.memory import MemoryAdmin, MemoryLog
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.interfaces.log import Record, TopicSpec
 from headrace.replay.ledger import KEYS

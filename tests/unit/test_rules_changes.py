@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from msgspec import structs
 
-from headrace.backends.fenced_memory import FencedMemory, Pens
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.fenced_memory import FencedMemory, Pens
+from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import JoinConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.topics import Topics

@@ -16,8 +16,8 @@ from serving_world import SPEC, Client, Trainer
 from serving_world import World as Serving
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.lake_delta import DeltaLake
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.stage_ledger import take_stock
 from headrace.contract.config import Config

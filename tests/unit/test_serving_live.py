@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from serving_world import KEYS, PROJECT, RECIPE, SPEC, TOPICS, Trainer, World, weights_of
 
-from headrace.backends.log_memory import MemoryReader
+from headrace.backends.log.memory import MemoryReader
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.snapshot import Weights
 from headrace.contract.spec import Categorical, FeatureSpec

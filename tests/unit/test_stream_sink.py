@@ -10,8 +10,8 @@ import pytest
 from trainer_world import TOPICS, samples, send
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.lake_delta import DeltaLake
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config
 from headrace.stream.sink import SinkStage

@@ -36,7 +36,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import parquet
 from pyarrow.fs import PyFileSystem
 
-from headrace.backends.lake_delta import (
+from headrace.backends.lake.delta import (
     DATE,
     HOUR,
     HOUR_MS,

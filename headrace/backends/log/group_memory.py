@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.memory import MemoryLog
 from headrace.contract.interfaces.group import Claim, Fetched, Standing
 
 

@@ -39,8 +39,8 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
-from headrace.backends.lake_durable import make_durable
-from headrace.backends.lake_leases import Leases
+from headrace.backends.lake.durable import make_durable
+from headrace.backends.lake.leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.backends.log_memory import MemoryLog
+from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import InvariantBroken, Unavailable
 
 
