@@ -38,7 +38,7 @@ from figures import Figure, show
 
 from headrace.backends.lake.delta import DeltaLake, with_hours
 from headrace.backends.lake.upkeep import Done, Upkeep
-from headrace.cli.local import quiet_clients
+from headrace.cli.stack.flags import quiet_clients
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
 from headrace.deploy.local import cephfs, hdfs, probe

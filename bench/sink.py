@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from figures import Figure, show
 
 from headrace.backends.log.kafka import KafkaProducer, KafkaReader
-from headrace.cli.local import quiet_clients
+from headrace.cli.stack.flags import quiet_clients
 from headrace.contract.config import port
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.sample import sample_schema

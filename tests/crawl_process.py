@@ -22,7 +22,7 @@ from headrace.backends.clock import SystemClock
 from headrace.backends.frontier_sqlite import Frontier
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import set_logging
-from headrace.cli.stage_crawl import _quieten
+from headrace.cli.stages.crawl import _quieten
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
 from headrace.contract.formats.events import decode_batch

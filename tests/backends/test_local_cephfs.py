@@ -16,7 +16,7 @@ from lake_world import hours, samples
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.upkeep import Done, Upkeep
-from headrace.cli.local import new_layout, present_layout
+from headrace.cli.stack.flags import new_layout, present_layout
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics

@@ -22,7 +22,7 @@ import pytest
 
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
-from headrace.cli.watch import parse
+from headrace.cli.stack.watch import parse
 from headrace.contract.config import port
 from headrace.contract.formats.events import (
     Punctuation,

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from headrace.cli.runtime import Runtime
-from headrace.cli.stage_crawl import sources
+from headrace.cli.stages.crawl import sources
 from headrace.contract.config import Config
 from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.errors import ConfigRejected

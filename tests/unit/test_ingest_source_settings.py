@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.stage_ingest import _client
+from headrace.cli.stages.ingest import _client
 from headrace.contract.config import SourceConfig, decode_config
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.interfaces.group import Claim, Fetched

@@ -16,10 +16,10 @@ from headrace.backends.clock import SystemClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.leases import Leases
 from headrace.backends.metrics_memory import MemoryMetrics
-from headrace.cli import stage_lake
-from headrace.cli.lake_schedule import Schedule
 from headrace.cli.main import main
 from headrace.cli.runtime import Runtime, load_project
+from headrace.cli.stages.lake_schedule import Schedule
+from headrace.cli.tools import lake as stage_lake
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics
 

@@ -15,9 +15,11 @@ import pytest
 from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli import local, stack_clean, watch
 from headrace.cli.main import VERBS, main
 from headrace.cli.runtime import find_addresses, open_blobs
+from headrace.cli.stack import clean as stack_clean
+from headrace.cli.stack import flags as local
+from headrace.cli.stack import watch
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local import doctor, java, layout, probe, stack
 from headrace.deploy.local.jars import Bundle, read_pins, wrong_jars

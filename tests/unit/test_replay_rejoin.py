@@ -16,7 +16,7 @@ import pytest
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.backends.log.memory import MemoryAdmin, MemoryLog
-from headrace.cli.stage_ledger import table, take_stock
+from headrace.cli.tools.ledger import table, take_stock
 from headrace.contract.config import Config, LakeConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.events import (

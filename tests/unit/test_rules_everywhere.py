@@ -19,7 +19,7 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
-from headrace.cli.stage_ledger import take_stock
+from headrace.cli.tools.ledger import take_stock
 from headrace.contract.config import Config
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.sample import format_position, matrix, sample_schema

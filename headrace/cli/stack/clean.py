@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from headrace.cli.local import add_stack_flags, present_layout
+from headrace.cli.stack.flags import add_stack_flags, present_layout
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local.stack import own_cephfs
 from headrace.deploy.local.supervise import Supervisor, orphans

@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 
-from headrace.cli.local import add_stack_flags, new_layout, present_layout, quiet_clients, table
 from headrace.cli.rules import unapplied
 from headrace.cli.runtime import HOST, load_project
-from headrace.cli.watch import Watch
+from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, quiet_clients, table
+from headrace.cli.stack.watch import Watch
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine

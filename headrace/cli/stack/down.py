@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.cli.local import add_stack_flags, present_layout, quiet_clients
+from headrace.cli.stack.flags import add_stack_flags, present_layout, quiet_clients
 from headrace.deploy.local.stack import stop
 
 add_arguments = add_stack_flags

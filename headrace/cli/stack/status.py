@@ -7,7 +7,7 @@ import sys
 
 import msgspec
 
-from headrace.cli.local import add_stack_flags, present_layout, table
+from headrace.cli.stack.flags import add_stack_flags, present_layout, table
 from headrace.deploy.local.supervise import Supervisor
 
 

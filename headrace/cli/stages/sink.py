@@ -6,8 +6,8 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from headrace.cli.lake_schedule import Schedule
 from headrace.cli.runtime import add_common, open_runtime, stop_event
+from headrace.cli.stages.lake_schedule import Schedule
 from headrace.contract.errors import Unavailable
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from headrace.cli.local import add_stack_flags, present_layout
+from headrace.cli.stack.flags import add_stack_flags, present_layout
 from headrace.contract.errors import ConfigRejected
 
 POLL_S = 0.2

@@ -26,11 +26,11 @@ import msgspec
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.kafka import KafkaReader
-from headrace.cli.local import quiet_clients
 from headrace.cli.runtime import find_project, load_project
-from headrace.cli.stage_ledger import table as ledger_table
-from headrace.cli.stage_ledger import take_stock
-from headrace.cli.watch import parse
+from headrace.cli.stack.flags import quiet_clients
+from headrace.cli.stack.watch import parse
+from headrace.cli.tools.ledger import table as ledger_table
+from headrace.cli.tools.ledger import take_stock
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.topics import Topics
