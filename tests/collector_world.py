@@ -15,9 +15,9 @@ from headrace.backends.clock import SystemClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
-from headrace.ingest import server
-from headrace.ingest.collector import Collector
-from headrace.ingest.tls import Identity
+from headrace.ingest.forward import server
+from headrace.ingest.forward.tls import Identity
+from headrace.ingest.http.collector import Collector
 
 
 class Site:

@@ -23,8 +23,8 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
-from headrace.ingest import server
-from headrace.ingest.place import Place
+from headrace.ingest.forward import server
+from headrace.ingest.forward.endpoint import Place
 
 
 class FileLog:

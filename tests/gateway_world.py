@@ -22,10 +22,10 @@ from ingest_world import PROJECT, Counts, ShakyLog
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
-from headrace.ingest.gateway import Gateway
-from headrace.ingest.place import Place
-from headrace.ingest.server import Companion, Server
-from headrace.ingest.tls import Identity
+from headrace.ingest.forward.endpoint import Place
+from headrace.ingest.forward.server import Companion, Server
+from headrace.ingest.forward.tls import Identity
+from headrace.ingest.gateway.gateway import Gateway
 
 NEVER_S = 60.0
 """Longest wait of a test for what must come; a machine with eight busy neighbours needs seconds, not this."""

@@ -20,10 +20,10 @@ from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered, Producer, Reader
 from headrace.contract.project import FeedbackType, Project
-from headrace.ingest.dead_letters import Letter, States
-from headrace.ingest.gateway import Gateway, Peer
-from headrace.ingest.retry import Pen, Retry
-from headrace.ingest.spans import letters
+from headrace.ingest.dead_letters.retry import Pen, Retry
+from headrace.ingest.dead_letters.spans import letters
+from headrace.ingest.dead_letters.view import Letter, States
+from headrace.ingest.gateway.gateway import Gateway, Peer
 
 P = 3
 TOPICS = Topics()

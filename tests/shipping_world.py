@@ -22,8 +22,8 @@ from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_p
 from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
 from headrace.contract.interfaces.log import Delivered, Producer
-from headrace.ingest.forward_protocol import Message
-from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.forward.protocol import Message
+from headrace.ingest.gateway.gateway import Gateway, Peer
 
 PARTITIONS = 2
 IMPRESSION_TAG, CLICK_TAG = "shop.impression", "shop.click"

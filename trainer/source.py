@@ -28,7 +28,7 @@ from headrace.contract.hashing import combine64
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.ingest.texts import hash_column
+from headrace.ingest.decode.texts import hash_column
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.batch import Batch
 

@@ -30,8 +30,8 @@ from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import Layout
-from headrace.ingest.gateway import Gateway, Peer
-from headrace.ingest.spans import letters, records
+from headrace.ingest.dead_letters.spans import letters, records
+from headrace.ingest.gateway.gateway import Gateway, Peer
 
 pytestmark = pytest.mark.real
 TESTS = Path(__file__).resolve().parents[1]

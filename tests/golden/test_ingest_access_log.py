@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.ingest.access_log import (
+from headrace.ingest.sources.access_log import (
     Variables,
     clf_ns,
     compile_format,

@@ -15,8 +15,8 @@ import msgpack
 import pytest
 
 from headrace.contract.config import SourceConfig
-from headrace.ingest.foreign import Foreign, iso8601_ns, read_foreign
-from headrace.ingest.forward_protocol import message_of
+from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.sources.foreign import Foreign, iso8601_ns, read_foreign
 
 FLB = {"topic": "t", "tag": "app.web.access"}
 FD = {"topic": "t", "tag": "app.web.access", "time_field": "time"}

@@ -13,8 +13,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from headrace.ingest.forward_protocol import Decoder, Message, Ping, encode_ack
-from headrace.ingest.handshake import Handshake
+from headrace.ingest.forward.handshake import Handshake
+from headrace.ingest.forward.protocol import Decoder, Message, Ping, encode_ack
 
 BOUND = 1 << 20
 

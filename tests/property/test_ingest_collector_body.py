@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from headrace.ingest.collector_body import BadRequest, messages_of, read_events, read_time
+from headrace.ingest.http.body import BadRequest, messages_of, read_events, read_time
 
 TYPES = ("application/json", "application/x-ndjson", "application/msgpack", "text/plain", "")
 NOW_MS, BYTES_MAX = 1_700_000_000_000, 1 << 16

@@ -17,8 +17,8 @@ from ingest_world import PROJECT, Counts, HandClock
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
-from headrace.ingest.forward_protocol import Decoder, Message, Ping, Refused, chunk_text, decompress, encode_ack
-from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.forward.protocol import Decoder, Message, Ping, Refused, chunk_text, decompress, encode_ack
+from headrace.ingest.gateway.gateway import Gateway, Peer
 
 BOUND = 100_000
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingest_world import impression
 
-from headrace.ingest.place import Place
+from headrace.ingest.forward.endpoint import Place
 
 BUFFER_BYTES = 4 << 20
 REASONS = {"bad_frame", "too_large", "no_ping", "shared_key", "password", "tls", "slow_reader", "partial_bound"}

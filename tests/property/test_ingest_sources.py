@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from headrace.contract.config import SourceConfig
 from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog
-from headrace.ingest.access_log import compile_format, plain_text
-from headrace.ingest.foreign import read_foreign
-from headrace.ingest.forward_protocol import message_of
-from headrace.ingest.kafka_source import messages_of
-from headrace.ingest.mapping import Mapper
+from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.sources.access_log import compile_format, plain_text
+from headrace.ingest.sources.foreign import read_foreign
+from headrace.ingest.sources.kafka import messages_of
+from headrace.ingest.sources.mapping import Mapper
 from tests.ingest_world import PROJECT
 from tests.unit.test_ingest_mapping import ITEM, LOG, project
 

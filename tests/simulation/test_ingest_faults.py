@@ -17,7 +17,7 @@ from shipping_world import Faults, World, total
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.events import PUNCTUATION, decode_punctuation, encode_punctuation
 from headrace.contract.interfaces.log import Producer
-from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.gateway.gateway import Gateway, Peer
 
 LONG_SEEDS = 1_000
 PLANTED_SEEDS = range(30)

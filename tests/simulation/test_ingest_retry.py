@@ -16,8 +16,8 @@ from letters_world import TOPICS, Dying, DyingPen, DyingProducer, Killed, World,
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.dead_letters import RetryMark, encode_retry_mark
-from headrace.ingest.dead_letters import Filter, Letter
-from headrace.ingest.retry import LEASE_MS, Report, Retry
+from headrace.ingest.dead_letters.retry import LEASE_MS, Report, Retry
+from headrace.ingest.dead_letters.view import Filter, Letter
 
 ALL = Filter()
 EVENT_MS = START_MS - 50_000

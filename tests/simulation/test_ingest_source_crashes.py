@@ -20,10 +20,10 @@ from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.group import Claim, Group
 from headrace.contract.interfaces.log import TopicSpec
-from headrace.ingest.batcher import Outcome
-from headrace.ingest.ceiling import Ceiling
-from headrace.ingest.gateway import Gateway
-from headrace.ingest.kafka_source import KafkaSource, Run
+from headrace.ingest.dead_letters.ceiling import Ceiling
+from headrace.ingest.gateway.batcher import Outcome
+from headrace.ingest.gateway.gateway import Gateway
+from headrace.ingest.sources.kafka import KafkaSource, Run
 from tests.ingest_world import PROJECT, Counts, HandClock, ShakyLog
 
 SOURCE = SourceConfig(topic="weblogs", tag="shop.impression", in_flight_max=40)

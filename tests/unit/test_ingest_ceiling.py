@@ -6,7 +6,7 @@ from __future__ import annotations
 from ingest_world import START_MS
 
 from headrace.contract.config import IngestConfig
-from headrace.ingest.ceiling import UNDECLARED, Ceiling
+from headrace.ingest.dead_letters.ceiling import UNDECLARED, Ceiling
 
 CONFIG = IngestConfig(dead_letter_events_min=100, dead_letter_window_ms=12_000, dead_letter_probe_ms=5_000)
 TAGS = ("shop.impression", "shop.click")

@@ -16,7 +16,7 @@ import pytest
 from gateway_world import Running, ended, eventually, frame, read_value
 from ingest_world import Counts, impression
 
-from headrace.ingest.ceiling_watch import CeilingWatch
+from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
 from headrace.sender import Sender
 
 LIMITS: dict[str, Any] = {"dead_letter_events_min": 40, "dead_letter_probe_ms": 400}

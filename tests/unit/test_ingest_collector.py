@@ -23,8 +23,9 @@ from collector_world import Site, site
 from gateway_world import Authority
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest import collector, collector_http
-from headrace.ingest.collector_access import Origins, Tokens, read_tokens
+from headrace.ingest.http import collector
+from headrace.ingest.http import server as collector_http
+from headrace.ingest.http.access import Origins, Tokens, read_tokens
 
 JSON, LINES, PACKED = "application/json", "application/x-ndjson", "application/msgpack"
 

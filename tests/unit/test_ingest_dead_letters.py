@@ -20,7 +20,8 @@ from letters_world import MENDED, TOPICS, Dying, DyingPen, DyingProducer, Killed
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.formats.dead_letters import DeadLetter, RetryMark, decode_dead_letter, decode_retry_mark
 from headrace.contract.mapping import AccessLog, Route
-from headrace.ingest.dead_letters import (
+from headrace.ingest.dead_letters.retry import Trial
+from headrace.ingest.dead_letters.view import (
     ADVICE,
     Filter,
     Letter,
@@ -37,7 +38,6 @@ from headrace.ingest.dead_letters import (
     view,
     why_not,
 )
-from headrace.ingest.retry import Trial
 
 ALL = Filter()
 

@@ -13,8 +13,8 @@ from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, impress
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
-from headrace.ingest.forward_protocol import Message
-from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.forward.protocol import Message
+from headrace.ingest.gateway.gateway import Gateway, Peer
 
 P = 4
 

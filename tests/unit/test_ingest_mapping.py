@@ -18,11 +18,11 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog, Route
 from headrace.contract.project import Project
-from headrace.ingest.batcher import Outcome
-from headrace.ingest.forward_protocol import message_of
-from headrace.ingest.gateway import Gateway, Peer
-from headrace.ingest.kafka_source import messages_of
-from headrace.ingest.mapping import Mapper
+from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.gateway.batcher import Outcome
+from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.sources.kafka import messages_of
+from headrace.ingest.sources.mapping import Mapper
 from tests.ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, message
 
 CLF = "14/Nov/2023:22:13:20 +0000"  # START_MS

@@ -18,8 +18,8 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import FeatureSpec
-from headrace.ingest.forward_protocol import Message
-from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.forward.protocol import Message
+from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.serving.scorer import merge
 
 KEY = "sixteen bytes or more"

@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 
-from headrace.ingest.repeats import EventIds
+from headrace.ingest.gateway.repeats import EventIds
 
 
 def _take(ids: EventIds, numbers: list[int], chunk: int, now_ms: int = 0) -> list[int]:

@@ -24,7 +24,7 @@ from ingest_world import PROJECT, Counts, ShakyLog
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.topics import Topics
-from headrace.ingest import server
+from headrace.ingest.forward import server
 from headrace.sender import Sender
 
 

@@ -23,10 +23,10 @@ from ingest_world import impression, message
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.gateway import Peer
-from headrace.ingest.place import Place, read_users
-from headrace.ingest.server import Server
-from headrace.ingest.tls import Identity
+from headrace.ingest.forward.endpoint import Place, read_users
+from headrace.ingest.forward.server import Server
+from headrace.ingest.forward.tls import Identity
+from headrace.ingest.gateway.gateway import Peer
 
 KEY, USER, PASSWORD = "correct-horse", "web", "battery-staple"
 

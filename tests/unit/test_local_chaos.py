@@ -18,7 +18,7 @@ from headrace.contract.formats.events import decode_batch, encode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import chaos
 from headrace.deploy.local.load import Emitted, Events
-from headrace.ingest.gateway import Gateway, Peer
+from headrace.ingest.gateway.gateway import Gateway, Peer
 
 TOPICS = Topics()
 

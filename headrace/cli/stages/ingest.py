@@ -28,13 +28,13 @@ from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.ingest import server
-from headrace.ingest.ceiling_watch import CeilingWatch
-from headrace.ingest.collector import Collector
-from headrace.ingest.collector_access import read_tokens
-from headrace.ingest.kafka_source import KafkaSource
-from headrace.ingest.place import read_users
-from headrace.ingest.tls import Identity
+from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
+from headrace.ingest.forward import server
+from headrace.ingest.forward.endpoint import read_users
+from headrace.ingest.forward.tls import Identity
+from headrace.ingest.http.access import read_tokens
+from headrace.ingest.http.collector import Collector
+from headrace.ingest.sources.kafka import KafkaSource
 
 HELP = "gateway: Fluent forward in, batches to Kafka out"
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0

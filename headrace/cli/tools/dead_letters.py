@@ -28,7 +28,8 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.dead_letters import decode_retry_mark
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.ingest.dead_letters import (
+from headrace.ingest.dead_letters.spans import letters
+from headrace.ingest.dead_letters.view import (
     ADVICE,
     ADVICE_ELSE,
     Filter,
@@ -42,10 +43,9 @@ from headrace.ingest.dead_letters import (
     view,
     why_not,
 )
-from headrace.ingest.spans import letters
 
 if TYPE_CHECKING:
-    from headrace.ingest.retry import Report
+    from headrace.ingest.dead_letters.retry import Report
 
 HELP = "what was refused: list, show, and retry after a fix"
 ROWS_SHOWN = 50
@@ -192,7 +192,7 @@ def _printable(text: str) -> str:
 
 def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
     # Only here: the gateway's compiled decoder takes a second to load, and a list should not wait for it.
-    from headrace.ingest.retry import Retry
+    from headrace.ingest.dead_letters.retry import Retry
 
     producer, reader, pen = runtime.producer(), runtime.reader(), _pen(runtime)
     retry = Retry(

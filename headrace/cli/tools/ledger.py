@@ -22,7 +22,7 @@ from headrace.contract.formats.steps import decode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.project import Project
-from headrace.ingest.dead_letters import Letter, superseded
+from headrace.ingest.dead_letters.view import Letter, superseded
 from headrace.replay.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored_by_log
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all, sample_keys

@@ -18,8 +18,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.gateway import peer_of
-from headrace.ingest.tls import Identity
+from headrace.ingest.forward.tls import Identity
+from headrace.ingest.gateway.gateway import peer_of
 
 KEEP_ALIVE_S = 15
 HEADERS_S = 20.0

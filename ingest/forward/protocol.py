@@ -18,7 +18,7 @@ import msgspec
 import pyarrow as pa
 
 from headrace.contract.errors import HeadraceError
-from headrace.ingest.msgpack_scan import (
+from headrace.ingest.decode.msgpack_scan import (
     ARRAY,
     BAD,
     BIN,

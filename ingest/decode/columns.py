@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.project import EXTRA
-from headrace.ingest.msgpack_scan import (
+from headrace.ingest.decode.msgpack_scan import (
     ARRAY,
     BIN,
     BOOL,
@@ -36,8 +36,8 @@ from headrace.ingest.msgpack_scan import (
     head,
     skip,
 )
-from headrace.ingest.texts import NUMBER, Flags, gather, gather_ids, valid_utf8
-from headrace.ingest.validate import ENVELOPE_NAMES, ID_BYTES_MAX, PLACE_MAX, Declared
+from headrace.ingest.decode.texts import NUMBER, Flags, gather, gather_ids, valid_utf8
+from headrace.ingest.decode.validate import ENVELOPE_NAMES, ID_BYTES_MAX, PLACE_MAX, Declared
 
 _INT, _FLOAT, _FLOAT32, _TEXT, _BOOL, _ID, _PLACE, _TIME, _OTHER = range(9)
 _KINDS = {pa.int64(): _INT, pa.float64(): _FLOAT, pa.float32(): _FLOAT32, pa.string(): _TEXT, pa.bool_(): _BOOL}

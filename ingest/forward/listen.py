@@ -13,11 +13,11 @@ import stat
 from typing import TYPE_CHECKING, cast
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.connection import Connection
-from headrace.ingest.tls import TlsGate
+from headrace.ingest.forward.connection import Connection
+from headrace.ingest.forward.tls import TlsGate
 
 if TYPE_CHECKING:
-    from headrace.ingest.server import Server
+    from headrace.ingest.forward.server import Server
 
 log = logging.getLogger("headrace.ingest")
 

@@ -23,13 +23,13 @@ from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.ingest.connection import Connection
-from headrace.ingest.gateway import Gateway
-from headrace.ingest.listen import Listeners
-from headrace.ingest.place import Place as Place
-from headrace.ingest.refusals import Refusals
-from headrace.ingest.tls import Identity, TlsGate
-from headrace.ingest.warm import warm
+from headrace.ingest.forward.connection import Connection
+from headrace.ingest.forward.endpoint import Place as Place
+from headrace.ingest.forward.listen import Listeners
+from headrace.ingest.forward.refusals import Refusals
+from headrace.ingest.forward.tls import Identity, TlsGate
+from headrace.ingest.gateway.gateway import Gateway
+from headrace.ingest.gateway.warm import warm
 
 log = logging.getLogger("headrace.ingest")
 

@@ -35,13 +35,13 @@ import msgspec
 from headrace.contract.config import SourceConfig
 from headrace.contract.interfaces.group import Claim, Fetched, Group
 from headrace.contract.metrics import Metrics
-from headrace.ingest.batcher import Acked, Outcome
-from headrace.ingest.foreign import Foreign, read_foreign
-from headrace.ingest.forward_protocol import Message, message_of
-from headrace.ingest.gateway import Peer
+from headrace.ingest.forward.protocol import Message, message_of
+from headrace.ingest.gateway.batcher import Acked, Outcome
+from headrace.ingest.gateway.gateway import Peer
+from headrace.ingest.sources.foreign import Foreign, read_foreign
 
 if TYPE_CHECKING:
-    from headrace.ingest.server import Server
+    from headrace.ingest.forward.server import Server
 
 log = logging.getLogger("headrace.ingest")
 

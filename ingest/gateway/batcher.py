@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.formats.events import encode_batch
-from headrace.ingest.columns import Layout
-from headrace.ingest.msgpack_scan import I64s
-from headrace.ingest.texts import hash_column
+from headrace.ingest.decode.columns import Layout
+from headrace.ingest.decode.msgpack_scan import I64s
+from headrace.ingest.decode.texts import hash_column
 
 
 class Outcome(msgspec.Struct, frozen=True):

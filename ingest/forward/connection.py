@@ -13,13 +13,13 @@ import traceback
 from functools import partial
 from typing import TYPE_CHECKING
 
-from headrace.ingest.batcher import Outcome
-from headrace.ingest.forward_protocol import Decoder, Ping, Refused, encode_ack
-from headrace.ingest.gateway import Peer, peer_of
-from headrace.ingest.handshake import Handshake
+from headrace.ingest.forward.handshake import Handshake
+from headrace.ingest.forward.protocol import Decoder, Ping, Refused, encode_ack
+from headrace.ingest.gateway.batcher import Outcome
+from headrace.ingest.gateway.gateway import Peer, peer_of
 
 if TYPE_CHECKING:
-    from headrace.ingest.server import Server
+    from headrace.ingest.forward.server import Server
 
 log = logging.getLogger("headrace.ingest")
 

@@ -9,10 +9,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from headrace.contract.metrics import Metrics
-from headrace.ingest.ceiling import UNDECLARED, Alert
+from headrace.ingest.dead_letters.ceiling import UNDECLARED, Alert
 
 if TYPE_CHECKING:
-    from headrace.ingest.server import Server
+    from headrace.ingest.forward.server import Server
 
 log = logging.getLogger("headrace.ingest")
 

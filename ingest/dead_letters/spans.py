@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.dead_letters import decode_dead_letter
 from headrace.contract.interfaces.log import Reader, Record
-from headrace.ingest.dead_letters import Letter
+from headrace.ingest.dead_letters.view import Letter
 
 _POLL_RECORDS, _POLL_S, _SILENT_S = 500, 0.2, 10.0
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from headrace.ingest.msgpack_scan import I64s, Word
+from headrace.ingest.decode.msgpack_scan import I64s, Word
 
 U64s = npt.NDArray[np.uint64]
 

@@ -16,9 +16,9 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Delivered
 from headrace.contract.metrics import Name
 from headrace.contract.project import Project
-from headrace.ingest.forward_protocol import Decoder, encode_record, message_of
-from headrace.ingest.gateway import Gateway, Peer
-from headrace.ingest.validate import declared_types
+from headrace.ingest.decode.validate import declared_types
+from headrace.ingest.forward.protocol import Decoder, encode_record, message_of
+from headrace.ingest.gateway.gateway import Gateway, Peer
 
 
 def warm(project: Project, config: IngestConfig, topics: Topics, partitions: int, clock: Clock) -> None:

@@ -22,7 +22,7 @@ import msgpack
 import msgspec
 
 from headrace.contract.errors import HeadraceError
-from headrace.ingest.forward_protocol import Message, Refused, decompress, message_of
+from headrace.ingest.forward.protocol import Message, Refused, decompress, message_of
 
 EVENTS_MAX = 10_000
 """Most events in one request: 10 ms of packing, in which no other connection is served."""

@@ -42,12 +42,12 @@ from headrace.contract.interfaces.log import Delivered, Producer, Reader
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.ingest.batcher import Outcome
-from headrace.ingest.dead_letters import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
-from headrace.ingest.forward_protocol import message_of
-from headrace.ingest.gateway import Gateway, Peer
-from headrace.ingest.repeats import digest
-from headrace.ingest.spans import letters, records
+from headrace.ingest.dead_letters.spans import letters, records
+from headrace.ingest.dead_letters.view import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
+from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.gateway.batcher import Outcome
+from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.repeats import digest
 
 LEASE_MS = 30_000
 """How long a batch may take before another retry thinks its holder dead. A batch takes well under a second."""

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.connection import Connection
-from headrace.ingest.gateway import peer_of
+from headrace.ingest.forward.connection import Connection
+from headrace.ingest.gateway.gateway import peer_of
 
 if TYPE_CHECKING:
-    from headrace.ingest.server import Server
+    from headrace.ingest.forward.server import Server
 
 log = logging.getLogger("headrace.ingest")
 

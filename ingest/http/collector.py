@@ -33,16 +33,16 @@ from starlette.routing import Route
 from headrace.backends.clock import SystemClock
 from headrace.contract.config import IngestConfig
 from headrace.contract.interfaces.clock import Clock
-from headrace.ingest.batcher import Outcome
-from headrace.ingest.collector_access import Origins, Tokens, is_loopback
-from headrace.ingest.collector_body import BadRequest, messages_of, read_events
-from headrace.ingest.collector_http import Gate, GatedConfig, listen, serve
-from headrace.ingest.collector_page import page_routes
-from headrace.ingest.forward_protocol import Message
-from headrace.ingest.gateway import Peer, peer_of
+from headrace.ingest.forward.protocol import Message
+from headrace.ingest.gateway.batcher import Outcome
+from headrace.ingest.gateway.gateway import Peer, peer_of
+from headrace.ingest.http.access import Origins, Tokens, is_loopback
+from headrace.ingest.http.body import BadRequest, messages_of, read_events
+from headrace.ingest.http.page import page_routes
+from headrace.ingest.http.server import Gate, GatedConfig, listen, serve
 
 if TYPE_CHECKING:
-    from headrace.ingest.server import Server
+    from headrace.ingest.forward.server import Server
 
 log = logging.getLogger("headrace.ingest")
 

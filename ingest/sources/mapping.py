@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 from headrace.contract.mapping import PLACEHOLDER, AccessLog, Route
 from headrace.contract.project import Project
-from headrace.ingest.access_log import (
+from headrace.ingest.forward.protocol import Entry, Message, message_of
+from headrace.ingest.gateway.batcher import Acked, Outcome
+from headrace.ingest.sources.access_log import (
     LineFormat,
     Request,
     Variables,
@@ -32,8 +34,6 @@ from headrace.ingest.access_log import (
     time_of,
     variables_of,
 )
-from headrace.ingest.batcher import Acked, Outcome
-from headrace.ingest.forward_protocol import Entry, Message, message_of
 
 BAD_LINE = "bad_line"
 _LINE_FIELDS = ("message",)

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgpack
 
-from headrace.ingest.forward_protocol import Refused
+from headrace.ingest.forward.protocol import Refused
 
 
 class Handshake:

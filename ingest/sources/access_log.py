@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.foreign import iso8601_ns, zone_s
+from headrace.ingest.sources.foreign import iso8601_ns, zone_s
 
 COMMON = '$remote_addr $remote_ident $remote_user [$time_local] "$request" $status $body_bytes_sent'
 NAMED = {

@@ -35,16 +35,16 @@ from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.ingest.batcher import Acked, Batcher, Cut, Outcome, Outgoing, Owner, Waiting, cut, merge
-from headrace.ingest.ceiling import Ceiling
-from headrace.ingest.columns import decode, layout
-from headrace.ingest.forward_protocol import Entry, Message, chunk_text, encode_record, read_entry
-from headrace.ingest.mapping import mappers_of, together
-from headrace.ingest.msgpack_scan import I64s, as_bytes, entry_starts
-from headrace.ingest.punctuate import Punctuator
-from headrace.ingest.repeats import EventIds, Occurrences, Repeats, digest
-from headrace.ingest.texts import hash_column
-from headrace.ingest.validate import Declared, check, declared_types
+from headrace.ingest.dead_letters.ceiling import Ceiling
+from headrace.ingest.decode.columns import decode, layout
+from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
+from headrace.ingest.decode.texts import hash_column
+from headrace.ingest.decode.validate import Declared, check, declared_types
+from headrace.ingest.forward.protocol import Entry, Message, chunk_text, encode_record, read_entry
+from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, Outcome, Outgoing, Owner, Waiting, cut, merge
+from headrace.ingest.gateway.punctuate import Punctuator
+from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
+from headrace.ingest.sources.mapping import mappers_of, together
 
 CHUNKS_REMEMBERED = 400_000
 """Most chunks in memory: about 80 bytes each, 32 MB."""

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from headrace.ingest.hash64 import xxh64
-from headrace.ingest.msgpack_scan import Flag, I64s, U8s, Word
+from headrace.ingest.decode.hash64 import xxh64
+from headrace.ingest.decode.msgpack_scan import Flag, I64s, U8s, Word
 
 NUMBER = -2
 """In place of a length: the text is the decimal form of the number in `starts`."""
