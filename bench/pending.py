@@ -35,7 +35,7 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
-from headrace.stream.join import JoinState
+from headrace.stream.join.join import JoinState
 
 FIELDS = {"user_id": "int64", "item_id": "int64", "category": "int64", "query": "string", "price": "float64"}
 PROJECT = Project(

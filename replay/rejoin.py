@@ -27,7 +27,7 @@ from headrace.contract.project import Project
 from headrace.contract.spec import FeatureSpec
 from headrace.replay.ledger import JOINED, Expected, TaskCounts
 from headrace.replay.scan import in_order
-from headrace.stream.join import JoinState
+from headrace.stream.join.join import JoinState
 
 # 1 s before the newest record: partitions are read to ends that were asked one after the other, and totals in one may
 # speak of appends beyond the end of another.
@@ -39,7 +39,7 @@ RUN_RECORDS = 64
 def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple[Expected, list[Punctuation]]:
     """Return what the join makes of `records`, and the gateways' punctuation that carries settled totals.
 
-    `project` is read by the rules that were in force from the log's beginning (`headrace.stream.rules.first_rules`).
+    `project` is read by the rules that were in force from the log's beginning (`headrace.stream.rule_changes.first_rules`).
 
     Raises `InvariantBroken` when the log no longer begins at offset 0: what preceded can't be told any more.
     """

@@ -34,7 +34,7 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import Counter
 from headrace.stream.features.counters import amounts, bucket_ms, feeds, key_strings, weights
-from headrace.stream.watermark import Watermark
+from headrace.stream.join.watermark import Watermark
 
 I64s = npt.NDArray[np.int64]
 Key = tuple[str, str]

@@ -35,11 +35,11 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.rules import Rules, decode_change, lanes_of, rules_of
 from headrace.contract.spec import Counter
-from headrace.stream.era import LABEL_COLUMNS
 from headrace.stream.features.counters import CounterState, aged, amounts, feeds, key_strings
 from headrace.stream.features.featurize import featurize
-from headrace.stream.outcome import Emitted, TaskCounts, Totals
-from headrace.stream.watermark import Watermark
+from headrace.stream.join.outcome import Emitted, TaskCounts, Totals
+from headrace.stream.join.rules_in_force import LABEL_COLUMNS
+from headrace.stream.join.watermark import Watermark
 
 SLICES = 16
 KEEP = 4

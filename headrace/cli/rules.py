@@ -10,7 +10,7 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import Project
 from headrace.contract.rules import check_code, differences, rules_of
-from headrace.stream.rules import PEN, ensure_first, read_history
+from headrace.stream.rule_changes import PEN, ensure_first, read_history
 
 
 def open_pen(brokers: str, topics: Topics) -> FencedKafka:

@@ -40,8 +40,8 @@ from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.probe import http_get
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all
-from headrace.stream.join import JoinState
-from headrace.stream.rules import first_rules
+from headrace.stream.join.join import JoinState
+from headrace.stream.rule_changes import first_rules
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 

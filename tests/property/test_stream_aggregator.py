@@ -21,7 +21,7 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.rules import change_of, encode_change
 from headrace.contract.spec import Categorical, Counter, FeatureSpec
-from headrace.stream.aggregator import AggregatorState, Settled
+from headrace.stream.aggregate.core import AggregatorState, Settled
 
 PROJECT = Project(
     impression=ImpressionType(tag="i", key="user", fields={"user": "int64", "item": "int64"}),

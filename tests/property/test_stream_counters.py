@@ -25,7 +25,7 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, Custom, FeatureSpec, MultiValued, Numeric, Recency, Text
 from headrace.serving.features import FeatureMemory
-from headrace.stream.aggregator import AggregatorState
+from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.features.counters import (
     CounterState,
     aged,

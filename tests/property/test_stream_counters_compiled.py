@@ -10,10 +10,10 @@ import pytest
 
 from headrace.contract.formats.events import AGGREGATE_SCHEMA, batch_from_rows
 from headrace.contract.spec import Counter
-from headrace.stream.aggregates import Aggregates
-from headrace.stream.counting import CountingTable
 from headrace.stream.features.counters import CounterState, aged, amounts, feeds
-from headrace.stream.rings import hash_texts
+from headrace.stream.join.aggregate_lookup import Aggregates
+from headrace.stream.join.counting import CountingTable
+from headrace.stream.join.ring_table import hash_texts
 
 ENTRIES = ("buy", "impression", "sum:buy.value", "last:buy", "last:impression", "sum:impression.value")
 COUNTERS = [

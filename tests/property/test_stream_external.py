@@ -13,7 +13,7 @@ import pytest
 
 from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.formats.events import EXTERNAL_SCHEMA, batch_from_rows
-from headrace.stream.external import KEEP, ExternalMemory
+from headrace.stream.join.external import KEEP, ExternalMemory
 
 CRAWLS = tuple(
     Crawl(

@@ -24,8 +24,8 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.rules import Change, encode_change
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
-from headrace.stream.join import JoinState
-from headrace.stream.state import encode_state, load_state
+from headrace.stream.join.join import JoinState
+from headrace.stream.join.state import encode_state, load_state
 
 PROJECT = Project(
     impression=ImpressionType(tag="i", key="user", fields={"user": "int64", "item": "int64", "price": "float64"}),

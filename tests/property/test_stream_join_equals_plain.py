@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from headrace.contract.interfaces.log import Record
-from headrace.stream.join import JoinState
+from headrace.stream.join.join import JoinState
 from tests.join_oracle import PlainJoin
 from tests.property.test_stream_join import CONFIG, LONG, POSITION_COLUMNS, PROJECT, records, traffic
 

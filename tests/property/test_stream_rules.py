@@ -10,8 +10,8 @@ import pytest
 
 from headrace.contract.config import JoinConfig
 from headrace.contract.interfaces.log import Record
-from headrace.stream.join import JoinState
-from headrace.stream.state import encode_state, load_state
+from headrace.stream.join.join import JoinState
+from headrace.stream.join.state import encode_state, load_state
 from tests.join_oracle import PlainJoin
 from tests.property.test_stream_join import CONFIG, LONG, POSITION_COLUMNS, PROJECT, records
 from tests.rules_world import PROJECTS, SCHEMAS, changing

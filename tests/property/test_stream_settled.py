@@ -26,7 +26,7 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec
 from headrace.replay.settled import check_settled
-from headrace.stream.aggregator import AggregatorState
+from headrace.stream.aggregate.core import AggregatorState
 
 GRID_MS, PARTITIONS = 100, 2
 COUNTS = ("impression", "click", "sum:click.price", "last:click")

@@ -21,7 +21,7 @@ from headrace.contract.config import IngestConfig, JoinConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.ingest.gateway.gateway import Gateway, Peer, punctuate
-from headrace.stream.join import JoinState
+from headrace.stream.join.join import JoinState
 
 SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 20))]
 WINDOW_MS = PROJECT.tasks[0].window_ms

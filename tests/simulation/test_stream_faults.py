@@ -24,9 +24,9 @@ from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
-from headrace.stream import state as states
-from headrace.stream.app import StreamStage
-from headrace.stream.join import JoinState
+from headrace.stream.join.join import JoinState
+from headrace.stream.join.join import state as states
+from headrace.stream.shell.join_stage import StreamStage
 from tests.property.test_stream_join import PROJECT, records, traffic
 
 JOIN = JoinConfig(early_feedback_ms=400, resolved_ms=1_600, repeat_horizon_ms=3_200, snapshot_ms=100)
@@ -188,7 +188,7 @@ BLOCKS = [*range(5), *(pytest.param(block, marks=pytest.mark.long) for block in 
 def test_each_sample_comes_out_once_whatever_dies(block, monkeypatch):
     # States small enough that every kind of part is written, merged and deleted.
     monkeypatch.setattr(states, "INLINE_ROWS", 8)
-    monkeypatch.setattr("headrace.stream.payload.PIECE_ROWS", 16)
+    monkeypatch.setattr("headrace.stream.join.payload.PIECE_ROWS", 16)
     for seed in range(20 * block, 20 * block + 20):
         assert survives(seed), f"seed {seed}"
 

@@ -37,7 +37,7 @@ from headrace.contract.config import Config, LakeConfig
 from headrace.contract.errors import HeadraceError
 from headrace.contract.formats.positions import Position
 from headrace.contract.interfaces.log import Record
-from headrace.stream.sink import SinkStage
+from headrace.stream.sink.stage import SinkStage
 
 PARTITIONS, ROWS, TURNS = 2, 16, 10
 CONFIG = LakeConfig(compact_files=2, target_file_bytes=1_000_000, vacuum_ms=1_000)

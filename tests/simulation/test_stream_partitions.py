@@ -26,10 +26,10 @@ from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.replay.settled import check_settled
-from headrace.stream.aggregate import AggregateStage
-from headrace.stream.aggregator import AggregatorState
-from headrace.stream.app import StreamStage
-from headrace.stream.join import JoinState
+from headrace.stream.aggregate.core import AggregatorState
+from headrace.stream.aggregate.stage import AggregateStage
+from headrace.stream.join.join import JoinState
+from headrace.stream.shell.join_stage import StreamStage
 from tests.property.test_stream_join import PROJECT, records, traffic
 from tests.simulation.test_stream_faults import Blobs, LaggingProducer
 

@@ -17,8 +17,8 @@ from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.rules import rules_of
-from headrace.stream import state as states
-from headrace.stream.join import JoinState
+from headrace.stream.join.join import JoinState
+from headrace.stream.join.join import state as states
 from tests.property.test_stream_join import PROJECT, records
 from tests.rules_world import PROJECTS, SCHEMAS, changing
 from tests.simulation.test_stream_faults import JOIN, Stage, World
@@ -83,7 +83,7 @@ def survives(seed: int, stage_type: type[Stage] = AnyDisk) -> bool:
 @pytest.mark.parametrize("block", range(4))
 def test_each_sample_comes_out_once_across_changes_whatever_dies(block, monkeypatch):
     monkeypatch.setattr(states, "INLINE_ROWS", 8)
-    monkeypatch.setattr("headrace.stream.payload.PIECE_ROWS", 16)
+    monkeypatch.setattr("headrace.stream.join.payload.PIECE_ROWS", 16)
     for seed in range(2 * block, 2 * block + 2):
         assert survives(seed), f"seed {seed}"
 
@@ -92,7 +92,7 @@ def test_each_sample_comes_out_once_across_changes_whatever_dies(block, monkeypa
 @pytest.mark.parametrize("block", range(10))
 def test_hundreds_of_seeds(block, monkeypatch):
     monkeypatch.setattr(states, "INLINE_ROWS", 8)
-    monkeypatch.setattr("headrace.stream.payload.PIECE_ROWS", 16)
+    monkeypatch.setattr("headrace.stream.join.payload.PIECE_ROWS", 16)
     for seed in range(1_000 + 20 * block, 1_000 + 20 * block + 20):
         assert survives(seed), f"seed {seed}"
 

@@ -33,8 +33,8 @@ from headrace.ingest.crawl.outbox import Outbox
 from headrace.replay.ledger import Ledger, draw_gateways
 from headrace.serving.features import FeatureMemory
 from headrace.stream.features.featurize import featurize
-from headrace.stream.join import Emitted, JoinState
-from headrace.stream.state import encode_state, load_state
+from headrace.stream.join.join import Emitted, JoinState
+from headrace.stream.join.state import encode_state, load_state
 
 CRAWL = Crawl(
     name="catalogue",

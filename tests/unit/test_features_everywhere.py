@@ -43,8 +43,8 @@ from headrace.contract.spec import (
 from headrace.serving.features import FeatureMemory
 from headrace.serving.scorer import merge, rank
 from headrace.serving.shared_model import Meta, SharedModel
-from headrace.stream.aggregator import AggregatorState
-from headrace.stream.join import JoinState
+from headrace.stream.aggregate.core import AggregatorState
+from headrace.stream.join.join import JoinState
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.source import conform, to_batch
 

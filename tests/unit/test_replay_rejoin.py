@@ -37,7 +37,7 @@ from headrace.examples.shop.shop import PROJECT
 from headrace.replay.ledger import JOINED
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import in_order
-from headrace.stream.join import Emitted, JoinState
+from headrace.stream.join.join import Emitted, JoinState
 
 START_MS = 1_800_000_000_000
 WINDOW_MS = PROJECT.tasks[0].window_ms

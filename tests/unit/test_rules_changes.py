@@ -26,8 +26,8 @@ from headrace.contract.rules import (
     rules_of,
 )
 from headrace.contract.spec import Bucket, Categorical, Custom, FeatureSpec
-from headrace.stream.join import JoinState
-from headrace.stream.rules import apply, ensure_first, first_rules, read_history
+from headrace.stream.join.join import JoinState
+from headrace.stream.rule_changes import apply, ensure_first, first_rules, read_history
 from tests.property.test_stream_join import PROJECT
 from tests.rules_world import LATE, WIDE, change
 

@@ -27,8 +27,8 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.rules import change_of, encode_change
 from headrace.serving.app import make_app
 from headrace.stream.features.featurize import featurize
-from headrace.stream.join import JoinState
-from headrace.stream.sink import SinkStage
+from headrace.stream.join.join import JoinState
+from headrace.stream.sink.stage import SinkStage
 from headrace.trainer.source import Source, conform, to_batch
 from tests.property.test_stream_join import LONG, PROJECT, records
 from tests.rules_world import LATE, SCHEMAS, WIDE, changing

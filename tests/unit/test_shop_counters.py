@@ -23,7 +23,7 @@ from headrace.contract.interfaces.log import Record
 from headrace.examples.shop import traffic
 from headrace.examples.shop.run import feedback_record
 from headrace.examples.shop.shop import PROJECT, WATCHED
-from headrace.stream.join import JoinState
+from headrace.stream.join.join import JoinState
 
 T0 = 1_800_000_000_000
 EVERY_MS = 40

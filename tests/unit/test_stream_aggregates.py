@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from headrace.contract.formats.events import AGGREGATE_SCHEMA
 from headrace.contract.spec import Counter
-from headrace.stream.aggregates import Aggregates
+from headrace.stream.join.aggregate_lookup import Aggregates
 
 ITEM = Counter(name="item", key="item", counts=("click",), window_ms=800, buckets=4)
 

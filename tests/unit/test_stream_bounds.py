@@ -12,8 +12,8 @@ from headrace.backends.spill_file import FileSpill
 from headrace.contract.errors import InvariantBroken, Overloaded
 from headrace.contract.formats.events import Punctuation, decode_batch, encode_batch
 from headrace.contract.rules import rules_of
-from headrace.stream.join import JoinState
-from headrace.stream.state import encode_state, load_state
+from headrace.stream.join.join import JoinState
+from headrace.stream.join.state import encode_state, load_state
 from tests.join_oracle import PlainJoin
 from tests.property.test_stream_join import CONFIG, PROJECT, records, traffic
 
@@ -30,7 +30,7 @@ def test_too_many_waiting_impressions_are_refused_with_numbers():
 
 
 def test_a_record_that_resolves_more_than_a_position_counts_is_refused(monkeypatch):
-    monkeypatch.setattr("headrace.stream.join.RANKS_MAX", 3)
+    monkeypatch.setattr("headrace.stream.join.join.RANKS_MAX", 3)
     join = JoinState(PROJECT, CONFIG, silent_ms=300, partition=3)
     end = [("time", Punctuation(gateway, 1, 10**6)) for gateway in "ab"]
     with pytest.raises(Overloaded, match=r"partition 3: one record resolved \d+ samples; .*join\.pending_max"):
@@ -52,7 +52,7 @@ def test_beyond_the_bound_the_oldest_early_feedback_becomes_an_orphan():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_spilled_pieces_come_back_and_leave_no_file(seed, tmp_path, monkeypatch):
-    monkeypatch.setattr("headrace.stream.payload.PIECE_ROWS", 16)
+    monkeypatch.setattr("headrace.stream.join.payload.PIECE_ROWS", 16)
     end = [("time", Punctuation(gateway, 1, 10**6)) for gateway in "ab"]
     log = records([*traffic(seed), *end], Random(seed))
     tight = structs.replace(CONFIG, payload_bytes=1)

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.stream.memory import SLICES, Memory
-from headrace.stream.rings import hash_texts, with_numbers
+from headrace.stream.join.recent_keys import SLICES, Memory
+from headrace.stream.join.ring_table import hash_texts, with_numbers
 
 
 def key_of(text: str) -> np.ndarray:

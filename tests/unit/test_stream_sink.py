@@ -14,7 +14,7 @@ from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config
-from headrace.stream.sink import SinkStage
+from headrace.stream.sink.stage import SinkStage
 
 HOUR_S = 3_600
 

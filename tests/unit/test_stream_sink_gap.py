@@ -13,8 +13,8 @@ from headrace.contract.config import Config, JoinConfig
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.sample import format_position
 from headrace.contract.interfaces.log import Record
-from headrace.stream.join import JoinState
-from headrace.stream.sink import SinkStage
+from headrace.stream.join.join import JoinState
+from headrace.stream.sink.stage import SinkStage
 from tests.property.test_stream_join import PROJECT, records, traffic
 
 

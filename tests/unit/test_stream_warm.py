@@ -15,10 +15,14 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop.shop import PROJECT
-from headrace.stream import aggregates, counting, early, matching, memory, pending, rings, warm
-from headrace.stream.join import JoinState
-from headrace.stream.state import encode_state, load_state
-from headrace.stream.warm import record, time
+from headrace.stream.join.join import JoinState, counting, matching, pending
+from headrace.stream.join.join import aggregate_lookup as aggregates
+from headrace.stream.join.join import early_feedback as early
+from headrace.stream.join.join import recent_keys as memory
+from headrace.stream.join.join import ring_table as rings
+from headrace.stream.join.state import encode_state, load_state
+from headrace.stream.shell import warm
+from headrace.stream.shell.warm import record, time
 
 
 def _compiled() -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from headrace.contract.formats.events import Punctuation
-from headrace.stream.watermark import Watermark
+from headrace.stream.join.watermark import Watermark
 
 
 def times(*punctuations: Punctuation, silent_ms: int = 100) -> list[int]:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.stream.aggregate import run
+    from headrace.stream.aggregate.stage import run
 
     runtime = open_runtime(args)
     stop = stop_event()

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.stream.sink import run
+    from headrace.stream.sink.stage import run
 
     runtime = open_runtime(args)
     stop = stop_event()

@@ -20,8 +20,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
     from headrace.backends.spill_file import FileSpill
     from headrace.contract.rules import rules_of
-    from headrace.stream.app import run
-    from headrace.stream.warm import warm
+    from headrace.stream.shell.join_stage import run
+    from headrace.stream.shell.warm import warm
 
     runtime = open_runtime(args)
     stop = stop_event()

@@ -26,7 +26,7 @@ from headrace.ingest.dead_letters.view import Letter, superseded
 from headrace.replay.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored_by_log
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all, sample_keys
-from headrace.stream.rules import first_rules
+from headrace.stream.rule_changes import first_rules
 from headrace.trainer.source import stored_order
 
 HELP = "account for every event: read, joined, learnt, lost, twice"

@@ -22,7 +22,7 @@ from headrace.cli.rules import open_pen
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.rules import Change, Rules, differences, rules_of
-from headrace.stream.rules import Applied, History, apply, check_follows, read_history
+from headrace.stream.rule_changes import Applied, History, apply, check_follows, read_history
 
 HELP = "show and change, in mid-stream, by which rules events are read"
 

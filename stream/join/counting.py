@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from headrace.contract.spec import Counter
 from headrace.stream.features.counters import UNIT, Feed, bucket_ms, weights
-from headrace.stream.rings import I32s, I64s, Int, U8s, U64s, place_of
+from headrace.stream.join.ring_table import I32s, I64s, Int, U8s, U64s, place_of
 
 Bools = npt.NDArray[np.bool_]
 

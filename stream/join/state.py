@@ -33,12 +33,12 @@ from headrace.contract.formats.positions import Position
 from headrace.contract.project import FeedbackType
 from headrace.contract.rules import Rules
 from headrace.contract.spec import Counter
-from headrace.stream.counting import CountingTable, Rows
-from headrace.stream.era import Era
-from headrace.stream.join import JoinState
-from headrace.stream.memory import Memory
-from headrace.stream.payload import Piece
-from headrace.stream.rings import FIRST, NEXT
+from headrace.stream.join.counting import CountingTable, Rows
+from headrace.stream.join.join import JoinState
+from headrace.stream.join.payload import Piece
+from headrace.stream.join.recent_keys import Memory
+from headrace.stream.join.ring_table import FIRST, NEXT
+from headrace.stream.join.rules_in_force import Era
 
 VERSION = 3
 INLINE_ROWS = 16_384

@@ -17,7 +17,7 @@ from headrace.contract.errors import EventRejected
 from headrace.contract.hashing import hash_text
 from headrace.contract.spec import Counter
 from headrace.stream.features.counters import key_texts
-from headrace.stream.rings import I64s, U64s, hash_texts, with_numbers
+from headrace.stream.join.ring_table import I64s, U64s, hash_texts, with_numbers
 
 
 def checked(batch: pa.RecordBatch) -> pa.RecordBatch:

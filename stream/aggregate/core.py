@@ -35,9 +35,9 @@ from headrace.contract.project import Project
 from headrace.contract.rules import Rules, check_growth, decode_change, lanes_of, rules_of
 from headrace.contract.spec import Counter
 from headrace.stream.features.counters import CounterState, amounts, feeds, key_strings, value_as_of
-from headrace.stream.memory import Memory
-from headrace.stream.rings import U64s, hash_texts
-from headrace.stream.watermark import Watermark
+from headrace.stream.join.recent_keys import Memory
+from headrace.stream.join.ring_table import U64s, hash_texts
+from headrace.stream.join.watermark import Watermark
 
 VERSION = 3
 NOT_YET, ENDED = -1, -2

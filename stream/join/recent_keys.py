@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from headrace.stream.rings import (
+from headrace.stream.join.ring_table import (
     FIRST,
     LIVE,
     NEXT,

@@ -28,8 +28,8 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.rules import change_of, encode_change
-from headrace.stream.join import JoinState
-from headrace.stream.state import encode_state, load_state
+from headrace.stream.join.join import JoinState
+from headrace.stream.join.state import encode_state, load_state
 
 _DAY_MS = 86_400_000
 

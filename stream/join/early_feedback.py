@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from headrace.stream.pending import ORPHANS, PENDING
-from headrace.stream.rings import (
+from headrace.stream.join.pending import ORPHANS, PENDING
+from headrace.stream.join.ring_table import (
     FIRST,
     NEXT,
     ROW,

@@ -34,11 +34,11 @@ from headrace.contract.interfaces.log import Producer, Record
 from headrace.contract.metrics import Metrics, Name
 from headrace.contract.project import Project
 from headrace.contract.rules import Rules, differences, rules_of
-from headrace.stream.engine import Engine
-from headrace.stream.join import JoinState
-from headrace.stream.outcome import Emitted, TaskCounts
-from headrace.stream.payload import Spill
-from headrace.stream.state import Damaged, Snapshot, StateWriter, load, part_names, read_manifest
+from headrace.stream.join.join import JoinState
+from headrace.stream.join.outcome import Emitted, TaskCounts
+from headrace.stream.join.payload import Spill
+from headrace.stream.join.state import Damaged, Snapshot, StateWriter, load, part_names, read_manifest
+from headrace.stream.shell.engine import Engine
 
 log = logging.getLogger("headrace.stream")
 

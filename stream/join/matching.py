@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import numba
 
-from headrace.stream.early import TIME_MS, Early, take_all_of, wait
-from headrace.stream.memory import Remembered, recall, remember
-from headrace.stream.pending import (
+from headrace.stream.join.early_feedback import TIME_MS, Early, take_all_of, wait
+from headrace.stream.join.pending import (
     DUPLICATE,
     EVENT_MS,
     LATE,
@@ -25,7 +24,8 @@ from headrace.stream.pending import (
     admit,
     resolve,
 )
-from headrace.stream.rings import I32s, I64s, Int, Ring, U8s, U64s, find, row_of, seq_of
+from headrace.stream.join.recent_keys import Remembered, recall, remember
+from headrace.stream.join.ring_table import I32s, I64s, Int, Ring, U8s, U64s, find, row_of, seq_of
 
 SEQ, TASK, CODE, ID, TIME = range(5)
 """Columns of labels: the impression's sequence number, the task, what it is, where the feedback's id is, its time.

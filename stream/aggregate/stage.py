@@ -30,8 +30,8 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Producer, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.stream.aggregator import AggregatorState, Settled
-from headrace.stream.engine import Engine
+from headrace.stream.aggregate.core import AggregatorState, Settled
+from headrace.stream.shell.engine import Engine
 
 log = logging.getLogger("headrace.aggregate")
 

@@ -31,7 +31,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
-from headrace.stream.engine import Engine
+from headrace.stream.shell.engine import Engine
 
 log = logging.getLogger("headrace.sink")
 

@@ -50,15 +50,13 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, Project
 from headrace.contract.rules import Rules, check_code, check_growth, decode_change, lanes_of, rules_of
 from headrace.contract.spec import Counter
-from headrace.stream.aggregates import Aggregates
-from headrace.stream.columns import as_columns, checked, keys_of, local_keys, numbers_of
-from headrace.stream.counting import CountingTable
-from headrace.stream.early import EarlyFeedback
-from headrace.stream.era import LABEL_COLUMNS, AsRead, Era, Lane, joined_schema, late_lanes
-from headrace.stream.external import ExternalMemory
 from headrace.stream.features.counters import amounts, feeds, key_texts
 from headrace.stream.features.featurize import featurize
-from headrace.stream.matching import (
+from headrace.stream.join.aggregate_lookup import Aggregates
+from headrace.stream.join.counting import CountingTable
+from headrace.stream.join.early_feedback import EarlyFeedback
+from headrace.stream.join.external import ExternalMemory
+from headrace.stream.join.matching import (
     CODE,
     CORRECTION,
     ID,
@@ -71,12 +69,14 @@ from headrace.stream.matching import (
     take_feedback,
     take_impressions,
 )
-from headrace.stream.memory import Memory
-from headrace.stream.outcome import Emitted, Gathered, TaskCounts, Totals
-from headrace.stream.payload import Payload, Spill
-from headrace.stream.pending import ORPHANS, PENDING, Pending
-from headrace.stream.rings import I64s, U8s, U64s
-from headrace.stream.watermark import Watermark
+from headrace.stream.join.outcome import Emitted, Gathered, TaskCounts, Totals
+from headrace.stream.join.payload import Payload, Spill
+from headrace.stream.join.pending import ORPHANS, PENDING, Pending
+from headrace.stream.join.recent_keys import Memory
+from headrace.stream.join.record_columns import as_columns, checked, keys_of, local_keys, numbers_of
+from headrace.stream.join.ring_table import I64s, U8s, U64s
+from headrace.stream.join.rules_in_force import LABEL_COLUMNS, AsRead, Era, Lane, joined_schema, late_lanes
+from headrace.stream.join.watermark import Watermark
 
 
 class JoinState:

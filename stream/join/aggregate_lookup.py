@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from headrace.contract.spec import Counter
 from headrace.stream.features.counters import bucket_ms, weights
-from headrace.stream.rings import I32s, I64s, Int, U64s, hash_texts, place_of, with_numbers
+from headrace.stream.join.ring_table import I32s, I64s, Int, U64s, hash_texts, place_of, with_numbers
 
 KEEP = 4
 """Values kept of a key: an impression may be some grid ticks older than the newest value."""

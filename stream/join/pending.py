@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from headrace.stream.memory import Remembered, remember
-from headrace.stream.rings import (
+from headrace.stream.join.recent_keys import Remembered, remember
+from headrace.stream.join.ring_table import (
     FIRST,
     NEXT,
     ROW,
