@@ -46,9 +46,9 @@ from headrace.contract.project import Recipe
 from headrace.contract.spec import Bucket, Categorical, FeatureSpec, Numeric
 from headrace.examples.shop.traffic import SPEED, find_data, kuairand
 from headrace.stream.features.featurize import featurize
-from headrace.trainer.figures import Figures, Scored, Tally
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
+from headrace.trainer.validation.figures import Figures, Scored, Tally
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 IDS = ("user_id", "video_id", "author_id", "tab", "tag", "upload_type", "user_active_degree")

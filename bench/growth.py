@@ -30,10 +30,10 @@ from headrace.contract.project import Recipe
 from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
-from headrace.trainer.model.row_index import SWEEPS
-from headrace.trainer.model.table_group import SlotTable, Tables
-from headrace.trainer.model.table_optimizers import Kind, Optimizer
-from headrace.trainer.model.tables import Table
+from headrace.trainer.model.tables.group import SlotTable, Tables
+from headrace.trainer.model.tables.optimizers import Kind, Optimizer
+from headrace.trainer.model.tables.row_index import SWEEPS
+from headrace.trainer.model.tables.table import Table
 
 DIM, SLOTS, BATCH, CHUNK = 8, 26, 512, 512
 SIZES = (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000)

@@ -28,10 +28,10 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Reader, read_topic
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
+from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.publish import read_manifests
 from headrace.trainer.run import digest_of
-from headrace.trainer.source import Lake, conform, stored_order, to_batch
+from headrace.trainer.source.source import Lake, conform, stored_order, to_batch
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,7 +37,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
-from headrace.trainer.model.tables import initial_values
+from headrace.trainer.model.tables.table import initial_values
 
 Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]

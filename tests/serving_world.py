@@ -105,7 +105,7 @@ def weights_of(run: str, step: int, keys: np.ndarray = KEYS) -> Weights:
 
 @dataclass
 class Trainer:
-    """Publishes as `headrace.trainer.publish` does; what it published is kept in `models`, by version."""
+    """Publishes as `headrace.trainer.commit.publish` does; what it published is kept in `models`, by version."""
 
     world: World
     run: str = "a"

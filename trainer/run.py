@@ -31,15 +31,15 @@ from headrace.contract.interfaces.log import Producer, Reader
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project, Task
-from headrace.trainer.board import Board
-from headrace.trainer.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
-from headrace.trainer.evaluate import Evaluation, known_times
+from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
+from headrace.trainer.commit.publish import Publisher, read_manifests
+from headrace.trainer.commit.steps import Pen, StepsLog
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.publish import Publisher, read_manifests
-from headrace.trainer.report import Report
-from headrace.trainer.slices import slices_of
-from headrace.trainer.source import Cursor, Lake, Source
-from headrace.trainer.steps_log import Pen, StepsLog
+from headrace.trainer.source.source import Cursor, Lake, Source
+from headrace.trainer.validation.board import Board
+from headrace.trainer.validation.evaluate import Evaluation, known_times
+from headrace.trainer.validation.report import Report
+from headrace.trainer.validation.slices import slices_of
 
 logger = logging.getLogger("headrace.train")
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.trainer.model.bottom import DeviceBottom, HostBottom, Layer, Read
-from headrace.trainer.model.places import Places, distinct
+from headrace.trainer.model.layers.first_layer import DeviceBottom, HostBottom, Layer, Read
+from headrace.trainer.model.tables.distinct_ids import Places, distinct
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.contract.spec import PAD
-from headrace.trainer.model.admission import Admission
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.hot_rows import HotRows
-from headrace.trainer.model.table_group import SlotTable, Tables
-from headrace.trainer.model.table_optimizers import Optimizer
+from headrace.trainer.model.tables.admission import Admission
+from headrace.trainer.model.tables.group import SlotTable, Tables
+from headrace.trainer.model.tables.hot_rows import HotRows
+from headrace.trainer.model.tables.optimizers import Optimizer
 
 OPTIMIZERS = {
     "adagrad_row": Optimizer("adagrad_row", lr=0.1, l2=0.01, half_life_ms=5_000),

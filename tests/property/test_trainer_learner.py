@@ -15,13 +15,13 @@ from learner_world import twin_logits
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.project import Recipe
 from headrace.contract.spec import PAD, Categorical, FeatureSpec, Numeric
-from headrace.trainer.checkpoint import Checkpoint, Meta, decode_checkpoint, encode_checkpoint
+from headrace.trainer.commit.checkpoint import Checkpoint, Meta, decode_checkpoint, encode_checkpoint
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.learner import TableLearner, make_learner
 from headrace.trainer.model.scoring import sigmoid
-from headrace.trainer.model.tables import KeyIndex, Table, initial_values
-from headrace.trainer.source import Cursor
+from headrace.trainer.model.tables.table import KeyIndex, Table, initial_values
+from headrace.trainer.source.source import Cursor
 
 SPEC = FeatureSpec(features=(*(Categorical(field=f) for f in "abc"), *(Numeric(field=f) for f in "xy")))
 RECIPE = Recipe(dim=4, hidden=(8, 4), init_scale=0.3, lr_table=0.1, lr_dense=0.01)
@@ -167,7 +167,5 @@ def test_a_batch_of_another_spec_is_refused():
 
 
 def test_scoring_does_not_import_torch():
-    code = (
-        "import sys, headrace.trainer.model.scoring, headrace.trainer.model.tables; assert 'torch' not in sys.modules"
-    )
+    code = "import sys, headrace.trainer.model.scoring, headrace.trainer.model.tables.table; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

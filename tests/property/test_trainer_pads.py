@@ -17,7 +17,7 @@ from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import gradients
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.model.scoring import score, sigmoid
-from headrace.trainer.model.tables import Table
+from headrace.trainer.model.tables.table import Table
 
 SPEC = FeatureSpec(
     features=(Categorical(field="a"), MultiValued(field="b", values_max=3), Numeric(field="x"), Numeric(field="y"))

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.contract.spec import PAD
-from headrace.trainer.model.admission import Admission
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.places import Places
-from headrace.trainer.model.row_index import SWEEPS, RowIndex
-from headrace.trainer.model.table_group import SlotTable, Tables
-from headrace.trainer.model.table_optimizers import Optimizer
-from headrace.trainer.model.tables import Table, initial_values
+from headrace.trainer.model.tables.admission import Admission
+from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.group import SlotTable, Tables
+from headrace.trainer.model.tables.optimizers import Optimizer
+from headrace.trainer.model.tables.row_index import SWEEPS, RowIndex
+from headrace.trainer.model.tables.table import Table, initial_values
 
 DIM, SEED, SCALE, SLOTS = 3, 7, 0.3, 4
 OPTIMIZERS = {

@@ -20,7 +20,7 @@ from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import Position
 from headrace.replay.replay import as_trained
-from headrace.trainer.checkpoint import stored_versions
+from headrace.trainer.commit.checkpoint import stored_versions
 from headrace.trainer.run import Trainer
 
 

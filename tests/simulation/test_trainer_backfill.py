@@ -14,7 +14,7 @@ from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, lake_of, le
 
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.replay.replay import as_trained
-from headrace.trainer.publish import read_manifests
+from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.run import Trainer
 
 OTHER = msgspec.structs.replace(

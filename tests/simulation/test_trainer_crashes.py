@@ -20,7 +20,7 @@ from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.contract.formats.steps import decode_step
 from headrace.trainer.model.learner import TableLearner, make_learner
 from headrace.trainer.run import Trainer
-from headrace.trainer.source import Cursor, Source
+from headrace.trainer.source.source import Cursor, Source
 
 COUNT = 400
 

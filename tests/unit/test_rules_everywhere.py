@@ -29,7 +29,7 @@ from headrace.serving.app import make_app
 from headrace.stream.features.featurize import featurize
 from headrace.stream.join.join import JoinState
 from headrace.stream.sink.stage import SinkStage
-from headrace.trainer.source import Source, conform, to_batch
+from headrace.trainer.source.source import Source, conform, to_batch
 from tests.property.test_stream_join import LONG, PROJECT, records
 from tests.rules_world import LATE, SCHEMAS, WIDE, changing
 

@@ -17,7 +17,7 @@ from headrace.serving.app import make_app
 from headrace.serving.feedback import ImpressionLog
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.scoring import score
-from headrace.trainer.model.tables import initial_values
+from headrace.trainer.model.tables.table import initial_values
 
 
 @pytest.fixture

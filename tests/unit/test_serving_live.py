@@ -273,7 +273,7 @@ def test_a_write_that_broke_off_is_never_written_on(tmp_path: Path):
 
 
 def test_lookup_gives_unknown_keys_their_first_values(world: World):
-    from headrace.trainer.model.tables import initial_values
+    from headrace.trainer.model.tables.table import initial_values
 
     begun(world)
     unknown = np.array([12345, -9], np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headrace.trainer.drift import LabelRate
+from headrace.trainer.validation.drift import LabelRate
 
 
 def changes(seed: int, rates: np.ndarray, rows: int = 400) -> list[tuple[int, float, float]]:

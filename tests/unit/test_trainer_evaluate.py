@@ -13,12 +13,12 @@ import torch
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric
-from headrace.trainer.evaluate import Evaluation, item_slot, known_times
-from headrace.trainer.figures import Scored, Tally, area_under_curve
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
-from headrace.trainer.model.tables import initial_values
-from headrace.trainer.slices import Slices, slices_of
+from headrace.trainer.model.tables.table import initial_values
+from headrace.trainer.validation.evaluate import Evaluation, item_slot, known_times
+from headrace.trainer.validation.figures import Scored, Tally, area_under_curve
+from headrace.trainer.validation.slices import Slices, slices_of
 
 torch.set_num_threads(1)
 SPEC = FeatureSpec(features=(Categorical(field="user"), Categorical(field="item")))

@@ -18,8 +18,8 @@ from trainer_world import PARTITIONS, Lake, World, samples, send
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import TrainConfig
 from headrace.contract.formats.positions import Position, Positions
-from headrace.trainer.board import Board
 from headrace.trainer.run import Trainer
+from headrace.trainer.validation.board import Board
 
 torch.set_num_threads(1)
 ROWS = 3_600

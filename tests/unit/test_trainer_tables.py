@@ -9,12 +9,12 @@ import torch
 
 from headrace.contract.errors import ConfigRejected, Overloaded
 from headrace.contract.spec import PAD
-from headrace.trainer.model.admission import Admission
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.row_index import SWEEPS, RowIndex
-from headrace.trainer.model.table_group import SlotTable, Tables
-from headrace.trainer.model.table_optimizers import Optimizer
-from headrace.trainer.model.tables import Table, initial_values
+from headrace.trainer.model.tables.admission import Admission
+from headrace.trainer.model.tables.group import SlotTable, Tables
+from headrace.trainer.model.tables.optimizers import Optimizer
+from headrace.trainer.model.tables.row_index import SWEEPS, RowIndex
+from headrace.trainer.model.tables.table import Table, initial_values
 
 ROWS, DIM, STEPS = 20, 6, 30
 KEYS = np.arange(1, ROWS + 1)

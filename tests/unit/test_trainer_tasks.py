@@ -16,7 +16,7 @@ from headrace.replay.replay import as_trained, read_steps
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.run import Trainer
-from headrace.trainer.source import stored_order, to_batch
+from headrace.trainer.source.source import stored_order, to_batch
 
 MANY = msgspec.structs.replace(
     PROJECT,

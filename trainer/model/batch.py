@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.trainer.model.scoring import Float32s
-from headrace.trainer.model.tables import Int64s
+from headrace.trainer.model.tables.table import Int64s
 
 Int8s = npt.NDArray[np.int8]
 

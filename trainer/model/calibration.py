@@ -23,8 +23,8 @@ import numpy.typing as npt
 from headrace.contract.hashing import U64, mix64
 from headrace.contract.recipe import Recipe
 from headrace.trainer.model.batch import Batch, Int8s
-from headrace.trainer.model.row_index import Int64s
 from headrace.trainer.model.scoring import Float32s
+from headrace.trainer.model.tables.row_index import Int64s
 
 Bools = npt.NDArray[np.bool_]
 

@@ -23,20 +23,20 @@ from headrace.contract.project import Project
 from headrace.contract.recipe import Optimizer as Kind
 from headrace.contract.recipe import Recipe, slot_labels
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.admission import Admission
-from headrace.trainer.model.average import Average
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import Platt, acceptable, gradients, left_out
 from headrace.trainer.model.digest import digest
-from headrace.trainer.model.in_order import learn_in_order
-from headrace.trainer.model.norms import Norms
-from headrace.trainer.model.places import Places, distinct
-from headrace.trainer.model.row_index import Int32s
+from headrace.trainer.model.layers.average import Average
+from headrace.trainer.model.layers.in_order import learn_in_order
+from headrace.trainer.model.layers.linear_models import Shallow
+from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, probabilities, score
-from headrace.trainer.model.shallow import Shallow
-from headrace.trainer.model.table_group import SlotTable, Tables
-from headrace.trainer.model.table_optimizers import Optimizer
-from headrace.trainer.model.tables import Int64s
+from headrace.trainer.model.tables.admission import Admission
+from headrace.trainer.model.tables.distinct_ids import Places, distinct
+from headrace.trainer.model.tables.group import SlotTable, Tables
+from headrace.trainer.model.tables.optimizers import Optimizer
+from headrace.trainer.model.tables.row_index import Int32s
+from headrace.trainer.model.tables.table import Int64s
 
 State = dict[str, npt.NDArray[np.generic]]
 _NO_KEYS = np.empty(0, np.int64)
@@ -157,7 +157,7 @@ def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu", 
     tables, dense = make_tables(recipe, features), make_dense(recipe, features, device=device, device_rows=device_rows)
     if not device_rows or isinstance(dense, Shallow):
         return TableLearner(recipe, features, tables, dense)
-    from headrace.trainer.model.hot_rows import HotRows  # torch
+    from headrace.trainer.model.tables.hot_rows import HotRows  # torch
 
     return TableLearner(recipe, features, HotRows(tables, device=device, rows=device_rows), dense)
 
@@ -167,10 +167,10 @@ def make_dense(recipe: Recipe, features: FeatureSpec, *, device: str, device_row
     if recipe.model in ("logistic", "fm"):
         return Shallow(recipe, features)  # A handful of numbers: no device is worth the way there.
     if recipe.model == "module":
-        from headrace.trainer.model.module import ModuleNet
+        from headrace.trainer.model.layers.user_module import ModuleNet
 
         return ModuleNet(recipe, features, device=device)
-    from headrace.trainer.model.net import Net
+    from headrace.trainer.model.layers.deep_models import Net
 
     return Net(recipe, features, device=device, reads_device=device_rows > 0)
 

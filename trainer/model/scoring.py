@@ -43,7 +43,9 @@ def shapes_of(recipe: Recipe, features: FeatureSpec) -> Shapes:
     """Return the shape of each dense weight by name, in the order in which they are kept."""
     tasks, numerics = len(recipe.heads), features.numerics
     if recipe.model == "module":
-        from headrace.trainer.model.module import module_shapes  # torch: only where the user's module needs it
+        from headrace.trainer.model.layers.user_module import (
+            module_shapes,  # torch: only where the user's module needs it
+        )
 
         shapes = module_shapes(recipe, features)
     else:
@@ -71,7 +73,7 @@ def _cross_shapes(layer: int, width: int, rank: int) -> Shapes:
 def logits(recipe: Recipe, values_BFV: Float32s, numeric_BD: Float32s, dense: Dense) -> Float32s:
     """Return the log-odds of each task: float32 [B, T]."""
     if recipe.model == "module":
-        from headrace.trainer.model.module import module_logits  # as above
+        from headrace.trainer.model.layers.user_module import module_logits  # as above
 
         return module_logits(recipe, values_BFV, numeric_BD, dense)
     batch, slots, width = values_BFV.shape

@@ -25,7 +25,7 @@ import logging
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.cli.progress import show_progress
 from headrace.cli.runtime import add_common, open_runtime, stop_event
-from headrace.trainer.board import Board
+from headrace.trainer.validation.board import Board
 
 HELP = "learn from the lake, then from the topic; publish snapshots and deltas"
 

@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
 def pinned_versions(runtime: Runtime) -> set[int]:
     """Return the versions that the project's checkpoints are in the middle of. Raises `Unavailable`."""
-    from headrace.trainer.checkpoint import stored_versions
+    from headrace.trainer.commit.checkpoint import stored_versions
 
     return stored_versions(runtime.blobs(), runtime.project.name)
 

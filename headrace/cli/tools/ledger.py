@@ -27,7 +27,7 @@ from headrace.replay.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored
 from headrace.replay.rejoin import rejoin
 from headrace.replay.scan import read_all, sample_keys
 from headrace.stream.rule_changes import first_rules
-from headrace.trainer.source import stored_order
+from headrace.trainer.source.source import stored_order
 
 HELP = "account for every event: read, joined, learnt, lost, twice"
 

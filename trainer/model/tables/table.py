@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.spec import PAD
-from headrace.trainer.model.admission import Admission, counter_for
-from headrace.trainer.model.row_index import (
+from headrace.trainer.model.tables.admission import Admission, counter_for
+from headrace.trainer.model.tables.optimizers import Optimizer
+from headrace.trainer.model.tables.row_index import (
     EXPIRED,
     HEADER_WORDS,
     LAST_USE,
@@ -35,8 +36,7 @@ from headrace.trainer.model.row_index import (
     RowIndex,
     mix,
 )
-from headrace.trainer.model.row_index import Int64s as Int64s
-from headrace.trainer.model.table_optimizers import Optimizer
+from headrace.trainer.model.tables.row_index import Int64s as Int64s
 
 State = dict[str, npt.NDArray[np.generic]]
 

@@ -17,13 +17,13 @@ import numpy as np
 from headrace.contract.recipe import Recipe
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import Bools, bent, gradient_of
-from headrace.trainer.model.kernels import BETA1, BETA2, adam_step
-from headrace.trainer.model.norms import Norms
-from headrace.trainer.model.places import Places
-from headrace.trainer.model.row_index import HEADER_WORDS, Float32s, Int32s, Int64s
-from headrace.trainer.model.shallow import Shallow
-from headrace.trainer.model.table_group import Tables
-from headrace.trainer.model.table_optimizers import KINDS, step_adagrad, step_adagrad_row, step_adam, step_ftrl
+from headrace.trainer.model.layers.kernels import BETA1, BETA2, adam_step
+from headrace.trainer.model.layers.linear_models import Shallow
+from headrace.trainer.model.layers.norms import Norms
+from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.group import Tables
+from headrace.trainer.model.tables.optimizers import KINDS, step_adagrad, step_adagrad_row, step_adam, step_ftrl
+from headrace.trainer.model.tables.row_index import HEADER_WORDS, Float32s, Int32s, Int64s
 
 _ADAGRAD_ROW, _ADAGRAD, _FTRL = KINDS.index("adagrad_row"), KINDS.index("adagrad"), KINDS.index("ftrl")
 

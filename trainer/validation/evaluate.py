@@ -31,12 +31,12 @@ import pyarrow.compute as pc
 
 from headrace.contract.project import Task
 from headrace.contract.spec import Categorical, FeatureSpec
-from headrace.trainer.drift import Change, LabelRate
-from headrace.trainer.figures import Bools, Figures, Float64s, Scored, State, Tally
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.scoring import Float32s, Lookup
-from headrace.trainer.model.tables import Int64s, KeyIndex
-from headrace.trainer.slices import Slices
+from headrace.trainer.model.tables.table import Int64s, KeyIndex
+from headrace.trainer.validation.drift import Change, LabelRate
+from headrace.trainer.validation.figures import Bools, Figures, Float64s, Scored, State, Tally
+from headrace.trainer.validation.slices import Slices
 
 logger = logging.getLogger("headrace.train")
 

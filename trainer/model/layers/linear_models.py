@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.kernels import adam, squares_of
-from headrace.trainer.model.norms import Norms
-from headrace.trainer.model.places import Places
-from headrace.trainer.model.row_index import Int32s
+from headrace.trainer.model.layers.kernels import adam, squares_of
+from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
+from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.row_index import Int32s
 
 # Sums may be split over the lanes of a vector, always in the same way; NaN and infinity count as they do everywhere.
 _SUMS = {"reassoc", "contract"}

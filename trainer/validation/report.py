@@ -17,14 +17,14 @@ from headrace.contract.config import TrainConfig
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics, Name
 from headrace.contract.project import Project
-from headrace.trainer.board import Board
-from headrace.trainer.drift import Change
-from headrace.trainer.evaluate import Closed, Evaluation
-from headrace.trainer.figures import Figures
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import StepReport, TableLearner
-from headrace.trainer.projector import Sampler, write_projector
-from headrace.trainer.source import Source
+from headrace.trainer.source.source import Source
+from headrace.trainer.validation.board import Board
+from headrace.trainer.validation.drift import Change
+from headrace.trainer.validation.evaluate import Closed, Evaluation
+from headrace.trainer.validation.figures import Figures
+from headrace.trainer.validation.projector import Sampler, write_projector
 
 logger = logging.getLogger("headrace.train")
 

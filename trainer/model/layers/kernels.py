@@ -15,8 +15,8 @@ import math
 import numba
 import numpy as np
 
-from headrace.trainer.model.row_index import Int32s, Int64s
 from headrace.trainer.model.scoring import Float32s
+from headrace.trainer.model.tables.row_index import Int32s, Int64s
 
 BETA1, BETA2 = 0.9, 0.999
 """Of Adam, for dense weights."""

@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from headrace.trainer.model.kernels import collect, collect_spread, project, spread, squares_of
-from headrace.trainer.model.places import Places
+from headrace.trainer.model.layers.kernels import collect, collect_spread, project, spread, squares_of
 from headrace.trainer.model.scoring import Float32s
+from headrace.trainer.model.tables.distinct_ids import Places
 
 Rows = Float32s | torch.Tensor
 """Values or gradients of rows: an array, or a tensor where rows are kept on the device."""

@@ -20,11 +20,11 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.functions import ModelShape, model_of
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.adam import Flat
-from headrace.trainer.model.bottom import Rows, norm_of
-from headrace.trainer.model.norms import Norms
-from headrace.trainer.model.places import Places
+from headrace.trainer.model.layers.adam import Flat
+from headrace.trainer.model.layers.first_layer import Rows, norm_of
+from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import Dense, Float32s, Shapes
+from headrace.trainer.model.tables.distinct_ids import Places
 
 _BUILDING = threading.Lock()
 

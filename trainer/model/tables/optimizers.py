@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
-from headrace.trainer.model.row_index import HEADER_WORDS, LAST_USE, Float32s, Int32s, Int64s
+from headrace.trainer.model.tables.row_index import HEADER_WORDS, LAST_USE, Float32s, Int32s, Int64s
 
 UInt32s = npt.NDArray[np.uint32]
 Kind = Literal["adagrad_row", "adagrad", "ftrl", "adam"]

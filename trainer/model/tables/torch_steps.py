@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from headrace.trainer.model.table_optimizers import Optimizer
+from headrace.trainer.model.tables.optimizers import Optimizer
 
 _EPSILON, _ADAM_EPSILON = 1e-6, 1e-8
 

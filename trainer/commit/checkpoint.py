@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.interfaces.blobs import Blobs
-from headrace.trainer.source import Cursor
+from headrace.trainer.source.source import Cursor
 
 logger = logging.getLogger("headrace.train")
 

@@ -23,11 +23,11 @@ import numpy.typing as npt
 import torch
 
 from headrace.contract.spec import PAD
-from headrace.trainer.model.places import Places
-from headrace.trainer.model.row_index import Float32s, Int64s
-from headrace.trainer.model.table_group import Tables
-from headrace.trainer.model.table_steps import step
-from headrace.trainer.model.tables import State, Table
+from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.group import Tables
+from headrace.trainer.model.tables.row_index import Float32s, Int64s
+from headrace.trainer.model.tables.table import State, Table
+from headrace.trainer.model.tables.torch_steps import step
 
 _EVICTED_SHARE = 4
 _FREE = -1

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headrace.trainer.figures import Float64s
+from headrace.trainer.validation.figures import Float64s
 
 PAST = 24
 PAST_MIN = 10

@@ -18,11 +18,11 @@ import torch
 
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.adam import Flat
-from headrace.trainer.model.bottom import Bottom, DeviceBottom, HostBottom, Layer, Read, Rows, norm_of
-from headrace.trainer.model.norms import Norms
-from headrace.trainer.model.places import Places
+from headrace.trainer.model.layers.adam import Flat
+from headrace.trainer.model.layers.first_layer import Bottom, DeviceBottom, HostBottom, Layer, Read, Rows, norm_of
+from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
+from headrace.trainer.model.tables.distinct_ids import Places
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
 

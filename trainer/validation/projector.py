@@ -17,7 +17,7 @@ import pyarrow as pa
 from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.scoring import Float32s
-from headrace.trainer.model.tables import Int64s
+from headrace.trainer.model.tables.table import Int64s
 
 SHOWN = 300
 KEPT_MAX = 4_000

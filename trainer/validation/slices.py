@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import LISTS, Project
-from headrace.trainer.model.tables import Int64s
+from headrace.trainer.model.tables.table import Int64s
 
 OTHER = "(other)"
 _NAME_MAX = 64

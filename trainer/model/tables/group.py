@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
-from headrace.trainer.model.admission import Admission
-from headrace.trainer.model.places import Places, distinct
-from headrace.trainer.model.row_index import Float32s, Int64s
-from headrace.trainer.model.table_optimizers import Optimizer
-from headrace.trainer.model.tables import State, Table, initial_values
+from headrace.trainer.model.tables.admission import Admission
+from headrace.trainer.model.tables.distinct_ids import Places, distinct
+from headrace.trainer.model.tables.optimizers import Optimizer
+from headrace.trainer.model.tables.row_index import Float32s, Int64s
+from headrace.trainer.model.tables.table import State, Table, initial_values
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Producer, Reader, read_topic
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.trainer.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
+from headrace.trainer.commit.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.learner import TableLearner
 

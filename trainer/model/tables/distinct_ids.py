@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from headrace.trainer.model.row_index import Int32s, Int64s
+from headrace.trainer.model.tables.row_index import Int32s, Int64s
 
 Bools = npt.NDArray[np.bool_]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.trainer.model.kernels import BETA1, BETA2, adam
+from headrace.trainer.model.layers.kernels import BETA1, BETA2, adam
 from headrace.trainer.model.scoring import Float32s, Shapes
 
 _EPSILON = 1e-8

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.trainer.model.scoring import Float32s
-from headrace.trainer.model.tables import Int64s
+from headrace.trainer.model.tables.table import Int64s
 
 BINS, SLICE_BINS = 4_096, 1_024
 _LOGIT_MAX = 8.0
