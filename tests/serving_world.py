@@ -25,10 +25,10 @@ from headrace.contract.formats.snapshot import Manifest, Weights, encode_manifes
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
-from headrace.serving.app import Face
+from headrace.serving.api.app import Face
 from headrace.serving.features import FeatureMemory
-from headrace.serving.live import Updater
-from headrace.serving.shared_model import SharedModel
+from headrace.serving.model.shared_region import SharedModel
+from headrace.serving.model.updater import Updater
 from headrace.stream.features.featurize import featurize
 
 TOPICS = Topics()

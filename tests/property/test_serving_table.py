@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.contract.formats.snapshot import Manifest, Weights
-from headrace.serving.shared_model import Meta, SharedModel
+from headrace.serving.model.shared_region import Meta, SharedModel
 
 ROWS_MAX, PLACES = 40, 128
 # Keys that ask for the same few places of the index, negative ones and the largest among them.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.project import Recipe
 from headrace.contract.spec import PAD, Categorical, FeatureSpec, MultiValued, Numeric
-from headrace.serving.shared_model import Meta, SharedModel
+from headrace.serving.model.shared_region import Meta, SharedModel
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import gradients
 from headrace.trainer.model.learner import make_learner

@@ -41,8 +41,8 @@ from headrace.contract.spec import (
     TimePart,
 )
 from headrace.serving.features import FeatureMemory
-from headrace.serving.scorer import merge, rank
-from headrace.serving.shared_model import Meta, SharedModel
+from headrace.serving.model.scorer import merge, rank
+from headrace.serving.model.shared_region import Meta, SharedModel
 from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.join.join import JoinState
 from headrace.trainer.model.learner import make_learner

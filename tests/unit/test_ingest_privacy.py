@@ -20,7 +20,7 @@ from headrace.contract.project import FeedbackType, ImpressionType, Project, Tas
 from headrace.contract.spec import FeatureSpec
 from headrace.ingest.forward.protocol import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
-from headrace.serving.scorer import merge
+from headrace.serving.model.scorer import merge
 
 KEY = "sixteen bytes or more"
 SECRET = "ann@example.org"

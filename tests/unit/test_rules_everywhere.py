@@ -25,7 +25,7 @@ from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.sample import format_position, matrix, sample_schema
 from headrace.contract.formats.topics import Topics
 from headrace.contract.rules import change_of, encode_change
-from headrace.serving.app import make_app
+from headrace.serving.api.app import make_app
 from headrace.stream.features.featurize import featurize
 from headrace.stream.join.join import JoinState
 from headrace.stream.sink.stage import SinkStage

@@ -13,7 +13,7 @@ import pytest
 from serving_world import PROJECT, RECIPE, SPEC, TOPICS, Client, Trainer, World
 
 from headrace.contract.interfaces.log import Record
-from headrace.serving.app import make_app
+from headrace.serving.api.app import make_app
 from headrace.serving.feedback import ImpressionLog
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.scoring import score

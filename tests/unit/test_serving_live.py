@@ -14,7 +14,7 @@ from headrace.backends.log.memory import MemoryReader
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.snapshot import Weights
 from headrace.contract.spec import Categorical, FeatureSpec
-from headrace.serving.shared_model import Meta, SharedModel, View
+from headrace.serving.model.shared_region import Meta, SharedModel, View
 
 
 @pytest.fixture

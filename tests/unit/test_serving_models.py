@@ -15,7 +15,7 @@ from learner_world import recipe_of
 from serving_world import SPEC, Client, Trainer, World, slots_of
 
 from headrace.contract.recipe import Model, Recipe
-from headrace.serving.app import make_app
+from headrace.serving.api.app import make_app
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import TableLearner, make_learner

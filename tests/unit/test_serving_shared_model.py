@@ -13,7 +13,7 @@ import pytest
 
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
-from headrace.serving.shared_model import Meta, SharedModel, View
+from headrace.serving.model.shared_region import Meta, SharedModel, View
 
 KEYS = np.arange(1, 401, dtype=np.int64) * 7919
 DIM = 3

@@ -24,11 +24,11 @@ from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.serving.app import Face, make_app
+from headrace.serving.api.app import Face, make_app
 from headrace.serving.features import FeatureMemory
 from headrace.serving.feedback import ImpressionLog
-from headrace.serving.live import Updater
-from headrace.serving.shared_model import SharedModel, region_bytes
+from headrace.serving.model.shared_region import SharedModel, region_bytes
+from headrace.serving.model.updater import Updater
 
 HELP = "answer POST /v1/rank on the live model, which changes while it answers"
 logger = logging.getLogger("headrace.serve")

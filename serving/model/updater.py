@@ -28,9 +28,9 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.serving.gate import Refused, admit_delta, admit_snapshot
-from headrace.serving.scorer import recipe_of
-from headrace.serving.shared_model import Meta, SharedModel
+from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot
+from headrace.serving.model.scorer import recipe_of
+from headrace.serving.model.shared_region import Meta, SharedModel
 
 logger = logging.getLogger("headrace.serve")
 

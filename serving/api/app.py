@@ -21,8 +21,8 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.serving.features import FeatureMemory
-from headrace.serving.scorer import merge, rank, recipe_of, spec_of
-from headrace.serving.shared_model import SharedModel, View
+from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of
+from headrace.serving.model.shared_region import SharedModel, View
 
 BODY_BYTES_MAX = 4_194_304
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]

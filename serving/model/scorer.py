@@ -14,7 +14,7 @@ from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import LISTS, FieldType, Project, Recipe
 from headrace.contract.spec import EVENT_TIME, FeatureSpec
-from headrace.serving.shared_model import View
+from headrace.serving.model.shared_region import View
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.scoring import score
 
