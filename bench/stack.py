@@ -29,7 +29,7 @@ from headrace.contract.interfaces.log import Record
 from headrace.examples.shop.run import CANDIDATE, feedback_record
 from headrace.examples.shop.shop import PROJECT
 from headrace.examples.shop.traffic import Given, Traffic, Visit, find_data, load_traffic
-from headrace.replay.scan import read_all
+from headrace.replay.ledger.scan import read_all
 from headrace.sender import Sender
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -48,9 +48,9 @@ from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.load import Emitted, Load
 from headrace.deploy.local.stack import ALSO, STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
-from headrace.replay.ledger import Ledger, draw_gateways
-from headrace.replay.scan import read_all
-from headrace.replay.settled import SettledCounts
+from headrace.replay.ledger.ledger import Ledger, draw_gateways
+from headrace.replay.ledger.scan import read_all
+from headrace.replay.ledger.settled import SettledCounts
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "kafka": ("ingest",),

@@ -33,7 +33,7 @@ from headrace.contract.formats.events import (
 )
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.layout import Layout
-from headrace.replay.scan import read_all
+from headrace.replay.ledger.scan import read_all
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

@@ -38,8 +38,8 @@ from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.probe import http_get
-from headrace.replay.rejoin import rejoin
-from headrace.replay.scan import read_all
+from headrace.replay.ledger.rejoin import rejoin
+from headrace.replay.ledger.scan import read_all
 from headrace.stream.join.join import JoinState
 from headrace.stream.rule_changes import first_rules
 

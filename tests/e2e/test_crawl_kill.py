@@ -24,7 +24,7 @@ from headrace.contract.formats.events import EXTERNAL, ExternalValue, decode_bat
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import chaos
 from headrace.deploy.local.layout import Layout
-from headrace.replay.scan import read_all
+from headrace.replay.ledger.scan import read_all
 from headrace.stream.join.external import ExternalMemory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(280)]

@@ -1,6 +1,6 @@
 """Goal: every aggregate is what the events before it give. Method: random logs, every kind of entry, counted twice.
 
-The aggregator's own columns against a plain second count (replay/settled.py); then values are tampered with.
+The aggregator's own columns against a plain second count (replay/ledger/settled.py); then values are tampered with.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec
-from headrace.replay.settled import check_settled
+from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.core import AggregatorState
 
 GRID_MS, PARTITIONS = 100, 2

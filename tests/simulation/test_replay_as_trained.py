@@ -19,7 +19,7 @@ from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import Position
-from headrace.replay.replay import as_trained
+from headrace.replay.as_trained import as_trained
 from headrace.trainer.commit.checkpoint import stored_versions
 from headrace.trainer.run import Trainer
 

@@ -4,7 +4,7 @@ Records arrive partition by partition in any interleaving; one partition is held
 nothing but punctuation comes. Two workers share the partitions, which move between them; whoever loses one may go on
 writing. An aggregator reads all of it and writes into all of it, is killed, or declared dead and writes on. Checkers
 stand outside: samples, by position, are those of one undisturbed pass over each partition; every aggregate is counted
-again from the events (replay/settled.py). Then bugs are planted, and each must be caught.
+again from the events (replay/ledger/settled.py). Then bugs are planted, and each must be caught.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
-from headrace.replay.settled import check_settled
+from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState

@@ -13,7 +13,7 @@ import pytest
 from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, lake_of, learnt
 
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
-from headrace.replay.replay import as_trained
+from headrace.replay.as_trained import as_trained
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.run import Trainer
 

@@ -16,7 +16,7 @@ from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.recipe import Recipe
-from headrace.replay.ledger import JOINED, KEYS, Expected, Found, TaskCounts, covers, draw, stored_by_log
+from headrace.replay.ledger.ledger import JOINED, KEYS, Expected, Found, TaskCounts, covers, draw, stored_by_log
 
 ROWS = 40
 SAMPLES = pa.Table.from_pylist(

@@ -34,9 +34,9 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT
-from headrace.replay.ledger import JOINED
-from headrace.replay.rejoin import rejoin
-from headrace.replay.scan import in_order
+from headrace.replay.ledger.ledger import JOINED
+from headrace.replay.ledger.rejoin import rejoin
+from headrace.replay.ledger.scan import in_order
 from headrace.stream.join.join import Emitted, JoinState
 
 START_MS = 1_800_000_000_000

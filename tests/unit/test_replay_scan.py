@@ -11,8 +11,8 @@ import pyarrow as pa
 from headrace.backends.log.memory import MemoryAdmin, MemoryLog
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.interfaces.log import Record, TopicSpec
-from headrace.replay.ledger import KEYS
-from headrace.replay.scan import read_all, sample_keys
+from headrace.replay.ledger.ledger import KEYS
+from headrace.replay.ledger.scan import read_all, sample_keys
 
 
 def record(at: int, after: str, offsets: list[tuple[int, int]]) -> Record:

@@ -11,8 +11,8 @@ from trainer_world import PROJECT, TOPICS, Lake, World, samples, send
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.project import FeedbackType, Project, Task
-from headrace.replay.ledger import JOINED, KEYS, Expected, Found, draw
-from headrace.replay.replay import as_trained, read_steps
+from headrace.replay.as_trained import as_trained, read_steps
+from headrace.replay.ledger.ledger import JOINED, KEYS, Expected, Found, draw
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.run import Trainer

@@ -40,9 +40,9 @@ from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.load import seed_from_system
 from headrace.deploy.local.probe import http_get
 from headrace.deploy.local.supervise import Program, Supervisor
-from headrace.replay.ledger import Ledger
-from headrace.replay.scan import read_all
-from headrace.replay.settled import SettledCounts, check_settled
+from headrace.replay.ledger.ledger import Ledger
+from headrace.replay.ledger.scan import read_all
+from headrace.replay.ledger.settled import SettledCounts, check_settled
 
 HELP = "kill processes at random under load, then account for every event"
 DRAINED_S = 120.0

@@ -23,9 +23,9 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.project import Project
 from headrace.ingest.dead_letters.view import Letter, superseded
-from headrace.replay.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored_by_log
-from headrace.replay.rejoin import rejoin
-from headrace.replay.scan import read_all, sample_keys
+from headrace.replay.ledger.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored_by_log
+from headrace.replay.ledger.rejoin import rejoin
+from headrace.replay.ledger.scan import read_all, sample_keys
 from headrace.stream.rule_changes import first_rules
 from headrace.trainer.source.source import stored_order
 

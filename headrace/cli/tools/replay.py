@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """Replay once."""
     import torch
 
-    from headrace.replay.replay import as_trained
+    from headrace.replay.as_trained import as_trained
 
     runtime = open_runtime(args)
     # Whatever else is silent: a replay takes as long as the training did.

@@ -12,7 +12,7 @@ from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.interfaces.log import Reader, Record
-from headrace.replay.ledger import KEYS
+from headrace.replay.ledger.ledger import KEYS
 
 POLL_RECORDS = 2_000
 # 10 s without a record before the end: a broker that restarts takes 2 to 5 s.
