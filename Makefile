@@ -97,7 +97,7 @@ test-long: $(VENV)/.installed-dev ## the long ones too
 	"$(BIN)/python" -m pytest -rs $(ARGS)
 
 test-cephfs: $(VENV)/.installed-dev ## the stores' suite and the whole loop on a real CephFS, its OSD killed; needs root, ceph, /dev/fuse
-	@"$(BIN)/python" -m headrace.deploy.local.cephfs check || { echo "skipped"; exit 0; }; \
+	@"$(BIN)/python" -m headrace.deploy.local.servers.cephfs check || { echo "skipped"; exit 0; }; \
 	HEADRACE_TEST_CEPHFS=1 "$(BIN)/python" -m pytest -rs -k cephfs tests/backends tests/e2e $(ARGS)
 
 # Static tools cannot follow the mapping of packages to folders in pyproject.toml; they get it as links.

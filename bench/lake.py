@@ -41,11 +41,12 @@ from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.cli.stack.flags import quiet_clients
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
-from headrace.deploy.local import cephfs, hdfs, probe
+from headrace.deploy.local import probe
 from headrace.deploy.local.doctor import free_port
-from headrace.deploy.local.jars import ensure_jars
-from headrace.deploy.local.java import find_java
 from headrace.deploy.local.layout import HOST, Layout, jar_folder
+from headrace.deploy.local.servers import cephfs, hdfs
+from headrace.deploy.local.servers.jars import ensure_jars
+from headrace.deploy.local.servers.java import find_java
 
 DAY, DAY_MS, HOUR_MS = date(2026, 11, 25), 1_795_564_800_000, 3_600_000
 SLOTS, NUMBERS, FIELDS = 16, 4, 10

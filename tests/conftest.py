@@ -11,10 +11,10 @@ import pytest
 
 from headrace.contract.config import PORTS, port
 from headrace.contract.formats.topics import Topics
-from headrace.deploy.local import cephfs as local_cephfs
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.servers import cephfs as local_cephfs
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 

@@ -16,9 +16,10 @@ import psutil
 
 from headrace.contract.config import PORTS
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local import cephfs, probe
-from headrace.deploy.local.java import OLDEST, find_java
+from headrace.deploy.local import probe
 from headrace.deploy.local.layout import HOST, STATE_VERSION, Layout
+from headrace.deploy.local.servers import cephfs
+from headrace.deploy.local.servers.java import OLDEST, find_java
 from headrace.deploy.local.supervise import Supervisor, orphans
 
 DISK_BYTES = 3_000_000_000

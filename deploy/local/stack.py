@@ -21,10 +21,11 @@ from contextlib import contextmanager
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
-from headrace.deploy.local import cephfs, hdfs, kafka, probe
-from headrace.deploy.local.jars import ensure_jars
-from headrace.deploy.local.java import find_java
+from headrace.deploy.local import probe
 from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder
+from headrace.deploy.local.servers import cephfs, hdfs, kafka
+from headrace.deploy.local.servers.jars import ensure_jars
+from headrace.deploy.local.servers.java import find_java
 from headrace.deploy.local.supervise import Program, Supervisor, end_orphans, orphans
 
 INFRASTRUCTURE = ("kafka", "namenode", "datanode", *cephfs.SUPERVISED)

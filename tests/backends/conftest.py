@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.doctor import free_port
+from headrace.deploy.local.servers.cephfs import CephFs
 
 
 @pytest.fixture(scope="session")

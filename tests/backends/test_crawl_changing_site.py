@@ -18,7 +18,7 @@ from crawl_world import Crawler, eventually
 from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.formats.events import EXTERNAL_SCHEMA, encode_batch
 from headrace.contract.interfaces.log import Record
-from headrace.deploy.local.chaos_crawl import ChangingSite, CrawlAccount, closes, count
+from headrace.deploy.local.chaos.crawl_account import ChangingSite, CrawlAccount, closes, count
 
 KILLS, RECEIPT_S = 3, 0.3
 SOURCES = [

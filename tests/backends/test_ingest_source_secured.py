@@ -18,10 +18,10 @@ from headrace.backends.log.group_kafka import KafkaGroup
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.contract.config import port
 from headrace.contract.interfaces.log import TopicSpec
-from headrace.deploy.local import kafka
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.servers import kafka
 from tests.conftest import free_base
 
 pytestmark = pytest.mark.real

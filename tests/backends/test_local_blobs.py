@@ -11,8 +11,8 @@ from headrace.backends.blobs_file import UNFINISHED, FileBlobs
 from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.interfaces.blobs import Blobs
-from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.servers.cephfs import CephFs
 
 
 @pytest.fixture(

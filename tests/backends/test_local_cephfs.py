@@ -20,9 +20,9 @@ from headrace.cli.stack.flags import new_layout, present_layout
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics
-from headrace.deploy.local import cephfs as local_cephfs
 from headrace.deploy.local import stack
-from headrace.deploy.local.cephfs import SUPERVISED, CephFs
+from headrace.deploy.local.servers import cephfs as local_cephfs
+from headrace.deploy.local.servers.cephfs import SUPERVISED, CephFs
 from headrace.deploy.local.supervise import Supervisor
 
 COMMITS = 60

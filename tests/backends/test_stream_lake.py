@@ -27,8 +27,8 @@ from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position
-from headrace.deploy.local.cephfs import CephFs
 from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.servers.cephfs import CephFs
 
 SCHEMA = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("slots", pa.list_(pa.int64()))])
 # The shortest time that Delta knows: files of a second ago are old.

@@ -21,8 +21,9 @@ from headrace.cli.stack import clean as stack_clean
 from headrace.cli.stack import flags as local
 from headrace.cli.stack import watch
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local import doctor, java, layout, probe, stack
-from headrace.deploy.local.jars import Bundle, read_pins, wrong_jars
+from headrace.deploy.local import doctor, layout, probe, stack
+from headrace.deploy.local.servers import java
+from headrace.deploy.local.servers.jars import Bundle, read_pins, wrong_jars
 from headrace.deploy.local.supervise import Program, configuration
 
 NAMES = ("HEADRACE_BROKERS", "HEADRACE_STORE", "HEADRACE_WEBHDFS", "HEADRACE_HOME", "HEADRACE_PROJECT", "PORT_BASE")

@@ -35,9 +35,10 @@ from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import Project
-from headrace.deploy.local import chaos, chaos_crawl
+from headrace.deploy.local.chaos.breaking import breaking as chaos
+from headrace.deploy.local.chaos.breaking import crawl_account as chaos_crawl
+from headrace.deploy.local.chaos.load import seed_from_system
 from headrace.deploy.local.layout import HOST, Layout
-from headrace.deploy.local.load import seed_from_system
 from headrace.deploy.local.probe import http_get
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger.ledger import Ledger

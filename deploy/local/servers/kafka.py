@@ -10,8 +10,8 @@ from pathlib import Path
 
 from headrace.backends.log.kafka import RECORD_BYTES_MAX
 from headrace.contract.errors import Unavailable
-from headrace.deploy.local.java import Java
 from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.servers.java import Java
 
 HEAP_MB = 512
 

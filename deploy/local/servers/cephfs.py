@@ -5,7 +5,7 @@ tests and for `make up STORE=cephfs`, never for data that matter. Started again 
 there. Alone, the daemons go into the background by themselves; in a stack, its supervisor runs them in the foreground
 (`programs`), starts anew what dies, and shows them. Their process ids lie in files of the folder.
 
-As a program: `python -m headrace.deploy.local.cephfs up|down|kill-osd|start-osd DIR`, or `check`.
+As a program: `python -m headrace.deploy.local.servers.cephfs up|down|kill-osd|start-osd DIR`, or `check`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.deploy.local.java import Java
+from headrace.deploy.local.servers.java import Java
 
 PINS = Path(__file__).with_name("jars.json")
 
@@ -110,8 +110,8 @@ def pin(endpoints: dict[str, str], cache: Path, java: Java) -> bytes:
 
 
 if __name__ == "__main__":
-    # python -m headrace.deploy.local.jars CACHE: write jars.json again after changing an endpoint in it.
-    from headrace.deploy.local.java import find_java
+    # python -m headrace.deploy.local.servers.jars CACHE: write jars.json again after changing an endpoint in it.
+    from headrace.deploy.local.servers.java import find_java
 
     told = {name: bundle.endpoint for name, bundle in read_pins().items()}
     PINS.write_bytes(pin(told, Path(sys.argv[1]), find_java()))

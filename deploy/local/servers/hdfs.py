@@ -10,9 +10,9 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from headrace.contract.errors import Unavailable
-from headrace.deploy.local.java import Java
-from headrace.deploy.local.kafka import command_line
 from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.servers.java import Java
+from headrace.deploy.local.servers.kafka import command_line
 
 _WEB_XML = '<?xml version="1.0"?>\n<web-app xmlns="http://java.sun.com/xml/ns/javaee" version="2.5"></web-app>\n'
 

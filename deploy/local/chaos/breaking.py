@@ -42,10 +42,10 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.project import Project
 from headrace.deploy.local import probe
-from headrace.deploy.local.chaos_crawl import CrawlAccount
+from headrace.deploy.local.chaos.crawl_account import CrawlAccount
+from headrace.deploy.local.chaos.load import Emitted, Load
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
-from headrace.deploy.local.load import Emitted, Load
 from headrace.deploy.local.stack import ALSO, STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger.ledger import Ledger, draw_gateways
