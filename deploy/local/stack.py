@@ -171,7 +171,7 @@ def programs(
         found.append(Program("shipper", shipper_command(layout)))
     command = [sys.executable, "-m", "headrace.cli.main"]
     verbs = [*STAGES, "tensorboard"] if stages is True else list(stages)
-    found += [Program(v, [*command, v]) for v in verbs if importlib.util.find_spec(f"headrace.cli.stage_{v}")]
+    found += [Program(v, [*command, v]) for v in verbs if importlib.util.find_spec(f"headrace.cli.stages.{v}")]
     return [*(p for p in found if p.name not in {m.name for m in more}), *more]
 
 

@@ -18,11 +18,11 @@ _SNIPPET_AGE_S = 3_600
 
 def page_routes() -> list[Route]:
     """Return the routes."""
-    page = _File("collector.html", "text/html; charset=utf-8", 0)
+    page = _File("page.html", "text/html; charset=utf-8", 0)
     return [
         Route("/", page.get),
         Route("/docs", page.get),
-        Route("/openapi.json", _File("collector_openapi.json", "application/json", 0).get),
+        Route("/openapi.json", _File("openapi.json", "application/json", 0).get),
         Route("/v1/headrace.js", _File("headrace.js", "text/javascript; charset=utf-8", _SNIPPET_AGE_S).get),
     ]
 
@@ -31,7 +31,7 @@ class _File:
     """One file of this package, served from memory."""
 
     def __init__(self, name: str, media_type: str, age_s: int) -> None:
-        self._data = resources.files("headrace.ingest").joinpath(name).read_bytes()
+        self._data = resources.files("headrace.ingest.http").joinpath(name).read_bytes()
         self._media_type = media_type
         self._headers = {
             "ETag": f'"{hashlib.sha256(self._data).hexdigest()[:32]}"',

@@ -39,7 +39,7 @@ RUN_RECORDS = 64
 def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple[Expected, list[Punctuation]]:
     """Return what the join makes of `records`, and the gateways' punctuation that carries settled totals.
 
-    `project` is read by the rules that were in force from the log's beginning (`headrace.stream.rule_changes.first_rules`).
+    `project` is read by the rules that were in force from the log's beginning (`stream.rule_changes.first_rules`).
 
     Raises `InvariantBroken` when the log no longer begins at offset 0: what preceded can't be told any more.
     """

@@ -442,7 +442,7 @@ class JoinState:
         if int(rank_L.max()) >= RANKS_MAX:
             raise Overloaded(
                 f"partition {self.partition}: one record resolved {int(rank_L.max()) + 1:,} samples; a position "
-                f"counts to {RANKS_MAX:,}: lower join.pending_max ({self.config.pending_max:,}), or the number of tasks."
+                f"counts to {RANKS_MAX:,}: lower join.pending_max ({self.config.pending_max:,}) or the number of tasks."
             )
         seq_L, task_L, code_L = (labels_L5[:, column] for column in (SEQ, TASK, CODE))
         era_L = np.searchsorted([era.first for era in self.eras], seq_L, side="right") - 1

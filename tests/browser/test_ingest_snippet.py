@@ -20,7 +20,7 @@ sync_api = pytest.importorskip(
 )
 
 CHROMIUM = shutil.which("chromium")
-SNIPPET = Path(__file__).resolve().parents[2] / "ingest" / "headrace.js"
+SNIPPET = Path(__file__).resolve().parents[2] / "ingest" / "http" / "headrace.js"
 FLAGS = [
     "--headless",
     "--no-sandbox",

@@ -167,5 +167,6 @@ def test_a_batch_of_another_spec_is_refused():
 
 
 def test_scoring_does_not_import_torch():
-    code = "import sys, headrace.trainer.model.scoring, headrace.trainer.model.tables.table; assert 'torch' not in sys.modules"
+    modules = "headrace.trainer.model.scoring, headrace.trainer.model.tables.table"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

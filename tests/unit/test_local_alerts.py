@@ -108,8 +108,8 @@ tests:
           - exp_labels: {severity: warning, instance: a}
             exp_annotations:
               summary: "The project file of a is not what events are read by"
-              description: "Change 3 is in force. `headrace spec` shows what the file would change, `headrace spec apply`
-                puts it in force; or deploy the file that was applied."
+              description: "Change 3 is in force. `headrace spec` shows what the file would change, `headrace spec
+                apply` puts it in force; or deploy the file that was applied."
 """
 
 

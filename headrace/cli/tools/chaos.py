@@ -35,8 +35,8 @@ from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import Project
-from headrace.deploy.local.chaos.breaking import breaking as chaos
-from headrace.deploy.local.chaos.breaking import crawl_account as chaos_crawl
+from headrace.deploy.local.chaos import breaking as chaos
+from headrace.deploy.local.chaos import crawl_account as chaos_crawl
 from headrace.deploy.local.chaos.load import seed_from_system
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.probe import http_get

@@ -107,8 +107,8 @@ def _outcome(applied: Applied, lines: list[str], *, dry: bool) -> list[str]:
         f"change {newest.number}, rules {newest.digest}:",
         *told,
         f"in force from these offsets of events: {where}." if offsets else f"in force from {where}.",
-        "What waits is labelled by the rules it was read under. Now restart `ingest`, which takes new fields, then `train`",
-        "(here: `headrace restart ingest train`): a new model learns the lake while the one of before is served, and",
+        "What waits is labelled by the rules it was read under. Now restart `ingest`, which takes new fields, then",
+        "`train` (here: `headrace restart ingest train`): a new model learns the lake while the old one is served, and",
         "serving goes over when it is done. Where the new features read new fields, restart `serve` before `train`.",
     ]
 

@@ -1,6 +1,6 @@
 """What the Kafka source needs of a consumer group: records of the partitions held, and a position each to come back to.
 
-Unlike `headrace.contract.interfaces.log.Reader`, whose positions travel with the data, a group keeps its positions in the broker:
+Unlike `log.Reader`, whose positions travel with the data, a group keeps its positions in the broker:
 the topic belongs to somebody else, and several gateways share its partitions.
 """
 
