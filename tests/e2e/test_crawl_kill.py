@@ -22,7 +22,7 @@ from headrace.backends.log.kafka import KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.contract.formats.events import EXTERNAL, ExternalValue, decode_batch
 from headrace.contract.formats.topics import Topics
-from headrace.deploy.local.chaos.breaking import breaking as chaos
+from headrace.deploy.local.chaos import breaking as chaos
 from headrace.deploy.local.layout import Layout
 from headrace.replay.ledger.scan import read_all
 from headrace.stream.join.external import ExternalMemory

@@ -14,8 +14,8 @@ import pytest
 from stack import SHOP
 
 from headrace.cli.runtime import load_project
+from headrace.deploy.local.chaos import breaking as chaos
 from headrace.deploy.local.chaos.breaking import Account, Kill
-from headrace.deploy.local.chaos.breaking import breaking as chaos
 from headrace.deploy.local.supervise import Supervisor
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(280)]

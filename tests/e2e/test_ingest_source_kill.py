@@ -21,7 +21,7 @@ from headrace.cli.runtime import load_project
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec
-from headrace.deploy.local.chaos.breaking import breaking as chaos
+from headrace.deploy.local.chaos import breaking as chaos
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
 

@@ -24,8 +24,8 @@ from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
+from headrace.stream.join import state as states
 from headrace.stream.join.join import JoinState
-from headrace.stream.join.join import state as states
 from headrace.stream.shell.join_stage import StreamStage
 from tests.property.test_stream_join import PROJECT, records, traffic
 

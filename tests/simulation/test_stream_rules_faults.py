@@ -17,8 +17,8 @@ from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.rules import rules_of
+from headrace.stream.join import state as states
 from headrace.stream.join.join import JoinState
-from headrace.stream.join.join import state as states
 from tests.property.test_stream_join import PROJECT, records
 from tests.rules_world import PROJECTS, SCHEMAS, changing
 from tests.simulation.test_stream_faults import JOIN, Stage, World

@@ -16,7 +16,7 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import decode_batch, encode_batch
 from headrace.contract.formats.topics import Topics
-from headrace.deploy.local.chaos.breaking import breaking as chaos
+from headrace.deploy.local.chaos import breaking as chaos
 from headrace.deploy.local.chaos.load import Emitted, Events
 from headrace.ingest.gateway.gateway import Gateway, Peer
 

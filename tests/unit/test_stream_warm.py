@@ -15,11 +15,12 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop.shop import PROJECT
-from headrace.stream.join.join import JoinState, counting, matching, pending
-from headrace.stream.join.join import aggregate_lookup as aggregates
-from headrace.stream.join.join import early_feedback as early
-from headrace.stream.join.join import recent_keys as memory
-from headrace.stream.join.join import ring_table as rings
+from headrace.stream.join import aggregate_lookup as aggregates
+from headrace.stream.join import counting, matching, pending
+from headrace.stream.join import early_feedback as early
+from headrace.stream.join import recent_keys as memory
+from headrace.stream.join import ring_table as rings
+from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import encode_state, load_state
 from headrace.stream.shell import warm
 from headrace.stream.shell.warm import record, time
