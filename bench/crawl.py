@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
+from harness.figures import Figure, show
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock

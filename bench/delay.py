@@ -40,7 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
+from harness.figures import Figure, show
 
 from headrace.contract.project import Recipe
 from headrace.contract.spec import Bucket, Categorical, FeatureSpec, Numeric

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
-from stack import Stack
+from harness.figures import Figure, show
+from harness.stack import Stack
 
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import Position, order_of

@@ -3,7 +3,7 @@
 Method: a broker of its own. The gateway runs on core 0 alone; the broker and the client on the others. The client sends
 packed chunks of 1,000 events, each with an id of its own, and keeps 16 unacked. Ours is `headrace ingest`; the plain
 one decodes each entry with msgpack, makes JSON of it and calls confluent-kafka's produce per event, and acks a chunk
-when all its events have receipts (bench/plain_gateway.py). Sides take turns; figures are medians. Where fluentd or
+when all its events have receipts (bench/peers/gateway.py). Sides take turns; figures are medians. Where fluentd or
 fluent-bit is on the PATH, its own Kafka output takes part.
 
 Two rates: by the wall, and per second of CPU that the gateway took, which a busy machine disturbs less.
@@ -26,8 +26,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from broker import broker
-from figures import beside, show
+from harness.broker import broker
+from harness.figures import beside, show
 
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.contract.config import port
@@ -155,7 +155,7 @@ def sides(layout: Layout, base: int) -> dict[str, tuple[list[str], int]]:
             [str(Path(sys.executable).with_name("headrace")), "ingest", "--project", str(layout.project)],
             ours,
         ),
-        "plain": ([sys.executable, str(here / "plain_gateway.py"), layout.brokers, PLAIN_TOPIC, str(plain)], plain),
+        "plain": ([sys.executable, str(here / "peers" / "gateway.py"), layout.brokers, PLAIN_TOPIC, str(plain)], plain),
     }
     bit = shutil.which("fluent-bit")
     if bit:

@@ -5,7 +5,7 @@ Method: the same commits of samples (28 columns, event times over four hours, 2 
 (WebHDFS has no part in this), a real CephFS where one can run (root, ceph, /dev/fuse). Then the lake is compacted, and
 one day is read back as columns by `DeltaLake.read` and by DuckDB from the files, before and after. Peers on the folder:
 pyarrow's `write_dataset` with the same partitions, which has no commit, no positions and is half there when it is
-killed; and PyIceberg with a catalog in SQLite, in an environment of its own (bench/plain_lake.py). Sides take turns,
+killed; and PyIceberg with a catalog in SQLite, in an environment of its own (bench/peers/lake.py). Sides take turns,
 each round on an empty folder; figures are medians of all commits and of the rounds. Files are in the page cache when
 they are read. What rate the sink itself follows is bench/sink.py's.
 """
@@ -34,7 +34,7 @@ from pyarrow import feather
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
+from harness.figures import Figure, show
 
 from headrace.backends.lake.delta import DeltaLake, with_hours
 from headrace.backends.lake.upkeep import Done, Upkeep
@@ -204,7 +204,7 @@ def iceberg(python: str, folder: Path, batches: list[pa.RecordBatch]) -> Took:
     source = folder / "commits.arrow"
     folder.mkdir()
     feather.write_feather(pa.Table.from_batches(batches), source, chunksize=len(batches[0]), compression="uncompressed")
-    program = Path(__file__).parent / "plain_lake.py"
+    program = Path(__file__).parent / "peers" / "lake.py"
     ran = subprocess.run([python, str(program), str(source), str(folder)], capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"PyIceberg: {ran.stderr[-800:]}")

@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
-from stack import Stack
+from harness.figures import Figure, show
+from harness.stack import Stack
 
 from headrace.contract.errors import Overloaded
 from headrace.examples.shop.shop import PROJECT

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
+from harness.figures import Figure, show
 
 from headrace.backends.spill_file import FileSpill
 from headrace.contract.config import JoinConfig

@@ -35,8 +35,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
-from quality_rows import GROUPS, Rows, load, spec_of
+from harness.figures import Figure, show
+from harness.quality_rows import GROUPS, Rows, load, spec_of
 
 from headrace.contract.recipe import Recipe
 from headrace.trainer.model.batch import Batch
@@ -145,7 +145,7 @@ def peers(python: str, rows: Rows, groups: tuple[str, ...]) -> Iterator[tuple[st
     """Yield each peer's best."""
     slots_NF, numeric_ND = rows.featurized(spec_of(groups))
     few = int((rows.day_N < CHOOSE_DAYS).sum())
-    plain = str(Path(__file__).parent / "plain_quality.py")
+    plain = str(Path(__file__).parent / "peers" / "quality.py")
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.npz"
         np.savez(data, slots=slots_NF, numbers=numeric_ND, labels=rows.label_N)

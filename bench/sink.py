@@ -32,7 +32,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
+from harness.figures import Figure, show
 
 from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.cli.stack.flags import quiet_clients

@@ -1,7 +1,7 @@
 """Events/s of join and features through Faust, from broker to broker, on one core, beside the same job per event.
 
 Method: a broker of its own holds the events before the clock starts: 4 partitions, three impressions to one click,
-500 rows a record for ours, a JSON record an event for the peers (bench/plain_stream.py). Each side runs on core 0
+500 rows a record for ours, a JSON record an event for the peers (bench/peers/stream.py). Each side runs on core 0
 alone, the broker and the observer on the others. Sides take turns; figures are medians. Two rates, from the first
 tenth of the samples to the last one: by the wall, and per second of CPU, which a busy machine disturbs less.
 
@@ -26,8 +26,8 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from broker import broker
-from figures import beside, show
+from harness.broker import broker
+from harness.figures import beside, show
 
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
@@ -207,7 +207,7 @@ def main() -> None:
         events, samples = fill(layout, wanted)
         print(f"{events:,} events that make {samples:,} samples")
         env = os.environ | {"PORT_BASE": str(args.port_base), "HEADRACE_BROKERS": layout.brokers}
-        plain = str(Path(__file__).with_name("plain_stream.py"))
+        plain = str(Path(__file__).parent / "peers" / "stream.py")
         for number in range(rounds):
             # A generation of its own makes a stage begin anew; the topics' names stay those of the first one.
             state = layout.home / f"round-{number}"

@@ -35,8 +35,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Figure, show
-from plain_trainer import NaiveDeepFM
+from harness.figures import Figure, show
+from peers.trainer import NaiveDeepFM
 
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import Categorical, FeatureSpec
@@ -143,7 +143,7 @@ _CLEAN = str.maketrans({" ": "_", ":": "_", "|": "_", "\n": "_"})
 
 def peer(python: str, *words: str) -> Result:
     """Run a peer in its own environment and process."""
-    plain = str(Path(__file__).parent / "plain_trainer.py")
+    plain = str(Path(__file__).parent / "peers" / "trainer.py")
     done = subprocess.run([python, plain, *words], capture_output=True, text=True, check=True)
     found: Result = json.loads(done.stdout.splitlines()[-1])
     return found

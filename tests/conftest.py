@@ -8,15 +8,13 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from local_world import CHECKOUT, free_base
 
-from headrace.contract.config import PORTS, port
+from headrace.contract.config import port
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import stack as local_stack
-from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.servers import cephfs as local_cephfs
-
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 # No example has a deadline: the first one of a compiled function waits for the compiler, and machines are busy.
 hypothesis.settings.register_profile("headrace", deadline=None)
@@ -66,12 +64,3 @@ def cephfs_allowed() -> None:
         pytest.skip("make test-cephfs starts a CephFS; it needs root, /dev/fuse and Debian's ceph packages")
     if lacking := local_cephfs.missing():
         pytest.skip(f"no CephFS can run here: {lacking}")
-
-
-def free_base() -> int:
-    """Return a PORT_BASE of which every port is free; below 32768, where the kernel takes its own from."""
-    start = 25_000 + os.getpid() % 100 * 60
-    for base in range(start, 32_000, len(PORTS) + 1):
-        if all(free_port(number) for number in range(base, base + len(PORTS))):
-            return base
-    raise RuntimeError(f"no {len(PORTS)} free ports in a row from {start} to 32000")

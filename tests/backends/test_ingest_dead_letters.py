@@ -34,7 +34,7 @@ from headrace.ingest.dead_letters.spans import letters, records
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 pytestmark = pytest.mark.real
-TESTS = Path(__file__).resolve().parents[1]
+WORLDS = Path(__file__).resolve().parents[1] / "worlds"
 CARTS = [{"request_id": f"r{n}", "user_id": n, "item_id": n} for n in range(6)]
 
 
@@ -80,9 +80,16 @@ class World:
         return found
 
     def process(self, effect: int = 0, when: str = "after") -> subprocess.Popen[str]:
-        words = [sys.executable, str(TESTS / "retry_process.py"), self.brokers, str(self.generation), str(effect), when]
+        words = [
+            sys.executable,
+            str(WORLDS / "retry_process.py"),
+            self.brokers,
+            str(self.generation),
+            str(effect),
+            when,
+        ]
         return subprocess.Popen(
-            words, cwd=TESTS, env=os.environ | {"PYTHONPATH": str(TESTS)}, stdout=-1, stderr=-1, text=True
+            words, cwd=WORLDS, env=os.environ | {"PYTHONPATH": str(WORLDS)}, stdout=-1, stderr=-1, text=True
         )
 
 

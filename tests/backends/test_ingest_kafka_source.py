@@ -21,6 +21,7 @@ from typing import Any
 import confluent_kafka as ck
 import msgpack
 import pytest
+from local_world import CHECKOUT, free_base
 
 from headrace.backends.log.group_kafka import KafkaGroup
 from headrace.backends.log.kafka import KafkaAdmin, KafkaReader
@@ -30,7 +31,6 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local.layout import Layout
-from tests.conftest import CHECKOUT, free_base
 
 pytestmark = pytest.mark.real
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import confluent_kafka as ck
 import pytest
+from local_world import free_base
 
 from headrace.backends.log.group_kafka import KafkaGroup
 from headrace.backends.log.kafka import KafkaAdmin
@@ -22,7 +23,6 @@ from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.servers import kafka
-from tests.conftest import free_base
 
 pytestmark = pytest.mark.real
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import free_base
 from lake_world import hours, samples
+from local_world import free_base
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.upkeep import Done, Upkeep
@@ -41,7 +41,7 @@ for n in range({COMMITS}):
 @pytest.mark.real
 def test_an_osd_that_dies_delays_the_lake_and_loses_nothing(cephfs: CephFs):
     uri = str(cephfs.mount / "killed" / "lake")
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "worlds")}
     with subprocess.Popen([sys.executable, "-c", PROGRAM, uri], stdout=subprocess.PIPE, text=True, env=env) as writer:
         assert writer.stdout is not None
         for line in writer.stdout:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from stack import SHOP
+from harness.stack import SHOP
 
 from headrace.cli.runtime import load_project
 from headrace.deploy.local.chaos import breaking as chaos

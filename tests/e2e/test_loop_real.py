@@ -23,7 +23,7 @@ from typing import Any
 import deltalake
 import pyarrow.compute as pc
 import pytest
-from stack import SHOP, Stack
+from harness.stack import SHOP, Stack
 
 from headrace.contract.formats.dead_letters import decode_dead_letter
 from headrace.contract.formats.sample import matrix

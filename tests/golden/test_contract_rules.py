@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rules_world import WIDE
+
 from headrace.contract.rules import Written, decode_change, decode_entry, encode_change, rules_of
-from tests.rules_world import WIDE
 
 CHANGE, WRITTEN = (Path(__file__).parent / "data" / "rules.jsonl").read_bytes().splitlines()
 

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from ingest_world import PROJECT, Counts, HandClock, ShakyLog
 
 from headrace.backends.log.group_memory import MemoryGroup, MemoryGroups
 from headrace.backends.log.memory import MemoryLog
@@ -24,7 +25,6 @@ from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.sources.kafka import KafkaSource, Run
-from tests.ingest_world import PROJECT, Counts, HandClock, ShakyLog
 
 SOURCE = SourceConfig(topic="weblogs", tag="shop.impression", in_flight_max=40)
 FAULT = 0.2

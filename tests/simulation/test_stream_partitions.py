@@ -15,6 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from join_world import PROJECT, records, traffic
+from stream_world import Blobs, LaggingProducer
 
 from headrace.backends.clock import VirtualClock
 from headrace.backends.log.memory import MemoryLog
@@ -30,8 +32,6 @@ from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState
 from headrace.stream.shell.join_stage import StreamStage
-from tests.property.test_stream_join import PROJECT, records, traffic
-from tests.simulation.test_stream_faults import Blobs, LaggingProducer
 
 PARTITIONS, IDLE, ROWS, GRID_MS = 3, 2, 90, 100
 JOIN = JoinConfig(early_feedback_ms=400, resolved_ms=1_600, repeat_horizon_ms=3_600_000, snapshot_ms=100)

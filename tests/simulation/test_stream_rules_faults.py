@@ -11,6 +11,9 @@ import asyncio
 from random import Random
 
 import pytest
+from join_world import PROJECT, records
+from rules_world import PROJECTS, SCHEMAS, changing
+from stream_world import JOIN, Stage, World
 
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position
@@ -19,9 +22,6 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.rules import rules_of
 from headrace.stream.join import state as states
 from headrace.stream.join.join import JoinState
-from tests.property.test_stream_join import PROJECT, records
-from tests.rules_world import PROJECTS, SCHEMAS, changing
-from tests.simulation.test_stream_faults import JOIN, Stage, World
 
 Row = dict[str, object]
 

@@ -10,9 +10,9 @@ from random import Random
 
 import pyarrow as pa
 import pytest
+from join_world import POSITION_COLUMNS, records, state, traffic
 
 from headrace.contract.interfaces.log import Record
-from tests.property.test_stream_join import POSITION_COLUMNS, records, state, traffic
 
 BLOCKS = [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 40))]
 

@@ -1,6 +1,6 @@
 """The learner: (state, batch) -> state, with nothing from outside. Equal batches in equal order give equal bits.
 
-`Learner` is the contract, in NumPy and Arrow terms; tests/unit/test_trainer_conformance.py is the suite that every
+`Learner` is the contract, in NumPy and Arrow terms; tests/unit/trainer/test_conformance.py is the suite that every
 learner passes, one of another framework too. `make_learner` builds the one that a recipe names.
 
 Axes: B samples, F slots, U distinct ids of a batch, D numbers, K keys, V = 1 + dim values of a row, T tasks.

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 import pyarrow as pa
+from join_world import PROJECT, records, traffic
 
 from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
@@ -15,7 +16,6 @@ from headrace.contract.formats.sample import format_position
 from headrace.contract.interfaces.log import Record
 from headrace.stream.join.join import JoinState
 from headrace.stream.sink.stage import SinkStage
-from tests.property.test_stream_join import PROJECT, records, traffic
 
 
 class NoLake:

@@ -10,8 +10,10 @@ from typing import Any
 
 import msgpack
 import pytest
+from access_log_world import ITEM, LOG, project
 from hypothesis import given
 from hypothesis import strategies as st
+from ingest_world import PROJECT
 
 from headrace.contract.config import SourceConfig
 from headrace.contract.interfaces.group import Claim, Fetched
@@ -21,8 +23,6 @@ from headrace.ingest.sources.access_log import compile_format, plain_text
 from headrace.ingest.sources.foreign import read_foreign
 from headrace.ingest.sources.kafka import messages_of
 from headrace.ingest.sources.mapping import Mapper
-from tests.ingest_world import PROJECT
-from tests.unit.test_ingest_mapping import ITEM, LOG, project
 
 FORMATS = ("json", "msgpack", "gelf", "raw", "otlp_json")
 KEYS = st.sampled_from(

@@ -11,7 +11,7 @@ import pytest
 
 from headrace.contract.config import decode_config
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 FLUENTD = sorted((DEPLOY / "fluentd").glob("*.conf"))
 FLUENT_BIT = sorted((DEPLOY / "fluent-bit").glob("*.conf"))
 

@@ -1,7 +1,7 @@
 """The peer of bench/ingest.py: Fluent forward to Kafka as one would write it in an afternoon.
 
 One Kafka record an event: msgpack.unpackb per entry, JSON, produce; a chunk is acked when all its events have receipts.
-Usage: plain_gateway.py BROKERS TOPIC PORT
+Usage: gateway.py BROKERS TOPIC PORT
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.steps import Step
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench"))
 
 from freshness import freshness_ms
 from loop import sustained

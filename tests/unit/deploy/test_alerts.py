@@ -15,7 +15,7 @@ import pytest
 
 from headrace.contract.metrics import Name
 
-RULES = sorted((Path(__file__).resolve().parents[2] / "deploy" / "prometheus").glob("*.rules.yaml"))
+RULES = sorted((Path(__file__).resolve().parents[3] / "deploy" / "prometheus").glob("*.rules.yaml"))
 
 CASES = """
 rule_files: [RULES]

@@ -1,7 +1,7 @@
 """The job of `headrace stream` as one writes it plainly: per event, JSON, a dict of what waits, in an engine's agent.
 
 Same events, same features, same labels; no repeats dropped, no positions, no state that outlives the process. What
-bench/stream.py compares with: `plain_stream.py faust|quix|bytewax BROKERS TOPIC PARTITIONS OUT`.
+bench/stream.py compares with: `stream.py faust|quix|bytewax BROKERS TOPIC PARTITIONS OUT`.
 """
 
 from __future__ import annotations

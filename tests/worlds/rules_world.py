@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from random import Random
 
+from join_world import PROJECT, Item, traffic
 from msgspec import structs
 
 from headrace.contract.formats.events import AGGREGATE_SCHEMA, feedback_schema, impression_schema
 from headrace.contract.project import FeedbackType, Task
 from headrace.contract.rules import Change, change_of
 from headrace.contract.spec import Bucket, Categorical, Counter, FeatureSpec, Numeric, Rate
-from tests.property.test_stream_join import PROJECT, Item, traffic
 
 LATE = structs.replace(
     PROJECT,

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from access_log_world import CLF, ITEM, LOG, project
+from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, message
 
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected
@@ -23,30 +25,9 @@ from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.sources.kafka import messages_of
 from headrace.ingest.sources.mapping import Mapper
-from tests.ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, message
 
-CLF = "14/Nov/2023:22:13:20 +0000"  # START_MS
-ITEM = Route(
-    path="/item/{item_id}",
-    event="shop.impression",
-    fields={"user_id": "query:uid", "request_id": "query:rid", "title": "header:Referer"},
-    skip_without=("user_id",),
-)
-CLICK = Route(
-    path="/click",
-    event="shop.click",
-    method="POST",
-    status=(200, 399),
-    fields={"user_id": "query:uid", "request_id": "query:rid", "item_id": "query:item"},
-)
-LOG = AccessLog(tag="nginx.access", routes=(ITEM, CLICK))
-DATA = Path(__file__).parents[1] / "golden" / "data"
+DATA = Path(__file__).parents[2] / "golden" / "data"
 BY_TITLE = {"user_id": "=1", "request_id": "query:rid", "title": "path:item_id", "item_id": "=1"}
-
-
-def project(*mappings: AccessLog) -> Project:
-    """Return the tests' project with these mappings."""
-    return msgspec.structs.replace(PROJECT, mappings=mappings or (LOG,)).checked()
 
 
 def line(request: str, status: int = 200, referer: str = "-") -> str:

@@ -1,6 +1,6 @@
 """Vowpal Wabbit and River on the rows of bench/quality.py, for the environment that has them.
 
-`plain_quality.py ROWS.npz SAID.npy vw OPTIONS N` or `... river RATE N` learns the first N rows once, in order, and
+`quality.py ROWS.npz SAID.npy vw OPTIONS N` or `... river RATE N` learns the first N rows once, in order, and
 writes what was said before each label was learnt: float32 [N].
 """
 

@@ -12,6 +12,8 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from join_world import LONG, PROJECT, records
+from rules_world import LATE, SCHEMAS, WIDE, changing
 from serving_world import SPEC, Client, Trainer
 from serving_world import World as Serving
 
@@ -30,8 +32,6 @@ from headrace.stream.features.featurize import featurize
 from headrace.stream.join.join import JoinState
 from headrace.stream.sink.stage import SinkStage
 from headrace.trainer.source.source import Source, conform, to_batch
-from tests.property.test_stream_join import LONG, PROJECT, records
-from tests.rules_world import LATE, SCHEMAS, WIDE, changing
 
 TOPICS = Topics()
 

@@ -7,7 +7,9 @@ import hashlib
 
 import pyarrow as pa
 import pytest
+from join_world import PROJECT
 from msgspec import structs
+from rules_world import LATE, WIDE, change
 
 from headrace.backends.log.fenced_memory import FencedMemory, Pens
 from headrace.backends.log.memory import MemoryLog
@@ -28,8 +30,6 @@ from headrace.contract.rules import (
 from headrace.contract.spec import Bucket, Categorical, Custom, FeatureSpec
 from headrace.stream.join.join import JoinState
 from headrace.stream.rule_changes import apply, ensure_first, first_rules, read_history
-from tests.property.test_stream_join import PROJECT
-from tests.rules_world import LATE, WIDE, change
 
 TOPICS, PARTITIONS = Topics(), 3
 

@@ -32,7 +32,7 @@ from headrace.examples.shop.traffic import Given, Traffic, Visit, find_data, loa
 from headrace.replay.ledger.scan import read_all
 from headrace.sender import Sender
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 SHOP = CHECKOUT / "examples" / "shop"
 
 Event = tuple[str, dict[str, Any]]

@@ -7,14 +7,14 @@ from random import Random
 
 import pyarrow as pa
 import pytest
+from join_oracle import PlainJoin
+from join_world import CONFIG, LONG, POSITION_COLUMNS, PROJECT, records
+from rules_world import PROJECTS, SCHEMAS, changing
 
 from headrace.contract.config import JoinConfig
 from headrace.contract.interfaces.log import Record
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import encode_state, load_state
-from tests.join_oracle import PlainJoin
-from tests.property.test_stream_join import CONFIG, LONG, POSITION_COLUMNS, PROJECT, records
-from tests.rules_world import PROJECTS, SCHEMAS, changing
 
 
 def join_of(config: JoinConfig = CONFIG, project: int = 0) -> JoinState:

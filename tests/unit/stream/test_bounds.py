@@ -6,6 +6,8 @@ from random import Random
 
 import pyarrow as pa
 import pytest
+from join_oracle import PlainJoin
+from join_world import CONFIG, PROJECT, records, traffic
 from msgspec import structs
 
 from headrace.backends.spill_file import FileSpill
@@ -14,8 +16,6 @@ from headrace.contract.formats.events import Punctuation, decode_batch, encode_b
 from headrace.contract.rules import rules_of
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import encode_state, load_state
-from tests.join_oracle import PlainJoin
-from tests.property.test_stream_join import CONFIG, PROJECT, records, traffic
 
 
 def row(kind: str, n: int, time_ms: int) -> tuple[str, dict]:

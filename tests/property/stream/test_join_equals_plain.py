@@ -7,12 +7,12 @@ from random import Random
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from join_oracle import PlainJoin
+from join_world import CONFIG, LONG, POSITION_COLUMNS, PROJECT, records, traffic
 from msgspec import structs
 
 from headrace.contract.interfaces.log import Record
 from headrace.stream.join.join import JoinState
-from tests.join_oracle import PlainJoin
-from tests.property.test_stream_join import CONFIG, LONG, POSITION_COLUMNS, PROJECT, records, traffic
 
 EAGER = structs.replace(
     PROJECT, tasks=(structs.replace(PROJECT.tasks[0], policy="eager", correction_weight=2.0), *PROJECT.tasks[1:])

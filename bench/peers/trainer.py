@@ -1,6 +1,6 @@
 """The same models as one writes them plainly, for bench/trainer.py: naive torch, Vowpal Wabbit, River.
 
-`plain_trainer.py vw FILE BITS ROWS [OPTIONS]` and `plain_trainer.py river FILE ROWS` run in the environment that has
+`trainer.py vw FILE BITS ROWS [OPTIONS]` and `trainer.py river FILE ROWS` run in the environment that has
 the peer, on the core that the caller pinned, and print one JSON object: samples/s of CPU and by the wall, and the log
 loss of what was said before each label was learnt.
 """
