@@ -1,10 +1,14 @@
-"""Metric names as a type: a metric that is not listed here cannot be counted, and README lists what is."""
+"""The metrics of all stages. One that is not listed here cannot be counted, and `METRICS` says what each means."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
+from msgspec import Struct
+
 Stage = Literal["ingest", "stream", "sink", "aggregate", "crawl", "train", "serve", "shop"]
+Kind = Literal["counter", "gauge", "histogram"]
 
 Name = Literal[
     "events_read_total",
@@ -92,6 +96,265 @@ Name = Literal[
 ]
 
 
+class MetricDoc(Struct, frozen=True):
+    """What one metric is."""
+
+    kind: Kind
+    unit: str
+    stages: tuple[Stage, ...]
+    """The stages that have it. The full name is `headrace_<stage>_<name>`."""
+    meaning: str
+    """One sentence."""
+
+
+METRICS: Mapping[Name, MetricDoc] = {
+    "events_read_total": MetricDoc(
+        "counter", "events", ("ingest",), "Declared events whose fate is settled: appended, dead-lettered or repeated."
+    ),
+    "events_appended_total": MetricDoc(
+        "counter",
+        "events",
+        ("ingest", "shop"),
+        "Declared events that Kafka confirmed; in the shop the events that it logged, by kind.",
+    ),
+    "events_dead_lettered_total": MetricDoc(
+        "counter", "events", ("ingest",), "Events that were refused and written to the dead letters, by reason."
+    ),
+    "events_repeated_total": MetricDoc(
+        "counter", "events", ("ingest",), "Declared events of chunks that had been taken before."
+    ),
+    "chunks_acked_total": MetricDoc("counter", "chunks", ("ingest",), "Chunks whose shippers got an ack."),
+    "connections_open": MetricDoc("gauge", "connections", ("ingest",), "Connections of shippers that are open now."),
+    "connections_refused_total": MetricDoc(
+        "counter", "connections", ("ingest",), "Connections and requests that were refused, by reason."
+    ),
+    "buffer_bytes": MetricDoc(
+        "gauge", "bytes", ("ingest",), "Bytes that were read and that Kafka has not confirmed yet."
+    ),
+    "records_read_total": MetricDoc(
+        "counter", "records", ("stream", "sink", "aggregate"), "Kafka records that were read."
+    ),
+    "samples_emitted_total": MetricDoc("counter", "samples", ("stream",), "Samples that the join emitted."),
+    "positives_total": MetricDoc("counter", "samples", ("stream",), "Positive samples that the join emitted, by task."),
+    "negatives_total": MetricDoc("counter", "samples", ("stream",), "Negative samples that the join emitted, by task."),
+    "feedback_duplicate_total": MetricDoc(
+        "counter", "events", ("stream",), "Feedback whose impression had been answered already, by task."
+    ),
+    "feedback_late_total": MetricDoc(
+        "counter", "events", ("stream",), "Feedback that came after its impression's window had ended, by task."
+    ),
+    "feedback_orphan_total": MetricDoc(
+        "counter", "events", ("stream",), "Feedback whose impression never came, by task."
+    ),
+    "pending_impressions": MetricDoc(
+        "gauge", "events", ("stream",), "Impressions that wait for feedback or for the end of their window."
+    ),
+    "pending_feedback": MetricDoc("gauge", "events", ("stream",), "Feedback that wait for their impression."),
+    "watermark_ms": MetricDoc(
+        "gauge",
+        "milliseconds since the epoch",
+        ("stream", "aggregate"),
+        "The lowest watermark of the partitions that this worker has.",
+    ),
+    "lag_records": MetricDoc(
+        "gauge",
+        "records",
+        ("ingest", "stream", "sink", "aggregate", "train"),
+        "Records of its topic that the stage has not read yet (train: not learnt); ingest: by topic of each source.",
+    ),
+    "gap_total": MetricDoc(
+        "counter",
+        "gaps",
+        ("ingest", "sink", "train", "serve"),
+        "Gaps in what was read; must stay 0. Ingest: records that retention deleted unread, by topic of the source.",
+    ),
+    "state_snapshots_total": MetricDoc(
+        "counter", "snapshots", ("stream", "aggregate"), "Snapshots of the stage's state that were stored."
+    ),
+    "rules_number": MetricDoc(
+        "gauge", "number", ("stream",), "The lowest change of rules that is in force in a partition of this worker."
+    ),
+    "rules_differ": MetricDoc(
+        "gauge",
+        "0 or 1",
+        ("stream",),
+        "1 while the project that this worker was started with differs from the rules in force.",
+    ),
+    "rows_stored_total": MetricDoc("counter", "rows", ("sink",), "Rows that were committed to the lake."),
+    "lake_version": MetricDoc("gauge", "version", ("sink",), "The lake's version after the newest commit."),
+    "commit_seconds": MetricDoc("histogram", "seconds", ("sink",), "Time that a commit to the lake took."),
+    "behind_ms": MetricDoc(
+        "gauge", "milliseconds", ("sink",), "Age of the oldest sample that was read and is not in the lake."
+    ),
+    "lake_files": MetricDoc("gauge", "files", ("sink",), "Files of the lake's newest version, as of the last upkeep."),
+    "lake_bytes": MetricDoc("gauge", "bytes", ("sink",), "Bytes of the lake's newest version, as of the last upkeep."),
+    "lake_files_compacted_total": MetricDoc(
+        "counter", "files", ("sink",), "Files that compaction replaced by larger ones."
+    ),
+    "lake_files_vacuumed_total": MetricDoc("counter", "files", ("sink",), "Files that vacuum deleted."),
+    "lake_upkeep_failed_total": MetricDoc(
+        "counter", "upkeeps", ("sink",), "Upkeeps of the lake that failed and are tried again."
+    ),
+    "aggregates_written_total": MetricDoc(
+        "counter", "values", ("aggregate",), "Values of aggregates that were written to every partition."
+    ),
+    "steps_total": MetricDoc("counter", "steps", ("train",), "Training steps that were committed and learnt."),
+    "samples_learnt_total": MetricDoc("counter", "samples", ("train",), "Samples that were learnt."),
+    "samples_refused_total": MetricDoc(
+        "counter",
+        "samples",
+        ("train",),
+        "Samples that were refused: a number, label or weight is not finite or out of range.",
+    ),
+    "auc": MetricDoc(
+        "gauge", "ratio", ("train",), "Area under the ROC curve of the main task, over all closed windows."
+    ),
+    "auc_constant": MetricDoc(
+        "gauge", "ratio", ("train",), "AUC of a model that gives every sample the same score: 0.5."
+    ),
+    "auc_item_rate": MetricDoc(
+        "gauge", "ratio", ("train",), "AUC of a model that scores every item by its own label rate so far."
+    ),
+    "log_loss": MetricDoc("gauge", "nats", ("train",), "Log loss of the main task, over all closed windows."),
+    "table_rows": MetricDoc("gauge", "rows", ("train",), "Rows of the model's table."),
+    "deltas_published_total": MetricDoc("counter", "deltas", ("train",), "Deltas that were published."),
+    "snapshots_published_total": MetricDoc("counter", "snapshots", ("train",), "Snapshots that were published."),
+    "requests_total": MetricDoc(
+        "counter",
+        "requests",
+        ("ingest", "serve", "shop"),
+        "Requests that were answered, by HTTP status; the shop: its own requests that got a ranking.",
+    ),
+    "requests_open": MetricDoc(
+        "gauge", "requests", ("ingest",), "Requests to the collector that wait for their answer now."
+    ),
+    "request_seconds": MetricDoc(
+        "histogram", "seconds", ("ingest", "serve", "shop"), "Time from a request to its answer."
+    ),
+    "swaps_total": MetricDoc(
+        "counter", "swaps", ("serve",), "Versions that serving took: snapshots loaded and deltas applied."
+    ),
+    "swap_seconds": MetricDoc(
+        "histogram", "seconds", ("serve",), "Time that it took to write a version into both copies of the shared model."
+    ),
+    "model_step": MetricDoc(
+        "gauge", "step", ("train", "serve"), "Step of the model: learnt last by the trainer, served by serving."
+    ),
+    "model_age_seconds": MetricDoc("gauge", "seconds", ("serve",), "Age of the version that is served."),
+    "freshness_seconds": MetricDoc(
+        "histogram",
+        "seconds",
+        ("shop",),
+        "Time from a click that was logged to the first answer whose version contains it.",
+    ),
+    "errors_total": MetricDoc(
+        "counter",
+        "errors",
+        ("ingest", "train", "serve", "shop"),
+        "Errors that the stage survived, by kind: what failed, or why serving refused a version.",
+    ),
+    "source_settled_total": MetricDoc(
+        "counter", "records", ("ingest",), "Records of a Kafka source whose events are settled, by topic."
+    ),
+    "lines_skipped_total": MetricDoc(
+        "counter", "lines", ("ingest",), "Lines of access logs that are no events, by tag."
+    ),
+    "events_refused_total": MetricDoc(
+        "counter",
+        "events",
+        ("ingest",),
+        "Events of chunks that stay with their shippers while a tag is above the ceiling of dead letters, by tag.",
+    ),
+    "dead_letter_ceiling_shut": MetricDoc(
+        "gauge", "0 or 1", ("ingest",), "1 while the ceiling of dead letters holds a tag back."
+    ),
+    "pages_total": MetricDoc(
+        "counter",
+        "answers",
+        ("crawl",),
+        "Addresses that were asked for, by what came of it: taken, not_modified, gone, robots, status_5xx and so on.",
+    ),
+    "page_seconds": MetricDoc("histogram", "seconds", ("crawl",), "Time from a crawler's request to the answer."),
+    "body_bytes_total": MetricDoc(
+        "counter", "bytes", ("crawl",), "Bytes of the bodies that the crawler read, decompressed."
+    ),
+    "versions_total": MetricDoc(
+        "counter",
+        "versions",
+        ("crawl",),
+        "Versions of crawled entities that were sent because they had changed, by source.",
+    ),
+    "left_out_total": MetricDoc("counter", "rows", ("crawl",), "What extraction left out of documents, by reason."),
+    "pages_known": MetricDoc("gauge", "addresses", ("crawl",), "Addresses that the crawler knows, by source."),
+    "outbox_rows": MetricDoc("gauge", "versions", ("crawl",), "Versions that wait in the outbox for Kafka."),
+    "normalized_entropy": MetricDoc(
+        "gauge",
+        "ratio",
+        ("train",),
+        "Log loss of the main task over all closed windows, divided by the entropy of its label rate.",
+    ),
+    "calibration": MetricDoc(
+        "gauge",
+        "ratio",
+        ("train",),
+        "Predicted positives of the main task divided by observed ones, over all closed windows; 1 is right.",
+    ),
+    "window_auc": MetricDoc("gauge", "ratio", ("train",), "AUC of the newest closed window, by task and slice."),
+    "window_log_loss": MetricDoc(
+        "gauge", "nats", ("train",), "Log loss of the newest closed window, by task and slice."
+    ),
+    "window_normalized_entropy": MetricDoc(
+        "gauge", "ratio", ("train",), "Normalized entropy of the newest closed window, by task and slice."
+    ),
+    "window_calibration": MetricDoc(
+        "gauge", "ratio", ("train",), "Calibration of the newest closed window, by task and slice."
+    ),
+    "window_samples": MetricDoc(
+        "gauge", "samples", ("train",), "Samples of the newest closed window, by task and slice."
+    ),
+    "slice_auc": MetricDoc(
+        "gauge",
+        "ratio",
+        ("train",),
+        "AUC over all closed windows, by task and slice; a task as a whole where there are several.",
+    ),
+    "slice_log_loss": MetricDoc(
+        "gauge",
+        "nats",
+        ("train",),
+        "Log loss over all closed windows, by task and slice; a task as a whole where there are several.",
+    ),
+    "slice_normalized_entropy": MetricDoc(
+        "gauge",
+        "ratio",
+        ("train",),
+        "Normalized entropy over all closed windows, by task and slice; a task as a whole where there are several.",
+    ),
+    "slice_calibration": MetricDoc(
+        "gauge",
+        "ratio",
+        ("train",),
+        "Calibration over all closed windows, by task and slice; a task as a whole where there are several.",
+    ),
+    "label_rate": MetricDoc("gauge", "ratio", ("train",), "Share of positives among the newest samples, by task."),
+    "label_rate_usual": MetricDoc(
+        "gauge", "ratio", ("train",), "The usual label rate, with which the newest is compared, by task."
+    ),
+    "label_rate_score": MetricDoc(
+        "gauge", "standard deviations", ("train",), "How far the newest label rate is from the usual one, by task."
+    ),
+    "label_rate_jumps_total": MetricDoc("counter", "jumps", ("train",), "Sudden changes of the label rate, by task."),
+    "samples_left_out_total": MetricDoc(
+        "counter", "samples", ("train",), "Negatives that the recipe's `negative_share` left out."
+    ),
+    "samples_per_second": MetricDoc("gauge", "samples/s", ("train",), "Samples learnt a second, over the last second."),
+    "lag_samples": MetricDoc("gauge", "samples", ("train",), "Samples that were read and wait to be learnt."),
+    "lag_seconds": MetricDoc(
+        "gauge", "seconds", ("train",), "Now minus the event time of the newest impression that was learnt."
+    ),
+}
+
+
 class Metrics(Protocol):
     """Counters, gauges and histograms of one stage. Names in Prometheus get the prefix `headrace_<stage>_`."""
 
@@ -102,4 +365,4 @@ class Metrics(Protocol):
         """Set a gauge."""
 
     def observe(self, name: Name, value: float) -> None:
-        """Add to a histogram (names ending in `_seconds`)."""
+        """Add to a histogram."""
