@@ -1,54 +1,17 @@
-"""Reads a topic from its first record to where it ended when asked, columnar; the shell around `ledger`."""
+"""The samples topic as a reader takes it: repeats dropped, records that were written out of turn held. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
-from headrace.contract.interfaces.log import Reader, Record
+from headrace.contract.interfaces.log import Record
 from headrace.replay.ledger.ledger import KEYS
-
-POLL_RECORDS = 2_000
-# 10 s without a record before the end: a broker that restarts takes 2 to 5 s.
-SILENT_S = 10.0
-# 1 s: a local broker hands out what it has within milliseconds.
-MARKED_SILENT_S = 1.0
-POLL_S = 0.5
-
-
-def read_all(
-    reader: Reader, topic: str, ends: dict[int, int] | None = None, *, marked: bool = False
-) -> Iterator[Record]:
-    """Yield every record below `ends` (where the topic ends now), in order within a partition.
-
-    `marked`: the topic is written in transactions, so its last offsets may be markers that no reader sees; silence of
-    `MARKED_SILENT_S` then is the end. Otherwise raises `Unavailable` when records stay away for `SILENT_S`.
-    """
-    ends = reader.end_offsets(topic) if ends is None else ends
-    begins = reader.begin_offsets(topic)
-    left = {p for p, end in ends.items() if begins.get(p, 0) < end}
-    if not left:
-        return
-    reader.assign({(topic, p): begins.get(p, 0) for p in left})
-    silent = 0.0
-    while left:
-        records = reader.poll(POLL_RECORDS, POLL_S)
-        silent = 0.0 if records else silent + POLL_S
-        if marked and silent >= MARKED_SILENT_S:
-            return
-        if silent >= SILENT_S:
-            raise Unavailable(f"{topic}: no record for {SILENT_S:g} s, partitions {sorted(left)} are unread. Is it up?")
-        for record in records:
-            if record.offset < ends[record.partition]:
-                yield record
-            if record.offset >= ends[record.partition] - 1:
-                left.discard(record.partition)
 
 
 def sample_keys(records: Iterable[Record]) -> pa.Table:
