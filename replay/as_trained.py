@@ -25,7 +25,7 @@ from headrace.contract.formats.positions import Position, order_of, orders
 from headrace.contract.formats.sample import parse_position, sample_schema
 from headrace.contract.formats.steps import Step, StepRange, decode_step
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.log import Reader, read_topic
+from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.trainer.commit.publish import read_manifests
@@ -115,8 +115,8 @@ def as_trained(
 
 def read_steps(reader: Reader, topics: Topics, model: str, run: str, upto: int) -> list[Step]:
     """Return steps 1..`upto` of a run. Raises `InvariantBroken` where one is missing."""
-    steps = [s for s in map(decode_step, read_topic(reader, topics.steps)) if s.model == model and s.run == run]
-    steps = [s for s in steps if s.step <= upto]
+    steps = [decode_step(r.value) for r in read_range(reader, topics.steps) if r.value is not None]
+    steps = [s for s in steps if s.model == model and s.run == run and s.step <= upto]
     if [s.step for s in steps] != list(range(1, upto + 1)):
         raise InvariantBroken(
             f"the steps topic holds {len(steps)} of the {upto} steps of run {run}, or in another order."
@@ -194,23 +194,18 @@ class Rows:
     def _from_topic(
         self, reader: Reader, topic: str, missing: dict[int, Position], offsets: dict[int, int]
     ) -> list[tuple[int, pa.RecordBatch]]:
-        begins = reader.begin_offsets(topic)
-        reader.assign({(topic, p): max(begins[p], offsets.get(p, 0)) for p in missing})
+        begins = {p: max(begin, offsets.get(p, 0)) for p, begin in reader.begin_offsets(topic).items()}
+        ends = {p: end for p, end in reader.end_offsets(topic).items() if p in missing}
         have = {p: self._lake_upto.get(p, Position(-1, -1)) for p in missing}
         found: list[tuple[int, pa.RecordBatch]] = []
-        idle = 0
-        while any(have[p] < upto for p, upto in missing.items()):
-            records = reader.poll(256, 1.0)
-            idle = 0 if records else idle + 1
-            # 10 s: the rows were read by the trainer before, so a topic that gives nothing for so long lost them.
-            if idle >= 10:
-                raise InvariantBroken(f"samples up to {missing} are wanted and the topic ends at {have}.")
-            for record in records:
-                if record.value is None:
-                    continue
-                found.append((record.partition, decode_batch(record.value, self._schema)))
-                have[record.partition] = max(have[record.partition], parse_position(record.headers["last"]))
-        return found
+        for record in read_range(reader, topic, begins=begins, ends=ends):
+            if record.value is None:
+                continue
+            found.append((record.partition, decode_batch(record.value, self._schema)))
+            have[record.partition] = max(have[record.partition], parse_position(record.headers["last"]))
+            if all(have[p] >= upto for p, upto in missing.items()):
+                return found
+        raise InvariantBroken(f"samples up to {missing} are wanted and the topic ends at {have}.")
 
 
 def _ends(wanted: StepRange) -> tuple[tuple[int, int], tuple[int, int]]:

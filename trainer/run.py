@@ -229,8 +229,7 @@ class Trainer:
             self.parts.board.close()
 
     def _served_run(self) -> str:
-        # 10 s: a manifest that a slow broker keeps back would let an unfinished model replace a good one.
-        manifests = read_manifests(self.parts.reader, self.parts.topics, self.project.name, silent_s=10.0)
+        manifests = read_manifests(self.parts.reader, self.parts.topics, self.project.name)
         return manifests[-1].run if manifests else ""
 
     def _begin(self, first: Step | None) -> None:

@@ -25,11 +25,10 @@ import msgspec
 from headrace.backends.log.kafka import KafkaReader
 from headrace.contract import config as settings
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.log import Record
+from headrace.contract.interfaces.log import Record, read_range
 from headrace.examples.shop.run import CANDIDATE, feedback_record
 from headrace.examples.shop.shop import PROJECT
 from headrace.examples.shop.traffic import Given, Traffic, Visit, find_data, load_traffic
-from headrace.replay.ledger.scan import read_all
 from headrace.sender import Sender
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -103,7 +102,7 @@ class Stack:
     def read(self, topic: str) -> list[Record]:
         """Return every record of `topic` up to now."""
         reader = self.reader()
-        records = list(read_all(reader, getattr(self.topics, topic), marked=topic == "steps"))
+        records = list(read_range(reader, getattr(self.topics, topic)))
         reader.close()
         return records
 

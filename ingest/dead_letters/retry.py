@@ -38,11 +38,11 @@ from headrace.contract.formats.dead_letters import (
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.log import Delivered, Producer, Reader
+from headrace.contract.interfaces.log import Delivered, Producer, Reader, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.ingest.dead_letters.spans import letters, records
+from headrace.ingest.dead_letters.spans import letters
 from headrace.ingest.dead_letters.view import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
 from headrace.ingest.forward.protocol import message_of
 from headrace.ingest.gateway.batcher import Outcome
@@ -229,8 +229,8 @@ class Retry:
             return None
         found: set[str] = set()
         latest_ms = mark.at_ms + SCAN_MS
-        spans = {p: (mark.ends.get(p, 0), end) for p, end in ends.items()}
-        for record in records(self._reader, topic, spans, latest_ms=latest_ms):
+        marked = {p: mark.ends.get(p, 0) for p in ends}
+        for record in read_range(self._reader, topic, begins=marked, ends=ends, latest_ms=latest_ms):
             if record.value is not None and record.headers.get("kind") in (IMPRESSION, FEEDBACK):
                 found.update(wanted.intersection(_event_ids(record.value)))
         return found

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import pyarrow as pa
 
 from headrace.contract.config import Config
@@ -27,6 +26,7 @@ from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import decode_batch, fit
 from headrace.contract.formats.positions import START, Position, Positions
 from headrace.contract.formats.sample import parse_position
+from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Record
@@ -74,7 +74,8 @@ class SinkStage:
         topics = Topics(config.log.generation)
         self.kept_ms = next(t.retention_ms for t in topics.specs(1) if t.name == topics.samples)
         self.engine: Engine | None = None
-        self.positions: dict[int, Position] = {}
+        self.orders: dict[int, SampleOrder] = {}
+        """How far each partition was taken. What is out of turn is left out, not held: its owner sends it again."""
         self.next: dict[int, int] = {}
         self.batches: list[tuple[int, pa.RecordBatch]] = []
         self.rows = 0
@@ -94,7 +95,8 @@ class SinkStage:
         if self._committing is not None:
             await asyncio.wait([self._committing])
         state = await asyncio.to_thread(_patiently, self.lake.state, self.clock)
-        self.positions[partition] = START if state is None else state.positions.at(partition)
+        position = START if state is None else state.positions.at(partition)
+        self.orders[partition] = SampleOrder(position, hold=False)
         return None if state is None else state.next_offsets.get(partition)
 
     async def take_all(self, records: Sequence[Record]) -> None:
@@ -104,35 +106,33 @@ class SinkStage:
 
     async def take(self, record: Record) -> None:
         """Keep what is new of one record for the next commit."""
-        partition, own = record.partition, self.positions[record.partition]
+        partition = record.partition
         self.next[partition] = record.offset + 1
         self._moved.add(partition)
         self._since_ms.setdefault(partition, record.timestamp_ms)
         self.metrics.add("records_read_total")
         if record.value is None:
             return
-        after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
-        if after > own:
+        order = self.orders[partition]
+        following = order.offer(record)
+        if following is None:
             self.metrics.add("gap_total")
             log.error(
                 "samples/%d offset %d begins after %s, the lake is at %s: written out of turn and left out; its "
                 "owner sends it again. If this repeats, compare `headrace ledger`.",
                 partition,
                 record.offset,
-                after,
-                own,
+                parse_position(record.headers["after"]),
+                order.position,
             )
             return
-        if last <= own:
+        if not following:
             return
         # As it came: a batch of other rules has other columns, and the lake's schema grows by them.
-        batch = decode_batch(record.value)
-        offset_N, rank_N = batch["offset"].to_numpy(), batch["rank"].to_numpy()
-        fresh_N = (offset_N > own.offset) | ((offset_N == own.offset) & (rank_N > own.rank))
-        fresh = batch if fresh_N.all() else batch.filter(pa.array(np.asarray(fresh_N)))
-        self.batches.append((partition, fresh))
-        self.rows += fresh.num_rows
-        self.positions[partition] = last
+        for each in following:
+            fresh = each.new_rows(decode_batch(each.record.value or b""))
+            self.batches.append((partition, fresh))
+            self.rows += fresh.num_rows
         while self.rows >= 2 * self.config.commit_rows and self._failure is None:
             await asyncio.sleep(0.01)
 
@@ -168,7 +168,7 @@ class SinkStage:
         self.rows = sum(b.num_rows for _, b in self.batches)
         self._moved -= partitions
         for partition in partitions:
-            self.positions.pop(partition, None)
+            self.orders.pop(partition, None)
             self.next.pop(partition, None)
             self._since_ms.pop(partition, None)
 
@@ -185,7 +185,7 @@ class SinkStage:
         self._due_s = self.clock.monotonic() + self.config.commit_ms / 1000
         batches, moved = _alike([b for _, b in self.batches]), sorted(self._moved)
         offsets = {p: self.next[p] for p in moved}
-        positions = {p: self.positions[p] for p in moved}
+        positions = {p: self.orders[p].position for p in moved}
         self.batches, self.rows, self._moved = [], 0, set()
         self._since_committing_ms, self._since_ms = self._since_ms, {}
         self._committing = asyncio.ensure_future(self._commit(batches, offsets, positions))

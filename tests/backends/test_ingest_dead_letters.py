@@ -28,9 +28,10 @@ from headrace.cli.main import main
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import Layout
-from headrace.ingest.dead_letters.spans import letters, records
+from headrace.ingest.dead_letters.spans import letters
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 pytestmark = pytest.mark.real
@@ -65,9 +66,8 @@ class World:
 
     def rows(self) -> list[dict[str, Any]]:
         reader = KafkaReader(self.brokers)
-        spans = {p: (0, end) for p, end in reader.end_offsets(self.topics.events).items()}
         found: list[dict[str, Any]] = []
-        for record in records(reader, self.topics.events, spans):
+        for record in read_range(reader, self.topics.events):
             if record.value is not None and record.headers["kind"] != PUNCTUATION:
                 found += decode_batch(record.value).to_pylist()
         reader.close()

@@ -5,21 +5,33 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 
+import confluent_kafka as ck
 import pytest
 
+from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
-from headrace.contract.interfaces.log import Admin, Producer, Reader, Record, TopicSpec
+from headrace.contract.interfaces.log import Admin, Producer, Reader, Record, TopicSpec, read_range
 from headrace.deploy.local.layout import Layout
+
+Transaction = Callable[[str, bytes, bool], None]
+"""Writes one record into partition 0 in a transaction of its own, and commits it (True) or aborts it."""
 
 
 class World:
-    """Makes the three faces of one log, and a fresh topic."""
+    """Makes producers, readers and an admin of one log, and a fresh topic."""
 
-    def __init__(self, producer: Callable[[int], Producer], reader: Callable[[], Reader], admin: Admin) -> None:
-        self.producer, self.reader, self.admin = producer, reader, admin
+    def __init__(
+        self,
+        producer: Callable[[int], Producer],
+        reader: Callable[[], Reader],
+        admin: Admin,
+        transaction: Transaction,
+    ) -> None:
+        self.producer, self.reader, self.admin, self.transaction = producer, reader, admin, transaction
 
     def topic(self, partitions: int = 2) -> str:
         """Create a topic of its own for a test."""
@@ -33,10 +45,52 @@ def world(request: pytest.FixtureRequest) -> World:
     """Each log in turn."""
     if request.param == "memory":
         log = MemoryLog()
-        return World(log.producer, log.reader, log.admin())
+        return World(log.producer, log.reader, log.admin(), partial(remember, log))
     layout: Layout = request.getfixturevalue("stack")
     at = layout.brokers
-    return World(lambda queue: KafkaProducer(at, queue_max=queue), lambda: KafkaReader(at), KafkaAdmin(at))
+    return World(
+        lambda queue: KafkaProducer(at, queue_max=queue), lambda: KafkaReader(at), KafkaAdmin(at), partial(write, at)
+    )
+
+
+def remember(log: MemoryLog, topic: str, value: bytes, commit: bool) -> None:
+    """Write a transaction as Kafka's log shows it: the record, aborted or not, and a marker."""
+    if commit:
+        log.append(topic, 0, value, None, {})
+    else:
+        log.mark(topic, 0)
+    log.mark(topic, 0)
+
+
+def transactional(brokers: str, name: str = "") -> ck.Producer:
+    """Return a transactional producer, under an id of its own by default."""
+    name = name or uuid.uuid4().hex
+    producer = ck.Producer({"bootstrap.servers": brokers, "transactional.id": name, "log_level": 2})
+    producer.init_transactions(30)
+    return producer
+
+
+def write(brokers: str, topic: str, value: bytes, commit: bool) -> None:
+    """Write a transaction, and return when its marker lies in the log."""
+    producer, offsets = transactional(brokers), list[int]()
+    producer.begin_transaction()
+    producer.produce(topic, value, partition=0, on_delivery=lambda _error, message: offsets.append(message.offset()))
+    producer.flush(10)
+    (producer.commit_transaction if commit else producer.abort_transaction)(10)
+    reader = ck.Consumer({"bootstrap.servers": brokers, "group.id": "test", "isolation.level": "read_uncommitted"})
+    deadline = time.monotonic() + 20
+    while reader.get_watermark_offsets(ck.TopicPartition(topic, 0))[1] < offsets[0] + 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    reader.close()
+
+
+def wait_for_end(reader: Reader, topic: str, end: int) -> None:
+    """Wait until partition 0 can be read up to `end`: a marker comes a moment after the transaction's end."""
+    deadline = time.monotonic() + 20
+    while reader.end_offsets(topic)[0] < end:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def read(reader: Reader, count: int, records_max: int = 100) -> list[Record]:
@@ -154,6 +208,80 @@ def test_retention_in_memory_stops_a_reader_that_is_behind() -> None:
         reader.poll(10, 0)
     reader.assign({("t", 0): 3})
     assert [r.offset for r in reader.poll(10, 0)] == [3, 4]
+
+
+def test_a_position_moves_past_what_no_reader_sees(world: World) -> None:
+    """A range ends at its end offset, whether the last offsets belong to records, to markers or to aborted records."""
+    topic, reader = world.topic(2), world.reader()
+    assert list(read_range(reader, topic)) == []
+    world.transaction(topic, b"one", True)
+    assert [r.value for r in read_range(reader, topic)] == [b"one"]
+    assert reader.position(topic, 0) == reader.end_offsets(topic)[0] == 2
+    world.transaction(topic, b"aborted", False)
+    assert [r.value for r in read_range(reader, topic, silent_s=5.0)] == [b"one"]
+    assert reader.position(topic, 0) == reader.end_offsets(topic)[0] == 4
+    world.transaction(topic, b"two", True)
+    assert [(r.offset, r.value) for r in read_range(reader, topic)] == [(0, b"one"), (4, b"two")]
+    assert [r.value for r in read_range(reader, topic, begins={0: 1}, ends={0: 4}, silent_s=5.0)] == []
+    assert [r.value for r in read_range(reader, topic, begins={0: 1}, ends={0: 5})] == [b"two"]
+    reader.close()
+
+
+def test_a_range_whose_end_does_not_come_is_unavailable(world: World) -> None:
+    """Silence is never the end: the error names the partition, its offsets and the bound."""
+    topic, producer, reader = world.topic(1), world.producer(100), world.reader()
+    producer.send(topic, 0, b"one")
+    producer.flush(20)
+    values = []
+    with pytest.raises(Unavailable, match=r"nothing came for 0\.5 s .* partition 0 at offset 1 of 3"):
+        values.extend(record.value for record in read_range(reader, topic, ends={0: 3}, silent_s=0.5))
+    assert values == [b"one"]
+    reader.close()
+    producer.close()
+
+
+@pytest.mark.real
+def test_an_open_transaction_holds_the_end_back(stack: Layout) -> None:
+    """Nobody waits for a writer that may be dead: what lies behind its first record is read when it ends."""
+    topic, admin, reader = f"test-{uuid.uuid4().hex}", KafkaAdmin(stack.brokers), KafkaReader(stack.brokers)
+    admin.ensure_topics([TopicSpec(topic, 1)])
+    write(stack.brokers, topic, b"one", True)
+    slow = transactional(stack.brokers)
+    slow.begin_transaction()
+    slow.produce(topic, b"slow", partition=0)
+    slow.flush(10)
+    write(stack.brokers, topic, b"two", True)
+    assert reader.end_offsets(topic) == {0: 2}
+    assert [r.value for r in read_range(reader, topic)] == [b"one"]
+    with pytest.raises(Unavailable, match="partition 0 at offset 2 of 5"):
+        list(read_range(reader, topic, ends={0: 5}, silent_s=0.5))
+    slow.commit_transaction(10)
+    wait_for_end(reader, topic, 6)
+    assert [r.value for r in read_range(reader, topic)] == [b"one", b"slow", b"two"]
+    reader.close()
+
+
+@pytest.mark.real
+def test_the_next_fenced_writer_ends_a_dead_ones_transaction(stack: Layout) -> None:
+    topic, admin, reader = f"test-{uuid.uuid4().hex}", KafkaAdmin(stack.brokers), KafkaReader(stack.brokers)
+    admin.ensure_topics([TopicSpec(topic, 1)])
+    writer = FencedKafka(stack.brokers, topic, topic)
+    writer.open()
+    writer.append(b"one")
+    dead = transactional(stack.brokers, topic)
+    dead.begin_transaction()
+    dead.produce(topic, b"never committed", partition=0)
+    dead.flush(10)
+    with pytest.raises(InvariantBroken):
+        writer.append(b"fenced off")
+    heir = FencedKafka(stack.brokers, topic, topic)
+    heir.open()
+    heir.append(b"two")
+    wait_for_end(reader, topic, 6)
+    assert [(r.offset, r.value) for r in read_range(reader, topic)] == [(0, b"one"), (4, b"two")]
+    assert heir.read(0) == [(0, b"one"), (4, b"two")]
+    for client in (writer, heir, reader):
+        client.close()
 
 
 def test_a_topic_just_made_tells_its_offsets(world: World) -> None:

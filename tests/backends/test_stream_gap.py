@@ -32,8 +32,8 @@ from headrace.contract.formats.events import (
     impression_schema,
 )
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import read_range
 from headrace.deploy.local.layout import Layout
-from headrace.replay.ledger.scan import read_all
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -99,7 +99,7 @@ class Place:
     def samples(self) -> list[dict]:
         """Return all rows of `samples`."""
         reader = KafkaReader(self.stack.brokers)
-        rows = [row for r in read_all(reader, TOPICS.samples) for row in decode_batch(r.value or b"").to_pylist()]
+        rows = [row for r in read_range(reader, TOPICS.samples) for row in decode_batch(r.value or b"").to_pylist()]
         reader.close()
         return rows
 

@@ -36,10 +36,10 @@ from headrace.contract.formats.events import (
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import read_range
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.probe import http_get
 from headrace.replay.ledger.rejoin import rejoin
-from headrace.replay.ledger.scan import read_all
 from headrace.stream.join.join import JoinState
 from headrace.stream.rule_changes import first_rules
 
@@ -208,9 +208,9 @@ def joined(stack: Layout, project: Path) -> list[tuple[object, ...]]:
     """Return the samples that one undisturbed pass makes."""
     config, shop = load_project(project)
     reader = KafkaReader(stack.brokers)
-    began = first_rules(shop, list(read_all(reader, TOPICS.rules, marked=True)))
+    began = first_rules(shop, list(read_range(reader, TOPICS.rules)))
     joins = [JoinState(began, config.join, silent_ms=10_000, partition=p) for p in range(PARTITIONS)]
-    emitted = [e.batch for r in read_all(reader, TOPICS.events) if (e := joins[r.partition].take(r)) is not None]
+    emitted = [e.batch for r in read_range(reader, TOPICS.events) if (e := joins[r.partition].take(r)) is not None]
     reader.close()
     return rows_of(emitted)
 
@@ -219,8 +219,8 @@ def account_closes(stack: Layout, project: Path) -> None:
     """Join once more as the ledger does, from the rules that the log begins with."""
     config, shop = load_project(project)
     reader = KafkaReader(stack.brokers)
-    began = first_rules(shop, list(read_all(reader, TOPICS.rules, marked=True)))
-    expected, _ = rejoin(began, config, read_all(reader, TOPICS.events))
+    began = first_rules(shop, list(read_range(reader, TOPICS.rules)))
+    expected, _ = rejoin(began, config, read_range(reader, TOPICS.events))
     reader.close()
     task = expected.tasks["click"]
     assert task.closes() and task.late > 20
@@ -231,7 +231,7 @@ def taken(stack: Layout) -> list[tuple[object, ...]]:
     """Return what a reader takes of `samples`, by position."""
     reader, position = KafkaReader(stack.brokers), [START] * PARTITIONS
     batches = []
-    for record in read_all(reader, TOPICS.samples):
+    for record in read_range(reader, TOPICS.samples):
         own = position[record.partition]
         after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
         if after > own or last <= own:

@@ -22,9 +22,9 @@ from headrace.backends.log.kafka import KafkaReader
 from headrace.cli.runtime import load_project
 from headrace.contract.formats.events import EXTERNAL, ExternalValue, decode_batch
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import read_range
 from headrace.deploy.local.chaos import breaking as chaos
 from headrace.deploy.local.layout import Layout
-from headrace.replay.ledger.scan import read_all
 from headrace.stream.join.external import ExternalMemory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(280)]
@@ -121,7 +121,7 @@ def check(layout: Layout, expected: dict[str, float]) -> None:
     _, project = load_project(layout.project)
     memories: dict[int, ExternalMemory] = {}
     orders: dict[int, list[str]] = {}
-    for record in read_all(KafkaReader(layout.brokers), Topics().events):
+    for record in read_range(KafkaReader(layout.brokers), Topics().events):
         if record.headers["kind"] == EXTERNAL:
             batch = decode_batch(record.value or b"")
             memories.setdefault(record.partition, ExternalMemory(project.crawls)).take(batch)
@@ -134,7 +134,7 @@ def check(layout: Layout, expected: dict[str, float]) -> None:
     first_seen = [list(dict.fromkeys(order)) for order in orders.values()]
     assert first_seen[0] == first_seen[1] == first_seen[2]
     served = {}
-    for record in read_all(KafkaReader(layout.brokers), Topics().features):
+    for record in read_range(KafkaReader(layout.brokers), Topics().features):
         key = (record.key or b"").decode()
         assert record.value is not None
         served[key] = msgspec.json.decode(msgspec.json.decode(record.value, type=ExternalValue).values)["price"]

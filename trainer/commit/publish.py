@@ -24,7 +24,7 @@ from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifes
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.log import Producer, Reader, read_topic
+from headrace.contract.interfaces.log import Producer, Reader, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.trainer.commit.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
@@ -240,7 +240,8 @@ class Publisher:
             raise Unavailable(f"the manifest of {manifest.version} got no receipt: {receipts}")
 
 
-def read_manifests(reader: Reader, topics: Topics, model: str, *, silent_s: float = 1.0) -> list[Manifest]:
-    """Return the snapshot manifests of `model` that the topic still holds, oldest first; see `read_topic`."""
-    values = read_topic(reader, topics.model, key=f"{model}/snapshot".encode(), silent_s=silent_s)
-    return [m for m in map(decode_manifest, values) if m.kind == "snapshot" and m.digest]
+def read_manifests(reader: Reader, topics: Topics, model: str) -> list[Manifest]:
+    """Return the snapshot manifests of `model` that the topic still holds, oldest first. Raises as `read_range`."""
+    key = f"{model}/snapshot".encode()
+    found = [decode_manifest(r.value) for r in read_range(reader, topics.model) if r.key == key and r.value is not None]
+    return [m for m in found if m.kind == "snapshot" and m.digest]

@@ -23,6 +23,7 @@ from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
 from headrace.contract.formats.sample import matrix, parse_position, sample_schema
+from headrace.contract.formats.sample_order import Next, SampleOrder
 from headrace.contract.formats.steps import StepRange
 from headrace.contract.hashing import combine64
 from headrace.contract.interfaces.log import Reader, Record
@@ -101,13 +102,11 @@ class _Chunk:
 class _Partition:
     taken: Position = START
     """The last position whose rows were given out."""
-    read: Position = START
-    """The last position that was buffered."""
+    order: SampleOrder = field(default_factory=SampleOrder)
+    """Which records come next; its position is the last that was buffered."""
     next_offset: int = 0
     """The next `samples` record to read."""
     chunks: deque[_Chunk] = field(default_factory=deque)
-    held: list[tuple[Position, Position, Record]] = field(default_factory=list)
-    """(after, last, record) of records with a gap before them."""
 
     @property
     def rows(self) -> int:
@@ -154,7 +153,7 @@ class Source:
         else:
             positions = Positions.from_json(self._generation, cursor.positions)
             self._partitions = {
-                p: _Partition(positions.at(p), positions.at(p), cursor.next_offsets.get(str(p), b))
+                p: _Partition(positions.at(p), SampleOrder(positions.at(p)), cursor.next_offsets.get(str(p), b))
                 for p, b in begins.items()
             }
             if cursor.lake_version >= 0:
@@ -242,7 +241,7 @@ class Source:
                         f"a recorded step takes lake rows {r.start}..{r.stop} of version {r.version}; this run is at "
                         f"row {self._stored_taken} of version {self._lake_version}."
                     )
-            elif self._partitions[r.partition].read < Position(*r.upto):
+            elif self._partitions[r.partition].order.position < Position(*r.upto):
                 return False
         return True
 
@@ -270,7 +269,7 @@ class Source:
         """Return where to go on from, for a checkpoint."""
         offsets = {}
         for number, p in sorted(self._partitions.items()):
-            records = [c.record for c in p.chunks] + [record.offset for _, _, record in p.held]
+            records = [c.record for c in p.chunks] + [held.record.offset for held in p.order.held]
             offsets[str(number)] = min([p.next_offset, *records])
         return Cursor(self.positions().to_json(), offsets, self._lake_version, self._stored_taken)
 
@@ -299,7 +298,7 @@ class Source:
         for number, partition in self._partitions.items():
             at = state.positions.at(number)
             following = max(partition.next_offset, state.next_offsets.get(number, partition.next_offset))
-            self._partitions[number] = _Partition(at, at, following)
+            self._partitions[number] = _Partition(at, SampleOrder(at), following)
         self._stored, self._stored_taken, self._lake_version = None, 0, -1
         self._lake.let_go(self._holder)
         self._assigned = False
@@ -308,41 +307,31 @@ class Source:
         if record.value is None:
             return
         partition = self._partitions[record.partition]
-        after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
-        if last <= partition.read:
-            return
-        if after > partition.read:
+        order = partition.order
+        following = order.offer(record)
+        if following is None:
             self._metrics.add("gap_total")
+            after, read = parse_position(record.headers["after"]), tuple(order.position)
             logger.warning(
                 "gap: %s/%d offset %d begins after %s and only %s was read; it waits",
-                *(record.topic, record.partition, record.offset, tuple(after), tuple(partition.read)),
+                *(record.topic, record.partition, record.offset, tuple(after), read),
             )
-            partition.held.append((after, last, record))
-            if len(partition.held) > HELD_MAX:
+            if len(order.held) > HELD_MAX:
                 raise InvariantBroken(
-                    f"{len(partition.held)} records of {record.topic}/{record.partition} wait for samples after "
-                    f"{tuple(partition.read)} that never came. Keep the topic; `headrace ledger` shows what is missing."
+                    f"{len(order.held)} records of {record.topic}/{record.partition} wait for samples after "
+                    f"{read} that never came. Keep the topic; `headrace ledger` shows what is missing."
                 )
             return
-        self._buffer(partition, record, last)
-        while True:
-            fitting = next((h for h in partition.held if h[0] <= partition.read), None)
-            if fitting is None:
-                return
-            partition.held.remove(fitting)
-            if fitting[1] > partition.read:
-                self._buffer(partition, fitting[2], fitting[1])
+        for each in following:
+            self._buffer(partition, each)
 
-    def _buffer(self, partition: _Partition, record: Record, last: Position) -> None:
-        rows = decode_batch(record.value or b"", self._schema)
+    def _buffer(self, partition: _Partition, each: Next) -> None:
+        rows = each.new_rows(decode_batch(each.record.value or b"", self._schema))
+        ours = pc.is_in(rows["task"], value_set=pa.array(self._project.recipe.heads))
+        if not pc.all(ours).as_py():
+            rows = rows.filter(ours)
         order_N = orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
-        keep_N = order_N > order_of(partition.read)
-        heads = pa.array(self._project.recipe.heads)
-        keep_N &= pc.is_in(rows["task"], value_set=heads).to_numpy(zero_copy_only=False)
-        if not keep_N.all():
-            rows, order_N = rows.filter(pa.array(keep_N)), order_N[keep_N]
-        partition.chunks.append(_Chunk(rows, order_N, record.offset, last))
-        partition.read = last
+        partition.chunks.append(_Chunk(rows, order_N, each.record.offset, each.last))
 
     def _take_live(self, wanted: StepRange) -> pa.Table:
         partition, upto = self._partitions[wanted.partition], Position(*wanted.upto)

@@ -39,7 +39,7 @@ from headrace.contract.formats.events import (
     decode_punctuation,
 )
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.log import Reader
+from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.project import Project
 from headrace.deploy.local import probe
 from headrace.deploy.local.chaos.crawl_account import CrawlAccount
@@ -49,7 +49,6 @@ from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.stack import ALSO, STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger.ledger import Ledger, draw_gateways
-from headrace.replay.ledger.scan import read_all
 from headrace.replay.ledger.settled import SettledCounts
 
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -291,7 +290,7 @@ def count(reader: Reader, topics: Topics, project: Project, load: Emitted, accou
     ids: set[tuple[int, str, str]] = set()
     said: list[Punctuation] = []
     rows = 0
-    for record in read_all(reader, topics.events):
+    for record in read_range(reader, topics.events):
         kind = record.headers.get("kind", "")
         if record.value is not None and kind == PUNCTUATION:
             said.append(decode_punctuation(record.value))
@@ -305,7 +304,7 @@ def count(reader: Reader, topics: Topics, project: Project, load: Emitted, accou
                 else:
                     ids.add((record.partition, kind, event_id))
                     found[kind, request] += 1
-    letters = [decode_dead_letter(r.value) for r in read_all(reader, topics.dead_letters) if r.value is not None]
+    letters = [decode_dead_letter(r.value) for r in read_range(reader, topics.dead_letters) if r.value is not None]
     ledger = Ledger()
     tags = {project.impression.tag, *(feedback.tag for feedback in project.feedback)}
     draw_gateways(ledger, rows, sum(letter.tag in tags for letter in letters), said)

@@ -210,12 +210,21 @@ class KafkaReader:
                 self._on_error(message)
         return records
 
+    def position(self, topic: str, partition: int) -> int:
+        """Return the offset that the partition is read to. librdkafka moves it past markers of transactions, and with
+        them past aborted records, while `poll` waits for a record behind them."""
+        reached = self._consumer.position([ck.TopicPartition(topic, partition)])[0].offset
+        # Before the first record it is a negative code, and after an assignment it begins anew.
+        self._next[topic, partition] = max(self._next[topic, partition], reached)
+        return self._next[topic, partition]
+
     def begin_offsets(self, topic: str) -> dict[int, int]:
         """Return the first kept offset of each partition."""
         return {p: self._watermarks(topic, p)[0] for p in self._partitions(topic)}
 
     def end_offsets(self, topic: str) -> dict[int, int]:
-        """Return, a partition, the offset that the next record will get."""
+        """Return, a partition, the last stable offset, since the client reads committed records only: the offset that
+        the next record will get, or that of the first record of the oldest open transaction."""
         return {p: self._watermarks(topic, p)[1] for p in self._partitions(topic)}
 
     def close(self) -> None:

@@ -11,6 +11,10 @@ from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded
 from headrace.contract.interfaces.log import Delivered, Record, TopicSpec
 
 
+class _Marker(Record, frozen=True):
+    """An offset without a record that a reader may see."""
+
+
 class MemoryLog:
     """Topics as lists of records. Thread-safe; hand it to any number of producers, readers and admins."""
 
@@ -37,6 +41,14 @@ class MemoryLog:
             records.append(Record(topic, partition, offset, key, value, dict(headers), self.now_ms()))
             self.changed.notify_all()
             return offset
+
+    def mark(self, topic: str, partition: int) -> None:
+        """Take an offset that no reader sees, as the marker of a transaction and an aborted record do."""
+        with self.changed:
+            records = self.partitions(topic)[partition]
+            offset = self.begins[topic, partition] + len(records)
+            records.append(_Marker(topic, partition, offset, None, None, {}, self.now_ms()))
+            self.changed.notify_all()
 
     def trim(self, topic: str, partition: int, begin: int) -> None:
         """Delete what lies before offset `begin`, as retention does."""
@@ -124,6 +136,10 @@ class MemoryReader:
                 taken = self._take(records_max)
             return taken
 
+    def position(self, topic: str, partition: int) -> int:
+        """Return the offset that the partition is read to."""
+        return self._next[topic, partition]
+
     def begin_offsets(self, topic: str) -> dict[int, int]:
         """Return the first kept offset of each partition."""
         with self._log.changed:
@@ -154,7 +170,7 @@ class MemoryReader:
                 )
             start = following - begin
             some = records[start : start + records_max - len(taken)]
-            taken.extend(some)
+            taken.extend(record for record in some if not isinstance(record, _Marker))
             self._next[topic, partition] = following + len(some)
         return taken
 

@@ -34,6 +34,7 @@ from headrace.cli.tools.ledger import take_stock
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.chaos import breaking as chaos
 from headrace.deploy.local.chaos import crawl_account as chaos_crawl
@@ -42,7 +43,6 @@ from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.probe import http_get
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger.ledger import Ledger
-from headrace.replay.ledger.scan import read_all
 from headrace.replay.ledger.settled import SettledCounts, check_settled
 
 HELP = "kill processes at random under load, then account for every event"
@@ -193,7 +193,7 @@ def _settled(layout: Layout, project: Project, config: Config, say: chaos.Say) -
     say("counting every aggregate again")
     reader = KafkaReader(layout.brokers)
     now_ms = time.time_ns() // 1_000_000
-    events = read_all(reader, Topics(config.log.generation).events)
+    events = read_range(reader, Topics(config.log.generation).events)
     counts = check_settled(project, config, events, upto_ms=now_ms - VALUES_ON_THEIR_WAY_MS)
     reader.close()
     return counts
@@ -247,7 +247,7 @@ class _Crawled:
     def count(self, layout: Layout, config: Config, account: chaos_crawl.CrawlAccount) -> None:
         """Fill the account from log, `features`, lake and stored bodies, and say whether it closes."""
         topics, reader = Topics(config.log.generation), KafkaReader(layout.brokers)
-        events, features = read_all(reader, topics.events), read_all(reader, topics.features)
+        events, features = read_range(reader, topics.events), read_range(reader, topics.features)
         versions = chaos_crawl.count(self.site, events, features, config.log.partitions, account)
         reader.close()
         lake, crawls = _lake(layout, config), list(self.site.crawls.values())

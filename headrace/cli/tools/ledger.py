@@ -20,12 +20,12 @@ from headrace.contract.formats.dead_letters import decode_dead_letter, decode_re
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.steps import decode_step
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.log import Reader
+from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.project import Project
 from headrace.ingest.dead_letters.view import Letter, superseded
 from headrace.replay.ledger.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw, stored_by_log
 from headrace.replay.ledger.rejoin import rejoin
-from headrace.replay.ledger.scan import read_all, sample_keys
+from headrace.replay.ledger.scan import sample_keys
 from headrace.stream.rule_changes import first_rules
 from headrace.trainer.source.source import stored_order
 
@@ -67,16 +67,16 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
     """
-    steps = [decode_step(r.value) for r in read_all(reader, topics.steps, marked=True) if r.value is not None]
+    steps = [decode_step(r.value) for r in read_range(reader, topics.steps) if r.value is not None]
     state = lake.state()
     stored = lake.read(state.version, KEYS.names).cast(KEYS) if state is not None else KEYS.empty_table()
-    topic = sample_keys(read_all(reader, topics.samples))
-    marks = [decode_retry_mark(r.value) for r in read_all(reader, topics.retries, marked=True) if r.value is not None]
-    began = first_rules(project, list(read_all(reader, topics.rules, marked=True)))
-    expected, punctuations = rejoin(began, config, read_all(reader, topics.events))
+    topic = sample_keys(read_range(reader, topics.samples))
+    marks = [decode_retry_mark(r.value) for r in read_range(reader, topics.retries) if r.value is not None]
+    began = first_rules(project, list(read_range(reader, topics.rules)))
+    expected, punctuations = rejoin(began, config, read_range(reader, topics.events))
     letters = [
         Letter(r.offset, decode_dead_letter(r.value))
-        for r in read_all(reader, topics.dead_letters)
+        for r in read_range(reader, topics.dead_letters)
         if r.value is not None
     ]
     reader.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
+
+from headrace.contract.errors import Unavailable
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -71,11 +73,16 @@ class Reader(Protocol):
         by retention (reading on would skip events in silence).
         """
 
+    def position(self, topic: str, partition: int) -> int:
+        """Return the offset that an assigned partition is read to: every record below it that a reader may see was
+        returned. It moves past offsets without such a record too, in a `poll` that waits for the next one."""
+
     def begin_offsets(self, topic: str) -> dict[int, int]:
         """Return the first kept offset of each partition."""
 
     def end_offsets(self, topic: str) -> dict[int, int]:
-        """Return, a partition, the offset that the next record will get."""
+        """Return, a partition, the offset that a reader can read up to now: the one that the next record will get, or
+        that of the first record of the oldest open transaction."""
 
     def close(self) -> None:
         """Let go."""
@@ -88,18 +95,64 @@ class Admin(Protocol):
         """Create what is missing; raise `ConfigRejected` where a topic exists with another partition count."""
 
 
-def read_topic(reader: Reader, topic: str, *, key: bytes | None = None, silent_s: float = 1.0) -> list[bytes]:
-    """Return the values of a topic of one partition up to its present end, in order, of one key where one is given.
+SILENT_S = 10.0
+"""How long `read_range` waits for the next record: a broker that restarts takes 2 to 5 s."""
+_POLL_RECORDS, _POLL_S = 2_000, 0.1
 
-    Markers of transactions take offsets too, so the end is also where nothing comes for `silent_s`.
+
+def read_range(
+    reader: Reader,
+    topic: str,
+    *,
+    begins: Mapping[int, int] | None = None,
+    ends: Mapping[int, int] | None = None,
+    latest_ms: int | None = None,
+    silent_s: float = SILENT_S,
+) -> Iterator[Record]:
+    """Yield a topic's records from `begins` to below `ends`, in order within a partition.
+
+    It ends when the reader's position has reached every end, for offsets may belong to no record that a reader sees:
+    transactions write markers, and leave aborted records behind. Silence is never taken for the end.
+
+    Args:
+        begins: the first offset to read, by partition; the first kept offset where none is given.
+        ends: the offset to stop before, by partition, for the partitions to read; by default, for all partitions, the
+            present ends.
+        latest_ms: a partition also ends before its first record of a later timestamp.
+        silent_s: how long nothing may come before an end.
+
+    Raises:
+        Unavailable: when nothing came for `silent_s` before an end, or no broker answers. Read again later.
+        InvariantBroken: when a first offset was deleted by retention.
     """
-    at, end = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
-    reader.assign({(topic, 0): at})
-    values: list[bytes] = []
-    while at < end:
-        records = reader.poll(1_000, silent_s)
-        if not records:
-            break
-        at = records[-1].offset + 1
-        values += [r.value for r in records if r.value is not None and r.offset < end and key in (None, r.key)]
-    return values
+    ends = reader.end_offsets(topic) if ends is None else ends
+    begins = reader.begin_offsets(topic) | dict(begins or {})
+    left = {p: end for p, end in ends.items() if begins[p] < end}
+    if not left:
+        return
+    reader.assign({(topic, p): begins[p] for p in left})
+    positions, quiet_s = {p: begins[p] for p in left}, 0.0
+    while left:
+        records = reader.poll(_POLL_RECORDS, _POLL_S)
+        for record in records:
+            if record.offset >= left.get(record.partition, 0):
+                continue
+            if latest_ms is not None and record.timestamp_ms > latest_ms:
+                del left[record.partition]
+                continue
+            yield record
+        reached = {p: reader.position(topic, p) for p in left}
+        if any(reached[p] > positions[p] for p in left):
+            quiet_s = 0.0
+        elif records:
+            # Only partitions that are read to their end move on: they must not hide that the others stand still.
+            reader.assign({(topic, p): reached[p] for p in left})
+        else:
+            quiet_s += _POLL_S
+        positions, left = reached, {p: end for p, end in left.items() if reached[p] < end}
+        if left and quiet_s >= silent_s:
+            raise Unavailable(
+                f"{topic}: nothing came for {silent_s:g} s and the end is not reached, in partition "
+                + ", ".join(f"{p} at offset {positions[p]} of {end}" for p, end in left.items())
+                + ". `headrace status` shows the broker; read again when it answers."
+            )

@@ -53,7 +53,7 @@ def test_a_record_beyond_a_gap_is_left_out_and_named(caplog):
         assert metrics.total("gap_total") == 1
         (said,) = caplog.messages
         assert f"samples/0 offset {third.offset} begins after" in said
-        assert str(sink.positions[0]) in said
+        assert str(sink.orders[0].position) in said
         await take(second, third, fourth)
 
     asyncio.run(run())
