@@ -6,7 +6,8 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from headrace.cli.runtime import add_common, open_runtime, stop_event
+from headrace.cli.consumer import open_consumer
+from headrace.cli.runtime import add_common
 from headrace.cli.stages.lake_schedule import Schedule
 from headrace.contract.errors import Unavailable
 
@@ -25,32 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.stream.sink.stage import run
+    from headrace.stream.sink.stage import SinkStage
 
-    runtime = open_runtime(args)
-    stop = stop_event()
-    metrics = runtime.metrics("sink")
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
-    lake = runtime.lake()
-    _settle(lake)
-    schedule = Schedule(runtime, metrics, stop)
-    schedule.start()
-    try:
-        return run(
-            runtime.config,
-            runtime.topics,
-            runtime.brokers,
-            lake,
-            metrics,
-            runtime.clock,
-            runtime.home / "faust" / "sink",
-            stop,
-            metrics.ready,
-        )
-    finally:
-        stop.set()
-        schedule.join(5.0)
-        metrics.close()
+    with open_consumer(args, "sink") as consumer:
+        runtime, stop = consumer.runtime, consumer.stop
+        consumer.create_topics()
+        lake = runtime.lake()
+        _settle(lake)
+        schedule = Schedule(runtime, consumer.metrics, stop)
+        schedule.start()
+        try:
+            return consumer.run(SinkStage(runtime.config, lake, consumer.metrics, runtime.clock))
+        finally:
+            stop.set()
+            schedule.join(5.0)
 
 
 def _settle(lake: DeltaLake) -> None:
