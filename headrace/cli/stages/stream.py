@@ -20,13 +20,13 @@ def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
     from headrace.backends.spill_file import FileSpill
     from headrace.contract.rules import rules_of
+    from headrace.stream.shell.compile_join import compile_join
     from headrace.stream.shell.join_stage import StreamStage
-    from headrace.stream.shell.warm import warm
 
     with open_consumer(args, "stream") as consumer:
         runtime = consumer.runtime
         consumer.metrics.ready(False, "compiling the join, once on this machine")
-        warm(runtime.project, runtime.config.join)
+        compile_join(runtime.project, runtime.config.join)
         deps = consumer.dependencies()
         spill = FileSpill(runtime.home / "faust" / f"spill-{os.getpid()}")
         try:
