@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli.rules import begin_rules
+from headrace.cli.rules_topic import rules_topic
 from headrace.cli.runtime import Runtime, open_runtime, stop_event
 from headrace.contract.metrics import Stage
 
@@ -34,11 +35,15 @@ class Consumer:
 
     def dependencies(self) -> StageDependencies:
         """Return what the join and the aggregator depend on, with the rules that the log begins with."""
+        from headrace.stream.rule_changes import begin_rules
         from headrace.stream.shell.dependencies import StageDependencies
 
         self.create_topics()
+        with rules_topic(self.runtime.brokers, self.runtime.topics) as writer:
+            now_ms = self.runtime.clock.now_ms()
+            project = begin_rules(writer, self.runtime.project, now_ms=now_ms, pause=time.sleep)
         return StageDependencies(
-            project=begin_rules(self.runtime),
+            project=project,
             config=self.runtime.config,
             topics=self.runtime.topics,
             producer=self.runtime.producer(linger_ms=1.0),
