@@ -53,7 +53,7 @@ class LakeState(Protocol):
 
 
 class Lake(Protocol):
-    """Where samples are stored; rows and places in one commit."""
+    """Where samples are stored: rows, offsets and positions in one commit."""
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
