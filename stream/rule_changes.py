@@ -1,6 +1,6 @@
 """Changes of rules, written: first into the `rules` topic, then into every partition of `events`.
 
-1. Take the pen of `rules`: another one's appends fail from then on. Read it to its end.
+1. Open the fenced writer of `rules`: the appends of any other fail from then on. Read the topic to its end.
 2. If the newest change is not known to lie in every partition, write it there again and say so: this is what a crash
    in step 4 left behind, and a partition that has it already ignores it.
 3. If it is what is wanted, there is nothing to do.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.events import SPEC
 from headrace.contract.interfaces.log import Producer, Record
 from headrace.contract.project import Project
@@ -25,8 +25,10 @@ from headrace.contract.rules import (
     Change,
     Written,
     change_of,
+    check_code,
     check_growth,
     decode_entry,
+    differences,
     encode_change,
     lanes_of,
     rules_of,
@@ -34,17 +36,18 @@ from headrace.contract.rules import (
 
 log = logging.getLogger("headrace.rules")
 
-PEN = "headrace-rules"
+WRITER_ID = "headrace-rules"
+"""Transactional id of the fenced writer, but for the generation."""
 FLUSH_S = 30.0
 TURNS_MAX = 20
-"""Starts of several stages at once: each takes the pen from the one before, which then finds change 1."""
+"""Starts of several stages at once: each fences the one before, which then finds change 1."""
 
 
-class Pen(Protocol):
+class FencedWriter(Protocol):
     """A topic of one partition with one writer at a time; see `headrace.backends.log.fenced_kafka`."""
 
     def open(self) -> None:
-        """Take the pen from whoever holds it."""
+        """Fence whoever wrote before: its appends fail from now on."""
 
     def append(self, value: bytes) -> None:
         """Commit one record."""
@@ -83,9 +86,9 @@ def history_of(values: list[bytes]) -> History:
     return history
 
 
-def read_history(pen: Pen) -> History:
+def read_history(writer: FencedWriter) -> History:
     """Read the `rules` topic. Raises `Unavailable`."""
-    return history_of([value for _, value in pen.read(0)])
+    return history_of([value for _, value in writer.read(0)])
 
 
 def first_rules(project: Project, records: list[Record]) -> Project:
@@ -97,23 +100,46 @@ def first_rules(project: Project, records: list[Record]) -> Project:
     return history.changes[0].rules.over(project) if history.changes else project
 
 
-def ensure_first(pen: Pen, project: Project, *, now_ms: int, pause: Callable[[float], None]) -> History:
+def ensure_first(writer: FencedWriter, project: Project, *, now_ms: int, pause: Callable[[float], None]) -> History:
     """Return the history, whose change 1 is the project's own rules when there was none. Waits while Kafka is away."""
     for turn in range(TURNS_MAX):
         try:
-            history = read_history(pen)
+            history = read_history(writer)
             if history.changes:
                 return history
-            pen.open()
-            if not read_history(pen).changes:
-                pen.append(encode_change(change_of(project, 1, now_ms=now_ms)))
+            writer.open()
+            if not read_history(writer).changes:
+                writer.append(encode_change(change_of(project, 1, now_ms=now_ms)))
         except (Unavailable, InvariantBroken) as error:
-            # Another stage that starts at this moment has taken the pen: its change 1 is the one to read.
+            # Another stage that starts at this moment has opened the writer: its change 1 is the one to read.
             log.info("the first rules are not written yet: %s", error)
             if turn == TURNS_MAX - 1:
                 raise
             pause(0.2 * (turn + 1))
     raise Unavailable(f"the rules topic does not give back change 1 after {TURNS_MAX} turns.")
+
+
+def begin_rules(writer: FencedWriter, project: Project, *, now_ms: int, pause: Callable[[float], None]) -> Project:
+    """Return `project` with the rules that the log begins with; they are written where there are none.
+
+    Raises `ConfigRejected` when `project` has another partition key, or a function of the user's in other code than
+    when the newest change was applied. Waits while Kafka is away.
+    """
+    history = ensure_first(writer, project, now_ms=now_ms, pause=pause)
+    first = history.changes[0].rules
+    if first.key != project.impression.key:
+        raise ConfigRejected(
+            f"the project's partition key is {project.impression.key!r} and the log's is {first.key!r}: raise "
+            "log.generation to begin anew."
+        )
+    check_code(history.changes[-1])
+    return first.over(project)
+
+
+def unapplied(writer: FencedWriter, project: Project) -> list[str]:
+    """Return what the project on disk would change of the rules in force, a line each."""
+    newest = read_history(writer).newest
+    return [] if newest is None else differences(newest.rules, rules_of(project))
 
 
 @dataclass
@@ -128,7 +154,14 @@ class Applied:
 
 
 def apply(
-    pen: Pen, producer: Producer, topic: str, partitions: int, project: Project, *, now_ms: int, dry: bool = False
+    writer: FencedWriter,
+    producer: Producer,
+    topic: str,
+    partitions: int,
+    project: Project,
+    *,
+    now_ms: int,
+    dry: bool = False,
 ) -> Applied:
     """Put the project's rules in force in every partition of `topic`; see the module for the protocol.
 
@@ -140,21 +173,21 @@ def apply(
         Unavailable: when Kafka does not answer: apply again, which repairs what was begun.
     """
     if not dry:
-        pen.open()
-    history = read_history(pen)
+        writer.open()
+    history = read_history(writer)
     is_repaired = not history.is_whole
     if is_repaired and not dry:
-        _write(pen, producer, topic, partitions, history, history.changes[-1])
+        _write(writer, producer, topic, partitions, history, history.changes[-1])
     newest = history.newest
     change = change_of(project, newest.number + 1 if newest else 1, now_ms=now_ms)
     if newest is not None and newest.rules == change.rules:
         return Applied(history, is_repaired)
     check_follows(history, project)
     if not dry:
-        pen.append(encode_change(change))
+        writer.append(encode_change(change))
         history.changes.append(change)
         if newest is not None:
-            _write(pen, producer, topic, partitions, history, change)
+            _write(writer, producer, topic, partitions, history, change)
     return Applied(history, is_repaired, is_new=True)
 
 
@@ -168,7 +201,9 @@ def check_follows(history: History, project: Project) -> None:
         check_growth(change.rules, wanted, lanes)
 
 
-def _write(pen: Pen, producer: Producer, topic: str, partitions: int, history: History, change: Change) -> None:
+def _write(
+    writer: FencedWriter, producer: Producer, topic: str, partitions: int, history: History, change: Change
+) -> None:
     offsets: dict[str, int] = {}
     failures: list[Exception] = []
 
@@ -188,5 +223,5 @@ def _write(pen: Pen, producer: Producer, topic: str, partitions: int, history: H
             f"change {change.number} has receipts of {len(offsets) - len(failures)} of {partitions} partitions after "
             f"{FLUSH_S:g} s {failures[:1] or ''}; apply it again: partitions that have it ignore a second one."
         )
-    pen.append(encode_change(Written(number=change.number, offsets=offsets)))
+    writer.append(encode_change(Written(number=change.number, offsets=offsets)))
     history.written[change.number] = offsets

@@ -1,7 +1,7 @@
-"""Batches that lie in files until they are asked for: memory that may be dropped, made anew from the log.
+"""Batches in files until they are asked for, in place of memory. After a crash they are made anew from the log.
 
-Each batch is an Arrow file, mapped into memory: what is read of it comes from the disk or from its cache, and costs the
-process nothing while it is not read.
+Each batch is an Arrow file that is mapped into memory. What is read of it comes from the disk or the disk's cache.
+While it is not read, it costs the process nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from headrace.contract.errors import Unavailable
 
 
 class FileSpill:
-    """Batches below `folder`, which is emptied first: what a process spilled is of no use to the next one."""
+    """Batches below `folder`, which is emptied first: the next process has no use for what this one spilled."""
 
     def __init__(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
@@ -55,7 +53,7 @@ class LakeState(Protocol):
 
 
 class Lake(Protocol):
-    """Where samples are stored; rows and places in one commit."""
+    """Where samples are stored: rows, offsets and positions in one commit."""
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
@@ -69,9 +67,12 @@ class Lake(Protocol):
 class SinkStage:
     """The shell around the lake; see the module for the protocol."""
 
+    name = "sink"
+
     def __init__(self, config: Config, lake: Lake, metrics: Metrics, clock: Clock) -> None:
         self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
         topics = Topics(config.log.generation)
+        self.topic = topics.samples
         self.kept_ms = next(t.retention_ms for t in topics.specs(1) if t.name == topics.samples)
         self.engine: Engine | None = None
         self.orders: dict[int, SampleOrder] = {}
@@ -231,21 +232,3 @@ def _patiently(ask: Callable[[], LakeState | None], clock: Clock) -> LakeState |
                 raise
             clock.sleep(wait_s)
             wait_s = min(5.0, wait_s * 2)
-
-
-def run(
-    config: Config,
-    topics: Topics,
-    brokers: str,
-    lake: Lake,
-    metrics: Metrics,
-    clock: Clock,
-    datadir: Path,
-    stop: threading.Event,
-    ready: Callable[[bool, str], None],
-) -> int:
-    """Store samples until `stop`; return the exit status."""
-    stage = SinkStage(config, lake, metrics, clock)
-    name = f"headrace-sink-g{topics.generation}"
-    stage.engine = Engine(name, brokers, topics.samples, config.log.partitions, datadir)
-    return stage.engine.run(stage, stop, ready)

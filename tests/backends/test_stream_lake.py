@@ -305,7 +305,7 @@ def test_time_travel_by_version_and_by_time(new_lake: NewLake):
     fill(lake, 1, first=1)
     assert lake.open(between).version() == 0
     assert lake.open(parse_at(between.isoformat())).version() == 0
-    assert [entry["version"] for entry in Upkeep(lake).history()] == [1, 0]
+    assert [entry.version for entry in Upkeep(lake).history()] == [1, 0]
     with pytest.raises(Unavailable, match="opened at 9"):
         lake.state(9)
     with pytest.raises(ConfigRejected, match="is no time"):

@@ -13,6 +13,7 @@ import pytest
 from stream_world import Stage, World
 
 from headrace.stream.join import state as states
+from headrace.stream.shell.durable_state import DurableState
 
 
 def survives(seed: int, stage_type: type[Stage] = Stage) -> bool:
@@ -39,11 +40,17 @@ def test_each_sample_comes_out_once_whatever_dies(block, monkeypatch):
         assert survives(seed), f"seed {seed}"
 
 
+class StoresFirst(DurableState):
+    """Stores before it delivers: step 3 comes before step 2."""
+
+    async def _await_receipts(self, sent):
+        return
+
+
 class CommitsBeforeTheEffect(Stage):
     """Stores a state before its samples were delivered."""
 
-    async def _store(self, partition, part, sent, snapshot):
-        await super()._store(partition, part, 0, snapshot)
+    durable_state = StoresFirst
 
 
 class OffByOne(Stage):
@@ -58,8 +65,8 @@ class WallClock(Stage):
     """Lets the time of processing into the data: windows close by it."""
 
     async def take_all(self, records):
-        join = self.parts[records[0].partition].state
-        join.watermark.time_ms = max(join.watermark.time_ms, 10_000 + self.clock.now_ms())
+        join = self.partitions[records[0].partition].state
+        join.watermark.time_ms = max(join.watermark.time_ms, 10_000 + self.deps.clock.now_ms())
         await super().take_all(records)
 
 

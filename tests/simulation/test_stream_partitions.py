@@ -31,6 +31,8 @@ from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState
+from headrace.stream.shell.dependencies import StageDependencies
+from headrace.stream.shell.durable_state import DurableState
 from headrace.stream.shell.join_stage import StreamStage
 
 PARTITIONS, IDLE, ROWS, GRID_MS = 3, 2, 90, 100
@@ -107,11 +109,15 @@ class Worker:
 
     def kill(self) -> None:
         """Take everything that was not delivered along."""
-        tasks = [getattr(self.stage, "_storing", None)]
-        tasks += [part.storing for part in getattr(self.stage, "parts", {}).values()]
-        for task in tasks:
-            if task is not None:
-                task.cancel()
+        for durable in durable_states(self.stage):
+            durable.cancel()
+
+
+def durable_states(stage: StreamStage | AggregateStage) -> list[DurableState]:
+    """Return the states that the stage stores."""
+    if isinstance(stage, AggregateStage):
+        return [stage.durable]
+    return [partition.durable for partition in stage.partitions.values()]
 
 
 class World:
@@ -131,17 +137,29 @@ class World:
 
     def worker(self) -> Worker:
         """Start a stream worker."""
-        producer = LaggingProducer(self.log, self.random)
-        stage = self.stream(PROJECT, CONFIG, TOPICS, producer, self.blobs, MemoryMetrics(), self.clock)
-        return Worker(self, stage, producer)
+        deps, producer = self.dependencies()
+        return Worker(self, self.stream(deps), producer)
 
     def counting(self) -> Worker:
         """Start an aggregator, which owns all partitions."""
-        producer = LaggingProducer(self.log, self.random)
-        stage = self.aggregate(PROJECT, CONFIG, TOPICS, producer, self.blobs, MemoryMetrics(), self.clock)
-        worker = Worker(self, stage, producer)
+        deps, producer = self.dependencies()
+        worker = Worker(self, self.aggregate(deps), producer)
         worker.owned = set(range(PARTITIONS))
         return worker
+
+    def dependencies(self) -> tuple[StageDependencies, LaggingProducer]:
+        """Return what a new process depends on, and its producer."""
+        producer = LaggingProducer(self.log, self.random)
+        deps = StageDependencies(
+            project=PROJECT,
+            config=CONFIG,
+            topics=TOPICS,
+            producer=producer,
+            blobs=self.blobs,
+            metrics=MemoryMetrics(),
+            clock=self.clock,
+        )
+        return deps, producer
 
     def events(self, partition: int) -> list[Record]:
         """Return the partition's log so far."""
@@ -310,8 +328,8 @@ class OneClockForAll(StreamStage):
     """Takes the time of the partition that is furthest for everyone's: it depends on how partitions take turns."""
 
     async def take_all(self, records):
-        newest = max(part.state.watermark.time_ms for part in self.parts.values())
-        self.parts[records[0].partition].state.watermark.time_ms = newest
+        newest = max(partition.state.watermark.time_ms for partition in self.partitions.values())
+        self.partitions[records[0].partition].state.watermark.time_ms = newest
         await super().take_all(records)
 
 
@@ -323,11 +341,17 @@ class OffByOne(StreamStage):
         return following if following is None else following + 1
 
 
-class StoresFirst(AggregateStage):
+class StoresFirst(DurableState):
+    """Stores before it delivers: step 3 comes before step 2."""
+
+    async def _await_receipts(self, sent):
+        return
+
+
+class CommitsBeforeTheEffect(AggregateStage):
     """Stores its state before its values were delivered."""
 
-    async def _store(self, offsets, sent, data):
-        await super()._store(offsets, 0, data)
+    durable_state = StoresFirst
 
 
 class EagerState(AggregatorState):
@@ -366,7 +390,7 @@ class ForgetsARecord(AggregateStage):
     [
         (OneClockForAll, AggregateStage),
         (OffByOne, AggregateStage),
-        (StreamStage, StoresFirst),
+        (StreamStage, CommitsBeforeTheEffect),
         (StreamStage, SettlesTooEarly),
         (StreamStage, ForgetsARecord),
     ],

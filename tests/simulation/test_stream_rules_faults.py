@@ -31,8 +31,8 @@ class AnyDisk(Stage):
 
     disk = Random(0)
 
-    def __init__(self, project, *args, **kwargs) -> None:
-        super().__init__(project, *args, **kwargs, declared=rules_of(self.disk.choice(PROJECTS)))
+    def __init__(self, deps) -> None:
+        super().__init__(deps, declared=rules_of(self.disk.choice(PROJECTS)))
 
 
 class Changing(World):
@@ -102,7 +102,7 @@ class RulesFromDisk(AnyDisk):
 
     async def begin(self, partition):
         following = await super().begin(partition)
-        state = self.parts[partition].state
+        state = self.partitions[partition].state
         if following is not None:
             state.begin_era(state.era.number, self.declared, first=state.era.pending.following)
         return following
@@ -112,7 +112,7 @@ class WaitingUnderNewRules(AnyDisk):
     """Labels what waits by the rules that came after it."""
 
     async def take_all(self, records):
-        join = self.parts[records[0].partition].state
+        join = self.partitions[records[0].partition].state
         await super().take_all(records)
         for era in join.eras[:-1]:
             width = len(era.windows_T)
@@ -124,7 +124,7 @@ class ForgetsOldRules(AnyDisk):
 
     async def begin(self, partition):
         following = await super().begin(partition)
-        state = self.parts[partition].state
+        state = self.partitions[partition].state
         del state.eras[:-1]
         return following
 

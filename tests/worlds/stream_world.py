@@ -20,6 +20,8 @@ from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.stream.join.join import JoinState
+from headrace.stream.shell.dependencies import StageDependencies
+from headrace.stream.shell.durable_state import StateStore
 from headrace.stream.shell.join_stage import StreamStage
 
 JOIN = JoinConfig(early_feedback_ms=400, resolved_ms=1_600, repeat_horizon_ms=3_200, snapshot_ms=100)
@@ -61,12 +63,20 @@ class LaggingProducer:
             delivered(None, self.log.append(*record))
 
 
-class Stage(StreamStage):
-    """The stage, whose store answers at once or a turn of the loop later."""
+class QuickStore(StateStore):
+    """A store that answers a turn of the loop later, without a thread: a seed says all that happens."""
 
-    async def _blob(self, work):
+    async def run(self, work):
         await asyncio.sleep(0)
         return work()
+
+
+class Stage(StreamStage):
+    """The stage, whose store answers a turn of the loop later."""
+
+    def __init__(self, deps: StageDependencies, **kwargs: Any) -> None:
+        super().__init__(deps, **kwargs)
+        self._store = QuickStore(deps.blobs)
 
 
 class Worker:
@@ -76,8 +86,16 @@ class Worker:
         self.world = world
         self.producer = LaggingProducer(world.log, world.random)
         self.stage = stage_type(
-            PROJECT, CONFIG, Topics(), self.producer, world.blobs, MemoryMetrics(), world.clock
-        )  # fmt: skip
+            StageDependencies(
+                project=PROJECT,
+                config=CONFIG,
+                topics=Topics(),
+                producer=self.producer,
+                blobs=world.blobs,
+                metrics=MemoryMetrics(),
+                clock=world.clock,
+            )
+        )
         self.next: int | None = None
 
     async def step(self) -> None:
@@ -98,9 +116,8 @@ class Worker:
 
     def kill(self) -> None:
         """Take everything that was not delivered along."""
-        for part in self.stage.parts.values():
-            if part.storing is not None:
-                part.storing.cancel()
+        for partition in self.stage.partitions.values():
+            partition.durable.cancel()
 
 
 class World:

@@ -5,26 +5,32 @@ One commit holds the files, and, as Delta application transactions, where each p
 | application id | version |
 |---|---|
 | `samples-g<generation>-p<partition>` | the `samples` offset to go on from |
-| `position-g<generation>-p<partition>` | the last position in the lake, offset * 2**22 + rank |
+| `order-g<generation>-p<partition>` | the last position in the lake, as one number (`order_of`) |
+| `position-g<generation>-p<partition>` | the same in lakes of before: offset * 2**22 + rank |
 | `retained` | hours since 1970 before which retention has dropped rows |
 
 Transactions survive compaction and the checkpoints of Delta's own log, so a writer that restarts asks the table alone.
 
-A commit goes: 1. read the newest version, 2. refuse rows and offsets that it already holds (another writer was here),
-3. write the files, an hour of event time its own, side by side, 4. write the log's entry, which only one writer of a
-version can, 5. on a POSIX path, wait until files and entry are on the disk. Where somebody was first in 4, delta-rs
-looks at what they did: a compaction, a vacuum or another partition's commit is stepped over; one that moved a partition
-of ours ends the commit with nothing done.
+A commit:
 
-A table that this module makes is partitioned by `event_date` (UTC) and `event_hour`. One that is there without them
-stays as it is: readable and written to, its hours not apart, so retention leaves it alone; a new `log.generation`
-beside a new store begins a partitioned one.
+1. Read the newest version.
+2. Refuse rows and offsets that it already holds: another writer has stored them.
+3. Write the files, one or more for each hour of event time, side by side.
+4. Write the log's entry, which only one writer of a version can. Where another one was first, delta-rs looks at what it
+   did: it steps over a compaction, a vacuum or another partition's commit. A commit that moved one of our partitions
+   ends ours with nothing done.
+5. On a POSIX path, wait until files and entry are on the disk.
+
+A table that this module makes is partitioned by `event_date` (UTC) and `event_hour`. A table that was made without them
+stays as it is: it is read and written, and retention leaves it alone, since its hours do not lie apart. A new
+`log.generation` beside a new store begins a partitioned one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -39,7 +45,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
-from headrace.backends.lake.durable import make_durable
+from headrace.backends.lake.fsync import make_durable
 from headrace.backends.lake.leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
@@ -95,7 +101,7 @@ class DeltaLake:
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
     ) -> int:
-        """Commit rows and the places that they lead to, all or nothing; return the new version.
+        """Commit rows, offsets and positions, all or nothing; return the new version.
 
         Raises `Unavailable` when the store does not answer or another writer was first: ask `state` and go on from
         there, since the commit may have happened all the same.
@@ -153,7 +159,7 @@ class DeltaLake:
     ) -> pa.Table:
         """Return that version's rows (the newest one's by default), of one UTC day where told, in any order.
 
-        A version whose files were vacuumed is told from the newest one by the positions it holds. Raises
+        Where its files were vacuumed, its rows are found in the newest version by the positions that it holds. Raises
         `InvariantBroken` where retention has dropped rows of it or a file is damaged, `Unavailable` where it can't be
         read, `ConfigRejected` for a column that it does not have.
         """
@@ -213,8 +219,17 @@ class DeltaLake:
         except Unavailable as error:
             logger.warning("the lease of %s was not given back and ends by itself: %s", holder, error)
 
+    @contextmanager
+    def leased(self, version: int, holder: str) -> Iterator[None]:
+        """Hold a version's lease while the block runs. Raises `Unavailable`."""
+        self.hold(version, holder)
+        try:
+            yield
+        finally:
+            self.let_go(holder)
+
     def settle(self) -> bool:
-        """Give a table that is there the settings of `[lake]`; True when it changed.
+        """Give an existing table the settings of `[lake]`; True when it changed.
 
         A writer that commits at this moment is refused once and goes on, so this is called at a start.
         """

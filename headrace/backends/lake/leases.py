@@ -1,8 +1,8 @@
 """Leases: which versions of the lake readers still need, as small blobs that expire.
 
-A reader takes a lease under its own name before it reads and gives it back when done; one that was killed leaves a
-lease that ends by itself. Vacuum keeps the files of every leased version. A lease also remembers what the version
-held, so that its rows can be told from later ones when Delta's log no longer has the version's entry.
+A reader takes a lease under its own name before it reads, and gives it back when it is done. A reader that was killed
+leaves a lease that ends by itself. Vacuum keeps the files of every leased version. A lease also remembers what the
+version held, so that its rows can be told from later ones when Delta's log no longer has the version's entry.
 """
 
 from __future__ import annotations

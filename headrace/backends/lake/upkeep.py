@@ -1,4 +1,4 @@
-"""What keeps the lake small and quick: compaction, retention, vacuum; beside writers and readers, never in their way.
+"""Keeps the lake small and quick, beside writers and readers: compaction, retention and vacuum.
 
 - **Compaction** writes the small files of one hour anew as one, in total order, in a commit of its own. Rows and
   positions stay as they are; a reader of an older version keeps its files.
@@ -8,11 +8,11 @@
   retention replaced, and those that a killed writer or compaction left before it committed. A file younger than
   `lake.vacuum_ms` always stays, since a writer may be about to commit it and a reader to open it.
 
-Each commit of these moves no partition's position, so a sink that commits at the same moment steps over it. Two of
-them at once are told apart by an application transaction of their own (`UPKEEP_ID`): Delta refuses the second of two
-that move it, and what that one wrote, vacuum finds. delta-rs's own `optimize` (1.6.6) is not used for this reason: it
-carries no such transaction, and two of them at once replace the same files, whose rows are then in the table twice.
-Killed anywhere, nothing is half done: run it again.
+None of these commits moves a partition's position, so a sink that commits at the same moment steps over it. Each
+carries an application transaction of its own (`UPKEEP_ID`): of two upkeeps at once Delta refuses the second, and vacuum
+finds what that one wrote. delta-rs's own `optimize` (1.6.6) is not used for this reason: it carries no such
+transaction, and two of them at once replace the same files, whose rows are then in the table twice. An upkeep that is
+killed leaves nothing half done: run it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ UPKEEP_ID = "upkeep"
 # One group a file of 190,000 rows took readers a half more CPU than groups of this size, which cost 6 % more bytes.
 ROW_GROUP_ROWS = 131_072
 
-Place = tuple[date, int] | None
+EventHour = tuple[date, int] | None
 """A date and hour; None where the table has no hours."""
 
 
@@ -67,7 +67,7 @@ class _File(NamedTuple):
     size: int
     rows: int
     written_ms: int
-    place: Place
+    hour: EventHour
 
 
 class Done(msgspec.Struct, kw_only=True):
@@ -86,7 +86,19 @@ class Done(msgspec.Struct, kw_only=True):
     kept_versions: list[int] = []
     """Versions that leases or checkpoints keep."""
     refused: int = 0
-    """Commits that another upkeep was before; the next call does their work."""
+    """Commits that were refused, since another upkeep was first; the next call does their work."""
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """One commit, as Delta's log remembers it."""
+
+    version: int
+    time_ms: int
+    operation: str
+    """`compact` or `retain`, else Delta's own word, such as WRITE."""
+    rows_added: int
+    files_added: int
+    files_removed: int
 
 
 class Upkeep:
@@ -99,11 +111,11 @@ class Upkeep:
         """Write hours that have at least `files_min` small files (`lake.compact_files`) anew. Raises `Unavailable`."""
         least = max(2, self.config.compact_files if files_min is None else files_min)
         table = self._open()
-        for place, sizes in sorted(_sizes(table).items(), key=lambda item: repr(item[0])):
+        for hour, sizes in sorted(_sizes(table).items(), key=lambda item: repr(item[0])):
             rewritten = 0
             # Files that a sink adds meanwhile are the next upkeep's.
-            while rewritten < len(sizes) and len(chosen := self._small_files(table, place)) >= least:
-                actions: list[AddAction | RemoveAction] = [self._merged(table, place, chosen)]
+            while rewritten < len(sizes) and len(chosen := self._small_files(table, hour)) >= least:
+                actions: list[AddAction | RemoveAction] = [self._merged(table, hour, chosen)]
                 actions += [_removed(path, False) for path in chosen]
                 if not self._commit(table, actions, "compact"):
                     done.refused += 1
@@ -125,12 +137,12 @@ class Upkeep:
         if not partition_columns(table):
             return
         cutoff = (now_ms - self.config.retention_ms) // HOUR_MS
-        gone = {place for place in _sizes(table) if place is not None and hour_ms(*place) // HOUR_MS < cutoff}
+        gone = {hour for hour in _sizes(table) if hour is not None and hour_ms(*hour) // HOUR_MS < cutoff}
         if not gone:
             return
-        found = [row for row in _rows(table) if row.place in gone]
+        found = [row for row in _rows(table) if row.hour in gone]
         # A late row of an hour that went long ago must not take the mark back.
-        mark = max(table.transaction_version(RETAINED_ID) or 0, *(hour_ms(*place) // HOUR_MS + 1 for place in gone))
+        mark = max(table.transaction_version(RETAINED_ID) or 0, *(hour_ms(*hour) // HOUR_MS + 1 for hour in gone))
         marks = [Transaction(RETAINED_ID, mark)]
         if not self._commit(table, [_removed(row.path, True) for row in found], "retain", marks):
             done.refused += 1
@@ -171,10 +183,10 @@ class Upkeep:
         sizes = [size for group in _sizes(table).values() for size in group]
         done.version, done.files, done.bytes = table.version(), len(sizes), sum(sizes)
 
-    def history(self, limit: int | None = None) -> list[dict[str, Any]]:
-        """Return the versions that the log knows, newest first: version, timestamp (Unix ms), operation, metrics."""
+    def history(self, limit: int | None = None) -> list[Version]:
+        """Return the versions that the log knows, newest first. Raises `Unavailable`."""
         try:
-            return list(self._open().history(limit))
+            return [_version(entry) for entry in self._open().history(limit)]
         except (DeltaError, OSError) as error:
             raise self._away("asked for its history", error) from error
 
@@ -184,17 +196,17 @@ class Upkeep:
             raise Unavailable(f"there is no lake at {self.lake.uri} yet; the sink makes it with its first commit.")
         return table
 
-    def _small_files(self, table: Any, place: Place) -> list[str]:
+    def _small_files(self, table: Any, hour: EventHour) -> list[str]:
         """Return small files of an hour, the oldest first, that fit into one of the size aimed at."""
         target, taken = self.config.target_file_bytes, 0
         chosen: list[str] = []
-        for row in sorted((r for r in _rows(table) if r.place == place), key=lambda r: (r.written_ms, r.path)):
+        for row in sorted((r for r in _rows(table) if r.hour == hour), key=lambda r: (r.written_ms, r.path)):
             if row.size < target // 2 and (not chosen or taken + row.size <= target):
                 chosen.append(row.path)
                 taken += row.size
         return chosen
 
-    def _merged(self, table: Any, place: Place, paths: list[str]) -> AddAction:
+    def _merged(self, table: Any, hour: EventHour, paths: list[str]) -> AddAction:
         """Write the rows of these files as one file, in total order; nobody sees it before its commit."""
         store = PyFileSystem(DeltaStorageHandler.from_table(table._table))
         try:
@@ -202,14 +214,14 @@ class Upkeep:
             rows = pa.concat_tables(parts, promote_options="default")
             if order := [(name, "ascending") for name in ORDER if name in rows.column_names]:
                 rows = rows.sort_by(order)
-            folder = "" if place is None else f"{DATE}={place[0].isoformat()}/{HOUR}={place[1]}/"
+            folder = "" if hour is None else f"{DATE}={hour[0].isoformat()}/{HOUR}={hour[1]}/"
             path = f"{folder}part-00000-{uuid.uuid4()}-c000.zstd.parquet"
             with store.open_output_stream(path) as stream:
                 parquet.write_table(rows, stream, row_group_size=ROW_GROUP_ROWS, compression="zstd")
                 size = stream.tell()
         except (DeltaError, OSError) as error:
             raise self._away("compacted", error) from error
-        values = {} if place is None else {DATE: place[0].isoformat(), HOUR: str(place[1])}
+        values = {} if hour is None else {DATE: hour[0].isoformat(), HOUR: str(hour[1])}
         return AddAction(path, size, values, time.time_ns() // 1_000_000, False, _statistics(rows))
 
     def _commit(
@@ -241,7 +253,7 @@ class Upkeep:
             return False
 
     def _staged(self, dry_run: bool) -> list[str]:
-        """Delete what killed writers left half written on a POSIX path; Delta's own vacuum finds it on HDFS."""
+        """Delete what killed writers left half written on a POSIX path. On HDFS Delta's own vacuum finds it."""
         if "://" in self.lake.uri:
             return []
         root, found = Path(self.lake.uri), []
@@ -257,23 +269,35 @@ class Upkeep:
         return Unavailable(f"the lake at {self.lake.uri} could not be {what}: {error}")
 
 
+def _version(entry: Mapping[str, Any]) -> Version:
+    figures = entry.get("operationMetrics") or {}
+    return Version(
+        version=entry["version"],
+        time_ms=entry["timestamp"],
+        operation=entry.get("upkeep") or entry.get("operation", ""),
+        rows_added=int(figures.get("num_added_rows") or 0),
+        files_added=int(entry.get("files_added") or figures.get("num_added_files") or 0),
+        files_removed=int(entry.get("files_removed") or figures.get("num_removed_files") or 0),
+    )
+
+
 def _rows(table: Any) -> list[_File]:
     """Return the newest version's files."""
     found = files(table)
     names = ["path", "size_bytes", "num_records", "modification_time"]
     parted = f"partition.{DATE}" in found.column_names
-    places: list[Place] = [None] * found.num_rows
+    hours: list[EventHour] = [None] * found.num_rows
     if parted:
-        places = list(zip(found[f"partition.{DATE}"].to_pylist(), found[f"partition.{HOUR}"].to_pylist(), strict=True))
+        hours = list(zip(found[f"partition.{DATE}"].to_pylist(), found[f"partition.{HOUR}"].to_pylist(), strict=True))
     columns = [found[name].to_pylist() for name in names]
-    return [_File(*row) for row in zip(*columns, places, strict=True)]
+    return [_File(*row) for row in zip(*columns, hours, strict=True)]
 
 
-def _sizes(table: Any) -> dict[Place, list[int]]:
+def _sizes(table: Any) -> dict[EventHour, list[int]]:
     """Return the sizes of the newest version's files by date and hour; all under None where there are no hours."""
-    groups: dict[Place, list[int]] = defaultdict(list)
+    groups: dict[EventHour, list[int]] = defaultdict(list)
     for row in _rows(table):
-        groups[row.place].append(row.size)
+        groups[row.hour].append(row.size)
     return groups
 
 

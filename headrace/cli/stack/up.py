@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from headrace.cli.rules import unapplied
+from headrace.cli.rules_topic import rules_topic
 from headrace.cli.runtime import HOST, load_project
 from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, quiet_clients, table
 from headrace.cli.stack.watch import Watch
@@ -22,6 +22,7 @@ from headrace.deploy.local.doctor import examine
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.stack import start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
+from headrace.stream.rule_changes import unapplied
 
 LINE_S = 3.0
 
@@ -60,7 +61,9 @@ def main(args: argparse.Namespace) -> int:
     try:
         start(layout, Topics(config.log.generation).specs(config.log.partitions), say, more=more)
         _show(layout, time.monotonic() - begin)
-        if lines := unapplied(layout.brokers, Topics(config.log.generation), project):
+        with rules_topic(layout.brokers, Topics(config.log.generation)) as writer:
+            lines = unapplied(writer, project)
+        if lines:
             print("the project on disk differs from the rules in force, which are the log's:")
             print("\n".join(f"  {line}" for line in (*lines, "`headrace spec apply` puts it in force.")), flush=True)
         if args.detach:

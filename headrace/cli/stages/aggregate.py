@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.cli.rules import begin_rules
-from headrace.cli.runtime import add_common, open_runtime, stop_event
+from headrace.cli.consumer import open_consumer
+from headrace.cli.runtime import add_common
 
 HELP = "keep counters over all partitions for the join and for serving"
 
@@ -17,27 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.stream.aggregate.stage import run
+    from headrace.stream.aggregate.stage import AggregateStage
 
-    runtime = open_runtime(args)
-    stop = stop_event()
-    metrics = runtime.metrics("aggregate")
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
-    began = begin_rules(runtime)
-    producer = runtime.producer(linger_ms=1.0)
-    try:
-        return run(
-            began,
-            runtime.config,
-            runtime.topics,
-            runtime.brokers,
-            producer,
-            runtime.blobs(),
-            metrics,
-            runtime.clock,
-            runtime.home / "faust" / "aggregate",
-            stop,
-            metrics.ready,
-        )
-    finally:
-        metrics.close()
+    with open_consumer(args, "aggregate") as consumer:
+        return consumer.run(AggregateStage(consumer.dependencies()))

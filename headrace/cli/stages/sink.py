@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from typing import TYPE_CHECKING
 
-from headrace.cli.runtime import add_common, open_runtime, stop_event
-from headrace.cli.stages.lake_schedule import Schedule
+from headrace.cli.consumer import open_consumer
+from headrace.cli.runtime import Runtime, add_common
 from headrace.contract.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -25,36 +26,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.stream.sink.stage import run
+    from headrace.backends.lake.upkeep_schedule import UpkeepSchedule
+    from headrace.stream.sink.stage import SinkStage
 
-    runtime = open_runtime(args)
-    stop = stop_event()
-    metrics = runtime.metrics("sink")
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
-    lake = runtime.lake()
-    _settle(lake)
-    schedule = Schedule(runtime, metrics, stop)
-    schedule.start()
-    try:
-        return run(
-            runtime.config,
-            runtime.topics,
-            runtime.brokers,
-            lake,
-            metrics,
-            runtime.clock,
-            runtime.home / "faust" / "sink",
-            stop,
-            metrics.ready,
-        )
-    finally:
-        stop.set()
-        schedule.join(5.0)
-        metrics.close()
+    with open_consumer(args, "sink") as consumer:
+        runtime, stop = consumer.runtime, consumer.stop
+        consumer.create_topics()
+        lake = runtime.lake()
+        _settle(lake)
+        schedule = UpkeepSchedule(runtime.config.lake, upkeep_command(runtime), consumer.metrics, runtime.clock, stop)
+        schedule.start()
+        try:
+            return consumer.run(SinkStage(runtime.config, lake, consumer.metrics, runtime.clock))
+        finally:
+            stop.set()
+            schedule.join(5.0)
+
+
+def upkeep_command(runtime: Runtime) -> list[str]:
+    """Return the command line of one upkeep of this lake."""
+    told = {"project": runtime.project_dir, "brokers": runtime.brokers, "store": runtime.store, "home": runtime.home}
+    words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    words += ["--webhdfs", runtime.webhdfs] if runtime.webhdfs else []
+    words += ["--port-base", str(runtime.port_base)] if runtime.port_base is not None else []
+    return [sys.executable, "-m", "headrace.cli.main", "lake", "upkeep", "--json", *words]
 
 
 def _settle(lake: DeltaLake) -> None:
-    """Give an older table the settings of today; a store that is away is met again by the stage itself."""
+    """Give an older table the settings of today; the stage itself waits for a store that is away."""
     try:
         if lake.settle():
             log.info("the lake has its settings of [lake] now")

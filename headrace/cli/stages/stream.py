@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from headrace.cli.rules import begin_rules
-from headrace.cli.runtime import add_common, open_runtime, stop_event
+from headrace.cli.consumer import open_consumer
+from headrace.cli.runtime import add_common
 
 HELP = "join impressions with feedback, featurize, emit samples"
 
@@ -20,34 +20,16 @@ def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
     from headrace.backends.spill_file import FileSpill
     from headrace.contract.rules import rules_of
-    from headrace.stream.shell.join_stage import run
-    from headrace.stream.shell.warm import warm
+    from headrace.stream.shell.compile_join import compile_join
+    from headrace.stream.shell.join_stage import StreamStage
 
-    runtime = open_runtime(args)
-    stop = stop_event()
-    metrics = runtime.metrics("stream")
-    metrics.ready(False, "compiling the join, once on this machine")
-    warm(runtime.project, runtime.config.join)
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
-    began = begin_rules(runtime)
-    producer = runtime.producer(linger_ms=1.0)
-    spill = FileSpill(runtime.home / "faust" / f"spill-{os.getpid()}")
-    try:
-        return run(
-            began,
-            runtime.config,
-            runtime.topics,
-            runtime.brokers,
-            producer,
-            runtime.blobs(),
-            metrics,
-            runtime.clock,
-            spill,
-            rules_of(runtime.project),
-            runtime.home / "faust" / "stream",
-            stop,
-            metrics.ready,
-        )
-    finally:
-        spill.close()
-        metrics.close()
+    with open_consumer(args, "stream") as consumer:
+        runtime = consumer.runtime
+        consumer.metrics.ready(False, "compiling the join, once on this machine")
+        compile_join(runtime.project, runtime.config.join)
+        deps = consumer.dependencies()
+        spill = FileSpill(runtime.home / "faust" / f"spill-{os.getpid()}")
+        try:
+            return consumer.run(StreamStage(deps, spill=spill, declared=rules_of(runtime.project)))
+        finally:
+            spill.close()

@@ -110,9 +110,9 @@ def _filter(args: argparse.Namespace, now_ms: int) -> Filter:
 
 def _read(runtime: Runtime, reader: Reader) -> tuple[States, Iterator[Letter]]:
     """Return what became of the letters, and the letters."""
-    pen = _pen(runtime)
-    states = States(decode_retry_mark(value) for _, value in pen.read(0))
-    pen.close()
+    writer = _retries(runtime)
+    states = States(decode_retry_mark(value) for _, value in writer.read(0))
+    writer.close()
     topic = runtime.topics.dead_letters
     end = reader.end_offsets(topic)[0]
     if states.doubtful:
@@ -121,7 +121,8 @@ def _read(runtime: Runtime, reader: Reader) -> tuple[States, Iterator[Letter]]:
     return states, letters(reader, topic, end)
 
 
-def _pen(runtime: Runtime) -> FencedKafka:
+def _retries(runtime: Runtime) -> FencedKafka:
+    """Return the fenced writer of the topic that says what was retried."""
     topic = runtime.topics.retries
     return FencedKafka(runtime.brokers, topic, f"headrace-{topic}")
 
@@ -194,7 +195,7 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
     # Only here: the gateway's compiled decoder takes a second to load, and a list should not wait for it.
     from headrace.ingest.dead_letters.retry import Retry
 
-    producer, reader, pen = runtime.producer(), runtime.reader(), _pen(runtime)
+    producer, reader, writer = runtime.producer(), runtime.reader(), _retries(runtime)
     retry = Retry(
         runtime.project,
         runtime.config.ingest,
@@ -202,7 +203,7 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
         runtime.config.log.partitions,
         producer=producer,
         reader=reader,
-        pen=pen,
+        pen=writer,
         clock=runtime.clock,
         metrics=MemoryMetrics(),
         run=uuid.uuid4().hex[:12],
@@ -213,7 +214,7 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
     finally:
         producer.close()
         reader.close()
-        pen.close()
+        writer.close()
     print(msgspec.json.encode(report).decode() if args.json else "\n".join(_lines(report)))
     return 0
 

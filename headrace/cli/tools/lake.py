@@ -14,25 +14,19 @@ few rows, or writes all of them with --out FILE (.parquet, .arrow, .csv, or .jso
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from headrace.cli.runtime import Runtime, add_common, open_runtime
-from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.contract.errors import Unavailable
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from headrace.backends.lake.delta import DeltaLake
     from headrace.backends.lake.upkeep import Done
 
 HELP = "compact, vacuum, retain; show history; read a version"
@@ -126,25 +120,20 @@ def _history(runtime: Runtime, args: argparse.Namespace) -> int:
     from headrace.backends.lake.upkeep import Upkeep
 
     for entry in Upkeep(runtime.lake()).history(args.limit or None):
-        figures = entry.get("operationMetrics") or {}
-        row = {
-            "version": entry["version"],
-            "time": datetime.fromtimestamp(entry["timestamp"] / 1000, UTC).isoformat(timespec="milliseconds"),
-            "operation": entry.get("upkeep") or entry.get("operation", ""),
-            "rows_added": int(figures.get("num_added_rows") or 0),
-            "files_added": int(entry.get("files_added") or figures.get("num_added_files") or 0),
-            "files_removed": int(entry.get("files_removed") or figures.get("num_removed_files") or 0),
-        }
+        at = datetime.fromtimestamp(entry.time_ms / 1000, UTC).isoformat(timespec="milliseconds")
         if args.json:
+            counts = {name: getattr(entry, name) for name in ("rows_added", "files_added", "files_removed")}
+            row = {"version": entry.version, "time": at, "operation": entry.operation, **counts}
             print(msgspec.json.encode(row).decode())
         else:
-            changes = f"{row['rows_added']:>9,} rows  +{row['files_added']} -{row['files_removed']} files"
-            print(f"{row['version']:>8}  {row['time']}  {row['operation']:<14}{changes}")
+            changes = f"{entry.rows_added:>9,} rows  +{entry.files_added} -{entry.files_removed} files"
+            print(f"{entry.version:>8}  {at}  {entry.operation:<14}{changes}")
     return 0
 
 
 def _read(runtime: Runtime, args: argparse.Namespace) -> int:
     from headrace.backends.lake.delta import parse_at
+    from headrace.backends.lake.export import export
 
     lake = runtime.lake()
     version = args.version
@@ -157,13 +146,13 @@ def _read(runtime: Runtime, args: argparse.Namespace) -> int:
     if version is None:
         raise Unavailable(f"there is no lake at {lake.uri} yet; the sink makes it with its first commit.")
     columns = args.columns.split(",") if args.columns else None
-    with _leased(lake, version):
+    with lake.leased(version, f"read-{socket.gethostname()}-{os.getpid()}"):
         rows = lake.read(version, columns, day=args.day)
     total = rows.num_rows
     limit = args.limit if args.limit is not None else None if args.out else ROWS_SHOWN
     rows = rows if limit is None else rows.slice(0, limit)
     if args.out:
-        write(rows, args.out)
+        export(rows, args.out)
         print(f"version {version}: {rows.num_rows:,} of {total:,} rows in {args.out}", file=sys.stderr)
         return 0
     if not args.json:
@@ -171,49 +160,3 @@ def _read(runtime: Runtime, args: argparse.Namespace) -> int:
     for row in rows.to_pylist():
         print(msgspec.json.encode(row).decode())
     return 0
-
-
-@contextmanager
-def _leased(lake: DeltaLake, version: int) -> Iterator[None]:
-    holder = f"read-{socket.gethostname()}-{os.getpid()}"
-    lake.hold(version, holder)
-    try:
-        yield
-    finally:
-        lake.let_go(holder)
-
-
-def write(rows: pa.Table, out: Path) -> None:
-    """Write rows in the form that the file's name says. Raises `ConfigRejected` for another one."""
-    import pyarrow.csv
-    import pyarrow.feather
-    import pyarrow.parquet
-
-    writers: dict[str, Any] = {
-        ".parquet": pyarrow.parquet.write_table,
-        ".arrow": pyarrow.feather.write_feather,
-        ".csv": lambda table, path: pyarrow.csv.write_csv(_flat(table), path),
-        ".jsonl": _write_lines,
-    }
-    if out.suffix not in writers:
-        raise ConfigRejected(f"--out {out}: its name ends in one of {sorted(writers)}.")
-    writers[out.suffix](rows, out)
-
-
-def _flat(rows: pa.Table) -> pa.Table:
-    """Return the rows with lists as JSON text, since CSV has none."""
-    import pyarrow as pa
-
-    columns = [
-        pa.array([None if v is None else msgspec.json.encode(v).decode() for v in rows[f.name].to_pylist()])
-        if pa.types.is_nested(f.type)
-        else rows[f.name]
-        for f in rows.schema
-    ]
-    return pa.table(dict(zip(rows.schema.names, columns, strict=True)))
-
-
-def _write_lines(rows: pa.Table, out: Path) -> None:
-    with out.open("wb") as file:
-        for batch in rows.to_batches(max_chunksize=10_000):
-            file.writelines(itertools.chain.from_iterable((msgspec.json.encode(r), b"\n") for r in batch.to_pylist()))

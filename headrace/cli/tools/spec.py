@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from headrace.cli.rules import open_pen
+from headrace.cli.rules_topic import rules_topic
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.rules import Change, Rules, differences, rules_of
@@ -43,11 +44,8 @@ def main(args: argparse.Namespace) -> int:
     if args.what == "apply":
         said, text = _apply(runtime, dry=args.dry_run)
     else:
-        pen = open_pen(runtime.brokers, runtime.topics)
-        try:
-            history = read_history(pen)
-        finally:
-            pen.close()
+        with rules_topic(runtime.brokers, runtime.topics) as writer:
+            history = read_history(writer)
         said, text = _history(history) if args.what == "history" else _show(runtime, history)
     print(msgspec.json.encode(said).decode() if args.json else text)
     sys.stdout.flush()
@@ -56,11 +54,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _apply(runtime: Runtime, *, dry: bool) -> tuple[dict[str, Any], str]:
     partitions = runtime.config.log.partitions
-    pen, producer = open_pen(runtime.brokers, runtime.topics), runtime.producer()
-    try:
-        before = read_history(pen).newest
+    with rules_topic(runtime.brokers, runtime.topics) as writer, closing(runtime.producer()) as producer:
+        before = read_history(writer).newest
         applied = apply(
-            pen,
+            writer,
             producer,
             runtime.topics.events,
             partitions,
@@ -68,9 +65,6 @@ def _apply(runtime: Runtime, *, dry: bool) -> tuple[dict[str, Any], str]:
             now_ms=runtime.clock.now_ms(),
             dry=dry,
         )
-    finally:
-        producer.close()
-        pen.close()
     lines = differences(before.rules, rules_of(runtime.project)) if before is not None else []
     said = {
         "applied": applied.is_new and not dry,

@@ -15,10 +15,11 @@ from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.leases import Leases
+from headrace.backends.lake.upkeep_schedule import UpkeepSchedule
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
 from headrace.cli.runtime import Runtime, load_project
-from headrace.cli.stages.lake_schedule import Schedule
+from headrace.cli.stages.sink import upkeep_command
 from headrace.cli.tools import lake as stage_lake
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics
@@ -88,10 +89,11 @@ def test_the_schedule_counts_what_an_upkeep_tells(store: Path, tmp_path: Path, s
         project, config, Topics(), "127.0.0.1:9", f"file:{store}", None, tmp_path / "home", 31_000, shop_dir
     )
     metrics = MemoryMetrics()
-    schedule = Schedule(runtime, metrics, threading.Event())  # type: ignore[arg-type]
-    assert schedule._once(True) is True
+    command = upkeep_command(runtime)
+    schedule = UpkeepSchedule(config.lake, command, metrics, runtime.clock, threading.Event())
+    assert schedule.run_once(True) is True
+    assert schedule.run_once(False) is True
     assert metrics.gauges["lake_files", ""] == 8
     assert schedule.count(1, "no such store") is False
     assert schedule.count(0, "not JSON") is False
     assert metrics.counters["lake_upkeep_failed_total", ""] == 2
-    assert "--no-vacuum" in schedule.command(False) and "--no-vacuum" not in schedule.command(True)

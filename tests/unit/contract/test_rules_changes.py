@@ -29,7 +29,7 @@ from headrace.contract.rules import (
 )
 from headrace.contract.spec import Bucket, Categorical, Custom, FeatureSpec
 from headrace.stream.join.join import JoinState
-from headrace.stream.rule_changes import apply, ensure_first, first_rules, read_history
+from headrace.stream.rule_changes import apply, begin_rules, ensure_first, first_rules, read_history, unapplied
 
 TOPICS, PARTITIONS = Topics(), 3
 
@@ -215,6 +215,18 @@ def test_a_function_must_be_declared_and_be_the_code_that_was_applied():
     unknown = FeatureSpec(features=(Custom(function="rules.gone", version=1, fields=("version",), gives="numbers"),))
     with pytest.raises(ConfigRejected, match=r"no feature function 'rules\.gone'"):
         change_of(structs.replace(PROJECT, features=unknown), 2, now_ms=0)
+
+
+def test_a_stage_begins_with_the_rules_of_the_log_whatever_lies_on_disk():
+    world = begun()
+    began = begin_rules(world.pen(), WIDE, now_ms=2, pause=lambda _: None)
+    assert rules_of(began) == rules_of(PROJECT)
+    assert unapplied(world.pen(), WIDE) == differences(rules_of(PROJECT), rules_of(WIDE))
+    assert unapplied(world.pen(), PROJECT) == []
+    assert unapplied(World().pen(), WIDE) == [], "no stage has begun"
+    impression = structs.replace(PROJECT.impression, key="item")
+    with pytest.raises(ConfigRejected, match=r"partition key is 'item' .* log\.generation"):
+        begin_rules(world.pen(), structs.replace(PROJECT, impression=impression), now_ms=2, pause=lambda _: None)
 
 
 def test_differences_name_what_changes():

@@ -1,5 +1,5 @@
 """Goal: nothing is left to compile when the first event comes. Method: lead other events
-through a warm join and count what was compiled."""
+through a join that was compiled before and count what was compiled."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from headrace.stream.join import recent_keys as memory
 from headrace.stream.join import ring_table as rings
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import encode_state, load_state
-from headrace.stream.shell import warm
-from headrace.stream.shell.warm import record, time
+from headrace.stream.shell.compile_join import compile_join, events_record, punctuation_record
 
 
 def _compiled() -> dict[str, int]:
@@ -32,8 +31,8 @@ def _compiled() -> dict[str, int]:
     return {name: len(kernel.nopython_signatures) for name, kernel in kernels.items()}
 
 
-def test_after_warming_other_events_compile_nothing() -> None:
-    warm.warm(PROJECT, JoinConfig())
+def test_after_compiling_the_join_other_events_compile_nothing() -> None:
+    compile_join(PROJECT, JoinConfig())
     after = _compiled()
     assert sum(after.values()) > 10
     state = JoinState(PROJECT, JoinConfig(), silent_ms=1_000, partition=1)
@@ -43,13 +42,13 @@ def test_after_warming_other_events_compile_nothing() -> None:
         envelope = {"event_id": f"i{number}", "request_id": f"r{number}", "place": 0, "key": str(number % 4)}
         row = {**envelope, **key, "event_time_ms": 1_000 * number}
         click = row | {"event_id": f"c{number}", "value": 2.5}
-        state.take(record(4 * number, IMPRESSION, batch_from_rows([row] * (1 + number % 2), shown)))
+        state.take(events_record(4 * number, IMPRESSION, batch_from_rows([row] * (1 + number % 2), shown)))
         if number % 3:
-            state.take(record(4 * number + 1, FEEDBACK, batch_from_rows([click], clicked), "click"))
+            state.take(events_record(4 * number + 1, FEEDBACK, batch_from_rows([click], clicked), "click"))
         if number == 15:
             change = encode_change(change_of(PROJECT, 2, now_ms=0))
             state.take(Record("", 1, 4 * number + 2, None, change, {"kind": SPEC}, 0))
-        state.take(time(4 * number + 3, 1_000 * number))
+        state.take(punctuation_record(4 * number + 3, 1_000 * number))
     assert state.era.number == 2
     load_state(JoinState(PROJECT, JoinConfig(), silent_ms=1_000, partition=1), encode_state(state))
     assert _compiled() == after

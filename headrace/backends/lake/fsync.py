@@ -1,6 +1,6 @@
 """Makes a commit to a lake on a POSIX path outlive a power cut: delta-rs writes and renames, and never asks for fsync.
 
-On HDFS a closed file is the DataNodes' business; there is nothing to do.
+On HDFS the DataNodes answer for a closed file, and there is nothing to do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compile before anyone waits: on a machine's first start the join takes half a minute, then it is on disk.
+"""Compiles the join's kernels before anyone waits for them: half a minute on a machine's first start, then cached.
 
 Without it the first events would wait for the compiler, and with them every click.
 """
@@ -34,16 +34,19 @@ from headrace.stream.join.state import encode_state, load_state
 _DAY_MS = 86_400_000
 
 
-def warm(project: Project, config: JoinConfig) -> None:
-    """Lead a few events through a join of which nothing is kept: matched, early, late, twice, expired, restored, and
-    read by other rules."""
+def compile_join(project: Project, config: JoinConfig) -> None:
+    """Lead a few events through a join of which nothing is kept.
+
+    They are matched, early, late, twice, expired, restored, and read by other rules: each kernel is called with each
+    of its types.
+    """
     state = JoinState(project, config, silent_ms=1_000, partition=0)
     for record in _records(project):
         state.take(record)
     data = encode_state(state)
     again = JoinState(project, config, silent_ms=1_000, partition=0)
     load_state(again, data)
-    again.take(time(1_000, 9 * _DAY_MS))
+    again.take(punctuation_record(1_000, 9 * _DAY_MS))
 
 
 def _records(project: Project) -> Iterator[Record]:
@@ -53,21 +56,21 @@ def _records(project: Project) -> Iterator[Record]:
         {"counter": c.name, "key": "1", "as_of_ms": 1, "epoch": 1, "counts": [1.0] * len(c.counts)}
         for c in project.features.counters
     ]
-    yield record(0, AGGREGATE, batch_from_rows(counters, AGGREGATE_SCHEMA))
+    yield events_record(0, AGGREGATE, batch_from_rows(counters, AGGREGATE_SCHEMA))
     offset = 1
     for when in range(3):
         for feedback in project.feedback:
             schema = feedback_schema(project, feedback)
             batch = batch_from_rows([_row(schema, project, i, feedback.name) for i in (1, 3, when)], schema)
-            yield record(offset, FEEDBACK, batch, feedback.name)
+            yield events_record(offset, FEEDBACK, batch, feedback.name)
             offset += 1
-        yield record(offset, IMPRESSION, batch_from_rows(rows if when else rows[:2], shown))
+        yield events_record(offset, IMPRESSION, batch_from_rows(rows if when else rows[:2], shown))
         change = encode_change(change_of(project, when + 2, now_ms=0))
         yield Record("", 0, offset + 1, None, change, {"kind": SPEC}, 0)
         # Across the change: the impression that is answered, and one like it, are found under the older rules.
-        yield record(offset + 2, FEEDBACK, batch, feedback.name)
-        yield record(offset + 3, IMPRESSION, batch_from_rows(rows, shown))
-        yield time(offset + 4, _DAY_MS * when)
+        yield events_record(offset + 2, FEEDBACK, batch, feedback.name)
+        yield events_record(offset + 3, IMPRESSION, batch_from_rows(rows, shown))
+        yield punctuation_record(offset + 4, _DAY_MS * when)
         offset += 5
 
 
@@ -84,12 +87,12 @@ def _value(kind: pa.DataType) -> Any:
     return pa.scalar(1).cast(kind).as_py()
 
 
-def time(offset: int, time_ms: int) -> Record:
+def punctuation_record(offset: int, time_ms: int) -> Record:
     """Return a record of punctuation."""
     return Record("", 0, offset, None, encode_punctuation(Punctuation("warm", 1, time_ms)), {"kind": PUNCTUATION}, 0)
 
 
-def record(offset: int, kind: str, batch: pa.RecordBatch, name: str = "") -> Record:
+def events_record(offset: int, kind: str, batch: pa.RecordBatch, name: str = "") -> Record:
     """Return a record of events as it lies in the log."""
     headers = {"kind": kind, "type": name} if name else {"kind": kind}
     return Record("", 0, offset, None, encode_batch(batch), headers, 0)

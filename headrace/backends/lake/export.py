@@ -1,0 +1,48 @@
+"""Writes rows of the lake to one file, in the form that its name says: .parquet, .arrow, .csv or .jsonl."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.parquet
+
+from headrace.contract.errors import ConfigRejected
+
+LINES_ROWS = 10_000
+"""Rows that are Python objects at once while lines of JSON are written."""
+
+
+def export(rows: pa.Table, out: Path) -> None:
+    """Write all rows to `out`. Raises `ConfigRejected` for a name that ends in anything else."""
+    writers: dict[str, Any] = {
+        ".parquet": pyarrow.parquet.write_table,
+        ".arrow": pyarrow.feather.write_feather,
+        ".csv": lambda table, path: pyarrow.csv.write_csv(_flat(table), path),
+        ".jsonl": _write_lines,
+    }
+    if out.suffix not in writers:
+        raise ConfigRejected(f"--out {out}: its name ends in one of {sorted(writers)}.")
+    writers[out.suffix](rows, out)
+
+
+def _flat(rows: pa.Table) -> pa.Table:
+    """Return the rows with lists as JSON text, since CSV has none."""
+    columns = [
+        pa.array([None if v is None else msgspec.json.encode(v).decode() for v in rows[f.name].to_pylist()])
+        if pa.types.is_nested(f.type)
+        else rows[f.name]
+        for f in rows.schema
+    ]
+    return pa.table(dict(zip(rows.schema.names, columns, strict=True)))
+
+
+def _write_lines(rows: pa.Table, out: Path) -> None:
+    with out.open("wb") as file:
+        for batch in rows.to_batches(max_chunksize=LINES_ROWS):
+            file.writelines(itertools.chain.from_iterable((msgspec.json.encode(r), b"\n") for r in batch.to_pylist()))

@@ -1,0 +1,79 @@
+"""The wiring that `stream`, `aggregate` and `sink` share: a stage in the consumer group of its name, until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from headrace.backends.metrics_prometheus import PrometheusMetrics
+from headrace.cli.rules_topic import rules_topic
+from headrace.cli.runtime import Runtime, open_runtime, stop_event
+from headrace.contract.metrics import Stage
+
+if TYPE_CHECKING:
+    # Faust takes a second to load, and `--help` should not wait for it.
+    from headrace.stream.shell.dependencies import StageDependencies
+    from headrace.stream.shell.run_stage import RunnableStage
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A process that is about to run a stage."""
+
+    runtime: Runtime
+    metrics: PrometheusMetrics
+    stop: threading.Event
+
+    def create_topics(self) -> None:
+        """Create the topics that are missing."""
+        self.runtime.admin().ensure_topics(self.runtime.topics.specs(self.runtime.config.log.partitions))
+
+    def dependencies(self) -> StageDependencies:
+        """Return what the join and the aggregator depend on, with the rules that the log begins with."""
+        from headrace.stream.rule_changes import begin_rules
+        from headrace.stream.shell.dependencies import StageDependencies
+
+        self.create_topics()
+        with rules_topic(self.runtime.brokers, self.runtime.topics) as writer:
+            now_ms = self.runtime.clock.now_ms()
+            project = begin_rules(writer, self.runtime.project, now_ms=now_ms, pause=time.sleep)
+        return StageDependencies(
+            project=project,
+            config=self.runtime.config,
+            topics=self.runtime.topics,
+            producer=self.runtime.producer(linger_ms=1.0),
+            blobs=self.runtime.blobs(),
+            metrics=self.metrics,
+            clock=self.runtime.clock,
+        )
+
+    def run(self, stage: RunnableStage) -> int:
+        """Run the stage until SIGTERM; return the exit status."""
+        from headrace.stream.shell.run_stage import StageProcess, run_stage
+
+        process = StageProcess(
+            brokers=self.runtime.brokers,
+            generation=self.runtime.topics.generation,
+            partitions=self.runtime.config.log.partitions,
+            folder=self.runtime.home / "faust" / stage.name,
+            stop=self.stop,
+            ready=self.metrics.ready,
+        )
+        return run_stage(stage, process)
+
+
+@contextmanager
+def open_consumer(args: argparse.Namespace, name: Stage) -> Iterator[Consumer]:
+    """Yield the process of a stage, whose metrics port is open while the block runs."""
+    runtime = open_runtime(args)
+    stop = stop_event()
+    metrics = runtime.metrics(name)
+    try:
+        yield Consumer(runtime, metrics, stop)
+    finally:
+        metrics.close()

@@ -1,0 +1,256 @@
+"""A stage's state in the store, which never contains more than what was delivered.
+
+1. Snapshot: take the state at its offsets, and count the records that were sent up to then.
+2. Deliver: wait until all of these records have their receipts.
+3. Store: put the snapshot's new parts, then its manifest, which makes it whole.
+4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete manifests beyond the three newest, and the
+   parts that only they needed.
+
+A worker that starts restores the newest snapshot that can be read. It reads on from its offsets and sends again what
+came after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from headrace.contract.errors import Overloaded, Unavailable
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.log import Producer
+from headrace.stream.join.state import Damaged
+from headrace.stream.shell.dependencies import StageDependencies
+
+log = logging.getLogger("headrace.stream")
+
+T = TypeVar("T")
+Encode = Callable[[], bytes]
+
+STATES_KEPT = 3
+RECEIPT_WAIT_S = 0.005
+"""Between two looks at the receipts, which come every few milliseconds."""
+FULL_WAIT_S = 0.01
+"""Between two tries to send while the producer's queue is full."""
+
+
+class Outgoing(NamedTuple):
+    """One record to send."""
+
+    topic: str
+    partition: int
+    value: bytes | None
+    key: bytes | None = None
+    headers: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class StateSnapshot:
+    """A state at its offsets. Encoding it touches nothing of the state any more and runs in another thread."""
+
+    offsets: Mapping[int, int]
+    """Of each partition the last record that the state contains."""
+    name: str
+    """The manifest's name: 20 digits that grow with the offsets."""
+    manifest: Encode
+    parts: Mapping[str, Encode] = field(default_factory=dict)
+    """Those that no earlier snapshot has, by name."""
+    needed: Sequence[str] = ()
+    """Names of all parts that the manifest needs."""
+
+
+class StateOwner(Protocol):
+    """The stage that a state belongs to."""
+
+    def acknowledge(self, offsets: Mapping[int, int]) -> None:
+        """Let Faust commit up to these offsets: what they led to is durable."""
+
+    def fail(self, error: Exception) -> None:
+        """Stop the stage with this error at its next tick."""
+
+
+class StateStore:
+    """The blob store as a stage's states share it: it serves one thread at a time, so they take turns."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.blobs = blobs
+        self._lock = asyncio.Lock()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Return what `work` does with the store, in another thread."""
+        async with self._lock:
+            return await asyncio.to_thread(work)
+
+
+class DurableState:
+    """Sends a state's records and stores its snapshots; see the module for the protocol. For one event loop."""
+
+    def __init__(
+        self,
+        deps: StageDependencies,
+        store: StateStore,
+        owner: StateOwner,
+        *,
+        folder: str,
+        parts_folder: str = "",
+        every_ms: int,
+        first_ms: float = 0.0,
+    ) -> None:
+        """Args:
+        folder: where the manifests lie.
+        parts_folder: where their parts lie, if there are any.
+        every_ms: time from one snapshot to the next.
+        first_ms: time until the first one.
+        """
+        self._producer, self._metrics, self._clock = deps.producer, deps.metrics, deps.clock
+        self._store, self._owner = store, owner
+        self._folder, self._parts_folder = folder, parts_folder
+        self._every_s = every_ms / 1000
+        self._due_s = self._clock.monotonic() + first_ms / 1000
+        self.sent = 0
+        self.delivered = 0
+        self.stored: Mapping[int, int] = {}
+        """The offsets of the newest snapshot that is in the store."""
+        self.kept: dict[str, Sequence[str]] = {}
+        """Names of the kept manifests, oldest first, and of the parts that each needs."""
+        self.storing: asyncio.Task[None] | None = None
+
+    async def restore(
+        self,
+        read: Callable[[bytes], Any],
+        load: Callable[[Any, Callable[[str], bytes | None]], T],
+        parts_of: Callable[[Any], Sequence[str]] | None = None,
+    ) -> T | None:
+        """Return the newest state that can be read; None where there is none.
+
+        Args:
+            read: decodes a manifest. Raises `Damaged`.
+            load: makes a state of what was read, with a function that fetches a part. Raises `Damaged`.
+            parts_of: names the parts that a manifest needs; without it there are none, and older manifests stay unread.
+        """
+        names = [_base(name) for name in await self._store.run(partial(self._store.blobs.list, self._folder))]
+        newest: T | None = None
+        kept: dict[str, Sequence[str]] = {}
+        for name in sorted(names, key=int, reverse=True):
+            if newest is not None and parts_of is None:
+                kept[name] = ()
+                continue
+            try:
+                plain = await self._store.run(partial(self._read, name, read))
+                if plain is None:
+                    continue
+                kept[name] = parts_of(plain) if parts_of is not None else ()
+                if newest is None:
+                    newest = await self._store.run(partial(load, plain, self._part))
+            except Damaged as error:
+                log.error("%s/%s is damaged (%s); taking the one before", self._folder, name, error)
+        self.kept = dict(reversed(kept.items()))
+        return newest
+
+    async def send(self, count: int, records: Iterable[Outgoing]) -> None:
+        """Send `count` records, in order; waits while the producer's queue is full."""
+        # Counted before they are sent: no state is stored while one of them still waits for room.
+        self.sent += count
+        for record in records:
+            while not self._try_to_send(record):
+                self._producer.poll(0.0)
+                await asyncio.sleep(FULL_WAIT_S)
+            self._producer.poll(0.0)
+
+    def is_due(self) -> bool:
+        """Say whether the next snapshot is due, and wait for the one after it from now on."""
+        now_s = self._clock.monotonic()
+        if self.storing is not None or now_s < self._due_s:
+            return False
+        self._due_s = now_s + self._every_s
+        return True
+
+    def begin(self, offsets: Mapping[int, int], take: Callable[[], StateSnapshot]) -> None:
+        """Begin to make the state durable, unless it was stored at these offsets or the last one is still under way."""
+        if self.storing is None and offsets != self.stored:
+            # 1. Snapshot.
+            self.storing = asyncio.ensure_future(self._make_durable(take(), self.sent))
+
+    def cancel(self) -> None:
+        """Store no more: the state is somebody else's."""
+        if self.storing is not None:
+            self.storing.cancel()
+
+    async def _make_durable(self, snapshot: StateSnapshot, sent: int) -> None:
+        try:
+            # 2. Deliver.
+            await self._await_receipts(sent)
+            # 3. Store.
+            await self._put(snapshot)
+            # 4. Acknowledge.
+            self._owner.acknowledge(snapshot.offsets)
+            await self._delete_old()
+            self._metrics.add("state_snapshots_total")
+        except Unavailable as error:
+            self._owner.fail(error)
+        finally:
+            self.storing = None
+
+    async def _await_receipts(self, sent: int) -> None:
+        while self.delivered < sent:
+            await asyncio.sleep(RECEIPT_WAIT_S)
+
+    async def _put(self, snapshot: StateSnapshot) -> None:
+        for name, encode in snapshot.parts.items():
+            await self._store.run(partial(_put, self._store.blobs, f"{self._parts_folder}/{name}", encode))
+        await self._store.run(partial(_put, self._store.blobs, f"{self._folder}/{snapshot.name}", snapshot.manifest))
+        self.stored = snapshot.offsets
+        self.kept[snapshot.name] = snapshot.needed
+
+    async def _delete_old(self) -> None:
+        while len(self.kept) > STATES_KEPT:
+            oldest = next(iter(self.kept))
+            needed = self.kept.pop(oldest)
+            await self._store.run(partial(self._store.blobs.delete, f"{self._folder}/{oldest}"))
+            for name in set(needed).difference(*self.kept.values()):
+                await self._store.run(partial(self._store.blobs.delete, f"{self._parts_folder}/{name}"))
+
+    def _read(self, name: str, read: Callable[[bytes], Any]) -> Any:
+        data = self._store.blobs.get(f"{self._folder}/{name}")
+        return None if data is None else read(data)
+
+    def _part(self, name: str) -> bytes | None:
+        return self._store.blobs.get(f"{self._parts_folder}/{name}")
+
+    def _try_to_send(self, record: Outgoing) -> bool:
+        try:
+            self._producer.send(
+                record.topic,
+                record.partition,
+                record.value,
+                key=record.key,
+                headers=record.headers,
+                delivered=self._on_delivered,
+            )
+        except Overloaded:
+            return False
+        return True
+
+    def _on_delivered(self, error: Exception | None, _offset: int) -> None:
+        self.delivered += 1
+        if error is not None:
+            self._owner.fail(error)
+
+
+async def await_stored(states: Iterable[DurableState], producer: Producer) -> None:
+    """Wait until no snapshot of these is under way."""
+    waiting = list(states)
+    while any(state.storing is not None for state in waiting):
+        producer.poll(0.0)
+        await asyncio.sleep(RECEIPT_WAIT_S)
+
+
+def _put(blobs: Blobs, name: str, encode: Encode) -> None:
+    blobs.put(name, encode())
+
+
+def _base(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
