@@ -29,7 +29,7 @@ from harness.figures import Figure, show
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
-from headrace.backends.frontier_sqlite import Frontier
+from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import CrawlConfig
@@ -107,7 +107,7 @@ def crawl(folder: Path, url: str, pages: int, delay_ms: int) -> None:
     log = MemoryLog()
     log.admin().ensure_topics(Topics().specs(PARTITIONS))
     _all_due(folder / "frontier.sqlite")
-    frontier = Frontier(folder / "frontier.sqlite")
+    frontier = SqliteFrontier(folder / "frontier.sqlite")
     source = declared(url, pages, delay_ms, EVERY_MS)
     service = Service(
         (source,),

@@ -1,4 +1,4 @@
-"""From the outbox to every partition of `events`, and to `features`: steps 3 and 4 of the frontier's protocol.
+"""From the outbox to every partition of `events`, and to `features`: steps 3 and 4 of `contract.interfaces.frontier`.
 
 One producer sends in the order of the outbox, so that every partition has the versions in one order. What has its
 receipts from all of them leaves the outbox; after a crash the rest is sent again under a higher epoch.
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import msgspec
 import pyarrow as pa
 
-from headrace.backends.frontier_sqlite import Frontier, Version
 from headrace.contract.crawl import PREFIX
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.events import EXTERNAL, EXTERNAL_SCHEMA, ExternalValue, encode_batch
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.frontier import Frontier, Version
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 

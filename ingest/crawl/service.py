@@ -16,12 +16,12 @@ from typing import Any
 from scrapy.crawler import AsyncCrawlerRunner
 from scrapy.utils.reactor import install_reactor
 
-from headrace.backends.frontier_sqlite import Found, Frontier
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.frontier import Found, Frontier
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.ingest.crawl.extract import Document, extract
@@ -99,7 +99,7 @@ class Service:
         self._outbox = Outbox(frontier, producer, topics, partitions, metrics, epoch)
         for crawl in crawls:
             starts = [Found(url) for url in crawl.start] + [Found(url, sitemap=True) for url in crawl.sitemaps]
-            frontier.plant(crawl.name, starts)
+            frontier.set_starts(crawl.name, starts)
 
     def run(self, stop: threading.Event, ready: Callable[[bool], None], *, once: bool = False) -> None:
         """Crawl until `stop`, or with `once` until nothing is due; raise what ended it otherwise."""

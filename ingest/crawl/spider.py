@@ -12,7 +12,6 @@ import contextlib
 import gzip
 import hashlib
 import logging
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from email.utils import parsedate_to_datetime
@@ -24,11 +23,11 @@ from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, Igno
 from scrapy.http import Request, Response
 from twisted.python.failure import Failure
 
-from headrace.backends.frontier_sqlite import Body, Found, Frontier, Page, Settled
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.frontier import Body, Found, Frontier, Page, Settled
 from headrace.contract.metrics import Metrics
 from headrace.ingest.crawl.extract import Document, extract
 from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
@@ -105,14 +104,14 @@ class Desk:
 
     def tell(self) -> None:
         """Set the gauges, once a second."""
-        now_s = time.monotonic()
+        now_s = self.clock.monotonic()
         if now_s >= self._tell_s:
             self._tell_s = now_s + _TELL_S
             for name in self.crawls:
                 self.metrics.set("pages_known", self.frontier.pages(name), reason=name)
 
     async def take(self, page: Page, response: Response, seconds: float) -> None:
-        """Settle an answer; see the protocol of `frontier_sqlite`."""
+        """Settle an answer; step 2 of `contract.interfaces.frontier`."""
         status = response.status
         crawl, now_ms = self.crawls[page.source], self.clock.now_ms()
         self.metrics.observe("page_seconds", seconds)
@@ -217,7 +216,7 @@ class CrawlSpider(scrapy.Spider):
         return Request(
             page.url,
             headers={name: value for name, value in headers.items() if value},
-            callback=partial(self._settle, page, time.monotonic()),
+            callback=partial(self._settle, page, self.desk.clock.monotonic()),
             errback=partial(self._refuse, page),
             dont_filter=True,
             meta={
@@ -231,7 +230,7 @@ class CrawlSpider(scrapy.Spider):
     async def _settle(self, page: Page, began_s: float, response: Response) -> None:
         latency_s = response.meta.get("download_latency")
         try:
-            await self.desk.take(page, response, latency_s or time.monotonic() - began_s)
+            await self.desk.take(page, response, latency_s or self.desk.clock.monotonic() - began_s)
         except Exception as error:
             # The store or the disk: nothing was noted, so the address is due again after the restart.
             self.desk.failure = error

@@ -19,7 +19,7 @@ import msgspec
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
-from headrace.backends.frontier_sqlite import Frontier
+from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import set_logging
 from headrace.cli.stages.crawl import _quieten
@@ -89,7 +89,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     metrics = MemoryMetrics()
-    frontier = Frontier(folder / "state" / "g1.sqlite", bodies_per_page=declared.config.bodies_per_page)
+    frontier = SqliteFrontier(folder / "state" / "g1.sqlite", bodies_per_page=declared.config.bodies_per_page)
     service = Service(
         declared.crawls,
         declared.config,

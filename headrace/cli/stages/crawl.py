@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.backends.frontier_sqlite import Frontier
+    from headrace.backends.frontier_sqlite import SqliteFrontier
     from headrace.ingest.crawl.service import Service
 
     runtime = open_runtime(args)
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     stop = stop_event()
     metrics = runtime.metrics("crawl")
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
-    frontier = Frontier(
+    frontier = SqliteFrontier(
         runtime.home / "crawl" / f"g{runtime.config.log.generation}.sqlite",
         bodies_per_page=runtime.config.crawl.bodies_per_page,
     )
