@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
     from headrace.backends.frontier_sqlite import SqliteFrontier
-    from headrace.ingest.crawl.service import Service
+    from headrace.ingest.crawl.dependencies import CrawlDependencies
+    from headrace.ingest.crawl.stage import CrawlStage
 
     runtime = open_runtime(args)
     crawls = sources(runtime, args.sources)
@@ -60,22 +61,24 @@ def main(args: argparse.Namespace) -> int:
     )
     producer = runtime.producer(linger_ms=5.0)
     try:
-        service = Service(
-            crawls,
-            runtime.config.crawl,
-            runtime.topics,
-            runtime.config.log.partitions,
-            frontier,
-            runtime.blobs(),
-            producer,
-            metrics,
-            runtime.clock,
+        stage = CrawlStage(
+            CrawlDependencies(
+                crawls=crawls,
+                config=runtime.config.crawl,
+                topics=runtime.topics,
+                partitions=runtime.config.log.partitions,
+                frontier=frontier,
+                bodies=runtime.blobs(),
+                producer=producer,
+                metrics=metrics,
+                clock=runtime.clock,
+            )
         )
         if args.extract_again:
-            print(f"{service.extract_again()} versions changed")
+            print(f"{stage.extract_again()} versions changed")
             return 0
         _quieten()
-        service.run(stop, metrics.ready, once=args.once)
+        stage.run(stop, metrics.ready, once=args.once)
     finally:
         metrics.ready(False, "stopping")
         producer.close()

@@ -30,7 +30,7 @@ from headrace.contract.interfaces.frontier import Found, Settled
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, FeatureSpec, MultiValued, Numeric
-from headrace.ingest.crawl.outbox import Outbox
+from headrace.ingest.crawl.outbox_sender import OutboxSender
 from headrace.replay.ledger.ledger import Ledger, draw_gateways
 from headrace.serving.features import FeatureMemory
 from headrace.stream.features.featurize import featurize
@@ -73,7 +73,7 @@ class World:
         self.log.admin().ensure_topics(Topics().specs(1))
         self.frontier = SqliteFrontier(folder / "f.sqlite")
         self.frontier.set_starts("catalogue", [Found("https://shop.example/")])
-        self.outbox = Outbox(self.frontier, self.log.producer(), Topics(), 1, MemoryMetrics(), 5)
+        self.outbox = OutboxSender(self.frontier, self.log.producer(), Topics(), 1, MemoryMetrics(), 5)
 
     def crawled(self, key: str, values: str, at_ms: int) -> None:
         page = self.frontier.due(2**60, ["catalogue"], [], 1)[0]
