@@ -29,7 +29,7 @@ from harness.figures import Figure, show
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
-from headrace.backends.frontier_sqlite import Frontier
+from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import CrawlConfig
@@ -102,25 +102,28 @@ def declared(url: str, pages: int, delay_ms: int, every_ms: int) -> Crawl:
 
 def crawl(folder: Path, url: str, pages: int, delay_ms: int) -> None:
     """Crawl what is due, once."""
-    from headrace.ingest.crawl.service import Service
+    from headrace.ingest.crawl.dependencies import CrawlDependencies
+    from headrace.ingest.crawl.stage import CrawlStage
 
     log = MemoryLog()
     log.admin().ensure_topics(Topics().specs(PARTITIONS))
     _all_due(folder / "frontier.sqlite")
-    frontier = Frontier(folder / "frontier.sqlite")
+    frontier = SqliteFrontier(folder / "frontier.sqlite")
     source = declared(url, pages, delay_ms, EVERY_MS)
-    service = Service(
-        (source,),
-        CrawlConfig(requests_max=2 * PARALLEL),
-        Topics(),
-        PARTITIONS,
-        frontier,
-        FileBlobs(folder / "store"),
-        log.producer(),
-        MemoryMetrics(),
-        SystemClock(),
+    stage = CrawlStage(
+        CrawlDependencies(
+            crawls=(source,),
+            config=CrawlConfig(requests_max=2 * PARALLEL),
+            topics=Topics(),
+            partitions=PARTITIONS,
+            frontier=frontier,
+            bodies=FileBlobs(folder / "store"),
+            producer=log.producer(),
+            metrics=MemoryMetrics(),
+            clock=SystemClock(),
+        )
     )
-    service.run(threading.Event(), lambda _: None, once=True)
+    stage.run(threading.Event(), lambda _: None, once=True)
     frontier.close()
 
 

@@ -1,13 +1,5 @@
-"""The crawler's memory in one SQLite file: addresses and when they are due, newest versions, and what Kafka lacks.
-
-How nothing is fetched again and no version is lost, in the words that the tests use:
-
-1. *fetch*: an address that is due is asked for, with the validators of its last answer.
-2. *settle*: in one transaction its next time, its validators, its new links and its changed versions are noted, these
-   in the outbox. A crash before it means that the address is asked for once more, as does a power cut before 3.
-3. *send*: the outbox, made safe against power cuts, goes to every partition in the order of its numbers.
-4. *receipt*: what every partition has leaves the outbox. A crash between 3 and 4 means that versions are sent again,
-   the same ones with the same crawl times, which readers ignore.
+"""The crawler's memory in one SQLite file. What it must do, and the steps 1 to 4 that it serves, say
+`headrace.contract.interfaces.frontier`.
 """
 
 from __future__ import annotations
@@ -18,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import msgspec
-
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.interfaces.frontier import GONE, Body, Found, Page, Settled, Version
 
 _SCHEMA = """
 create table if not exists pages(
@@ -44,67 +35,8 @@ create table if not exists hosts(host text primary key, not_before_ms integer no
 create table if not exists epochs(epoch integer not null);
 """
 
-GONE = "gone"
-"""Version of an entity that its page no longer has."""
 
-
-class Page(msgspec.Struct, frozen=True):
-    """An address of a source, as it was when it was asked for."""
-
-    source: str
-    url: str
-    host: str
-    sitemap: bool
-    depth: int
-    etag: str
-    last_modified: str
-    failures: int
-
-
-class Version(msgspec.Struct, frozen=True):
-    """One changed entity on its way to Kafka; `values` None: it is gone."""
-
-    number: int
-    source: str
-    key: str
-    crawl_time_ms: int
-    version: str
-    values: str | None
-    url: str
-
-
-class Found(msgspec.Struct, frozen=True):
-    """A link: its address, whether it is a sitemap, and what a sitemap said of its last change."""
-
-    url: str
-    sitemap: bool = False
-    said_modified: str = ""
-
-
-class Body(msgspec.Struct, frozen=True):
-    """A stored body: its digest names it, `base` is where it came from after redirects."""
-
-    digest: str
-    base: str
-    content_type: str
-    source: str = ""
-    url: str = ""
-    sitemap: bool = False
-
-
-class Settled(msgspec.Struct, frozen=True, kw_only=True):
-    """What an answer was worth: rows are (key, version, values)."""
-
-    at_ms: int
-    due_ms: int
-    etag: str = ""
-    last_modified: str = ""
-    rows: Sequence[tuple[str, str, str]] = ()
-    links: Sequence[Found] = ()
-    body: Body | None = None
-
-
-class Frontier:
+class SqliteFrontier:
     """One crawler's file, locked: a second crawler on it is refused. For one thread."""
 
     def __init__(self, path: Path, *, bodies_per_page: int = 5) -> None:
@@ -139,7 +71,7 @@ class Frontier:
             self._db.execute("insert into epochs values (?)", (epoch,))
         return epoch
 
-    def plant(self, source: str, starts: Iterable[Found]) -> None:
+    def set_starts(self, source: str, starts: Iterable[Found]) -> None:
         """Add the addresses that a source begins with, and forget those that it no longer begins with."""
         declared = list(starts)
         with self._db:
@@ -178,7 +110,7 @@ class Frontier:
         return None if found is None else int(found)
 
     def settle(self, page: Page, settled: Settled, *, pages_max: int, keys_max: int, depth_max: int) -> list[str]:
-        """Note what an answer was worth, in one transaction; return the digests of bodies that nothing needs more."""
+        """Note what an answer brought, in one transaction; return the digests of bodies that nothing needs any more."""
         with self._db:
             self._db.execute("begin immediate")
             self._db.execute(
@@ -198,7 +130,7 @@ class Frontier:
             )
 
     def failed(self, page: Page, due_ms: int) -> None:
-        """Note that the document was not to be had."""
+        """Note that the document could not be fetched."""
         with self._db:
             self._db.execute(
                 "update pages set due_ms=?, failures=failures+1 where source=? and url=?",
@@ -254,7 +186,7 @@ class Frontier:
         return int(self._pages.get(source, 0))
 
     def make_safe(self) -> None:
-        """Make all that was noted outlive a power cut; what a crash of the process alone takes is nothing anyway."""
+        """Make all that was noted outlive a power cut; a crash of the process alone takes nothing anyway."""
         if self._unsafe:
             # One write that waits for the disk takes the log before it along.
             self._db.execute("pragma synchronous=full")

@@ -1,4 +1,6 @@
-"""What a site may ask of us, on Scrapy's own parts: robots.txt with an age, delays with a floor, hosts with a fence."""
+"""What a site may ask of us, on top of Scrapy: robots.txt that is asked for again when it is old, a least delay for
+each host, and no request to a host that a source does not name.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,14 @@ class Forbidden(IgnoreRequest):
 
 
 class Unreadable(IgnoreRequest):
-    """robots.txt is not to be had; RFC 9309 then allows nothing."""
+    """robots.txt cannot be fetched; RFC 9309 then allows nothing."""
 
 
 class OffHost(IgnoreRequest):
     """A redirect leads to a host that the source does not name."""
 
 
-class Robots(RobotsTxtMiddleware):
+class RobotsTxt(RobotsTxtMiddleware):
     """robots.txt as RFC 9309 says: 4xx allows all, what cannot be reached nothing; asked again when it is old."""
 
     def __init__(self, crawler: Crawler) -> None:
@@ -46,7 +48,7 @@ class Robots(RobotsTxtMiddleware):
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def process_request(self, request: Request) -> None:  # type: ignore[override]
-        """Raise `Forbidden` or `Unreadable` where the request may not go out."""
+        """Raise `Forbidden` or `Unreadable` where the request may not be sent."""
         if request.meta.get("dont_obey_robotstxt"):
             return
         netloc = urlsplit(request.url).netloc
@@ -60,7 +62,7 @@ class Robots(RobotsTxtMiddleware):
                 self._asked_s[netloc] = now_s
             parser = await self.robot_parser(request)
         if parser is None:
-            raise Unreadable(f"{netloc}/robots.txt is not to be had")
+            raise Unreadable(f"{netloc}/robots.txt cannot be fetched")
         try:
             self.process_request_2(parser, request)
         except IgnoreRequest as error:
@@ -74,8 +76,8 @@ class Robots(RobotsTxtMiddleware):
         await super()._parse_robots(response, netloc, request)
 
 
-class Fence:
-    """Keeps redirects on the hosts that a source names; each host has a queue of its own."""
+class AllowedHosts:
+    """Keeps redirects on the hosts that a source names, and gives each host a queue of its own."""
 
     async def process_request(self, request: Request) -> None:
         """Raise `OffHost` where the request leaves its source's hosts."""
@@ -87,13 +89,13 @@ class Fence:
 
 
 class Throttle(AutoThrottle):
-    """AutoThrottle with a floor a host: the declared delay, or robots.txt's Crawl-delay where it is longer."""
+    """AutoThrottle with a least delay for each host: the declared one, or robots.txt's Crawl-delay if longer."""
 
     def __init__(self, crawler: Crawler) -> None:
         super().__init__(crawler)
         self._parallel: Mapping[str, int] = crawler.settings.getdict("HEADRACE_PARALLEL")
         self._agent: str = crawler.settings["USER_AGENT"]
-        self.floor_s: dict[str, float] = {}
+        self.delay_min_s: dict[str, float] = {}
         crawler.signals.connect(self._robots_parsed, signal=signals.robots_parsed)
 
     def _robots_parsed(self, robotparser: Any, request: Request) -> None:
@@ -101,13 +103,15 @@ class Throttle(AutoThrottle):
         host = urlsplit(request.url).hostname or ""
         slots = self.crawler.engine.downloader.per_slot_settings
         declared_s = slots.get(host, {}).get("delay", 0.0)
-        floor_s = self.floor_s[host] = max(self.floor_s.get(host, declared_s), min(float(asked_s or 0.0), DELAY_MAX_S))
-        if asked_s and floor_s > 0:
+        delay_min_s = self.delay_min_s[host] = max(
+            self.delay_min_s.get(host, declared_s), min(float(asked_s or 0.0), DELAY_MAX_S)
+        )
+        if asked_s and delay_min_s > 0:
             # A delay between requests is meant between all of them, however many the source would send at once.
-            slots[host] = {**slots.get(host, {}), "delay": floor_s, "concurrency": 1}
+            slots[host] = {**slots.get(host, {}), "delay": delay_min_s, "concurrency": 1}
             slot = self.crawler.engine.downloader.slots.get(host)
             if slot is not None:
-                slot.delay, slot.concurrency = max(slot.delay, floor_s), 1
+                slot.delay, slot.concurrency = max(slot.delay, delay_min_s), 1
 
     def _adjust_delay(self, slot: Any, latency: float, response: Response) -> None:
         host = urlsplit(response.url).hostname or ""
@@ -116,7 +120,7 @@ class Throttle(AutoThrottle):
             # As good as 200: else a site that answers nothing but 304 would only ever be asked more slowly.
             response = response.replace(status=200)
         super()._adjust_delay(slot, latency, response)
-        slot.delay = max(slot.delay, self.floor_s.get(host, self.mindelay))
+        slot.delay = max(slot.delay, self.delay_min_s.get(host, self.mindelay))
 
 
 def host_settings(crawls: Iterable[Crawl]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-import time
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from headrace.backends.clock import SystemClock
 from headrace.contract.config import IngestConfig
 from headrace.contract.interfaces.clock import Clock
 from headrace.ingest.forward.protocol import Message
@@ -79,10 +77,8 @@ class Waiting:
 class Collector:
     """A companion of the gateway's server."""
 
-    def __init__(
-        self, config: IngestConfig, tokens: Sequence[str], host: str, port: int, clock: Clock | None = None
-    ) -> None:
-        self._config, self._clock = config, clock or SystemClock()
+    def __init__(self, config: IngestConfig, tokens: Sequence[str], host: str, port: int, clock: Clock) -> None:
+        self._config, self._clock = config, clock
         self._tokens, self._origins = Tokens(tokens), Origins(config.cors_origins)
         self._host, self._port = host, port
         self._bodies_bytes_max = max(config.collector_bytes_max, config.buffer_bytes_max // 4)
@@ -136,7 +132,7 @@ class Collector:
 
     async def events(self, request: Request) -> Response:
         """Take events; answer when Kafka has them."""
-        started = time.perf_counter()
+        started = self._clock.monotonic()
         server = self._of()
         self._requests += 1
         server.metrics.set("requests_open", self._requests)
@@ -153,7 +149,7 @@ class Collector:
         finally:
             self._requests -= 1
             server.metrics.set("requests_open", self._requests)
-        server.metrics.observe("request_seconds", time.perf_counter() - started)
+        server.metrics.observe("request_seconds", self._clock.monotonic() - started)
         return self._cors(request, self._counted(request, response))
 
     async def _events(self, request: Request) -> Response:

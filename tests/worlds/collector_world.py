@@ -26,7 +26,7 @@ class Site:
     def __init__(self, tokens: tuple[str, ...] = (), port: int = 0, host: str = "127.0.0.1", **config: Any) -> None:
         self.log, self.metrics, self.stop = ShakyLog(Random(1)), MemoryMetrics(), threading.Event()
         settings = IngestConfig(**{"grace_ms": 0, "batch_ms": 5, **config})
-        self.collector = Collector(settings, tokens, host, port)
+        self.collector = Collector(settings, tokens, host, port, SystemClock())
         self._ready = threading.Event()
         self._identity = Identity(settings) if settings.tls_cert else None
         self._failed: BaseException | None = None

@@ -19,7 +19,7 @@ import msgspec
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
-from headrace.backends.frontier_sqlite import Frontier
+from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import set_logging
 from headrace.cli.stages.crawl import _quieten
@@ -28,7 +28,8 @@ from headrace.contract.crawl import Crawl
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
-from headrace.ingest.crawl.service import Service
+from headrace.ingest.crawl.dependencies import CrawlDependencies
+from headrace.ingest.crawl.stage import CrawlStage
 
 PARTITIONS = 3
 
@@ -89,23 +90,25 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     metrics = MemoryMetrics()
-    frontier = Frontier(folder / "state" / "g1.sqlite", bodies_per_page=declared.config.bodies_per_page)
-    service = Service(
-        declared.crawls,
-        declared.config,
-        Topics(),
-        PARTITIONS,
-        frontier,
-        FileBlobs(folder / "store"),
-        FileLog(folder / "log.jsonl", receipt_s),
-        metrics,
-        SystemClock(),
+    frontier = SqliteFrontier(folder / "state" / "g1.sqlite", bodies_per_page=declared.config.bodies_per_page)
+    stage = CrawlStage(
+        CrawlDependencies(
+            crawls=declared.crawls,
+            config=declared.config,
+            topics=Topics(),
+            partitions=PARTITIONS,
+            frontier=frontier,
+            bodies=FileBlobs(folder / "store"),
+            producer=FileLog(folder / "log.jsonl", receipt_s),
+            metrics=metrics,
+            clock=SystemClock(),
+        )
     )
     changed = 0
     if mode == "again":
-        changed = service.extract_again()
+        changed = stage.extract_again()
     else:
-        service.run(stop, lambda _: None, once=mode == "once")
+        stage.run(stop, lambda _: None, once=mode == "once")
     frontier.close()
     counts = {f"{name}/{reason}" if reason else name: value for (name, reason), value in metrics.counters.items()}
     print(json.dumps({**counts, "changed": changed}))

@@ -46,36 +46,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.backends.frontier_sqlite import Frontier
-    from headrace.ingest.crawl.service import Service
+    from headrace.backends.frontier_sqlite import SqliteFrontier
+    from headrace.ingest.crawl.dependencies import CrawlDependencies
+    from headrace.ingest.crawl.stage import CrawlStage
 
     runtime = open_runtime(args)
     crawls = sources(runtime, args.sources)
     stop = stop_event()
     metrics = runtime.metrics("crawl")
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
-    frontier = Frontier(
+    frontier = SqliteFrontier(
         runtime.home / "crawl" / f"g{runtime.config.log.generation}.sqlite",
         bodies_per_page=runtime.config.crawl.bodies_per_page,
     )
     producer = runtime.producer(linger_ms=5.0)
     try:
-        service = Service(
-            crawls,
-            runtime.config.crawl,
-            runtime.topics,
-            runtime.config.log.partitions,
-            frontier,
-            runtime.blobs(),
-            producer,
-            metrics,
-            runtime.clock,
+        stage = CrawlStage(
+            CrawlDependencies(
+                crawls=crawls,
+                config=runtime.config.crawl,
+                topics=runtime.topics,
+                partitions=runtime.config.log.partitions,
+                frontier=frontier,
+                bodies=runtime.blobs(),
+                producer=producer,
+                metrics=metrics,
+                clock=runtime.clock,
+            )
         )
         if args.extract_again:
-            print(f"{service.extract_again()} versions changed")
+            print(f"{stage.extract_again()} versions changed")
             return 0
         _quieten()
-        service.run(stop, metrics.ready, once=args.once)
+        stage.run(stop, metrics.ready, once=args.once)
     finally:
         metrics.ready(False, "stopping")
         producer.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.backends.frontier_sqlite import Found, Frontier, Settled
+from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import JoinConfig
@@ -26,10 +26,11 @@ from headrace.contract.formats.events import (
     impression_schema,
 )
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.frontier import Found, Settled
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, FeatureSpec, MultiValued, Numeric
-from headrace.ingest.crawl.outbox import Outbox
+from headrace.ingest.crawl.outbox_sender import OutboxSender
 from headrace.replay.ledger.ledger import Ledger, draw_gateways
 from headrace.serving.features import FeatureMemory
 from headrace.stream.features.featurize import featurize
@@ -70,9 +71,9 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.log = MemoryLog()
         self.log.admin().ensure_topics(Topics().specs(1))
-        self.frontier = Frontier(folder / "f.sqlite")
-        self.frontier.plant("catalogue", [Found("https://shop.example/")])
-        self.outbox = Outbox(self.frontier, self.log.producer(), Topics(), 1, MemoryMetrics(), 5)
+        self.frontier = SqliteFrontier(folder / "f.sqlite")
+        self.frontier.set_starts("catalogue", [Found("https://shop.example/")])
+        self.outbox = OutboxSender(self.frontier, self.log.producer(), Topics(), 1, MemoryMetrics(), 5)
 
     def crawled(self, key: str, values: str, at_ms: int) -> None:
         page = self.frontier.due(2**60, ["catalogue"], [], 1)[0]

@@ -1,4 +1,4 @@
-"""The crawl stage: one spider and one outbox on one asyncio loop, which Twisted shares.
+"""The crawl stage: the spider and the sender of its outbox on one asyncio loop, which Twisted shares.
 
 Also extraction of stored bodies again, which asks no site for anything.
 """
@@ -16,18 +16,16 @@ from typing import Any
 from scrapy.crawler import AsyncCrawlerRunner
 from scrapy.utils.reactor import install_reactor
 
-from headrace.backends.frontier_sqlite import Found, Frontier
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
-from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.blobs import Blobs
-from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.log import Producer
-from headrace.contract.metrics import Metrics
+from headrace.contract.interfaces.frontier import Found
+from headrace.ingest.crawl.answers import Answers, body_name
+from headrace.ingest.crawl.dependencies import CrawlDependencies
 from headrace.ingest.crawl.extract import Document, extract
-from headrace.ingest.crawl.outbox import Outbox
+from headrace.ingest.crawl.outbox_sender import OutboxSender
 from headrace.ingest.crawl.politeness import host_settings
-from headrace.ingest.crawl.spider import CrawlSpider, Desk, body_name
+from headrace.ingest.crawl.scheduler import Scheduler
+from headrace.ingest.crawl.spider import CrawlSpider, Shutdown
 
 log = logging.getLogger("headrace.crawl")
 
@@ -36,7 +34,7 @@ _DRAIN_S = 3.0
 _SPIDER_STOP_S = 1.0
 
 
-def settings(crawls: Sequence[Crawl], config: CrawlConfig) -> dict[str, Any]:
+def scrapy_settings(crawls: Sequence[Crawl], config: CrawlConfig) -> dict[str, Any]:
     """Return Scrapy's settings: its politeness on, all that it would keep or try again by itself off."""
     hosts = host_settings(crawls)
     own = "headrace.ingest.crawl.politeness"
@@ -67,8 +65,8 @@ def settings(crawls: Sequence[Crawl], config: CrawlConfig) -> dict[str, Any]:
         "DOWNLOADER_MIDDLEWARES": {
             "scrapy.downloadermiddlewares.robotstxt.RobotsTxtMiddleware": None,
             "scrapy.downloadermiddlewares.offsite.OffsiteMiddleware": None,
-            f"{own}.Fence": 50,
-            f"{own}.Robots": 100,
+            f"{own}.AllowedHosts": 50,
+            f"{own}.RobotsTxt": 100,
         },
         "EXTENSIONS": {
             "scrapy.extensions.throttle.AutoThrottle": None,
@@ -78,28 +76,16 @@ def settings(crawls: Sequence[Crawl], config: CrawlConfig) -> dict[str, Any]:
     }
 
 
-class Service:
+class CrawlStage:
     """One crawler process; `run` may be called once in a process, since Twisted's reactor runs once."""
 
-    def __init__(
-        self,
-        crawls: Sequence[Crawl],
-        config: CrawlConfig,
-        topics: Topics,
-        partitions: int,
-        frontier: Frontier,
-        bodies: Blobs,
-        producer: Producer,
-        metrics: Metrics,
-        clock: Clock,
-    ) -> None:
-        self._crawls, self._config, self._frontier, self._bodies = crawls, config, frontier, bodies
-        self._metrics, self._clock = metrics, clock
-        epoch = frontier.next_epoch(clock.now_ms())
-        self._outbox = Outbox(frontier, producer, topics, partitions, metrics, epoch)
-        for crawl in crawls:
+    def __init__(self, deps: CrawlDependencies) -> None:
+        self._deps = deps
+        epoch = deps.frontier.next_epoch(deps.clock.now_ms())
+        self._sender = OutboxSender(deps.frontier, deps.producer, deps.topics, deps.partitions, deps.metrics, epoch)
+        for crawl in deps.crawls:
             starts = [Found(url) for url in crawl.start] + [Found(url, sitemap=True) for url in crawl.sitemaps]
-            frontier.plant(crawl.name, starts)
+            deps.frontier.set_starts(crawl.name, starts)
 
     def run(self, stop: threading.Event, ready: Callable[[bool], None], *, once: bool = False) -> None:
         """Crawl until `stop`, or with `once` until nothing is due; raise what ended it otherwise."""
@@ -107,10 +93,10 @@ class Service:
 
     def extract_again(self) -> int:
         """Extract every stored body once more, send the versions that change, return how many did."""
-        changed = 0
-        for crawl in self._crawls:
-            for body in self._frontier.newest_bodies(crawl.name):
-                packed = self._bodies.get(body_name(body.digest))
+        deps, changed = self._deps, 0
+        for crawl in deps.crawls:
+            for body in deps.frontier.newest_bodies(crawl.name):
+                packed = deps.bodies.get(body_name(body.digest))
                 try:
                     plain = gzip.decompress(packed or b"")
                 except (OSError, EOFError, zlib.error):
@@ -120,33 +106,40 @@ class Service:
                     continue
                 found = extract(Document(body.base, plain, body.content_type, body.sitemap), crawl)
                 rows = [(row.key, row.version, row.values) for row in found.rows]
-                changed += self._frontier.extracted_again(body, rows, self._clock.now_ms(), crawl.keys_max)
+                changed += deps.frontier.extracted_again(body, rows, deps.clock.now_ms(), crawl.keys_max)
         stopping = asyncio.Event()
         stopping.set()
-        asyncio.run(self._outbox.run(stopping))
-        if self._outbox.failure is not None:
-            raise self._outbox.failure
+        asyncio.run(self._sender.run(stopping))
+        if self._sender.failure is not None:
+            raise self._sender.failure
         return changed
 
     async def _crawl(self, stop: threading.Event, ready: Callable[[bool], None], once: bool) -> None:
-        crawls = {crawl.name: crawl for crawl in self._crawls}
-        desk = Desk(crawls, self._config, self._frontier, self._bodies, self._metrics, self._clock, once=once)
-        sent = asyncio.Event()
-        sender = asyncio.ensure_future(self._outbox.run(sent))
-        runner = AsyncCrawlerRunner(settings(self._crawls, self._config))
-        crawling = asyncio.ensure_future(runner.crawl(CrawlSpider, desk=desk))
+        deps, shutdown = self._deps, Shutdown()
+        crawled = asyncio.Event()
+        sending = asyncio.ensure_future(self._sender.run(crawled))
+        runner = AsyncCrawlerRunner(scrapy_settings(deps.crawls, deps.config))
+        crawling = asyncio.ensure_future(
+            runner.crawl(
+                CrawlSpider,
+                deps=deps,
+                scheduler=Scheduler(deps, once=once),
+                answers=Answers(deps),
+                shutdown=shutdown,
+            )
+        )
         ready(True)
         while not crawling.done():
-            if stop.is_set() or self._outbox.failure is not None:
-                desk.stopping.set()
-            if desk.stopping.is_set():
+            if stop.is_set() or self._sender.failure is not None:
+                shutdown.asked.set()
+            if shutdown.asked.is_set():
                 # Answers on their way are not waited for: their addresses stay due.
                 await asyncio.wait([asyncio.ensure_future(runner.stop())], timeout=_SPIDER_STOP_S)
                 break
             await asyncio.sleep(0.05)
-        sent.set()
-        await asyncio.wait([sender], timeout=None if once else _DRAIN_S)
-        for failure in (self._outbox.failure, desk.failure, _failure_of(crawling), _failure_of(sender)):
+        crawled.set()
+        await asyncio.wait([sending], timeout=None if once else _DRAIN_S)
+        for failure in (self._sender.failure, shutdown.failure, _failure_of(crawling), _failure_of(sending)):
             if failure is not None:
                 raise failure
 

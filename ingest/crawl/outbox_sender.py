@@ -1,4 +1,4 @@
-"""From the outbox to every partition of `events`, and to `features`: steps 3 and 4 of the frontier's protocol.
+"""From the outbox to every partition of `events`, and to `features`: steps 3 and 4 of `contract.interfaces.frontier`.
 
 One producer sends in the order of the outbox, so that every partition has the versions in one order. What has its
 receipts from all of them leaves the outbox; after a crash the rest is sent again under a higher epoch.
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import msgspec
 import pyarrow as pa
 
-from headrace.backends.frontier_sqlite import Frontier, Version
 from headrace.contract.crawl import PREFIX
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.events import EXTERNAL, EXTERNAL_SCHEMA, ExternalValue, encode_batch
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.frontier import Frontier, Version
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 
@@ -31,14 +31,14 @@ _TURN_S = 0.03
 """Time between turns: what is settled meanwhile goes together, and the disk is waited for once."""
 
 
-class _Part(msgspec.Struct):
+class _Sent(msgspec.Struct):
     """Versions sent together, up to `number`; `open` records have no receipt yet."""
 
     number: int
     open: int
 
 
-class Outbox:
+class OutboxSender:
     """Sends versions until it is told to stop; `failure` says why it cannot go on."""
 
     def __init__(
@@ -47,14 +47,14 @@ class Outbox:
         self._frontier, self._producer, self._topics = frontier, producer, topics
         self._partitions, self._metrics, self._epoch = partitions, metrics, epoch
         self._taken = 0
-        self._parts: deque[_Part] = deque()
+        self._unsettled: deque[_Sent] = deque()
         self.failure: Exception | None = None
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Send until `stopping` and the outbox is empty, or a record is refused."""
         while self.failure is None:
             busy = self.turn()
-            if stopping.is_set() and not self._parts and not busy and not self._frontier.waiting():
+            if stopping.is_set() and not self._unsettled and not busy and not self._frontier.waiting():
                 return
             await asyncio.sleep(_TURN_S)
 
@@ -62,37 +62,37 @@ class Outbox:
         """Send what waits and take receipts; say whether anything was sent. Never blocks."""
         self._producer.poll(0.0)
         self._settle()
-        if len(self._parts) >= _IN_FLIGHT_MAX:
+        if len(self._unsettled) >= _IN_FLIGHT_MAX:
             return False
         versions = _bounded(self._frontier.outbox(self._taken, RECORD_ROWS))
         if not versions:
             return False
         self._frontier.make_safe()
         self._taken = versions[-1].number
-        part = _Part(self._taken, 1)
-        self._parts.append(part)
-        self._send(versions, part)
-        # One more than the records: receipts that come at once must not settle a part that is half sent.
-        part.open -= 1
+        group = _Sent(self._taken, 1)
+        self._unsettled.append(group)
+        self._send(versions, group)
+        # One more than the records: receipts that come at once must not settle a group that is half sent.
+        group.open -= 1
         return True
 
-    def _send(self, versions: Sequence[Version], part: _Part) -> None:
+    def _send(self, versions: Sequence[Version], group: _Sent) -> None:
         value = encode_batch(_batch(versions, self._epoch))
         for partition in range(self._partitions):
-            self._send_one(part, self._topics.events, partition, value, None)
+            self._send_one(group, self._topics.events, partition, value, None)
         for version in versions:
             self._metrics.add("versions_total", reason=version.source)
             key = f"{PREFIX}/{version.source}/{version.key}".encode()
-            self._send_one(part, self._topics.features, 0, _served(version, self._epoch), key)
+            self._send_one(group, self._topics.features, 0, _served(version, self._epoch), key)
 
-    def _send_one(self, part: _Part, topic: str, partition: int, value: bytes | None, key: bytes | None) -> None:
+    def _send_one(self, group: _Sent, topic: str, partition: int, value: bytes | None, key: bytes | None) -> None:
         headers = {"kind": EXTERNAL} if key is None else None
 
         def delivered(error: Exception | None, _offset: int) -> None:
-            part.open -= 1
+            group.open -= 1
             self.failure = self.failure or error
 
-        part.open += 1
+        group.open += 1
         while True:
             try:
                 self._producer.send(topic, partition, value, key=key, headers=headers, delivered=delivered)
@@ -106,8 +106,8 @@ class Outbox:
         if self.failure is not None:
             return
         number = 0
-        while self._parts and self._parts[0].open == 0:
-            number = self._parts.popleft().number
+        while self._unsettled and self._unsettled[0].open == 0:
+            number = self._unsettled.popleft().number
         if number:
             self._frontier.sent(number)
         self._metrics.set("outbox_rows", self._frontier.waiting())

@@ -1,0 +1,154 @@
+"""What becomes of an answer: step 2 of `contract.interfaces.frontier`. Also of an address that gave none."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import logging
+from collections import Counter
+from email.utils import parsedate_to_datetime
+
+from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, IgnoreRequest
+from scrapy.http import Response
+
+from headrace.contract.interfaces.frontier import Body, Found, Page, Settled
+from headrace.ingest.crawl.dependencies import CrawlDependencies
+from headrace.ingest.crawl.extract import Document, extract
+from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
+
+log = logging.getLogger("headrace.crawl")
+
+_HOST_WAIT_MAX_MS = 86_400_000
+"""Longest wait that a Retry-After may ask for. One day."""
+_COUNTED = frozenset({401, 403, 429, 500, 502, 503, 504})
+"""Statuses that are counted by themselves; others by their class."""
+
+
+class Answers:
+    """Notes in the frontier what answers bring, and stores their bodies."""
+
+    def __init__(self, deps: CrawlDependencies) -> None:
+        self._crawls = {crawl.name: crawl for crawl in deps.crawls}
+        self._config, self._frontier, self._bodies = deps.config, deps.frontier, deps.bodies
+        self._metrics, self._clock = deps.metrics, deps.clock
+        self._being_settled = Counter[str]()
+        """Digests of bodies that are being stored: one of them must not be deleted meanwhile."""
+
+    async def take(self, page: Page, response: Response, seconds: float) -> None:
+        """Settle an answer that took `seconds`."""
+        status = response.status
+        crawl, now_ms = self._crawls[page.source], self._clock.now_ms()
+        self._metrics.observe("page_seconds", seconds)
+        self._metrics.add("body_bytes_total", len(response.body))
+        if status == 304:
+            self._frontier.not_modified(page, now_ms + crawl.every_ms)
+            self._count("not_modified")
+        elif status in {404, 410}:
+            self._frontier.gone(page, now_ms, now_ms + crawl.every_ms)
+            self._count("gone")
+        elif status == 200:
+            await self._take_body(page, response, now_ms)
+        else:
+            if status in {429, 503}:
+                wait_ms = _retry_after_ms(response, now_ms) or self._back_off_ms(page)
+                self._frontier.wait_for(page.host, now_ms + min(wait_ms, _HOST_WAIT_MAX_MS))
+            # What is refused today is refused in a second too; only what the server calls its own fault is not.
+            is_passing = status >= 500 or status == 429
+            wait_ms = self._back_off_ms(page) if is_passing else max(crawl.every_ms, self._back_off_ms(page))
+            self._frontier.failed(page, now_ms + wait_ms)
+            self._count(f"status_{status}" if status in _COUNTED else f"status_{status // 100}xx")
+
+    def take_failure(self, page: Page, error: BaseException) -> None:
+        """Settle an address that gave no answer."""
+        crawl, now_ms = self._crawls[page.source], self._clock.now_ms()
+        reason, is_passing = _reason_of(error)
+        wait_ms = self._back_off_ms(page) if is_passing else crawl.every_ms
+        self._frontier.failed(page, now_ms + wait_ms)
+        self._count(reason)
+        log.log(logging.INFO if reason != "failed" else logging.WARNING, "%s: %s: %s", page.url, reason, error)
+
+    async def _take_body(self, page: Page, response: Response, now_ms: int) -> None:
+        crawl = self._crawls[page.source]
+        content_type = (response.headers.get("Content-Type") or b"").decode("latin-1")
+        document = Document(response.url, response.body, content_type, page.sitemap)
+        # A body of megabytes takes a second: the loop goes on meanwhile.
+        found = await asyncio.to_thread(extract, document, crawl)
+        for reason, count in found.left_out.items():
+            self._metrics.add("left_out_total", count, reason=reason)
+        if found.left_out["wrong_type"]:
+            self._frontier.failed(page, now_ms + crawl.every_ms)
+            self._count("wrong_type")
+            return
+        digest = hashlib.sha256(response.body).hexdigest()
+        self._being_settled[digest] += 1
+        try:
+            if not self._frontier.has_body(digest):
+                packed = await asyncio.to_thread(gzip.compress, response.body, 6, mtime=0)
+                await asyncio.to_thread(self._bodies.put, body_name(digest), packed)
+            settled = Settled(
+                at_ms=now_ms,
+                due_ms=now_ms + crawl.every_ms,
+                etag=_header(response, "ETag"),
+                last_modified=_header(response, "Last-Modified"),
+                rows=[(row.key, row.version, row.values) for row in found.rows],
+                links=[Found(link.url, link.sitemap, link.last_modified) for link in found.links],
+                body=Body(digest, response.url, content_type),
+            )
+            unneeded = self._frontier.settle(
+                page, settled, pages_max=crawl.pages_max, keys_max=crawl.keys_max, depth_max=crawl.depth_max
+            )
+        finally:
+            self._being_settled[digest] -= 1
+        self._count("broken" if found.left_out["broken"] else "taken")
+        for old in unneeded:
+            if not self._being_settled[old]:
+                await asyncio.to_thread(self._bodies.delete, body_name(old))
+
+    def _back_off_ms(self, page: Page) -> int:
+        return min(self._config.retry_max_ms, self._config.retry_first_ms << min(page.failures, 20))
+
+    def _count(self, reason: str) -> None:
+        self._metrics.add("pages_total", reason=reason)
+
+
+def body_name(digest: str) -> str:
+    """Return the blob of a body.
+
+    >>> body_name("ab12")
+    'crawl/bodies/ab/ab12.gz'
+    """
+    return f"crawl/bodies/{digest[:2]}/{digest}.gz"
+
+
+def _header(response: Response, name: str) -> str:
+    return (response.headers.get(name) or b"").decode("latin-1")[:1_024]
+
+
+def _retry_after_ms(response: Response, now_ms: int) -> int:
+    """Return the wait that Retry-After asks for, in seconds or as a date; 0 where it says nothing."""
+    text = _header(response, "Retry-After").strip()
+    if text.isascii() and text.isdigit():
+        return int(text[:9]) * 1_000
+    try:
+        return max(0, int(parsedate_to_datetime(text).timestamp() * 1_000) - now_ms)
+    except (ValueError, TypeError, OverflowError):
+        return 0
+
+
+def _reason_of(error: BaseException) -> tuple[str, bool]:
+    """Return what to count, and whether it may pass soon."""
+    if isinstance(error, Forbidden):
+        return "robots", False
+    if isinstance(error, Unreadable):
+        return "robots_unreadable", True
+    if isinstance(error, OffHost):
+        return "off_host", False
+    if isinstance(error, DownloadTimeoutError):
+        return "timeout", True
+    if isinstance(error, DownloadCancelledError):
+        return "too_large", False
+    if isinstance(error, IgnoreRequest):
+        # Scrapy tells its two refusals apart by words only: too many redirects, and bodies that swell beyond the bound.
+        return ("redirects" if "redirect" in str(error) else "too_large"), False
+    return "failed", True

@@ -1,0 +1,30 @@
+"""What the parts of one crawler share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace.contract.config import CrawlConfig
+from headrace.contract.crawl import Crawl
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.frontier import Frontier
+from headrace.contract.interfaces.log import Producer
+from headrace.contract.metrics import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrawlDependencies:
+    """Sources, settings and backends of one crawler; the cli chooses the backends."""
+
+    crawls: Sequence[Crawl]
+    config: CrawlConfig
+    topics: Topics
+    partitions: int
+    frontier: Frontier
+    bodies: Blobs
+    producer: Producer
+    metrics: Metrics
+    clock: Clock
