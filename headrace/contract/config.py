@@ -141,8 +141,8 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Longest time from a message's first byte to its last, while the gateway reads. Between messages any time may
     pass. Unit: ms."""
     tls_cert: str = ""
-    """PEM file with the certificate and its chain. With one, the forward port speaks TLS 1.2 or newer and nothing else.
-    A relative path begins at the project's folder."""
+    """PEM file with the certificate and its chain. With one, the forward port and the collector speak TLS 1.2 or newer
+    and nothing else. A relative path begins at the project's folder."""
     tls_key: str = ""
     """PEM file with the private key. Empty where it is in `tls_cert`."""
     tls_client_ca: str = ""
