@@ -32,7 +32,7 @@ export RATE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down restart status logs doctor ledger chaos replay test test-long test-cephfs check format bench clean
+.PHONY: help install up down restart status logs doctor ledger chaos replay test test-long test-cephfs check format docs bench clean
 
 help: ## show this
 	@echo "make TARGET [VENV=dir] [PORT_BASE=30000] [STORE=file:/dir|hdfs://host:port/dir|cephfs] [BROKERS=host:port] [PROJECT=dir]"
@@ -113,6 +113,9 @@ check: $(VENV)/.installed-dev ## ruff, mypy --strict, import-linter
 format: $(VENV)/.installed-dev ## let ruff format and sort
 	"$(BIN)/ruff" check --fix-only .
 	"$(BIN)/ruff" format .
+
+docs: $(VENV)/.installed ## write the pages of docs/ that are made from code
+	"$(BIN)/python" docs/generate.py
 
 bench: $(VENV)/.installed-dev ## every benchmark, quick form
 	@for each in bench/freshness.py bench/loop.py; do echo "== $$each"; "$(BIN)/python" $$each --quick || exit 1; done

@@ -1,5 +1,6 @@
 """`headrace.toml`, decoded once into frozen structs that reject unknown keys. Every default is safe to run.
 
+Each field has a docstring. That of a number ends in its unit, and `make docs` writes docs/settings.md from them.
 The environment is read by entry points only, for addresses: HEADRACE_BROKERS, HEADRACE_STORE, HEADRACE_WEBHDFS,
 PORT_BASE, HEADRACE_HOME (where local state lies, `.headrace`).
 """
@@ -57,35 +58,41 @@ class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[log]"""
 
     partitions: Annotated[int, Meta(gt=0, le=256)] = 4
-    """P of `events` and `samples`; fixed for a generation."""
+    """Partitions of `events` and of `samples`. Fixed for a generation. Unit: partitions."""
     generation: Count = 1
+    """Number of the set of topics. From 2 on it is part of their names (`events.g2`). Raise it to begin anew with
+    another number of partitions or another partition key. Unit: none."""
 
 
 class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[[ingest.sources]]: a Kafka topic that a shipper writes by itself, read into Headrace's own."""
 
     topic: Annotated[str, Meta(min_length=1, max_length=249)]
+    """Name of the topic."""
     format: Literal["json", "msgpack", "gelf", "raw", "otlp_json"] = "json"
+    """How the shipper writes its messages."""
     tag: str = ""
     """Tag of every record, or of those without `tag_field`."""
     tag_field: str = ""
-    """Field of the record that holds its tag; taken out of the record."""
+    """Field of the record that holds its tag. It is taken out of the record."""
     time_field: str = "@timestamp"
-    """Field that holds the time (json, msgpack), taken out of the record; without it Kafka's timestamp counts."""
+    """Field that holds the time (`json`, `msgpack`). It is taken out of the record. Without it Kafka's timestamp
+    counts."""
     time_unit: Literal["s", "ms", "us", "ns"] = "s"
     """Unit of a time that is a number."""
     text_field: str = "message"
-    """Field that gets the text where the shipper wrote nothing else (raw, otlp_json)."""
+    """Field that gets the text where the shipper wrote nothing else (`raw`, `otlp_json`)."""
     brokers: str = ""
-    """Addresses; empty: Headrace's own brokers."""
+    """Addresses of the topic's brokers. Empty: Headrace's own."""
     group: str = ""
-    """Consumer group, which all gateways share; empty: `headrace-` and the topic."""
+    """Consumer group, which all gateways share. Empty: `headrace-` and the topic."""
     start: Literal["earliest", "latest"] = "earliest"
-    """Where a partition begins that the group has never read."""
+    """Where reading begins in a partition for which the group has no position."""
     in_flight_max: Count = 20_000
-    """Most records read and without their receipts."""
+    """Most records that are read and do not have their receipts yet. Unit: records."""
     client: dict[str, str] = {}
-    """librdkafka's settings of the connection, `security.protocol`, `sasl.*`, `ssl.*`; `$NAME` is the environment's."""
+    """Settings of librdkafka for the connection: `security.*`, `sasl.*`, `ssl.*` and `client.*`. A value `$NAME` is
+    read from the environment."""
 
     def __post_init__(self) -> None:
         """Refuse a source whose records could have no tag, and settings that are not the connection's."""
@@ -102,173 +109,193 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """[ingest]"""
 
     batch_ms: Millis = 20
-    """Longest time that an event waits for company."""
+    """Longest time that an event waits until its batch is written. More means fewer and larger records; each costs a
+    stage about a millisecond. Unit: ms."""
     batch_rows: Count = 2_000
+    """Most events in one Kafka record. Unit: rows."""
     batch_bytes: Count = 900_000
-    """Most bytes in one Kafka record; below the broker's 1 MB limit."""
+    """Most bytes in one Kafka record; below the broker's limit of 1 MB. Unit: bytes."""
     punctuate_ms: Millis = 100
+    """Time between the punctuations that a gateway writes into every partition. Unit: ms."""
     grace_ms: Annotated[int, Meta(ge=0, le=600_000)] = 2_500
-    """Time after its start in which a gateway promises nothing, so that shippers reconnect and hand over what they
-    held before the watermark jumps over the outage. More than `headrace.sender`'s longest back-off, 2 s."""
+    """Time after its start in which a gateway promises nothing, so that shippers reconnect and hand over what they held
+    before the watermark passes the outage. More than the longest back-off of `headrace.sender`, 2 s. Unit: ms."""
     skew_ms: Millis = 60_000
-    """An event time further ahead of the gateway's clock is a dead letter (`future`)."""
+    """An event whose time is further ahead of the gateway's clock becomes a dead letter (`future`). Unit: ms."""
     silent_ms: Millis = 10_000
-    """A gateway whose punctuation is this far behind the others' no longer holds the watermark."""
+    """A gateway whose punctuation is this far behind the others' no longer holds the watermark. Unit: ms."""
     repeat_horizon_ms: Millis = 3_600_000
-    """How long a gateway remembers chunks and event ids."""
+    """How long a gateway remembers chunks and event ids. One hour. Unit: ms."""
     chunk_bytes_max: Count = 16_777_216
-    """Largest message, compressed or not. 16 MiB."""
+    """Largest message, compressed or not. 16 MiB. Unit: bytes."""
     buffer_bytes_max: Count = 134_217_728
-    """Bytes read and not yet acked by Kafka, over all connections; beyond it the gateway stops reading."""
+    """Most bytes that are read and not yet confirmed by Kafka, over all connections. Beyond it the gateway stops
+    reading. 128 MiB. Unit: bytes."""
     connections_max: Count = 4_096
-    """Most open connections. At the bound one that never sent a message gives way, else the new one is refused."""
+    """Most open connections. At the bound a connection that never sent a message gives way, else the new one is
+    refused. The soft limit of open files is raised to fit. Unit: connections."""
     handshake_ms: Millis = 10_000
-    """Longest time for TLS and the shared-key handshake."""
+    """Longest time for TLS and the shared-key handshake. At the bound of connections it is also how long one that never
+    sent a message is safe. Unit: ms."""
     message_ms: Millis = 60_000
     """Longest time from a message's first byte to its last, while the gateway reads. Between messages any time may
-    pass."""
+    pass. Unit: ms."""
     tls_cert: str = ""
-    """PEM file with the certificate and its chain; with one, the forward port speaks TLS 1.2 or newer and nothing else.
-    A relative path begins at the project's folder."""
+    """PEM file with the certificate and its chain. With one, the forward port and the collector speak TLS 1.2 or newer
+    and nothing else. A relative path begins at the project's folder."""
     tls_key: str = ""
-    """PEM file with the private key; empty where it is in `tls_cert`."""
+    """PEM file with the private key. Empty where it is in `tls_cert`."""
     tls_client_ca: str = ""
-    """PEM file with the authorities of client certificates; with one, a shipper must show a certificate."""
+    """PEM file with the authorities of client certificates. With one, a shipper must show a certificate."""
     dead_letter_bytes: Count = 16_384
-    """Most raw bytes kept of a refused event."""
+    """Most raw bytes that are kept of a refused event. Unit: bytes."""
     dead_letter_share_max: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5
-    """Share of a tag's events (of all events, for tags that nobody declares) that may become dead letters; beyond it
-    the tag's chunks stay unacked with their shippers. 1 takes everything."""
+    """Largest share of a tag's events that may become dead letters (of all events, for tags that nobody declares).
+    Beyond it the gateway does not ack the tag's chunks, and shippers keep them. 1 takes everything. Unit: share of
+    events."""
     dead_letter_window_ms: Millis = 60_000
-    """Time over which the share is counted."""
+    """Time over which the share is counted. Unit: ms."""
     dead_letter_events_min: Count = 5_000
-    """Fewest events within that time of which a share says something."""
+    """Fewest events within that time from which a share is taken to say something. Unit: events."""
     dead_letter_probe_ms: Millis = 10_000
-    """Time between chunks that are taken to see whether a tag is good again."""
+    """Time between chunks that are taken to see whether a tag is good again. Unit: ms."""
     collector_bytes_max: Count = 1_048_576
-    """Largest body of `POST /v1/events`, compressed or not. 1 MiB."""
+    """Largest body of `POST /v1/events`, compressed or not. 1 MiB. Unit: bytes."""
     collector_requests_max: Count = 512
-    """Most requests that wait for Kafka at once; beyond it the answer is 503, send again."""
+    """Most requests that wait for Kafka at once. Beyond it the answer is 503: send the same again. Unit: requests."""
     collector_connections_max: Count = 2_048
-    """Most connections to the collector; beyond it the one that idles longest gives way."""
+    """Most connections to the collector. Beyond it the one that has been idle longest gives way. Unit: connections."""
     cors_origins: tuple[str, ...] = ("http://127.0.0.1:*", "http://localhost:*")
-    """Origins whose pages may send; `*` in one stands for a part of host or port, alone for every origin."""
+    """Origins whose pages may send. `*` in one stands for a part of the host or for the port; alone it stands for every
+    origin."""
     sources: tuple[SourceConfig, ...] = ()
-    """Topics of shippers that are read into `events`, each a table of its own."""
+    """Topics that shippers write and gateways read into `events`. Each is a table of its own."""
 
 
 class JoinConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[join]"""
 
     pending_max: Count = 2_000_000
-    """Most impressions that wait for feedback in one partition."""
+    """Most impressions that wait for feedback in one partition, and most early feedback that waits there for its
+    impression. Unit: rows a partition."""
     early_feedback_ms: Millis = 600_000
-    """How long feedback that came first waits for its impression, in watermark time. 10 minutes."""
+    """How long feedback that came first waits for its impression, in watermark time. 10 minutes. Unit: ms."""
     resolved_ms: Millis = 600_000
-    """How long a resolved request is remembered, to know duplicates and late feedback from orphans."""
+    """How long a resolved request is remembered, to tell duplicate and late feedback from orphans. 10 minutes. Unit:
+    ms."""
     repeat_horizon_ms: Millis = 3_600_000
-    """How long event ids are remembered, in watermark time. One hour."""
+    """How long event ids are remembered, in watermark time. One hour. Unit: ms."""
     snapshot_ms: Millis = 5_000
-    """Time between snapshots of the state."""
+    """Time between snapshots of the state. Unit: ms."""
     payload_bytes: Count = 134_217_728
-    """Bytes of waiting impressions that one partition keeps in memory; beyond it full pieces lie in a file. 128 MiB."""
+    """Most bytes of waiting impressions that one partition keeps in memory. Beyond it, whole pieces lie in a file. 128
+    MiB. Unit: bytes a partition."""
 
 
 class AggregateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[aggregate]"""
 
     grid_ms: Millis = 1_000
-    """Values are written at multiples of this event time, once all watermarks have passed it."""
+    """Event time between two points of the grid. Values are written at its points, once all watermarks have passed
+    them. Unit: ms."""
     snapshot_ms: Millis = 5_000
+    """Time between snapshots of the state. Unit: ms."""
 
 
 class SinkConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[sink]"""
 
     commit_ms: Millis = 3_000
-    """Longest time between commits to the lake while samples come."""
+    """Longest time between commits to the lake while samples come. Unit: ms."""
     commit_rows: Count = 200_000
+    """Samples from which on a commit does not wait for `commit_ms`. Unit: rows."""
 
 
 class CrawlConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[crawl]: what all sources share; each source's own bounds are declared with it, see `headrace.contract.crawl`."""
 
     user_agent: Annotated[str, Meta(min_length=1, max_length=256)] = "headrace"
-    """What sites and their robots.txt call us; put an address in it at which you can be asked to stop."""
+    """What sites and their robots.txt call the crawler. Put an address in it at which you can be asked to stop."""
     requests_max: Annotated[int, Meta(gt=0, le=512)] = 16
-    """Most requests at once, over all hosts."""
+    """Most requests at once, over all hosts. Unit: requests."""
     redirects_max: Annotated[int, Meta(ge=0, le=20)] = 5
-    """Most redirects from an address to its document."""
+    """Most redirects from an address to its document. Unit: redirects."""
     robots_ms: Annotated[int, Meta(ge=1_000, le=86_400_000)] = 3_600_000
-    """How long a host's robots.txt is good for. One hour."""
+    """How long a host's robots.txt is good for. One hour. Unit: ms."""
     retry_first_ms: Millis = 5_000
-    """Time until a document that failed is asked for again; it doubles with every further failure."""
+    """Time until a document that failed is asked for again. It doubles with every further failure. Unit: ms."""
     retry_max_ms: Millis = 600_000
-    """Longest such time. 10 minutes."""
+    """Longest time until a document that failed is asked for again. 10 minutes. Unit: ms."""
     bodies_per_page: Count = 5
-    """Newest bodies of an address that are kept for extraction again."""
+    """Newest bodies of an address that are kept, so that they can be extracted again. Unit: bodies an address."""
     outbox_max: Count = 50_000
-    """Versions that wait for Kafka; beyond it nothing is fetched."""
+    """Most versions that wait for Kafka. Beyond it nothing is fetched. Unit: versions."""
 
 
 class LakeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[lake]"""
 
     compact_ms: Annotated[int, Meta(ge=0, le=86_400_000)] = 60_000
-    """Time between the sink's looks for hours of many small files; 0: only `headrace lake` does it."""
+    """Time between two looks of the sink for hours of many small files. 0: only `headrace lake` compacts. Unit: ms."""
     compact_files: Annotated[int, Meta(ge=2)] = 8
-    """Fewest small files of one hour that are worth writing anew as one."""
+    """Fewest small files of one hour that are worth writing anew as one. Unit: files."""
     target_file_bytes: Count = 134_217_728
-    """Size that compaction aims at; a file of at least half of it is not small. 128 MiB."""
+    """Size that compaction aims at. A file of at least half of it is not small. 128 MiB. Unit: bytes."""
     vacuum_ms: Count = 3_600_000
-    """How long a file stays that no version needs any more, or that a killed writer left; also the time between
-    vacuums. More than the longest commit and the longest read without a lease. One hour."""
+    """How long a file stays that no version needs any more, or that a killed writer left; also the time between two
+    vacuums. It must be longer than the longest commit and the longest read without a lease. One hour. Unit: ms."""
     history_ms: Annotated[int, Meta(ge=60_000)] = 86_400_000
-    """How long a version's entry in Delta's log stays, for time travel and for leases. One day."""
+    """How long a version's entry in Delta's log stays, for time travel and for leases. One day. Unit: ms."""
     retention_ms: Annotated[int, Meta(ge=0)] = 0
-    """Hours of event time that ended longer ago are dropped whole; 0 keeps everything."""
+    """Hours of event time that ended longer ago are dropped whole. 0 keeps everything. Unit: ms."""
     lease_ms: Count = 86_400_000
-    """How long a reader's lease of a version holds when it is not given back. One day."""
+    """How long a reader's lease of a version holds when it is not given back. One day. Unit: ms."""
 
 
 class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[train]"""
 
     wait_ms: Millis = 50
-    """Longest time that samples wait for a step to fill."""
+    """Longest time that samples wait for a step to fill. Unit: ms."""
     publish_ms: Millis = 200
-    """Time between deltas."""
+    """Time between deltas. Unit: ms."""
     snapshot_ms: Millis = 30_000
-    """Time between full snapshots; a checkpoint is written with each."""
+    """Time between full snapshots. A checkpoint is written with each. Unit: ms."""
     threads: Count = 1
-    """Threads of the math library; part of what bit equality needs."""
+    """Threads of the math library. Equal bits need an equal number. Unit: threads."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the dense part is learnt. `auto`: CUDA where there is one. Bits are equal on machines of one kind only."""
+    """Where the dense part of `deepfm`, `dcn` and a module of your own is learnt. `auto`: CUDA where there is one.
+    `logistic` and `fm` stay on the CPU. Bits are equal on machines of one kind only."""
     device_rows: Annotated[int, Meta(ge=0)] = 1_000_000
-    """With CUDA: rows of each kind that are kept on the device, the most recently used; what one row takes is in
-    trainer/README.md. 0: all rows stay on the host."""
+    """With CUDA: how many rows of each kind are kept on the device, those most recently used. docs/models.md says what
+    one row takes. 0: all rows stay on the host. Unit: rows."""
     slices: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
     """Impression fields by whose values the figures of progressive validation are told apart."""
     slice_values_max: Annotated[int, Meta(gt=0, le=256)] = 16
-    """Most values of a field that are slices of their own: the first that are learnt. All others share one."""
+    """Most values of a field that are slices of their own: the first that are learnt. All others share one slice. Unit:
+    values."""
     projector_ms: Annotated[int, Meta(ge=0)] = 60_000
-    """Time between embeddings for TensorBoard's projector. 0: none."""
+    """Time between two sets of embeddings for TensorBoard's projector. 0: none. Unit: ms."""
 
 
 class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[serve]"""
 
     workers: Annotated[int, Meta(gt=0, le=64)] = 1
+    """Processes that share the port and answer; all read one model in shared memory. Unit: processes."""
     candidates_max: Count = 1_000
+    """Most candidates in one request to `POST /v1/rank`. Unit: candidates."""
     rows_max: Count = 1_048_576
-    """Rows that one copy of the table can hold."""
+    """Most rows that one copy of the model's tables can hold. Unit: rows."""
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The whole file. `module` and `object` name the user's Python file (beside the TOML) and its Project."""
+    """The whole file."""
 
     module: str = "project.py"
+    """Python file of the project, beside the TOML file."""
     object: str = "PROJECT"
+    """Name of the `Project` in that file."""
     log: LogConfig = LogConfig()
     ingest: IngestConfig = IngestConfig()
     join: JoinConfig = JoinConfig()
@@ -285,6 +312,6 @@ def decode_config(text: bytes, *, where: str = "headrace.toml") -> Config:
     try:
         return msgspec.toml.decode(text, type=Config)
     except msgspec.ValidationError as error:
-        raise ConfigRejected(f"{where}: {error}. See README's table of settings.") from error
+        raise ConfigRejected(f"{where}: {error}. docs/settings.md lists every setting.") from error
     except msgspec.DecodeError as error:
         raise ConfigRejected(f"{where} is not TOML: {error}.") from error

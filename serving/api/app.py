@@ -106,7 +106,7 @@ class Face:
                     event_time_ms=now_ms,
                 )
         except msgspec.ValidationError as error:
-            return problem(422, str(error), "see README: POST /v1/rank")
+            return problem(422, str(error), "see POST /v1/rank in docs/serving.md")
         except msgspec.DecodeError as error:
             return problem(400, f"no JSON: {error}", "send application/json")
         except EventRejected as error:

@@ -313,7 +313,7 @@ def test_time_travel_by_version_and_by_time(new_lake: NewLake):
 
 
 def test_duckdb_reads_the_table(uri: str, new_lake: NewLake):
-    """The line of README: a version's files, with the hours as columns."""
+    """The line of docs/lake.md: a version's files, with the hours as columns."""
     if "://" in uri:
         pytest.skip("DuckDB has no hdfs://; there it gets the Arrow table")
     lake = new_lake()

@@ -2,7 +2,7 @@
 version to `events` with the time at which it was fetched.
 
 Addresses, validators and what Kafka lacks are kept in HEADRACE_HOME/crawl; bodies lie in the store, below crawl/bodies.
-One process is enough; a second one on the same folder is refused. How a source is declared: ingest/crawl/README.md.
+One process is enough; a second one on the same folder is refused. How a source is declared: docs/crawl.md.
 
   headrace crawl                    until SIGTERM; metrics on 9105
   headrace crawl --once             what is due now, then end (for cron)
