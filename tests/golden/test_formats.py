@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import trainer_world
-from write_formats import CONFIG, NOW_MS, PROJECT, TOPICS, trainer_parts
+from write_formats import NOW_MS, PROJECT, TOPICS, stage_dependencies, trainer_parts
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
-from headrace.backends.frontier_sqlite import Frontier
+from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.leases import Leases
 from headrace.backends.log.memory import MemoryLog
@@ -109,9 +109,7 @@ def test_the_join_goes_on_from_each_state_with_the_same_samples(stored: Stored, 
         path.unlink()
     samples = stored.log.partitions(TOPICS.samples)[0]
     before, events = len(samples), stored.log.partitions(TOPICS.events)[0]
-    stage = StreamStage(
-        PROJECT, CONFIG, TOPICS, stored.log.producer(), stored.blobs, MemoryMetrics(), stored.clock
-    )  # fmt: skip
+    stage = StreamStage(stage_dependencies(stored.log.producer(), stored.blobs, stored.clock))
 
     async def go_on() -> int:
         following = await stage.begin(0)
@@ -130,9 +128,7 @@ def test_the_join_goes_on_from_each_state_with_the_same_samples(stored: Stored, 
 
 
 def test_the_aggregator_restores_its_state(stored: Stored):
-    stage = AggregateStage(
-        PROJECT, CONFIG, TOPICS, stored.log.producer(), stored.blobs, MemoryMetrics(), stored.clock
-    )  # fmt: skip
+    stage = AggregateStage(stage_dependencies(stored.log.producer(), stored.blobs, stored.clock))
     assert asyncio.run(stage.begin(0)) == 118
 
 
@@ -191,7 +187,7 @@ def test_a_spool_and_a_frontier_go_on(stored: Stored):
     sender = Sender("t", port=1, spool_dir=stored.folder / "spool")
     assert sender.unacked == 3
     sender.close(timeout=0.0)
-    frontier = Frontier(stored.folder / "crawl" / "frontier.sqlite")
+    frontier = SqliteFrontier(stored.folder / "crawl" / "frontier.sqlite")
     assert frontier.pages("site") == 1 and frontier.has_body("d" * 64)
     assert [(v.key, v.values) for v in frontier.outbox(0, 10)] == [("7", '{"price":2.5}')]
     frontier.close()

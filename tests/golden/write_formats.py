@@ -25,7 +25,7 @@ import trainer_world  # noqa: E402
 
 from headrace.backends.blobs_file import FileBlobs  # noqa: E402
 from headrace.backends.clock import VirtualClock  # noqa: E402
-from headrace.backends.frontier_sqlite import Body, Found, Frontier, Settled  # noqa: E402
+from headrace.backends.frontier_sqlite import SqliteFrontier  # noqa: E402
 from headrace.backends.lake.delta import DeltaLake  # noqa: E402
 from headrace.backends.lake.leases import Leases  # noqa: E402
 from headrace.backends.log.fenced_memory import FencedMemory, Pens  # noqa: E402
@@ -41,11 +41,13 @@ from headrace.contract.formats.dead_letters import (  # noqa: E402
 from headrace.contract.formats.events import decode_batch, fit  # noqa: E402
 from headrace.contract.formats.sample import parse_position, sample_schema  # noqa: E402
 from headrace.contract.formats.topics import Topics  # noqa: E402
+from headrace.contract.interfaces.frontier import Body, Found, Settled  # noqa: E402
 from headrace.contract.project import Recipe  # noqa: E402
 from headrace.sender import Sender  # noqa: E402
 from headrace.stream.aggregate.stage import AggregateStage  # noqa: E402
 from headrace.stream.join import state  # noqa: E402
 from headrace.stream.rule_changes import apply, ensure_first  # noqa: E402
+from headrace.stream.shell.dependencies import StageDependencies  # noqa: E402
 from headrace.stream.shell.join_stage import StreamStage  # noqa: E402
 from headrace.trainer.run import Parts, Trainer  # noqa: E402
 
@@ -59,6 +61,19 @@ CONFIG = Config(
     ingest=IngestConfig(silent_ms=300),
 )
 NOW_MS = 1_000_000
+
+
+def stage_dependencies(producer: Any, blobs: FileBlobs, clock: VirtualClock) -> StageDependencies:
+    """Return what the join and the aggregator of this project depend on."""
+    return StageDependencies(
+        project=PROJECT,
+        config=CONFIG,
+        topics=TOPICS,
+        producer=producer,
+        blobs=blobs,
+        metrics=MemoryMetrics(),
+        clock=clock,
+    )
 
 
 def trainer_parts(
@@ -110,11 +125,12 @@ def write(folder: Path) -> None:
     apply(rules, log.producer(), TOPICS.events, 1, changed.checked(), now_ms=NOW_MS)
 
     producer = log.producer()
+    deps = stage_dependencies(producer, blobs, clock)
     # So few rows would all lie in the manifest.
     state.INLINE_ROWS = 8
-    join = StreamStage(PROJECT, CONFIG, TOPICS, producer, blobs, MemoryMetrics(), clock)
+    join = StreamStage(deps)
     asyncio.run(work(join, clock, list(log.partitions(TOPICS.events)[0])))
-    aggregator = AggregateStage(PROJECT, CONFIG, TOPICS, producer, blobs, MemoryMetrics(), clock)
+    aggregator = AggregateStage(deps)
     asyncio.run(work(aggregator, clock, list(log.partitions(TOPICS.events)[0])))
 
     samples = log.partitions(TOPICS.samples)[0]
@@ -158,8 +174,8 @@ def write(folder: Path) -> None:
         sender.emit_with_time("impression", 1_000 + number, {"event_id": f"e{number}"})
     sender.close(timeout=0.2)
 
-    frontier = Frontier(folder / "crawl" / "frontier.sqlite")
-    frontier.plant("site", [Found("http://127.0.0.1:1/a")])
+    frontier = SqliteFrontier(folder / "crawl" / "frontier.sqlite")
+    frontier.set_starts("site", [Found("http://127.0.0.1:1/a")])
     page = frontier.due(NOW_MS, ["site"], [], 1)[0]
     body = Body("d" * 64, page.url, "text/html")
     told = Settled(at_ms=NOW_MS, due_ms=2 * NOW_MS, etag='"e"', rows=[("7", "v1", '{"price":2.5}')], body=body)
