@@ -109,15 +109,20 @@ def type_text(info: Any) -> str:
 def range_text(info: Any) -> str:
     """Return the range of a number, such as `1 to 256` or `at least 0`; integers above 0 begin at 1."""
     whole = isinstance(info, types.IntType)
-    least, most = info.ge, info.le
-    if info.gt is not None:
-        least = info.gt + 1 if whole else None
+    above, least, most = (_plain(bound) for bound in (info.gt, info.ge, info.le))
+    if above is not None and whole:
+        least = above + 1
     if least is not None and most is not None:
         return f"{least:,} to {most:,}"
     parts = [f"at least {least:,}" if least is not None else "", f"at most {most:,}" if most is not None else ""]
-    if info.gt is not None and not whole:
-        parts[0] = f"above {info.gt:,}"
+    if above is not None and not whole:
+        parts[0] = f"above {above:,}"
     return ", ".join(part for part in parts if part)
+
+
+def _plain(bound: float | None) -> float | None:
+    """Return 1 for 1.0: typing takes equal annotations for one, so either may be the bound that is found."""
+    return int(bound) if bound is not None and bound == int(bound) else bound
 
 
 def default_text(field: FieldInfo) -> str:
