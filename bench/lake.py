@@ -41,7 +41,7 @@ from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.cli.stack.flags import quiet_clients
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
-from headrace.deploy.local import probe
+from headrace.deploy.local import readiness
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout, jar_folder
 from headrace.deploy.local.servers import cephfs, hdfs
@@ -112,7 +112,7 @@ def own_hdfs(home: Path) -> Iterator[str]:
     servers = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
     try:
         until = time.monotonic() + 60
-        while (trouble := probe.hdfs_trouble(layout)) and time.monotonic() < until:
+        while (trouble := readiness.hdfs_trouble(layout)) and time.monotonic() < until:
             time.sleep(0.2)
         if trouble:
             raise RuntimeError(trouble)

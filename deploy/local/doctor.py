@@ -16,7 +16,7 @@ import psutil
 
 from headrace.contract.config import PORTS
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local import probe
+from headrace.deploy.local import readiness
 from headrace.deploy.local.layout import HOST, STATE_VERSION, Layout
 from headrace.deploy.local.servers import cephfs
 from headrace.deploy.local.servers.java import OLDEST, find_java
@@ -180,7 +180,7 @@ def _describe(pid: int) -> str:
 
 def _outside(layout: Layout, running: bool) -> Iterator[Finding]:
     if running or not layout.own_kafka:
-        reason = probe.kafka_trouble(layout.brokers)
+        reason = readiness.kafka_trouble(layout.brokers)
         remedy = (
             "`headrace logs kafka` shows why; the supervisor starts it again"
             if layout.own_kafka
@@ -202,7 +202,7 @@ def _outside(layout: Layout, running: bool) -> Iterator[Finding]:
 
 
 def _hdfs(layout: Layout) -> Finding:
-    reason = probe.hdfs_trouble(layout, patience_s=2.0)
+    reason = readiness.hdfs_trouble(layout, patience_s=2.0)
     if not reason:
         return Finding("HDFS", f"takes writes at {layout.webhdfs}", "ok")
     if reason.startswith("HDFS is in safe mode"):

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
-from headrace.deploy.local import probe
+from headrace.deploy.local import readiness
 from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder
 from headrace.deploy.local.servers import cephfs, hdfs, kafka
 from headrace.deploy.local.servers.jars import ensure_jars
@@ -72,7 +72,7 @@ def start(
         KafkaAdmin(layout.brokers).ensure_topics(topics)
         if stages:
             names = [p.name for p in supervisor.processes() if p.name not in INFRASTRUCTURE]
-            probes = probe.stage_probes(layout)
+            probes = readiness.stage_probes(layout)
             # The shop comes late: its traffic would take the processor from those that still start. The crawler comes
             # after it: a site that does not answer at first would be left alone for half a minute.
             late: list[list[str]] = [[name] for name in ("shop", "crawl") if name in names]
@@ -90,9 +90,9 @@ def start_infrastructure(layout: Layout, supervisor: Supervisor, say: Say) -> No
 
 def infrastructure_probes(layout: Layout) -> dict[str, Callable[[], str]]:
     """Return for Kafka and HDFS the function that tells why it takes no work, "" when it does."""
-    probes: dict[str, Callable[[], str]] = {"kafka": lambda: probe.kafka_trouble(layout.brokers)}
+    probes: dict[str, Callable[[], str]] = {"kafka": lambda: readiness.kafka_trouble(layout.brokers)}
     if layout.store.startswith("hdfs://"):
-        probes["hdfs"] = lambda: probe.hdfs_trouble(layout)
+        probes["hdfs"] = lambda: readiness.hdfs_trouble(layout)
     return probes
 
 
@@ -131,7 +131,7 @@ def restart(layout: Layout, names: Sequence[str], say: Say) -> None:
     with _only_one(layout):
         supervisor.end(names)
         supervisor.begin(names)
-        probes = probe.stage_probes(layout) | infrastructure_probes(layout)
+        probes = readiness.stage_probes(layout) | infrastructure_probes(layout)
         wanted = {"hdfs" if name in ("namenode", "datanode") else name for name in names}
         await_all({name: ask for name, ask in probes.items() if name in wanted}, STAGES_S, say)
 

@@ -17,7 +17,7 @@ from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec
-from headrace.deploy.local import probe
+from headrace.deploy.local import readiness
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor, orphans
@@ -73,6 +73,6 @@ def test_a_killed_supervisor_leaves_nothing_that_up_does_not_take_over(stack: La
     local_stack.start(stack, Topics().specs(2), said.append, stages=False)
     assert any("ended 3 processes" in line for line in said)
     assert not [p for p in old if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert not probe.kafka_trouble(stack.brokers, 10.0)
+    assert not readiness.kafka_trouble(stack.brokers, 10.0)
     check(stack, "heal-2", [b"before"])
     assert len(orphans(stack.home)) == 4

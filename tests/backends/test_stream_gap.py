@@ -20,7 +20,6 @@ from confluent_kafka.admin import AdminClient
 
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
-from headrace.cli.stack.watch import parse
 from headrace.contract.config import port
 from headrace.contract.formats.events import (
     Punctuation,
@@ -34,6 +33,7 @@ from headrace.contract.formats.events import (
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import read_range
 from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.metrics_text import parse
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

@@ -22,7 +22,6 @@ import pytest
 
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.cli.runtime import load_project
-from headrace.cli.stack.watch import parse
 from headrace.contract.config import port
 from headrace.contract.formats.events import (
     Punctuation,
@@ -38,7 +37,8 @@ from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import read_range
 from headrace.deploy.local.layout import HOST, Layout
-from headrace.deploy.local.probe import http_get
+from headrace.deploy.local.metrics_text import parse
+from headrace.deploy.local.readiness import http_get
 from headrace.replay.ledger.rejoin import rejoin
 from headrace.stream.join.join import JoinState
 from headrace.stream.rule_changes import first_rules

@@ -41,7 +41,7 @@ from headrace.contract.formats.events import (
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.project import Project
-from headrace.deploy.local import probe
+from headrace.deploy.local import readiness
 from headrace.deploy.local.chaos.crawl_account import CrawlAccount
 from headrace.deploy.local.chaos.load import Emitted, Load
 from headrace.deploy.local.doctor import free_port
@@ -268,8 +268,8 @@ def kill_all(layout: Layout, kills: Sequence[Kill], load: Load, say: Say) -> Non
 
 def await_ready(layout: Layout) -> None:
     """Return when the broker and all stages that run here say that they are ready."""
-    probes = probe.stage_probes(layout)
-    others = probe.stage_probes(replace(layout, port_base=_second_base(layout)))
+    probes = readiness.stage_probes(layout)
+    others = readiness.stage_probes(replace(layout, port_base=_second_base(layout)))
     probes |= {SECOND: others["ingest"], SECOND_WORKER: others["stream"]}
     asked = [probes[p.name] for p in Supervisor(layout).processes() if p.name in probes]
     until = time.monotonic() + READY_S
@@ -277,9 +277,9 @@ def await_ready(layout: Layout) -> None:
         if time.monotonic() > until:
             raise Unavailable(f"not ready again after {READY_S:.0f} s: {'; '.join(reasons)}; see {layout.logs}.")
         time.sleep(0.05)
-    if layout.own_kafka and (trouble := probe.kafka_trouble(layout.brokers, READY_S)):
+    if layout.own_kafka and (trouble := readiness.kafka_trouble(layout.brokers, READY_S)):
         raise Unavailable(trouble)
-    while layout.own_hdfs and (trouble := probe.hdfs_trouble(layout)):
+    while layout.own_hdfs and (trouble := readiness.hdfs_trouble(layout)):
         if time.monotonic() > until:
             raise Unavailable(f"not ready again after {READY_S:.0f} s: {trouble}; see {layout.logs}.")
 

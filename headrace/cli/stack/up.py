@@ -15,12 +15,12 @@ import time
 from headrace.cli.rules_topic import rules_topic
 from headrace.cli.runtime import HOST, load_project
 from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, quiet_clients, table
-from headrace.cli.stack.watch import Watch
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.stack import start, stop
+from headrace.deploy.local.status_line import StatusLine
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.stream.rule_changes import unapplied
 
@@ -106,11 +106,11 @@ def _show(layout: Layout, took_s: float) -> None:
 
 
 def _follow(layout: Layout) -> None:
-    watch = Watch(layout)
+    status = StatusLine(layout)
     print("a line every few seconds; Ctrl-C stops everything", flush=True)
     while True:
         time.sleep(LINE_S)
-        print(watch.line(), flush=True)
+        print(status.line(), flush=True)
         if not Supervisor(layout).running():
             print("the stack was stopped from outside", flush=True)
             return

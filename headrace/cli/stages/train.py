@@ -23,7 +23,7 @@ import argparse
 import logging
 
 from headrace.backends.log.fenced_kafka import FencedKafka
-from headrace.cli.progress import show_progress
+from headrace.cli.progress_bar import show_progress
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.trainer.validation.board import Board
 

@@ -28,7 +28,6 @@ from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.kafka import KafkaReader
 from headrace.cli.runtime import find_project, load_project
 from headrace.cli.stack.flags import quiet_clients
-from headrace.cli.stack.watch import parse
 from headrace.cli.tools.ledger import table as ledger_table
 from headrace.cli.tools.ledger import take_stock
 from headrace.contract.config import Config
@@ -40,7 +39,8 @@ from headrace.deploy.local.chaos import breaking as chaos
 from headrace.deploy.local.chaos import crawl_account as chaos_crawl
 from headrace.deploy.local.chaos.load import seed_from_system
 from headrace.deploy.local.layout import HOST, Layout
-from headrace.deploy.local.probe import http_get
+from headrace.deploy.local.metrics_text import parse
+from headrace.deploy.local.readiness import http_get
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.settled import SettledCounts, check_settled

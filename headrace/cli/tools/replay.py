@@ -12,7 +12,7 @@ import socket
 
 import msgspec
 
-from headrace.cli.progress import show_progress
+from headrace.cli.progress_bar import show_progress
 from headrace.cli.runtime import add_common, open_runtime
 
 logger = logging.getLogger("headrace.replay")

@@ -19,9 +19,8 @@ from headrace.cli.main import VERBS, main
 from headrace.cli.runtime import find_addresses, open_blobs
 from headrace.cli.stack import clean as stack_clean
 from headrace.cli.stack import flags as local
-from headrace.cli.stack import watch
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local import doctor, layout, probe, stack
+from headrace.deploy.local import doctor, layout, metrics_text, readiness, stack
 from headrace.deploy.local.servers import java
 from headrace.deploy.local.servers.jars import Bundle, read_pins, wrong_jars
 from headrace.deploy.local.supervise import Program, configuration
@@ -133,7 +132,7 @@ def test_doctor_names_a_broker_and_an_hdfs_that_are_down(tmp_path: Path, monkeyp
     findings = {f.what: f for f in doctor.examine(made)}
     assert findings["broker"].level == "trouble" and "BROKERS=" in findings["broker"].remedy
     assert findings["HDFS"].level == "trouble" and "WEBHDFS=" in findings["HDFS"].remedy
-    monkeypatch.setattr(probe, "safe_mode", lambda _: "HDFS is in safe mode: on")
+    monkeypatch.setattr(readiness, "safe_mode", lambda _: "HDFS is in safe mode: on")
     safe = {f.what: f for f in doctor.examine(made)}["HDFS"]
     assert "safe mode" in safe.found and "leave" in safe.remedy
 
@@ -191,20 +190,20 @@ def test_metrics_are_scraped_and_readiness_is_told() -> None:
     metrics.set("buffer_bytes", 7)
     metrics.observe("commit_seconds", 0.2)
     at = f"http://127.0.0.1:{metrics.port}"
-    status, body = probe.http_get(f"{at}/metrics")
-    found = watch.parse(body.decode())
+    status, body = readiness.http_get(f"{at}/metrics")
+    found = metrics_text.parse(body.decode())
     assert status == 200
     assert found["headrace_ingest_events_read_total"] == 5 and found["headrace_ingest_buffer_bytes"] == 7
-    assert watch.median("headrace_ingest_commit_seconds", found, {}) == 0.2
-    assert probe.http_get(f"{at}/readyz") == (503, b"starting\n")
+    assert metrics_text.median("headrace_ingest_commit_seconds", found, {}) == 0.2
+    assert readiness.http_get(f"{at}/readyz") == (503, b"starting\n")
     metrics.ready(True)
-    assert probe.http_get(f"{at}/readyz") == (200, b"ready\n")
-    assert probe.http_get(f"{at}/healthz")[0] == 200
-    assert probe.http_get(f"{at}/else")[0] == 404
+    assert readiness.http_get(f"{at}/readyz") == (200, b"ready\n")
+    assert readiness.http_get(f"{at}/healthz")[0] == 200
+    assert readiness.http_get(f"{at}/else")[0] == 404
     with pytest.raises(ConfigRejected, match="headrace doctor"):
         PrometheusMetrics("stream", metrics.port)
     metrics.close()
-    assert probe.http_get(f"{at}/healthz")[0] == 0
+    assert readiness.http_get(f"{at}/healthz")[0] == 0
 
 
 def test_memory_metrics_and_virtual_clock_are_looked_at() -> None:

@@ -1,4 +1,4 @@
-"""Asks the parts of a stack whether they do their work: by doing a little of it, never by waiting a fixed time."""
+"""Asks Kafka, HDFS and each stage whether it is ready for work: by a little work, never by waiting a fixed time."""
 
 from __future__ import annotations
 

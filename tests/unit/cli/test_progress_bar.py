@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 
-from headrace.cli.progress import Bar, Lines, duration, show_progress
+from headrace.cli.progress_bar import Bar, Lines, duration, show_progress
 
 CHILD = """
 import logging, sys, time
 logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
-from headrace.cli.progress import show_progress
+from headrace.cli.progress_bar import show_progress
 bar = show_progress(logging.getLogger("x"))
 bar.begin("learning the lake", 1000)
 for done in range(0, 1001, 50):
