@@ -1,4 +1,5 @@
-"""A local stack heals: what is killed with -9 comes back, and what a killed supervisor leaves is taken over.
+"""A local stack heals: what is killed with -9 comes back, and what a killed supervisor leaves is taken over. One of its
+processes can be restarted, and the others go on.
 
 Goal: after kill -9 of broker, NameNode, DataNode, and then of the supervisor itself, data written before is there and
 nothing runs twice. Method: real processes in a folder whose name has spaces.
@@ -15,6 +16,7 @@ import pytest
 
 from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import readiness
@@ -76,3 +78,17 @@ def test_a_killed_supervisor_leaves_nothing_that_up_does_not_take_over(stack: La
     assert not readiness.kafka_trouble(stack.brokers, 10.0)
     check(stack, "heal-2", [b"before"])
     assert len(orphans(stack.home)) == 4
+
+
+def test_restart_gives_one_process_a_new_pid_and_leaves_the_others(stack: Layout) -> None:
+    write(stack, "heal-3", b"before")
+    before = {p.name: p.pid for p in Supervisor(stack).processes()}
+    with pytest.raises(ConfigRejected, match="no process millrace here; there are"):
+        local_stack.restart(stack, ["datanode", "millrace"], print)
+    assert {p.name: p.pid for p in Supervisor(stack).processes()} == before
+    said: list[str] = []
+    local_stack.restart(stack, ["datanode"], said.append)
+    after = {p.name: p.pid for p in Supervisor(stack).processes()}
+    assert {name for name in before if after[name] != before[name]} == {"datanode"}
+    assert [line.split(" after ")[0] for line in said] == ["hdfs is ready"]
+    check(stack, "heal-3", [b"before"])
