@@ -30,7 +30,7 @@ from harness.broker import broker
 from harness.figures import beside, show
 
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
-from headrace.cli.runtime import load_project
+from headrace.cli.project_folder import load_project
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.events import (
     Punctuation,

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
-from headrace.cli.runtime import load_project
+from headrace.cli.project_folder import load_project
 from headrace.contract.config import port
 from headrace.contract.formats.events import (
     Punctuation,

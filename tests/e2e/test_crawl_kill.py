@@ -19,7 +19,7 @@ import pytest
 from crawl_world import NEVER_S, Site, eventually, item, links
 
 from headrace.backends.log.kafka import KafkaReader
-from headrace.cli.runtime import load_project
+from headrace.cli.project_folder import load_project
 from headrace.contract.formats.events import EXTERNAL, ExternalValue, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import read_range

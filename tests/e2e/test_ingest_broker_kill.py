@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from harness.stack import SHOP
 
-from headrace.cli.runtime import load_project
+from headrace.cli.project_folder import load_project
 from headrace.deploy.local.chaos import breaking as chaos
 from headrace.deploy.local.chaos.breaking import Account, Kill
 from headrace.deploy.local.supervise import Supervisor

@@ -17,7 +17,7 @@ import confluent_kafka as ck
 import pytest
 
 from headrace.backends.log.kafka import KafkaAdmin, KafkaReader
-from headrace.cli.runtime import load_project
+from headrace.cli.project_folder import load_project
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec

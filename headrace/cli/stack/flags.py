@@ -8,15 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from headrace.cli.runtime import (
-    CEPHFS,
-    HOST,
-    cephfs_store,
-    find_addresses,
-    find_home,
-    find_project,
-    read_addresses,
-)
+from headrace.cli.addresses import CEPHFS, HOST, cephfs_store, find_addresses, find_home, read_addresses
+from headrace.cli.project_folder import find_project
 from headrace.contract.config import PORTS
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local.layout import Layout

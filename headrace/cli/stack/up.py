@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 
+from headrace.cli.addresses import HOST
+from headrace.cli.project_folder import load_project
 from headrace.cli.rules_topic import rules_topic
-from headrace.cli.runtime import HOST, load_project
 from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, quiet_clients, table
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics

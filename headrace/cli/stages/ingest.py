@@ -23,7 +23,8 @@ import msgspec
 from headrace.backends.log.group_kafka import KafkaGroup
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
+from headrace.cli.addresses import HOST
+from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec

@@ -21,7 +21,8 @@ import uvicorn
 from prometheus_client import generate_latest
 
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
+from headrace.cli.addresses import HOST
+from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.serving.api.app import Face, make_app

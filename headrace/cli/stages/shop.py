@@ -14,7 +14,8 @@ import os
 import threading
 from typing import Any
 
-from headrace.cli.runtime import HOST, Runtime, add_common, open_runtime, stop_event
+from headrace.cli.addresses import HOST
+from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected, Overloaded
 from headrace.examples.shop.catalogue import Catalogue, Site, load_items
 from headrace.examples.shop.freshness import Freshness

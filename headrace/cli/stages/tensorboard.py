@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 
-from headrace.cli.runtime import HOST, add_common, find_addresses, find_home
+from headrace.cli.addresses import HOST, find_addresses, find_home
+from headrace.cli.runtime import add_common
 from headrace.contract.config import port
 
 HELP = "serve TensorBoard on the trainer's scalars"

@@ -26,7 +26,7 @@ import msgspec
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.kafka import KafkaReader
-from headrace.cli.runtime import find_project, load_project
+from headrace.cli.project_folder import find_project, load_project
 from headrace.cli.stack.flags import quiet_clients
 from headrace.cli.tools.ledger import table as ledger_table
 from headrace.cli.tools.ledger import take_stock

@@ -18,7 +18,8 @@ from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.upkeep_schedule import UpkeepSchedule
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
-from headrace.cli.runtime import Runtime, load_project
+from headrace.cli.project_folder import load_project
+from headrace.cli.runtime import Runtime
 from headrace.cli.stages.sink import upkeep_command
 from headrace.cli.tools import lake as stage_lake
 from headrace.contract.formats.positions import Position

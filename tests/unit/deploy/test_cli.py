@@ -15,8 +15,9 @@ import pytest
 from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.backends.metrics_prometheus import PrometheusMetrics
+from headrace.cli.addresses import find_addresses
 from headrace.cli.main import VERBS, main
-from headrace.cli.runtime import find_addresses, open_blobs
+from headrace.cli.runtime import open_blobs
 from headrace.cli.stack import clean as stack_clean
 from headrace.cli.stack import flags as local
 from headrace.contract.errors import ConfigRejected

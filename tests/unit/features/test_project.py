@@ -9,7 +9,7 @@ import pytest
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.cli.main import main
-from headrace.cli.runtime import load_project
+from headrace.cli.project_folder import load_project
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.positions import Position
 from headrace.stream.features.featurize import featurize

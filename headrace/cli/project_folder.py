@@ -1,0 +1,42 @@
+"""Finds the user's folder, and loads what it declares: headrace.toml and the Project that it names."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from headrace.contract.config import Config, decode_config
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.project import Project
+
+
+def find_project(told: str) -> Path:
+    """Return the user's folder: the one told, `examples/shop` here, or the shop that is installed."""
+    if told:
+        return Path(told).absolute()
+    here = Path.cwd() / "examples" / "shop"
+    if (here / "headrace.toml").exists():
+        return here
+    return Path(__file__).parents[2] / "examples" / "shop"
+
+
+def load_project(folder: Path) -> tuple[Config, Project]:
+    """Return the decoded headrace.toml and the checked Project that it names. Raises `ConfigRejected`."""
+    file = folder / "headrace.toml"
+    if not file.exists():
+        raise ConfigRejected(f"{file} does not exist; --project or HEADRACE_PROJECT names the folder that holds it.")
+    config = decode_config(file.read_bytes(), where=str(file))
+    module_file = folder / config.module
+    spec = importlib.util.spec_from_file_location("headrace_project", module_file)
+    if spec is None or spec.loader is None or not module_file.exists():
+        raise ConfigRejected(f"{file}: module {config.module!r} is no Python file in {folder}.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("headrace_project", module)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    spec.loader.exec_module(module)
+    project = getattr(module, config.object, None)
+    if not isinstance(project, Project):
+        raise ConfigRejected(f"{module_file} has no Project named {config.object!r}, but {type(project).__name__}.")
+    return config, project.checked()
