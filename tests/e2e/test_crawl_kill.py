@@ -23,7 +23,7 @@ from headrace.cli.project_folder import load_project
 from headrace.contract.formats.events import EXTERNAL, ExternalValue, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import read_range
-from headrace.deploy.local.chaos import breaking as chaos
+from headrace.deploy.local.chaos.own_stack import own_stack
 from headrace.deploy.local.layout import Layout
 from headrace.stream.join.external import ExternalMemory
 
@@ -61,7 +61,7 @@ def layout(tmp_path: Path, site: Site, request: pytest.FixtureRequest) -> Iterat
     (tmp_path / "project.py").write_text(PROJECT.format(url=site.url, every_ms=every_ms))
     (tmp_path / "headrace.toml").write_text("[log]\npartitions = 3\n")
     config, _ = load_project(tmp_path)
-    with chaos.own_stack(tmp_path, config, ("kafka", "ingest"), print) as made:
+    with own_stack(tmp_path, config, ("kafka", "ingest"), print) as made:
         yield made
 
 

@@ -14,8 +14,10 @@ import pytest
 from harness.stack import SHOP
 
 from headrace.cli.project_folder import load_project
-from headrace.deploy.local.chaos import breaking as chaos
-from headrace.deploy.local.chaos.breaking import Account, Kill
+from headrace.deploy.local.chaos.account import Account
+from headrace.deploy.local.chaos.kills import load_and_kill
+from headrace.deploy.local.chaos.own_stack import own_stack
+from headrace.deploy.local.chaos.plan import Kill
 from headrace.deploy.local.supervise import Supervisor
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(280)]
@@ -39,9 +41,9 @@ def outcome() -> Iterator[tuple[Account, dict[str, int], dict[str, int]]]:
     def say(text: str) -> None:
         print(f"{time.monotonic() - begin:6.1f} s  {text}")
 
-    with chaos.own_stack(SHOP, config, ("kafka", "ingest"), say, gateways=2) as layout:
+    with own_stack(SHOP, config, ("kafka", "ingest"), say, gateways=2) as layout:
         before = Supervisor(layout).pids()
-        chaos.run(layout, project, config, account.kills, account, say)
+        load_and_kill(layout, project, config, account, say)
         yield account, before, Supervisor(layout).pids()
 
 

@@ -21,7 +21,7 @@ from headrace.cli.project_folder import load_project
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec
-from headrace.deploy.local.chaos import breaking as chaos
+from headrace.deploy.local.chaos.own_stack import own_stack
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
 
@@ -47,7 +47,7 @@ def layout(tmp_path: Path) -> Iterator[Layout]:
     (tmp_path / "project.py").write_text(PROJECT)
     (tmp_path / "headrace.toml").write_text(SETTINGS)
     config, _ = load_project(tmp_path)
-    with chaos.own_stack(tmp_path, config, ("kafka", "ingest"), print) as made:
+    with own_stack(tmp_path, config, ("kafka", "ingest"), print) as made:
         yield made
 
 

@@ -16,9 +16,11 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import decode_batch, encode_batch
 from headrace.contract.formats.topics import Topics
-from headrace.deploy.local.chaos import breaking as chaos
+from headrace.deploy.local.chaos.account import Account, all_there, closes, count
 from headrace.deploy.local.chaos.load import Emitted, Events
+from headrace.deploy.local.chaos.plan import LATE_S, SECOND, SECOND_WORKER, draw_kills, needed, victims_of
 from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.replay.ledger.ledger import Ledger
 
 TOPICS = Topics()
 
@@ -45,9 +47,9 @@ def emitted_log() -> tuple[MemoryLog, Emitted]:
     return log, emitted
 
 
-def account(log: MemoryLog, emitted: Emitted) -> chaos.Account:
-    found = chaos.Account(seed=1, stages=[], kills=[], rate=1, seconds=1.0, rate_held=1.0)
-    chaos.count(MemoryReader(log), TOPICS, PROJECT, emitted, found)
+def account(log: MemoryLog, emitted: Emitted) -> Account:
+    found = Account(seed=1, stages=[], kills=[], rate=1, seconds=1.0, rate_held=1.0)
+    count(MemoryReader(log), TOPICS, PROJECT, emitted, found)
     return found
 
 
@@ -56,25 +58,25 @@ def batches(log: MemoryLog) -> list[tuple[int, Any]]:
 
 
 def test_the_same_seed_kills_the_same_at_the_same_times() -> None:
-    first, again, other = (chaos.plan(Random(seed), ["ingest", "kafka"], 50) for seed in (1, 1, 2))
+    first, again, other = (draw_kills(Random(seed), ["ingest", "kafka"], 50) for seed in (1, 1, 2))
     assert first == again != other
     assert {kill.process for kill in first} == {"ingest", "kafka"}
     assert {kill.when_ready for kill in first} == {True, False}
-    assert all(0 <= kill.after_s <= chaos.LATE_S for kill in first)
+    assert all(0 <= kill.after_s <= LATE_S for kill in first)
 
 
 def test_an_unknown_stage_is_refused_by_name() -> None:
-    assert chaos.victims_of(["ingest", "kafka"], 2) == ["ingest", "kafka", chaos.SECOND]
+    assert victims_of(["ingest", "kafka"], 2) == ["ingest", "kafka", SECOND]
     with pytest.raises(ConfigRejected, match="millrace"):
-        chaos.victims_of(["ingest", "millrace"], 1)
+        victims_of(["ingest", "millrace"], 1)
 
 
 def test_stream_names_both_workers_the_aggregator_and_the_sink() -> None:
-    victims = chaos.victims_of(["stream"], 2)
-    assert victims == ["stream", chaos.SECOND_WORKER, "aggregate", "sink"]
-    assert chaos.victims_of(["stream", "aggregate", "sink"], 2) == victims
-    assert chaos.victims_of(["sink"], 1) == ["sink"]
-    assert chaos.needed(["stream"]) == {"ingest", "stream", "aggregate", "sink"}
+    victims = victims_of(["stream"], 2)
+    assert victims == ["stream", SECOND_WORKER, "aggregate", "sink"]
+    assert victims_of(["stream", "aggregate", "sink"], 2) == victims
+    assert victims_of(["sink"], 1) == ["sink"]
+    assert needed(["stream"]) == {"ingest", "stream", "aggregate", "sink"}
 
 
 def test_the_account_of_what_a_gateway_did_closes() -> None:
@@ -83,6 +85,18 @@ def test_the_account_of_what_a_gateway_did_closes() -> None:
     assert found.closes, found
     assert (found.emitted, found.appended, found.dead_lettered) == (200, 200, 1)
     assert {kind for kind, _ in emitted.good} == {"impression", "click", "order"}
+
+
+def test_an_account_closes_with_its_ledger_and_not_before_all_samples_are_stored() -> None:
+    log, emitted = emitted_log()
+    found = account(log, emitted)
+    found.stages, found.ledger = ["sink"], Ledger(positives=1, samples=1, stored=0, closes=True)
+    assert not all_there(found.ledger, ["sink"]) and not closes(found)
+    found.ledger.stored = 1
+    assert all_there(found.ledger, ["sink"]) and closes(found)
+    assert all_there(Ledger(samples=1, closes=True), ["ingest"]), (
+        "where no sink runs, nothing is on its way to the lake"
+    )
 
 
 def test_an_event_that_the_log_lacks_is_lost() -> None:

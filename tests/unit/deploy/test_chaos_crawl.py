@@ -20,8 +20,9 @@ from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import EXTERNAL_SCHEMA, ExternalValue, encode_batch
 from headrace.contract.interfaces.log import Record
-from headrace.deploy.local.chaos.breaking import STORE, victims_of
-from headrace.deploy.local.chaos.crawl_account import ChangingSite, CrawlAccount, closes, count, count_stored
+from headrace.deploy.local.chaos.changing_site import ChangingSite
+from headrace.deploy.local.chaos.crawl_account import CrawlAccount, closes, count, count_stored
+from headrace.deploy.local.chaos.plan import STORE, victims_of
 from headrace.ingest.crawl.extract import Document, extract
 
 PARTITIONS = 2
