@@ -26,9 +26,10 @@ from headrace.backends.log.kafka import KafkaReader
 from headrace.contract import config as settings
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record, read_range
-from headrace.examples.shop.run import CANDIDATE, feedback_record
+from headrace.deploy.local.metrics_text import parse
 from headrace.examples.shop.shop import PROJECT
 from headrace.examples.shop.traffic import Given, Traffic, Visit, find_data, load_traffic
+from headrace.examples.shop.web_service import CANDIDATE, feedback_record
 from headrace.sender import Sender
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -125,9 +126,7 @@ class Stack:
             text = self.get(f"metrics_{stage}", "/metrics").decode()
         except (OSError, urllib.error.URLError):
             return 0.0
-        lines = (line for line in text.splitlines() if not line.startswith("#"))
-        wanted = f"headrace_{stage}_{name}"
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == wanted)
+        return parse(text).get(f"headrace_{stage}_{name}", 0.0)
 
     def rank(self, body: bytes, timeout_s: float = 2.0) -> dict[str, Any]:
         """Return serving's answer to a question."""

@@ -12,15 +12,14 @@ import argparse
 import logging
 import os
 import threading
-from typing import Any
 
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
-from headrace.contract.errors import ConfigRejected, Overloaded
+from headrace.contract.errors import ConfigRejected
 from headrace.examples.shop.catalogue import Catalogue, Site, load_items
 from headrace.examples.shop.freshness import Freshness
-from headrace.examples.shop.run import Log, Shop
 from headrace.examples.shop.traffic import find_data, load_traffic
+from headrace.examples.shop.web_service import Shop, waiting_log
 from headrace.sender import Sender
 
 HELP = "demo shop: a catalogue site; traffic: ask, show, log, click"
@@ -59,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
         project=runtime.project,
         traffic=traffic,
         rate=rate,
-        log=keeping(sender, stop),
+        log=waiting_log(sender, stop),
         metrics=metrics,
         clock=runtime.clock,
         progress=runtime.home / "shop.json",
@@ -72,21 +71,6 @@ def main(args: argparse.Namespace) -> int:
     # 2 s of the 5 that a clean shutdown has; what has no ack by then stays in the spool for the next start.
     sender.close(timeout=2.0)
     return 0
-
-
-def keeping(sender: Sender, stop: threading.Event) -> Log:
-    """Return a log that waits while the spool is full: the shop slows down rather than lose an event."""
-
-    def log(tag: str, record: dict[str, Any]) -> bool:
-        while True:
-            try:
-                return sender.emit(tag, record)
-            except Overloaded as error:
-                logger.warning("%s", error)
-                if stop.wait(1.0):
-                    return False
-
-    return log
 
 
 def _forward_port(runtime: Runtime) -> int:

@@ -21,8 +21,8 @@ from headrace.contract.formats.events import (
 )
 from headrace.contract.interfaces.log import Record
 from headrace.examples.shop import traffic
-from headrace.examples.shop.run import feedback_record
 from headrace.examples.shop.shop import PROJECT, WATCHED
+from headrace.examples.shop.web_service import feedback_record
 from headrace.stream.join.join import JoinState
 
 T0 = 1_800_000_000_000

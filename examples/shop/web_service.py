@@ -1,10 +1,10 @@
-"""The demo web shop: asks for scores, shows, logs what it showed, and what the visitor did.
+"""The demo shop's web service: it asks for scores, shows, logs what it showed, and logs what the visitor did.
 
 For each visit, in event-time order at `rate` a second:
 
-1. ask serving to rank; without an answer the page is shown all the same, and logged without a version;
-2. log the impression, stamped now, with the answer's version and the counters as they were served;
-3. after the visitor's delay, log the click, if there is one, and the dwell when the visitor leaves the video.
+1. Ask serving to rank. Without an answer the page is shown all the same, and logged without a version.
+2. Log the impression, stamped now, with the answer's version and the counters as they were served.
+3. After the visitor's delay, log the click, if there is one, and the dwell when the visitor leaves the video.
 
 Event ids come from the run's id and the row number. `progress` keeps the lowest row that is not done yet: after a
 kill -9 the shop goes on from there, and what it says again has the same ids, which the pipeline drops.
@@ -26,11 +26,13 @@ from typing import Any
 
 import msgspec
 
+from headrace.contract.errors import Overloaded
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import FeedbackType, Project
 from headrace.examples.shop.freshness import Freshness
 from headrace.examples.shop.traffic import Given, Traffic, Visit
+from headrace.sender import Sender
 
 logger = logging.getLogger("headrace.shop")
 
@@ -230,6 +232,21 @@ class Shop:
 
     def _request_id(self, row: int) -> str:
         return f"{self.run_id}-{row}"
+
+
+def waiting_log(sender: Sender, stop: threading.Event, *, wait_s: float = 1.0) -> Log:
+    """Return a log that waits while the spool is full, until `stop`: the shop slows down and loses no event."""
+
+    def log(tag: str, record: dict[str, Any]) -> bool:
+        while True:
+            try:
+                return sender.emit(tag, record)
+            except Overloaded as error:
+                logger.warning("%s", error)
+                if stop.wait(wait_s):
+                    return False
+
+    return log
 
 
 def feedback_record(project: Project, visit: Visit, given: Given, request_id: str) -> dict[str, Any]:

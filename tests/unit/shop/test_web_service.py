@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 
+from headrace.contract.errors import Overloaded
 from headrace.contract.project import Project
-from headrace.examples.shop import run, traffic
+from headrace.examples.shop import traffic, web_service
 from headrace.examples.shop.shop import PROJECT
 
 
@@ -57,7 +58,7 @@ def open_shop(path: Path, logged: list[tuple[str, dict[str, Any]]], until: int, 
             return True
 
         port = unheard.getsockname()[1]
-        shop = run.Shop(project, ROWS, 1_000.0, log, _Metrics(), _Clock(), path, "127.0.0.1", port, stop)
+        shop = web_service.Shop(project, ROWS, 1_000.0, log, _Metrics(), _Clock(), path, "127.0.0.1", port, stop)
         shop.run()
 
 
@@ -84,7 +85,7 @@ def test_feedback_carries_what_its_type_declares_and_the_counters_need(tmp_path:
     for visit in VISITS[:40]:
         for given in visit.feedback:
             declared = next(feedback for feedback in PROJECT.feedback if feedback.name == given.name)
-            record = run.feedback_record(PROJECT, visit, given, "r")
+            record = web_service.feedback_record(PROJECT, visit, given, "r")
             envelope = {"event_id", "request_id", "place", *({"value"} & set(given.facts))}
             assert set(record) - envelope == {PROJECT.impression.key, *declared.fields}
 
@@ -103,8 +104,31 @@ def test_a_stopped_shop_goes_on_and_repeats_only_equal_ids(tmp_path: Path):
     open_shop(tmp_path / "shop.json", logged, len(ROWS) + len(FEEDBACK) - 30)
     first = len(logged)
     again: list[tuple[str, dict[str, Any]]] = []
-    row = run.load_progress(tmp_path / "shop.json").row
+    row = web_service.load_progress(tmp_path / "shop.json").row
     open_shop(tmp_path / "shop.json", again, len(ROWS) - row + sum(at >= row for at, _ in FEEDBACK))
     ids = {record["event_id"] for _, record in logged + again}
     assert first >= len(ROWS) and row > 0
     assert len(ids) == len(ROWS) + len(FEEDBACK)
+
+
+class _FullSpool:
+    """A sender that has no room for the first three events."""
+
+    def __init__(self) -> None:
+        self.refused, self.kept = 0, list[dict[str, Any]]()
+
+    def emit(self, tag: str, record: dict[str, Any]) -> bool:
+        if self.refused < 3:
+            self.refused += 1
+            raise Overloaded("the spool is full")
+        self.kept.append(record)
+        return True
+
+
+def test_a_full_spool_slows_the_shop_and_loses_nothing():
+    sender, stop = _FullSpool(), threading.Event()
+    log = web_service.waiting_log(sender, stop, wait_s=0.001)
+    assert log("shop.impression", {"request_id": "r"})
+    assert (sender.refused, sender.kept) == (3, [{"request_id": "r"}])
+    stop.set()
+    assert not web_service.waiting_log(_FullSpool(), stop)("shop.impression", {}), "a shop that stops does not wait"
