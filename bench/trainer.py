@@ -174,8 +174,8 @@ def deep(rows: int, rounds: int) -> Iterator[Figure]:
     yield from tell("deepfm", mine, "naive torch", theirs)
 
 
-def shallow(folder: Path, python: str, rounds: int, river_rows: int) -> Iterator[Figure]:
-    """Measure the shallow models beside Vowpal Wabbit and River."""
+def linear_models(folder: Path, python: str, rounds: int, river_rows: int) -> Iterator[Figure]:
+    """Measure the linear models and the factorization machine beside Vowpal Wabbit and River."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "kuairand.vw"
         slots_NF, label_N = kuairand(folder, path)
@@ -227,7 +227,7 @@ def main() -> None:
     rows, rounds = (200_000, 1) if args.quick else (1_000_000, 3)
     figures = list(deep(rows, rounds))
     if args.data:
-        figures += shallow(args.data, args.peers, rounds, 20_000 if args.quick else 167_281)
+        figures += linear_models(args.data, args.peers, rounds, 20_000 if args.quick else 167_281)
     show(figures)
 
 

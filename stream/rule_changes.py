@@ -77,8 +77,8 @@ class History:
 def history_of(values: list[bytes]) -> History:
     """Return the history that the records of `rules` tell."""
     history = History()
-    for place, value in enumerate(values):
-        entry = decode_entry(value, where=f"record {place} of rules")
+    for number, value in enumerate(values):
+        entry = decode_entry(value, where=f"record {number} of rules")
         if isinstance(entry, Written):
             history.written[entry.number] = entry.offsets
         else:

@@ -1,4 +1,4 @@
-"""Where a local stack keeps things, which parts of it are its own, and on which ports they listen."""
+"""One local stack: where it keeps its files, which of its servers are its own, and on which ports they listen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.contract.errors import ConfigRejected
 
 HOST = "127.0.0.1"
 STATE_VERSION = 1
-"""Raised when state below `.headrace` changes its form; other versions are refused, never guessed at."""
+"""Raised when state below `.headrace` changes its form. State of another version is refused."""
 
 MARK = "HEADRACE_SUPERVISED"
 """Variable that every process of a stack carries: its home. Orphans are found by it."""

@@ -1,8 +1,16 @@
 """A stack on this machine, brought up and down in numbered steps.
 
-Up: 1. take over or refuse what an earlier run left, 2. jars and formats, 3. supervisord, 4. Kafka and HDFS until they
-take work, 5. topics, 6. stages until each is ready. Down: the shop first, then the stages, then the infrastructure,
-then supervisord, then whatever carries this stack's mark.
+Up:
+
+1. Take over what runs already; end what a killed supervisor left behind.
+2. Fetch jars, and format the storage of Kafka and HDFS where it is new.
+3. Start supervisord.
+4. Start Kafka and HDFS, and wait until both take work.
+5. Create the topics.
+6. Start the stages, and wait until each is ready.
+
+Down: the shop first, then the stages, then Kafka and HDFS, then supervisord, then every process that carries this
+stack's mark.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The supervisor of a local stack: writes its configuration, starts it, asks it, and ends what it left behind.
+"""Controls the supervisord of a local stack: writes its configuration, starts it, asks it, ends what it left behind.
 
 supervisord restarts whatever dies and keeps a rotated log file for each process. It listens on loopback TCP, since
 the path of a Unix socket is bound to about 107 bytes; a password in `.headrace` keeps other users out.

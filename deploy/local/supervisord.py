@@ -1,7 +1,7 @@
-"""supervisord with one difference: between restarts it waits 1, 2, ... at most BACKOFF_MAX_S seconds, for ever.
+"""supervisord with one difference: it waits 1, 2, ... at most BACKOFF_MAX_S seconds between restarts, and goes on.
 
-The library's own wait grows by a second with every failure and ends with giving up; a stage whose broker is away for
-an hour should be back seconds after the broker.
+The library's own wait grows by a second with every failure, and in the end it gives up. A stage whose broker is away
+for an hour should be back seconds after the broker.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import Project
 
 
-def find_project(told: str) -> Path:
-    """Return the user's folder: the one told, `examples/shop` here, or the shop that is installed."""
-    if told:
-        return Path(told).absolute()
+def find_project(named: str) -> Path:
+    """Return the user's folder: the one that was named, else `examples/shop` here, else the installed shop."""
+    if named:
+        return Path(named).absolute()
     here = Path.cwd() / "examples" / "shop"
     if (here / "headrace.toml").exists():
         return here

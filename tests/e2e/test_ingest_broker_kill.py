@@ -1,8 +1,8 @@
 """Real Kafka and two real gateway processes on one port, all killed with -9 under load.
 
-Goal: every event that was emitted is in the log at least once, and once after ids are dropped; nobody lends a hand.
-Method: a stack of its own; senders with acks (`headrace.sender` and raw forward chunks, half of them without event
-ids) at 1,000 events/s; SIGKILL to the broker twice and to each gateway; then the log is read from its beginning.
+Goal: every event that was emitted is in the log at least once, and once after ids are dropped; nothing is restarted by
+hand. Method: a stack of its own; senders with acks (`headrace.sender` and raw forward chunks, half of them without
+event ids) at 1,000 events/s; SIGKILL to the broker twice and to each gateway; then the log is read from its beginning.
 """
 
 from __future__ import annotations

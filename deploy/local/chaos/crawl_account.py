@@ -153,6 +153,6 @@ def stored_columns(crawls: Iterable[Crawl]) -> list[str]:
 
 
 def closes(account: CrawlAccount) -> bool:
-    """Say whether nothing is lost, twice, made up, out of place or old."""
+    """Say whether nothing is lost, twice, made up, out of order or old."""
     wrong = (account.unsettled, account.lost, account.twice, account.made_up, account.out_of_order, account.differing)
     return not any((*wrong, account.stale, account.mixed, account.bodies_changed)) and account.acknowledged > 0

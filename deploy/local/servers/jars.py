@@ -113,5 +113,5 @@ if __name__ == "__main__":
     # python -m headrace.deploy.local.servers.jars CACHE: write jars.json again after changing an endpoint in it.
     from headrace.deploy.local.servers.java import find_java
 
-    told = {name: bundle.endpoint for name, bundle in read_pins().items()}
-    PINS.write_bytes(pin(told, Path(sys.argv[1]), find_java()))
+    endpoints = {name: bundle.endpoint for name, bundle in read_pins().items()}
+    PINS.write_bytes(pin(endpoints, Path(sys.argv[1]), find_java()))

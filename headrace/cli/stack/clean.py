@@ -13,7 +13,7 @@ from headrace.deploy.local.stack import own_cephfs
 from headrace.deploy.local.supervise import Supervisor, orphans
 
 KEPT = frozenset({"jars"})
-"""Fetched and pinned, not made: `rm -r .headrace/jars` is for who wants them gone."""
+"""They were fetched and are pinned. `rm -r .headrace/jars` deletes them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

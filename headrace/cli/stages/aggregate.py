@@ -1,4 +1,4 @@
-"""Keeps counters over keys of all partitions; one active process."""
+"""Keeps counters over keys of all partitions, for the join and for serving. One process is active."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 
 from headrace.cli.consumer import open_consumer
 from headrace.cli.runtime import add_common
-
-HELP = "keep counters over all partitions for the join and for serving"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

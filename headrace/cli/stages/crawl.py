@@ -23,8 +23,6 @@ from headrace.contract.config import PORTS
 from headrace.contract.crawl import Crawl, external_columns, located
 from headrace.contract.errors import ConfigRejected
 
-HELP = "crawl declared sources: changed versions into `events`, bodies into the store"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
@@ -112,6 +110,6 @@ def sources(runtime: Runtime, file: Path | None) -> list[Crawl]:
 
 
 def _quieten() -> None:
-    """Leave to Scrapy's log what is new to an operator: each address's fate is ours to tell."""
+    """Keep what an operator knows already out of Scrapy's log: the stage counts what becomes of each address."""
     for name in ("scrapy", "twisted", "protego", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "scrapy" else logging.WARNING)

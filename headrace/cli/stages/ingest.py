@@ -37,7 +37,6 @@ from headrace.ingest.http.access import read_tokens
 from headrace.ingest.http.collector import Collector
 from headrace.ingest.sources.kafka import KafkaSource
 
-HELP = "gateway: Fluent forward in, batches to Kafka out"
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 _ADMIN_S = 2.0
 """One question to a broker that may be away: shorter than the 5 s in which a stage must stop."""

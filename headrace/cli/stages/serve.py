@@ -31,7 +31,6 @@ from headrace.serving.feedback import ImpressionLog
 from headrace.serving.model.shared_region import SharedModel, region_bytes
 from headrace.serving.model.updater import Updater
 
-HELP = "answer POST /v1/rank on the live model, which changes while it answers"
 logger = logging.getLogger("headrace.serve")
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 

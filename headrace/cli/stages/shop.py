@@ -22,8 +22,6 @@ from headrace.examples.shop.traffic import find_data, load_traffic
 from headrace.examples.shop.web_service import Shop, waiting_log
 from headrace.sender import Sender
 
-HELP = "demo shop: a catalogue site; traffic: ask, show, log, click"
-
 RATE = 200.0
 RATE_MAX = 100_000.0
 

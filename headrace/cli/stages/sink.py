@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headrace.sink")
 
-HELP = "store samples in the lake, each once"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""

@@ -8,8 +8,6 @@ import os
 from headrace.cli.consumer import open_consumer
 from headrace.cli.runtime import add_common
 
-HELP = "join impressions with feedback, featurize, emit samples"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""

@@ -10,8 +10,6 @@ from headrace.cli.addresses import HOST, find_addresses, find_home
 from headrace.cli.runtime import add_common
 from headrace.contract.config import port
 
-HELP = "serve TensorBoard on the trainer's scalars"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""

@@ -27,8 +27,6 @@ from headrace.cli.progress_bar import show_progress
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.trainer.validation.board import Board
 
-HELP = "learn from the lake, then from the topic; publish snapshots and deltas"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""

@@ -31,7 +31,6 @@ from headrace.deploy.local.chaos.load import seed_from_system
 from headrace.deploy.local.chaos.plan import NEEDS, STREAM, draw_kills, victims_of
 from headrace.deploy.local.chaos.run import ChaosRun
 
-HELP = "kill processes at random under load, then account for every event"
 KILLS, STREAM_KILLS = 20, 30
 
 ROWS = (
@@ -71,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Break things and draw the account."""
     quiet_clients()
-    # Ctrl-C and SIGTERM both take the stack down on the way out.
+    # Ctrl-C and SIGTERM both end the stack before the program ends.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     begin, out = time.monotonic(), sys.stderr if args.json else sys.stdout
     stages = [stage.strip() for stage in args.stage.split(",") if stage.strip()]

@@ -47,7 +47,6 @@ from headrace.ingest.dead_letters.view import (
 if TYPE_CHECKING:
     from headrace.ingest.dead_letters.retry import Report
 
-HELP = "what was refused: list, show, and retry after a fix"
 ROWS_SHOWN = 50
 
 

@@ -29,7 +29,6 @@ from headrace.contract.errors import Unavailable
 if TYPE_CHECKING:
     from headrace.backends.lake.upkeep import Done
 
-HELP = "compact, vacuum, retain; show history; read a version"
 ROWS_SHOWN = 10
 # Below everything else on the machine: upkeep has time, the sink's commits have not.
 NICENESS = 10

@@ -29,8 +29,6 @@ from headrace.replay.ledger.scan import sample_keys
 from headrace.stream.rule_changes import first_rules
 from headrace.trainer.source.source import stored_order
 
-HELP = "account for every event: read, joined, learnt, lost, twice"
-
 ROWS = (
     ("gateway", ("read", "appended", "dead_lettered", "repeated", "retried")),
     ("log", ("impressions", "feedback", "external", "repeated_in_log")),

@@ -17,8 +17,6 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import LISTS
 from headrace.stream.features.sketch import Sketch
 
-HELP = "learn the quantiles of a field from the lake, to pin in the feature spec"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `headrace quantiles`."""

@@ -17,8 +17,6 @@ from headrace.cli.runtime import add_common, open_runtime
 
 logger = logging.getLogger("headrace.replay")
 
-HELP = "run stored samples through the same learner again"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""

@@ -25,8 +25,6 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.rules import Change, Rules, differences, rules_of
 from headrace.stream.rule_changes import Applied, History, apply, check_follows, read_history
 
-HELP = "show and change, in mid-stream, by which rules events are read"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
@@ -96,7 +94,7 @@ def _outcome(applied: Applied, lines: list[str], *, dry: bool) -> list[str]:
     if dry or newest is None:
         return ["would change:", *told, "nothing was written."]
     offsets = applied.history.written.get(newest.number, {})
-    where = _places(offsets) or "the beginning of every partition"
+    where = _offsets_text(offsets) or "the beginning of every partition"
     return [
         f"change {newest.number}, rules {newest.digest}:",
         *told,
@@ -156,7 +154,7 @@ def _history(history: History) -> tuple[dict[str, Any], str]:
     before: Rules | None = None
     for change in history.changes:
         offsets = history.written.get(change.number, {})
-        where = _places(offsets)
+        where = _offsets_text(offsets)
         where = "the beginning" if change.number == 1 else where or "not known to lie in every partition: apply again"
         lines.append(f"{change.number:>4}  {change.digest}  {_time(change)}  from {where}")
         lines += [f"        {line}" for line in (differences(before, change.rules) if before is not None else [])]
@@ -164,7 +162,7 @@ def _history(history: History) -> tuple[dict[str, Any], str]:
     return {"changes": said}, "\n".join(lines) or "the log holds no rules yet."
 
 
-def _places(offsets: dict[str, int]) -> str:
+def _offsets_text(offsets: dict[str, int]) -> str:
     return ", ".join(f"{partition}: {offset}" for partition, offset in sorted(offsets.items(), key=_partition))
 
 
