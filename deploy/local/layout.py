@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -20,6 +21,16 @@ MARK = "HEADRACE_SUPERVISED"
 """Variable that every process of a stack carries: its home. Orphans are found by it."""
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class Addresses(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the running stack is; `headrace up` writes it, every other verb of the checkout reads it."""
+
+    brokers: str
+    store: str
+    webhdfs: str | None = None
+    port_base: int | None = None
+    project: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,25 @@ class Layout:
     """`fluentd` or `fluent-bit` between shop and gateway; "" for none."""
     own_cephfs: bool = False
     """The store is a CephFS of this stack, mounted below `home`."""
+
+    @classmethod
+    def saved(cls, home: Path) -> Self | None:
+        """Return the stack that the last `up` started in `home`, or None."""
+        at = read_addresses(home)
+        if at is None:
+            return None
+        loopback = f"{HOST}:"
+        return cls(
+            home=home,
+            port_base=at.port_base,
+            brokers=at.brokers,
+            store=at.store,
+            webhdfs=at.webhdfs,
+            project=Path(at.project),
+            own_kafka=at.brokers.startswith(loopback) and (home / "kafka").is_dir(),
+            own_hdfs=at.store.startswith(f"hdfs://{loopback}") and (home / "hdfs").is_dir(),
+            own_cephfs=at.store == cephfs_store(home),
+        )
 
     def port(self, name: str) -> int:
         """Return the port of `name`."""
@@ -100,16 +130,29 @@ class Layout:
 
     def save(self) -> None:
         """Write the addresses to `stack.json`, where every other verb of this checkout finds them."""
-        addresses = {
-            "brokers": self.brokers,
-            "store": self.store,
-            "webhdfs": self.webhdfs,
-            "port_base": self.port_base,
-            "project": str(self.project),
-        }
+        addresses = Addresses(
+            brokers=self.brokers,
+            store=self.store,
+            webhdfs=self.webhdfs,
+            port_base=self.port_base,
+            project=str(self.project),
+        )
         part = self.home / "stack.json.part"
         part.write_bytes(msgspec.json.format(msgspec.json.encode(addresses)))
         part.replace(self.home / "stack.json")
+
+
+def read_addresses(home: Path) -> Addresses | None:
+    """Return what the last `up` wrote, or None."""
+    try:
+        return msgspec.json.decode((home / "stack.json").read_bytes(), type=Addresses)
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+        return None
+
+
+def cephfs_store(home: Path) -> str:
+    """Return the store that STORE=cephfs means: on the CephFS that the stack of `home` mounts."""
+    return f"file:{home}/cephfs/mnt/headrace"
 
 
 def jar_folder(home: Path) -> Path:

@@ -10,24 +10,13 @@ import argparse
 import os
 from pathlib import Path
 
-import msgspec
-
 from headrace.contract.config import PORTS, port
 from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local.layout import Addresses, read_addresses
 
 HOST = "127.0.0.1"
 CEPHFS = "cephfs"
 """A store by name: a CephFS of the stack's own."""
-
-
-class Addresses(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the running stack is; `headrace up` writes it, every other verb of the checkout reads it."""
-
-    brokers: str
-    store: str
-    webhdfs: str | None = None
-    port_base: int | None = None
-    project: str = ""
 
 
 def find_addresses(args: argparse.Namespace, home: Path) -> Addresses:
@@ -58,14 +47,6 @@ def find_addresses(args: argparse.Namespace, home: Path) -> Addresses:
     )
 
 
-def read_addresses(home: Path) -> Addresses | None:
-    """Return what the last `up` wrote, or None."""
-    try:
-        return msgspec.json.decode((home / "stack.json").read_bytes(), type=Addresses)
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
-        return None
-
-
 def find_home(flag: str | None = None) -> Path:
     """Return the folder of local state: flag, HEADRACE_HOME, or `.headrace` here or in a folder above."""
     told = flag or os.environ.get("HEADRACE_HOME")
@@ -73,11 +54,6 @@ def find_home(flag: str | None = None) -> Path:
         return Path(told).absolute()
     here = Path.cwd()
     return next((p / ".headrace" for p in (here, *here.parents) if (p / ".headrace").is_dir()), here / ".headrace")
-
-
-def cephfs_store(home: Path) -> str:
-    """Return the store that STORE=cephfs means: on the CephFS that the stack of `home` mounts."""
-    return f"file:{home}/cephfs/mnt/headrace"
 
 
 def _number(variable: str) -> int | None:

@@ -16,7 +16,7 @@ from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli.addresses import CEPHFS, cephfs_store, find_addresses, find_home
+from headrace.cli.addresses import CEPHFS, find_addresses, find_home
 from headrace.cli.project_folder import find_project, load_project
 from headrace.contract.config import Config, port
 from headrace.contract.errors import ConfigRejected
@@ -24,6 +24,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.metrics import Stage
 from headrace.contract.project import Project
+from headrace.deploy.local.layout import cephfs_store
 
 if TYPE_CHECKING:
     from headrace.backends.lake.delta import DeltaLake

@@ -6,13 +6,12 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from headrace.cli.addresses import CEPHFS, HOST, cephfs_store, find_addresses, find_home, read_addresses
+from headrace.cli.addresses import CEPHFS, find_addresses, find_home
 from headrace.cli.project_folder import find_project
 from headrace.contract.config import PORTS
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.layout import Layout, cephfs_store
 from headrace.deploy.local.supervise import Process
 
 SHIPPERS = ("", "fluentd", "fluent-bit")
@@ -60,22 +59,7 @@ def new_layout(args: argparse.Namespace) -> Layout:
 
 def present_layout(args: argparse.Namespace) -> Layout:
     """Return the stack that the last `up` started here, or the one it would start."""
-    home = find_home(args.home)
-    saved = read_addresses(home)
-    if saved is None:
-        return new_layout(args)
-    loopback = f"{HOST}:"
-    return Layout(
-        home=home,
-        port_base=saved.port_base,
-        brokers=saved.brokers,
-        store=saved.store,
-        webhdfs=saved.webhdfs,
-        project=Path(saved.project),
-        own_kafka=saved.brokers.startswith(loopback) and (home / "kafka").is_dir(),
-        own_hdfs=saved.store.startswith(f"hdfs://{loopback}") and (home / "hdfs").is_dir(),
-        own_cephfs=saved.store == cephfs_store(home),
-    )
+    return Layout.saved(find_home(args.home)) or new_layout(args)
 
 
 def table(processes: Sequence[Process]) -> str:
