@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -117,6 +118,21 @@ def test_every_verb_and_target_is_told() -> None:
     untold = [f"headrace {verb}" for verb in VERBS if not re.search(rf"(?:headrace|make) {verb}\b", text)]
     untold += [f"make {target}" for target in targets if not re.search(rf"make {target}\b", text)]
     assert not untold, "tell what it does in docs/operations.md or on the page of its stage"
+
+
+def test_every_alert_is_told() -> None:
+    told = (CHECKOUT / "docs" / "operations.md").read_text()
+    rules = "\n".join(path.read_text() for path in (CHECKOUT / "deploy" / "prometheus").glob("*.rules.yaml"))
+    alerts = set(re.findall(r"alert: (\w+)", rules))
+    assert alerts
+    assert {name for name in alerts if f"`{name}`" not in told} == set(), "say in docs/operations.md when it fires"
+
+
+def test_the_layers_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = " -> ".join(next(each["layers"] for each in contracts if each["type"] == "layers"))
+    told = " ".join((CHECKOUT / "docs" / "CONTRIBUTING.md").read_text().split())
+    assert f"`{layers}`" in told, f"docs/CONTRIBUTING.md tells other layers than {layers}"
 
 
 def test_the_tree_in_readme_names_every_room() -> None:
