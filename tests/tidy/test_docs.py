@@ -1,5 +1,5 @@
-"""Goal: README and docs/ tell the tree as it is. Method: every path, module, link, verb and target that they name is
-looked up; README's own project is run."""
+"""Goal: README, docs/ and docstrings tell the tree as it is. Method: every path, module, link, verb and target that
+they name is looked up; README's own project is run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from headrace.cli.main import VERBS
+from headrace.contract.config import IngestConfig
 from headrace.contract.project import Project
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,10 @@ AT_THE_TOP = ROOMS[1:-2]
 PATH = re.compile(rf"(?<![\w/.:$<>-])(?:{'|'.join(ROOMS)}|docs|\.ci)/[\w./*-]*")
 PYTHON_FILE = re.compile(r"(?<![\w/.*])\w+\.py\b")
 MODULE = re.compile(r"(?<![\w/.-])headrace\.[a-z][a-z0-9_.]*[a-z0-9_]")
+REFERENCE = re.compile(
+    r"`((?:headrace\.)?(?:contract|backends|cli|ingest|stream|trainer|serving|replay|deploy|examples)(?:\.[A-Za-z_]+)+)`"
+)
+"""A module in a docstring, often without `headrace.`, or a name within it."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -47,6 +52,8 @@ def tracked() -> list[str]:
 
 
 FILES = tracked()
+SETTINGS = {f"ingest.{name}" for name in IngestConfig.__struct_fields__}
+"""Keys that read like modules: of all tables of `headrace.toml` only [ingest] is called as a room."""
 
 
 def page_name(path: Path) -> str:
@@ -68,6 +75,20 @@ def module_exists(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
+def reference_exists(reference: str) -> bool:
+    """Say whether a reference is a module, a name within one (a class, its member), or a setting's key."""
+    if reference in SETTINGS or reference.endswith(".py"):
+        return True
+    parts = ["headrace", *reference.removeprefix("headrace.").split(".")]
+    for inside in range(len(parts) - 1):
+        module, names = ".".join(parts[: len(parts) - inside]), parts[len(parts) - inside :]
+        if module_exists(module):
+            folder = CHECKOUT if parts[1] in AT_THE_TOP else CHECKOUT / "headrace"
+            file = folder.joinpath(*module.split(".")[1:]).with_suffix(".py")
+            return not names or (file.is_file() and bool(re.search(rf"\b{names[0]}\b", file.read_text())))
+    return False
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_path_and_module_exists(page: Path) -> None:
     text = page.read_text()
@@ -77,6 +98,17 @@ def test_every_path_and_module_exists(page: Path) -> None:
     gone += sorted(set(PYTHON_FILE.findall(text)) - names - NO_FILES)
     gone += sorted(name for name in set(MODULE.findall(text)) - NO_MODULES if not module_exists(name))
     assert not gone, f"{page.name} names what the tree does not have; name what it is called now"
+
+
+def test_code_names_what_the_tree_has() -> None:
+    gone = []
+    for name in FILES:
+        if name.endswith((".py", ".toml", ".conf", ".yaml")) and name != "tests/tidy/test_docs.py":
+            text = (CHECKOUT / name).read_text()
+            paths = [path for path in set(PATH.findall(text)) if not list(CHECKOUT.glob(path.rstrip("./")))]
+            modules = [ref for ref in set(REFERENCE.findall(text)) if not reference_exists(ref)]
+            gone += [f"{name}: {each}" for each in (*paths, *modules)]
+    assert not gone, "a docstring, comment or message names what the tree does not have"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -1,4 +1,4 @@
-"""What a machine checks of style: sizes, vague names, ambient time in pure code, machine paths, every setting told."""
+"""Goal: modules stay small, named for what they hold, and free of this machine. Method: read every file of the tree."""
 
 from __future__ import annotations
 
