@@ -152,6 +152,15 @@ def test_every_verb_and_target_is_told() -> None:
     assert not untold, "tell what it does in docs/operations.md or on the page of its stage"
 
 
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    told = README.read_text().partition("## Why each dependency")[2]
+    names = {re.match(r"[\w-]+", each)[0] for each in wanted}
+    untold = sorted(name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", told))
+    assert not untold, "say in README why it is there, or do without it"
+
+
 def test_every_alert_is_told() -> None:
     told = (CHECKOUT / "docs" / "operations.md").read_text()
     rules = "\n".join(path.read_text() for path in (CHECKOUT / "deploy" / "prometheus").glob("*.rules.yaml"))
