@@ -1,7 +1,8 @@
 """Writes the pages of docs/ that are made from code: `make docs`, or `python docs/generate.py`.
 
 `settings.md` comes from the structs of `headrace.contract.config`: keys, types, ranges and defaults from the structs
-themselves, the unit and the text from the docstring under each field. tests/tidy holds the pages against this program.
+themselves, the unit and the text from the docstring under each field. `metrics.md` comes from `METRICS` of
+`headrace.contract.metrics`. tests/tidy compares the pages with what this program makes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from msgspec import NODEFAULT, Struct
 from msgspec import inspect as types
 from msgspec.structs import FieldInfo
 
-from headrace.contract import config
+from headrace.contract import config, metrics
 
 DOCS = Path(__file__).resolve().parent
 UNIT = re.compile(r"\s*Unit: ([^.]+)\.$")
@@ -170,7 +171,27 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page}
+def metrics_page() -> str:
+    """Return docs/metrics.md: a table a stage, in the order of the stages' ports."""
+    lines = [
+        "# Metrics",
+        "",
+        "<!-- Written by `make docs` from headrace/contract/metrics.py: change it there. -->",
+        "",
+        "Every stage serves `/metrics` in Prometheus' text format, `/readyz` and `/healthz` on a port of its own.",
+        "There the name of a metric is `headrace_<stage>_<name>`. Where the meaning says *by* something, the label",
+        "`reason` has it. [operations.md](operations.md#what-to-watch) says which metrics to watch first.",
+    ]
+    for stage in get_args(metrics.Stage):
+        lines += ["", f"## {stage}", "", f"Port {config.port(f'metrics_{stage}')}, `headrace_{stage}_<name>`.", ""]
+        lines += ["| metric | type | unit | meaning |", "|---|---|---|---|"]
+        for name, doc in metrics.METRICS.items():
+            if stage in doc.stages:
+                lines.append(f"| `{name}` | {doc.kind} | {doc.unit} | {doc.meaning} |".replace("\n", " "))
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"settings.md": settings_page, "metrics.md": metrics_page}
 """Page of docs/ -> the function that returns its text."""
 
 

@@ -110,8 +110,9 @@ FEATURES = FeatureSpec(
         *(rate(f"watched.{e}", "user", s, 0.45 if ".over_" in e else 0.3) for e, s in WATCHED.items()),
     ),
 )
-"""What paid on KuaiRand's rows in the order and with the delays of this shop; the other groups of bench/quality_rows.py
-brought 0.0002 AUC and less here. Few on purpose: in a stream seen once, sparse crosses learn the order of arrival."""
+"""What paid on KuaiRand's rows in the order and with the delays of this shop; the other groups of
+bench/harness/quality_rows.py brought 0.0002 AUC and less here. Few on purpose: in a stream seen once, sparse crosses
+learn the order of arrival."""
 
 PROJECT = Project(
     name="shop",

@@ -123,7 +123,8 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     skew_ms: Millis = 60_000
     """An event whose time is further ahead of the gateway's clock becomes a dead letter (`future`). Unit: ms."""
     silent_ms: Millis = 10_000
-    """A gateway whose punctuation is this far behind the others' no longer holds the watermark. Unit: ms."""
+    """A gateway no longer holds the watermark when its promise stood still while another's went on by this much.
+    Unit: ms."""
     repeat_horizon_ms: Millis = 3_600_000
     """How long a gateway remembers chunks and event ids. One hour. Unit: ms."""
     chunk_bytes_max: Count = 16_777_216

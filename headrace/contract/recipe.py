@@ -54,7 +54,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Learning rate of dense weights, which learn by Adam."""
     dense_average: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """What a step leaves of a running average of the dense weights. The average scores and is served in place of the
-    newest weights, which go on learning: it allows a higher `lr_dense`. 0: none. Source: `trainer.model.average`."""
+    newest weights, which go on learning: it allows a higher `lr_dense`. 0: none. Source:
+    `trainer.model.layers.average`."""
     l1_table: NotNegative = 0.0
     """FTRL's lambda 1: a weight whose adjusted sum of gradients is not above it is exactly 0."""
     l2_table: NotNegative = 0.0

@@ -178,7 +178,7 @@ def _hashes(offsets: npt.NDArray[np.int32], text: U8s, rows: Word, seed: np.uint
 
 
 def hash_column(column: pa.Array, seed: int = 0) -> npt.NDArray[np.uint64]:
-    """Return XXH64 of every text of a string column without nulls, uint64 [N]; the same as `contract.hash_text`."""
+    """Return XXH64 of every text of a string column without nulls, uint64 [N], as `contract.hashing.hash_text` does."""
     rows = len(column)
     _, offsets, text = column.buffers()
     if rows == 0:

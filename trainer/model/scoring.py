@@ -10,7 +10,7 @@
 
 w_f and v_f are a row's linear weight and embedding, x the D numbers, t a task. With one task `mix` is 1 and left out;
 with several the tables, the pairs and the hidden layers are shared. `shapes_of` names the dense weights. The torch twin
-in `net` computes the same; both agree within 1e-5.
+in `layers.deep_models` computes the same; both agree within 1e-5.
 
 Axes: B samples, F slots, V = 1 + dim values of a row, E = dim, D numbers, X = F * E + D, T tasks.
 

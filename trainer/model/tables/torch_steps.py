@@ -1,4 +1,4 @@
-"""The steps of `table_optimizers` in torch, for rows that live on a device. The same formulas, distinct rows.
+"""The steps of `optimizers` in torch, for rows that live on a device. The same formulas, distinct rows.
 
 Axes: K distinct rows, V values (the linear weight, then the embedding), S optimizer's numbers.
 """
