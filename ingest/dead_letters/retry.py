@@ -44,7 +44,7 @@ from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.ingest.dead_letters.spans import letters
 from headrace.ingest.dead_letters.view import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
-from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.gateway.repeats import digest

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.formats.events import encode_batch
-from headrace.ingest.decode.columns import Layout
+from headrace.ingest.decode.fluent_chunk import Layout
 from headrace.ingest.decode.msgpack_scan import I64s
 from headrace.ingest.decode.texts import hash_column
 

@@ -36,11 +36,11 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.ingest.dead_letters.ceiling import Ceiling
-from headrace.ingest.decode.columns import decode, layout
+from headrace.ingest.decode.fluent_chunk import decode, layout
+from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_record, read_entry
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.decode.texts import hash_column
-from headrace.ingest.decode.validate import Declared, check, declared_types
-from headrace.ingest.forward.protocol import Entry, Message, chunk_text, encode_record, read_entry
+from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, Outcome, Outgoing, Owner, Waiting, cut, merge
 from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
@@ -233,7 +233,7 @@ class Gateway:
             for at, (reason, detail) in checked.rejected.items():
                 owner = owners[chunk_N[decoded.left[at]]]
                 self._dead_letter(owner, reason, detail, entries[at], event_id=derived[at], counted=False)
-            own_N[decoded.left] = [_has_id(entry.record) for entry in entries]
+            own_N[decoded.left] = [brings_id(entry.record) for entry in entries]
             batch, rows_M = merge(batch, decoded.left, checked.batch, decoded.left[checked.rows])
             own_N, chunk_N = own_N[rows_M], chunk_N[rows_M]
         batch = self._privacy.batch(batch, declared.tag, declared.key)
@@ -476,12 +476,6 @@ class Gateway:
 
 
 _NONE = np.empty(0, np.int64)
-
-
-def _has_id(record: Any) -> bool:
-    """Say whether a record brings an event id of its own."""
-    own = record.get("event_id") if isinstance(record, dict) else None
-    return bool(own) or (isinstance(own, int) and not isinstance(own, bool))
 
 
 def peer_of(address: Any) -> Peer:

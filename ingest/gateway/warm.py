@@ -16,8 +16,9 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Delivered
 from headrace.contract.metrics import Name
 from headrace.contract.project import Project
+from headrace.ingest.decode.message import encode_record, message_of
 from headrace.ingest.decode.validate import declared_types
-from headrace.ingest.forward.protocol import Decoder, encode_record, message_of
+from headrace.ingest.forward.protocol import Decoder
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 

@@ -31,7 +31,7 @@ from starlette.routing import Route
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.interfaces.clock import Clock
-from headrace.ingest.forward.protocol import Message
+from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Peer, peer_of
 from headrace.ingest.http.access import Origins, Tokens, is_loopback

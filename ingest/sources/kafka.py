@@ -35,7 +35,8 @@ import msgspec
 from headrace.contract.config import SourceConfig
 from headrace.contract.interfaces.group import Claim, Fetched, Group
 from headrace.contract.metrics import Metrics
-from headrace.ingest.forward.protocol import Message, message_of
+from headrace.ingest.decode.message import Message, message_of
+from headrace.ingest.decode.validate import brings_id
 from headrace.ingest.gateway.batcher import Acked, Outcome
 from headrace.ingest.gateway.gateway import Peer
 from headrace.ingest.sources.foreign import Foreign, read_foreign
@@ -209,7 +210,7 @@ def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Messag
 def _packed(found: Foreign, one: Fetched, event_id: str) -> tuple[bytes, Foreign]:
     """Return the record as an entry of a message, with its id; or what keeps it from being one."""
     record: dict[Any, Any] = found.record
-    if not _has_id(record.get("event_id")):
+    if not brings_id(record):
         record = {**record, "event_id": event_id}
     try:
         return message_of(found.tag, [(found.time_ns, record)]).body, found
@@ -221,7 +222,3 @@ def _packed(found: Foreign, one: Fetched, event_id: str) -> tuple[bytes, Foreign
 def _event_id(source: SourceConfig, one: Fetched, nth: int) -> str:
     whole = f"{one.claim.topic}/{one.claim.partition}/{one.offset}/{one.timestamp_ms}"
     return f"{whole}/{nth}" if source.format == "otlp_json" else whole
-
-
-def _has_id(value: Any) -> bool:
-    return bool(value) or (isinstance(value, int) and not isinstance(value, bool))

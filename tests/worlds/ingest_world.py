@@ -16,7 +16,8 @@ from headrace.contract.interfaces.log import Delivered
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Counter as Windowed
 from headrace.contract.spec import FeatureSpec
-from headrace.ingest.forward.protocol import Message, read_message
+from headrace.ingest.decode.message import Message
+from headrace.ingest.forward.protocol import read_message
 
 PROJECT = Project(
     impression=ImpressionType(

@@ -22,7 +22,7 @@ from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_p
 from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
 from headrace.contract.interfaces.log import Delivered, Producer
-from headrace.ingest.forward.protocol import Message
+from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 PARTITIONS = 2

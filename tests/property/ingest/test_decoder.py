@@ -17,7 +17,9 @@ from ingest_world import PROJECT, Counts, HandClock
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
-from headrace.ingest.forward.protocol import Decoder, Message, Ping, Refused, chunk_text, decompress, encode_ack
+from headrace.ingest.decode.compression import BodyTooLarge, decompress
+from headrace.ingest.decode.message import Message, chunk_text
+from headrace.ingest.forward.protocol import Decoder, Ping, Refused, encode_ack
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 BOUND = 100_000
@@ -167,7 +169,7 @@ def test_text_that_is_not_utf8_is_echoed_to_the_byte() -> None:
 @pytest.mark.parametrize("how", ["gzip", "zstd"])
 def test_a_bomb_is_refused_at_the_bound(how: str) -> None:
     bomb = _member(bytes(50_000_000), how)
-    with pytest.raises(Refused, match="decompresses to more"):
+    with pytest.raises(BodyTooLarge, match="decompresses to more"):
         decompress(bomb, how, 1_000_000)
     with pytest.raises((ValueError, OSError)):
         decompress(bomb[: len(bomb) // 2], how, 100_000_000)

@@ -13,7 +13,7 @@ from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, impress
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
-from headrace.ingest.forward.protocol import Message
+from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 P = 4

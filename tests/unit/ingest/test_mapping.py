@@ -20,7 +20,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog, Route
 from headrace.contract.project import Project
-from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.sources.kafka import messages_of

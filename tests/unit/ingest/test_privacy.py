@@ -18,7 +18,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import FeatureSpec
-from headrace.ingest.forward.protocol import Message
+from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.serving.model.scorer import merge
 
