@@ -6,13 +6,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from headrace.contract.metrics import Metrics
 from headrace.ingest.dead_letters.ceiling import UNDECLARED, Alert
-
-if TYPE_CHECKING:
-    from headrace.ingest.forward.server import Server
+from headrace.ingest.gateway.admission import Admission
 
 log = logging.getLogger("headrace.ingest")
 
@@ -22,7 +19,7 @@ _REMIND_LOOKS = 120
 
 
 class CeilingWatch:
-    """A companion of the server. `ready` is the stage's readiness: (is ready, why or what else there is to know).
+    """A companion of the gateway. `ready` is the stage's readiness: (is ready, why or what else there is to know).
 
     It goes red for a declared tag, whose events the pipeline waits for. Tags that nobody declares leave it green, with
     the same text: one misconfigured shipper must not take a gateway out of everybody's load balancer.
@@ -33,10 +30,10 @@ class CeilingWatch:
         self._shut: dict[str, Alert] = {}
         self._looks = 0
 
-    async def run(self, server: Server, stopping: asyncio.Event) -> None:
+    async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
         """Look twice a second until `stopping`."""
         while not stopping.is_set():
-            self.look(server.gateway.ceiling.alerts())
+            self.look(admission.alerts())
             with suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), _LOOK_S)
 

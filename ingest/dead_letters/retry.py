@@ -20,32 +20,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import msgspec
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.errors import Overloaded, Unavailable
+from headrace.contract.errors import Overloaded
 from headrace.contract.formats.dead_letters import (
     Fate,
     RetryMark,
-    decode_dead_letter,
     decode_retry_mark,
-    encode_dead_letter,
     encode_retry_mark,
 )
-from headrace.contract.formats.events import FEEDBACK, IMPRESSION, decode_batch
+from headrace.contract.formats.events import FEEDBACK, IMPRESSION
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.log import Delivered, Producer, Reader, read_range
+from headrace.contract.interfaces.log import Producer, Reader, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
+from headrace.ingest.dead_letters.leased_producer import LeasedProducer
 from headrace.ingest.dead_letters.spans import letters
 from headrace.ingest.dead_letters.view import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
-from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
+from headrace.ingest.gateway.dependencies import GatewayDependencies
+from headrace.ingest.gateway.dry_run import DryRunProducer, event_ids
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.gateway.repeats import digest
 
@@ -110,10 +112,18 @@ class Retry:
         privacy: Privacy | None = None,
         lease_ms: int = LEASE_MS,
     ) -> None:
-        self._project, self._topics, self._partitions = project, topics, partitions
-        self._config = msgspec.structs.replace(config, batch_ms=1, grace_ms=_NEVER_MS)
-        self._producer, self._reader, self._pen = producer, reader, pen
-        self._clock, self._metrics, self._run, self._privacy = clock, metrics, run, privacy
+        self._topics, self._producer, self._reader, self._pen = topics, producer, reader, pen
+        self._clock, self._run = clock, run
+        self._gateway = GatewayDependencies(
+            project=project,
+            config=msgspec.structs.replace(config, batch_ms=1, grace_ms=_NEVER_MS),
+            topics=topics,
+            partitions=partitions,
+            producer=producer,
+            metrics=metrics,
+            clock=clock,
+            privacy=privacy,
+        )
         self._lease_ms = lease_ms
         self._taken: set[bytes] = set()
         """Digests of (tag, event id) of every letter whose event is in the log."""
@@ -132,7 +142,7 @@ class Retry:
         for batch in self._batches(states, chosen, ends, report):
             if warm:
                 # Compilers run at the first batch: before the mark, so that they take nothing of its lease.
-                self._offer(batch[:1], Trial(), self._clock.monotonic() + _NEVER_MS / 1000)
+                self._offer(batch[:1], DryRunProducer(), self._clock.monotonic() + _NEVER_MS / 1000)
                 warm = False
             self._take(batch, report)
         return report
@@ -146,7 +156,7 @@ class Retry:
             states.fates[offset] = "open"
         for batch in self._batches(states, chosen, ends, report):
             until_s = self._clock.monotonic() + _NEVER_MS / 1000
-            self._tell(batch, *self._offer(batch, Trial(), until_s), report)
+            self._tell(batch, *self._offer(batch, DryRunProducer(), until_s), report)
         return report
 
     # -- 1. claim
@@ -217,7 +227,7 @@ class Retry:
 
     def _ids_of(self, letter: Letter) -> set[str]:
         """Return the event ids under which the letter's event may be in the log: a mapping may take one of the line."""
-        trial = Trial()
+        trial = DryRunProducer()
         self._offer([letter], trial, self._clock.monotonic() + _NEVER_MS / 1000)
         return {self._id(letter), *trial.event_ids}
 
@@ -232,7 +242,7 @@ class Retry:
         marked = {p: mark.ends.get(p, 0) for p in ends}
         for record in read_range(self._reader, topic, begins=marked, ends=ends, latest_ms=latest_ms):
             if record.value is not None and record.headers.get("kind") in (IMPRESSION, FEEDBACK):
-                found.update(wanted.intersection(_event_ids(record.value)))
+                found.update(wanted.intersection(event_ids(record.value)))
         return found
 
     # -- 3. mark
@@ -279,19 +289,11 @@ class Retry:
     ) -> tuple[dict[int, Fate], Mapping[int, str]]:
         """Return each letter's fate once Kafka has all of it, and why those were refused that were."""
         fates: dict[int, Fate] = {}
-        leased = Leased(producer, self._clock, until_s, self._topics.dead_letters, {one.offset: one for one in batch})
-        name = f"retry-{self._run}"
-        gateway = Gateway(
-            self._project,
-            self._config,
-            self._topics,
-            self._partitions,
-            leased,
-            self._metrics,
-            self._clock,
-            name,
-            self._privacy,
+        leased = LeasedProducer(
+            producer, self._clock, until_s, self._topics.dead_letters, {one.offset: one for one in batch}
         )
+        name = f"retry-{self._run}"
+        gateway = Gateway(replace(self._gateway, producer=leased), name)
         for letter in batch:
             if self._identity(letter) in self._taken:
                 fates[letter.offset] = "repeated"
@@ -327,11 +329,6 @@ class Retry:
         report.refused = dict(refused)
 
 
-def _event_ids(value: bytes) -> list[str]:
-    ids: list[str] = decode_batch(value).column("event_id").to_pylist()
-    return ids
-
-
 def _settled(fates: dict[int, Fate], offset: int, outcome: Outcome) -> None:
     told: tuple[tuple[Fate, int], ...] = (
         ("appended", outcome.appended),
@@ -339,103 +336,3 @@ def _settled(fates: dict[int, Fate], offset: int, outcome: Outcome) -> None:
         ("repeated", outcome.repeated),
     )
     fates[offset] = next((fate for fate, events in told if events), "skipped")
-
-
-class Leased:
-    """A batch's producer: sends nothing once the lease is over, and lets newer letters name the ones that they were."""
-
-    def __init__(
-        self, inner: Producer, clock: Clock, until_s: float, dead_letters: str, offered: Mapping[int, Letter]
-    ) -> None:
-        self._inner, self._clock, self._until_s = inner, clock, until_s
-        self._dead_letters, self._offered = dead_letters, offered
-        self.reasons: dict[int, str] = {}
-
-    def check(self) -> None:
-        """Raise `Unavailable` once the lease is over."""
-        if self._clock.monotonic() >= self._until_s:
-            raise Unavailable(
-                "Kafka has not taken the batch within half its lease; what it has taken, the next retry finds "
-                "out. `headrace status` shows the broker."
-            )
-
-    def send(
-        self,
-        topic: str,
-        partition: int,
-        value: bytes | None,
-        *,
-        key: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        delivered: Delivered | None = None,
-    ) -> None:
-        """Queue one record, as a producer does. Raises `Unavailable` once the lease is over."""
-        self.check()
-        if topic == self._dead_letters and value is not None:
-            told = decode_dead_letter(value)
-            offset = int(told.origin)
-            before = self._offered[offset].told
-            self.reasons[offset] = told.reason
-            value = encode_dead_letter(
-                msgspec.structs.replace(
-                    before,
-                    reason=told.reason,
-                    detail=told.detail,
-                    gateway=told.gateway,
-                    seen_ms=told.seen_ms,
-                    retry_of=offset,
-                    attempts=before.attempts + 1,
-                )
-            )
-            key = before.origin.encode()
-        self._inner.send(topic, partition, value, key=key, headers=headers, delivered=delivered)
-
-    def poll(self, timeout_s: float) -> None:
-        """Run receipts."""
-        self._inner.poll(timeout_s)
-
-    def flush(self, timeout_s: float) -> int:
-        """Wait for receipts."""
-        return self._inner.flush(timeout_s)
-
-    def close(self) -> None:
-        """Leave the inner one to its owner."""
-
-
-class Trial:
-    """A producer that takes everything and writes nothing: what a dry run offers to."""
-
-    def __init__(self) -> None:
-        self._receipts: list[Delivered] = []
-        self.event_ids: list[str] = []
-        """Of the events that were sent."""
-
-    def send(
-        self,
-        topic: str,
-        partition: int,
-        value: bytes | None,
-        *,
-        key: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        delivered: Delivered | None = None,
-    ) -> None:
-        """Take a record and keep its event ids."""
-        if value is not None and headers is not None and headers.get("kind") in (IMPRESSION, FEEDBACK):
-            self.event_ids += _event_ids(value)
-        if delivered is not None:
-            self._receipts.append(delivered)
-
-    def poll(self, timeout_s: float) -> None:
-        """Give receipts."""
-        receipts, self._receipts = self._receipts, []
-        for delivered in receipts:
-            delivered(None, 0)
-
-    def flush(self, timeout_s: float) -> int:
-        """Give receipts; none is left."""
-        self.poll(timeout_s)
-        return 0
-
-    def close(self) -> None:
-        """Hold nothing."""

@@ -285,6 +285,16 @@ def _id_text(value: Any) -> str:
     raise ValueError(f"text or an integer, got {type(value).__name__}")
 
 
+def brings_id(record: Any) -> bool:
+    """Say whether a record brings an event id of its own; the gateway derives one where it does not.
+
+    >>> brings_id({"event_id": 0}), brings_id({"event_id": ""}), brings_id({"event_id": False}), brings_id("text")
+    (True, False, False, False)
+    """
+    own = record.get("event_id") if isinstance(record, dict) else None
+    return bool(own) or (isinstance(own, int) and not isinstance(own, bool))
+
+
 def _encodes(text: str) -> bool:
     try:
         text.encode()

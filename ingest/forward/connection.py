@@ -13,13 +13,17 @@ import traceback
 from functools import partial
 from typing import TYPE_CHECKING
 
+from headrace.contract.config import IngestConfig
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.metrics import Metrics
+from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.forward.handshake import Handshake
 from headrace.ingest.forward.protocol import Decoder, Ping, Refused, encode_ack
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Peer, peer_of
 
 if TYPE_CHECKING:
-    from headrace.ingest.forward.server import Server
+    from headrace.ingest.forward.forward_server import ForwardServer
 
 log = logging.getLogger("headrace.ingest")
 
@@ -36,17 +40,27 @@ _TLS_HELLO = b"\x16\x03"
 class Connection(asyncio.Protocol):
     """One shipper. `trusted` asks for no handshake: a Unix socket's file mode has asked already."""
 
-    def __init__(self, server: Server, *, trusted: bool = False) -> None:
-        self._server = server
-        self._asks = bool(server.place.shared_key) and not trusted
-        self._decoder = Decoder(server.config.chunk_bytes_max, greets=self._asks)
+    def __init__(
+        self,
+        server: ForwardServer,
+        config: IngestConfig,
+        endpoint: Endpoint,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        trusted: bool = False,
+    ) -> None:
+        self._server, self._config, self._endpoint = server, config, endpoint
+        self._admission, self._metrics, self._clock = server.admission, metrics, clock
+        self._asks = bool(endpoint.shared_key) and not trusted
+        self._decoder = Decoder(config.chunk_bytes_max, greets=self._asks)
         self._handshake: Handshake | None = None
         self._transport: asyncio.Transport | None = None
         self._peer = Peer("unknown")
         self._unacked = 0
         self._ends: asyncio.TimerHandle | None = None
         self._fresh = True
-        self.since_s = server.now_s()
+        self.since_s = clock.monotonic()
         """When the open handshake or the unfinished message began, or the peer sent its end."""
         self.half_closed = False
         self._waits = False
@@ -59,25 +73,22 @@ class Connection(asyncio.Protocol):
         return self._asks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the peer in, or refuse it beyond the bound."""
+        """Enter, or be refused beyond the bound; begin the handshake where one is asked for."""
         if not isinstance(transport, asyncio.Transport):
             raise TypeError("a forward connection is a stream")
         self._transport = transport
         self._peer = peer_of(transport.get_extra_info("peername"))
-        server = self._server
-        if not server.take_in(self):
-            self.refuse("connections_max", f"{server.config.connections_max} connections are open")
+        if not self._server.enter(self):
+            self.refuse("connections_max", f"{self._config.connections_max} connections are open")
             return
         if self._asks:
-            place = server.place
-            users = place.users or None
-            self._handshake = Handshake(
-                place.shared_key, place.name, os.urandom(16), users=users, salt=os.urandom(16) if users else b""
-            )
+            key, name, users = self._endpoint.shared_key, self._endpoint.name, self._endpoint.users or None
+            salt = os.urandom(16) if users else b""
+            self._handshake = Handshake(key, name, os.urandom(16), users=users, salt=salt)
             # In one piece, as PONG and acks: fluent-bit parses a single read.
             transport.write(self._handshake.helo())
-            server.unfinished.add(self)
-        if server.paused:
+            self._server.begin(self)
+        if not self._admission.is_open():
             self.pause()
 
     def data_received(self, data: bytes) -> None:
@@ -91,7 +102,7 @@ class Connection(asyncio.Protocol):
 
     def take(self, data: bytes) -> None:
         """Offer the messages that `data` completes, as far as the buffer's bound allows; the rest waits undecoded."""
-        server, self._waits = self._server, False
+        self._waits = False
         try:
             moved = self._offer_all(data)
             if self._asks and self._decoder.pending_bytes > _PING_BYTES_MAX:
@@ -107,14 +118,13 @@ class Connection(asyncio.Protocol):
         self._account(0 if self._waits or self._transport is None else self._decoder.pending_bytes)
         if not self._asks:
             if moved or not self.partial_bytes:
-                server.unfinished.discard(self)
-            if self.partial_bytes and self not in server.unfinished:
-                self.since_s = server.now_s()
-                server.unfinished.add(self)
+                self._server.finish(self)
+            if self.partial_bytes and self._server.begin(self):
+                self.since_s = self._clock.monotonic()
 
     def _offer_all(self, data: bytes) -> bool:
         """Return whether a message was completed."""
-        server, moved = self._server, False
+        moved = False
         for message, size in self._decoder.feed(data):
             moved = True
             if isinstance(message, Ping):
@@ -124,16 +134,14 @@ class Connection(asyncio.Protocol):
             if message.chunk is not None:
                 self._unacked += 1
                 acked = partial(self._ack, encode_ack(message))
-            if not server.gateway.offer(message, size, self._peer, acked, refusable=acked is not None):
+            if not self._admission.offer(message, size, self._peer, acked, refusable=acked is not None):
                 self._end_soon()
-            server.strangers.pop(self, None)
-            if server.gateway.buffer_bytes + server.partial_bytes > server.config.buffer_bytes_max:
-                server.balance()
+            self._server.has_sent(self)
+            if self._admission.must_wait():
                 # One read of 256 KiB may hold gigabytes, packed: what is not taken yet waits for `resume`. No other
                 # connection is read from until then, so there is one such rest at a time.
-                if server.paused:
-                    self._waits = True
-                    break
+                self._waits = True
+                break
         return moved
 
     def _end_soon(self) -> None:
@@ -164,20 +172,20 @@ class Connection(asyncio.Protocol):
         if self._transport is None or not self._unacked or self._transport.get_extra_info("ssl_object") is not None:
             return False
         self.half_closed = True
-        self.since_s = self._server.now_s()
-        self._server.unfinished.add(self)
+        self.since_s = self._clock.monotonic()
+        self._server.begin(self)
         self._account(0)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the peer; its chunks go on, their acks go nowhere."""
+        """Leave; the chunks go on, their acks are dropped."""
         self._transport = None
         self._account(0)
-        self._server.let_go(self)
+        self._server.leave(self)
 
     def refuse(self, reason: str, why: str) -> None:
         """Close at once, counted; nothing further is acked here."""
-        self._server.refusals.add(self._peer.origin, reason, why)
+        self._admission.refuse(self._peer.origin, reason, why)
         self.close()
 
     def close(self) -> None:
@@ -190,7 +198,7 @@ class Connection(asyncio.Protocol):
             else:
                 self._transport.close()
         self._transport = None
-        self._server.let_go(self)
+        self._server.leave(self)
 
     def pause(self) -> None:
         """Read no more for now."""
@@ -202,14 +210,14 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         # The time in which the gateway did not read is not the peer's.
-        self.since_s = self._server.now_s()
+        self.since_s = self._clock.monotonic()
         if self._waits:
             self.take(b"")
-        if self._transport is not None and not self._server.paused and not self._transport.is_reading():
+        if self._transport is not None and self._admission.is_open() and not self._transport.is_reading():
             self._transport.resume_reading()
 
     def _account(self, pending: int) -> None:
-        self._server.partial_bytes += pending - self.partial_bytes
+        self._server.count_partial(pending - self.partial_bytes)
         self.partial_bytes = pending
 
     def _ack(self, data: bytes, _outcome: Outcome) -> None:
@@ -217,7 +225,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         self._transport.write(data)
-        self._server.metrics.add("chunks_acked_total")
+        self._metrics.add("chunks_acked_total")
         if self._transport.get_write_buffer_size() > _ACK_BYTES_MAX:
             self.refuse("slow_reader", "acks stay unread")
         elif self.half_closed and not self._unacked:

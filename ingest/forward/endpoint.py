@@ -1,4 +1,4 @@
-"""Where a gateway listens, what it is called, and the secrets that it asks for. Pure."""
+"""Where a gateway listens for Fluent forward, what it is called, and the secrets that it asks for. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import msgspec
 from headrace.contract.errors import ConfigRejected
 
 
-class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """One gateway's addresses and keys."""
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One gateway's forward addresses, name and keys."""
 
     host: str = "127.0.0.1"
     port: int = 24224
@@ -31,9 +31,9 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
         """Say everything but the secrets."""
         asks = [word for word, told in (("shared key", self.shared_key), ("users", self.users)) if told]
         unix = f", socket {self.socket_path}" if self.socket_path else ""
-        return f"Place({self.name} on {self.host}:{self.port}{unix}, asks for {' and '.join(asks) or 'nothing'})"
+        return f"Endpoint({self.name} on {self.host}:{self.port}{unix}, asks for {' and '.join(asks) or 'nothing'})"
 
-    def checked(self) -> Place:
+    def checked(self) -> Endpoint:
         """Return itself. Raises `ConfigRejected` where users are named that no handshake would ask for."""
         if self.users and not self.shared_key:
             raise ConfigRejected(

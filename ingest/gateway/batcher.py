@@ -1,4 +1,4 @@
-"""Chunks that wait for company, by declared type, and how a batch of them is cut into Kafka records. Pure.
+"""Chunks that wait to be batched, by declared type, and how a batch of them is cut into Kafka records. Pure.
 
 A batch is due when its oldest chunk has waited `batch_ms`, or rows or bytes reach their bound. All types fall due
 together, impressions first, so that a click does not overtake the impression that it answers.
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.formats.events import encode_batch
-from headrace.ingest.decode.columns import Layout
+from headrace.ingest.decode.fluent_chunk import Layout
 from headrace.ingest.decode.msgpack_scan import I64s
 from headrace.ingest.decode.texts import hash_column
 
@@ -30,10 +30,22 @@ class Outcome(msgspec.Struct, frozen=True):
 Acked = Callable[[Outcome], None]
 
 
-class Owner:
-    """A chunk that is not acked yet. `waiting` counts its events (and chunks it leans on) without an outcome."""
+class OpenChunk:
+    """A chunk that is not acked yet. `waiting` counts its events and the chunks it follows that have no outcome."""
 
-    __slots__ = ("acks", "appended", "dead", "key", "leaning", "number", "origin", "repeated", "size", "tag", "waiting")
+    __slots__ = (
+        "acks",
+        "appended",
+        "dead",
+        "followers",
+        "key",
+        "number",
+        "origin",
+        "repeated",
+        "size",
+        "tag",
+        "waiting",
+    )
 
     def __init__(self, number: int, key: bytes, tag: str, origin: str, size: int) -> None:
         self.number = number
@@ -43,8 +55,8 @@ class Owner:
         self.size = size
         self.waiting = self.appended = self.dead = self.repeated = 0
         self.acks: list[Acked] = []
-        """Whom to tell; the shell's own objects."""
-        self.leaning: list[Owner] = []
+        """Whom to tell; the ways in bring them."""
+        self.followers: list[OpenChunk] = []
         """Chunks that repeat events of this one: they are settled when it is."""
 
     def outcome(self) -> Outcome:
@@ -59,17 +71,17 @@ class Waiting(msgspec.Struct):
     since_s: float
     bodies: list[bytes] = []
     starts: list[I64s] = []
-    owners: list[Owner] = []
+    chunks: list[OpenChunk] = []
     prefixes: list[str] = []
     """How event ids begin that a chunk's events do not bring."""
     rows: int = 0
     body_bytes: int = 0
 
-    def add(self, body: bytes, starts: I64s, owner: Owner, prefix: str) -> None:
+    def add(self, body: bytes, starts: I64s, chunk: OpenChunk, prefix: str) -> None:
         """Take a chunk in."""
         self.bodies.append(body)
         self.starts.append(starts)
-        self.owners.append(owner)
+        self.chunks.append(chunk)
         self.prefixes.append(prefix)
         self.rows += len(starts)
         self.body_bytes += len(body)
@@ -82,24 +94,8 @@ class Cut(msgspec.Struct, frozen=True):
     value: bytes
     rows: int
     oldest_ms: int
-    owners: dict[int, int]
+    chunk_rows: dict[int, int]
     """Rows by the chunk's place in the batch."""
-
-
-class Outgoing(msgspec.Struct):
-    """A record on its way, with what its receipt settles."""
-
-    topic: str
-    partition: int
-    value: bytes
-    headers: dict[str, str]
-    key: bytes | None
-    owners: list[tuple[Owner, int]]
-    outcome: str
-    rows: int
-    reason: str = ""
-    oldest_ms: int | None = None
-    wait_s: float = 0.0
 
 
 class Batcher:

@@ -3,7 +3,7 @@
 The way of a chunk, in the words that the tests use:
 
 1. *offer*: its body joins the batch of its type, not decoded yet. A chunk that was taken before counts as `repeated`;
-   one that is still on its way is leaned on: this chunk is settled when that one is.
+   where it is still on its way, this chunk follows it: it is settled when the first one is.
 2. *cut*: a due batch is decoded and checked by column and becomes one record a (partition, type); bad rows become dead
    letters, events whose id was taken before count as `repeated`.
 3. *send*: records go out in order. A full local queue holds them back; a record that Kafka refuses is sent again
@@ -16,7 +16,6 @@ was already appended.
 
 from __future__ import annotations
 
-from collections import deque
 from functools import partial
 from typing import Any
 
@@ -25,25 +24,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from headrace.contract.config import IngestConfig
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.dead_letters import DeadLetter, encode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, encode_punctuation
-from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.log import Producer
-from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
-from headrace.contract.project import Project
 from headrace.ingest.dead_letters.ceiling import Ceiling
-from headrace.ingest.decode.columns import decode, layout
+from headrace.ingest.decode.fluent_chunk import decode, layout
+from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_record, read_entry
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.decode.texts import hash_column
-from headrace.ingest.decode.validate import Declared, check, declared_types
-from headrace.ingest.forward.protocol import Entry, Message, chunk_text, encode_record, read_entry
-from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, Outcome, Outgoing, Owner, Waiting, cut, merge
+from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
+from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
+from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
+from headrace.ingest.gateway.send_queue import Outgoing, SendQueue
 from headrace.ingest.sources.mapping import mappers_of, together
 
 CHUNKS_REMEMBERED = 400_000
@@ -55,7 +50,6 @@ _SLICE_ROWS = 20_000
 _ENTRY_BYTES = 128
 """What an entry weighs in `buffer_bytes` beside its own bytes: each may become a dead letter."""
 _SECOND_SEED = 1
-_RESEND_FIRST_S, _RESEND_MAX_S = 0.1, 5.0
 
 READ, APPENDED, DEAD, REPEATED = "read", "appended", "dead_lettered", "repeated"
 
@@ -69,25 +63,15 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 class Gateway:
-    """One gateway's epoch. Not thread-safe; the shell calls `offer` and, every few milliseconds, `tick`."""
+    """One gateway's epoch. Not thread-safe; `loop.GatewayLoop` calls `offer` and, every few milliseconds, `tick`."""
 
-    def __init__(
-        self,
-        project: Project,
-        config: IngestConfig,
-        topics: Topics,
-        partitions: int,
-        producer: Producer,
-        metrics: Metrics,
-        clock: Clock,
-        name: str,
-        privacy: Privacy | None = None,
-    ) -> None:
-        self._config, self._topics, self._partitions = config, topics, partitions
-        self._producer, self._metrics, self._clock, self._name = producer, metrics, clock, name
-        self._types = {tag: layout(declared) for tag, declared in declared_types(project).items()}
-        self._privacy = privacy or Privacy(project)
-        self._mappers = mappers_of(project)
+    def __init__(self, deps: GatewayDependencies, name: str) -> None:
+        config, partitions = deps.config, deps.partitions
+        self._config, self._topics, self._partitions = config, deps.topics, partitions
+        self._producer, self._metrics, self._clock, self._name = deps.producer, deps.metrics, deps.clock, name
+        self._types = {tag: layout(declared) for tag, declared in declared_types(deps.project).items()}
+        self._privacy = deps.privacy or Privacy(deps.project)
+        self._mappers = mappers_of(deps.project)
         self.ceiling = Ceiling(config, [*self._types, *self._mappers])
         self._batcher = Batcher(
             list(self._types.values()),
@@ -95,16 +79,14 @@ class Gateway:
             batch_rows=config.batch_rows,
             batch_bytes=config.batch_bytes,
         )
-        self.epoch = clock.now_ms()
+        self.epoch = deps.clock.now_ms()
         self._punctuator = Punctuator(name, self.epoch, partitions, config.punctuate_ms, config.grace_ms)
         self._chunks_done = Repeats(config.repeat_horizon_ms, CHUNKS_REMEMBERED)
-        self._chunks_open: dict[bytes, Owner] = {}
+        self._chunks_open: dict[bytes, OpenChunk] = {}
         self._ids = EventIds(config.repeat_horizon_ms, IDS_REMEMBERED)
-        self._open: dict[int, Owner] = {}
+        self._open: dict[int, OpenChunk] = {}
         self._taken = 0
-        self._outbox: deque[Outgoing] = deque()
-        self._resend: list[tuple[float, Outgoing]] = []
-        self._unconfirmed: dict[int, Outgoing] = {}
+        self._queue = SendQueue(deps.producer, deps.metrics, deps.clock, self._delivered)
         self._numbers = [0] * partitions
         self._anonymous = 0
         self.counts: dict[str, int] = {READ: 0, APPENDED: 0, DEAD: 0, REPEATED: 0}
@@ -147,31 +129,31 @@ class Gateway:
                 return False
         self._taken += 1
         held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)
-        owner = Owner(self._taken, key, message.tag, peer.origin, held)
-        owner.acks = [] if acked is None else [acked]
-        self._open[owner.number] = owner
-        self.buffer_bytes += owner.size
+        chunk = OpenChunk(self._taken, key, message.tag, peer.origin, held)
+        chunk.acks = [] if acked is None else [acked]
+        self._open[chunk.number] = chunk
+        self.buffer_bytes += chunk.size
         self.open_chunks += 1
-        owner.waiting = 1
+        chunk.waiting = 1
         first = self._chunks_open.get(key) if key else None
         if first is not None:
-            self._repeated(owner, len(starts), made is not None)
-            self._lean(owner, first)
+            self._repeated(chunk, len(starts), made is not None)
+            self._follow(chunk, first)
         else:
-            self._chunks_open[key] = owner
+            self._chunks_open[key] = chunk
             if message.problem and message.body:
                 for nth, entry in enumerate(message.entries):
-                    self._dead_letter(owner, message.reason, problem, entry, event_id=f"{prefix}/{nth}")
+                    self._dead_letter(chunk, message.reason, problem, entry, event_id=f"{prefix}/{nth}")
             elif problem:
-                self._dead_letter(owner, "bad_chunk", problem, Entry(None, None), raw=raw)
+                self._dead_letter(chunk, "bad_chunk", problem, Entry(None, None), raw=raw)
             elif made is not None:
-                owner.waiting += len(starts)
-                self._batcher.of(made, self._clock.monotonic()).add(message.body, starts, owner, prefix)
+                chunk.waiting += len(starts)
+                self._batcher.of(made, self._clock.monotonic()).add(message.body, starts, chunk, prefix)
             else:
                 for nth, entry in enumerate(message.entries):
                     derived = f"{prefix}/{nth}"
-                    self._dead_letter(owner, "undeclared", "no declared event has this tag", entry, event_id=derived)
-        self._settled(owner, 1)
+                    self._dead_letter(chunk, "undeclared", "no declared event has this tag", entry, event_id=derived)
+        self._settled(chunk, 1)
         return True
 
     def _identify(self, message: Message, peer: Peer) -> tuple[bytes, str]:
@@ -185,14 +167,15 @@ class Gateway:
         prefix = f"{peer.origin}/{chunk_text(message.tag)}/{chunk_text(message.chunk)}/{nth}"
         return digest(peer.origin, message.tag, message.chunk, str(nth)), prefix
 
-    def _repeated(self, owner: Owner, events: int, declared: bool) -> None:
-        owner.repeated += events
+    def _repeated(self, chunk: OpenChunk, events: int, declared: bool) -> None:
+        chunk.repeated += events
         self._count(REPEATED, events, declared)
 
     @staticmethod
-    def _lean(owner: Owner, other: Owner) -> None:
-        owner.waiting += 1
-        other.leaning.append(owner)
+    def _follow(chunk: OpenChunk, first: OpenChunk) -> None:
+        """Let `chunk` be settled when `first` is."""
+        chunk.waiting += 1
+        first.followers.append(chunk)
 
     # -- 2. cut
 
@@ -214,7 +197,7 @@ class Gateway:
     def _cut_slice(
         self, waiting: Waiting, data: npt.NDArray[np.uint8], starts_N: I64s, chunk_N: I64s, nth_N: I64s
     ) -> None:
-        declared, owners = waiting.layout.declared, waiting.owners
+        declared, chunks = waiting.layout.declared, waiting.chunks
         now_ms = self._clock.now_ms()
         latest_ms = now_ms + self._config.skew_ms
         decoded = decode(waiting.layout, data, starts_N, waiting.prefixes, chunk_N, nth_N, latest_ms)
@@ -231,58 +214,58 @@ class Gateway:
                 skew_ms=self._config.skew_ms,
             )
             for at, (reason, detail) in checked.rejected.items():
-                owner = owners[chunk_N[decoded.left[at]]]
-                self._dead_letter(owner, reason, detail, entries[at], event_id=derived[at], counted=False)
-            own_N[decoded.left] = [_has_id(entry.record) for entry in entries]
+                chunk = chunks[chunk_N[decoded.left[at]]]
+                self._dead_letter(chunk, reason, detail, entries[at], event_id=derived[at], counted=False)
+            own_N[decoded.left] = [brings_id(entry.record) for entry in entries]
             batch, rows_M = merge(batch, decoded.left, checked.batch, decoded.left[checked.rows])
             own_N, chunk_N = own_N[rows_M], chunk_N[rows_M]
         batch = self._privacy.batch(batch, declared.tag, declared.key)
         ids = batch.column("event_id")
         first_N, second_N = hash_column(ids), hash_column(ids, _SECOND_SEED)
-        numbers = np.array([owner.number for owner in owners], np.int64)
+        numbers = np.array([chunk.number for chunk in chunks], np.int64)
         found_N = self._ids.take(first_N, second_N, own_N, numbers[chunk_N], now_ms)
         if found_N.any():
-            self._drop_repeats(owners, chunk_N, found_N)
+            self._drop_repeats(chunks, chunk_N, found_N)
             keep = np.flatnonzero(found_N == 0)
             batch = batch.take(pa.array(keep))
             chunk_N, first_N, second_N = chunk_N[keep], first_N[keep], second_N[keep]
         limit = self._config.batch_bytes
         for piece in cut(batch, chunk_N, self._partitions, rows_max=self._config.batch_rows, bytes_max=limit):
             if isinstance(piece, Cut):
-                self._append(piece, [(owners[i], rows) for i, rows in piece.owners.items()], declared)
+                self._append(piece, [(chunks[i], rows) for i, rows in piece.chunk_rows.items()], declared)
                 continue
             # A refused event was not taken: offered again after a fix, under its id, it is no repeat.
             self._ids.forget(first_N[piece], second_N[piece])
             detail = f"one event is larger than ingest.batch_bytes, {limit} bytes"
             row = batch.slice(piece, 1).to_pylist()[0]
             entry = Entry(row["event_time_ms"] * 1_000_000, row)
-            self._dead_letter(owners[chunk_N[piece]], "too_large", detail, entry, counted=False)
+            self._dead_letter(chunks[chunk_N[piece]], "too_large", detail, entry, counted=False)
 
-    def _drop_repeats(self, owners: list[Owner], chunk_N: I64s, found_N: I64s) -> None:
-        """Give every repeated event its outcome; where its first chunk is still open, lean on that."""
+    def _drop_repeats(self, chunks: list[OpenChunk], chunk_N: I64s, found_N: I64s) -> None:
+        """Give every repeated event its outcome; where the chunk that brought it first is still open, follow that."""
         rows = np.flatnonzero(found_N)
         pairs, counts = np.unique(np.stack([chunk_N[rows], found_N[rows]], axis=1), axis=0, return_counts=True)
-        for (chunk, number), events in zip(pairs.tolist(), counts.tolist(), strict=True):
-            owner = owners[chunk]
-            self._repeated(owner, events, True)
+        for (nth, number), events in zip(pairs.tolist(), counts.tolist(), strict=True):
+            chunk = chunks[nth]
+            self._repeated(chunk, events, True)
             first = self._open.get(number)
-            if first is not None and first is not owner:
-                self._lean(owner, first)
-            self._settled(owner, events)
+            if first is not None and first is not chunk:
+                self._follow(chunk, first)
+            self._settled(chunk, events)
 
-    def _append(self, piece: Cut, owners: list[tuple[Owner, int]], declared: Declared) -> None:
+    def _append(self, piece: Cut, chunks: list[tuple[OpenChunk, int]], declared: Declared) -> None:
         self.ceiling.note(declared.tag, self._clock.now_ms(), appended=piece.rows)
         headers = self._headers(piece.partition, declared.kind)
         if declared.kind != declared.name:
             headers["type"] = declared.name
-        self._outbox.append(
+        self._queue.add(
             Outgoing(
                 self._topics.events,
                 piece.partition,
                 piece.value,
                 headers,
                 None,
-                owners,
+                chunks,
                 APPENDED,
                 piece.rows,
                 oldest_ms=piece.oldest_ms,
@@ -300,7 +283,7 @@ class Gateway:
 
     def _dead_letter(
         self,
-        owner: Owner,
+        chunk: OpenChunk,
         reason: str,
         detail: str,
         entry: Entry,
@@ -309,9 +292,9 @@ class Gateway:
         raw: bytes | None = None,
         counted: bool = True,
     ) -> None:
-        """Queue a dead letter; `counted` where `owner.waiting` does not know of the event yet."""
+        """Queue a dead letter; `counted` where `chunk.waiting` does not know of the event yet."""
         most = self._config.dead_letter_bytes
-        record = self._privacy.record(entry.record, owner.tag)
+        record = self._privacy.record(entry.record, chunk.tag)
         # Bytes that nobody can read may hold what is private: where a project has such fields they are not kept.
         hidden = raw is not None and bool(self._privacy.everywhere)
         whole = encode_record(record) if raw is None else b"" if hidden else raw
@@ -319,8 +302,8 @@ class Gateway:
         letter = DeadLetter(
             reason=reason,
             detail=detail,
-            origin=owner.origin,
-            tag=chunk_text(owner.tag),
+            origin=chunk.origin,
+            tag=chunk_text(chunk.tag),
             event_id=chunk_text(own) if isinstance(own, str) and own else event_id,
             time_ns=entry.time_ns or 0,
             raw=whole[:most],
@@ -328,17 +311,17 @@ class Gateway:
             gateway=self._name,
             seen_ms=self._clock.now_ms(),
         )
-        self.ceiling.note(owner.tag, letter.seen_ms, dead=1, reason=reason)
+        self.ceiling.note(chunk.tag, letter.seen_ms, dead=1, reason=reason)
         if counted:
-            owner.waiting += 1
-        self._outbox.append(
+            chunk.waiting += 1
+        self._queue.add(
             Outgoing(
                 self._topics.dead_letters,
                 0,
                 encode_dead_letter(letter),
                 {"gateway": self._name, "epoch": str(self.epoch)},
-                owner.origin.encode(),
-                [(owner, 1)],
+                chunk.origin.encode(),
+                [(chunk, 1)],
                 DEAD,
                 1,
                 reason=reason,
@@ -353,63 +336,35 @@ class Gateway:
         now_s = self._clock.monotonic()
         if self._batcher.due(now_s):
             self._cut_all()
-        if self._resend:
-            ready = [item for at, item in self._resend if at <= now_s]
-            if ready:
-                self._resend = [(at, item) for at, item in self._resend if at > now_s]
-                self._outbox.extendleft(reversed(ready))
-        self._send_all()
+        self._queue.send_again(now_s)
+        self._queue.send()
         if self._punctuator.due(now_s):
             self._punctuate()
         self._metrics.set("buffer_bytes", self.buffer_bytes)
 
-    def _send_all(self) -> None:
-        while self._outbox:
-            item = self._outbox[0]
-            self._unconfirmed[id(item)] = item
-            try:
-                self._producer.send(
-                    item.topic,
-                    item.partition,
-                    item.value,
-                    key=item.key,
-                    headers=item.headers,
-                    delivered=partial(self._delivered, item),
-                )
-            except Overloaded:
-                del self._unconfirmed[id(item)]
-                return
-            self._outbox.popleft()
-
-    def _delivered(self, item: Outgoing, error: Exception | None, _offset: int) -> None:
-        self._unconfirmed.pop(id(item), None)
-        if error is not None:
-            self._metrics.add("errors_total", reason="kafka")
-            item.wait_s = min(_RESEND_MAX_S, item.wait_s * 2 or _RESEND_FIRST_S)
-            self._resend.append((self._clock.monotonic() + item.wait_s, item))
-            return
+    def _delivered(self, item: Outgoing) -> None:
+        """Take a record's receipt."""
         if item.outcome == APPENDED:
             self._count(APPENDED, item.rows, True)
         else:
-            self._count(DEAD, 1, item.owners[0][0].tag in self._types, reason=item.reason)
-        for owner, rows in item.owners:
+            self._count(DEAD, 1, item.chunks[0][0].tag in self._types, reason=item.reason)
+        for chunk, rows in item.chunks:
             if item.outcome == APPENDED:
-                owner.appended += rows
+                chunk.appended += rows
             else:
-                owner.dead += rows
-            self._settled(owner, rows)
+                chunk.dead += rows
+            self._settled(chunk, rows)
 
     def _punctuate(self, *, bye: bool = False) -> None:
         # What waits is cut first: then the oldest event is known, and it goes before the promise.
         self._cut_all()
-        self._send_all()
-        held = [i for _, i in self._resend] + list(self._outbox) + list(self._unconfirmed.values())
+        self._queue.send()
+        oldest_ms = self._queue.oldest_ms()
         for partition in range(self._partitions):
-            times = [i.oldest_ms for i in held if i.partition == partition and i.oldest_ms is not None]
-            oldest = min(times, default=None)
             # A promise must not overtake events that the local queue refused.
-            if self._outbox and not bye:
+            if self._queue.is_held_back and not bye:
                 return
+            oldest = oldest_ms.get(partition)
             promise = self._punctuator.promise(partition, self._clock.now_ms(), oldest, self.counts, bye=bye)
             if promise is None:
                 continue
@@ -429,9 +384,9 @@ class Gateway:
 
     # -- 4. settle
 
-    def _settled(self, owner: Owner, events: int) -> None:
+    def _settled(self, chunk: OpenChunk, events: int) -> None:
         """Take `events` outcomes off; a chunk without open ones is remembered, acked and forgotten."""
-        ready = [(owner, events)]
+        ready = [(chunk, events)]
         while ready:
             one, outcomes = ready.pop()
             one.waiting -= outcomes
@@ -446,8 +401,8 @@ class Gateway:
             self.open_chunks -= 1
             for acked in one.acks:
                 acked(one.outcome())
-            ready.extend((leaning, 1) for leaning in one.leaning)
-            one.leaning = []
+            ready.extend((follower, 1) for follower in one.followers)
+            one.followers = []
 
     def _count(self, outcome: str, events: int, declared: bool, *, reason: str = "") -> None:
         if outcome == DEAD:
@@ -467,8 +422,8 @@ class Gateway:
     def drained(self) -> bool:
         """Cut what waits and say whether every chunk has its receipts; call between ticks until it is true."""
         self._cut_all()
-        self._send_all()
-        return not (self._outbox or self._resend or self._unconfirmed)
+        self._queue.send()
+        return self._queue.is_empty
 
     def goodbye(self) -> None:
         """Queue the last punctuation of this epoch; only after `drained` it says `bye`."""
@@ -476,12 +431,6 @@ class Gateway:
 
 
 _NONE = np.empty(0, np.int64)
-
-
-def _has_id(record: Any) -> bool:
-    """Say whether a record brings an event id of its own."""
-    own = record.get("event_id") if isinstance(record, dict) else None
-    return bool(own) or (isinstance(own, int) and not isinstance(own, bool))
 
 
 def peer_of(address: Any) -> Peer:

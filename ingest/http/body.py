@@ -10,19 +10,20 @@ A record whose own fields are called `tag` or `time` goes whole under `record`, 
 from __future__ import annotations
 
 import json
-import math
 import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 import msgpack
 import msgspec
 
 from headrace.contract.errors import HeadraceError
-from headrace.ingest.forward.protocol import Message, Refused, decompress, message_of
+from headrace.ingest.decode.compression import BodyTooLarge, decompress
+from headrace.ingest.decode.message import Message, message_of
+from headrace.ingest.decode.times import any_unix_ns
+from headrace.ingest.decode.validate import brings_id
 
 EVENTS_MAX = 10_000
 """Most events in one request: 10 ms of packing, in which no other connection is served."""
@@ -58,7 +59,7 @@ def messages_of(events: Events, key: str, now_ms: int) -> list[Message]:
     entries: defaultdict[str, list[tuple[int | None, Any]]] = defaultdict(list)
     for at, event in enumerate(events):
         tag, time_ns, record = _entry(event, at, now_ms)
-        if key and not _has_id(record.get("event_id")):
+        if key and not brings_id(record):
             record = {**record, "event_id": f"http/{key}/{at}"}
         entries[tag].append((time_ns, record))
     try:
@@ -88,7 +89,7 @@ def _entry(event: Any, at: int, now_ms: int) -> tuple[str, int, dict[Any, Any]]:
         if not isinstance(own, int) or isinstance(own, bool) or not 0 <= own < 2**53:
             own = now_ms
         return tag, own * 1_000_000, record
-    time_ns = read_time(time)
+    time_ns = any_unix_ns(time)
     if time_ns is None:
         raise BadRequest(
             400,
@@ -96,51 +97,6 @@ def _entry(event: Any, at: int, now_ms: int) -> tuple[str, int, dict[Any, Any]]:
             "send Unix seconds, milliseconds, microseconds or nanoseconds, or RFC 3339 with Z or an offset",
         )
     return tag, time_ns, record
-
-
-def read_time(value: Any) -> int | None:
-    """Return a time in nanoseconds; None where it is none. The unit of a number is known by its size.
-
-    >>> read_time(1_700_000_000) == read_time(1_700_000_000_000) == read_time("2023-11-14T22:13:20Z")
-    True
-    >>> read_time(0.5), read_time("2023-11-14T22:13:20.123456789+01:00"), read_time("2023-11-14"), read_time(-1)
-    (500000000, 1699996400123456789, None, None)
-    """
-    if isinstance(value, str):
-        return _read_iso(value)
-    if isinstance(value, msgpack.Timestamp):
-        return int(value.to_unix_nano())
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    # 10^11 seconds are the year 5138, 10^11 milliseconds 1973: nothing that is logged today lies on the wrong side.
-    scale = 1_000_000_000
-    for bound in (10**11, 10**14, 10**17):
-        if value < bound:
-            break
-        scale //= 1_000
-    whole = math.floor(value)
-    return whole * scale + round((value - whole) * scale)
-
-
-_ISO = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:[.,](\d{1,12}))?([Zz]|[+-]\d\d:?\d\d)", re.ASCII)
-
-
-def _read_iso(text: str) -> int | None:
-    found = _ISO.fullmatch(text)
-    if found is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(found[1].upper() + found[3].upper())
-    except ValueError:
-        return None
-    seconds = moment - datetime(1970, 1, 1, tzinfo=UTC)
-    return (seconds.days * 86_400 + seconds.seconds) * 1_000_000_000 + int((found[2] or "0").ljust(9, "0")[:9])
-
-
-def _has_id(value: Any) -> bool:
-    return bool(value) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _kind(value: Any) -> str:
@@ -157,7 +113,7 @@ def _plain(body: bytes, encoding: str, bytes_max: int) -> bytes:
         raise BadRequest(415, f"Content-Encoding {_shown(encoding)} is not known", "send gzip or plain")
     try:
         return decompress(body, "gzip", bytes_max)
-    except Refused as error:
+    except BodyTooLarge as error:
         raise BadRequest(
             413,
             f"the body decompresses to more than {bytes_max} bytes",

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -30,17 +29,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headrace.contract.config import IngestConfig
+from headrace.contract.errors import InvariantBroken
 from headrace.contract.interfaces.clock import Clock
-from headrace.ingest.forward.protocol import Message
+from headrace.contract.metrics import Metrics
+from headrace.ingest.decode.message import Message
+from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Peer, peer_of
 from headrace.ingest.http.access import Origins, Tokens, is_loopback
 from headrace.ingest.http.body import BadRequest, messages_of, read_events
 from headrace.ingest.http.page import page_routes
-from headrace.ingest.http.server import Gate, GatedConfig, listen, serve
-
-if TYPE_CHECKING:
-    from headrace.ingest.forward.server import Server
+from headrace.ingest.http.uvicorn_server import BoundedConfig, ConnectionBounds, listen, serve
+from headrace.ingest.open_files import allow_open_files
+from headrace.ingest.tls_identity import TlsIdentity
 
 log = logging.getLogger("headrace.ingest")
 
@@ -57,8 +58,23 @@ _DISCARD_BYTES_MAX = 16_777_216
 _HEADERS = "authorization, content-type, content-encoding, idempotency-key"
 
 
-class Waiting:
-    """What one request still waits for."""
+class CollectorEndpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a gateway listens for HTTP, and the tokens that it asks for."""
+
+    host: str = LOOPBACK
+    port: int = 8088
+    tokens: tuple[str, ...] = ()
+    """None: nobody is asked, and only this machine may come."""
+    share_port: bool = False
+    """Several gateway processes on one port (SO_REUSEPORT)."""
+
+    def __repr__(self) -> str:
+        """Say everything but the tokens."""
+        return f"CollectorEndpoint({self.host}:{self.port}, {len(self.tokens)} tokens)"
+
+
+class _Answer:
+    """What one request still waits for, and the sum of what has come."""
 
     def __init__(self, messages: int) -> None:
         self.open = messages
@@ -75,36 +91,42 @@ class Waiting:
 
 
 class Collector:
-    """A companion of the gateway's server."""
+    """A companion of the gateway's loop."""
 
-    def __init__(self, config: IngestConfig, tokens: Sequence[str], host: str, port: int, clock: Clock) -> None:
-        self._config, self._clock = config, clock
-        self._tokens, self._origins = Tokens(tokens), Origins(config.cors_origins)
-        self._host, self._port = host, port
+    def __init__(
+        self,
+        config: IngestConfig,
+        endpoint: CollectorEndpoint,
+        metrics: Metrics,
+        clock: Clock,
+        identity: TlsIdentity | None = None,
+    ) -> None:
+        self._config, self._endpoint, self._identity = config, endpoint, identity
+        self._metrics, self._clock = metrics, clock
+        self._tokens, self._origins = Tokens(endpoint.tokens), Origins(config.cors_origins)
         self._bodies_bytes_max = max(config.collector_bytes_max, config.buffer_bytes_max // 4)
         self._bodies_bytes = 0
         self._requests = 0
         self._stopping = asyncio.Event()
-        self._server: Server | None = None
+        self._gateway: Admission | None = None
         self.port = 0
         """The bound port, once it runs."""
 
-    async def run(self, server: Server, stopping: asyncio.Event) -> None:
+    async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
         """Serve until `stopping`, then answer what has begun. Raises `ConfigRejected` where the port is taken."""
-        self._server, self._stopping = server, stopping
-        host = self._host
+        self._gateway, self._stopping = admission, stopping
+        host = self._endpoint.host
         if not self._tokens and not is_loopback(host):
             log.warning("no HEADRACE_TOKENS: the collector listens on %s, not %s; set one to open it", LOOPBACK, host)
             host = LOOPBACK
-        listener = listen(host, self._port, share_port=server.place.share_port)
+        listener = listen(host, self._endpoint.port, share_port=self._endpoint.share_port)
         self.port = listener.getsockname()[1]
-        _allow_files(self._config.collector_connections_max)
+        allow_open_files(more=self._config.collector_connections_max)
         asks = "asks for a token" if self._tokens else "open to all of this machine (no HEADRACE_TOKENS)"
-        scheme = "http" if server.identity is None else "https"
+        scheme = "http" if self._identity is None else "https"
         log.info("collector on %s://%s:%d/, %s", scheme, host, self.port, asks)
-        gate = Gate(self._config.collector_connections_max, server.refusals.add)
-        config = GatedConfig(self.app(), gate, server.identity)
-        await serve(config, listener, stopping)
+        bounds = ConnectionBounds(self._config.collector_connections_max, admission.refuse)
+        await serve(BoundedConfig(self.app(), bounds, self._identity), listener, stopping)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -113,7 +135,7 @@ class Collector:
             Route("/v1/events", self.preflight, methods=["OPTIONS"]),
             *page_routes(),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_place})
+        return Starlette(routes=routes, exception_handlers={HTTPException: _nothing_here})
 
     async def preflight(self, request: Request) -> Response:
         """Answer a browser's question before it sends from another origin."""
@@ -133,9 +155,8 @@ class Collector:
     async def events(self, request: Request) -> Response:
         """Take events; answer when Kafka has them."""
         started = self._clock.monotonic()
-        server = self._of()
         self._requests += 1
-        server.metrics.set("requests_open", self._requests)
+        self._metrics.set("requests_open", self._requests)
         try:
             response = await self._events(request)
         except BadRequest as error:
@@ -148,8 +169,8 @@ class Collector:
             response = problem(500, "the collector failed", "send it again; the gateway's log says why")
         finally:
             self._requests -= 1
-            server.metrics.set("requests_open", self._requests)
-        server.metrics.observe("request_seconds", self._clock.monotonic() - started)
+            self._metrics.set("requests_open", self._requests)
+        self._metrics.observe("request_seconds", self._clock.monotonic() - started)
         return self._cors(request, self._counted(request, response))
 
     async def _events(self, request: Request) -> Response:
@@ -184,10 +205,9 @@ class Collector:
         return origin is None or self._origins.take(origin, request.url.scheme, request.headers.get("host", ""))
 
     def _busy(self) -> Response | None:
-        server = self._of()
-        if self._stopping.is_set() or server.draining:
+        if self._stopping.is_set() or self._admission.is_draining():
             return problem(503, "the gateway stops", "send it again, another one takes over")
-        if server.paused:
+        if not self._admission.is_open():
             return problem(503, "the gateway holds all that it may until Kafka has it", "send it again")
         if self._requests > self._config.collector_requests_max:
             most = self._config.collector_requests_max
@@ -234,10 +254,9 @@ class Collector:
     # -- 3. offer, 4. answer
 
     async def _offer(self, messages: Sequence[Message], peer: Peer) -> Response:
-        gateway = self._of().gateway
         # One more than the messages: outcomes that come at once must not end the wait early.
-        waiting = Waiting(len(messages) + 1)
-        taken = [gateway.offer(message, 0, peer, waiting.acked, refusable=True) for message in messages]
+        waiting = _Answer(len(messages) + 1)
+        taken = [self._admission.offer(message, 0, peer, waiting.acked, refusable=True) for message in messages]
         waiting.acked(Outcome(0, 0, 0))
         if not all(taken):
             tags = [each.tag for each, was in zip(messages, taken, strict=True) if not was]
@@ -259,10 +278,10 @@ class Collector:
     # -- answers
 
     def _counted(self, request: Request, response: Response) -> Response:
-        server, status = self._of(), response.status_code
-        server.metrics.add("requests_total", reason=str(status))
+        status = response.status_code
+        self._metrics.add("requests_total", reason=str(status))
         if status >= 400:
-            server.refusals.add(_origin(request), f"http_{status}", _WHY.get(status, "the request is not in order"))
+            self._admission.refuse(_origin(request), f"http_{status}", _WHY.get(status, "the request is not in order"))
         if status in (408, 413) or (status == 503 and self._stopping.is_set()):
             response.headers["Connection"] = "close"
         return response
@@ -277,10 +296,11 @@ class Collector:
             response.headers["Access-Control-Expose-Headers"] = "Retry-After"
         return response
 
-    def _of(self) -> Server:
-        if self._server is None:
-            raise RuntimeError("the collector answers only while it runs")
-        return self._server
+    @property
+    def _admission(self) -> Admission:
+        if self._gateway is None:
+            raise InvariantBroken("the collector answers only while it runs")
+        return self._gateway
 
 
 _FOREIGN, _ALLOW = "pages of this origin may not send", "name it in ingest.cors_origins"
@@ -308,7 +328,7 @@ def problem(status: int, error: str, step: str, *, retry_s: int = 1) -> Response
     return response
 
 
-async def _no_such_place(request: Request, error: Exception) -> Response:
+async def _nothing_here(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     step = "POST /v1/events takes events; GET / explains it"
     response = problem(status, "no such method here" if status == 405 else "nothing lies here", step)
@@ -319,12 +339,3 @@ async def _no_such_place(request: Request, error: Exception) -> Response:
 
 def _origin(request: Request) -> str:
     return peer_of(request.scope.get("client")).origin
-
-
-def _allow_files(connections_max: int) -> None:
-    """Raise the soft limit of open files by the collector's connections, as far as the hard one allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY:
-        wanted = soft + connections_max
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

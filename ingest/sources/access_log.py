@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from datetime import date
-from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.sources.foreign import iso8601_ns, zone_s
+from headrace.ingest.decode.times import CLF_SHAPE, clf_ns, iso8601_ns
 
 COMMON = '$remote_addr $remote_ident $remote_user [$time_local] "$request" $status $body_bytes_sent'
 NAMED = {
@@ -101,7 +99,7 @@ def compile_format(text: str, *, escaped: bool = True) -> LineFormat:
             pattern.append(re.escape(piece))
             continue
         if piece == "time_local":
-            pattern.append(f"({_CLF_SHAPE})")
+            pattern.append(f"({CLF_SHAPE})")
             continue
         before = parts[at - 1][1] if at else ""
         kind_after, after = parts[at + 1] if at + 1 < len(parts) else ("literal", "")
@@ -119,7 +117,7 @@ def _ends(following: list[tuple[str, str]]) -> str:
     """
     ends = re.escape(following[0][1]) if following else ""
     if len(following) > 1 and following[1][1] == "time_local":
-        ends += _CLF_SHAPE + (re.escape(following[2][1]) if len(following) > 2 else "")
+        ends += CLF_SHAPE + (re.escape(following[2][1]) if len(following) > 2 else "")
     return ends
 
 
@@ -337,26 +335,6 @@ def time_of(variables: Variables) -> int | None:
     return None if local is None else clf_ns(local)
 
 
-@lru_cache(maxsize=1_024)
-def clf_ns(text: str) -> int | None:
-    """Return the time of the common log format in ns, None where it is none.
-
-    >>> clf_ns("01/Mar/2026:14:34:56 +0200")
-    1772368496000000000
-    """
-    found = _CLF.fullmatch(text)
-    if found is None or found[2] not in _MONTHS:
-        return None
-    try:
-        days = date(int(found[3]), _MONTHS.index(found[2]) + 1, int(found[1])).toordinal() - _EPOCH_DAY
-    except ValueError:
-        return None
-    hour, minute, second = int(found[4]), int(found[5]), int(found[6])
-    if hour > 23 or minute > 59 or second > 60:
-        return None
-    return (days * 86_400 + hour * 3_600 + minute * 60 + second - zone_s(found[7])) * 1_000_000_000
-
-
 _NGINX_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
 _APACHE_DIRECTIVE = re.compile(r"%[!\d,]*[<>]?(?:\{([^}]*)\})?[<>]?(\^t[io]|[a-zA-Z%])", re.ASCII)
 _ESCAPE = re.compile(rb"\\(?:x([0-9A-Fa-f]{2})|(.))", re.DOTALL)
@@ -366,10 +344,6 @@ _REQUEST_LINE = re.compile(
 )
 _ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 _MSEC = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
-_CLF_SHAPE = r"\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}"
-_CLF = re.compile(r"(\d\d)/([A-Z][a-z]{2})/(\d{4}):(\d\d):(\d\d):(\d\d) ([+-]\d{4})", re.ASCII)
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_EPOCH_DAY = date(1970, 1, 1).toordinal()
 _PARSERS_NAMES = (
     ("remote", "remote_addr"),
     ("host", "remote_addr"),

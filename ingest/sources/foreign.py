@@ -15,22 +15,23 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 from collections.abc import Callable
-from datetime import date
-from decimal import Decimal
 from typing import Any, NamedTuple
 
 import msgpack
 import msgspec
 
 from headrace.contract.config import SourceConfig
-
-_NS: dict[str, int] = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
-_EPOCH_DAY = date(1970, 1, 1).toordinal()
-_DIGITS_MAX = 40
-"""Longest number that is read as a time: beyond it no digit matters."""
+from headrace.ingest.decode.times import (
+    DIGITS_MAX,
+    NS_OF_UNIT,
+    EventTime,
+    decimal_ns,
+    entry_ns,
+    event_time_of,
+    iso8601_ns,
+)
 
 
 class Foreign(NamedTuple):
@@ -212,67 +213,20 @@ def _time_of(value: Any, unit: str, otherwise: int | None) -> int | None:
     if isinstance(value, bool) or value is None:
         return otherwise
     if isinstance(value, int):
-        return value * _NS[unit]
+        return value * NS_OF_UNIT[unit]
     if isinstance(value, float):
-        return _decimal_ns(value.text if isinstance(value, _Number) else repr(value), unit, value)
-    if isinstance(value, msgpack.Timestamp):
-        return int(value.to_unix_nano())
+        return decimal_ns(value.text if isinstance(value, _Number) else repr(value), unit)
     if isinstance(value, msgpack.ExtType):
-        return _event_time_ns(value.code, value.data)
+        value = event_time_of(value.code, value.data)
+    if isinstance(value, EventTime | msgpack.Timestamp):
+        return entry_ns(value)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    if not isinstance(value, str) or len(value) > _DIGITS_MAX:
+    if not isinstance(value, str) or len(value) > DIGITS_MAX:
         return None
-    return _decimal_ns(value, unit, float(value)) if _NUMBER.fullmatch(value) else iso8601_ns(value)
+    return decimal_ns(value, unit) if _NUMBER.fullmatch(value) else iso8601_ns(value)
 
 
-def _event_time_ns(code: int, data: bytes) -> int | None:
-    if code != 0 or len(data) != 8:
-        return None
-    return int.from_bytes(data[:4], "big") * _NS["s"] + int.from_bytes(data[4:], "big")
-
-
-def _decimal_ns(text: str, unit: str, value: float) -> int | None:
-    """Return a decimal number of `unit` as nanoseconds, nothing rounded before the last of them."""
-    # 1e13 s is the year 318,857: beyond, the digits are not worth their memory (1e300 has 300 of them).
-    if not math.isfinite(value) or abs(value) > 1e13 * _NS["s"] / _NS[unit] or len(text) > _DIGITS_MAX:
-        return None
-    return int((Decimal(text) * _NS[unit]).to_integral_value())
-
-
-def iso8601_ns(text: str) -> int | None:
-    """Return nanoseconds since 1970 of an ISO 8601 time, UTC where it names no zone; None where it is none.
-
-    >>> iso8601_ns("2026-03-01T12:34:56.123456789+0000") == iso8601_ns("2026-03-01T14:34:56.123456789+02:00")
-    True
-    """
-    found = _ISO.fullmatch(text)
-    if found is None:
-        return None
-    year, month, day, hour, minute, second = (int(found[n]) for n in range(1, 7))
-    try:
-        days = date(year, month, day).toordinal() - _EPOCH_DAY
-    except ValueError:
-        return None
-    # 60 is a leap second: the first of the next minute, as POSIX counts.
-    if hour > 23 or minute > 59 or second > 60:
-        return None
-    seconds = days * 86_400 + hour * 3_600 + minute * 60 + second - zone_s(found[8] or "Z")
-    return seconds * _NS["s"] + int((found[7] or "").ljust(9, "0")[:9])
-
-
-def zone_s(zone: str) -> int:
-    """Return the seconds that a zone such as `Z`, `+0200` or `-03:30` is ahead of UTC."""
-    if zone in ("Z", "z"):
-        return 0
-    digits = zone[1:].replace(":", "")
-    seconds = int(digits[:2]) * 3_600 + int(digits[2:] or 0) * 60
-    return -seconds if zone[0] == "-" else seconds
-
-
-_ISO = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9})\d*)?\s?(Z|z|[+-]\d\d(?::?\d\d)?)?", re.ASCII
-)
 _NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
 _DECODER = msgspec.json.Decoder(float_hook=_Number)
 _READERS: dict[str, Callable[[SourceConfig, bytes, int | None], list[Foreign]]] = {

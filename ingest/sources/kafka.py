@@ -28,20 +28,19 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from headrace.contract.config import SourceConfig
 from headrace.contract.interfaces.group import Claim, Fetched, Group
 from headrace.contract.metrics import Metrics
-from headrace.ingest.forward.protocol import Message, message_of
+from headrace.ingest.decode.message import Message, message_of
+from headrace.ingest.decode.validate import brings_id
+from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.batcher import Acked, Outcome
 from headrace.ingest.gateway.gateway import Peer
 from headrace.ingest.sources.foreign import Foreign, read_foreign
-
-if TYPE_CHECKING:
-    from headrace.ingest.forward.server import Server
 
 log = logging.getLogger("headrace.ingest")
 
@@ -52,7 +51,7 @@ _TELL_S = 1.0
 _AGAIN_S = 0.5
 """Time between offers of what the gateway refused."""
 _SETTLE_S, _LEAVE_S = 1.0, 0.8
-"""Longest waits at the end, for receipts and for the group: together less than the server's `DRAIN_S`, 2 s."""
+"""Longest waits at the end, for receipts and for the group: together less than the loop's `DRAIN_S`, 2 s."""
 
 
 class Run(msgspec.Struct):
@@ -99,7 +98,7 @@ class _Offer(msgspec.Struct, frozen=True):
 
 
 class KafkaSource:
-    """One topic, read by one gateway: a companion of its server."""
+    """One topic, read by one gateway: a companion of its loop."""
 
     def __init__(self, config: SourceConfig, open_group: Callable[[], Group], metrics: Metrics) -> None:
         self._config, self._open_group, self._metrics = config, open_group, metrics
@@ -108,7 +107,7 @@ class KafkaSource:
         self._again_s = 0.0
         self._gap = 0
 
-    async def run(self, server: Server, stopping: asyncio.Event) -> None:
+    async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
         """Take, offer and settle until `stopping`; then wait for receipts, commit and leave the group, in 2 s."""
         loop = asyncio.get_running_loop()
         group = self._open_group()
@@ -116,7 +115,7 @@ class KafkaSource:
         try:
             tell_s = loop.time()
             while not stopping.is_set():
-                busy = self.turn(server, group, loop.time())
+                busy = self.turn(admission, group, loop.time())
                 if loop.time() >= tell_s:
                     tell_s = loop.time() + _TELL_S
                     self._tell(group)
@@ -130,42 +129,42 @@ class KafkaSource:
             if not closed:
                 group.close(0.0)
 
-    def turn(self, server: Server, group: Group, now_s: float) -> bool:
+    def turn(self, admission: Admission, group: Group, now_s: float) -> bool:
         """Take what may be taken and offer it, and what was refused again; say whether there was any. Never blocks."""
-        if self._refused and now_s >= self._again_s and not server.paused:
+        if self._refused and now_s >= self._again_s and admission.is_open():
             self._again_s = now_s + _AGAIN_S
-            self._offer_again(server, group)
-        room = self._config.in_flight_max - self._positions.in_flight
-        if room <= 0 or server.paused or server.draining:
+            self._offer_again(admission, group)
+        most = self._config.in_flight_max - self._positions.in_flight
+        if most <= 0 or not admission.is_open():
             return False
-        fetched = group.take(min(room, _TAKE_MAX))
+        fetched = group.take(min(most, _TAKE_MAX))
         for claim, records in groupby(fetched, lambda one: one.claim):
             if group.held(claim):
-                self._offer(server, group, claim, list(records))
+                self._offer(admission, group, claim, list(records))
         return bool(fetched)
 
-    def _offer(self, server: Server, group: Group, claim: Claim, records: Sequence[Fetched]) -> None:
+    def _offer(self, admission: Admission, group: Group, claim: Claim, records: Sequence[Fetched]) -> None:
         """Offer a run of records; its position moves when the last receipt of its messages has come."""
         messages = messages_of(self._config, records)
         run = Run(records[-1].offset + 1, len(records), len(messages) + 1)
         self._positions.offered(claim, run)
         peer = Peer(f"kafka:{claim.topic}/{claim.partition}")
         for message in messages:
-            self._offer_one(server, _Offer(message, peer, claim, partial(self._acked, group, claim, run)))
+            self._offer_one(admission, _Offer(message, peer, claim, partial(self._acked, group, claim, run)))
         # One more than the messages: receipts that come at once must not settle a run that is half offered.
         self._acked(group, claim, run, Outcome(0, 0, 0))
 
-    def _offer_one(self, server: Server, one: _Offer) -> None:
-        if not server.gateway.offer(one.message, len(one.message.raw), one.peer, one.acked, refusable=True):
+    def _offer_one(self, admission: Admission, one: _Offer) -> None:
+        if not admission.offer(one.message, len(one.message.raw), one.peer, one.acked, refusable=True):
             self._refused.append(one)
 
-    def _offer_again(self, server: Server, group: Group) -> None:
+    def _offer_again(self, admission: Admission, group: Group) -> None:
         """Offer what was refused; what belongs to a partition given away is its next holder's."""
         refused, self._refused = self._refused, []
         for one in refused:
             if group.held(one.claim):
                 # A peer of its own each time: the same chunk on the same connection would be a second one.
-                self._offer_one(server, msgspec.structs.replace(one, peer=Peer(one.peer.origin)))
+                self._offer_one(admission, msgspec.structs.replace(one, peer=Peer(one.peer.origin)))
             else:
                 one.acked(Outcome(0, 0, 0))
 
@@ -209,7 +208,7 @@ def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Messag
 def _packed(found: Foreign, one: Fetched, event_id: str) -> tuple[bytes, Foreign]:
     """Return the record as an entry of a message, with its id; or what keeps it from being one."""
     record: dict[Any, Any] = found.record
-    if not _has_id(record.get("event_id")):
+    if not brings_id(record):
         record = {**record, "event_id": event_id}
     try:
         return message_of(found.tag, [(found.time_ns, record)]).body, found
@@ -221,7 +220,3 @@ def _packed(found: Foreign, one: Fetched, event_id: str) -> tuple[bytes, Foreign
 def _event_id(source: SourceConfig, one: Fetched, nth: int) -> str:
     whole = f"{one.claim.topic}/{one.claim.partition}/{one.offset}/{one.timestamp_ms}"
     return f"{whole}/{nth}" if source.format == "otlp_json" else whole
-
-
-def _has_id(value: Any) -> bool:
-    return bool(value) or (isinstance(value, int) and not isinstance(value, bool))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from headrace.contract.mapping import PLACEHOLDER, AccessLog, Route
 from headrace.contract.project import Project
-from headrace.ingest.forward.protocol import Entry, Message, message_of
+from headrace.ingest.decode.message import Entry, Message, message_of
 from headrace.ingest.gateway.batcher import Acked, Outcome
 from headrace.ingest.sources.access_log import (
     LineFormat,

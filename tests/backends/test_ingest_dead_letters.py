@@ -32,6 +32,7 @@ from headrace.contract.interfaces.log import read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import Layout
 from headrace.ingest.dead_letters.spans import letters
+from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 pytestmark = pytest.mark.real
@@ -54,7 +55,16 @@ class World:
         """Let a gateway take chunks and say goodbye."""
         producer, clock = KafkaProducer(self.brokers), SystemClock()
         config = IngestConfig(grace_ms=0)
-        gateway = Gateway(project, config, self.topics, P, producer, MemoryMetrics(), clock, name)
+        deps = GatewayDependencies(
+            project=project,
+            config=config,
+            topics=self.topics,
+            partitions=P,
+            producer=producer,
+            metrics=MemoryMetrics(),
+            clock=clock,
+        )
+        gateway = Gateway(deps, name)
         for number, (tag, found) in enumerate(chunks):
             what = message(tag, found, f"c{number}", clock.now_ms() // 1_000 - 5)
             gateway.offer(what, 100, Peer("10.0.0.1"), None)

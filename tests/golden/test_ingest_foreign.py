@@ -15,8 +15,8 @@ import msgpack
 import pytest
 
 from headrace.contract.config import SourceConfig
-from headrace.ingest.forward.protocol import message_of
-from headrace.ingest.sources.foreign import Foreign, iso8601_ns, read_foreign
+from headrace.ingest.decode.message import message_of
+from headrace.ingest.sources.foreign import Foreign, read_foreign
 
 FLB = {"topic": "t", "tag": "app.web.access"}
 FD = {"topic": "t", "tag": "app.web.access", "time_field": "time"}
@@ -187,11 +187,6 @@ def test_times_in_every_unit_to_the_last_digit(unit: str, text: str, time_ns: in
     source = SourceConfig(topic="t", tag="a", time_unit=unit)  # type: ignore[arg-type]
     value = f'{{"@timestamp": {text}, "a": 0.1}}'.encode()
     assert read_foreign(source, value, 5) == [Foreign("a", time_ns, {"a": 0.1})]
-
-
-def test_a_leap_second_and_impossible_days() -> None:
-    assert iso8601_ns("2016-12-31T23:59:60Z") == iso8601_ns("2017-01-01T00:00:00Z")
-    assert iso8601_ns("2026-02-30T00:00:00Z") is None and iso8601_ns("2026-01-01T24:00:00Z") is None
 
 
 def test_the_tag_comes_from_its_field_else_from_the_source() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import msgpack
 import pytest
 
+from headrace.ingest.decode.message import Message
 from headrace.ingest.forward.handshake import Handshake
-from headrace.ingest.forward.protocol import Decoder, Message, Ping, encode_ack
+from headrace.ingest.forward.protocol import Decoder, Ping, encode_ack
 
 BOUND = 1 << 20
 

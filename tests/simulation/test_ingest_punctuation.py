@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from ingest_world import PROJECT, Counts, HandClock, message
+from ingest_world import PROJECT, Counts, HandClock, dependencies, message
 from shipping_world import CLICK_TAG, IMPRESSION_TAG, NO_FAULTS, PARTITIONS, Broker, Line
 
 from headrace.contract.config import IngestConfig, JoinConfig
@@ -63,7 +63,9 @@ class Process:
     def __init__(self, world: World, name: str) -> None:
         self.name, self.cable = name, Cable(world, world.random)
         self.stalled_until, self.alive = 0, True
-        self.gateway = Gateway(PROJECT, CONFIG, Topics(), PARTITIONS, self.cable, Counts(), world.clock, name)
+        self.gateway = Gateway(
+            dependencies(self.cable, Counts(), world.clock, project=PROJECT, config=CONFIG, partitions=PARTITIONS), name
+        )
 
 
 @dataclass

@@ -13,12 +13,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from ingest_world import PROJECT, Counts, HandClock, ShakyLog
+from ingest_world import Counts, HandClock, ShakyLog, dependencies
 
 from headrace.backends.log.group_memory import MemoryGroup, MemoryGroups
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import IngestConfig, SourceConfig
-from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.group import Claim, Group
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.ingest.dead_letters.ceiling import Ceiling
@@ -36,22 +35,19 @@ class Process:
     def __init__(self, world: World, number: int) -> None:
         self.log = ShakyLog(world.random, fault=FAULT)
         self.counts = Counts()
-        self.gateway = Gateway(
-            PROJECT,
-            IngestConfig(),
-            Topics(),
-            2,
-            self.log,  # type: ignore[arg-type]
-            self.counts,  # type: ignore[arg-type]
-            world.clock,
-            f"g{number}",
-        )
-        self.paused = self.draining = False
+        self.gateway = Gateway(dependencies(self.log, self.counts, world.clock, partitions=2), f"g{number}")
+        self.clock, self.is_paused = world.clock, False
         self.source = world.make(SOURCE, None, self.counts)
         self.group = world.groups.join()
 
+    def offer(self, *what: Any, **how: Any) -> bool:
+        return self.gateway.offer(*what, **how)
+
+    def is_open(self) -> bool:
+        return not self.is_paused
+
     def turn(self) -> None:
-        self.source.turn(self, self.group, self.gateway._clock.monotonic())  # type: ignore[arg-type]
+        self.source.turn(self, self.group, self.clock.monotonic())  # type: ignore[arg-type]
         self.gateway.tick()
 
 
@@ -99,14 +95,14 @@ class World:
             self.alive.remove(one)
             one.group.close(0)
         elif what < 0.40:
-            one.paused = not one.paused
+            one.is_paused = not one.is_paused
         else:
             one.turn()
 
     def settle(self) -> None:
         """Let everything that lives finish."""
         for process in self.alive:
-            process.paused = False
+            process.is_paused = False
         for _ in range(4_000):
             self.clock.ms += 50
             for process in self.alive:

@@ -41,7 +41,7 @@ from headrace.stream.sink.stage import SinkStage
 
 PARTITIONS, ROWS, TURNS = 2, 16, 10
 CONFIG = LakeConfig(compact_files=2, target_file_bytes=1_000_000, vacuum_ms=1_000)
-Place = tuple[int, int, int]
+Endpoint = tuple[int, int, int]
 
 
 class Lost(AssertionError):
@@ -125,7 +125,7 @@ class World:
         self.log = MemoryLog(lambda: 0)
         self.log.admin().ensure_topics(TOPICS.specs(PARTITIONS))
         self.records: dict[int, list[Record]] = {}
-        self.expected: dict[Place, int] = {}
+        self.expected: dict[Endpoint, int] = {}
         for partition in range(PARTITIONS):
             self._fill(seed, partition)
         self.sinks = [Sink(self), Sink(self)]

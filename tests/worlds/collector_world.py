@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -9,15 +10,27 @@ from contextlib import contextmanager
 from random import Random
 from typing import Any
 
-from ingest_world import PROJECT, ShakyLog
+from ingest_world import ShakyLog, dependencies
 
 from headrace.backends.clock import SystemClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
-from headrace.contract.formats.topics import Topics
-from headrace.ingest.forward import server
-from headrace.ingest.forward.tls import Identity
-from headrace.ingest.http.collector import Collector
+from headrace.ingest.forward.endpoint import Endpoint
+from headrace.ingest.gateway.admission import Admission
+from headrace.ingest.http.collector import Collector, CollectorEndpoint
+from headrace.ingest.run import run
+from headrace.ingest.tls_identity import TlsIdentity
+
+
+class Observer:
+    """A companion that offers nothing and lets the test ask the gateway."""
+
+    def __init__(self) -> None:
+        self.admission: Admission | None = None
+
+    async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
+        self.admission = admission
+        await stopping.wait()
 
 
 class Site:
@@ -26,9 +39,11 @@ class Site:
     def __init__(self, tokens: tuple[str, ...] = (), port: int = 0, host: str = "127.0.0.1", **config: Any) -> None:
         self.log, self.metrics, self.stop = ShakyLog(Random(1)), MemoryMetrics(), threading.Event()
         settings = IngestConfig(**{"grace_ms": 0, "batch_ms": 5, **config})
-        self.collector = Collector(settings, tokens, host, port, SystemClock())
         self._ready = threading.Event()
-        self._identity = Identity(settings) if settings.tls_cert else None
+        self._identity = TlsIdentity(settings) if settings.tls_cert else None
+        endpoint = CollectorEndpoint(host=host, port=port, tokens=tokens)
+        self.collector = Collector(settings, endpoint, self.metrics, SystemClock(), self._identity)
+        self._observer = Observer()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(settings,))
         self._thread.start()
@@ -38,18 +53,12 @@ class Site:
 
     def _run(self, settings: IngestConfig) -> None:
         try:
-            server.run(
-                PROJECT,
-                settings,
-                Topics(),
-                4,
-                self.log,
-                self.metrics,
-                SystemClock(),
-                server.Place(port=free_port()),
+            run(
+                dependencies(self.log, self.metrics, SystemClock(), config=settings),
+                Endpoint(port=free_port()),
                 self.stop,
-                lambda _port: self._ready.set(),
-                [self.collector],
+                ready=lambda _port: self._ready.set(),
+                companions=[self.collector, self._observer],
                 identity=self._identity,
             )
         except BaseException as error:
@@ -76,8 +85,8 @@ class Site:
     @property
     def paused(self) -> bool:
         """Whether the gateway reads from nobody."""
-        running = self.collector._server
-        return running is not None and running.paused
+        admission = self._observer.admission
+        return admission is not None and not admission.is_open()
 
     def ids(self, kind: str | None = None) -> list[str]:
         """Return the ids of every appended event."""

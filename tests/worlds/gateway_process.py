@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gateway_world import WallClock
-from ingest_world import PROJECT, Counts
+from ingest_world import Counts, dependencies
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
-from headrace.ingest.forward import server
-from headrace.ingest.forward.endpoint import Place
+from headrace.ingest.forward.endpoint import Endpoint
+from headrace.ingest.run import run
 
 
 class FileLog:
@@ -73,11 +73,10 @@ def main(path: str, port: str, name: str, receipt_s: str, *settings: str) -> Non
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     numbers = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
     config = IngestConfig(grace_ms=0, **numbers)  # type: ignore[arg-type]
-    place = Place(port=int(port), name=name, share_port=True)
+    endpoint = Endpoint(port=int(port), name=name, share_port=True)
     producer, counts = FileLog(Path(path), float(receipt_s)), Counts()
-    server.run(
-        PROJECT, config, Topics(), 4, producer, counts, WallClock(), place, stop, lambda bound: print(bound, flush=True)
-    )
+    deps = dependencies(producer, counts, WallClock(), config=config)
+    run(deps, endpoint, stop, ready=lambda bound: print(bound, flush=True))
     producer.close()
     print(json.dumps({"peak_kib": _peak_kib(), "counts": counts.totals}), flush=True)
 

@@ -18,14 +18,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from ingest_world import PROJECT, Counts, ShakyLog
+from ingest_world import Counts, ShakyLog, dependencies
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.formats.topics import Topics
-from headrace.ingest.forward.endpoint import Place
-from headrace.ingest.forward.server import Companion, Server
-from headrace.ingest.forward.tls import Identity
+from headrace.ingest.forward.endpoint import Endpoint
+from headrace.ingest.forward.forward_server import ForwardServer
+from headrace.ingest.gateway.admission import Companion
 from headrace.ingest.gateway.gateway import Gateway
+from headrace.ingest.gateway.loop import GatewayLoop
+from headrace.ingest.tls_identity import TlsIdentity
 
 NEVER_S = 60.0
 """Longest wait of a test for what must come; a machine with eight busy neighbours needs seconds, not this."""
@@ -49,7 +50,7 @@ class Running:
 
     def __init__(
         self,
-        place: Place | None = None,
+        endpoint: Endpoint | None = None,
         companions: Sequence[Companion] = (),
         log: ShakyLog | None = None,
         **config: Any,
@@ -60,10 +61,12 @@ class Running:
         self.port = 0
         self.failure: BaseException | None = None
         settings = IngestConfig(**{"grace_ms": 0, **config})
-        place = place or Place(port=0)
-        gateway = Gateway(PROJECT, settings, Topics(), 4, self.log, self.counts, WallClock(), place.name)
-        identity = Identity(settings) if settings.tls_cert else None
-        self.server = Server(gateway, settings, self.counts, WallClock(), place, identity)
+        self.endpoint = endpoint or Endpoint(port=0)
+        self.identity = TlsIdentity(settings) if settings.tls_cert else None
+        clock = WallClock()
+        self.gateway = Gateway(dependencies(self.log, self.counts, clock, config=settings), self.endpoint.name)
+        self.forward = ForwardServer(settings, self.counts, clock, self.endpoint, self.identity)
+        self.loop = GatewayLoop(self.gateway, settings, self.counts, clock, self.forward)
         self._companions = companions
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -75,15 +78,7 @@ class Running:
     def _serve(self) -> None:
         async def serve() -> None:
             asyncio.get_running_loop().set_exception_handler(lambda _loop, what: self.faults.append(str(what)))
-            place = self.server.place
-            await self.server.serve(
-                place.host,
-                place.port,
-                self._stop,
-                share_port=place.share_port,
-                ready=self._ready,
-                companions=self._companions,
-            )
+            await self.loop.serve(self._stop, ready=self._ready, companions=self._companions)
 
         try:
             asyncio.run(serve())
@@ -129,7 +124,7 @@ class Running:
 
     def held_bytes(self) -> int:
         """Return what the gateway holds of bytes that are not settled."""
-        return self.server.gateway.buffer_bytes + self.server.partial_bytes
+        return self.loop.held_bytes()
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 
 import msgpack
 
+from headrace.contract.config import IngestConfig
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.dead_letters import DeadLetter, decode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, Punctuation, decode_batch, decode_punctuation
+from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Counter as Windowed
 from headrace.contract.spec import FeatureSpec
-from headrace.ingest.forward.protocol import Message, read_message
+from headrace.ingest.decode.message import Message
+from headrace.ingest.forward.protocol import read_message
+from headrace.ingest.gateway.dependencies import GatewayDependencies
 
 PROJECT = Project(
     impression=ImpressionType(
@@ -32,6 +36,12 @@ PROJECT = Project(
     features=FeatureSpec(counters=(Windowed(name="user", key="user_id"),)),
 ).checked()
 START_MS = 1_700_000_000_000
+
+
+def dependencies(producer: Any, metrics: Any, clock: Any, **changes: Any) -> GatewayDependencies:
+    """Return what a gateway of `PROJECT` is made from, with some of it changed."""
+    usual = {"project": PROJECT, "config": IngestConfig(), "topics": Topics(), "partitions": 4}
+    return GatewayDependencies(producer=producer, metrics=metrics, clock=clock, **{**usual, **changes})
 
 
 class HandClock:

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import msgspec
-from ingest_world import PROJECT, START_MS, impression, message
+from ingest_world import PROJECT, START_MS, dependencies, impression, message
 
 from headrace.backends.clock import VirtualClock
 from headrace.backends.log.fenced_memory import FencedMemory, Pens
@@ -51,7 +51,12 @@ class World:
         self.clock.advance(0.001)
         producer = self.log.producer()
         config = IngestConfig(grace_ms=600_000)
-        gateway = Gateway(PROJECT, config, TOPICS, P, producer, MemoryMetrics(), self.clock, "g1")
+        gateway = Gateway(
+            dependencies(
+                producer, MemoryMetrics(), self.clock, project=PROJECT, config=config, topics=TOPICS, partitions=P
+            ),
+            "g1",
+        )
         gateway.offer(message(tag, records, chunk, at_s), 100, Peer("10.0.0.1"), None)
         while not gateway.drained():
             gateway.tick()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from ingest_world import PROJECT, START_MS, Counts, HandClock, impression, message
+from ingest_world import PROJECT, START_MS, Counts, HandClock, dependencies, impression, message
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import Overloaded
@@ -22,7 +22,7 @@ from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_p
 from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
 from headrace.contract.interfaces.log import Delivered, Producer
-from headrace.ingest.forward.protocol import Message
+from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 PARTITIONS = 2
@@ -179,7 +179,9 @@ class Process:
         watched = Watched(self.line, self)
         producer: Producer = world.wrap(watched) if world.wrap else watched
         config = IngestConfig(punctuate_ms=50, grace_ms=world.random.choice((0, 200)))
-        self.gateway: Gateway = world.kind(PROJECT, config, Topics(), PARTITIONS, producer, Counts(), world.clock, name)
+        self.gateway: Gateway = world.kind(
+            dependencies(producer, Counts(), world.clock, project=PROJECT, config=config, partitions=PARTITIONS), name
+        )
         self.open: dict[int, Chunk] = {}
         self.alive, self.draining, self.stalled = True, False, 0
         self._promises = [0] * PARTITIONS

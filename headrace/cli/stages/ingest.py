@@ -30,12 +30,14 @@ from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
-from headrace.ingest.forward import server
-from headrace.ingest.forward.endpoint import read_users
-from headrace.ingest.forward.tls import Identity
+from headrace.ingest.forward.endpoint import Endpoint, read_users
+from headrace.ingest.gateway.admission import Companion
+from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.http.access import read_tokens
-from headrace.ingest.http.collector import Collector
+from headrace.ingest.http.collector import Collector, CollectorEndpoint
+from headrace.ingest.run import run
 from headrace.ingest.sources.kafka import KafkaSource
+from headrace.ingest.tls_identity import TlsIdentity
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 _ADMIN_S = 2.0
@@ -63,9 +65,9 @@ def main(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     runtime = open_runtime(args)
     config = _with_tls(runtime.config.ingest, args, runtime.project_dir)
-    identity = Identity(config, os.environ.get("HEADRACE_TLS_PASSWORD", "")) if config.tls_cert else None
+    identity = TlsIdentity(config, os.environ.get("HEADRACE_TLS_PASSWORD", "")) if config.tls_cert else None
     port = args.port or runtime.port("forward")
-    place = server.Place(
+    endpoint = Endpoint(
         host=args.host,
         port=port,
         name=args.name or f"{socket.gethostname()}-{port}",
@@ -74,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         share_port=args.share_port,
         socket_path=args.socket,
     ).checked()
-    collector = _collector(args, config, runtime)
+    collector_endpoint = _collector_endpoint(args, runtime)
     privacy = Privacy(runtime.project, os.environ.get(KEY_NAME, ""))
     stop = stop_event()
     metrics = PrometheusMetrics("ingest", args.metrics_port or runtime.port("metrics_ingest"))
@@ -83,29 +85,24 @@ def main(args: argparse.Namespace) -> int:
     if not _topics_exist(KafkaAdmin(runtime.brokers, timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop):
         return 0
     producer = runtime.producer()
+    deps = GatewayDependencies(
+        project=runtime.project,
+        config=config,
+        topics=runtime.topics,
+        partitions=partitions,
+        producer=producer,
+        metrics=metrics,
+        clock=runtime.clock,
+        privacy=privacy,
+    )
     try:
-        server.run(
-            runtime.project,
-            config,
-            runtime.topics,
-            partitions,
-            producer,
-            metrics,
-            runtime.clock,
-            place,
-            stop,
-            lambda _port: metrics.ready(True),
-            [
-                CeilingWatch(metrics, metrics.ready),
-                *collector,
-                *(
-                    KafkaSource(source, partial(_open_group, source, runtime.brokers, _client(source)), metrics)
-                    for source in runtime.config.ingest.sources
-                ),
-            ],
-            identity=identity,
-            privacy=privacy,
-        )
+        companions: list[Companion] = [CeilingWatch(metrics, metrics.ready)]
+        if collector_endpoint is not None:
+            companions.append(Collector(config, collector_endpoint, metrics, runtime.clock, identity))
+        for source in runtime.config.ingest.sources:
+            open_group = partial(_open_group, source, runtime.brokers, _client(source))
+            companions.append(KafkaSource(source, open_group, metrics))
+        run(deps, endpoint, stop, ready=lambda _: metrics.ready(True), companions=companions, identity=identity)
     finally:
         metrics.ready(False, "stopping")
         producer.close()
@@ -121,16 +118,18 @@ def _with_tls(config: IngestConfig, args: argparse.Namespace, project_dir: Path)
     return msgspec.structs.replace(config, **files)
 
 
-def _collector(args: argparse.Namespace, config: IngestConfig, runtime: Runtime) -> list[Collector]:
-    """Return the HTTP collector, if there is one: a second gateway beside the first names a port for its own."""
+def _collector_endpoint(args: argparse.Namespace, runtime: Runtime) -> CollectorEndpoint | None:
+    """Return where the collector listens, if there is one: a second gateway beside the first must name a port."""
     port = args.collector_port
     if port is None:
         if args.port and not args.share_port:
             log.info("no HTTP collector: this gateway has a --port of its own and no --collector-port")
-            return []
+            return None
         port = runtime.port("collector")
     tokens = read_tokens(os.environ.get("HEADRACE_TOKENS", ""))
-    return [Collector(config, tokens, args.host, port, runtime.clock)] if port else []
+    if not port:
+        return None
+    return CollectorEndpoint(host=args.host, port=port, tokens=tokens, share_port=args.share_port)
 
 
 def _client(source: SourceConfig) -> dict[str, str]:

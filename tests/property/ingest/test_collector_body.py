@@ -8,11 +8,10 @@ import json
 from typing import Any
 
 import msgpack
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from headrace.ingest.http.body import BadRequest, messages_of, read_events, read_time
+from headrace.ingest.http.body import BadRequest, messages_of, read_events
 
 TYPES = ("application/json", "application/x-ndjson", "application/msgpack", "text/plain", "")
 NOW_MS, BYTES_MAX = 1_700_000_000_000, 1 << 16
@@ -76,21 +75,3 @@ def test_nesting_of_any_depth_is_read_or_refused(core: list[Any], depth: int) ->
             assert len(read(body, kind)) == 1
         except BadRequest as refusal:
             assert refusal.status == 400
-
-
-@given(st.integers(0, 253_402_300_799_999_999_999))
-def test_a_time_means_the_same_in_every_unit(time_ns: int) -> None:
-    for divisor, low, high in (
-        (10**9, 0, 10**11),
-        (10**6, 10**11, 10**14),
-        (10**3, 10**14, 10**17),
-        (1, 10**17, 2**63),
-    ):
-        number = time_ns // divisor
-        if low <= number < high:
-            assert read_time(number) == number * divisor
-
-
-@pytest.mark.parametrize("value", [True, "noon", "2023-11-14T22:13:20", float("nan"), float("inf"), -1, 2**63, [], {}])
-def test_what_is_no_time_is_none(value: Any) -> None:
-    assert read_time(value) is None

@@ -15,11 +15,11 @@ from ingest_world import PROJECT, START_MS
 
 from headrace.contract.project import FeedbackType, ImpressionType, Project
 from headrace.contract.spec import FeatureSpec
-from headrace.ingest.decode.columns import decode, layout
+from headrace.ingest.decode.fluent_chunk import decode, layout
+from headrace.ingest.decode.message import read_entries
 from headrace.ingest.decode.msgpack_scan import as_bytes, entry_starts
 from headrace.ingest.decode.texts import hash_column
 from headrace.ingest.decode.validate import check, declared_types
-from headrace.ingest.forward.protocol import read_entries
 
 WIDE = Project(
     impression=ImpressionType(

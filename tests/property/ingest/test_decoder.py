@@ -12,12 +12,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ingest_world import PROJECT, Counts, HandClock
+from ingest_world import PROJECT, Counts, HandClock, dependencies
 
 from headrace.backends.log.memory import MemoryLog
-from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
-from headrace.ingest.forward.protocol import Decoder, Message, Ping, Refused, chunk_text, decompress, encode_ack
+from headrace.ingest.decode.compression import BodyTooLarge, decompress
+from headrace.ingest.decode.message import Message, chunk_text
+from headrace.ingest.forward.protocol import Decoder, Ping, Refused, encode_ack
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 BOUND = 100_000
@@ -97,7 +98,7 @@ def test_mutated_bytes_never_crash_and_never_hold_more_than_the_bound(
     decoder, log = Decoder(BOUND), MemoryLog()
     log.admin().ensure_topics(Topics().specs(4))
     clock = HandClock()
-    gateway = Gateway(PROJECT, IngestConfig(), Topics(), 4, log.producer(), Counts(), clock, "g")
+    gateway = Gateway(dependencies(log.producer(), Counts(), clock), "g")
     offered, acked = 0, []
     try:
         for message, size in decoder.feed(wire[:at] + junk + wire[at + len(junk) :] + wire):
@@ -137,7 +138,7 @@ def test_mutated_bytes_never_crash_and_never_hold_more_than_the_bound(
 def test_any_record_is_appended_or_a_dead_letter(sent: list[dict[str, Any]]) -> None:
     log, clock = MemoryLog(), HandClock()
     log.admin().ensure_topics(Topics().specs(4))
-    gateway = Gateway(PROJECT, IngestConfig(), Topics(), 4, log.producer(), Counts(), clock, "g")
+    gateway = Gateway(dependencies(log.producer(), Counts(), clock), "g")
     wire = msgpack.packb(["shop.impression", [[1, record] for record in sent], {"chunk": "c"}])
     acked: list[int] = []
     for message, size in Decoder(BOUND).feed(wire):
@@ -167,7 +168,7 @@ def test_text_that_is_not_utf8_is_echoed_to_the_byte() -> None:
 @pytest.mark.parametrize("how", ["gzip", "zstd"])
 def test_a_bomb_is_refused_at_the_bound(how: str) -> None:
     bomb = _member(bytes(50_000_000), how)
-    with pytest.raises(Refused, match="decompresses to more"):
+    with pytest.raises(BodyTooLarge, match="decompresses to more"):
         decompress(bomb, how, 1_000_000)
     with pytest.raises((ValueError, OSError)):
         decompress(bomb[: len(bomb) // 2], how, 100_000_000)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingest_world import impression
 
-from headrace.ingest.forward.endpoint import Place
+from headrace.ingest.forward.endpoint import Endpoint
 
 BUFFER_BYTES = 4 << 20
 REASONS = {"bad_frame", "too_large", "no_ping", "shared_key", "password", "tls", "slow_reader", "partial_bound"}
@@ -33,8 +33,8 @@ def gateway() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def keyed() -> Iterator[Running]:
-    place = Place(port=0, shared_key="k", users={"u": "p"})
-    with Running(place, chunk_bytes_max=1 << 20, buffer_bytes_max=BUFFER_BYTES) as running:
+    endpoint = Endpoint(port=0, shared_key="k", users={"u": "p"})
+    with Running(endpoint, chunk_bytes_max=1 << 20, buffer_bytes_max=BUFFER_BYTES) as running:
         yield running
 
 
@@ -49,14 +49,14 @@ def throw(gateway: Running, wire: bytes) -> None:
 
 def check(gateway: Running) -> None:
     """The gateway is whole: nothing held, every reason known, every event with one outcome, and it still serves."""
-    eventually(lambda: gateway.held_bytes() == 0 and not gateway.server.connections, "nothing is held")
+    eventually(lambda: gateway.held_bytes() == 0 and not gateway.forward.open_connections, "nothing is held")
     prefix = "connections_refused_total:"
     assert {k.removeprefix(prefix) for k in gateway.counts.totals if k.startswith(prefix)} <= REASONS
-    counts = gateway.server.gateway.counts
+    counts = gateway.gateway.counts
     assert counts["read"] == counts["appended"] + counts["dead_lettered"] + counts["repeated"]
     assert gateway.faults == []
     assert gateway.failure is None
-    if not gateway.server.place.shared_key:
+    if not gateway.endpoint.shared_key:
         with gateway.connect() as sock:
             sock.sendall(frame([impression(1)], "alive"))
             assert read_value(sock) == {"ack": "alive"}
@@ -112,7 +112,7 @@ def test_a_frame_with_one_bit_turned_ends_in_an_outcome(gateway: Running, wire: 
 @given(st.lists(st.binary(max_size=200) | FRAMES, min_size=1, max_size=3).map(b"".join))
 def test_nothing_gets_past_a_handshake(keyed: Running, wire: bytes) -> None:
     throw(keyed, wire)
-    assert keyed.server.gateway.counts["read"] == 0
+    assert keyed.gateway.counts["read"] == 0
     assert keyed.log.letters() == []
 
 

@@ -18,7 +18,7 @@ from ingest_world import PROJECT
 from headrace.contract.config import SourceConfig
 from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog
-from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.decode.message import message_of
 from headrace.ingest.sources.access_log import compile_format, plain_text
 from headrace.ingest.sources.foreign import read_foreign
 from headrace.ingest.sources.kafka import messages_of

@@ -9,10 +9,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from ingest_world import PROJECT, Counts, HandClock, message
+from ingest_world import PROJECT, Counts, HandClock, dependencies, message
 
 from headrace.backends.log.memory import MemoryAdmin, MemoryLog, MemoryProducer, MemoryReader
-from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import decode_batch, encode_batch
 from headrace.contract.formats.topics import Topics
@@ -30,7 +29,9 @@ def emitted_log() -> tuple[MemoryLog, Emitted]:
     log, emitted, events = MemoryLog(), Emitted(), Events(PROJECT, 3)
     MemoryAdmin(log).ensure_topics(TOPICS.specs(2))
     clock = HandClock()
-    gateway = Gateway(PROJECT, IngestConfig(), TOPICS, 2, MemoryProducer(log), Counts(), clock, "g")
+    gateway = Gateway(
+        dependencies(MemoryProducer(log), Counts(), clock, project=PROJECT, topics=TOPICS, partitions=2), "g"
+    )
     for number in range(200):
         kind, tag, record = events.next()
         emitted.good.add((kind, record["request_id"]))

@@ -23,8 +23,7 @@ from collector_world import Site, site
 from gateway_world import Authority
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.http import collector
-from headrace.ingest.http import server as collector_http
+from headrace.ingest.http import collector, uvicorn_server
 from headrace.ingest.http.access import Origins, Tokens, read_tokens
 
 JSON, LINES, PACKED = "application/json", "application/x-ndjson", "application/msgpack"
@@ -259,7 +258,7 @@ def test_no_answer_before_kafka_has_it_and_a_client_that_leaves_loses_nothing() 
         assert sorted(made.ids()) == sorted([one["event_id"], two["event_id"]])
 
 
-def test_a_full_gateway_takes_nothing_until_there_is_room() -> None:
+def test_a_full_gateway_takes_nothing_until_it_holds_less() -> None:
     with site(buffer_bytes_max=2_000, collector_bytes_max=100_000) as made:
         made.log.away = True
         held = threading.Thread(target=lambda: send(made, json.dumps([event(title="x" * 5_000)])))
@@ -464,7 +463,7 @@ def test_connections_have_a_bound_and_an_idle_one_gives_way() -> None:
 
 
 def test_headers_and_bodies_that_come_drop_by_drop_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector_http, "HEADERS_S", 0.2)
+    monkeypatch.setattr(uvicorn_server, "HEADERS_S", 0.2)
     monkeypatch.setattr(collector, "_BODY_S", 0.2)
     with site() as made:
         with socket.create_connection(("127.0.0.1", made.port)) as slow:

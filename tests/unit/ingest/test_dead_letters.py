@@ -20,7 +20,6 @@ from letters_world import MENDED, TOPICS, Dying, DyingPen, DyingProducer, Killed
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.formats.dead_letters import DeadLetter, RetryMark, decode_dead_letter, decode_retry_mark
 from headrace.contract.mapping import AccessLog, Route
-from headrace.ingest.dead_letters.retry import Trial
 from headrace.ingest.dead_letters.view import (
     ADVICE,
     Filter,
@@ -38,6 +37,7 @@ from headrace.ingest.dead_letters.view import (
     view,
     why_not,
 )
+from headrace.ingest.gateway.dry_run import DryRunProducer
 
 ALL = Filter()
 
@@ -213,7 +213,7 @@ def test_a_broker_that_takes_nothing_ends_the_lease_and_loses_nothing() -> None:
     world = World()
     world.offer("shop.cart", [{"request_id": "a", "user_id": 1}], "c")
 
-    class Deaf(Trial):
+    class Deaf(DryRunProducer):
         def poll(self, timeout_s: float) -> None:
             pass
 

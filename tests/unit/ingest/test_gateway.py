@@ -8,12 +8,11 @@ from typing import Any
 
 import msgpack
 import pytest
-from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, impression, message
+from ingest_world import START_MS, Counts, HandClock, ShakyLog, dependencies, impression, message
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
-from headrace.ingest.forward.protocol import Message
+from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 P = 4
@@ -23,7 +22,7 @@ class World:
     def __init__(self, **config: Any) -> None:
         self.log, self.clock, self.counts = ShakyLog(Random(1)), HandClock(), Counts()
         settings = IngestConfig(**{"grace_ms": 0, **config})
-        self.gateway = Gateway(PROJECT, settings, Topics(), P, self.log, self.counts, self.clock, "g1")
+        self.gateway = Gateway(dependencies(self.log, self.counts, self.clock, config=settings, partitions=P), "g1")
         self.acks: list[str] = []
 
     def offer(self, what: Message, peer: Peer | None = None) -> None:

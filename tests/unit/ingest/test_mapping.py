@@ -12,15 +12,14 @@ from typing import Any
 import msgspec
 import pytest
 from access_log_world import CLF, ITEM, LOG, project
-from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, message
+from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, dependencies, message
 
-from headrace.contract.config import IngestConfig, SourceConfig
+from headrace.contract.config import SourceConfig
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog, Route
 from headrace.contract.project import Project
-from headrace.ingest.forward.protocol import message_of
+from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.sources.kafka import messages_of
@@ -40,16 +39,7 @@ class World:
 
     def __init__(self, made: Project | None = None) -> None:
         self.clock, self.counts, self.log = HandClock(), Counts(), ShakyLog(Random(1))
-        self.gateway = Gateway(
-            made or project(),
-            IngestConfig(),
-            Topics(),
-            4,
-            self.log,  # type: ignore[arg-type]
-            self.counts,  # type: ignore[arg-type]
-            self.clock,
-            "g",
-        )
+        self.gateway = Gateway(dependencies(self.log, self.counts, self.clock, project=made or project()), "g")
         self.outcomes: list[Outcome] = []
 
     def offer(self, records: list[Any], chunk: str | None = "c", peer: Peer | None = None) -> None:

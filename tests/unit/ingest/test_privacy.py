@@ -9,16 +9,15 @@ from typing import Any
 
 import msgpack
 import pytest
-from ingest_world import Counts, HandClock, ShakyLog, message
+from ingest_world import Counts, HandClock, ShakyLog, dependencies, message
 
-from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import decode_batch
-from headrace.contract.formats.topics import Topics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import FeatureSpec
-from headrace.ingest.forward.protocol import Message
+from headrace.ingest.decode.message import Message
+from headrace.ingest.gateway.compile_decoders import compile_decoders
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.serving.model.scorer import merge
 
@@ -40,7 +39,7 @@ PROJECT = Project(
 
 def _run(*messages: Message) -> ShakyLog:
     log, clock = ShakyLog(Random(1)), HandClock()
-    gateway = Gateway(PROJECT, IngestConfig(), Topics(), 4, log, Counts(), clock, "g", Privacy(PROJECT, KEY))
+    gateway = Gateway(dependencies(log, Counts(), clock, project=PROJECT, privacy=Privacy(PROJECT, KEY)), "g")
     for one in messages:
         gateway.offer(one, 100, Peer("a"), None)
     for _ in range(5):
@@ -102,3 +101,9 @@ def test_serving_sees_the_same_user_as_the_log() -> None:
     (row,) = _run(message("shop.impression", [{"request_id": "r", "user": SECRET}], "1")).rows()
     raw = merge(PROJECT, {"user": SECRET}, [{"item": 1}, {"user": None}], Privacy(PROJECT, KEY))
     assert raw["user"].to_pylist() == [row["user"], None]
+
+
+def test_decoders_compile_for_a_project_that_hashes() -> None:
+    log = ShakyLog(Random(1))
+    compile_decoders(dependencies(log, Counts(), HandClock(), project=PROJECT, privacy=Privacy(PROJECT, KEY)))
+    assert log.rows() == []

@@ -19,12 +19,12 @@ from typing import Any
 import fluent.sender
 import msgpack
 import pytest
-from ingest_world import PROJECT, Counts, ShakyLog
+from ingest_world import Counts, ShakyLog, dependencies
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import Overloaded
-from headrace.contract.formats.topics import Topics
-from headrace.ingest.forward import server
+from headrace.ingest.forward.endpoint import Endpoint
+from headrace.ingest.run import run
 from headrace.sender import Sender
 
 
@@ -46,10 +46,14 @@ class Running:
         self.log, self.counts, self._stop = log or ShakyLog(Random(0)), Counts(), threading.Event()
         self._up = threading.Event()
         self.port = 0
-        place = server.Place(port=port, shared_key=shared_key)
+        endpoint = Endpoint(port=port, shared_key=shared_key)
         self._thread = threading.Thread(
-            target=server.run,
-            args=(PROJECT, IngestConfig(**config), Topics(), 4, self.log, self.counts, WallClock(), place, self._stop),
+            target=run,
+            args=(
+                dependencies(self.log, self.counts, WallClock(), config=IngestConfig(**config)),
+                endpoint,
+                self._stop,
+            ),
             kwargs={"ready": self._ready},
         )
         self._thread.start()

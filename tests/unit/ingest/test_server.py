@@ -23,10 +23,10 @@ from ingest_world import impression, message
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.forward.endpoint import Place, read_users
-from headrace.ingest.forward.server import Server
-from headrace.ingest.forward.tls import Identity
+from headrace.ingest.forward.endpoint import Endpoint, read_users
+from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.gateway import Peer
+from headrace.ingest.tls_identity import TlsIdentity
 
 KEY, USER, PASSWORD = "correct-horse", "web", "battery-staple"
 
@@ -97,7 +97,7 @@ def test_tls_takes_a_client_that_sends_at_once_and_leaves(authority: Authority) 
                 sock.unwrap()
             sock.close()
         eventually(lambda: len(gateway.ids()) == 20, "all events")
-        eventually(lambda: not gateway.server.connections and not gateway.server.gates, "no connection stays")
+        eventually(lambda: not gateway.forward.open_connections, "no connection stays")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_tls_older_than_1_2_is_refused(authority: Authority) -> None:
         with pytest.raises((ssl.SSLError, OSError)):
             gateway.connect(old)
         # Where the client's own OpenSSL knows no TLS 1.1 it says nothing, and there is nothing to count.
-        eventually(lambda: gateway.refused("tls") <= 1 and not gateway.server.gates, "over")
+        eventually(lambda: gateway.refused("tls") <= 1 and not gateway.forward.open_connections, "over")
 
 
 def test_with_a_client_authority_a_shipper_must_show_its_certificate(authority: Authority, tmp_path: Path) -> None:
@@ -155,13 +155,13 @@ def test_with_a_client_authority_a_shipper_must_show_its_certificate(authority: 
 def test_a_key_that_does_not_open_is_told_at_start_without_the_password(authority: Authority) -> None:
     cert, key = authority.issue("gateway", password=PASSWORD)
     config = IngestConfig(tls_cert=str(cert), tls_key=str(key))
-    Identity(config, PASSWORD)
+    TlsIdentity(config, PASSWORD)
     for wrong in ("", "not-it"):
         with pytest.raises(ConfigRejected, match="HEADRACE_TLS_PASSWORD") as caught:
-            Identity(config, wrong)
+            TlsIdentity(config, wrong)
         assert PASSWORD not in str(caught.value)
     with pytest.raises(ConfigRejected, match="no-such-file"):
-        Identity(IngestConfig(tls_cert="no-such-file"))
+        TlsIdentity(IngestConfig(tls_cert="no-such-file"))
 
 
 def test_a_renewed_certificate_is_served_and_a_broken_one_is_not(authority: Authority) -> None:
@@ -175,7 +175,7 @@ def test_a_renewed_certificate_is_served_and_a_broken_one_is_not(authority: Auth
             os.utime(file, (at_s, at_s))
 
     with Running(**_tls(authority)) as gateway:
-        identity = gateway.server.identity
+        identity = gateway.identity
         assert identity is not None
         first = serial(gateway)
         files = authority.issue("gateway")
@@ -194,7 +194,7 @@ def test_a_renewed_certificate_is_served_and_a_broken_one_is_not(authority: Auth
 
 def test_a_unix_socket_asks_for_no_key_and_is_gone_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "forward.sock"
-    with Running(Place(port=0, socket_path=str(path), shared_key=KEY)) as gateway:
+    with Running(Endpoint(port=0, socket_path=str(path), shared_key=KEY)) as gateway:
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(NEVER_S)
@@ -202,7 +202,7 @@ def test_a_unix_socket_asks_for_no_key_and_is_gone_afterwards(tmp_path: Path) ->
             sock.sendall(frame([impression(1)], "c"))
             assert read_value(sock) == {"ack": "c"}
         with pytest.raises(ConfigRejected, match="listens on"):
-            Running(Place(port=0, socket_path=str(path)))
+            Running(Endpoint(port=0, socket_path=str(path)))
         assert gateway.ids() == ["e1"]
     assert not path.exists()
 
@@ -211,7 +211,7 @@ def test_a_socket_that_a_killed_gateway_left_is_taken_over(tmp_path: Path) -> No
     path = tmp_path / "forward.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    with Running(Place(port=0, socket_path=str(path))), socket.socket(socket.AF_UNIX) as sock:
+    with Running(Endpoint(port=0, socket_path=str(path))), socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(NEVER_S)
         sock.connect(str(path))
         sock.sendall(frame([impression(1)], "c"))
@@ -222,7 +222,7 @@ def test_a_file_that_is_no_socket_is_not_taken_away(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")
     with pytest.raises(ConfigRejected, match=r"notes\.txt"):
-        Running(Place(port=0, socket_path=str(path)))
+        Running(Endpoint(port=0, socket_path=str(path)))
     assert path.read_text() == "mine"
 
 
@@ -241,7 +241,7 @@ def test_udp_answers_one_zero_byte_with_one_and_nothing_else() -> None:
 
 def test_a_port_that_is_taken_is_told_at_start() -> None:
     with Running() as gateway, pytest.raises(ConfigRejected, match=f"{gateway.port}.*--share-port"):
-        Running(Place(port=gateway.port))
+        Running(Endpoint(port=gateway.port))
 
 
 # -- handshake
@@ -265,8 +265,8 @@ def greet(sock: socket.socket, key: str, user: str = "", password: str = "") -> 
 
 
 def test_the_right_key_user_and_password_are_let_in() -> None:
-    place = Place(port=0, shared_key=KEY, users={USER: PASSWORD})
-    with Running(place) as gateway, gateway.connect() as sock:
+    endpoint = Endpoint(port=0, shared_key=KEY, users={USER: PASSWORD})
+    with Running(endpoint) as gateway, gateway.connect() as sock:
         assert greet(sock, KEY, USER, PASSWORD)[1] is True
         sock.sendall(frame([impression(1)], "c1"))
         assert read_value(sock) == {"ack": "c1"}
@@ -285,8 +285,8 @@ def test_a_wrong_one_is_refused_and_no_secret_is_logged(
     key: str, user: str, password: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    place = Place(port=0, shared_key=KEY, users={USER: PASSWORD})
-    with Running(place) as gateway, gateway.connect() as sock:
+    endpoint = Endpoint(port=0, shared_key=KEY, users={USER: PASSWORD})
+    with Running(endpoint) as gateway, gateway.connect() as sock:
         pong = greet(sock, key, user, password)
         assert pong[:2] == ["PONG", False]
         with contextlib.suppress(OSError):
@@ -299,7 +299,7 @@ def test_a_wrong_one_is_refused_and_no_secret_is_logged(
 
 
 def test_who_answers_helo_with_events_or_with_much_is_refused() -> None:
-    with Running(Place(port=0, shared_key=KEY)) as gateway:
+    with Running(Endpoint(port=0, shared_key=KEY)) as gateway:
         with gateway.connect() as sock:
             sock.sendall(frame([impression(1)], "c1"))
             assert ended(sock)
@@ -312,8 +312,8 @@ def test_who_answers_helo_with_events_or_with_much_is_refused() -> None:
 
 
 def test_helo_and_pong_come_in_one_piece_each() -> None:
-    with Running(Place(port=0, shared_key=KEY, users={USER: PASSWORD})) as gateway, gateway.connect() as sock:
-        eventually(lambda: bool(gateway.server.connections), "connected")
+    with Running(Endpoint(port=0, shared_key=KEY, users={USER: PASSWORD})) as gateway, gateway.connect() as sock:
+        eventually(lambda: bool(gateway.forward.open_connections), "connected")
         time.sleep(0.05)
         helo = msgpack.unpackb(sock.recv(4_096), raw=False)
         assert helo[0] == "HELO"
@@ -329,8 +329,8 @@ def test_users_are_read_and_their_faults_told_without_them() -> None:
             read_users(wrong)
         assert "secret-word" not in str(caught.value)
     with pytest.raises(ConfigRejected, match="HEADRACE_SHARED_KEY"):
-        Place(users={"a": "b"}).checked()
-    shown = repr(Place(shared_key=KEY, users={USER: PASSWORD})) + str(Place(shared_key=KEY))
+        Endpoint(users={"a": "b"}).checked()
+    shown = repr(Endpoint(shared_key=KEY, users={USER: PASSWORD})) + str(Endpoint(shared_key=KEY))
     assert KEY not in shown
     assert PASSWORD not in shown
 
@@ -339,7 +339,7 @@ def test_users_are_read_and_their_faults_told_without_them() -> None:
 
 
 def test_a_handshake_has_a_deadline(authority: Authority) -> None:
-    with Running(Place(port=0, shared_key=KEY), handshake_ms=200) as gateway, gateway.connect() as sock:
+    with Running(Endpoint(port=0, shared_key=KEY), handshake_ms=200) as gateway, gateway.connect() as sock:
         assert ended(sock)
         assert gateway.refused("handshake_timeout") == 1
     with Running(handshake_ms=200, **_tls(authority)) as gateway, gateway.connect() as sock:
@@ -358,7 +358,7 @@ def test_an_unfinished_message_has_a_deadline_and_an_idle_shipper_has_none() -> 
                 time.sleep(0.02)
         assert ended(slow)
         assert gateway.refused("message_timeout") == 1
-        assert gateway.server.partial_bytes == 0
+        assert gateway.forward.partial_bytes == 0
         idle.sendall(frame([impression(3)], "c3"))
         assert read_value(idle) == {"ack": "c3"}
 
@@ -383,9 +383,9 @@ def test_the_time_in_which_the_gateway_does_not_read_is_not_the_shippers() -> No
         gateway.log.away = True
         begun = frame([impression(2)], "c2")
         sock.sendall(begun[:10])
-        eventually(lambda: bool(gateway.server.unfinished), "begun")
+        eventually(lambda: bool(gateway.forward.partial_bytes), "begun")
         full.sendall(frame([impression(1, title="x" * 30_000)], "c1") + begun[:10])
-        eventually(lambda: gateway.server.paused, "full")
+        eventually(lambda: not gateway.loop.is_open(), "full")
         time.sleep(2.5)
         gateway.log.away = False
         assert read_value(full) == {"ack": "c1"}
@@ -419,7 +419,7 @@ def test_at_the_bound_a_silent_stranger_gives_way_and_a_shipper_never() -> None:
         shipper.sendall(frame([impression(1)], "c1"))
         assert read_value(shipper) == {"ack": "c1"}
         with gateway.connect() as stranger:
-            eventually(lambda: len(gateway.server.connections) == 2, "both")
+            eventually(lambda: gateway.forward.open_connections == 2, "both")
             time.sleep(0.2)
             with gateway.connect() as second:
                 second.sendall(frame([impression(2)], "c2"))
@@ -448,17 +448,17 @@ def test_companions_share_the_loop_and_are_told_before_the_drain() -> None:
     told: list[str] = []
 
     class Other:
-        async def run(self, server: Server, stopping: asyncio.Event) -> None:
+        async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
             told.append("begun")
             done = asyncio.Event()
             await stopping.wait()
             what = message("shop.impression", [impression(1)], "c", at_s=int(time.time()))
-            server.gateway.offer(what, 100, Peer("companion"), lambda outcome: (told.append(str(outcome)), done.set()))
+            admission.offer(what, 100, Peer("companion"), lambda outcome: (told.append(str(outcome)), done.set()))
             await done.wait()
             told.append("answered")
 
     class Stuck:
-        async def run(self, server: Server, stopping: asyncio.Event) -> None:
+        async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
             try:
                 await asyncio.Event().wait()
             finally:
@@ -475,7 +475,7 @@ def test_companions_share_the_loop_and_are_told_before_the_drain() -> None:
 
 def test_a_companion_that_fails_ends_the_gateway() -> None:
     class Broken:
-        async def run(self, server: Server, stopping: asyncio.Event) -> None:
+        async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
             await asyncio.sleep(0.05)
             raise RuntimeError("the source is gone")
 
@@ -503,5 +503,5 @@ def test_a_storm_of_refusals_is_counted_in_full_and_logged_in_part(caplog: pytes
         for thread in threads:
             thread.join()
         eventually(lambda: gateway.refused("bad_frame") == 400, "all counted")
-        eventually(lambda: not gateway.server.connections, "none stays")
+        eventually(lambda: not gateway.forward.open_connections, "none stays")
     assert 1 <= caplog.text.count("refused (bad_frame)") < 100

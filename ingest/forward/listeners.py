@@ -13,11 +13,10 @@ import stat
 from typing import TYPE_CHECKING, cast
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.forward.connection import Connection
-from headrace.ingest.forward.tls import TlsGate
+from headrace.ingest.forward.endpoint import Endpoint
 
 if TYPE_CHECKING:
-    from headrace.ingest.forward.server import Server
+    from headrace.ingest.forward.forward_server import ForwardServer
 
 log = logging.getLogger("headrace.ingest")
 
@@ -27,42 +26,44 @@ _PROBE_S = 0.5
 
 
 class Listeners:
-    """All of one server's listening sockets."""
+    """All listening sockets of one gateway's forward port."""
 
     def __init__(self) -> None:
-        self.port = 0
         self._servers: list[asyncio.Server] = []
         self._datagrams: asyncio.DatagramTransport | None = None
         self._unix: tuple[str, int] | None = None
 
-    async def open(self, server: Server, host: str, port: int, *, share_port: bool) -> None:
-        """Listen on all of them, or on none. Raises `ConfigRejected` with the address that cannot be had."""
+    async def open(self, server: ForwardServer, endpoint: Endpoint) -> int:
+        """Listen on all of them, or on none; return the TCP port. Raises `ConfigRejected` with what cannot be had."""
         try:
-            await self._open_port(server, host, port, share_port=share_port)
-            if server.place.socket_path:
-                await self._open_unix(server, server.place.socket_path)
+            port = await self._open_port(server, endpoint)
+            if endpoint.socket_path:
+                await self._open_unix(server, endpoint.socket_path)
         except BaseException:
             self.close()
             raise
+        return port
 
-    async def _open_port(self, server: Server, host: str, port: int, *, share_port: bool) -> None:
-        loop, shared = asyncio.get_running_loop(), share_port or None
+    async def _open_port(self, server: ForwardServer, endpoint: Endpoint) -> int:
+        loop, host, port = asyncio.get_running_loop(), endpoint.host, endpoint.port
+        shared = endpoint.share_port or None
         try:
             tcp = await loop.create_server(
-                lambda: _accept(server), host, port, reuse_address=True, reuse_port=shared, backlog=_BACKLOG
+                server.protocol, host, port, reuse_address=True, reuse_port=shared, backlog=_BACKLOG
             )
             self._servers.append(tcp)
-            self.port = int(tcp.sockets[0].getsockname()[1])
+            port = int(tcp.sockets[0].getsockname()[1])
             self._datagrams, _ = await loop.create_datagram_endpoint(
-                lambda: Heartbeat(server), local_addr=(host, self.port), reuse_port=shared
+                lambda: Heartbeat(server), local_addr=(host, port), reuse_port=shared
             )
         except OSError as error:
             raise ConfigRejected(
-                f"cannot listen on {host}:{port or self.port}, TCP and UDP (heartbeats): {error.strerror or error}. "
+                f"cannot listen on {host}:{port}, TCP and UDP (heartbeats): {error.strerror or error}. "
                 "Is another gateway there? Several share a port with --share-port, each with a --name of its own."
             ) from error
+        return port
 
-    async def _open_unix(self, server: Server, path: str) -> None:
+    async def _open_unix(self, server: ForwardServer, path: str) -> None:
         try:
             if await asyncio.to_thread(_answers, path):
                 raise ConfigRejected(f"another process listens on {path}; give this gateway a socket of its own.")
@@ -70,7 +71,7 @@ class Listeners:
             before = os.umask(0o777 & ~_SOCKET_MODE)
             try:
                 unix = await asyncio.get_running_loop().create_unix_server(
-                    lambda: Connection(server, trusted=True), path, backlog=_BACKLOG
+                    lambda: server.protocol(trusted=True), path, backlog=_BACKLOG
                 )
             finally:
                 os.umask(before)
@@ -81,7 +82,7 @@ class Listeners:
         log.info("forward on %s", path)
 
     def close(self) -> None:
-        """Take nobody in any more; connections go on."""
+        """Accept nobody any more; connections go on. More than once is fine."""
         for listener in self._servers:
             listener.close()
         if self._datagrams is not None:
@@ -92,10 +93,6 @@ class Listeners:
             if os.path.exists(path) and os.stat(path).st_ino == number:
                 os.unlink(path)
         self._servers, self._datagrams, self._unix = [], None, None
-
-
-def _accept(server: Server) -> asyncio.Protocol:
-    return Connection(server) if server.identity is None else TlsGate(server, server.identity.context)
 
 
 def _answers(path: str) -> bool:
@@ -114,16 +111,16 @@ def _answers(path: str) -> bool:
 class Heartbeat(asyncio.DatagramProtocol):
     """fluentd's UDP heartbeat: one zero byte is answered with one. Nothing else is, so it amplifies nothing."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ForwardServer) -> None:
         self._server = server
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the way out."""
+        """Keep the transport."""
         # A cast: Python 3.11's datagram transport does not say that it is one.
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str | int, ...]) -> None:
         """Answer, unless this gateway is about to leave."""
-        if data == b"\0" and self._transport is not None and not self._server.draining:
+        if data == b"\0" and self._transport is not None and not self._server.admission.is_draining():
             self._transport.sendto(b"\0", addr)

@@ -18,22 +18,22 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.forward.tls import Identity
 from headrace.ingest.gateway.gateway import peer_of
+from headrace.ingest.tls_identity import TlsIdentity
 
 KEEP_ALIVE_S = 15
 HEADERS_S = 20.0
 """Longest time between requests of one connection, headers included; longer than `KEEP_ALIVE_S`."""
 DRAIN_S = 1
-"""Longest wait for answers at the end: the server's `DRAIN_S` is 2 s."""
+"""Longest wait for answers at the end: the gateway's `loop.DRAIN_S` is 2 s."""
 _SWEEP_S = 1.0
 
 Refuse = Callable[[str, str, str], None]
 """(origin, reason, why): counts a refusal."""
 
 
-class Gate:
-    """Who is connected, since when each waits for a request. The protocols enter themselves."""
+class ConnectionBounds:
+    """Who is connected, and since when each waits for a request. The protocols enter and leave by themselves."""
 
     def __init__(self, connections_max: int, refuse: Refuse) -> None:
         self._connections_max, self.refuse = connections_max, refuse
@@ -74,10 +74,10 @@ class Gate:
             protocol.cut("headers_timeout", f"no whole request within {HEADERS_S:g} s")
 
 
-class GatedConfig(uvicorn.Config):
-    """uvicorn's settings, and the gate that its protocols pass."""
+class BoundedConfig(uvicorn.Config):
+    """uvicorn's settings, and the bounds that its protocols keep."""
 
-    def __init__(self, app: Any, gate: Gate, identity: Identity | None) -> None:
+    def __init__(self, app: Any, bounds: ConnectionBounds, identity: TlsIdentity | None) -> None:
         super().__init__(
             app,
             http=BoundedProtocol,
@@ -92,13 +92,13 @@ class GatedConfig(uvicorn.Config):
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=DRAIN_S,
         )
-        self.gate = gate
+        self.bounds = bounds
         self.load()
         if identity is not None:
             self.ssl = _renewing(identity)
 
 
-def _renewing(identity: Identity) -> ssl.SSLContext:
+def _renewing(identity: TlsIdentity) -> ssl.SSLContext:
     """Return a context whose handshakes use the certificate as it is then, not as it was at the start."""
     context = identity.context
 
@@ -113,40 +113,40 @@ class BoundedProtocol(H11Protocol):
     """One HTTP connection."""
 
     @property
-    def _gate(self) -> Gate:
-        return cast(GatedConfig, self.config).gate
+    def _bounds(self) -> ConnectionBounds:
+        return cast(BoundedConfig, self.config).bounds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Enter, or be refused beyond the bound."""
         super().connection_made(transport)
-        if not self._gate.enter(self, self.loop.time()):
+        if not self._bounds.enter(self, self.loop.time()):
             self.cut("connections_max", "every connection of the collector waits for an answer")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Leave."""
-        self._gate.leave(self)
+        self._bounds.leave(self)
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
         """Let uvicorn handle what has come; a request that has begun is not idle."""
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
-            self._gate.busy(self)
+            self._bounds.busy(self)
 
     def on_response_complete(self) -> None:
         """Be idle again."""
-        self._gate.idle(self, self.loop.time())
+        self._bounds.idle(self, self.loop.time())
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP."""
-        self._gate.refuse(self._origin(), "no_http", "what it sent is no HTTP request")
+        self._bounds.refuse(self._origin(), "no_http", "what it sent is no HTTP request")
         super().send_400_response(msg)
 
     def cut(self, reason: str, why: str) -> None:
         """Close at once, counted."""
-        self._gate.refuse(self._origin(), reason, why)
-        self._gate.leave(self)
+        self._bounds.refuse(self._origin(), reason, why)
+        self._bounds.leave(self)
         self.transport.abort()
 
     def _origin(self) -> str:
@@ -154,7 +154,7 @@ class BoundedProtocol(H11Protocol):
 
 
 class EmbeddedServer(uvicorn.Server):
-    """uvicorn without hands on the process's signals."""
+    """uvicorn that leaves the process's signals alone."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -162,13 +162,13 @@ class EmbeddedServer(uvicorn.Server):
         yield
 
 
-async def serve(config: GatedConfig, listener: socket.socket, stopping: asyncio.Event) -> None:
+async def serve(config: BoundedConfig, listener: socket.socket, stopping: asyncio.Event) -> None:
     """Serve on `listener` until `stopping`, then answer what has begun for at most `DRAIN_S`."""
     server = EmbeddedServer(config)
     serving = asyncio.get_running_loop().create_task(server.serve([listener]))
     try:
         while not stopping.is_set() and not serving.done():
-            config.gate.sweep(asyncio.get_running_loop().time())
+            config.bounds.sweep(asyncio.get_running_loop().time())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), _SWEEP_S)
         server.should_exit = True

@@ -1,0 +1,53 @@
+"""A producer that takes everything and writes nothing: what a gateway offers to when nothing may come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headrace.contract.formats.events import FEEDBACK, IMPRESSION, decode_batch
+from headrace.contract.interfaces.log import Delivered
+
+
+def event_ids(value: bytes) -> list[str]:
+    """Return the ids of the events in one record of `events`."""
+    ids: list[str] = decode_batch(value).column("event_id").to_pylist()
+    return ids
+
+
+class DryRunProducer:
+    """Gives every receipt at the next `poll`, as if Kafka had the record."""
+
+    def __init__(self) -> None:
+        self._receipts: list[Delivered] = []
+        self.event_ids: list[str] = []
+        """Of the events that were sent."""
+
+    def send(
+        self,
+        topic: str,
+        partition: int,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        delivered: Delivered | None = None,
+    ) -> None:
+        """Take a record and keep its event ids."""
+        if value is not None and headers is not None and headers.get("kind") in (IMPRESSION, FEEDBACK):
+            self.event_ids += event_ids(value)
+        if delivered is not None:
+            self._receipts.append(delivered)
+
+    def poll(self, timeout_s: float) -> None:
+        """Give receipts."""
+        receipts, self._receipts = self._receipts, []
+        for delivered in receipts:
+            delivered(None, 0)
+
+    def flush(self, timeout_s: float) -> int:
+        """Give receipts; none is left."""
+        self.poll(timeout_s)
+        return 0
+
+    def close(self) -> None:
+        """Hold nothing."""

@@ -1,0 +1,57 @@
+"""The gateway's certificate and key, for the forward port and the collector."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+
+from headrace.contract.config import IngestConfig
+from headrace.contract.errors import ConfigRejected
+
+log = logging.getLogger("headrace.ingest")
+
+
+class TlsIdentity:
+    """A certificate that is read again when its files change: a renewed one needs no restart."""
+
+    def __init__(self, config: IngestConfig, password: str = "") -> None:
+        """Read the files. Raises `ConfigRejected` with what is wrong, never with the key or its password."""
+        self._files, self._password = (config.tls_cert, config.tls_key or config.tls_cert), password
+        self._client_ca = config.tls_client_ca
+        self._seen = self._changed_ns()
+        self.context = self._read()
+
+    def renew(self) -> None:
+        """Serve new connections with the files as they are now; keep the old certificate where they cannot be read."""
+        seen = self._changed_ns()
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self.context = self._read()
+            log.info("certificate %s read again", self._files[0])
+        except ConfigRejected as error:
+            log.error("the old certificate stays: %s", error)
+
+    def _changed_ns(self) -> tuple[int, ...]:
+        files = [*self._files, self._client_ca] if self._client_ca else self._files
+        return tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
+
+    def _read(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        cert, key = self._files
+        try:
+            # A password that is always given, if empty: OpenSSL would ask for it on the terminal and wait for ever.
+            context.load_cert_chain(cert, key, password=lambda: self._password)
+            if self._client_ca:
+                context.load_verify_locations(self._client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ValueError) as error:
+            raise ConfigRejected(
+                f"TLS cannot begin with ingest.tls_cert {cert}, ingest.tls_key {key}"
+                + (f", ingest.tls_client_ca {self._client_ca}" if self._client_ca else "")
+                + f": {error}. The files are PEM; HEADRACE_TLS_PASSWORD opens a key that is encrypted."
+            ) from error
+        return context
