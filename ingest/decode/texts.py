@@ -1,4 +1,4 @@
-"""Text columns from spans of bytes: gathered, checked, hashed. Compiled, pure.
+"""Text columns from spans of bytes: gathered and checked. Compiled, pure.
 
 A text is where it starts and how long it is, or a number of which it is the decimal form.
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from headrace.ingest.decode.hash64 import xxh64
 from headrace.ingest.decode.msgpack_scan import Flag, I64s, U8s, Word
 
 NUMBER = -2
@@ -167,22 +165,3 @@ def gather_ids(
         at += 1
         _write(nth_N[row], text, at, offsets[row + 1] - at)
     return offsets, text
-
-
-@numba.njit(cache=True)
-def _hashes(offsets: npt.NDArray[np.int32], text: U8s, rows: Word, seed: np.uint64) -> npt.NDArray[np.uint64]:
-    out = np.empty(rows, np.uint64)
-    for row in range(rows):
-        out[row] = xxh64(text, offsets[row], offsets[row + 1] - offsets[row], seed)
-    return out
-
-
-def hash_column(column: pa.Array, seed: int = 0) -> npt.NDArray[np.uint64]:
-    """Return XXH64 of every text of a string column without nulls, uint64 [N], as `contract.hashing.hash_text` does."""
-    rows = len(column)
-    _, offsets, text = column.buffers()
-    if rows == 0:
-        return np.empty(0, np.uint64)
-    places = np.frombuffer(offsets, np.int32)[column.offset : column.offset + rows + 1]
-    data = np.frombuffer(text, np.uint8) if text is not None and text.size else np.zeros(1, np.uint8)
-    return _hashes(places, data, rows, np.uint64(seed))

@@ -16,7 +16,7 @@ import pyarrow as pa
 from headrace.contract.formats.events import encode_batch
 from headrace.ingest.decode.fluent_chunk import Layout
 from headrace.ingest.decode.msgpack_scan import I64s
-from headrace.ingest.decode.texts import hash_column
+from headrace.kernels.hashes import hash64_texts
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -135,7 +135,7 @@ def cut(batch: pa.RecordBatch, chunk_N: I64s, partitions: int, *, rows_max: int,
 
     `chunk_N` says which chunk a row came from. Yields the row's number instead where one row alone is too large.
     """
-    parts_N = hash_column(batch.column("key")) % np.uint64(partitions)
+    parts_N = hash64_texts(batch.column("key")) % np.uint64(partitions)
     order = np.argsort(parts_N, kind="stable")
     bounds = np.searchsorted(parts_N[order], np.arange(partitions + 1, dtype=np.uint64))
     for partition in range(partitions):

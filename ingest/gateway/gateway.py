@@ -32,7 +32,6 @@ from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.decode.fluent_chunk import decode, layout
 from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_record, read_entry
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
-from headrace.ingest.decode.texts import hash_column
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
 from headrace.ingest.gateway.dependencies import GatewayDependencies
@@ -40,6 +39,7 @@ from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
 from headrace.ingest.gateway.send_queue import Outgoing, SendQueue
 from headrace.ingest.sources.mapping import mappers_of, together
+from headrace.kernels.hashes import hash64_texts
 
 CHUNKS_REMEMBERED = 400_000
 """Most chunks in memory: about 80 bytes each, 32 MB."""
@@ -221,7 +221,7 @@ class Gateway:
             own_N, chunk_N = own_N[rows_M], chunk_N[rows_M]
         batch = self._privacy.batch(batch, declared.tag, declared.key)
         ids = batch.column("event_id")
-        first_N, second_N = hash_column(ids), hash_column(ids, _SECOND_SEED)
+        first_N, second_N = hash64_texts(ids), hash64_texts(ids, _SECOND_SEED)
         numbers = np.array([chunk.number for chunk in chunks], np.int64)
         found_N = self._ids.take(first_N, second_N, own_N, numbers[chunk_N], now_ms)
         if found_N.any():

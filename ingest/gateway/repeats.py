@@ -3,18 +3,20 @@
 Two generations: the young one takes what is new; when it is half a horizon old, or full, it becomes the old one and
 the former old one is forgotten. So an entry is remembered for at least half the horizon and at most the whole of it,
 or for the last `entries_max` / 2 entries at least.
+
+Legend: M places of a table, 2 the halves of an id's hash, N rows of a call.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from headrace.ingest.decode.msgpack_scan import I64s, Word
-
-U64s = npt.NDArray[np.uint64]
+from headrace.kernels.arrays import Bools, I64s, Int, U64s
+from headrace.kernels.open_addressing import BY_PLACE, EMPTY, delete_at, find, move_places, place_of
 
 
 def digest(*parts: str | bytes) -> bytes:
@@ -69,52 +71,51 @@ class Occurrences:
         return before
 
 
-@numba.njit(cache=True)
-def _place(keys: U64s, values: I64s, first: np.uint64, second: np.uint64) -> Word:
-    """Return where a key lies, or the empty place (value 0) where it would."""
-    mask = np.uint64(len(values) - 1)
-    at = first & mask
-    while values[at] != 0 and not (keys[at, 0] == first and keys[at, 1] == second):
-        at = (at + np.uint64(1)) & mask
-    return np.int64(at)
+class _Generation(NamedTuple):
+    """Hashes of ids, and which chunk brought each; -1 where no id is."""
+
+    chunk_M: I64s
+    keys_M2: U64s
+
+
+def _generation(places: int) -> _Generation:
+    return _Generation(np.full(places, EMPTY, np.int64), np.empty((places, 2), np.uint64))
 
 
 @numba.njit(cache=True)
 def _take(
-    keys: U64s,
-    values: I64s,
-    old_keys: U64s,
-    old_values: I64s,
+    young: _Generation,
+    old: _Generation,
     first_N: U64s,
     second_N: U64s,
-    chosen_N: npt.NDArray[np.bool_],
+    chosen_N: Bools,
     chunk_N: I64s,
     found_N: I64s,
-) -> Word:
+) -> Int:
+    """Write to `found_N` who brought each chosen id before, or 0; add the new ones and return how many there were."""
     new = 0
-    for row in range(len(first_N)):
-        found_N[row] = 0
-        if not chosen_N[row]:
+    for n in range(len(first_N)):
+        found_N[n] = 0
+        if not chosen_N[n]:
             continue
-        at = _place(keys, values, first_N[row], second_N[row])
-        if values[at] != 0:
-            found_N[row] = values[at]
+        at = place_of(young.chunk_M, young.keys_M2, BY_PLACE, first_N[n], second_N[n])
+        if young.chunk_M[at] != EMPTY:
+            found_N[n] = young.chunk_M[at]
             continue
-        before = _place(old_keys, old_values, first_N[row], second_N[row])
-        if old_values[before] != 0:
-            found_N[row] = old_values[before]
+        before = find(old.chunk_M, old.keys_M2, BY_PLACE, first_N[n], second_N[n])
+        if before != EMPTY:
+            found_N[n] = before
             continue
-        keys[at, 0], keys[at, 1], values[at] = first_N[row], second_N[row], chunk_N[row]
+        young.keys_M2[at, 0], young.keys_M2[at, 1], young.chunk_M[at] = first_N[n], second_N[n], chunk_N[n]
         new += 1
     return new
 
 
 @numba.njit(cache=True)
-def _move(keys: U64s, values: I64s, new_keys: U64s, new_values: I64s) -> None:
-    for at in range(len(values)):
-        if values[at] != 0 and (keys[at, 0] != 0 or keys[at, 1] != 0):
-            to = _place(new_keys, new_values, keys[at, 0], keys[at, 1])
-            new_keys[to, 0], new_keys[to, 1], new_values[to] = keys[at, 0], keys[at, 1], values[at]
+def _forget(young: _Generation, first: np.uint64, second: np.uint64) -> None:
+    at = place_of(young.chunk_M, young.keys_M2, BY_PLACE, first, second)
+    if young.chunk_M[at] != EMPTY:
+        delete_at(young.chunk_M, young.keys_M2, BY_PLACE, at)
 
 
 class EventIds:
@@ -128,41 +129,33 @@ class EventIds:
     def __init__(self, horizon_ms: int, entries_max: int) -> None:
         self._half_ms = max(1, horizon_ms // 2)
         self._half_max = max(1, entries_max // 2)
-        self._old, self._young = self._empty(_PLACES_MIN), self._empty(_PLACES_MIN)
+        self._old, self._young = _generation(_PLACES_MIN), _generation(_PLACES_MIN)
         self._count = 0
+        """Ids that the young generation took, those among them that it forgot again included."""
         self._since_ms: int | None = None
 
-    @staticmethod
-    def _empty(places: int) -> tuple[U64s, I64s]:
-        return np.zeros((places, 2), np.uint64), np.zeros(places, np.int64)
-
-    def take(self, first_N: U64s, second_N: U64s, chosen_N: npt.NDArray[np.bool_], chunk_N: I64s, now_ms: int) -> I64s:
+    def take(self, first_N: U64s, second_N: U64s, chosen_N: Bools, chunk_N: I64s, now_ms: int) -> I64s:
         """Remember the chosen ids as brought by these chunks (numbers > 0); return who brought each before, else 0.
 
-        At most `entries_max` / 2 rows at a time.
+        An id is given as the two halves of its hash. At most `entries_max` / 2 rows at a time.
         """
         if self._since_ms is None:
             self._since_ms = now_ms
         wanted = self._count + len(first_N)
         if now_ms - self._since_ms >= self._half_ms or wanted > self._half_max:
-            self._old, self._young = self._young, self._empty(_PLACES_MIN)
+            self._old, self._young = self._young, _generation(_PLACES_MIN)
             self._count, self._since_ms, wanted = 0, now_ms, len(first_N)
-        if 2 * wanted > len(self._young[1]):
-            larger = self._empty(1 << (2 * wanted).bit_length())
-            _move(*self._young, *larger)
+        if 2 * wanted > len(self._young.chunk_M):
+            larger = _generation(1 << (2 * wanted).bit_length())
+            move_places(*self._young, *larger)
             self._young = larger
         found_N = np.zeros(len(first_N), np.int64)
-        self._count += _take(*self._young, *self._old, first_N, second_N, chosen_N, chunk_N, found_N)
+        self._count += _take(self._young, self._old, first_N, second_N, chosen_N, chunk_N, found_N)
         return found_N
 
     def forget(self, first: np.uint64, second: np.uint64) -> None:
         """Take an id back that was refused after all: offered again it is no repeat."""
-        keys, values = self._young
-        at = _place(keys, values, first, second)
-        if values[at] != 0:
-            # The place stays taken, by a key that no id has, so that what lies behind it is still found.
-            keys[at] = _GRAVE
+        _forget(self._young, first, second)
 
 
 _PLACES_MIN = 1_024
-_GRAVE = np.array([0, 0], np.uint64)

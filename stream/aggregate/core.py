@@ -34,9 +34,10 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.rules import Rules, check_growth, decode_change, lanes_of, rules_of
 from headrace.contract.spec import Counter
+from headrace.kernels.arrays import U64s
+from headrace.kernels.hashes import hash128_texts
 from headrace.stream.features.counters import CounterState, amounts, feeds, key_strings, value_as_of
-from headrace.stream.join.recent_keys import Memory
-from headrace.stream.join.ring_table import U64s, hash_texts
+from headrace.stream.join.recent_keys import RecentKeys
 from headrace.stream.join.watermark import Watermark
 
 VERSION = 3
@@ -86,7 +87,7 @@ class AggregatorState:
         self._numbered = 0
         self.offsets = [-1] * partitions
         self.watermarks = [Watermark(silent_ms) for _ in range(partitions)]
-        self.seen = [Memory(horizon_ms) for _ in range(partitions)]
+        self.seen = [RecentKeys(horizon_ms) for _ in range(partitions)]
         self.staged: list[dict[int, list[Staged]]] = [{} for _ in range(partitions)]
         """Per partition the rows that a grid point, or the first one after it, takes in."""
         self.settled_ms = -1
@@ -153,7 +154,7 @@ class AggregatorState:
 
     def _stage(self, partition: int, name: str, batch: Any) -> None:
         reached = self.watermarks[partition].time_ms // self.grid_ms
-        fresh = _unseen(self.seen[partition], hash_texts(batch.column("event_id"), hash_text(name)))
+        fresh = _unseen(self.seen[partition], hash128_texts(batch.column("event_id"), hash_text(name)))
         times = batch.column("event_time_ms").to_pylist()
         for index, state in self.counters.items():
             if self._begins[index][partition] < 0:
@@ -274,7 +275,7 @@ class AggregatorState:
         self.settled_ms, self.epoch_seen = plain["settled_ms"], plain["epoch_seen"]
 
 
-def _unseen(seen: Memory, keys_N2: U64s) -> list[int]:
+def _unseen(seen: RecentKeys, keys_N2: U64s) -> list[int]:
     """Return the rows whose keys were not seen before, here or earlier in the batch, and remember these."""
     fresh: dict[bytes, int] = {}
     for row, known in enumerate(seen.get(keys_N2)):
@@ -285,7 +286,7 @@ def _unseen(seen: Memory, keys_N2: U64s) -> list[int]:
     return rows
 
 
-def _plain_memory(memory: Memory) -> list[Any]:
+def _plain_memory(memory: RecentKeys) -> list[Any]:
     first, following = memory.live
     keys_N2, values_N = memory.rows(first, following)
     return [memory.slices, first, keys_N2.tobytes(), values_N.tobytes()]

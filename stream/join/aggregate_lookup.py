@@ -1,4 +1,4 @@
-"""What a partition knows of counters over other keys: the aggregator's rows, looked up by event time. Pure, compiled.
+"""Counters over other keys than the partition's, as the aggregator told them, looked up by event time. Pure, compiled.
 
 Legend: M places of the index, 2 the halves of a key, R keys, K values kept of a key, E entries, N rows of a call.
 """
@@ -11,27 +11,29 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.spec import Counter
+from headrace.kernels.arrays import Bools, F64s, I32s, I64s, Int, U64s
+from headrace.kernels.hashes import hash128_texts, with_numbers
+from headrace.kernels.open_addressing import BY_ROW, EMPTY, delete_row, find, insert_row, place_of
 from headrace.stream.features.counters import bucket_ms, weights
-from headrace.stream.join.ring_table import I32s, I64s, Int, U64s, hash_texts, place_of, with_numbers
 
 KEEP = 4
 """Values kept of a key: an impression may be some grid ticks older than the newest value."""
 _FREE, _USED, _EPOCH = range(3)
-_EMPTY, _END = -1, -1
-
-F64s = npt.NDArray[np.float64]
+_END = -1
 
 
-class Known(NamedTuple):
-    """The arrays: `places_M` has rows, `filled_R` says how many values a row has, oldest first, `number_R` of which
-    counter. `head`: first free row, rows ever used, highest epoch seen."""
+class LookupArrays(NamedTuple):
+    """The arrays, for compiled code.
 
-    places_M: I32s
+    `filled_R` says how many values a row has, oldest first, and `number_R` of which counter they are. `head`: first
+    free row, rows ever used, highest epoch seen.
+    """
+
+    index_M: I32s
     keys_R2: U64s
     filled_R: I64s
     as_of_RK: I64s
@@ -40,8 +42,9 @@ class Known(NamedTuple):
     head: I64s
 
 
-class Aggregates:
-    """Newest values of each (counter, key); a key leaves when its value is zero and the watermark has passed that."""
+class AggregateLookup:
+    """The newest values of each (counter, key). A key is forgotten once its value is zero and the watermark has passed
+    the time of that value."""
 
     def __init__(self, counters: Sequence[Counter]) -> None:
         self.counters: dict[str, Counter] = {}
@@ -89,8 +92,8 @@ class Aggregates:
         self._zeros = sorted((as_of_ms, int(row_R[row])) for as_of_ms, row in self._zeros if stays_R[row])
 
     def _clear(self, rows: int, epoch: int) -> None:
-        self.arrays = Known(
-            np.full(2 * rows, _EMPTY, np.int32),
+        self.arrays = LookupArrays(
+            np.full(2 * rows, EMPTY, np.int32),
             np.empty((rows, 2), np.uint64),
             np.zeros(rows, np.int64),
             np.zeros((rows, KEEP), np.int64),
@@ -100,13 +103,13 @@ class Aggregates:
         )
 
     def take(self, batch: pa.RecordBatch) -> None:
-        """Apply rows in order. Rows of an epoch below the highest seen are a ghost's and ignored."""
+        """Apply rows in order. Rows of an epoch below the highest seen are of a fenced-off aggregator, and ignored."""
         rows = batch.num_rows
         if not rows or not self.counters:
             return
         place_N = pc.fill_null(pc.index_in(batch.column(0), value_set=self._names), len(self._numbers)).to_numpy()
         number_N = np.array([*self._numbers.values(), -1], np.int64)[place_N]
-        keys_N2 = with_numbers(hash_texts(batch.column(1), 0), number_N)
+        keys_N2 = with_numbers(hash128_texts(batch.column(1), 0), number_N)
         counts = batch.column(4)
         starts_S = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(counts), 0).to_numpy())])
         self._reserve(rows)
@@ -132,7 +135,7 @@ class Aggregates:
         known = weights(counter)
         out_NE = np.zeros((len(texts), len(kinds)))
         _read_values(
-            self.arrays, with_numbers(hash_texts(texts, 0), number_N), present_N, as_of_N,
+            self.arrays, with_numbers(hash128_texts(texts, 0), number_N), present_N, as_of_N,
             np.array([kind == "last" for kind in kinds]), np.array(() if known is None else known, np.float64),
             bucket_ms(counter), counter.buckets, out_NE,
         )  # fmt: skip
@@ -142,7 +145,7 @@ class Aggregates:
         """Forget keys whose newest value is zero, as of a time that the watermark has passed."""
         while self._zeros and self._zeros[0][0] <= watermark_ms:
             as_of_ms, row = heapq.heappop(self._zeros)
-            # The row may be another key's by now: then the same holds for that one.
+            # The row may hold another key by now: then the same holds for that key.
             _forget_zero(self.arrays, row, as_of_ms)
 
     def to_plain(self) -> list[Any]:
@@ -176,34 +179,21 @@ class Aggregates:
 
 
 @numba.njit(cache=True)
-def _place(a: Known, low: np.uint64, high: np.uint64) -> Int:
-    places = a.places_M.shape[0]
-    at = place_of(high, places)
-    while True:
-        row = a.places_M[at]
-        if row == _EMPTY or (a.keys_R2[row, 0] == low and a.keys_R2[row, 1] == high):
-            return at
-        at += 1
-        if at == places:
-            at = 0
-
-
-@numba.njit(cache=True)
-def _settle(a: Known) -> None:
+def _settle(a: LookupArrays) -> None:
     """Index the rows that have values, and chain the others as free ones."""
     a.head[_FREE] = _END
     for row in range(a.head[_USED] - 1, -1, -1):
         if a.filled_R[row]:
-            a.places_M[_place(a, a.keys_R2[row, 0], a.keys_R2[row, 1])] = row
+            insert_row(a.index_M, a.keys_R2, row)
         else:
             a.as_of_RK[row, 0] = a.head[_FREE]
             a.head[_FREE] = row
 
 
 @numba.njit(cache=True)
-def _row_for(a: Known, low: np.uint64, high: np.uint64) -> Int:
-    place = _place(a, low, high)
-    row = np.int64(a.places_M[place])
+def _row_for(a: LookupArrays, low: np.uint64, high: np.uint64) -> Int:
+    place = place_of(a.index_M, a.keys_R2, BY_ROW, low, high)
+    row = np.int64(a.index_M[place])
     if row >= 0:
         return row
     row = a.head[_FREE]
@@ -215,14 +205,15 @@ def _row_for(a: Known, low: np.uint64, high: np.uint64) -> Int:
         a.head[_USED] += 1
     a.keys_R2[row, 0], a.keys_R2[row, 1] = low, high
     a.filled_R[row] = 0
-    a.places_M[place] = row
+    a.index_M[place] = row
     return row
 
 
 @numba.njit(cache=True)
 def _take_values(
-    a: Known, number_N: I64s, keys_N2: U64s, as_of_N: I64s, epoch_N: I64s, starts_S: I64s, flat: F64s, zeros_N: I64s
-) -> None:
+    a: LookupArrays, number_N: I64s, keys_N2: U64s, as_of_N: I64s, epoch_N: I64s, starts_S: I64s, flat: F64s,
+    zeros_N: I64s,
+) -> None:  # fmt: skip
     width = a.values_RKE.shape[2]
     for n in range(number_N.shape[0]):
         zeros_N[n] = -1
@@ -254,12 +245,12 @@ def _take_values(
 
 @numba.njit(cache=True)
 def _read_values(
-    a: Known, keys_N2: U64s, present_N: npt.NDArray[np.bool_], as_of_N: I64s, lasts_E: npt.NDArray[np.bool_],
+    a: LookupArrays, keys_N2: U64s, present_N: Bools, as_of_N: I64s, lasts_E: Bools,
     weights_A: F64s, width_ms: Int, buckets: Int, out_NE: F64s,
 ) -> None:  # fmt: skip
     fading = weights_A.shape[0] > 0
     for n in range(keys_N2.shape[0]):
-        row = a.places_M[_place(a, keys_N2[n, 0], keys_N2[n, 1])] if present_N[n] else -1
+        row = find(a.index_M, a.keys_R2, BY_ROW, keys_N2[n, 0], keys_N2[n, 1]) if present_N[n] else -1
         if row < 0:
             continue
         at = a.filled_R[row] - 1
@@ -282,26 +273,11 @@ def _read_values(
 
 
 @numba.njit(cache=True)
-def _forget_zero(a: Known, row: Int, as_of_ms: Int) -> None:
+def _forget_zero(a: LookupArrays, row: Int, as_of_ms: Int) -> None:
     filled = a.filled_R[row]
     if not filled or a.as_of_RK[row, filled - 1] != as_of_ms or a.values_RKE[row, filled - 1].any():
         return
-    places = a.places_M.shape[0]
-    hole = _place(a, a.keys_R2[row, 0], a.keys_R2[row, 1])
-    at = hole
-    while True:
-        at += 1
-        if at == places:
-            at = 0
-        other = a.places_M[at]
-        if other == _EMPTY:
-            break
-        from_home = at - place_of(a.keys_R2[other, 1], places)
-        from_hole = at - hole
-        if (from_home + places if from_home < 0 else from_home) >= (from_hole + places if from_hole < 0 else from_hole):
-            a.places_M[hole] = other
-            hole = at
-    a.places_M[hole] = _EMPTY
+    delete_row(a.index_M, a.keys_R2, row)
     a.filled_R[row] = 0
     a.as_of_RK[row, 0] = a.head[_FREE]
     a.head[_FREE] = row

@@ -10,17 +10,13 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from headrace.stream.join.pending import ORPHANS, PENDING
-from headrace.stream.join.ring_table import (
+from headrace.kernels.arrays import I64s, Int, U8s, U64s
+from headrace.kernels.ring_table import (
     FIRST,
     NEXT,
     ROW,
     USED,
-    I64s,
-    Int,
     Ring,
-    U8s,
-    U64s,
     drop_first,
     find,
     grown,
@@ -29,15 +25,17 @@ from headrace.stream.join.ring_table import (
     reindex_rows,
     remove,
     row_of,
+    seq_of,
     stretch,
 )
+from headrace.stream.join.pending import ORPHANS, PENDING
 
 TIME_MS, SINCE_MS, BEFORE = 0, 1, 2
 """Columns of `facts_C3`: when it happened, the watermark when it was read, the sequence number before of its key."""
 NO_TIME, NONE = -1, -1
 
 
-class Early(NamedTuple):
+class EarlyArrays(NamedTuple):
     """The arrays, for compiled callers. `kinds_C` is the feedback's kind, or `GONE`; `tasks_K` the tasks of a kind."""
 
     ring: Ring
@@ -61,7 +59,7 @@ class EarlyFeedback:
 
     def _clear(self, capacity: int, first: int) -> None:
         columns = np.empty((capacity, 3), np.int64), np.full(capacity, GONE, np.uint8)
-        self.arrays = Early(new_ring(capacity, first), *columns, self.tasks_K)
+        self.arrays = EarlyArrays(new_ring(capacity, first), *columns, self.tasks_K)
 
     def __len__(self) -> int:
         """How many wait."""
@@ -82,7 +80,7 @@ class EarlyFeedback:
         ring, facts_C3, kinds_C, tasks_K = self.arrays
         if ring.rows + more > len(kinds_C):
             ring, (facts_C3, kinds_C) = grown(ring, [facts_C3, kinds_C], more)
-            self.arrays = Early(ring, facts_C3, kinds_C, tasks_K)
+            self.arrays = EarlyArrays(ring, facts_C3, kinds_C, tasks_K)
 
     def advance(self, watermark_ms: int, counts_T9: I64s) -> None:
         """Make orphans of what waited long enough; what came before the first watermark waits from that one on."""
@@ -113,7 +111,7 @@ class EarlyFeedback:
 
 
 @numba.njit(cache=True)
-def _count(early: Early, kind: Int, counts_T9: I64s, pending: Int, orphans: Int) -> None:
+def _count(early: EarlyArrays, kind: Int, counts_T9: I64s, pending: Int, orphans: Int) -> None:
     for task in range(counts_T9.shape[0]):
         if (early.tasks_K[kind] >> task) & 1:
             counts_T9[task, PENDING] += pending
@@ -121,7 +119,7 @@ def _count(early: Early, kind: Int, counts_T9: I64s, pending: Int, orphans: Int)
 
 
 @numba.njit(cache=True)
-def _orphan_first(early: Early, counts_T9: I64s) -> None:
+def _orphan_first(early: EarlyArrays, counts_T9: I64s) -> None:
     head = early.ring.head
     kind = np.int64(early.kinds_C[head[ROW]])
     if kind != GONE:
@@ -132,7 +130,7 @@ def _orphan_first(early: Early, counts_T9: I64s) -> None:
 
 
 @numba.njit(cache=True)
-def _advance(early: Early, watermark_ms: Int, wait_ms: Int, counts_T9: I64s) -> None:
+def _advance(early: EarlyArrays, watermark_ms: Int, wait_ms: Int, counts_T9: I64s) -> None:
     head = early.ring.head
     if head[FIRST] < head[NEXT] and early.facts_C3[head[ROW], SINCE_MS] == NO_TIME:
         for seq in range(head[FIRST], head[NEXT]):
@@ -146,8 +144,9 @@ def _advance(early: Early, watermark_ms: Int, wait_ms: Int, counts_T9: I64s) -> 
 
 @numba.njit(cache=True)
 def wait(
-    early: Early, low: np.uint64, high: np.uint64, kind: Int, time_ms: Int, since_ms: Int, most: Int, counts_T9: I64s
-) -> Int:
+    early: EarlyArrays, low: np.uint64, high: np.uint64, kind: Int, time_ms: Int, since_ms: Int, most: Int,
+    counts_T9: I64s,
+) -> Int:  # fmt: skip
     """Let feedback wait and return its sequence number; beyond `most` the oldest becomes an orphan."""
     while early.ring.head[USED] >= most:
         _orphan_first(early, counts_T9)
@@ -158,8 +157,7 @@ def wait(
     early.facts_C3[row, SINCE_MS] = since_ms
     early.facts_C3[row, BEFORE] = NONE
     if before >= 0:
-        ahead = before - early.ring.head[ROW]
-        early.facts_C3[row, BEFORE] = early.ring.head[FIRST] + (ahead + len(early.kinds_C) if ahead < 0 else ahead)
+        early.facts_C3[row, BEFORE] = seq_of(early.ring, before)
     early.kinds_C[row] = kind
     early.ring.head[USED] += 1
     _count(early, kind, counts_T9, 1, 0)
@@ -167,14 +165,13 @@ def wait(
 
 
 @numba.njit(cache=True)
-def take_all_of(early: Early, low: np.uint64, high: np.uint64, counts_T9: I64s) -> I64s:
+def take_all_of(early: EarlyArrays, low: np.uint64, high: np.uint64, counts_T9: I64s) -> I64s:
     """Return (sequence number, kind) of what waits for a key, by (kind, arrival): int64 [N, 2]; it waits no longer."""
     newest = find(early.ring, low, high)
     if newest < 0:
         return np.empty((0, 2), np.int64)
     head = early.ring.head
-    ahead = newest - head[ROW]
-    seq = head[FIRST] + (ahead + len(early.kinds_C) if ahead < 0 else ahead)
+    seq = seq_of(early.ring, newest)
     found = np.empty(4, np.int64)
     count = 0
     while seq >= head[FIRST]:

@@ -50,12 +50,13 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, Project
 from headrace.contract.rules import Rules, check_code, check_growth, decode_change, lanes_of, rules_of
 from headrace.contract.spec import Counter
+from headrace.kernels.arrays import I64s, U8s, U64s
 from headrace.stream.features.counters import amounts, feeds, key_texts
 from headrace.stream.features.featurize import featurize
-from headrace.stream.join.aggregate_lookup import Aggregates
-from headrace.stream.join.counting import CountingTable
+from headrace.stream.join.aggregate_lookup import AggregateLookup
 from headrace.stream.join.early_feedback import EarlyFeedback
 from headrace.stream.join.external import ExternalMemory
+from headrace.stream.join.local_counters import LocalCounter
 from headrace.stream.join.matching import (
     CODE,
     CORRECTION,
@@ -72,9 +73,8 @@ from headrace.stream.join.matching import (
 from headrace.stream.join.outcome import Emitted, Gathered, TaskCounts, Totals
 from headrace.stream.join.payload import Payload, Spill
 from headrace.stream.join.pending import ORPHANS, PENDING, Pending
-from headrace.stream.join.recent_keys import Memory
+from headrace.stream.join.recent_keys import RecentKeys
 from headrace.stream.join.record_columns import as_columns, checked, keys_of, local_keys, numbers_of
-from headrace.stream.join.ring_table import I64s, U8s, U64s
 from headrace.stream.join.rules_in_force import LABEL_COLUMNS, AsRead, Era, Lane, joined_schema, late_lanes
 from headrace.stream.join.watermark import Watermark
 
@@ -103,13 +103,13 @@ class JoinState:
         self.last = START
         self.watermark = Watermark(silent_ms)
         self._rows = Totals()
-        self.seen = Memory(config.repeat_horizon_ms)
-        self.resolved = Memory(config.resolved_ms)
+        self.seen = RecentKeys(config.repeat_horizon_ms)
+        self.resolved = RecentKeys(config.resolved_ms)
         self.payload = Payload(f"p{partition}", spill=spill, memory_bytes=config.payload_bytes)
         self.early = EarlyFeedback(np.zeros(0, np.uint8), config.early_feedback_ms)
-        self.aggregates = Aggregates(())
+        self.aggregates = AggregateLookup(())
         self.external = ExternalMemory(())
-        self.locals: list[CountingTable] = []
+        self.locals: list[LocalCounter] = []
         self.counts_T9 = np.zeros((0, 9), np.int64)
         self.lanes: list[Lane] = []
         self.feedback: dict[str, FeedbackType] = {}
@@ -189,14 +189,14 @@ class JoinState:
         self, lanes: Sequence[Lane], feedback: Sequence[FeedbackType], answers: Sequence[int], counts_T9: I64s
     ) -> None:
         """Forget all rules, and know these lanes and types: the stored eras follow, one `begin_era` each."""
-        self.eras, self.locals, self.aggregates = [], [], Aggregates(())
+        self.eras, self.locals, self.aggregates = [], [], AggregateLookup(())
         self.lanes, self.counts_T9, self.answers = list(lanes), counts_T9, list(answers)
         self.feedback = {one.name: one for one in feedback}
         self._feedback_schemas = {one.name: feedback_schema(self.project, one) for one in feedback}
         self._declare()
 
-    def _new_table(self, counter: Counter) -> CountingTable:
-        table = CountingTable(counter)
+    def _new_table(self, counter: Counter) -> LocalCounter:
+        table = LocalCounter(counter)
         table.advance(self.watermark.time_ms)
         return table
 

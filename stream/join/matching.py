@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numba
 
-from headrace.stream.join.early_feedback import TIME_MS, Early, take_all_of, wait
+from headrace.kernels.arrays import I32s, I64s, Int, U8s, U64s
+from headrace.kernels.ring_table import Ring, find, row_of, seq_of
+from headrace.stream.join.early_feedback import TIME_MS, EarlyArrays, take_all_of, wait
 from headrace.stream.join.pending import (
     DUPLICATE,
     EVENT_MS,
@@ -20,12 +22,11 @@ from headrace.stream.join.pending import (
     OPEN,
     ORPHANS,
     POSITIVE,
-    Waiting,
+    PendingArrays,
     admit,
     resolve,
 )
-from headrace.stream.join.recent_keys import Remembered, recall, remember
-from headrace.stream.join.ring_table import I32s, I64s, Int, Ring, U8s, U64s, find, row_of, seq_of
+from headrace.stream.join.recent_keys import RecentArrays, recall, remember
 
 SEQ, TASK, CODE, ID, TIME = range(5)
 """Columns of labels: the impression's sequence number, the task, what it is, where the feedback's id is, its time.
@@ -39,10 +40,10 @@ wrong. `SETTLED` is a positive that ends a wait for late feedback too."""
 class Tables(NamedTuple):
     """All that a record can change."""
 
-    seen: Remembered
-    resolved: Remembered
-    waiting: Waiting
-    early: Early
+    seen: RecentArrays
+    resolved: RecentArrays
+    waiting: PendingArrays
+    early: EarlyArrays
     windows_T: I64s
     eager_T: U8s
     """1 where a task's negatives are told at once."""

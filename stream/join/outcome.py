@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.contract.formats.positions import Position
+from headrace.kernels.arrays import I64s
 from headrace.stream.join.matching import CODE, ID, SEQ, SETTLED
-from headrace.stream.join.ring_table import I64s
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.contract.formats.events import fit
-from headrace.stream.join.ring_table import I64s
+from headrace.kernels.arrays import I64s
 
 PIECE_ROWS = 32_768
 """Rows of a full piece, at least."""

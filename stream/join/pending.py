@@ -14,18 +14,13 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from headrace.stream.join.recent_keys import Remembered, remember
-from headrace.stream.join.ring_table import (
+from headrace.kernels.arrays import I32s, I64s, Int, U8s, U64s
+from headrace.kernels.ring_table import (
     FIRST,
     NEXT,
     ROW,
     USED,
-    I32s,
-    I64s,
-    Int,
     Ring,
-    U8s,
-    U64s,
     drop_first,
     grown,
     insert,
@@ -36,6 +31,7 @@ from headrace.stream.join.ring_table import (
     seq_of,
     stretch,
 )
+from headrace.stream.join.recent_keys import RecentArrays, remember
 
 LIST_BITS = 7
 OPEN, POSITIVE, LINKED = 0, 1, 2
@@ -47,7 +43,7 @@ IMPRESSIONS, POSITIVES, NEGATIVES, WAITING, MATCHED, DUPLICATE, LATE, ORPHANS, P
 _END, _FREE = -1, -2
 
 
-class Waiting(NamedTuple):
+class PendingArrays(NamedTuple):
     """The arrays, for compiled callers."""
 
     ring: Ring
@@ -85,7 +81,7 @@ class Pending:
 
     def _clear(self, first: int, counts_T9: I64s, rows: int = 1_024) -> None:
         tasks = len(self.windows_ms)
-        self.arrays = Waiting(
+        self.arrays = PendingArrays(
             new_ring(rows, first),
             np.empty((rows, 2), np.int64),
             np.zeros((rows, 3), np.uint8),
@@ -152,7 +148,7 @@ class Pending:
         order_L = np.lexsort((task_L, seq_L, expiry_L))
         return seq_L[order_L], task_L[order_L]
 
-    def close(self, seq_L: I64s, task_L: I64s, resolved: Remembered) -> None:
+    def close(self, seq_L: I64s, task_L: I64s, resolved: RecentArrays) -> None:
         """Make these negative, in order; `resolved` has room for them."""
         _close_all(self.arrays, seq_L, task_L, resolved)
 
@@ -258,7 +254,7 @@ def _pop_heap(heap_H: I64s, size: Int) -> None:
 
 
 @numba.njit(cache=True)
-def link(w: Waiting, row: Int) -> None:
+def link(w: PendingArrays, row: Int) -> None:
     """Put a row into the list of its base time."""
     number = w.times_C2[row, BASE_MS] >> LIST_BITS
     place = _list_place(w.lists_B, w.first_B, number)
@@ -275,7 +271,7 @@ def link(w: Waiting, row: Int) -> None:
 
 
 @numba.njit(cache=True)
-def admit(w: Waiting, low: np.uint64, high: np.uint64, event_time_ms: Int, base_ms: Int) -> Int:
+def admit(w: PendingArrays, low: np.uint64, high: np.uint64, event_time_ms: Int, base_ms: Int) -> Int:
     """Let an impression wait for its tasks and return its row; there must be room."""
     row = push(w.ring, low, high)
     w.times_C2[row, EVENT_MS] = event_time_ms
@@ -292,7 +288,7 @@ def admit(w: Waiting, low: np.uint64, high: np.uint64, event_time_ms: Int, base_
 
 
 @numba.njit(cache=True)
-def resolve(w: Waiting, row: Int, task: Int, positive: bool, resolved: Remembered) -> None:
+def resolve(w: PendingArrays, row: Int, task: Int, positive: bool, resolved: RecentArrays) -> None:
     """Close one task of a row; when it was the last, the row's key moves to `resolved`, which has room."""
     if not (w.lates >> task) & 1:
         w.counts_T9[task, WAITING] -= 1
@@ -307,7 +303,7 @@ def resolve(w: Waiting, row: Int, task: Int, positive: bool, resolved: Remembere
 
 
 @numba.njit(cache=True)
-def _expired(w: Waiting, task: Int, upto_ms: Int, longest: bool) -> tuple[I64s, I64s]:
+def _expired(w: PendingArrays, task: Int, upto_ms: Int, longest: bool) -> tuple[I64s, I64s]:
     seqs_L, bases_L = np.empty(64, np.int64), np.empty(64, np.int64)
     count = 0
     heap_H = w.heaps_TH[task]
@@ -335,13 +331,13 @@ def _expired(w: Waiting, task: Int, upto_ms: Int, longest: bool) -> tuple[I64s, 
 
 
 @numba.njit(cache=True)
-def _close_all(w: Waiting, seq_L: I64s, task_L: I64s, resolved: Remembered) -> None:
+def _close_all(w: PendingArrays, seq_L: I64s, task_L: I64s, resolved: RecentArrays) -> None:
     for i in range(seq_L.shape[0]):
         resolve(w, row_of(w.ring, seq_L[i]), task_L[i], False, resolved)
 
 
 @numba.njit(cache=True)
-def _restore(w: Waiting, first: Int, keys_N2: U64s, event_N: I64s, base_N: I64s, bits_N2: U8s) -> Int:
+def _restore(w: PendingArrays, first: Int, keys_N2: U64s, event_N: I64s, base_N: I64s, bits_N2: U8s) -> Int:
     live = 0
     for i in range(event_N.shape[0]):
         open_ = bits_N2[i, OPEN]
@@ -360,6 +356,6 @@ def _restore(w: Waiting, first: Int, keys_N2: U64s, event_N: I64s, base_N: I64s,
 
 
 @numba.njit(cache=True)
-def _let_go(w: Waiting) -> None:
+def _let_go(w: PendingArrays) -> None:
     while w.ring.head[FIRST] < w.ring.head[NEXT] and w.bits_C3[w.ring.head[ROW], LINKED] == 0:
         drop_first(w.ring)

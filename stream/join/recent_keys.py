@@ -11,15 +11,12 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from headrace.stream.join.ring_table import (
+from headrace.kernels.arrays import I64s, Int, U8s, U64s
+from headrace.kernels.ring_table import (
     FIRST,
     LIVE,
     NEXT,
-    I64s,
-    Int,
     Ring,
-    U8s,
-    U64s,
     drop_first,
     find,
     grown,
@@ -34,14 +31,14 @@ SLICES = 16
 _NO_TIME = -1
 
 
-class Remembered(NamedTuple):
+class RecentArrays(NamedTuple):
     """The arrays of a memory, for compiled callers: `values_C` lies beside the ring's keys."""
 
     ring: Ring
     values_C: U8s
 
 
-class Memory:
+class RecentKeys:
     """Remembers each key for at least `horizon_ms` of watermark time and at most 1/16 longer; values are 0..255.
 
     What comes before the first watermark counts as put at that watermark. 28 bytes a key at most, 23 when full.
@@ -49,8 +46,8 @@ class Memory:
 
     def __init__(self, horizon_ms: int) -> None:
         self.slice_ms = max(1, horizon_ms // SLICES)
-        self.arrays = Remembered(new_ring(), np.empty(0, np.uint8))
-        self.arrays = Remembered(self.arrays.ring, np.empty(len(self.arrays.ring.keys_C2), np.uint8))
+        self.arrays = RecentArrays(new_ring(), np.empty(0, np.uint8))
+        self.arrays = RecentArrays(self.arrays.ring, np.empty(len(self.arrays.ring.keys_C2), np.uint8))
         self.slices: list[tuple[int, int]] = [(_NO_TIME, 0)]
         """Begin of each slice that is remembered, oldest first: its time and its first sequence number."""
 
@@ -71,7 +68,7 @@ class Memory:
         if ring.rows + more > len(ring.keys_C2):
             _drop_dead(ring)
             ring, columns = grown(ring, [values_C], more)
-            self.arrays = Remembered(ring, columns[0] if columns else values_C)
+            self.arrays = RecentArrays(ring, columns[0] if columns else values_C)
 
     def put(self, keys_N2: U64s, values_N: U8s) -> None:
         """Remember keys from now on, in order; a later value of a key counts."""
@@ -107,12 +104,12 @@ class Memory:
         """Take over slices and the rows from sequence number `first` on, none of them forgotten."""
         self.slices = [(start_ms, seq) for start_ms, seq in slices]
         capacity = max(1_024, len(keys_N2) + len(keys_N2) // 8)
-        self.arrays = Remembered(new_ring(capacity, first), np.empty(capacity, np.uint8))
+        self.arrays = RecentArrays(new_ring(capacity, first), np.empty(capacity, np.uint8))
         self.put(keys_N2, values_N)
 
 
 @numba.njit(cache=True)
-def recall(memory: Remembered, low: np.uint64, high: np.uint64) -> Int:
+def recall(memory: RecentArrays, low: np.uint64, high: np.uint64) -> Int:
     """Return the value of a key, or -1 where it is unknown or forgotten."""
     row = find(memory.ring, low, high)
     if row < 0 or seq_of(memory.ring, row) < memory.ring.head[LIVE]:
@@ -121,7 +118,7 @@ def recall(memory: Remembered, low: np.uint64, high: np.uint64) -> Int:
 
 
 @numba.njit(cache=True)
-def remember(memory: Remembered, low: np.uint64, high: np.uint64, value: Int) -> None:
+def remember(memory: RecentArrays, low: np.uint64, high: np.uint64, value: Int) -> None:
     """Put a key; there must be room."""
     head = memory.ring.head
     for _ in range(2):
@@ -137,12 +134,12 @@ def _drop_dead(ring: Ring) -> None:
 
 
 @numba.njit(cache=True)
-def _put_all(memory: Remembered, keys_N2: U64s, values_N: U8s) -> None:
+def _put_all(memory: RecentArrays, keys_N2: U64s, values_N: U8s) -> None:
     for i in range(keys_N2.shape[0]):
         remember(memory, keys_N2[i, 0], keys_N2[i, 1], values_N[i])
 
 
 @numba.njit(cache=True)
-def _get_all(memory: Remembered, keys_N2: U64s, values_N: I64s) -> None:
+def _get_all(memory: RecentArrays, keys_N2: U64s, values_N: I64s) -> None:
     for i in range(keys_N2.shape[0]):
         values_N[i] = recall(memory, keys_N2[i, 0], keys_N2[i, 1])

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from headrace.contract.errors import EventRejected
 from headrace.contract.hashing import hash_text
 from headrace.contract.spec import Counter
+from headrace.kernels.arrays import I64s, U64s
+from headrace.kernels.hashes import hash128_texts, with_numbers
 from headrace.stream.features.counters import key_texts
-from headrace.stream.join.ring_table import I64s, U64s, hash_texts, with_numbers
 
 
 def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -30,8 +31,8 @@ def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def keys_of(batch: pa.RecordBatch, salt: str) -> tuple[U64s, U64s]:
     """Return the keys of the event ids and of what they answer: (request, place)."""
-    return hash_texts(batch.column(0), hash_text(salt)), with_numbers(
-        hash_texts(batch.column(1), 0), numbers_of(batch, 2)
+    return hash128_texts(batch.column(0), hash_text(salt)), with_numbers(
+        hash128_texts(batch.column(1), 0), numbers_of(batch, 2)
     )
 
 
@@ -49,7 +50,7 @@ def local_keys(
     for fields in {counter.key_fields for counter in counters}:
         # The partition key is in the envelope as text, and never null.
         texts = batch.column(3) if len(fields) == 1 else key_texts([batch.column(field) for field in fields])
-        keys[fields] = hash_texts(texts, 0), texts.is_valid().to_numpy(zero_copy_only=False)
+        keys[fields] = hash128_texts(texts, 0), texts.is_valid().to_numpy(zero_copy_only=False)
     return keys
 
 

@@ -18,8 +18,8 @@ from headrace.contract.formats.events import impression_schema
 from headrace.contract.formats.sample import sample_schema
 from headrace.contract.project import Project
 from headrace.contract.rules import Rules
+from headrace.kernels.arrays import I64s
 from headrace.stream.join.pending import Pending
-from headrace.stream.join.ring_table import I64s
 
 # Columns of a sample that the label decides; all others are the impression's and kept while it waits.
 LABEL_COLUMNS = (

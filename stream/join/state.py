@@ -33,11 +33,11 @@ from headrace.contract.formats.positions import Position
 from headrace.contract.project import FeedbackType
 from headrace.contract.rules import Rules
 from headrace.contract.spec import Counter
-from headrace.stream.join.counting import CountingTable, Rows
+from headrace.kernels.ring_table import FIRST, NEXT
 from headrace.stream.join.join import JoinState
+from headrace.stream.join.local_counters import LocalCounter, Rows
 from headrace.stream.join.payload import Piece
-from headrace.stream.join.recent_keys import Memory
-from headrace.stream.join.ring_table import FIRST, NEXT
+from headrace.stream.join.recent_keys import RecentKeys
 from headrace.stream.join.rules_in_force import Era
 
 VERSION = 3
@@ -142,7 +142,7 @@ class StateWriter:
         for table, kept in zip(self.state.locals, plain["locals"], strict=True):
             self._chains[table.counter] = list(kept["parts"]), list(kept["rows"])
 
-    def _take_memory(self, name: str, memory: Memory, spans: _Spans, snapshot: Snapshot) -> dict[str, Any]:
+    def _take_memory(self, name: str, memory: RecentKeys, spans: _Spans, snapshot: Snapshot) -> dict[str, Any]:
         first, following = memory.live
         for a, b in spans.extend(first, following):
             rows = memory.rows(max(a, first), b)
@@ -200,7 +200,7 @@ class StateWriter:
 
         return encode
 
-    def _take_counter(self, table: CountingTable, snapshot: Snapshot) -> dict[str, Any]:
+    def _take_counter(self, table: LocalCounter, snapshot: Snapshot) -> dict[str, Any]:
         chain, sizes = self._chains[table.counter]
         changed = table.rows(changed=bool(chain))
         rows = len(changed.number_R)
@@ -299,7 +299,7 @@ def load_state(state: JoinState, data: bytes) -> None:
     load(state, read_manifest(manifest), parts.get)
 
 
-def _load_memory(name: str, memory: Memory, plain: Mapping[str, Any], fetch: Callable[[str], bytes]) -> None:
+def _load_memory(name: str, memory: RecentKeys, plain: Mapping[str, Any], fetch: Callable[[str], bytes]) -> None:
     keys, values = [np.empty((0, 2), np.uint64)], [np.empty(0, np.uint8)]
     for a, b in plain["spans"]:
         start, raw_keys, raw_values = _plain_of(fetch(f"{name}-{a}-{b}"))

@@ -29,7 +29,7 @@ from headrace.contract.hashing import combine64
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.ingest.decode.texts import hash_column
+from headrace.kernels.hashes import hash64_texts
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.batch import Batch
 
@@ -403,7 +403,7 @@ def to_batch(rows: pa.Table, project: Project) -> Batch:
 
 def sample_hashes(rows: pa.RecordBatch) -> npt.NDArray[np.int64]:
     """Return a hash of each sample's identity, its impression and task: int64 [B]."""
-    return combine64(hash_column(rows["event_id"]), hash_column(rows["task"])).view(np.int64)
+    return combine64(hash64_texts(rows["event_id"]), hash64_texts(rows["task"])).view(np.int64)
 
 
 def known_ms(rows: pa.Table, window_ms: int) -> npt.NDArray[np.int64]:

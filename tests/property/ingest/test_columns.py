@@ -7,8 +7,6 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import pyarrow as pa
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from ingest_world import PROJECT, START_MS
@@ -18,7 +16,6 @@ from headrace.contract.spec import FeatureSpec
 from headrace.ingest.decode.fluent_chunk import decode, layout
 from headrace.ingest.decode.message import read_entries
 from headrace.ingest.decode.msgpack_scan import as_bytes, entry_starts
-from headrace.ingest.decode.texts import hash_column
 from headrace.ingest.decode.validate import check, declared_types
 
 WIDE = Project(
@@ -98,10 +95,3 @@ def test_an_ordinary_row_is_not_left(rows: list[dict[str, Any]]) -> None:
     made = layout(TYPES["shop.impression"])
     zeros = np.zeros(len(rows), np.int64)
     assert len(decode(made, as_bytes(body), starts, ["p"], zeros, zeros, START_MS + SKEW_MS).left) == 0
-
-
-@given(st.lists(st.text(max_size=80), max_size=5), st.integers(0, 2**63 - 1), st.integers(0, 2))
-def test_hashes_equal_those_of_the_library(texts: list[str], seed: int, start: int) -> None:
-    column = pa.array(texts, pa.string()).slice(min(start, len(texts)))
-    wanted = [xxhash.xxh64_intdigest(text.encode(), seed=seed) for text in column.to_pylist()]
-    assert hash_column(column, seed).tolist() == wanted

@@ -10,10 +10,10 @@ import pytest
 
 from headrace.contract.formats.events import AGGREGATE_SCHEMA, batch_from_rows
 from headrace.contract.spec import Counter
+from headrace.kernels.hashes import hash128_texts
 from headrace.stream.features.counters import CounterState, aged, amounts, feeds
-from headrace.stream.join.aggregate_lookup import Aggregates
-from headrace.stream.join.counting import CountingTable
-from headrace.stream.join.ring_table import hash_texts
+from headrace.stream.join.aggregate_lookup import AggregateLookup
+from headrace.stream.join.local_counters import LocalCounter
 
 ENTRIES = ("buy", "impression", "sum:buy.value", "last:buy", "last:impression", "sum:impression.value")
 COUNTERS = [
@@ -27,7 +27,7 @@ COUNTERS = [
 @pytest.mark.parametrize("counter", COUNTERS, ids=lambda c: c.name)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_table_gives_the_bits_of_the_state(counter, seed):
-    random, plain, table, now = Random(seed), CounterState(counter), CountingTable(counter), 0
+    random, plain, table, now = Random(seed), CounterState(counter), LocalCounter(counter), 0
     for step in range(150):
         now += random.randrange(60)
         name = random.choice(["impression", "buy"])
@@ -39,7 +39,7 @@ def test_the_table_gives_the_bits_of_the_state(counter, seed):
         fed = feeds(counter, name)
         amounts_FN = np.array([amounts(feed, batch) for feed in fed], np.int64).reshape(len(fed), rows)
         present = np.array([random.random() < 0.9 for _ in keys])
-        found = table.take(hash_texts(pa.array(keys), 0), present, np.array(times), fed, amounts_FN, read=True)
+        found = table.take(hash128_texts(pa.array(keys), 0), present, np.array(times), fed, amounts_FN, read=True)
         for row, (key, time_ms) in enumerate(zip(keys, times, strict=True)):
             if not present[row]:
                 assert not found[row].any()
@@ -51,7 +51,7 @@ def test_the_table_gives_the_bits_of_the_state(counter, seed):
             plain.advance(now)
             table.advance(now)
         if step % 50 == 49:
-            again = CountingTable(counter)
+            again = LocalCounter(counter)
             again.load(table.floor, [table.rows(changed=False)])
             table = again
 
@@ -59,7 +59,7 @@ def test_the_table_gives_the_bits_of_the_state(counter, seed):
 @pytest.mark.parametrize("counter", COUNTERS, ids=lambda c: c.name)
 def test_what_the_join_reads_of_the_aggregator_ages_as_told(counter):
     random, other = Random(7), Counter(name="other", key="k", counts=("buy",))
-    aggregates, known = Aggregates([other, counter]), {}
+    aggregates, known = AggregateLookup([other, counter]), {}
     for as_of_ms in range(0, 6_000, 50):
         key = random.choice("ab")
         values = [random.choice([0.0, float(random.randrange(1, 900))]) for _ in counter.counts]

@@ -10,6 +10,7 @@ from headrace.ingest.gateway.repeats import EventIds
 
 
 def _take(ids: EventIds, numbers: list[int], chunk: int, now_ms: int = 0) -> list[int]:
+    # The halves of a hash. Many second ones share their upper bits, which say where the table begins to look.
     first = np.array(numbers, np.uint64)
     chosen, chunks = np.ones(len(first), np.bool_), np.full(len(first), chunk, np.int64)
     return ids.take(first, first * np.uint64(7) + np.uint64(1), chosen, chunks, now_ms).tolist()
@@ -19,7 +20,6 @@ def test_ids_are_found_while_the_table_grows() -> None:
     random, ids = Random(1), EventIds(1_000, 100_000)
     known: dict[int, int] = {}
     for chunk in range(1, 200):
-        # Many ids share their low bits, where the table begins to look.
         numbers = [random.randrange(1, 400) << random.choice([0, 20, 40]) for _ in range(random.randrange(1, 300))]
         for number, found in zip(numbers, _take(ids, numbers, chunk), strict=True):
             assert found == known.get(number, 0)

@@ -15,18 +15,16 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop.shop import PROJECT
-from headrace.stream.join import aggregate_lookup as aggregates
-from headrace.stream.join import counting, matching, pending
-from headrace.stream.join import early_feedback as early
-from headrace.stream.join import recent_keys as memory
-from headrace.stream.join import ring_table as rings
+from headrace.kernels import hashes, open_addressing, ring_table
+from headrace.stream.join import aggregate_lookup, early_feedback, local_counters, matching, pending, recent_keys
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import encode_state, load_state
 from headrace.stream.shell.compile_join import compile_join, events_record, punctuation_record
 
 
 def _compiled() -> dict[str, int]:
-    modules = (aggregates, counting, early, matching, memory, pending, rings)
+    shared = (hashes, open_addressing, ring_table)
+    modules = (*shared, aggregate_lookup, local_counters, early_feedback, matching, recent_keys, pending)
     kernels = {f"{m.__name__}.{n}": f for m in modules for n, f in vars(m).items() if hasattr(f, "nopython_signatures")}
     return {name: len(kernel.nopython_signatures) for name, kernel in kernels.items()}
 

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
-from headrace.trainer.model.tables.row_index import HEADER_WORDS, LAST_USE, Int32s, Int64s, RowIndex, Uint8s, mix
+from headrace.kernels.hashes import mix
+from headrace.trainer.model.tables.row_index import HEADER_WORDS, LAST_USE, Int32s, Int64s, RowIndex, Uint8s
 
 Bools = npt.NDArray[np.bool_]
 State = dict[str, npt.NDArray[np.generic]]

@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.spec import PAD
+from headrace.kernels.hashes import mix
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -76,15 +77,6 @@ class Arrays(NamedTuple):
     keys_RX: Int64s
     """[R, W / 2]: the same memory as `words_RW`; column 0 is the key."""
     head: Int64s
-
-
-@numba.njit(cache=True)
-def mix(key: np.uint64) -> np.uint64:
-    """Return 64 well mixed bits. Source: Steele et al., "SplitMix", OOPSLA 2014."""
-    z = key + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 @numba.njit(cache=True)

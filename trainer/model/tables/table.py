@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.spec import PAD
+from headrace.kernels.hashes import mix
 from headrace.trainer.model.tables.admission import Admission, counter_for
 from headrace.trainer.model.tables.optimizers import Optimizer
 from headrace.trainer.model.tables.row_index import (
@@ -34,7 +35,6 @@ from headrace.trainer.model.tables.row_index import (
     Float32s,
     Int32s,
     RowIndex,
-    mix,
 )
 from headrace.trainer.model.tables.row_index import Int64s as Int64s
 

@@ -1,7 +1,7 @@
-"""Counters of the partition's own keys, as `headrace.stream.features.counters` says them, compiled. Pure.
+"""Counters of the partition's own keys, as `headrace.stream.features.counters` defines them, compiled. Pure.
 
-Each key has a list of its buckets, newest first. What a value is, and what is dropped when, is told in `counters`;
-`CounterState` there is the same thing row by row, and gives the same bits.
+Each key has a list of its buckets, newest first. `counters` says what a value is, and what is dropped when;
+`CounterState` there does the same row by row, and gives the same bits.
 
 Legend: M places of the index, 2 the halves of a key, R buckets of all keys, E entries, N rows of a call, F feeds.
 """
@@ -16,22 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.spec import Counter
+from headrace.kernels.arrays import Bools, F64s, I32s, I64s, Int, U8s, U64s
+from headrace.kernels.open_addressing import BY_PLACE, EMPTY, delete_at, find, move_places, place_of
 from headrace.stream.features.counters import UNIT, Feed, bucket_ms, weights
-from headrace.stream.join.ring_table import I32s, I64s, Int, U8s, U64s, place_of
-
-Bools = npt.NDArray[np.bool_]
 
 _FREE, _USED, _KEYS, _FLOOR = range(4)
-_EMPTY, _END = -1, -1
+_END = -1
 _COUNT, _SUM, _LAST = range(3)
 _KINDS = {"count": _COUNT, "sum": _SUM, "last": _LAST}
 
 
-class Buckets(NamedTuple):
-    """The arrays. `head`: first free row, rows ever used, keys, floor."""
+class CounterArrays(NamedTuple):
+    """The arrays of a counter, for compiled callers.
 
-    keys_M2: U64s
+    `first_M` is the row of a key's newest bucket, `next_R` that of the next older one, or of a free row the next free
+    one. `head`: first free row, rows ever used, keys, floor.
+    """
+
     first_M: I32s
+    keys_M2: U64s
     number_R: I64s
     next_R: I32s
     counts_RE: I64s
@@ -47,7 +50,7 @@ class Rows(NamedTuple):
     counts_RE: I64s
 
 
-class CountingTable:
+class LocalCounter:
     """All keys of one counter, bounded by time."""
 
     def __init__(self, counter: Counter) -> None:
@@ -60,9 +63,9 @@ class CountingTable:
 
     def _clear(self, floor: int) -> None:
         entries = len(self.counter.counts)
-        self.arrays = Buckets(
+        self.arrays = CounterArrays(
+            np.full(1_024, EMPTY, np.int32),
             np.empty((1_024, 2), np.uint64),
-            np.full(1_024, _EMPTY, np.int32),
             np.empty(1_024, np.int64),
             np.empty(1_024, np.int32),
             np.zeros((1_024, entries), np.int64),
@@ -81,7 +84,7 @@ class CountingTable:
 
     def take(
         self, keys_N2: U64s, present_N: Bools, times_N: I64s, feeds: Sequence[Feed], amounts_FN: I64s, *, read: bool
-    ) -> npt.NDArray[np.float64]:
+    ) -> F64s:
         """Count rows in order and return the values before each row, as of its time: float64 [N, E].
 
         Args:
@@ -132,9 +135,9 @@ class CountingTable:
         keys, used = int(a.head[_KEYS]), int(a.head[_USED])
         if 5 * (keys + more) > 3 * len(a.first_M):
             places = max(2 * len(a.first_M), 2 * (keys + more))
-            keys_M2, first_M = np.empty((places, 2), np.uint64), np.full(places, _EMPTY, np.int32)
-            _copy_places(a.keys_M2, a.first_M, keys_M2, first_M)
-            a = a._replace(keys_M2=keys_M2, first_M=first_M)
+            first_M, keys_M2 = np.full(places, EMPTY, np.int32), np.empty((places, 2), np.uint64)
+            move_places(a.first_M, a.keys_M2, first_M, keys_M2)
+            a = a._replace(first_M=first_M, keys_M2=keys_M2)
         if used + more > len(a.number_R):
             room = max(2 * len(a.number_R), used + more)
             a = a._replace(
@@ -153,49 +156,9 @@ def _longer(column: npt.NDArray[Any], rows: int) -> Any:
 
 
 @numba.njit(cache=True)
-def _place(keys_M2: U64s, first_M: I32s, low: np.uint64, high: np.uint64) -> Int:
-    """Return where a key is, or the empty place for it."""
-    places = first_M.shape[0]
-    at = place_of(high, places)
-    while first_M[at] != _EMPTY and not (keys_M2[at, 0] == low and keys_M2[at, 1] == high):
-        at += 1
-        if at == places:
-            at = 0
-    return at
-
-
-@numba.njit(cache=True)
-def _copy_places(old_M2: U64s, old_first_M: I32s, keys_M2: U64s, first_M: I32s) -> None:
-    for at in range(old_first_M.shape[0]):
-        if old_first_M[at] != _EMPTY:
-            place = _place(keys_M2, first_M, old_M2[at, 0], old_M2[at, 1])
-            keys_M2[place, 0], keys_M2[place, 1] = old_M2[at, 0], old_M2[at, 1]
-            first_M[place] = old_first_M[at]
-
-
-@numba.njit(cache=True)
-def _forget(keys_M2: U64s, first_M: I32s, hole: Int) -> None:
-    places = first_M.shape[0]
-    at = hole
-    while True:
-        at += 1
-        if at == places:
-            at = 0
-        if first_M[at] == _EMPTY:
-            first_M[hole] = _EMPTY
-            return
-        from_home = at - place_of(keys_M2[at, 1], places)
-        from_hole = at - hole
-        if (from_home + places if from_home < 0 else from_home) >= (from_hole + places if from_hole < 0 else from_hole):
-            keys_M2[hole, 0], keys_M2[hole, 1] = keys_M2[at, 0], keys_M2[at, 1]
-            first_M[hole] = first_M[at]
-            hole = at
-
-
-@numba.njit(cache=True)
-def _row_for(a: Buckets, low: np.uint64, high: np.uint64, number: Int) -> Int:
+def _row_for(a: CounterArrays, low: np.uint64, high: np.uint64, number: Int) -> Int:
     """Return the row of a key's bucket, making it where it is missing."""
-    place = _place(a.keys_M2, a.first_M, low, high)
+    place = place_of(a.first_M, a.keys_M2, BY_PLACE, low, high)
     before, row = np.int64(-1), np.int64(a.first_M[place])
     while row >= 0 and a.number_R[row] > number:
         before, row = row, np.int64(a.next_R[row])
@@ -213,7 +176,7 @@ def _row_for(a: Buckets, low: np.uint64, high: np.uint64, number: Int) -> Int:
     if before >= 0:
         a.next_R[before] = fresh
     else:
-        if a.first_M[place] == _EMPTY:
+        if a.first_M[place] == EMPTY:
             a.keys_M2[place, 0], a.keys_M2[place, 1] = low, high
             a.head[_KEYS] += 1
         a.first_M[place] = fresh
@@ -222,10 +185,10 @@ def _row_for(a: Buckets, low: np.uint64, high: np.uint64, number: Int) -> Int:
 
 @numba.njit(cache=True)
 def _read(
-    a: Buckets, kinds_E: I64s, weights_A: npt.NDArray[np.float64], width_ms: Int, buckets: Int,
-    low: np.uint64, high: np.uint64, as_of_ms: Int, total_E: npt.NDArray[np.float64], whole_E: I64s,
+    a: CounterArrays, kinds_E: I64s, weights_A: F64s, width_ms: Int, buckets: Int,
+    low: np.uint64, high: np.uint64, as_of_ms: Int, total_E: F64s, whole_E: I64s,
 ) -> None:  # fmt: skip
-    row = np.int64(a.first_M[_place(a.keys_M2, a.first_M, low, high)])
+    row = find(a.first_M, a.keys_M2, BY_PLACE, low, high)
     if row < 0:
         return
     whole_E[:] = 0
@@ -254,8 +217,8 @@ def _read(
 
 @numba.njit(cache=True)
 def _take(
-    a: Buckets, kinds_E: I64s, weights_A: npt.NDArray[np.float64], width_ms: Int, buckets: Int,
-    keys_N2: U64s, present_N: Bools, times_N: I64s, entries_F: I64s, amounts_FN: I64s, out_NE: npt.NDArray[np.float64],
+    a: CounterArrays, kinds_E: I64s, weights_A: F64s, width_ms: Int, buckets: Int,
+    keys_N2: U64s, present_N: Bools, times_N: I64s, entries_F: I64s, amounts_FN: I64s, out_NE: F64s,
 ) -> None:  # fmt: skip
     whole_E = np.zeros(kinds_E.shape[0], np.int64)
     for n in range(times_N.shape[0]):
@@ -278,14 +241,14 @@ def _take(
 
 
 @numba.njit(cache=True)
-def _replace(a: Buckets, keys_R2: U64s, number_R: I64s, counts_RE: I64s) -> None:
+def _replace(a: CounterArrays, keys_R2: U64s, number_R: I64s, counts_RE: I64s) -> None:
     for r in range(number_R.shape[0]):
         if number_R[r] >= a.head[_FLOOR]:
             a.counts_RE[_row_for(a, keys_R2[r, 0], keys_R2[r, 1], number_R[r])] = counts_RE[r]
 
 
 @numba.njit(cache=True)
-def _drop_below(a: Buckets, floor: Int) -> None:
+def _drop_below(a: CounterArrays, floor: Int) -> None:
     at = 0
     while at < a.first_M.shape[0]:
         before, row = np.int64(-1), np.int64(a.first_M[at])
@@ -301,7 +264,7 @@ def _drop_below(a: Buckets, floor: Int) -> None:
                 a.head[_FREE] = row
                 row = following
             if before < 0:
-                _forget(a.keys_M2, a.first_M, at)
+                delete_at(a.first_M, a.keys_M2, BY_PLACE, at)
                 a.head[_KEYS] -= 1
                 # Another key may have moved here.
                 continue
@@ -309,7 +272,7 @@ def _drop_below(a: Buckets, floor: Int) -> None:
 
 
 @numba.njit(cache=True)
-def _export(a: Buckets, changed: bool, keys_R2: U64s, number_R: I64s, counts_RE: I64s) -> Int:
+def _export(a: CounterArrays, changed: bool, keys_R2: U64s, number_R: I64s, counts_RE: I64s) -> Int:
     count = 0
     for at in range(a.first_M.shape[0]):
         row = np.int64(a.first_M[at])

@@ -8,18 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.stream.join.recent_keys import SLICES, Memory
-from headrace.stream.join.ring_table import hash_texts, with_numbers
+from headrace.kernels.hashes import hash128_texts
+from headrace.stream.join.recent_keys import SLICES, RecentKeys
 
 
 def key_of(text: str) -> np.ndarray:
-    return hash_texts(pa.array([text]), 0)
+    return hash128_texts(pa.array([text]), 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_remembers_the_horizon_and_survives_restores(seed):
     random, horizon_ms = Random(seed), 1_600
-    memory, put_at, now = Memory(horizon_ms), {}, 0
+    memory, put_at, now = RecentKeys(horizon_ms), {}, 0
     for n in range(3_000):
         now += random.randrange(0, 5)
         memory.advance(now)
@@ -35,13 +35,13 @@ def test_remembers_the_horizon_and_survives_restores(seed):
             memory.put(key, np.array([value], np.uint8))
             put_at[text] = (now, value)
         if random.random() < 0.01:
-            kept, memory = memory, Memory(horizon_ms)
+            kept, memory = memory, RecentKeys(horizon_ms)
             memory.load(kept.slices, kept.live[0], *kept.rows(*kept.live))
     assert 0 < len(memory) < 3_000
 
 
 def test_what_came_before_time_counts_from_the_first_watermark():
-    memory = Memory(1_600)
+    memory = RecentKeys(1_600)
     memory.put(key_of("a"), np.array([7], np.uint8))
     memory.advance(1_700_000_000_000)
     assert memory.get(key_of("a")) == [7]
@@ -50,7 +50,7 @@ def test_what_came_before_time_counts_from_the_first_watermark():
 
 
 def test_a_long_life_stays_within_its_bound():
-    memory, keys = Memory(1_600), hash_texts(pa.array([str(n) for n in range(50_000)]), 3)
+    memory, keys = RecentKeys(1_600), hash128_texts(pa.array([str(n) for n in range(50_000)]), 3)
     for step in range(100):
         memory.put(keys[500 * step : 500 * step + 500], np.zeros(500, np.uint8))
         memory.advance(100 * (step + 1))
@@ -58,8 +58,3 @@ def test_a_long_life_stays_within_its_bound():
     assert len(memory.arrays.values_C) < 20_000
     assert memory.get(keys[-1:]) == [0]
     assert memory.get(keys[:1]) == [None]
-
-
-def test_keys_of_a_text_and_a_place_differ():
-    keys = with_numbers(hash_texts(pa.array(["a", "a", "b"]), 0), np.array([0, 1, 0], np.int32))
-    assert len({tuple(key) for key in keys.tolist()}) == 3
