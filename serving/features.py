@@ -18,7 +18,7 @@ from headrace.contract.formats.events import ExternalValue
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.spec import Counter, FeatureSpec
 from headrace.stream.features.counters import bucket_ms, key_strings, moves_within_bucket, value_as_of
-from headrace.stream.join.external import values_of
+from headrace.stream.features.external_values import values_of
 
 logger = logging.getLogger("headrace.serve")
 

@@ -55,7 +55,7 @@ from headrace.stream.features.counters import amounts, feeds, key_texts
 from headrace.stream.features.featurize import featurize
 from headrace.stream.join.aggregate_lookup import AggregateLookup
 from headrace.stream.join.early_feedback import EarlyFeedback
-from headrace.stream.join.external import ExternalMemory
+from headrace.stream.join.external_lookup import ExternalLookup
 from headrace.stream.join.local_counters import LocalCounter
 from headrace.stream.join.matching import (
     CODE,
@@ -108,7 +108,7 @@ class JoinState:
         self.payload = Payload(f"p{partition}", spill=spill, memory_bytes=config.payload_bytes)
         self.early = EarlyFeedback(np.zeros(0, np.uint8), config.early_feedback_ms)
         self.aggregates = AggregateLookup(())
-        self.external = ExternalMemory(())
+        self.external = ExternalLookup(())
         self.locals: list[LocalCounter] = []
         self.counts_T9 = np.zeros((0, 9), np.int64)
         self.lanes: list[Lane] = []

@@ -25,7 +25,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import read_range
 from headrace.deploy.local.chaos.own_stack import own_stack
 from headrace.deploy.local.layout import Layout
-from headrace.stream.join.external import ExternalMemory
+from headrace.stream.join.external_lookup import ExternalLookup
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(280)]
 
@@ -119,12 +119,12 @@ def test_twenty_kills_while_prices_change(layout: Layout, site: Site) -> None:
 def check(layout: Layout, expected: dict[str, float]) -> None:
     """See that every partition means the same, that `features` agrees, and that both are what the site says."""
     _, project = load_project(layout.project)
-    memories: dict[int, ExternalMemory] = {}
+    memories: dict[int, ExternalLookup] = {}
     orders: dict[int, list[str]] = {}
     for record in read_range(KafkaReader(layout.brokers), Topics().events):
         if record.headers["kind"] == EXTERNAL:
             batch = decode_batch(record.value or b"")
-            memories.setdefault(record.partition, ExternalMemory(project.crawls)).take(batch)
+            memories.setdefault(record.partition, ExternalLookup(project.crawls)).take(batch)
             orders.setdefault(record.partition, []).extend(batch["key"].to_pylist())
     # Sent again or not: each partition means the same.
     states = [memory.to_plain()[2] for memory in memories.values()]

@@ -13,7 +13,7 @@ import pytest
 
 from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.formats.events import EXTERNAL_SCHEMA, batch_from_rows
-from headrace.stream.join.external import KEEP, ExternalMemory
+from headrace.stream.join.external_lookup import KEEP, ExternalLookup
 
 CRAWLS = tuple(
     Crawl(
@@ -90,14 +90,14 @@ def impressions(random: Random, now: int, count: int) -> tuple[dict[str, pa.Arra
 def test_what_was_known_and_nothing_else(seed: int) -> None:
     random = Random(seed)
     rows = log_of(random, 80)
-    memory, at = ExternalMemory(CRAWLS), 0
+    memory, at = ExternalLookup(CRAWLS), 0
     while at < len(rows):
         step = random.randrange(1, 9)
         memory.take(batch_from_rows(rows[at : at + step], EXTERNAL_SCHEMA))
         at += step
         if random.random() < 0.2:
             plain = memory.to_plain()
-            memory = ExternalMemory(CRAWLS)
+            memory = ExternalLookup(CRAWLS)
             memory.load_plain(json.loads(json.dumps(plain)))
             assert memory.to_plain() == plain
         columns, times = impressions(random, max(r["crawl_time_ms"] for r in rows[:at]), 20)
@@ -113,7 +113,7 @@ def test_what_was_known_and_nothing_else(seed: int) -> None:
 
 def test_the_same_rows_cut_anyhow_are_the_same_state() -> None:
     rows = log_of(Random(3), 200)
-    whole, one_by_one = ExternalMemory(CRAWLS), ExternalMemory(CRAWLS)
+    whole, one_by_one = ExternalLookup(CRAWLS), ExternalLookup(CRAWLS)
     whole.take(batch_from_rows(rows, EXTERNAL_SCHEMA))
     for row in rows:
         one_by_one.take(batch_from_rows([row], EXTERNAL_SCHEMA))
@@ -121,7 +121,7 @@ def test_the_same_rows_cut_anyhow_are_the_same_state() -> None:
 
 
 def test_what_was_served_is_what_is_learnt() -> None:
-    memory = ExternalMemory(CRAWLS[:1])
+    memory = ExternalLookup(CRAWLS[:1])
     row = {"source": "one", "key": "1", "crawl_time_ms": 10, "epoch": 1, "version": "v", "values": '{"n": 5, "x": 1.5}'}
     memory.take(batch_from_rows([row], EXTERNAL_SCHEMA))
     batch = {
@@ -138,10 +138,10 @@ def test_what_was_served_is_what_is_learnt() -> None:
 
 
 def test_a_value_of_another_type_is_null_and_a_new_source_finds_what_came_before() -> None:
-    memory = ExternalMemory(())
+    memory = ExternalLookup(())
     row = {"source": "one", "key": "1", "crawl_time_ms": 10, "epoch": 1, "version": "v"}
     memory.take(batch_from_rows([{**row, "values": '{"n": "5", "x": 2, "t": 3}'}], EXTERNAL_SCHEMA))
-    later = ExternalMemory(CRAWLS)
+    later = ExternalLookup(CRAWLS)
     later.load_plain(memory.to_plain())
     got = later.lookup(CRAWLS[0], pa.array(["1"]), np.array([10], np.int64))
     assert [column[0].as_py() for column in got.values()] == [None, 2.0, None, 10]

@@ -1,9 +1,9 @@
-"""What a partition knows of crawled entities: their versions, looked up as of an impression. Pure.
+"""Crawled entities as a partition knows them: their versions, looked up as of an impression. Pure.
 
 Known is what lies earlier in the partition's log and was crawled no later than the impression. Of one entity the
 newest `KEEP` versions are remembered: an impression may be that many versions older than the newest, not more.
 
-1. A row of an epoch below the highest seen is a ghost's and ignored.
+1. A row of an epoch below the highest seen is ignored: a fenced-off crawler wrote it.
 2. A row that repeats the entity's newest version, or was crawled no later than it, is ignored.
 3. Any other row is the entity's newest version; one without values says that it is gone.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -23,17 +22,10 @@ import pyarrow.compute as pc
 
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
 from headrace.contract.formats.events import ARROW_TYPES
+from headrace.stream.features.external_values import values_of
 
 KEEP = 8
 _NEVER = np.iinfo(np.int64).max
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "int64": (int,),
-    "float64": (float, int),
-    "string": (str,),
-    "bool": (bool,),
-    "list[string]": (list,),
-}
 
 
 class _Version:
@@ -46,7 +38,7 @@ class _Version:
         self.read: tuple[Any, ...] | None = None
 
 
-class ExternalMemory:
+class ExternalLookup:
     """Versions by (source, key), of every source in the log: one that is declared later finds what came before."""
 
     def __init__(self, crawls: Sequence[Crawl]) -> None:
@@ -132,31 +124,7 @@ class ExternalMemory:
             self._versions.setdefault(source, {})[key] = [_Version(*version) for version in several]
 
 
-def values_of(text: str | bytes | None, crawl: Crawl) -> dict[str, Any]:
-    """Return an entity's declared fields; null where there is none, or it is not of the type that is declared now."""
-    if text is None:
-        return dict.fromkeys(crawl.fields)
-    try:
-        plain = msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        plain = None
-    plain = plain if isinstance(plain, dict) else {}
-    return {name: _fitted(plain.get(name), one.type) for name, one in crawl.fields.items()}
-
-
 def _read(version: _Version, crawl: Crawl) -> tuple[Any, ...]:
     if version.read is None:
         version.read = (*values_of(version.text, crawl).values(), version.at_ms)
     return version.read
-
-
-def _fitted(value: Any, kind: str) -> Any:
-    if type(value) not in _KINDS[kind]:
-        return None
-    if kind == "float64":
-        return float(value)
-    if kind == "int64" and not -(2**63) <= value < 2**63:
-        return None
-    if kind == "list[string]" and not all(type(one) is str for one in value):
-        return None
-    return value
