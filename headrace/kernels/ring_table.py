@@ -41,7 +41,7 @@ class Ring(NamedTuple):
 def new_ring(capacity: int = _ROWS_MIN, first: int = 0) -> Ring:
     """Return an empty ring whose next row gets the sequence number `first`."""
     head = np.array([first, first, 0, first, 0], np.int64)
-    return Ring(np.empty((capacity, 2), np.uint64), np.full(_places(capacity), EMPTY, np.int32), head)
+    return Ring(np.zeros((capacity, 2), np.uint64), np.full(_places(capacity), EMPTY, np.int32), head)
 
 
 def grown(ring: Ring, columns: list[Any], more: int) -> tuple[Ring, list[Any]]:

@@ -83,7 +83,7 @@ class Pending:
         tasks = len(self.windows_ms)
         self.arrays = PendingArrays(
             new_ring(rows, first),
-            np.empty((rows, 2), np.int64),
+            np.zeros((rows, 2), np.int64),
             np.zeros((rows, 3), np.uint8),
             np.empty(rows, np.int32),
             np.zeros(256, np.int64),
