@@ -8,8 +8,8 @@
 5. Punctuation moves the watermark; what has expired by then becomes negative, in the order (expiry, offset, row, task).
    A task with the eager policy says negative when the impression comes; its positive is a correction.
 6. Feedback after the window is late; up to the task's `correct_ms` later it makes one positive, a correction.
-7. A change of rules is in force for what is read after it; what waits keeps the rules under which it was read, until
-   nothing of it waits any more. Counters and memories of both rules go on, new ones begin empty.
+7. A change of rules is in force for what is read after it. What waits keeps the rules under which it was read, until
+   nothing waits under them any more. Counters that both rules have go on; new ones begin empty.
 
 Samples that one record resolves get ranks 0, 1, 2 ...; (offset, rank) is a sample's position. Records may be taken
 several at once: features and samples are then made together, which changes nothing but the time it takes.
@@ -75,7 +75,7 @@ from headrace.stream.join.payload import Payload, Spill
 from headrace.stream.join.pending import ORPHANS, PENDING, Pending
 from headrace.stream.join.recent_keys import RecentKeys
 from headrace.stream.join.record_columns import as_columns, checked, keys_of, local_keys, numbers_of
-from headrace.stream.join.rules_in_force import LABEL_COLUMNS, AsRead, Era, Lane, joined_schema, late_lanes
+from headrace.stream.join.rules_in_force import LABEL_COLUMNS, AsRead, Lane, RulesInForce, joined_schema, late_lanes
 from headrace.stream.join.watermark import Watermark
 
 
@@ -109,7 +109,7 @@ class JoinState:
         self.early = EarlyFeedback(np.zeros(0, np.uint8), config.early_feedback_ms)
         self.aggregates = AggregateLookup(())
         self.external = ExternalLookup(())
-        self.locals: list[LocalCounter] = []
+        self.local_counters: list[LocalCounter] = []
         self.counts_T9 = np.zeros((0, 9), np.int64)
         self.lanes: list[Lane] = []
         self.feedback: dict[str, FeedbackType] = {}
@@ -117,29 +117,29 @@ class JoinState:
         self.answers: list[int] = []
         """Rows of each of them, repeats left out."""
         self._feedback_schemas: dict[str, pa.Schema] = {}
-        self.eras: list[Era] = []
-        """Oldest first; the last one's rules are in force."""
-        self.begin_era(1, rules_of(project))
+        self.rules_in_force: list[RulesInForce] = []
+        """Oldest first: those that something still waits under, and last those by which records are read."""
+        self.begin_rules(1, rules_of(project))
 
     @property
-    def era(self) -> Era:
-        """The rules in force, and what was read under them."""
-        return self.eras[-1]
+    def rules(self) -> RulesInForce:
+        """The rules by which records are read, and what waits of the impressions that were read by them."""
+        return self.rules_in_force[-1]
 
     @property
     def schema(self) -> pa.Schema:
         """The columns of samples of what is read now."""
-        return self.era.schema
+        return self.rules.schema
 
     @property
     def waiting(self) -> int:
         """How many impressions wait, under whatever rules."""
-        return sum(len(era.pending) for era in self.eras)
+        return sum(len(rules.pending) for rules in self.rules_in_force)
 
     @property
     def pending(self) -> Pending:
-        """What waits of the impressions that were read under the rules in force."""
-        return self.era.pending
+        """What waits of the impressions that were read by `rules`."""
+        return self.rules.pending
 
     @property
     def tasks(self) -> list[Lane]:
@@ -164,13 +164,13 @@ class JoinState:
 
     # Rules
 
-    def begin_era(self, number: int, rules: Rules, *, first: int = 0) -> None:
+    def begin_rules(self, number: int, declared: Rules, *, first: int = 0) -> None:
         """Read by these rules from now on; what waits goes on under its own.
 
         A task that is new here has had all feedback of its kind so far as orphans, or waiting for an impression: its
         sums close like those of the others.
         """
-        project = rules.over(self.project)
+        project = declared.over(self.project)
         project = project if self._as_read is None else self._as_read(project)
         for feedback in project.feedback:
             self.answers += [0] * (feedback.name not in self.feedback)
@@ -178,18 +178,18 @@ class JoinState:
             self._feedback_schemas[feedback.name] = feedback_schema(project, feedback)
         self._add_lanes([lane for lane in lanes_of(project.tasks) if lane not in self.lanes])
         self.payload.seal()
-        self.eras.append(Era(number, rules, project, self.lanes, self.counts_T9, first=first))
-        known, key = {table.counter: table for table in self.locals}, project.impression.key
+        self.rules_in_force.append(RulesInForce(number, declared, project, self.lanes, self.counts_T9, first=first))
+        known, key = {table.counter: table for table in self.local_counters}, project.impression.key
         counters = project.features.counters
-        self.locals = [known[c] if c in known else self._new_table(c) for c in counters if c.is_local(key)]
+        self.local_counters = [known[c] if c in known else self._new_table(c) for c in counters if c.is_local(key)]
         self.aggregates.change([c for c in counters if not c.is_local(key)])
         self.external.crawls = project.crawls
 
-    def resume_eras(
+    def resume_rules(
         self, lanes: Sequence[Lane], feedback: Sequence[FeedbackType], answers: Sequence[int], counts_T9: I64s
     ) -> None:
-        """Forget all rules, and know these lanes and types: the stored eras follow, one `begin_era` each."""
-        self.eras, self.locals, self.aggregates = [], [], AggregateLookup(())
+        """Forget all rules, and know these lanes and types: the stored ones follow, one `begin_rules` each."""
+        self.rules_in_force, self.local_counters, self.aggregates = [], [], AggregateLookup(())
         self.lanes, self.counts_T9, self.answers = list(lanes), counts_T9, list(answers)
         self.feedback = {one.name: one for one in feedback}
         self._feedback_schemas = {one.name: feedback_schema(self.project, one) for one in feedback}
@@ -210,8 +210,8 @@ class JoinState:
                 added_L9[at, PENDING], added_L9[at, ORPHANS] = waiting, self.answers[kind] - waiting
         self.lanes += fresh
         self.counts_T9 = np.concatenate([self.counts_T9, added_L9])
-        for era in self.eras:
-            era.pending.share(self.counts_T9)
+        for rules in self.rules_in_force:
+            rules.pending.share(self.counts_T9)
         self._declare()
 
     def _declare(self) -> None:
@@ -223,10 +223,10 @@ class JoinState:
 
     def _take_change(self, record: Record, value: bytes, gathered: Gathered) -> None:
         change = decode_change(value, where=f"{record.topic}/{record.partition} offset {record.offset}")
-        if change.number <= self.era.number:
+        if change.number <= self.rules.number:
             return
         try:
-            check_growth(self.era.rules, change.rules, self.lanes)
+            check_growth(self.rules.declared, change.rules, self.lanes)
         except ConfigRejected as error:
             # What `headrace spec apply` refuses is the same in every partition: a record that changes nothing.
             raise EventRejected("bad_change", str(error)) from error
@@ -235,7 +235,7 @@ class JoinState:
         if gathered.impressions:
             self._keep(gathered.impressions)
             gathered.impressions.clear()
-        self.begin_era(change.number, change.rules, first=self.era.pending.following)
+        self.begin_rules(change.number, change.rules, first=self.rules.pending.following)
 
     def take(self, record: Record) -> Emitted | None:
         """Apply one record of the partition and return the samples that it resolved, if any; see `take_all`."""
@@ -264,8 +264,8 @@ class JoinState:
         for seq_L in gathered.released:
             self.payload.release(seq_L)
         self.early.forget_ids()
-        if len(self.eras) > 1:
-            self.eras = [era for era in self.eras if len(era.pending) or era is self.era]
+        if len(self.rules_in_force) > 1:
+            self.rules_in_force = [rules for rules in self.rules_in_force if len(rules.pending) or rules is self.rules]
         return emitted
 
     def _take(self, record: Record, value: bytes, gathered: Gathered) -> None:
@@ -273,7 +273,7 @@ class JoinState:
         if kind == PUNCTUATION:
             self._take_time(self.watermark.take(decode_punctuation(value)), record.offset, gathered)
         elif kind == IMPRESSION:
-            self._take_impressions(checked(decode_batch(value, self.era.impression_schema)), record.offset, gathered)
+            self._take_impressions(checked(decode_batch(value, self.rules.impression_schema)), record.offset, gathered)
         elif kind == FEEDBACK and name in self._feedback_schemas:
             self._take_feedback(name, checked(decode_batch(value, self._feedback_schemas[name])), record, gathered)
         elif kind == AGGREGATE:
@@ -283,33 +283,33 @@ class JoinState:
         elif kind == SPEC:
             self._take_change(record, value, gathered)
 
-    def _tables(self, era: Era) -> Tables:
+    def _tables(self, rules: RulesInForce) -> Tables:
         return Tables(
             self.seen.arrays,
             self.resolved.arrays,
-            era.pending.arrays,
+            rules.pending.arrays,
             self.early.arrays,
-            era.windows_T,
-            era.eager_T,
+            rules.windows_T,
+            rules.eager_T,
             self._late_T,
         )
 
     def _elsewhere(self, keys_N2: U64s) -> U8s:
-        """Return which older era each key waits in, from 1 on; 0 for none."""
+        """Return under which older rules each key waits, from 1 on; 0 for none."""
         marks_N = np.zeros(len(keys_N2), np.uint8)
-        for mark, era in enumerate(self.eras[:-1], start=1):
-            mark_waiting(era.pending.arrays.ring, keys_N2, mark, marks_N)
+        for mark, rules in enumerate(self.rules_in_force[:-1], start=1):
+            mark_waiting(rules.pending.arrays.ring, keys_N2, mark, marks_N)
         return marks_N
 
     # Time
 
     def _take_time(self, watermark_ms: int, offset: int, gathered: Gathered) -> None:
-        for era in self.eras:
-            seq_L, task_L = era.pending.expired(watermark_ms)
+        for rules in self.rules_in_force:
+            seq_L, task_L = rules.pending.expired(watermark_ms)
             if len(seq_L):
                 self.resolved.reserve(len(seq_L))
-                era.pending.close(seq_L, task_L, self.resolved.arrays)
-                silent_L = era.silent_T[task_L] == 1
+                rules.pending.close(seq_L, task_L, self.resolved.arrays)
+                silent_L = rules.silent_T[task_L] == 1
                 if silent_L.any():
                     gathered.released.append(seq_L[silent_L])
                     seq_L, task_L = seq_L[~silent_L], task_L[~silent_L]
@@ -317,26 +317,26 @@ class JoinState:
                 labels_L5[:, SEQ], labels_L5[:, TASK], labels_L5[:, CODE] = seq_L, task_L, NEGATIVE
                 if len(seq_L):
                     gathered.label(labels_L5, offset, None)
-            era.pending.let_go()
+            rules.pending.let_go()
         self.early.advance(watermark_ms, self.counts_T9)
         self.seen.advance(watermark_ms)
         self.resolved.advance(watermark_ms)
         self.aggregates.advance(watermark_ms)
-        for counter in self.locals:
+        for counter in self.local_counters:
             counter.advance(watermark_ms)
 
     # Impressions
 
     def _take_impressions(self, batch: pa.RecordBatch, offset: int, gathered: Gathered) -> None:
-        rows, era = batch.num_rows, self.era
-        for table in (self.seen, era.pending, self.resolved):
+        rows, rules = batch.num_rows, self.rules
+        for table in (self.seen, rules.pending, self.resolved):
             table.reserve(rows)
         # A negative of an eager task, a positive, and one for late feedback that came early.
         fresh_N, labels_L5 = np.empty(rows, np.int32), np.empty((3 * rows * len(self.lanes), 5), np.int64)
         seen_N2, keys_N2 = keys_of(batch, IMPRESSION)
         fresh, labels = take_impressions(
-            self._tables(era), seen_N2, keys_N2, numbers_of(batch, 4), self._elsewhere(keys_N2), self.watermark.time_ms,
-            fresh_N, labels_L5,
+            self._tables(rules), seen_N2, keys_N2, numbers_of(batch, 4), self._elsewhere(keys_N2),
+            self.watermark.time_ms, fresh_N, labels_L5,
         )  # fmt: skip
         self._rows.repeated_in_log += rows - fresh
         self._rows.impressions += fresh
@@ -358,8 +358,8 @@ class JoinState:
         """Return the batch with its counters, as served or else as known here and now, and count it, row after row."""
         times_N = numbers_of(batch, 4)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
-        keys = local_keys((table.counter for table in self.locals), batch)
-        for table in self.locals:
+        keys = local_keys((table.counter for table in self.local_counters), batch)
+        for table in self.local_counters:
             ours = feeds(table.counter, IMPRESSION)
             amounts_FN = np.array([amounts(feed, batch) for feed in ours], np.int64).reshape(len(ours), batch.num_rows)
             values_NE = table.take(*keys[table.counter.key_fields], times_N, ours, amounts_FN, read=True)
@@ -375,15 +375,15 @@ class JoinState:
 
     def _keep(self, batches: list[pa.RecordBatch]) -> None:
         """Featurize impressions and keep what their samples will hold."""
-        era = self.era
+        rules = self.rules
         batch = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
-        slots_NF, numeric_ND = featurize(columns, era.spec)
+        slots_NF, numeric_ND = featurize(columns, rules.spec)
         columns["slots"] = list_column(slots_NF, pa.int64())
         columns["numeric"] = list_column(numeric_ND, pa.float32())
-        columns["spec"] = pa.repeat(pa.scalar(era.digest, pa.string()), batch.num_rows)
-        kept = pa.RecordBatch.from_arrays([columns[f.name] for f in era.source_schema], schema=era.source_schema)
-        self.payload.append(era.pending.following - batch.num_rows, kept, era.takes)
+        columns["spec"] = pa.repeat(pa.scalar(rules.digest, pa.string()), batch.num_rows)
+        kept = pa.RecordBatch.from_arrays([columns[f.name] for f in rules.source_schema], schema=rules.source_schema)
+        self.payload.append(rules.pending.following - batch.num_rows, kept, rules.takes)
 
     # Feedback
 
@@ -395,15 +395,15 @@ class JoinState:
         kind = list(self.feedback).index(name)
         seen_N2, keys_N2 = keys_of(batch, f"{FEEDBACK}\x00{name}")
         times_N, fresh_N, early_N, labels = numbers_of(batch, 4), list[I64s](), list[I64s](), list[I64s]()
-        # A key waits in one era, and no feedback changes in which: rows that follow each other there go together.
+        # A key waits under one set of rules, and feedback never moves it: neighbours of one set go together.
         mark_N = self._elsewhere(keys_N2)
         cuts = [0, *(np.flatnonzero(mark_N[1:] != mark_N[:-1]) + 1).tolist(), batch.num_rows]
         for start, end in pairwise(cuts):
-            era = self.eras[int(mark_N[start]) - 1]
+            rules = self.rules_in_force[int(mark_N[start]) - 1]
             fresh_R, early_R = np.empty(end - start, np.int32), np.empty(end - start, np.int64)
             labels_L5 = np.empty(((end - start) * len(self.lanes), 5), np.int64)
             fresh, count = take_feedback(
-                self._tables(era), kind, seen_N2[start:end], keys_N2[start:end], times_N[start:end],
+                self._tables(rules), kind, seen_N2[start:end], keys_N2[start:end], times_N[start:end],
                 self.watermark.time_ms, self.config.pending_max, fresh_R, labels_L5, early_R,
             )  # fmt: skip
             labels_L5[:count, ID] += start
@@ -423,7 +423,7 @@ class JoinState:
         self.answers[kind] += len(fresh_N)
         if len(fresh_N) < batch.num_rows:
             batch = batch.take(pa.array(fresh_N))
-        counted = [(table, ours) for table in self.locals if (ours := feeds(table.counter, name))]
+        counted = [(table, ours) for table in self.local_counters if (ours := feeds(table.counter, name))]
         if not counted:
             return
         keys, times_N = local_keys((table.counter for table, _ in counted), batch), numbers_of(batch, 4)
@@ -445,16 +445,16 @@ class JoinState:
                 f"counts to {RANKS_MAX:,}: lower join.pending_max ({self.config.pending_max:,}) or the number of tasks."
             )
         seq_L, task_L, code_L = (labels_L5[:, column] for column in (SEQ, TASK, CODE))
-        era_L = np.searchsorted([era.first for era in self.eras], seq_L, side="right") - 1
-        present = [era for i, era in enumerate(self.eras) if (era_L == i).any()]
+        rules_L = np.searchsorted([rules.first for rules in self.rules_in_force], seq_L, side="right") - 1
+        present = [rules for i, rules in enumerate(self.rules_in_force) if (rules_L == i).any()]
         schema = present[0].schema if len(present) == 1 else joined_schema(present)
         source = pa.schema([f for f in schema if f.name not in LABEL_COLUMNS])
         kept = self.payload.take(seq_L, source)
         columns = {name: kept.column(i) for i, name in enumerate(source.names)}
         corrects_L, weight_L = code_L == CORRECTION, np.ones(count, np.float32)
-        for i, era in enumerate(self.eras):
-            ours_L = corrects_L & (era_L == i)
-            weight_L[ours_L] = era.weights_T[task_L[ours_L]]
+        for i, rules in enumerate(self.rules_in_force):
+            ours_L = corrects_L & (rules_L == i)
+            weight_L[ours_L] = rules.weights_T[task_L[ours_L]]
         positive_L = code_L != NEGATIVE
         columns |= {
             "partition": pa.array(np.full(count, self.partition, dtype=np.int32)),

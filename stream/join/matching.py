@@ -1,4 +1,4 @@
-"""What one record's rows do to the tables of the join: repeats dropped, keys matched, labels found. Pure, compiled.
+"""Where feedback meets its impression: one record's rows drop repeats, match keys and find labels. Pure, compiled.
 
 Rows are taken one by one, in order, so that how they are cut into records changes nothing.
 
@@ -38,7 +38,7 @@ wrong. `SETTLED` is a positive that ends a wait for late feedback too."""
 
 
 class Tables(NamedTuple):
-    """All that a record can change."""
+    """The tables that a record can change, and what its rules say of each task."""
 
     seen: RecentArrays
     resolved: RecentArrays

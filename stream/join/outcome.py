@@ -1,4 +1,4 @@
-"""What the join makes of records: counts, labels on their way, samples. Pure.
+"""What the join makes of records: totals, labels that become samples next, samples. Pure.
 
 Legend: L labels.
 """

@@ -1,7 +1,7 @@
-"""The columns of impressions while they wait, found by sequence number: pieces of Arrow batches, whole ones spilled.
+"""The columns of impressions while they wait, found by sequence number: pieces of Arrow batches.
 
-Pieces come as records do; many small ones are joined, and one that is full never changes again. A piece goes when
-nothing waits for any of its rows.
+Each record brings a piece. Many small ones are joined; a full one never changes again, and is spilled to disk where
+memory is short. A piece goes when nothing waits for any of its rows.
 """
 
 from __future__ import annotations

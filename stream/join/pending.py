@@ -1,4 +1,4 @@
-"""Impressions that wait for feedback: 44 bytes each when full, 55 at most, found by key, closed by time. Compiled.
+"""Impressions that wait for feedback, found by key, closed by time: 55 bytes each at most, 44 when full. Compiled.
 
 Rows lie in order of arrival; a row's sequence number is also where its payload is found. Lists of 128 ms hold the rows
 by the time that their windows begin; each task has a heap of the lists that it has not yet passed. A row is let go

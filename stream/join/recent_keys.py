@@ -1,7 +1,10 @@
-"""What is remembered for a while: a map from a 128-bit key to a small number, forgotten by watermark time.
+"""Keys of the recent past: a map from a 128-bit key to a small number, which forgets by watermark time. Compiled.
 
-Keys lie in order of arrival, in slices of time; a slice that is older than the horizon is forgotten at once, and its
-rows leave the ring bit by bit, two with each new one, so that forgetting never holds up the stream.
+The join remembers by it which events it has seen and which impressions are resolved. Keys lie in order of arrival, in
+slices of time. A slice that is older than the horizon is forgotten at once; its rows leave the ring bit by bit, two
+with each new one, so that forgetting never holds up the stream.
+
+Legend: C capacity in rows, 2 the halves of a key, N rows of a call.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _NO_TIME = -1
 
 
 class RecentArrays(NamedTuple):
-    """The arrays of a memory, for compiled callers: `values_C` lies beside the ring's keys."""
+    """The arrays, for compiled callers: `values_C` lies beside the ring's keys."""
 
     ring: Ring
     values_C: U8s

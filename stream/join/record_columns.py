@@ -1,4 +1,4 @@
-"""The columns of a record as the join takes them. Pure.
+"""The columns of a record of events: checked, as keys, as numbers. Pure.
 
 Legend: N rows, 2 the halves of a key, E entries of a counter.
 """

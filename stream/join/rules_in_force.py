@@ -1,4 +1,4 @@
-"""Rules in force, and what waits of the impressions that were read under them. Pure.
+"""The rules in force, and the impressions that wait under them. Pure.
 
 A lane is what an impression waits for: a task's feedback within its window, or behind that its late feedback. Lanes
 are numbered in the order in which rules first declared them, and a number is never given to another one, so that bits
@@ -32,13 +32,16 @@ Lane = tuple[str, str]
 AsRead = Callable[[Project], Project]
 
 
-class Era:
-    """Change `number` of the rules, and the impressions with sequence numbers from `first` on that it applies to."""
+class RulesInForce:
+    """Change `number` of the rules, as declared, and what waits of the impressions that were read under it.
+
+    Those are the impressions with sequence numbers from `first` on, up to the `first` of the next change.
+    """
 
     def __init__(
-        self, number: int, rules: Rules, project: Project, lanes: Sequence[Lane], counts_T9: I64s, *, first: int
+        self, number: int, declared: Rules, project: Project, lanes: Sequence[Lane], counts_T9: I64s, *, first: int
     ) -> None:
-        self.number, self.rules, self.project, self.first = number, rules, project, first
+        self.number, self.declared, self.project, self.first = number, declared, project, first
         self.spec = project.features
         self.digest = self.spec.digest()
         self.schema = sample_schema(project)
@@ -69,11 +72,11 @@ class Era:
         return self.lanes_open + int(self.eager_T.sum())
 
 
-def joined_schema(eras: Sequence[Era]) -> pa.Schema:
-    """Return the columns of samples of several eras: the newest one's, then those that only older ones have."""
+def joined_schema(several: Sequence[RulesInForce]) -> pa.Schema:
+    """Return the columns of samples under several rules: those of the newest, then those that only older ones have."""
     fields: dict[str, pa.Field] = {}
-    for era in reversed(eras):
-        for field in era.schema:
+    for rules in reversed(several):
+        for field in rules.schema:
             fields.setdefault(field.name, field)
     return pa.schema(list(fields.values()))
 

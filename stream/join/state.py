@@ -38,7 +38,7 @@ from headrace.stream.join.join import JoinState
 from headrace.stream.join.local_counters import LocalCounter, Rows
 from headrace.stream.join.payload import Piece
 from headrace.stream.join.recent_keys import RecentKeys
-from headrace.stream.join.rules_in_force import Era
+from headrace.stream.join.rules_in_force import RulesInForce
 
 VERSION = 3
 INLINE_ROWS = 16_384
@@ -123,12 +123,12 @@ class StateWriter:
         snapshot = Snapshot(state.offset, plain)
         for name, spans in self._memories.items():
             plain[name] = self._take_memory(name, getattr(state, name), spans, snapshot)
-        plain["eras"] = [self._take_era(era, snapshot) for era in state.eras]
-        needed = {part for era in plain["eras"] for part in era["parts"]}
+        plain["eras"] = [self._take_waiting(rules, snapshot) for rules in state.rules_in_force]
+        needed = {part for kept in plain["eras"] for part in kept["parts"]}
         self._pieces = {start: name for start, name in self._pieces.items() if name in needed}
         plain["external"] = self._take_external(snapshot)
-        self._chains = {table.counter: self._chains.get(table.counter, ([], [])) for table in state.locals}
-        plain["locals"] = [self._take_counter(table, snapshot) for table in state.locals]
+        self._chains = {table.counter: self._chains.get(table.counter, ([], [])) for table in state.local_counters}
+        plain["locals"] = [self._take_counter(table, snapshot) for table in state.local_counters]
         first, *columns = state.early.rows()
         plain["early"] = [first, *columns, list(state.early.ids.items())]
         return snapshot
@@ -137,9 +137,9 @@ class StateWriter:
         """Go on after the snapshot that the state was loaded from."""
         for name, spans in self._memories.items():
             spans.spans = [(a, b) for a, b in plain[name]["spans"]]
-        self._pieces = {_start_of(name): name for era in plain["eras"] for name in era["parts"]}
+        self._pieces = {_start_of(name): name for kept in plain["eras"] for name in kept["parts"]}
         self._external = plain.get("external", "")
-        for table, kept in zip(self.state.locals, plain["locals"], strict=True):
+        for table, kept in zip(self.state.local_counters, plain["locals"], strict=True):
             self._chains[table.counter] = list(kept["parts"]), list(kept["rows"])
 
     def _take_memory(self, name: str, memory: RecentKeys, spans: _Spans, snapshot: Snapshot) -> dict[str, Any]:
@@ -155,28 +155,28 @@ class StateWriter:
             "rest": list(memory.rows(rest, following)),
         }
 
-    def _take_era(self, era: Era, snapshot: Snapshot) -> dict[str, Any]:
-        payload, head = self.state.payload, era.pending.arrays.ring.head
+    def _take_waiting(self, rules: RulesInForce, snapshot: Snapshot) -> dict[str, Any]:
+        payload, head = self.state.payload, rules.pending.arrays.ring.head
         first, following = int(head[FIRST]), int(head[NEXT])
         parts: list[str] = []
         for piece in payload.full:
             start, end = max(piece.first, first), piece.first + piece.batch.num_rows
-            if not era.first <= piece.first < following:
+            if not rules.first <= piece.first < following:
                 continue
             if piece.first not in self._pieces:
                 self._pieces[piece.first] = f"rows-{start}-{end}"
-                snapshot.fresh[self._pieces[piece.first]] = self._piece_encoder(era, piece, start)
+                snapshot.fresh[self._pieces[piece.first]] = self._piece_encoder(rules, piece, start)
             parts.append(self._pieces[piece.first])
-        open_ = [(max(p.first, first), p) for p in payload.open if p.live and era.first <= p.first < following]
+        open_ = [(max(p.first, first), p) for p in payload.open if p.live and rules.first <= p.first < following]
         return {
-            "number": era.number,
-            "rules": msgspec.to_builtins(era.rules),
-            "begins": era.first,
+            "number": rules.number,
+            "rules": msgspec.to_builtins(rules.declared),
+            "begins": rules.first,
             "first": first,
             "following": following,
-            "bits": era.pending.bits(first, following),
+            "bits": rules.pending.bits(first, following),
             "parts": parts,
-            "open": [[start, self._piece_encoder(era, piece, start)] for start, piece in open_],
+            "open": [[start, self._piece_encoder(rules, piece, start)] for start, piece in open_],
         }
 
     def _take_external(self, snapshot: Snapshot) -> str:
@@ -188,9 +188,9 @@ class StateWriter:
             self._external = name
         return name
 
-    def _piece_encoder(self, era: Era, piece: Piece, start: int) -> Encode:
+    def _piece_encoder(self, rules: RulesInForce, piece: Piece, start: int) -> Encode:
         """Return what encodes a piece's rows from sequence number `start` on, with keys and times as columns."""
-        keys_N2, times_N2 = era.pending.rows(start, piece.first + piece.batch.num_rows)
+        keys_N2, times_N2 = rules.pending.rows(start, piece.first + piece.batch.num_rows)
         batch = piece.batch.slice(start - piece.first)
         extra = [keys_N2[:, 0].view(np.int64), keys_N2[:, 1].view(np.int64), times_N2[:, 1]]
 
@@ -228,7 +228,7 @@ def part_names(plain: Mapping[str, Any]) -> list[str]:
     return [
         *memories,
         *external,
-        *(part for era in plain["eras"] for part in era["parts"]),
+        *(part for kept in plain["eras"] for part in kept["parts"]),
         *(part for kept in plain["locals"] for part in kept["parts"]),
     ]
 
@@ -266,18 +266,20 @@ def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes
     state.load_totals(plain["totals"])
     counts_T9 = _array(plain["counts"], np.int64, 9).copy()
     feedback = msgspec.convert(plain["feedback"], list[FeedbackType])
-    state.resume_eras([(name, of) for name, of in plain["lanes"]], feedback, plain["answers"], counts_T9)
-    for era in plain["eras"]:
-        state.begin_era(era["number"], msgspec.convert(era["rules"], Rules), first=era["begins"])
+    state.resume_rules([(name, of) for name, of in plain["lanes"]], feedback, plain["answers"], counts_T9)
+    for kept in plain["eras"]:
+        state.begin_rules(kept["number"], msgspec.convert(kept["rules"], Rules), first=kept["begins"])
     state.aggregates.load_plain(plain["aggregates"])
     if plain.get("external"):
         state.external.load_plain(_plain_of(fetch(plain["external"])))
     for name in ("seen", "resolved"):
         _load_memory(name, getattr(state, name), plain[name], fetch)
-    for table, kept in zip(state.locals, plain["locals"], strict=True):
+    for table, kept in zip(state.local_counters, plain["locals"], strict=True):
         several = [_rows_of(_plain_of(fetch(name))) for name in kept["parts"]]
         table.load(kept["floor"], [*several, *([_rows_of(kept["whole"])] if kept["whole"] else [])])
-    loaded = [_load_era(era, kept, fetch) for era, kept in zip(state.eras, plain["eras"], strict=True)]
+    loaded = [
+        _load_waiting(rules, kept, fetch) for rules, kept in zip(state.rules_in_force, plain["eras"], strict=True)
+    ]
     state.payload.load([piece for pieces in loaded for piece in pieces])
     first, keys, facts, kinds, ids = plain["early"]
     columns = _array(keys, np.uint64, 2), _array(facts, np.int64, 3), _array(kinds, np.uint8)
@@ -312,9 +314,9 @@ def _load_memory(name: str, memory: RecentKeys, plain: Mapping[str, Any], fetch:
     memory.load([tuple(s) for s in plain["slices"]], plain["first"], np.concatenate(keys), np.concatenate(values))
 
 
-def _load_era(era: Era, kept: Mapping[str, Any], fetch: Callable[[str], bytes]) -> list[Piece]:
-    """Fill an era with what waits, and return its columns that are still asked for."""
-    era.pending.begin(kept["first"], kept["following"])
+def _load_waiting(rules: RulesInForce, kept: Mapping[str, Any], fetch: Callable[[str], bytes]) -> list[Piece]:
+    """Fill rules with what waits under them, and return its columns that are still asked for."""
+    rules.pending.begin(kept["first"], kept["following"])
     bits_N2 = _array(kept["bits"], np.uint8, 2)
     stored = [(_start_of(name), fetch(name)) for name in kept["parts"]] + [tuple(o) for o in kept["open"]]
     pieces: list[Piece] = []
@@ -322,13 +324,13 @@ def _load_era(era: Era, kept: Mapping[str, Any], fetch: Callable[[str], bytes]) 
         batch = decode_batch(data)
         width = batch.num_columns - len(_KEYS)
         low_N, high_N, base_N = (batch.column(width + i).to_numpy() for i in range(len(_KEYS)))
-        columns = pa.RecordBatch.from_arrays(batch.columns[:width], schema=era.source_schema)
+        columns = pa.RecordBatch.from_arrays(batch.columns[:width], schema=rules.source_schema)
         keys_N2 = np.ascontiguousarray(np.stack([low_N, high_N], axis=1)).view(np.uint64)
         gone = max(0, kept["first"] - start)
         at = start + gone - kept["first"]
         bits = bits_N2[at : at + batch.num_rows - gone]
         event_N = columns.column("event_time_ms").to_numpy()
-        live = era.pending.restore(start + gone, keys_N2[gone:], event_N[gone:], base_N[gone:], bits)
+        live = rules.pending.restore(start + gone, keys_N2[gone:], event_N[gone:], base_N[gone:], bits)
         pieces.append(Piece(start, columns, live, bytes=columns.nbytes))
     return [piece for piece in pieces if piece.live]
 

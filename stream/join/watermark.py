@@ -34,8 +34,8 @@ class Watermark:
     def take(self, punctuation: Punctuation) -> int:
         """Apply one promise and return the watermark.
 
-        A promise of an older epoch is a ghost's and ignored; a newer epoch replaces the gateway's former self. A
-        goodbye counts once more, as the gateway's last promise, and is then left out.
+        A promise of an older epoch is ignored: the gateway began anew since. A newer epoch replaces what the gateway
+        said before. A goodbye counts once more, as the gateway's last promise; then the gateway is left out.
         """
         speaker = punctuation.gateway
         epoch, before = self.gateways.get(speaker, (punctuation.epoch, NO_TIME))
@@ -45,7 +45,7 @@ class Watermark:
             before = NO_TIME
         promise = max(before, punctuation.time_ms)
         if before == NO_TIME and promise < self.time_ms - self.silent_ms:
-            # It comes (again) with what is long past: the watermark waits for nobody who begins so far behind.
+            # It comes, or comes back, with times that are long past. The watermark never waits for such a gateway.
             self._leave_out(speaker)
             return self.time_ms
         self.gateways[speaker] = (punctuation.epoch, promise)

@@ -117,10 +117,10 @@ class StreamStage:
     async def take_all(self, records: Sequence[Record]) -> None:
         """Join records of one partition, in order, and send what they resolved."""
         partition = self.partitions[records[0].partition]
-        before = partition.state.era
+        before = partition.state.rules
         emitted = partition.state.take_all(records)
-        if partition.state.era.number != before.number:
-            self._tell_rules(partition.number, partition.state, before.rules)
+        if partition.state.rules.number != before.number:
+            self._tell_rules(partition.number, partition.state, before.declared)
         self.deps.metrics.add("records_read_total", len(records))
         if emitted is not None:
             pieces = _pieces(emitted)
@@ -166,8 +166,8 @@ class StreamStage:
 
     def _tell_rules(self, partition: int, state: JoinState, before: Rules | None) -> None:
         """Log what the partition is read by; `before` are the rules until now, unless the worker just began."""
-        rules = state.era.rules
-        log.info("partition %d is read by rules %s (change %d)", partition, rules.digest(), state.era.number)
+        rules = state.rules.declared
+        log.info("partition %d is read by rules %s (change %d)", partition, rules.digest(), state.rules.number)
         # A worker that was in line with the log before a change has the project of before: nothing hangs on that.
         if before == self.declared:
             self.declared = rules
@@ -207,8 +207,8 @@ class StreamStage:
         metrics.set("pending_impressions", sum(p.state.waiting for p in partitions))
         metrics.set("pending_feedback", sum(len(p.state.early) for p in partitions))
         metrics.set("watermark_ms", min(p.state.watermark.time_ms for p in partitions))
-        metrics.set("rules_number", min(p.state.era.number for p in partitions))
-        metrics.set("rules_differ", float(any(p.state.era.rules != self.declared for p in partitions)))
+        metrics.set("rules_number", min(p.state.rules.number for p in partitions))
+        metrics.set("rules_differ", float(any(p.state.rules.declared != self.declared for p in partitions)))
         for partition in partitions:
             tasks = partition.state.totals.tasks
             # A task that has just been declared begins with what came before it, which is no news.

@@ -104,7 +104,7 @@ class RulesFromDisk(AnyDisk):
         following = await super().begin(partition)
         state = self.partitions[partition].state
         if following is not None:
-            state.begin_era(state.era.number, self.declared, first=state.era.pending.following)
+            state.begin_rules(state.rules.number, self.declared, first=state.rules.pending.following)
         return following
 
 
@@ -114,9 +114,9 @@ class WaitingUnderNewRules(AnyDisk):
     async def take_all(self, records):
         join = self.partitions[records[0].partition].state
         await super().take_all(records)
-        for era in join.eras[:-1]:
-            width = len(era.windows_T)
-            era.pending.windows_ms[:] = join.era.windows_T[:width].tolist()
+        for rules in join.rules_in_force[:-1]:
+            width = len(rules.windows_T)
+            rules.pending.windows_ms[:] = join.rules.windows_T[:width].tolist()
 
 
 class ForgetsOldRules(AnyDisk):
@@ -125,7 +125,7 @@ class ForgetsOldRules(AnyDisk):
     async def begin(self, partition):
         following = await super().begin(partition)
         state = self.partitions[partition].state
-        del state.eras[:-1]
+        del state.rules_in_force[:-1]
         return following
 
 

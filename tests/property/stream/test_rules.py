@@ -54,7 +54,7 @@ def test_equal_samples_and_totals_across_changes(seed, config):
     assert compiled.totals == gathered.totals == plain.totals
     assert compiled.waiting == len(plain.waiting)
     assert len(compiled.payload) == sum(waiting.open.bit_count() for waiting in plain.waiting.values())
-    assert compiled.era.number == 4
+    assert compiled.rules.number == 4
 
 
 @pytest.mark.parametrize("block", range(3))

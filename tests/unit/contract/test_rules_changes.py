@@ -128,8 +128,8 @@ def test_a_crash_between_partitions_is_mended_by_applying_again(survived):
     joins = [JoinState(PROJECT, JoinConfig(), silent_ms=300, partition=p) for p in range(PARTITIONS)]
     for join, records in zip(joins, world.events(), strict=True):
         join.take_all(records)
-        assert (join.era.number, join.era.rules) == (2, rules_of(WIDE))
-        assert len(join.eras) == 1
+        assert (join.rules.number, join.rules.declared) == (2, rules_of(WIDE))
+        assert len(join.rules_in_force) == 1
 
 
 def test_another_change_first_finishes_the_one_before():
@@ -174,7 +174,7 @@ def test_what_may_not_change_is_refused_and_nothing_is_written(project, said):
     join = JoinState(PROJECT, JoinConfig(), silent_ms=300, partition=0)
     value = encode_change(change_of(project, 2, now_ms=0))
     join.take(Record("events", 0, 0, None, value, {"kind": "spec"}, 0))
-    assert (join.era.number, join.totals.bad_records, join.offset) == (1, 1, 0)
+    assert (join.rules.number, join.totals.bad_records, join.offset) == (1, 1, 0)
 
 
 def test_a_counter_that_was_dropped_comes_back_as_it_was_or_not_at_all():

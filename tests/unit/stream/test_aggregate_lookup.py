@@ -1,4 +1,5 @@
-"""Goal: a partition uses the newest value not after the impression, and hears no ghost. Method: small examples."""
+"""Goal: a partition uses the newest value not after the impression, and no value of a fenced-off aggregator.
+Method: small examples."""
 
 from __future__ import annotations
 

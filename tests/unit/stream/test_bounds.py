@@ -75,7 +75,7 @@ def test_a_state_keeps_its_rules_and_is_refused_under_another_key():
     other = structs.replace(PROJECT, tasks=(structs.replace(PROJECT.tasks[0], window_ms=77), *PROJECT.tasks[1:]))
     again = JoinState(other, CONFIG, silent_ms=300, partition=0)
     load_state(again, encode_state(join))
-    assert again.era.rules == join.era.rules != rules_of(other)
+    assert again.rules.declared == join.rules.declared != rules_of(other)
     keyed = structs.replace(PROJECT, impression=structs.replace(PROJECT.impression, key="item"))
     with pytest.raises(InvariantBroken, match=r"partition key 'user'.*log\.generation"):
         load_state(JoinState(keyed, CONFIG, silent_ms=300, partition=0), encode_state(join))

@@ -47,6 +47,6 @@ def test_after_compiling_the_join_other_events_compile_nothing() -> None:
             change = encode_change(change_of(PROJECT, 2, now_ms=0))
             state.take(Record("", 1, 4 * number + 2, None, change, {"kind": SPEC}, 0))
         state.take(punctuation_record(4 * number + 3, 1_000 * number))
-    assert state.era.number == 2
+    assert state.rules.number == 2
     load_state(JoinState(PROJECT, JoinConfig(), silent_ms=1_000, partition=1), encode_state(state))
     assert _compiled() == after
