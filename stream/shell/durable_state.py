@@ -25,7 +25,7 @@ from headrace.contract.interfaces.log import Producer
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
 
-log = logging.getLogger("headrace.stream")
+log = logging.getLogger("headrace.state")
 
 T = TypeVar("T")
 Encode = Callable[[], bytes]
