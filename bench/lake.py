@@ -38,12 +38,12 @@ from harness.figures import Figure, show
 
 from headrace.backends.lake.delta import DeltaLake, with_hours
 from headrace.backends.lake.upkeep import Done, Upkeep
-from headrace.cli.stack.flags import quiet_clients
 from headrace.contract.config import LakeConfig, port
 from headrace.contract.formats.positions import Position
 from headrace.deploy.local import readiness
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout, jar_folder
+from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.servers import cephfs, hdfs
 from headrace.deploy.local.servers.jars import ensure_jars
 from headrace.deploy.local.servers.java import find_java
