@@ -38,12 +38,12 @@ from harness.figures import Figure, show
 
 from headrace.backends.lake.delta import DeltaLake, with_hours
 from headrace.backends.lake.upkeep import Done, Upkeep
-from headrace.cli.stack.flags import quiet_clients
-from headrace.contract.config import LakeConfig
+from headrace.contract.config import LakeConfig, port
 from headrace.contract.formats.positions import Position
 from headrace.deploy.local import readiness
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout, jar_folder
+from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.servers import cephfs, hdfs
 from headrace.deploy.local.servers.jars import ensure_jars
 from headrace.deploy.local.servers.java import find_java
@@ -99,10 +99,15 @@ def read_again(read: Callable[[], pa.Table]) -> tuple[float, pa.Table]:
 @contextmanager
 def own_hdfs(home: Path) -> Iterator[str]:
     """Yield the address of an HDFS of our own."""
-    at = Layout(home, BASE, "", f"hdfs://{HOST}:0/bench", None, home, own_kafka=False, own_hdfs=True)
     layout = Layout(
-        *(home, BASE, "", f"hdfs://{HOST}:{at.port('namenode')}/bench", f"http://{HOST}:{at.port('namenode_http')}"),
-        *(home, False, True),
+        home=home,
+        port_base=BASE,
+        brokers="",
+        store=f"hdfs://{HOST}:{port('namenode', BASE)}/bench",
+        webhdfs=f"http://{HOST}:{port('namenode_http', BASE)}",
+        project=home,
+        own_kafka=False,
+        own_hdfs=True,
     )
     layout.prepare()
     java = find_java()

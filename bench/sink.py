@@ -35,13 +35,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness.figures import Figure, show
 
 from headrace.backends.log.kafka import KafkaProducer, KafkaReader
-from headrace.cli.stack.flags import quiet_clients
 from headrace.contract.config import port
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.sample import sample_schema
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import CHECKOUT, HOST, Layout
+from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.supervise import Supervisor
 from headrace.examples.shop.shop import PROJECT
 

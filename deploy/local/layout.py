@@ -33,7 +33,7 @@ class Addresses(msgspec.Struct, frozen=True, kw_only=True):
     project: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """One local stack. Everything it writes lies below `home`, but for the jars, which all stacks share."""
 

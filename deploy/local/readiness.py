@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -84,3 +85,10 @@ def stage_probes(layout: Layout) -> dict[str, Callable[[], str]]:
         "serve": ready("serving"),
         "tensorboard": ready("tensorboard", "/"),
     }
+
+
+def quiet_clients() -> None:
+    """Keep the clients' warnings out of the log: what is asked may not be ready yet, and the answer says so."""
+    logging.basicConfig(level=logging.ERROR)
+    for name in ("headrace.hdfs", "headrace.kafka"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

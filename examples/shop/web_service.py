@@ -108,7 +108,7 @@ class Ranker:
             self._connection = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Shop:
     """One shop's state between turns. `log` is called by the thread of `run` alone."""
 

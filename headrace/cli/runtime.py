@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """One started entry point."""
+    """What a verb runs with."""
 
     project: Project
     config: Config

@@ -25,7 +25,7 @@ from headrace.contract.interfaces.log import Producer
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
 
-log = logging.getLogger("headrace.stream")
+log = logging.getLogger("headrace.state")
 
 T = TypeVar("T")
 Encode = Callable[[], bytes]
@@ -99,11 +99,9 @@ class DurableState:
         every_ms: int,
         first_ms: float = 0.0,
     ) -> None:
-        """Args:
-        folder: where the manifests lie.
-        parts_folder: where their parts lie, if there are any.
-        every_ms: time from one snapshot to the next.
-        first_ms: time until the first one.
+        """Keep manifests in `folder` and their parts, if there are any, in `parts_folder`.
+
+        A snapshot is due after `first_ms`, then every `every_ms`.
         """
         self._producer, self._metrics, self._clock = deps.producer, deps.metrics, deps.clock
         self._store, self._owner = store, owner

@@ -77,9 +77,9 @@ class StreamStage:
     durable_state = DurableState
 
     def __init__(self, deps: StageDependencies, *, spill: Spill | None = None, declared: Rules | None = None) -> None:
-        """Args:
-        spill: where waiting impressions lie; None keeps them in memory.
-        declared: what the project on disk says, where that is not `deps.project`, whose rules the log begins with.
+        """Keep what waits in `spill`, or in memory without one.
+
+        `declared` is what the project on disk says, where that is not `deps.project`, whose rules the log begins with.
         """
         self.deps, self.spill = deps, spill
         self.topic = deps.topics.events

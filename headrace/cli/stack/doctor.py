@@ -7,8 +7,9 @@ import sys
 
 import msgspec
 
-from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, quiet_clients
+from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout
 from headrace.deploy.local.doctor import examine
+from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.supervise import Supervisor
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.cli.stack.flags import add_stack_flags, present_layout, quiet_clients
+from headrace.cli.stack.flags import add_stack_flags, present_layout
+from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.stack import stop
 
 add_arguments = add_stack_flags

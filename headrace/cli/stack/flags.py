@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections.abc import Sequence
 
@@ -71,10 +70,3 @@ def table(processes: Sequence[Process]) -> str:
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]) for row in rows
     )
-
-
-def quiet_clients() -> None:
-    """Let probes speak only through their results: a part that is not up yet is no warning."""
-    logging.basicConfig(level=logging.ERROR)
-    for name in ("headrace.hdfs", "headrace.kafka"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)

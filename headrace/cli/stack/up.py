@@ -15,11 +15,12 @@ import time
 from headrace.cli.addresses import HOST
 from headrace.cli.project_folder import load_project
 from headrace.cli.rules_topic import rules_topic
-from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, quiet_clients, table
+from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, table
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine
 from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.stack import start, stop
 from headrace.deploy.local.status_line import StatusLine
 from headrace.deploy.local.supervise import Program, Supervisor

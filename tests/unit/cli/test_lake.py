@@ -87,7 +87,15 @@ def test_a_store_without_a_lake(tmp_path: Path, store: Path, monkeypatch: pytest
 def test_the_schedule_counts_what_an_upkeep_tells(store: Path, tmp_path: Path, shop_dir: Path):
     config, project = load_project(shop_dir)
     runtime = Runtime(
-        project, config, Topics(), "127.0.0.1:9", f"file:{store}", None, tmp_path / "home", 31_000, shop_dir
+        project=project,
+        config=config,
+        topics=Topics(),
+        brokers="127.0.0.1:9",
+        store=f"file:{store}",
+        webhdfs=None,
+        home=tmp_path / "home",
+        port_base=31_000,
+        project_dir=shop_dir,
     )
     metrics = MemoryMetrics()
     command = upkeep_command(runtime)

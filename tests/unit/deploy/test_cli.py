@@ -219,7 +219,17 @@ def test_memory_metrics_and_virtual_clock_are_looked_at() -> None:
 
 
 def test_the_shipper_needs_a_port_outside_the_table() -> None:
-    made = layout.Layout(Path("/x"), 30_000, "b", "file:/x", None, Path("/p"), True, False, "fluentd")
+    made = layout.Layout(
+        home=Path("/x"),
+        port_base=30_000,
+        brokers="b",
+        store="file:/x",
+        webhdfs=None,
+        project=Path("/p"),
+        own_kafka=True,
+        own_hdfs=False,
+        shipper="fluentd",
+    )
     assert made.environment()["SHIPPER_PORT"] == "29999"
 
 

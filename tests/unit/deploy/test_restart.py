@@ -35,7 +35,16 @@ class MemorySupervisor:
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
-    made = Layout(tmp_path, 30_000, "127.0.0.1:9", f"file:{tmp_path}/store", None, Path("/p"), False, False)
+    made = Layout(
+        home=tmp_path,
+        port_base=30_000,
+        brokers="127.0.0.1:9",
+        store=f"file:{tmp_path}/store",
+        webhdfs=None,
+        project=Path("/p"),
+        own_kafka=False,
+        own_hdfs=False,
+    )
     made.prepare()
     return made
 

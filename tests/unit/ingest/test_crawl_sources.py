@@ -21,7 +21,17 @@ from headrace.examples.shop.shop import CATALOGUE, PROJECT
 
 def runtime(home: Path, port_base: int | None, crawls: tuple[Crawl, ...] = PROJECT.crawls) -> Runtime:
     project = msgspec.structs.replace(PROJECT, crawls=crawls)
-    return Runtime(project, Config(), Topics(), "b:9", "file:/s", None, home, port_base, project_dir=home)
+    return Runtime(
+        project=project,
+        config=Config(),
+        topics=Topics(),
+        brokers="b:9",
+        store="file:/s",
+        webhdfs=None,
+        home=home,
+        port_base=port_base,
+        project_dir=home,
+    )
 
 
 def file_of(home: Path, *crawls: Crawl) -> Path:

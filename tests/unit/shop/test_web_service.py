@@ -58,7 +58,18 @@ def open_shop(path: Path, logged: list[tuple[str, dict[str, Any]]], until: int, 
             return True
 
         port = unheard.getsockname()[1]
-        shop = web_service.Shop(project, ROWS, 1_000.0, log, _Metrics(), _Clock(), path, "127.0.0.1", port, stop)
+        shop = web_service.Shop(
+            project=project,
+            traffic=ROWS,
+            rate=1_000.0,
+            log=log,
+            metrics=_Metrics(),
+            clock=_Clock(),
+            progress=path,
+            host="127.0.0.1",
+            port=port,
+            stop=stop,
+        )
         shop.run()
 
 
