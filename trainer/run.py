@@ -22,11 +22,12 @@ import msgspec
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.positions import Cursor, Positions
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Producer, Reader
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
@@ -35,7 +36,7 @@ from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoi
 from headrace.trainer.commit.publish import Publisher, read_manifests
 from headrace.trainer.commit.steps import Pen, StepsLog
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.source.source import Cursor, Lake, Source
+from headrace.trainer.source.source import Source
 from headrace.trainer.validation.board import Board
 from headrace.trainer.validation.evaluate import Evaluation, known_times
 from headrace.trainer.validation.report import Report
@@ -80,7 +81,7 @@ class Parts:
     metrics: StageMetrics
     clock: Clock
     stop: Stop
-    lake: Lake | None = None
+    lake: LakeReader | None = None
     board: Board | None = None
     progress: Progress = field(default_factory=Silent)
     background: bool = True

@@ -31,7 +31,7 @@ from headrace.contract.formats.positions import START, Position, Positions, orde
 from headrace.contract.formats.steps import Step
 from headrace.contract.recipe import Recipe
 from headrace.trainer.model.calibration import left_out
-from headrace.trainer.source.source import sample_hashes
+from headrace.trainer.source.batch import sample_hashes
 
 KEYS = pa.schema(
     [

@@ -16,11 +16,12 @@ from trainer_world import PARTITIONS, PROJECT, TOPICS, FaultyBlobs, Killed, Worl
 
 from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.formats.positions import Cursor
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.contract.formats.steps import decode_step
 from headrace.trainer.model.learner import TableLearner, make_learner
 from headrace.trainer.run import Trainer
-from headrace.trainer.source.source import Cursor, Source
+from headrace.trainer.source.source import Source
 
 COUNT = 400
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -132,12 +133,13 @@ class Lake:
     positions: Positions
     next_offsets: dict[int, int]
     version: int = 5
+    retained_before_ms: int = 0
 
     def state(self, version: int | None = None) -> Lake:
         return self
 
-    def read(self, version: int | None = None) -> pa.Table:
-        return self.rows
+    def read(self, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        return self.rows if columns is None else self.rows.select(columns)
 
     def hold(self, version: int, holder: str) -> None:
         """Nothing is deleted here."""

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contract.formats.positions import Cursor
 from headrace.contract.interfaces.blobs import Blobs
-from headrace.trainer.source.source import Cursor
 
 logger = logging.getLogger("headrace.train")
 

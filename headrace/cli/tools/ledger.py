@@ -27,7 +27,7 @@ from headrace.replay.ledger.ledger import KEYS, TIMED_KEYS, Found, Ledger, draw,
 from headrace.replay.ledger.rejoin import rejoin
 from headrace.replay.ledger.scan import sample_keys
 from headrace.stream.rule_changes import first_rules
-from headrace.trainer.source.source import stored_order
+from headrace.trainer.source.stored import stored_order
 
 ROWS = (
     ("gateway", ("read", "appended", "dead_lettered", "repeated", "retried")),

@@ -31,7 +31,8 @@ from headrace.serving.api.app import make_app
 from headrace.stream.features.featurize import featurize
 from headrace.stream.join.join import JoinState
 from headrace.stream.sink.stage import SinkStage
-from headrace.trainer.source.source import Source, conform, to_batch
+from headrace.trainer.source.batch import conform, to_batch
+from headrace.trainer.source.source import Source
 
 TOPICS = Topics()
 

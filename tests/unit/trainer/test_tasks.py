@@ -16,7 +16,8 @@ from headrace.replay.ledger.ledger import JOINED, KEYS, Expected, Found, draw
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.run import Trainer
-from headrace.trainer.source.source import stored_order, to_batch
+from headrace.trainer.source.batch import to_batch
+from headrace.trainer.source.stored import stored_order
 
 MANY = msgspec.structs.replace(
     PROJECT,
