@@ -27,8 +27,8 @@ from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.trainer.commit.publish import read_manifests
+from headrace.trainer.identity import recipe_digest
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.run import digest_of
 from headrace.trainer.source.batch import conform, to_batch
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
@@ -79,7 +79,7 @@ def as_trained(
     target = manifests[-1].step if step is None else step
     live = next((m.digest for m in reversed(manifests) if m.run == run and m.step == target), "")
     steps = read_steps(reader, topics, project.name, run, target)
-    if any(s.recipe != digest_of(project) for s in steps):
+    if any(s.recipe != recipe_digest(project) for s in steps):
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
     shown = progress or Silent()
     shown.begin(f"replaying {target} steps of run {run}", sum(r.rows for s in steps for r in s.ranges))

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-import msgspec
-
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor, Positions
@@ -31,16 +29,16 @@ from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Producer, Reader
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
-from headrace.contract.project import Project, Task
-from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
+from headrace.contract.project import Project
+from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint
 from headrace.trainer.commit.publish import Publisher, read_manifests
 from headrace.trainer.commit.steps import Pen, StepsLog
+from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.source import Source
 from headrace.trainer.validation.board import Board
-from headrace.trainer.validation.evaluate import Evaluation, known_times
+from headrace.trainer.validation.evaluate import known_times
 from headrace.trainer.validation.report import Report
-from headrace.trainer.validation.slices import slices_of
 
 logger = logging.getLogger("headrace.train")
 
@@ -87,27 +85,6 @@ class Parts:
     background: bool = True
 
 
-def digest_of(project: Project) -> str:
-    """Return the digest of what makes a run's bits: recipe and feature spec."""
-    return recipe_digest({"recipe": msgspec.json.encode(project.recipe), "spec": msgspec.json.encode(project.features)})
-
-
-def tasks_of(project: Project) -> list[Task]:
-    """Return the tasks that the recipe learns, in the order of its heads."""
-    tasks = {task.name: task for task in project.tasks}
-    return [tasks[name] for name in project.recipe.heads]
-
-
-def new_evaluation(project: Project, config: TrainConfig) -> Evaluation:
-    """Return an empty evaluation of the recipe's tasks."""
-    return Evaluation(
-        project.features,
-        tasks_of(project),
-        key_field=project.impression.key,
-        slices=slices_of(project, config.slices, values_max=config.slice_values_max),
-    )
-
-
 class Trainer:
     """One worker's loop. `recover` once, then `turn` again and again."""
 
@@ -122,7 +99,7 @@ class Trainer:
             lake=parts.lake,
         )
         self.steps = StepsLog(parts.pen, self.project.name, pause=self._pause)
-        self.recipe = digest_of(self.project)
+        self.recipe = recipe_digest(self.project)
         self.learner = learner_for(self.project, parts.config)
         self.evaluation = new_evaluation(self.project, parts.config)
         self.run_id = ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -101,14 +100,6 @@ def stored_versions(blobs: Blobs, model: str) -> set[int]:
         if checkpoint is not None and checkpoint.meta.cursor.lake_version >= 0:
             found.add(checkpoint.meta.cursor.lake_version)
     return found
-
-
-def recipe_digest(parts: Mapping[str, bytes]) -> str:
-    """Return 16 hex digits over what makes a run's bits: the recipe and the spec, by name."""
-    sha = hashlib.sha256()
-    for name, data in sorted(parts.items()):
-        sha.update(f"{name} {len(data)}\n".encode() + data)
-    return sha.hexdigest()[:16]
 
 
 def _names(blobs: Blobs, model: str) -> list[str]:
