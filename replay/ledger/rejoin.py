@@ -25,8 +25,9 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import FeatureSpec
-from headrace.replay.ledger.ledger import JOINED, Expected, TaskCounts
-from headrace.replay.ledger.scan import in_order
+from headrace.replay.ledger.draw import Expected
+from headrace.replay.ledger.keys import JOINED, in_order
+from headrace.replay.ledger.ledger import TaskCounts
 from headrace.stream.join.join import JoinState
 
 # 1 s before the newest record: partitions are read to ends that were asked one after the other, and totals in one may

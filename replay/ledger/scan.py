@@ -9,7 +9,7 @@ import pyarrow as pa
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.interfaces.log import Record
-from headrace.replay.ledger.ledger import KEYS
+from headrace.replay.ledger.keys import KEYS
 
 
 def sample_keys(records: Iterable[Record]) -> pa.Table:
@@ -23,8 +23,3 @@ def sample_keys(records: Iterable[Record]) -> pa.Table:
                 taken.setdefault(record.partition, []).append(rows)
     tables = [pa.Table.from_batches(batches) for batches in taken.values()]
     return pa.concat_tables(tables).combine_chunks() if tables else KEYS.empty_table()
-
-
-def in_order(keys: pa.Table) -> pa.Table:
-    """Return the rows by partition and position."""
-    return keys.sort_by([("partition", "ascending"), ("offset", "ascending"), ("rank", "ascending")])

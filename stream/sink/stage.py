@@ -21,7 +21,7 @@ import pyarrow as pa
 from headrace.contract.config import Config
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import decode_batch, fit
-from headrace.contract.formats.positions import START, Position, Positions
+from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.formats.topics import Topics

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.interfaces.log import Record
-from headrace.replay.ledger.ledger import KEYS
+from headrace.replay.ledger.keys import KEYS
 from headrace.replay.ledger.scan import sample_keys
 
 

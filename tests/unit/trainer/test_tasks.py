@@ -12,7 +12,8 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.project import FeedbackType, Project, Task
 from headrace.replay.as_trained import as_trained, read_steps
-from headrace.replay.ledger.ledger import JOINED, KEYS, Expected, Found, draw
+from headrace.replay.ledger.draw import Expected, Found, draw
+from headrace.replay.ledger.keys import JOINED, KEYS
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.run import Trainer
