@@ -132,31 +132,8 @@ class Trainer:
             self.run_id = newest or f"r{self.deps.clock.now_ms():013x}"
             first = next((s for _, s in steps if s.run == self.run_id), None)
             self._retrying("find where to begin", lambda: self._begin(first))
-        todo = [s for _, s in steps if s.run == self.run_id and s.step > self.learner.step]
-        if todo:
-            logger.info("redoing %d recorded steps of run %s after step %d", len(todo), self.run_id, self.learner.step)
-            self.deps.progress.begin("redoing recorded steps", sum(r.rows for s in todo for r in s.ranges))
-        redone = 0
-        for step in todo:
-            if step.step != self.learner.step + 1:
-                raise InvariantBroken(f"step {step.step} of run {self.run_id} follows step {self.learner.step}.")
-            self._await_rows(step.ranges)
-            self._apply(step)
-            redone += sum(r.rows for r in step.ranges)
-            self.deps.progress.done(redone)
-        self.deps.progress.end()
-        self.publisher = Publisher(
-            self.project,
-            self.run_id,
-            self.deps.topics,
-            self.deps.producer,
-            self.deps.blobs,
-            self.deps.metrics,
-            self.deps.clock,
-            lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
-            self.deps.background,
-            is_held=self.source.is_stored and served not in ("", self.run_id),
-        )
+        self._redo([s for _, s in steps if s.run == self.run_id and s.step > self.learner.step])
+        self.publisher = self._new_publisher(served)
         if self.publisher.is_held:
             logger.info("run %s is served until the lake is learnt", served)
         self._snapshot()
@@ -206,6 +183,36 @@ class Trainer:
             self.publisher.close(3.0)
         if self.deps.board is not None:
             self.deps.board.close()
+
+    def _redo(self, steps: list[Step]) -> None:
+        """Learn recorded steps again, from the same rows."""
+        if steps:
+            logger.info("redoing %d recorded steps of run %s after step %d", len(steps), self.run_id, self.learner.step)
+            self.deps.progress.begin("redoing recorded steps", sum(r.rows for step in steps for r in step.ranges))
+        redone = 0
+        for step in steps:
+            if step.step != self.learner.step + 1:
+                raise InvariantBroken(f"step {step.step} of run {self.run_id} follows step {self.learner.step}.")
+            self._await_rows(step.ranges)
+            self._apply(step)
+            redone += sum(r.rows for r in step.ranges)
+            self.deps.progress.done(redone)
+        self.deps.progress.end()
+
+    def _new_publisher(self, served: str) -> Publisher:
+        """Return the run's publisher; it holds back while the lake is learnt and another run's model is served."""
+        return Publisher(
+            self.project,
+            self.run_id,
+            self.deps.topics,
+            self.deps.producer,
+            self.deps.blobs,
+            self.deps.metrics,
+            self.deps.clock,
+            lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
+            self.deps.background,
+            is_held=self.source.is_stored and served not in ("", self.run_id),
+        )
 
     def _served_run(self) -> str:
         manifests = read_manifests(self.deps.reader, self.deps.topics, self.project.name)

@@ -5,12 +5,17 @@ Legend: N expected samples, in (partition, position) order.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Positions, order_of, orders, position_of
+from headrace.contract.formats.sample_order import SampleOrder
+from headrace.contract.interfaces.log import Record
 
 KEYS = pa.schema(
     [
@@ -26,6 +31,19 @@ TIMED_KEYS = KEYS.append(pa.field("event_time_ms", pa.int64()))
 """The same with its impression's event time, by which the lake orders, parts and drops rows."""
 JOINED = TIMED_KEYS.append(pa.field("label", pa.float32()))
 """The same with its label, by which a recipe may leave samples out."""
+
+
+def sample_keys(records: Iterable[Record]) -> pa.Table:
+    """Return KEYS of the samples, by partition, as `SampleOrder` takes them."""
+    partitions: dict[int, SampleOrder] = {}
+    taken: dict[int, list[pa.RecordBatch]] = {}
+    for record in records:
+        if record.value is not None:
+            for each in partitions.setdefault(record.partition, SampleOrder()).offer(record) or ():
+                rows = each.new_rows(decode_batch(each.record.value or b"", KEYS))
+                taken.setdefault(record.partition, []).append(rows)
+    tables = [pa.Table.from_batches(batches) for batches in taken.values()]
+    return pa.concat_tables(tables).combine_chunks() if tables else KEYS.empty_table()
 
 
 def sample_ids(keys: pa.Table) -> pa.Array:

@@ -42,7 +42,7 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
 
     `project` is read by the rules that were in force from the log's beginning (`stream.rule_changes.first_rules`).
 
-    Raises `InvariantBroken` when the log no longer begins at offset 0: what preceded can't be told any more.
+    Raises `InvariantBroken` when the log no longer begins at offset 0: what came before it is not known any more.
     """
     states: dict[int, JoinState] = {}
     rows = {IMPRESSION: 0, FEEDBACK: 0, EXTERNAL: 0}

@@ -15,10 +15,9 @@ from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.project import Project
 from headrace.ingest.dead_letters.view import Letter, superseded
 from headrace.replay.ledger.draw import Found, draw
-from headrace.replay.ledger.keys import KEYS, TIMED_KEYS
+from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, sample_keys
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.rejoin import rejoin
-from headrace.replay.ledger.scan import sample_keys
 from headrace.replay.ledger.taken import stored_by_log
 from headrace.stream.rule_changes import first_rules
 from headrace.trainer.source.stored import stored_order

@@ -52,12 +52,12 @@ def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys
 def stored_by_log(
     samples: pa.Table, steps: Iterable[Step], version: int, tasks: tuple[str, ...], *, retained: bool
 ) -> pa.Table | None:
-    """Return KEYS of a version of the lake that is no more, in total order; None where the steps don't tell it.
+    """Return KEYS of a version of the lake that is no more, in total order; None where the steps do not say.
 
     A run that has learnt all of a version goes on live from the version's positions: they stand in its next step. What
     the log has up to them was in the version, but for what retention (`retained`) had dropped by then, whole hours
     from the oldest on: the ranges say how many rows were left. Rows that came later than their hour's end by more than
-    the retention are told wrongly.
+    the retention are counted wrongly.
     """
     rows, run = 0, ""
     for step in steps:

@@ -161,7 +161,7 @@ class LiveRows:
         partition, after = self.partitions[wanted.partition], Position(*wanted.after)
         if partition.taken != after:
             raise InvariantBroken(
-                f"a step takes partition {wanted.partition} after {wanted.after}; this run stands at {partition.taken}."
+                f"a step takes partition {wanted.partition} after {wanted.after}; it is at {tuple(partition.taken)}."
             )
         return pa.Table.from_batches(partition.take(after, Position(*wanted.upto)), self._schema)
 

@@ -81,7 +81,7 @@ class StoredRows:
         return StepRange(kind="stored", version=self.version, start=self.taken, stop=stop, rows=stop - self.taken)
 
     def check(self, wanted: StepRange) -> None:
-        """Raise `InvariantBroken` when the range does not begin where this stands."""
+        """Raise `InvariantBroken` when the range does not begin at the next row."""
         if wanted.version != self.version or wanted.start != self.taken:
             raise InvariantBroken(
                 f"a recorded step takes lake rows {wanted.start}..{wanted.stop} of version {wanted.version}; this run "

@@ -110,7 +110,7 @@ class FencedKafka:
         return found
 
     def close(self) -> None:
-        """Let go of both clients."""
+        """Close both clients."""
         if self._consumer is not None:
             self._consumer.close()
         self._producer = self._consumer = None

@@ -38,4 +38,4 @@ class FencedMemory:
         return [(r.offset, r.value) for r in records if r.offset >= offset and r.value is not None]
 
     def close(self) -> None:
-        """Let go."""
+        """Do nothing: there is no client to close."""

@@ -13,7 +13,7 @@ class FencedWriter(Protocol):
     """Writes and reads back the topic. For one thread."""
 
     def open(self) -> None:
-        """Become the writer, and fence off whoever was. Raises `Unavailable`; call again then."""
+        """Become the writer, and fence off the one before. Raises `Unavailable`; call again then."""
 
     def append(self, value: bytes) -> None:
         """Commit one record.
@@ -30,4 +30,4 @@ class FencedWriter(Protocol):
         """
 
     def close(self) -> None:
-        """Let go."""
+        """Close the clients; the next writer need not wait for it."""

@@ -34,7 +34,7 @@ class LakeState(Protocol):
 
 
 class LakeReader(Protocol):
-    """The stored samples, for whoever learns or counts them."""
+    """The stored samples, as training, replay and the ledger read them."""
 
     def state(self, version: int | None = None) -> LakeState | None:
         """Return the newest version's state (or that version's); None while there is no lake."""

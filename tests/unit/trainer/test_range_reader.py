@@ -90,7 +90,7 @@ def test_rows_before_the_first_range_are_left_out(world):
 
 def test_a_range_that_is_not_the_next_one_is_refused(world):
     reader = reader_of(world, in_lake=0)
-    with pytest.raises(InvariantBroken, match="this run stands at"):
+    with pytest.raises(InvariantBroken, match="it is at"):
         reader.take((StepRange(kind="live", partition=0, after=(3, 0), upto=(4, 0), rows=3),))
     with pytest.raises(InvariantBroken, match="at row 0 of version -1"):
         reader.has((StepRange(kind="stored", version=5, start=0, stop=3, rows=3),))
