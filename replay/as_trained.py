@@ -9,29 +9,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
-from headrace.contract.formats.events import decode_batch
-from headrace.contract.formats.positions import Position, order_of, orders
-from headrace.contract.formats.sample import parse_position, sample_schema
+from headrace.contract.formats.positions import Position, Positions, orders
+from headrace.contract.formats.sample import sample_schema
 from headrace.contract.formats.steps import Step, StepRange, decode_step
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.trainer.commit.publish import read_manifests
+from headrace.trainer.identity import recipe_digest
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.run import digest_of
-from headrace.trainer.source.source import Lake, conform, stored_order, to_batch
+from headrace.trainer.source.batch import conform, to_batch
+from headrace.trainer.source.live import LivePartition, LiveRows
+from headrace.trainer.source.range_reader import RangeReader
+from headrace.trainer.source.stored import StoredRows
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,19 +50,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Store:
-    """Rows of one partition, in position order."""
-
-    rows: pa.Table
-    order_N: npt.NDArray[np.int64]
-
-
 def as_trained(
     project: Project,
     topics: Topics,
     reader: Reader,
-    lake: Lake | None,
+    lake: LakeReader | None,
     *,
     train: TrainConfig | None = None,
     step: int | None = None,
@@ -86,16 +79,18 @@ def as_trained(
     target = manifests[-1].step if step is None else step
     live = next((m.digest for m in reversed(manifests) if m.run == run and m.step == target), "")
     steps = read_steps(reader, topics, project.name, run, target)
-    if any(s.recipe != digest_of(project) for s in steps):
+    if any(s.recipe != recipe_digest(project) for s in steps):
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
     shown = progress or Silent()
     shown.begin(f"replaying {target} steps of run {run}", sum(r.rows for s in steps for r in s.ranges))
-    rows = Rows(project, topics, reader, lake, steps, holder)
-    learner, learnt = learner_for(project, train or TrainConfig()), 0
-    for one in steps:
-        batch = to_batch(rows.of(one), project)
+    ranges, in_lake = recorded_rows(project, topics, reader, lake, steps, holder)
+    learner, learnt, from_lake = learner_for(project, train or TrainConfig()), 0, 0
+    for each in steps:
+        _open_stored(ranges.stored, each)
+        batch = to_batch(ranges.take(each.ranges), project)
         learner.learn(batch)
         learnt += len(batch)
+        from_lake += sum(r.rows for r in each.ranges if _is_in_lake(r, in_lake))
         shown.done(learnt)
     shown.end()
     digest = learner.digest()
@@ -107,10 +102,22 @@ def as_trained(
         digest=digest,
         live_digest=live,
         equal=digest == live if live else None,
-        from_lake=rows.from_lake,
-        from_topic=learnt - rows.from_lake,
+        from_lake=from_lake,
+        from_topic=learnt - from_lake,
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def _open_stored(stored: StoredRows, step: Step) -> None:
+    """Read the version of the lake whose rows the step takes, unless it is read."""
+    version = next((r.version for r in step.ranges if r.kind == "stored"), stored.version)
+    if version != stored.version:
+        stored.open(version)
+        stored.release()
+
+
+def _is_in_lake(taken: StepRange, in_lake: Positions) -> bool:
+    return taken.kind == "stored" or in_lake.covers(taken.partition, Position(*taken.upto))
 
 
 def read_steps(reader: Reader, topics: Topics, model: str, run: str, upto: int) -> list[Step]:
@@ -124,98 +131,57 @@ def read_steps(reader: Reader, topics: Topics, model: str, run: str, upto: int) 
     return steps
 
 
-class Rows:
-    """Finds the samples of recorded ranges: in the lake, else in the topic."""
+def recorded_rows(
+    project: Project, topics: Topics, reader: Reader, lake: LakeReader | None, steps: Sequence[Step], holder: str
+) -> tuple[RangeReader, Positions]:
+    """Return a reader that has the rows of all live ranges of `steps`, from the lake's newest version and what the
+    topic has beyond it, and the positions up to which they came from the lake.
 
-    def __init__(
-        self,
-        project: Project,
-        topics: Topics,
-        reader: Reader,
-        lake: Lake | None,
-        steps: Sequence[Step],
-        holder: str = "replay",
-    ) -> None:
-        self._holder = holder
-        self._project, self._schema, self._lake = project, sample_schema(project), lake
-        self._stored: dict[int, pa.Table] = {}
-        self.from_lake = 0
-        need: dict[int, Position] = {}
-        for r in (r for s in steps for r in s.ranges if r.kind == "live"):
-            need[r.partition] = max(need.get(r.partition, Position(-1, -1)), Position(*r.upto))
-        state = lake.state() if lake is not None else None
-        self._lake_upto = {p: state.positions.at(p) for p in need} if state is not None else {}
-        stored = self._leased(lake, state.version) if lake is not None and state else self._schema.empty_table()
-        offsets = dict(state.next_offsets) if state is not None else {}
-        missing = {p: upto for p, upto in need.items() if upto > self._lake_upto.get(p, Position(-1, -1))}
-        later = self._from_topic(reader, topics.samples, missing, offsets) if missing else []
-        tasks = project.recipe.heads
-        self._live: dict[int, _Store] = {}
-        for partition in need:
-            parts = [conform(stored.filter(pc.equal(stored["partition"], partition)), self._schema)]
-            parts += [pa.Table.from_batches([b]) for p, b in later if p == partition]
-            self._live[partition] = _indexed(parts, self._schema, tasks)
-
-    def of(self, step: Step) -> pa.Table:
-        """Return a step's rows, in the order in which they were learnt."""
-        return pa.concat_tables([self._of(r) for r in step.ranges]) if step.ranges else self._schema.empty_table()
-
-    def _of(self, wanted: StepRange) -> pa.Table:
-        if wanted.kind == "stored":
-            rows = self._version(wanted.version).slice(wanted.start, wanted.stop - wanted.start)
-            self.from_lake += rows.num_rows
-        else:
-            store = self._live[wanted.partition]
-            low, high = (int(np.searchsorted(store.order_N, order_of(x), side="right")) for x in _ends(wanted))
-            rows = store.rows.slice(low, high - low)
-            if Position(*wanted.upto) <= self._lake_upto.get(wanted.partition, Position(-1, -1)):
-                self.from_lake += rows.num_rows
-        if rows.num_rows != wanted.rows:
-            raise InvariantBroken(
-                f"{wanted} took {wanted.rows} samples and {rows.num_rows} are stored. `headrace ledger` shows which."
-            )
-        return rows
-
-    def _version(self, version: int) -> pa.Table:
-        if version not in self._stored:
-            if self._lake is None:
-                raise InvariantBroken(f"the run began with version {version} of a lake, and no lake is given.")
-            rows = conform(self._leased(self._lake, version), self._schema)
-            self._stored[version] = stored_order(rows, self._project.recipe.heads)
-        return self._stored[version]
-
-    def _leased(self, lake: Lake, version: int) -> pa.Table:
-        lake.hold(version, self._holder)
+    Raises `InvariantBroken` when the topic ends before the last of them.
+    """
+    schema, tasks = sample_schema(project), project.recipe.heads
+    first: dict[int, Position] = {}
+    upto: dict[int, Position] = {}
+    for each in (r for step in steps for r in step.ranges if r.kind == "live"):
+        first.setdefault(each.partition, Position(*each.after))
+        upto[each.partition] = Position(*each.upto)
+    state = lake.state() if lake is not None and upto else None
+    in_lake = Positions(topics.generation) if state is None else state.positions
+    live = LiveRows(schema, tasks)
+    begins = reader.begin_offsets(topics.samples)
+    for p, position in first.items():
+        following = 0 if state is None else state.next_offsets.get(p, 0)
+        live.partitions[p] = LivePartition.at(position, max(begins[p], following))
+    if lake is not None and state is not None:
+        lake.hold(state.version, holder)
         try:
-            return lake.read(version)
+            rows = lake.read(state.version)
         finally:
-            lake.let_go(self._holder)
-
-    def _from_topic(
-        self, reader: Reader, topic: str, missing: dict[int, Position], offsets: dict[int, int]
-    ) -> list[tuple[int, pa.RecordBatch]]:
-        begins = {p: max(begin, offsets.get(p, 0)) for p, begin in reader.begin_offsets(topic).items()}
-        ends = {p: end for p, end in reader.end_offsets(topic).items() if p in missing}
-        have = {p: self._lake_upto.get(p, Position(-1, -1)) for p in missing}
-        found: list[tuple[int, pa.RecordBatch]] = []
-        for record in read_range(reader, topic, begins=begins, ends=ends):
-            if record.value is None:
-                continue
-            found.append((record.partition, decode_batch(record.value, self._schema)))
-            have[record.partition] = max(have[record.partition], parse_position(record.headers["last"]))
-            if all(have[p] >= upto for p, upto in missing.items()):
-                return found
-        raise InvariantBroken(f"samples up to {missing} are wanted and the topic ends at {have}.")
+            lake.let_go(holder)
+        for p in upto:
+            live.seed(
+                p, _in_position_order(conform(rows.filter(pc.equal(rows["partition"], p)), schema)), in_lake.at(p)
+            )
+    missing = {p for p, position in upto.items() if in_lake.at(p) < position}
+    if missing:
+        _read_on(reader, topics.samples, live, {p: upto[p] for p in missing})
+    return RangeReader(StoredRows(lake, schema, tasks, holder), live, schema), in_lake
 
 
-def _ends(wanted: StepRange) -> tuple[tuple[int, int], tuple[int, int]]:
-    return wanted.after, wanted.upto
+def _in_position_order(rows: pa.Table) -> pa.Table:
+    """Return one partition's rows in position order, each position once."""
+    order_N = orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
+    return rows.take(pa.array(np.unique(order_N, return_index=True)[1]))
 
 
-def _indexed(parts: list[pa.Table], schema: pa.Schema, tasks: tuple[str, ...]) -> _Store:
-    """Return rows of these tasks in position order, each position once: the lake and the topic may both hold it."""
-    table = pa.concat_tables(parts).combine_chunks()
-    table = table.filter(pc.is_in(table["task"], value_set=pa.array(tasks)))
-    order_N = orders(table["offset"].to_numpy(), table["rank"].to_numpy())
-    kept_K, first_K = np.unique(order_N, return_index=True)
-    return _Store(table.take(pa.array(first_K)), kept_K)
+def _read_on(reader: Reader, topic: str, live: LiveRows, upto: Mapping[int, Position]) -> None:
+    begins = {p: live.partitions[p].next_offset for p in upto}
+    ends = {p: end for p, end in reader.end_offsets(topic).items() if p in upto}
+    waiting = set(upto)
+    for record in read_range(reader, topic, begins=begins, ends=ends):
+        live.intake(record)
+        waiting -= {p for p in waiting if live.partitions[p].order.position >= upto[p]}
+        if not waiting:
+            return
+    have = {p: tuple(live.partitions[p].order.position) for p in waiting}
+    raise InvariantBroken(f"samples up to {upto} are wanted and the topic ends at {have}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,13 +127,13 @@ class FeatureMemory:
 
     def follow(self, reader: Reader, topic: str, stop: threading.Event) -> None:
         """Read the topic until `stop`; a broker that stays away leaves the memory as it is."""
-        begun, is_away, seen, target, quiet_since = False, False, 0, 0, 0.0
+        begun, is_away, target = False, False, 0
         while not stop.is_set():
             try:
                 if not begun:
-                    seen, target = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
-                    reader.assign({(topic, 0): seen})
-                    begun, quiet_since = True, time.monotonic()
+                    begin, target = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
+                    reader.assign({(topic, 0): begin})
+                    begun = True
                 records = reader.poll(5_000, 0.2)
             except HeadraceError as error:
                 if not is_away:
@@ -148,10 +147,6 @@ class FeatureMemory:
                 is_away = False
             for record in records:
                 self.take(record)
-                seen = record.offset + 1
-            if records:
-                quiet_since = time.monotonic()
-            # A compacted tail may end in markers that are never given: 3 s of silence are the end, too.
-            if seen >= target or time.monotonic() - quiet_since > 3.0:
+            if reader.position(topic, 0) >= target:
                 self.is_caught_up = True
         reader.close()

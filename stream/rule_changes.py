@@ -15,10 +15,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.events import SPEC
+from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Producer, Record
 from headrace.contract.project import Project
 from headrace.contract.rules import (
@@ -41,19 +41,6 @@ WRITER_ID = "headrace-rules"
 FLUSH_S = 30.0
 TURNS_MAX = 20
 """Starts of several stages at once: each fences the one before, which then finds change 1."""
-
-
-class FencedWriter(Protocol):
-    """A topic of one partition with one writer at a time; see `headrace.backends.log.fenced_kafka`."""
-
-    def open(self) -> None:
-        """Fence whoever wrote before: its appends fail from now on."""
-
-    def append(self, value: bytes) -> None:
-        """Commit one record."""
-
-    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
-        """Return committed records from `offset` on."""
 
 
 @dataclass

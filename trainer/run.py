@@ -3,7 +3,7 @@
 Protocol of one step:
 
 1. read ahead until a batch is full or its first row has waited `wait_ms`;
-2. propose position ranges; write them as step n and read step n back (`steps_log`);
+2. propose position ranges; write them as step n and read step n back (`trainer.commit.steps`);
 3. take the rows of the ranges; score them, learn them;
 4. publish and checkpoint, by time.
 
@@ -18,28 +18,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-import msgspec
-
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.positions import Cursor, Positions
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.fenced import FencedWriter
+from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Producer, Reader
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
-from headrace.contract.project import Project, Task
-from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, recipe_digest
+from headrace.contract.project import Project
+from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint
 from headrace.trainer.commit.publish import Publisher, read_manifests
-from headrace.trainer.commit.steps import Pen, StepsLog
+from headrace.trainer.commit.steps import StepsLog
+from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.source.source import Cursor, Lake, Source
+from headrace.trainer.source.source import Source
 from headrace.trainer.validation.board import Board
-from headrace.trainer.validation.evaluate import Evaluation, known_times
+from headrace.trainer.validation.evaluate import known_times
 from headrace.trainer.validation.report import Report
-from headrace.trainer.validation.slices import slices_of
 
 logger = logging.getLogger("headrace.train")
 
@@ -67,67 +67,46 @@ class StageMetrics(Metrics, Protocol):
 
 
 @dataclass
-class Parts:
-    """What a trainer is wired to."""
+class Dependencies:
+    """What a trainer depends on."""
 
     project: Project
     config: TrainConfig
     topics: Topics
     reader: Reader
     producer: Producer
-    pen: Pen
+    steps_writer: FencedWriter
     blobs: Blobs
     metrics: StageMetrics
     clock: Clock
     stop: Stop
-    lake: Lake | None = None
+    lake: LakeReader | None = None
     board: Board | None = None
     progress: Progress = field(default_factory=Silent)
     background: bool = True
 
 
-def digest_of(project: Project) -> str:
-    """Return the digest of what makes a run's bits: recipe and feature spec."""
-    return recipe_digest({"recipe": msgspec.json.encode(project.recipe), "spec": msgspec.json.encode(project.features)})
-
-
-def tasks_of(project: Project) -> list[Task]:
-    """Return the tasks that the recipe learns, in the order of its heads."""
-    tasks = {task.name: task for task in project.tasks}
-    return [tasks[name] for name in project.recipe.heads]
-
-
-def new_evaluation(project: Project, config: TrainConfig) -> Evaluation:
-    """Return an empty evaluation of the recipe's tasks."""
-    return Evaluation(
-        project.features,
-        tasks_of(project),
-        key_field=project.impression.key,
-        slices=slices_of(project, config.slices, values_max=config.slice_values_max),
-    )
-
-
 class Trainer:
     """One worker's loop. `recover` once, then `turn` again and again."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts, self.project = parts, parts.project
+    def __init__(self, deps: Dependencies) -> None:
+        self.deps, self.project = deps, deps.project
         self.source = Source(
             self.project,
-            parts.reader,
-            parts.topics.samples,
-            generation=parts.topics.generation,
-            metrics=parts.metrics,
-            lake=parts.lake,
+            deps.reader,
+            deps.topics.samples,
+            generation=deps.topics.generation,
+            metrics=deps.metrics,
+            lake=deps.lake,
         )
-        self.steps = StepsLog(parts.pen, self.project.name, pause=self._pause)
-        self.recipe = digest_of(self.project)
-        self.learner = learner_for(self.project, parts.config)
-        self.evaluation = new_evaluation(self.project, parts.config)
+        self.steps = StepsLog(deps.steps_writer, self.project.name, pause=self._pause)
+        self.recipe = recipe_digest(self.project)
+        self.learner = learner_for(self.project, deps.config)
+        self.evaluation = new_evaluation(self.project, deps.config)
         self.run_id = ""
         self.publisher: Publisher | None = None
         self.tasks = tasks_of(self.project)
-        self.report = Report(self.project, parts.config, parts.metrics, parts.board, parts.clock)
+        self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
         self._waiting_since = -1.0
         self._stored_rows = 0
         """How many stored samples there were when this process began to learn them; 0 while it learns none."""
@@ -139,7 +118,7 @@ class Trainer:
         served = self._retrying("read which run is served", self._served_run)
         checkpoint = self._retrying(
             "read checkpoints",
-            lambda: newest_checkpoint(self.parts.blobs, self.project.name, recipe=self.recipe),
+            lambda: newest_checkpoint(self.deps.blobs, self.project.name, recipe=self.recipe),
         )
         steps = [
             (at, s)
@@ -150,34 +129,11 @@ class Trainer:
         if checkpoint is not None and newest == checkpoint.meta.run:
             self._resume(checkpoint)
         else:
-            self.run_id = newest or f"r{self.parts.clock.now_ms():013x}"
+            self.run_id = newest or f"r{self.deps.clock.now_ms():013x}"
             first = next((s for _, s in steps if s.run == self.run_id), None)
             self._retrying("find where to begin", lambda: self._begin(first))
-        todo = [s for _, s in steps if s.run == self.run_id and s.step > self.learner.step]
-        if todo:
-            logger.info("redoing %d recorded steps of run %s after step %d", len(todo), self.run_id, self.learner.step)
-            self.parts.progress.begin("redoing recorded steps", sum(r.rows for s in todo for r in s.ranges))
-        redone = 0
-        for step in todo:
-            if step.step != self.learner.step + 1:
-                raise InvariantBroken(f"step {step.step} of run {self.run_id} follows step {self.learner.step}.")
-            self._await_rows(step.ranges)
-            self._apply(step)
-            redone += sum(r.rows for r in step.ranges)
-            self.parts.progress.done(redone)
-        self.parts.progress.end()
-        self.publisher = Publisher(
-            self.project,
-            self.run_id,
-            self.parts.topics,
-            self.parts.producer,
-            self.parts.blobs,
-            self.parts.metrics,
-            self.parts.clock,
-            lambda: self.parts.reader.end_offsets(self.parts.topics.deltas)[0],
-            self.parts.background,
-            is_held=self.source.is_stored and served not in ("", self.run_id),
-        )
+        self._redo([s for _, s in steps if s.run == self.run_id and s.step > self.learner.step])
+        self.publisher = self._new_publisher(served)
         if self.publisher.is_held:
             logger.info("run %s is served until the lake is learnt", served)
         self._snapshot()
@@ -195,7 +151,7 @@ class Trainer:
 
     def turn(self) -> bool:
         """Do one step if rows wait, then publish what is due; return whether a step was done."""
-        self.parts.producer.poll(0)
+        self.deps.producer.poll(0)
         step = self._propose()
         if step is not None:
             self.steps.commit(step)
@@ -205,15 +161,15 @@ class Trainer:
 
     def run(self) -> None:
         """Recover and turn until `stop`; what is published last is a snapshot and a checkpoint."""
-        self.parts.metrics.ready(False, "recovering")
+        self.deps.metrics.ready(False, "recovering")
         self.recover()
-        while not self.parts.stop.is_set():
+        while not self.deps.stop.is_set():
             try:
                 self._show_progress()
                 self.turn()
                 self._tell()
                 if self.publisher and not self.publisher.wants_snapshot and not self.publisher.is_busy:
-                    self.parts.metrics.ready(True)
+                    self.deps.metrics.ready(True)
             except Unavailable as error:
                 logger.warning("Kafka or the store is away: %s", error)
                 self._pause(0.5)
@@ -225,11 +181,41 @@ class Trainer:
             self.publisher.close(1.0)
             self._snapshot()
             self.publisher.close(3.0)
-        if self.parts.board is not None:
-            self.parts.board.close()
+        if self.deps.board is not None:
+            self.deps.board.close()
+
+    def _redo(self, steps: list[Step]) -> None:
+        """Learn recorded steps again, from the same rows."""
+        if steps:
+            logger.info("redoing %d recorded steps of run %s after step %d", len(steps), self.run_id, self.learner.step)
+            self.deps.progress.begin("redoing recorded steps", sum(r.rows for step in steps for r in step.ranges))
+        redone = 0
+        for step in steps:
+            if step.step != self.learner.step + 1:
+                raise InvariantBroken(f"step {step.step} of run {self.run_id} follows step {self.learner.step}.")
+            self._await_rows(step.ranges)
+            self._apply(step)
+            redone += sum(r.rows for r in step.ranges)
+            self.deps.progress.done(redone)
+        self.deps.progress.end()
+
+    def _new_publisher(self, served: str) -> Publisher:
+        """Return the run's publisher; it holds back while the lake is learnt and another run's model is served."""
+        return Publisher(
+            self.project,
+            self.run_id,
+            self.deps.topics,
+            self.deps.producer,
+            self.deps.blobs,
+            self.deps.metrics,
+            self.deps.clock,
+            lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
+            self.deps.background,
+            is_held=self.source.is_stored and served not in ("", self.run_id),
+        )
 
     def _served_run(self) -> str:
-        manifests = read_manifests(self.parts.reader, self.parts.topics, self.project.name)
+        manifests = read_manifests(self.deps.reader, self.deps.topics, self.project.name)
         return manifests[-1].run if manifests else ""
 
     def _begin(self, first: Step | None) -> None:
@@ -250,17 +236,17 @@ class Trainer:
         logger.info("checkpoint of run %s at step %d", self.run_id, self.learner.step)
 
     def _propose(self) -> Step | None:
-        rows_max, now = self.project.recipe.batch_rows, self.parts.clock.monotonic()
+        rows_max, now = self.project.recipe.batch_rows, self.deps.clock.monotonic()
         ready = self.source.ready_rows()
         if ready < rows_max:
             waited = now - self._waiting_since if self._waiting_since >= 0 else 0.0
-            left = self.parts.config.wait_ms / 1000 - waited
+            left = self.deps.config.wait_ms / 1000 - waited
             # 5 ms: rows that come while others wait are joined without spinning.
             self.source.poll(max(min(left, 0.005), 0.0) if ready else 0.05)
             ready = self.source.ready_rows()
             if ready and self._waiting_since < 0:
                 self._waiting_since = now
-            if not ready or (ready < rows_max and now - self._waiting_since < self.parts.config.wait_ms / 1000):
+            if not ready or (ready < rows_max and now - self._waiting_since < self.deps.config.wait_ms / 1000):
                 return None
         self._waiting_since = -1.0
         ranges = self.source.propose(rows_max)
@@ -295,7 +281,7 @@ class Trainer:
         self.report.closed(closed, step=self.learner.step)
 
     def _publish(self) -> None:
-        publisher, now, config = self.publisher, self.parts.clock.monotonic(), self.parts.config
+        publisher, now, config = self.publisher, self.deps.clock.monotonic(), self.deps.config
         if publisher is None:
             return
         if publisher.is_held and not self.source.is_stored:
@@ -319,26 +305,26 @@ class Trainer:
             steps_offset=self.steps.offset,
             recipe=self.recipe,
             cursor=self.source.cursor(),
-            created_ms=self.parts.clock.now_ms(),
+            created_ms=self.deps.clock.now_ms(),
         )
         if publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
-            self._snapshot_at = self.parts.clock.monotonic()
+            self._snapshot_at = self.deps.clock.monotonic()
 
     def _show_progress(self) -> None:
         if self.source.is_stored:
             left = self.source.ready_rows()
             if not self._stored_rows:
                 self._stored_rows = left
-                self.parts.progress.begin("learning the lake", left)
-            self.parts.progress.done(self._stored_rows - left)
+                self.deps.progress.begin("learning the lake", left)
+            self.deps.progress.done(self._stored_rows - left)
         elif self._stored_rows:
-            self.parts.progress.done(self._stored_rows)
-            self.parts.progress.end()
+            self.deps.progress.done(self._stored_rows)
+            self.deps.progress.end()
             self._stored_rows = 0
 
     def _tell(self) -> None:
         if self.report.is_due():
-            ends = self.parts.reader.end_offsets(self.parts.topics.samples)
+            ends = self.deps.reader.end_offsets(self.deps.topics.samples)
             following = self.source.cursor().next_offsets
             lag = sum(max(0, end - following.get(str(p), end)) for p, end in ends.items())
             self.report.tell(self.learner, self.evaluation, self.source, lag)
@@ -355,26 +341,26 @@ class Trainer:
                 return attempt()
             except Unavailable as error:
                 logger.warning("cannot %s yet: %s", what, error)
-                self.parts.metrics.ready(False, f"cannot {what}: {error}")
+                self.deps.metrics.ready(False, f"cannot {what}: {error}")
                 self._pause(delay)
                 delay = min(2 * delay, 5.0)
 
     def _pause(self, seconds: float) -> None:
         self._check()
-        self.parts.clock.sleep(seconds)
+        self.deps.clock.sleep(seconds)
         self._check()
 
     def _check(self) -> None:
-        if self.parts.stop.is_set():
+        if self.deps.stop.is_set():
             raise Stopped
 
 
-def train(parts: Parts) -> None:
+def train(deps: Dependencies) -> None:
     """Run one worker until `stop` is set."""
     import torch
 
-    torch.set_num_threads(parts.config.threads)
+    torch.set_num_threads(deps.config.threads)
     try:
-        Trainer(parts).run()
+        Trainer(deps).run()
     except Stopped:
         logger.info("stopped while waiting")

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 import msgspec
 
@@ -37,6 +36,7 @@ from headrace.contract.formats.dead_letters import (
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Producer, Reader, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
@@ -60,19 +60,6 @@ minutes; twice that is searched."""
 _WAIT_S, _TICK_S = 1.0, 0.002
 _NEVER_MS = 600_000
 """A batch's gateway promises nothing: its events are old, and the watermark is for the living gateways to move."""
-
-
-class Pen(Protocol):
-    """A topic of one partition with one writer at a time; see `headrace.backends.log.fenced_kafka`."""
-
-    def open(self) -> None:
-        """Take the pen from whoever holds it."""
-
-    def append(self, value: bytes) -> None:
-        """Commit one record."""
-
-    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
-        """Return committed records from `offset` on."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -105,7 +92,7 @@ class Retry:
         *,
         producer: Producer,
         reader: Reader,
-        pen: Pen,
+        pen: FencedWriter,
         clock: Clock,
         metrics: Metrics,
         run: str,

@@ -25,8 +25,9 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import FeatureSpec
-from headrace.replay.ledger.ledger import JOINED, Expected, TaskCounts
-from headrace.replay.ledger.scan import in_order
+from headrace.replay.ledger.draw import Expected
+from headrace.replay.ledger.keys import JOINED, in_order
+from headrace.replay.ledger.ledger import TaskCounts
 from headrace.stream.join.join import JoinState
 
 # 1 s before the newest record: partitions are read to ends that were asked one after the other, and totals in one may
@@ -41,7 +42,7 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
 
     `project` is read by the rules that were in force from the log's beginning (`stream.rule_changes.first_rules`).
 
-    Raises `InvariantBroken` when the log no longer begins at offset 0: what preceded can't be told any more.
+    Raises `InvariantBroken` when the log no longer begins at offset 0: what came before it is not known any more.
     """
     states: dict[int, JoinState] = {}
     rows = {IMPRESSION: 0, FEEDBACK: 0, EXTERNAL: 0}

@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
 from headrace.contract.config import Config
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import decode_batch, fit
-from headrace.contract.formats.positions import START, Position, Positions
+from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.lake import LakeState, LakeWriter
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
 from headrace.stream.shell.engine import Engine
@@ -36,40 +36,12 @@ log = logging.getLogger("headrace.sink")
 ALARM_EVERY_S = 60.0
 
 
-class LakeState(Protocol):
-    """What one version of the lake holds."""
-
-    @property
-    def version(self) -> int:
-        """The table's version."""
-
-    @property
-    def positions(self) -> Positions:
-        """Everything at or below these is in the lake."""
-
-    @property
-    def next_offsets(self) -> Mapping[int, int]:
-        """The `samples` offsets to go on from."""
-
-
-class Lake(Protocol):
-    """Where samples are stored: rows, offsets and positions in one commit."""
-
-    def append(
-        self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
-    ) -> int:
-        """Commit all or nothing and return the version."""
-
-    def state(self, version: int | None = None) -> LakeState | None:
-        """Return where the lake has got to; None while there is none."""
-
-
 class SinkStage:
     """The shell around the lake; see the module for the protocol."""
 
     name = "sink"
 
-    def __init__(self, config: Config, lake: Lake, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, config: Config, lake: LakeWriter, metrics: Metrics, clock: Clock) -> None:
         self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
         topics = Topics(config.log.generation)
         self.topic = topics.samples

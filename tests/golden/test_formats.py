@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import trainer_world
-from write_formats import NOW_MS, PROJECT, TOPICS, stage_dependencies, trainer_parts
+from write_formats import NOW_MS, PROJECT, TOPICS, stage_dependencies, trainer_dependencies
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
@@ -137,7 +137,7 @@ def test_the_trainer_resumes_and_redoes_recorded_steps(stored: Stored, checkpoin
     checkpoints = sorted((stored.folder / "store" / "blobs" / "checkpoints" / "golden").iterdir())
     for path in checkpoints[len(checkpoints) - checkpoints_lost :]:
         path.unlink()
-    trainer = Trainer(trainer_parts(stored.log, stored.blobs, stored.clock, stored.lake, trainer_world.World()))
+    trainer = Trainer(trainer_dependencies(stored.log, stored.blobs, stored.clock, stored.lake, trainer_world.World()))
     trainer.recover()
     assert trainer.learner.step == EXPECTED["step"]
     assert trainer.positions.to_json() == EXPECTED["positions"]

@@ -28,7 +28,7 @@ from headrace.backends.clock import VirtualClock  # noqa: E402
 from headrace.backends.frontier_sqlite import SqliteFrontier  # noqa: E402
 from headrace.backends.lake.delta import DeltaLake  # noqa: E402
 from headrace.backends.lake.leases import Leases  # noqa: E402
-from headrace.backends.log.fenced_memory import FencedMemory, Pens  # noqa: E402
+from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs  # noqa: E402
 from headrace.backends.log.memory import MemoryLog  # noqa: E402
 from headrace.backends.metrics_memory import MemoryMetrics  # noqa: E402
 from headrace.contract.config import Config, IngestConfig, JoinConfig, LogConfig, TrainConfig  # noqa: E402
@@ -49,7 +49,7 @@ from headrace.stream.join import state  # noqa: E402
 from headrace.stream.rule_changes import apply, ensure_first  # noqa: E402
 from headrace.stream.shell.dependencies import StageDependencies  # noqa: E402
 from headrace.stream.shell.join_stage import StreamStage  # noqa: E402
-from headrace.trainer.run import Parts, Trainer  # noqa: E402
+from headrace.trainer.run import Dependencies, Trainer  # noqa: E402
 
 PROJECT = msgspec.structs.replace(
     join_world.PROJECT, name="golden", recipe=Recipe(task="click", dim=4, hidden=(8,), batch_rows=32)
@@ -76,17 +76,22 @@ def stage_dependencies(producer: Any, blobs: FileBlobs, clock: VirtualClock) -> 
     )
 
 
-def trainer_parts(
-    log: MemoryLog, blobs: FileBlobs, clock: VirtualClock, lake: DeltaLake, stop: Any, pens: Pens | None = None
-) -> Parts:
-    """Return what a trainer of this project is wired to."""
-    return Parts(
+def trainer_dependencies(
+    log: MemoryLog,
+    blobs: FileBlobs,
+    clock: VirtualClock,
+    lake: DeltaLake,
+    stop: Any,
+    epochs: WriterEpochs | None = None,
+) -> Dependencies:
+    """Return what a trainer of this project depends on."""
+    return Dependencies(
         project=PROJECT,
         config=TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000),
         topics=TOPICS,
         reader=log.reader(),
         producer=log.producer(),
-        pen=FencedMemory(log, TOPICS.steps, "pen", pens or Pens()),
+        steps_writer=FencedMemory(log, TOPICS.steps, "steps", epochs or WriterEpochs()),
         blobs=blobs,
         metrics=MemoryMetrics(),
         clock=clock,
@@ -114,8 +119,8 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True)
     log, clock, blobs = MemoryLog(lambda: NOW_MS), VirtualClock(NOW_MS), FileBlobs(folder / "store" / "blobs")
     log.admin().ensure_topics(TOPICS.specs(1))
-    pens = Pens()
-    rules = FencedMemory(log, TOPICS.rules, "pen", pens)
+    epochs = WriterEpochs()
+    rules = FencedMemory(log, TOPICS.rules, "rules", epochs)
     ensure_first(rules, PROJECT, now_ms=NOW_MS, pause=lambda _: None)
     for record in join_world.records(join_world.traffic(7, 150), Random(7)):
         log.append(TOPICS.events, 0, record.value, record.key, record.headers)
@@ -143,7 +148,7 @@ def write(folder: Path) -> None:
         lake.append(batches[part], {0: last.offset + 1}, {0: parse_position(last.headers["last"])})
     lake.hold(0, "golden")
 
-    trainer = Trainer(trainer_parts(log, blobs, clock, lake, trainer_world.World(), pens))
+    trainer = Trainer(trainer_dependencies(log, blobs, clock, lake, trainer_world.World(), epochs))
     trainer.recover()
     idle = 0
     while idle < 4:

@@ -40,11 +40,11 @@ def test_stored_first_then_live():
     """A run that begins with the lake learns each sample once, resumes anywhere, and is replayed."""
     world, trainer = learnt(2, lake_of(2, 4))
     assert trainer.learnt == PARTITIONS * COUNT
-    again = Trainer(world.parts())
+    again = Trainer(world.deps())
     again.recover()
     assert again.learner.digest() == trainer.learner.digest()
     world.blobs.objects.clear()
-    redone = Trainer(world.parts())
+    redone = Trainer(world.deps())
     redone.recover()
     assert redone.learner.digest() == trainer.learner.digest()
     assert as_trained(PROJECT, TOPICS, world.log.reader(), world.lake).equal is True
@@ -96,7 +96,7 @@ def test_compaction_and_vacuum_change_no_digest(tmp_path):
     for partition in range(PARTITIONS):
         for rows, after in cut(6, partition, COUNT):
             send(world.log, rows, after=after)
-    trainer = Trainer(world.parts())
+    trainer = Trainer(world.deps())
     trainer.recover()
     while trainer.learner.step < 3:
         trainer.turn()
@@ -109,7 +109,7 @@ def test_compaction_and_vacuum_change_no_digest(tmp_path):
     assert keeper.vacuum(Done(), []) == []  # the lease keeps all of it
     leases.give_back("train-small")
     assert len(keeper.vacuum(Done(), [])) == done.files_compacted
-    again = Trainer(world.parts())
+    again = Trainer(world.deps())
     again.recover()
     world.drain(again)
     again.close()
@@ -119,7 +119,7 @@ def test_compaction_and_vacuum_change_no_digest(tmp_path):
 
 def test_checkpoints_name_the_versions_that_they_are_in_the_middle_of():
     world = World(lake=lake_of(7, 4))
-    trainer = Trainer(world.parts())
+    trainer = Trainer(world.deps())
     trainer.recover()
     trainer.turn()
     trainer.close()

@@ -40,7 +40,7 @@ def test_nothing_of_an_unfinished_backfill_is_published(seed):
     while trainer is None or trainer.source.is_stored:
         if trainer is None:
             world.clock.advance(0.5)
-            trainer = Trainer(world.parts(project=OTHER))
+            trainer = Trainer(world.deps(project=OTHER))
             trainer.recover()
             assert trainer.source.is_stored
         assert published(world) == before
@@ -63,7 +63,7 @@ def test_nothing_of_an_unfinished_backfill_is_published(seed):
 def test_the_first_model_is_published_while_it_learns_the_lake():
     """Nobody is served anything better."""
     world = World(lake=lake_of(9, 4))
-    trainer = Trainer(world.parts())
+    trainer = Trainer(world.deps())
     trainer.recover()
     assert trainer.source.is_stored
     assert decode_manifest(world.log.partitions(TOPICS.model)[0][-1].value).run == trainer.run_id

@@ -16,16 +16,17 @@ from trainer_world import PARTITIONS, PROJECT, TOPICS, FaultyBlobs, Killed, Worl
 
 from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.formats.positions import Cursor
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.contract.formats.steps import decode_step
 from headrace.trainer.model.learner import TableLearner, make_learner
 from headrace.trainer.run import Trainer
-from headrace.trainer.source.source import Cursor, Source
+from headrace.trainer.source.source import Source
 
 COUNT = 400
 
 
-class FaultyPen(FencedMemory):
+class FaultyWriter(FencedMemory):
     """Dies before or after the record is written, or loses the receipt."""
 
     def __init__(self, *args, rng: Random, rate: float) -> None:
@@ -64,7 +65,7 @@ class FaultyStore(FaultyBlobs):
 
 def replayed(world: World) -> tuple[TableLearner, Counter[str], int]:
     """Learn the recorded steps from nothing; return the learner, how often each event was learnt, and the last step."""
-    source = Source(PROJECT, world.log.reader(), TOPICS.samples, generation=1, metrics=world.parts().metrics)
+    source = Source(PROJECT, world.log.reader(), TOPICS.samples, generation=1, metrics=world.deps().metrics)
     source.begin(Cursor())
     learner, taken = make_learner(PROJECT.recipe, PROJECT.features), Counter()
     steps = [decode_step(r.value) for r in world.log.partitions(TOPICS.steps)[0]]
@@ -93,8 +94,8 @@ def test_crashes_change_nothing(seed):
         del todo[:3]
         try:
             if trainer is None:
-                pen = FaultyPen(world.log, TOPICS.steps, "pen", world.pens, rng=rng, rate=0.04)
-                trainer = Trainer(world.parts(pen=pen, blobs=FaultyStore(world.blobs, rng)))
+                writer = FaultyWriter(world.log, TOPICS.steps, "steps", world.epochs, rng=rng, rate=0.04)
+                trainer = Trainer(world.deps(steps_writer=writer, blobs=FaultyStore(world.blobs, rng)))
                 trainer.recover()
             for _ in range(rng.randint(1, 12)):
                 trainer.turn()
@@ -103,7 +104,7 @@ def test_crashes_change_nothing(seed):
                 raise Killed
         except Killed:
             trainer, deaths = None, deaths + 1
-    last = Trainer(world.parts())
+    last = Trainer(world.deps())
     last.recover()
     world.drain(last)
     learner, taken, steps = replayed(world)
@@ -119,7 +120,7 @@ def test_what_is_published_is_the_model():
     for partition in range(PARTITIONS):
         for rows, after in cut(1, partition, COUNT):
             send(world.log, rows, after=after)
-    trainer = Trainer(world.parts())
+    trainer = Trainer(world.deps())
     trainer.recover()
     assert decode_manifest(world.log.partitions(TOPICS.model)[0][-1].value).step == 0  # at once
     for _ in range(120):
@@ -149,7 +150,7 @@ def test_every_base_is_the_version_before():
     world = World()
     for rows, after in cut(2, 0, COUNT):
         send(world.log, rows, after=after)
-    trainer = Trainer(world.parts())
+    trainer = Trainer(world.deps())
     trainer.recover()
     world.drain(trainer)
     world.clock.advance(5.0)
@@ -159,18 +160,18 @@ def test_every_base_is_the_version_before():
     assert len(world.log.partitions(TOPICS.model)[0]) >= 2
 
 
-def test_the_pen_fences_a_zombie():
+def test_the_fenced_writer_stops_a_zombie():
     """A second trainer takes over; the first one's next step is refused and changes nothing."""
     world = World()
     records = cut(3, 0, COUNT)
     for rows, after in records[:4]:
         send(world.log, rows, after=after)
-    zombie = Trainer(world.parts())
+    zombie = Trainer(world.deps())
     zombie.recover()
     zombie.turn()
-    heir = Trainer(world.parts())
+    heir = Trainer(world.deps())
     heir.recover()
-    with pytest.raises(InvariantBroken, match="took the pen"):
+    with pytest.raises(InvariantBroken, match="another process became the writer"):
         world.drain(zombie)
     world.drain(heir)
     learner, taken, _ = replayed(world)
@@ -184,11 +185,11 @@ def test_repeats_are_dropped_and_gaps_wait():
     (a, a_after), (b, b_after), (c, c_after) = cut(4, 1, COUNT)[:3]
     for rows, after in ((a, a_after), (c, c_after), (a, a_after)):
         send(world.log, rows, after=after)
-    trainer = Trainer(world.parts())
+    trainer = Trainer(world.deps())
     trainer.recover()
     world.drain(trainer)
     assert trainer.learnt == a.num_rows
-    assert trainer.parts.metrics.total("gap_total") == 1
+    assert trainer.deps.metrics.total("gap_total") == 1
     cursor = trainer.source.cursor()
     assert cursor.next_offsets["1"] == 1  # the record that waits is read again after a restart
     send(world.log, b, after=b_after)
@@ -199,7 +200,7 @@ def test_repeats_are_dropped_and_gaps_wait():
 def test_nan_is_refused_and_counted():
     """A sample with a NaN is counted as refused and the others are learnt."""
     world = World()
-    trainer = Trainer(world.parts())
+    trainer = Trainer(world.deps())
     trainer.recover()
     rows, after = cut(5, 0, COUNT)[0]
     label = np.array(rows["label"])
@@ -208,6 +209,6 @@ def test_nan_is_refused_and_counted():
         world.log, rows.set_column(rows.schema.get_field_index("label"), rows.schema.field("label"), label), after=after
     )
     world.drain(trainer)
-    assert trainer.parts.metrics.total("samples_refused_total") == 1
+    assert trainer.deps.metrics.total("samples_refused_total") == 1
     assert trainer.learnt == rows.num_rows - 1
     assert all(np.isfinite(v).all() for v in trainer.learner.state().values())

@@ -11,16 +11,17 @@ import msgspec
 from ingest_world import PROJECT, START_MS, dependencies, impression, message
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.log.fenced_memory import FencedMemory, Pens
+from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
 from headrace.backends.log.memory import MemoryLog, MemoryProducer
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.dead_letters import RetryMark, decode_retry_mark
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Delivered, Producer, Reader
 from headrace.contract.project import FeedbackType, Project
-from headrace.ingest.dead_letters.retry import Pen, Retry
+from headrace.ingest.dead_letters.retry import Retry
 from headrace.ingest.dead_letters.spans import letters
 from headrace.ingest.dead_letters.view import Letter, States
 from headrace.ingest.gateway.gateway import Gateway, Peer
@@ -42,7 +43,7 @@ class World:
         self.clock = VirtualClock(START_MS)
         self.log = MemoryLog(self.clock.now_ms)
         self.log.admin().ensure_topics(TOPICS.specs(P))
-        self.pens = Pens()
+        self.pens = WriterEpochs()
         self.runs = 0
 
     def offer(self, tag: str, records: list[Any], chunk: str | None = None, at_s: int = START_MS // 1000 - 50) -> None:
@@ -70,7 +71,7 @@ class World:
         kind: Callable[..., Retry] = Retry,
         producer: Producer | None = None,
         reader: Reader | None = None,
-        pen: Pen | None = None,
+        pen: FencedWriter | None = None,
         clock: Any = None,
     ) -> Retry:
         """Return a retry that has not begun."""
@@ -173,7 +174,7 @@ class DyingProducer:
 class DyingPen(FencedMemory):
     """Dies before or after the mark is committed."""
 
-    def __init__(self, log: MemoryLog, pens: Pens, dying: Dying) -> None:
+    def __init__(self, log: MemoryLog, pens: WriterEpochs, dying: Dying) -> None:
         super().__init__(log, TOPICS.retries, "retries", pens)
         self._dying = dying
 

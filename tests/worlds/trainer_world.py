@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.log.fenced_memory import FencedMemory, Pens
+from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import TrainConfig
@@ -20,7 +21,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
 from headrace.stream.features.featurize import featurize
-from headrace.trainer.run import Parts, Trainer
+from headrace.trainer.run import Dependencies, Trainer
 
 PARTITIONS = 3
 PROJECT = Project(
@@ -132,12 +133,13 @@ class Lake:
     positions: Positions
     next_offsets: dict[int, int]
     version: int = 5
+    retained_before_ms: int = 0
 
     def state(self, version: int | None = None) -> Lake:
         return self
 
-    def read(self, version: int | None = None) -> pa.Table:
-        return self.rows
+    def read(self, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        return self.rows if columns is None else self.rows.select(columns)
 
     def hold(self, version: int, holder: str) -> None:
         """Nothing is deleted here."""
@@ -148,12 +150,12 @@ class Lake:
 
 @dataclass
 class World:
-    """What outlives a process: the log, the store, the pen, time."""
+    """What outlives a process: the log, the store, who writes the steps, time."""
 
     lake: Lake | None = None
     log: MemoryLog = field(default_factory=lambda: MemoryLog(lambda: 0))
     blobs: FaultyBlobs = field(default_factory=FaultyBlobs)
-    pens: Pens = field(default_factory=Pens)
+    epochs: WriterEpochs = field(default_factory=WriterEpochs)
     clock: VirtualClock = field(default_factory=lambda: VirtualClock(1_000_000))
     stopped: bool = False
 
@@ -163,15 +165,15 @@ class World:
     def is_set(self) -> bool:
         return self.stopped
 
-    def parts(self, **changes: object) -> Parts:
-        """Return a new process's parts."""
+    def deps(self, **changes: object) -> Dependencies:
+        """Return a new process's dependencies."""
         values: dict[str, object] = {
             "project": PROJECT,
             "config": TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000),
             "topics": TOPICS,
             "reader": self.log.reader(),
             "producer": self.log.producer(),
-            "pen": FencedMemory(self.log, TOPICS.steps, "pen", self.pens),
+            "steps_writer": FencedMemory(self.log, TOPICS.steps, "steps", self.epochs),
             "blobs": self.blobs,
             "metrics": MemoryMetrics(),
             "clock": self.clock,
@@ -179,7 +181,7 @@ class World:
             "lake": self.lake,
             "background": False,
         }
-        return Parts(**{**values, **changes})  # type: ignore[arg-type]
+        return Dependencies(**{**values, **changes})  # type: ignore[arg-type]
 
     def drain(self, trainer: Trainer) -> None:
         """Turn until all that lies in the topic is learnt and published."""
@@ -210,7 +212,7 @@ def learnt(seed: int, lake: Lake | None = None) -> tuple[World, Trainer]:
     for partition in range(PARTITIONS):
         for rows, after in cut(seed, partition, COUNT):
             send(world.log, rows, after=after)
-    trainer = Trainer(world.parts())
+    trainer = Trainer(world.deps())
     trainer.recover()
     world.drain(trainer)
     trainer.close()

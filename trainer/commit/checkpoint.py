@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Mapping
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contract.formats.positions import Cursor
 from headrace.contract.interfaces.blobs import Blobs
-from headrace.trainer.source.source import Cursor
 
 logger = logging.getLogger("headrace.train")
 
@@ -101,14 +100,6 @@ def stored_versions(blobs: Blobs, model: str) -> set[int]:
         if checkpoint is not None and checkpoint.meta.cursor.lake_version >= 0:
             found.add(checkpoint.meta.cursor.lake_version)
     return found
-
-
-def recipe_digest(parts: Mapping[str, bytes]) -> str:
-    """Return 16 hex digits over what makes a run's bits: the recipe and the spec, by name."""
-    sha = hashlib.sha256()
-    for name, data in sorted(parts.items()):
-        sha.update(f"{name} {len(data)}\n".encode() + data)
-    return sha.hexdigest()[:16]
 
 
 def _names(blobs: Blobs, model: str) -> list[str]:

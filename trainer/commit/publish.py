@@ -55,7 +55,7 @@ class Publisher:
     metrics: Metrics
     clock: Clock
     deltas_end: Callable[[], int]
-    """Tells the offset that the next record of `deltas` will get; asked once."""
+    """Returns the offset that the next record of `deltas` will get; called once."""
     background: bool = True
     """False writes snapshots before `snapshot` returns: for tests."""
     is_held: bool = False

@@ -2,10 +2,10 @@
 
 Protocol:
 
-1. The trainer takes the pen: an earlier holder's appends fail from then on.
+1. The trainer becomes the writer of the topic: an earlier trainer's appends fail from then on.
 2. It reads all steps after its checkpoint and redoes exactly those.
-3. It appends step n, then reads it back. Where the append's outcome is unknown, it takes the pen again, reads to the
-   end, and appends again only if step n is not there.
+3. It appends step n, then reads it back. Where the append's outcome is unknown, it opens the writer again, reads
+   to the end, and appends again only if step n is not there.
 4. It applies step n.
 """
 
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.steps import Step, decode_step, encode_step
+from headrace.contract.interfaces.fenced import FencedWriter
 
 T = TypeVar("T")
 
@@ -26,33 +27,17 @@ logger = logging.getLogger("headrace.train")
 _READ_BACK_S = 10.0
 
 
-class Pen(Protocol):
-    """A topic of one partition with one writer at a time; see `headrace.backends.log.fenced_kafka`."""
-
-    def open(self) -> None:
-        """Take the pen from whoever holds it."""
-
-    def append(self, value: bytes) -> None:
-        """Commit one record."""
-
-    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
-        """Return committed records from `offset` on."""
-
-    def close(self) -> None:
-        """Let go."""
-
-
 class StepsLog:
     """One model's steps. `offset` is the next record to read; it travels in the checkpoint."""
 
-    def __init__(self, pen: Pen, model: str, *, pause: Callable[[float], None]) -> None:
-        self._pen, self._model, self._pause = pen, model, pause
+    def __init__(self, writer: FencedWriter, model: str, *, pause: Callable[[float], None]) -> None:
+        self._writer, self._model, self._pause = writer, model, pause
         self.offset = 0
 
     def recover(self, offset: int) -> list[tuple[int, Step]]:
-        """Take the pen and return (offset, step) of this model's steps from `offset` on."""
+        """Become the writer and return (offset, step) of this model's steps from `offset` on."""
         self.offset = offset
-        self._retrying("take the pen of the steps", self._pen.open)
+        self._retrying("become the writer of the steps", self._writer.open)
         return self._retrying("read the steps", self._read)
 
     def commit(self, step: Step) -> None:
@@ -65,11 +50,11 @@ class StepsLog:
         while True:
             try:
                 if not known:
-                    self._pen.open()
+                    self._writer.open()
                     if self._seen(step, self._read()):
                         return
                     known = True
-                self._pen.append(value)
+                self._writer.append(value)
                 known = False
                 found = self._read(_READ_BACK_S)
                 while found:
@@ -94,7 +79,7 @@ class StepsLog:
         return False
 
     def _read(self, wait_s: float = 0.0) -> list[tuple[int, Step]]:
-        records = self._pen.read(self.offset, wait_s)
+        records = self._writer.read(self.offset, wait_s)
         steps = [(offset, decode_step(value)) for offset, value in records]
         if records:
             self.offset = records[-1][0] + 1

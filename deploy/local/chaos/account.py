@@ -22,7 +22,8 @@ from headrace.contract.project import Project
 from headrace.deploy.local.chaos.crawl_account import CrawlAccount
 from headrace.deploy.local.chaos.load import Emitted
 from headrace.deploy.local.chaos.plan import Kill, needed
-from headrace.replay.ledger.ledger import Ledger, draw_gateways
+from headrace.replay.ledger.draw import draw_gateways
+from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.settled import SettledCounts
 
 

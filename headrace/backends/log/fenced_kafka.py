@@ -1,4 +1,4 @@
-"""A topic of one partition with one pen: a transactional producer whose newest holder fences all earlier ones."""
+"""The fenced writer on Kafka: of the producers with one transactional id, the newest fences off all earlier ones."""
 
 from __future__ import annotations
 
@@ -20,33 +20,32 @@ _FENCED = (
 
 
 class FencedKafka:
-    """Writes and reads back partition 0 of `topic` under transactional id `pen`. For one thread.
+    """Writes and reads back partition 0 of `topic`; see `headrace.contract.interfaces.fenced`. For one thread.
 
-    Protocol: 1. `open` takes the pen; a pending append of an earlier holder is aborted by the broker. 2. `append`
-    commits one record as one transaction. 3. `read` sees committed records only.
+    An append is a transaction of one record. The broker aborts what a fenced-off writer had begun.
     """
 
-    def __init__(self, brokers: str, topic: str, pen: str, *, timeout_s: float = 10.0) -> None:
-        self._topic, self._pen, self._timeout_s = topic, pen, timeout_s
+    def __init__(self, brokers: str, topic: str, transactional_id: str, *, timeout_s: float = 10.0) -> None:
+        self._topic, self._id, self._timeout_s = topic, transactional_id, timeout_s
         self._common: dict[str, Any] = {
             "bootstrap.servers": brokers,
             "reconnect.backoff.ms": 10,
             "reconnect.backoff.max.ms": 1_000,
             "broker.address.family": "v4",
             "log_level": 2,
-            "error_cb": lambda error: log.debug("%s: %s", pen, error),
+            "error_cb": lambda error: log.debug("%s: %s", transactional_id, error),
         }
         self._producer: ck.Producer | None = None
         self._consumer: ck.Consumer | None = None
         self._at = -1
 
     def open(self) -> None:
-        """Take the pen. Raises `Unavailable`; call again then."""
+        """Become the writer. Raises `Unavailable`; call again then."""
         self._producer = None
         producer = ck.Producer(
             {
                 **self._common,
-                "transactional.id": self._pen,
+                "transactional.id": self._id,
                 "transaction.timeout.ms": 15_000,
                 "linger.ms": 0,
                 "acks": "all",
@@ -55,18 +54,18 @@ class FencedKafka:
         try:
             producer.init_transactions(self._timeout_s)
         except ck.KafkaException as error:
-            raise self._named(error, "take the pen of") from error
+            raise self._named(error, "become the writer of") from error
         self._producer = producer
 
     def append(self, value: bytes) -> None:
         """Commit one record.
 
         Raises `Unavailable` when it is not known whether it was written: `open` again and `read`. Raises
-        `InvariantBroken` when another holder has the pen.
+        `InvariantBroken` when another process became the writer.
         """
         producer = self._producer
         if producer is None:
-            raise Unavailable(f"{self._topic}: the pen is not held; open it first.")
+            raise Unavailable(f"{self._topic}: this process is not its writer; open it first.")
         try:
             producer.begin_transaction()
             producer.produce(self._topic, value, partition=0)
@@ -111,7 +110,7 @@ class FencedKafka:
         return found
 
     def close(self) -> None:
-        """Let go of both clients."""
+        """Close both clients."""
         if self._consumer is not None:
             self._consumer.close()
         self._producer = self._consumer = None
@@ -135,5 +134,5 @@ class FencedKafka:
     def _named(self, error: Exception, what: str) -> Exception:
         code = error.args[0].code() if isinstance(error, ck.KafkaException) else None
         if code in _FENCED:
-            return InvariantBroken(f"another process took the pen of {self._topic} ({self._pen}): this one stops.")
+            return InvariantBroken(f"another process became the writer of {self._topic} ({self._id}): this one stops.")
         return Unavailable(f"cannot {what} {self._topic}: {error}")

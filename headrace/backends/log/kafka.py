@@ -44,7 +44,7 @@ _LEADERLESS = frozenset(
 
 
 class _Link:
-    """Tells once when the broker goes away and once when it is back."""
+    """Logs once when the broker goes away and once when it is back."""
 
     def __init__(self, who: str) -> None:
         self.away_since: float | None = None
@@ -127,7 +127,7 @@ class KafkaProducer:
         return int(self._producer.flush(timeout_s))
 
     def close(self) -> None:
-        """Flush for at most 2 s, so that a clean stop stays under 5 s, and let go."""
+        """Flush for at most 2 s, so that a clean stop stays under 5 s; records beyond are lost with a warning."""
         left = self._producer.flush(2.0)
         if left:
             log.warning("producer closed with %d records without receipt", left)
@@ -228,7 +228,7 @@ class KafkaReader:
         return {p: self._watermarks(topic, p)[1] for p in self._partitions(topic)}
 
     def close(self) -> None:
-        """Let go."""
+        """Close the client."""
         self._consumer.close()
 
     def _on_error(self, message: Any) -> None:

@@ -151,7 +151,7 @@ class MemoryReader:
             return {p: self._log.begins[topic, p] + len(r) for p, r in enumerate(self._log.partitions(topic))}
 
     def close(self) -> None:
-        """Let go."""
+        """Stop reading and free what the reader holds."""
         self._next = {}
 
     def _has_more(self) -> bool:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.trainer.run import Parts, train
+    from headrace.trainer.run import Dependencies, train
 
     runtime = open_runtime(args)
     stop = stop_event()
@@ -43,13 +43,13 @@ def main(args: argparse.Namespace) -> int:
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
     producer = runtime.producer()
     train(
-        Parts(
+        Dependencies(
             project=runtime.project,
             config=runtime.config.train,
             topics=runtime.topics,
             reader=runtime.reader(),
             producer=producer,
-            pen=FencedKafka(runtime.brokers, runtime.topics.steps, f"headrace-steps-{runtime.project.name}"),
+            steps_writer=FencedKafka(runtime.brokers, runtime.topics.steps, f"headrace-steps-{runtime.project.name}"),
             blobs=runtime.blobs(),
             metrics=metrics,
             clock=runtime.clock,

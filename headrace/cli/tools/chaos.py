@@ -21,8 +21,6 @@ from random import Random
 import msgspec
 
 from headrace.cli.project_folder import find_project, load_project
-from headrace.cli.tools.ledger import table as ledger_table
-from headrace.cli.tools.ledger import take_stock
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.chaos.account import Account
@@ -30,6 +28,8 @@ from headrace.deploy.local.chaos.load import seed_from_system
 from headrace.deploy.local.chaos.plan import NEEDS, STREAM, draw_kills, victims_of
 from headrace.deploy.local.chaos.run import ChaosRun
 from headrace.deploy.local.readiness import quiet_clients
+from headrace.replay.ledger.ledger import table as ledger_table
+from headrace.replay.ledger.take_stock import take_stock
 
 KILLS, STREAM_KILLS = 20, 30
 

@@ -83,6 +83,19 @@ class Positions(msgspec.Struct, frozen=True):
         return cls(generation, {int(p): Position(*(int(x) for x in v)) for p, v in data.items()})
 
 
+class Cursor(msgspec.Struct, frozen=True):
+    """Where a training run has got to; it travels in the checkpoint."""
+
+    positions: dict[str, list[int]] = {}
+    """As `Positions.to_json`: what the model contains."""
+    next_offsets: dict[str, int] = {}
+    """The `samples` record to read on from, by partition."""
+    lake_version: int = -1
+    """The version whose rows are being learnt; -1: the run began without a lake, or is done with it."""
+    lake_taken: int = 0
+    """How many of that version's rows, in total order, are learnt."""
+
+
 def least(several: Iterable[Positions]) -> Positions:
     """Return, partition by partition, the lowest of several positions: what all of them contain."""
     items = list(several)

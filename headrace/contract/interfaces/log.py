@@ -57,7 +57,7 @@ class Producer(Protocol):
         """Wait for receipts; return how many records still have none after `timeout_s`."""
 
     def close(self) -> None:
-        """Flush briefly and let go."""
+        """Flush for a short time, then free what the producer holds."""
 
 
 class Reader(Protocol):
@@ -85,7 +85,7 @@ class Reader(Protocol):
         that of the first record of the oldest open transaction."""
 
     def close(self) -> None:
-        """Let go."""
+        """Stop reading and free what the reader holds."""
 
 
 class Admin(Protocol):

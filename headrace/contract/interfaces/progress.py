@@ -1,4 +1,4 @@
-"""How far a long run is. Shown by whoever runs it; what runs says only how much is done."""
+"""Progress of a long run. The run reports how much is done; its caller decides how to show it."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from learner_world import twin_logits
 
 from headrace.contract.errors import InvariantBroken
+from headrace.contract.formats.positions import Cursor
 from headrace.contract.project import Recipe
 from headrace.contract.spec import PAD, Categorical, FeatureSpec, Numeric
 from headrace.trainer.commit.checkpoint import Checkpoint, Meta, decode_checkpoint, encode_checkpoint
@@ -21,7 +22,6 @@ from headrace.trainer.model.digest import digest
 from headrace.trainer.model.learner import TableLearner, make_learner
 from headrace.trainer.model.scoring import sigmoid
 from headrace.trainer.model.tables.table import KeyIndex, Table, initial_values
-from headrace.trainer.source.source import Cursor
 
 SPEC = FeatureSpec(features=(*(Categorical(field=f) for f in "abc"), *(Numeric(field=f) for f in "xy")))
 RECIPE = Recipe(dim=4, hidden=(8, 4), init_scale=0.3, lr_table=0.1, lr_dense=0.01)

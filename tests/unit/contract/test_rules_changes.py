@@ -11,7 +11,7 @@ from join_world import PROJECT
 from msgspec import structs
 from rules_world import LATE, WIDE, change
 
-from headrace.backends.log.fenced_memory import FencedMemory, Pens
+from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import JoinConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
@@ -35,18 +35,18 @@ TOPICS, PARTITIONS = Topics(), 3
 
 
 class World:
-    """A log of three partitions, its rules, and whoever holds the pen."""
+    """A log of three partitions, its rules, and whoever writes them."""
 
     def __init__(self) -> None:
-        self.log, self.pens = MemoryLog(lambda: 0), Pens()
+        self.log, self.epochs = MemoryLog(lambda: 0), WriterEpochs()
         self.log.admin().ensure_topics(TOPICS.specs(PARTITIONS))
 
-    def pen(self) -> FencedMemory:
-        return FencedMemory(self.log, TOPICS.rules, "pen", self.pens)
+    def writer(self) -> FencedMemory:
+        return FencedMemory(self.log, TOPICS.rules, "rules", self.epochs)
 
     def apply(self, project, producer=None, *, dry=False):
         producer = self.log.producer() if producer is None else producer
-        return apply(self.pen(), producer, TOPICS.events, PARTITIONS, project, now_ms=7, dry=dry)
+        return apply(self.writer(), producer, TOPICS.events, PARTITIONS, project, now_ms=7, dry=dry)
 
     def events(self) -> list[list[Record]]:
         return self.log.partitions(TOPICS.events)
@@ -70,14 +70,14 @@ class Dying:
 
 def begun() -> World:
     world = World()
-    ensure_first(world.pen(), PROJECT, now_ms=1, pause=lambda _: None)
+    ensure_first(world.writer(), PROJECT, now_ms=1, pause=lambda _: None)
     return world
 
 
 def test_the_first_rules_are_the_projects_and_lie_in_no_partition():
     world = begun()
     # Another stage that starts with an edited file reads what is there.
-    history = ensure_first(world.pen(), WIDE, now_ms=2, pause=lambda _: None)
+    history = ensure_first(world.writer(), WIDE, now_ms=2, pause=lambda _: None)
     assert [c.number for c in history.changes] == [1]
     assert history.changes[0].rules == rules_of(PROJECT)
     assert not any(world.events())
@@ -121,7 +121,7 @@ def test_a_crash_between_partitions_is_mended_by_applying_again(survived):
     world = begun()
     with pytest.raises(Unavailable):
         world.apply(WIDE, Dying(world.log, survived))
-    assert not read_history(world.pen()).is_whole
+    assert not read_history(world.writer()).is_whole
     assert sum(map(len, world.events())) == survived
     applied = world.apply(WIDE)
     assert applied.is_repaired and not applied.is_new and applied.history.is_whole
@@ -219,14 +219,14 @@ def test_a_function_must_be_declared_and_be_the_code_that_was_applied():
 
 def test_a_stage_begins_with_the_rules_of_the_log_whatever_lies_on_disk():
     world = begun()
-    began = begin_rules(world.pen(), WIDE, now_ms=2, pause=lambda _: None)
+    began = begin_rules(world.writer(), WIDE, now_ms=2, pause=lambda _: None)
     assert rules_of(began) == rules_of(PROJECT)
-    assert unapplied(world.pen(), WIDE) == differences(rules_of(PROJECT), rules_of(WIDE))
-    assert unapplied(world.pen(), PROJECT) == []
-    assert unapplied(World().pen(), WIDE) == [], "no stage has begun"
+    assert unapplied(world.writer(), WIDE) == differences(rules_of(PROJECT), rules_of(WIDE))
+    assert unapplied(world.writer(), PROJECT) == []
+    assert unapplied(World().writer(), WIDE) == [], "no stage has begun"
     impression = structs.replace(PROJECT.impression, key="item")
     with pytest.raises(ConfigRejected, match=r"partition key is 'item' .* log\.generation"):
-        begin_rules(world.pen(), structs.replace(PROJECT, impression=impression), now_ms=2, pause=lambda _: None)
+        begin_rules(world.writer(), structs.replace(PROJECT, impression=impression), now_ms=2, pause=lambda _: None)
 
 
 def test_differences_name_what_changes():

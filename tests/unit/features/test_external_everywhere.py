@@ -31,7 +31,8 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, FeatureSpec, MultiValued, Numeric
 from headrace.ingest.crawl.outbox_sender import OutboxSender
-from headrace.replay.ledger.ledger import Ledger, draw_gateways
+from headrace.replay.ledger.draw import draw_gateways
+from headrace.replay.ledger.ledger import Ledger
 from headrace.serving.features import FeatureMemory
 from headrace.stream.features.featurize import featurize
 from headrace.stream.join.join import Emitted, JoinState

@@ -46,7 +46,7 @@ from headrace.serving.model.shared_region import Meta, SharedModel
 from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.join.join import JoinState
 from headrace.trainer.model.learner import make_learner
-from headrace.trainer.source.source import conform, to_batch
+from headrace.trainer.source.batch import conform, to_batch
 
 
 @feature_function("everywhere.title_length", version=3)

@@ -16,7 +16,10 @@ from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.recipe import Recipe
-from headrace.replay.ledger.ledger import JOINED, KEYS, Expected, Found, TaskCounts, covers, draw, stored_by_log
+from headrace.replay.ledger.draw import Expected, Found, draw
+from headrace.replay.ledger.keys import JOINED, KEYS, covers
+from headrace.replay.ledger.ledger import TaskCounts
+from headrace.replay.ledger.taken import stored_by_log
 
 ROWS = 40
 SAMPLES = pa.Table.from_pylist(

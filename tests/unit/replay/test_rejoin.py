@@ -16,7 +16,6 @@ import pytest
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.backends.log.memory import MemoryAdmin, MemoryLog
-from headrace.cli.tools.ledger import table, take_stock
 from headrace.contract.config import Config, LakeConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.events import (
@@ -34,9 +33,10 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT
-from headrace.replay.ledger.ledger import JOINED
+from headrace.replay.ledger.keys import JOINED, in_order
+from headrace.replay.ledger.ledger import table
 from headrace.replay.ledger.rejoin import rejoin
-from headrace.replay.ledger.scan import in_order
+from headrace.replay.ledger.take_stock import take_stock
 from headrace.stream.join.join import Emitted, JoinState
 
 START_MS = 1_800_000_000_000

@@ -13,6 +13,7 @@ from learner_world import RECIPES, SPEC, batch_of, recipe_of, twin_logits
 from river_learner import RiverLearner
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.formats.positions import Cursor
 from headrace.contract.recipe import Model, Optimizer
 from headrace.contract.spec import PAD
 from headrace.trainer.commit.checkpoint import Checkpoint, Meta, decode_checkpoint, encode_checkpoint
@@ -20,7 +21,6 @@ from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import device_of, make_learner
 from headrace.trainer.model.scoring import logits, probabilities, shapes_of
 from headrace.trainer.model.tables.distinct_ids import Places, distinct
-from headrace.trainer.source.source import Cursor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))]
 # Rows on the device: all kinds of rows and of dense parts, a cache that is too small for what comes.

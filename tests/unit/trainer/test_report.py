@@ -48,8 +48,8 @@ def trained(folder, *, stored: int = ROWS, jump: bool = False) -> tuple[World, M
     world = World(lake=Lake(rows, Positions(1, dict(last)), dict.fromkeys(range(PARTITIONS), 0)))
     metrics, shown = MemoryMetrics(), Shown()
     config = TrainConfig(snapshot_ms=30_000, slices=("item",), slice_values_max=3, projector_ms=1_000)
-    parts = world.parts(config=config, metrics=metrics, board=Board(folder), progress=shown)
-    trainer = Trainer(parts)
+    deps = world.deps(config=config, metrics=metrics, board=Board(folder), progress=shown)
+    trainer = Trainer(deps)
     trainer.recover()
     for part in range(5):
         for p in range(PARTITIONS):

@@ -12,11 +12,13 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.project import FeedbackType, Project, Task
 from headrace.replay.as_trained import as_trained, read_steps
-from headrace.replay.ledger.ledger import JOINED, KEYS, Expected, Found, draw
+from headrace.replay.ledger.draw import Expected, Found, draw
+from headrace.replay.ledger.keys import JOINED, KEYS
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.run import Trainer
-from headrace.trainer.source.source import stored_order, to_batch
+from headrace.trainer.source.batch import to_batch
+from headrace.trainer.source.stored import stored_order
 
 MANY = msgspec.structs.replace(
     PROJECT,
@@ -49,7 +51,7 @@ def test_rows_know_their_head_and_their_id():
 def test_a_live_run_learns_its_tasks_and_replay_reaches_its_digest():
     world = World()
     after, by_hand = (-1, -1), make_learner(MANY.recipe, MANY.features)
-    trainer = Trainer(world.parts(project=MANY))
+    trainer = Trainer(world.deps(project=MANY))
     trainer.recover()
     for i in range(4):
         rows = mixed(0, 30, offset=30 * i)
@@ -66,7 +68,7 @@ def test_the_ledger_counts_what_the_trainer_left_out():
     """Positives too, of which none is; and a task that the recipe doesn't have."""
     world, after, metrics = World(), (-1, -1), MemoryMetrics()
     rows = [mixed(0, 30, offset=30 * i) for i in range(4)]
-    trainer = Trainer(world.parts(project=MANY, metrics=metrics))
+    trainer = Trainer(world.deps(project=MANY, metrics=metrics))
     trainer.recover()
     for batch in rows:
         after = send(world.log, batch, after=after)
@@ -92,7 +94,7 @@ def test_the_lake_gives_the_same_tasks_first():
     stored = pa.Table.from_batches([mixed(p, 30) for p in range(2)])
     lake = Lake(stored, Positions(1, {0: Position(9, 2), 1: Position(9, 2)}), {})
     world = World(lake=lake)
-    trainer = Trainer(world.parts(project=MANY))
+    trainer = Trainer(world.deps(project=MANY))
     trainer.recover()
     world.drain(trainer)
     by_hand = make_learner(MANY.recipe, MANY.features)

@@ -1,4 +1,4 @@
-"""Reading topics for the ledger.
+"""Sample keys.
 
 Goal: the samples topic is read by the reader's rule: repeats are dropped, out-of-turn records held.
 Method: records by hand.
@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.interfaces.log import Record
-from headrace.replay.ledger.ledger import KEYS
-from headrace.replay.ledger.scan import sample_keys
+from headrace.replay.ledger.keys import KEYS, sample_keys
 
 
 def record(at: int, after: str, offsets: list[tuple[int, int]]) -> Record:

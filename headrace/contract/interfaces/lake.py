@@ -1,0 +1,61 @@
+"""What the pipeline needs of a lake: samples in versions, and with each version the positions that it holds.
+
+The Delta table on files, CephFS, HDFS and S3 implements it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import pyarrow as pa
+
+from headrace.contract.formats.positions import Position, Positions
+
+
+class LakeState(Protocol):
+    """What one version of the lake holds."""
+
+    @property
+    def version(self) -> int:
+        """The table's version."""
+
+    @property
+    def positions(self) -> Positions:
+        """Everything at or below these was stored."""
+
+    @property
+    def next_offsets(self) -> Mapping[int, int]:
+        """The `samples` offsets to go on from."""
+
+    @property
+    def retained_before_ms(self) -> int:
+        """Rows of an earlier event time may have been dropped by retention; 0 where none was."""
+
+
+class LakeReader(Protocol):
+    """The stored samples, as training, replay and the ledger read them."""
+
+    def state(self, version: int | None = None) -> LakeState | None:
+        """Return the newest version's state (or that version's); None while there is no lake."""
+
+    def read(self, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return that version's rows, in any order, with all columns or these."""
+
+    def hold(self, version: int, holder: str) -> None:
+        """Lease the version: its files stay until the lease is given back or ends."""
+
+    def let_go(self, holder: str) -> None:
+        """Give the holder's lease back."""
+
+
+class LakeWriter(Protocol):
+    """Where samples are stored: rows, offsets and positions in one commit."""
+
+    def append(
+        self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
+    ) -> int:
+        """Commit all or nothing and return the version."""
+
+    def state(self, version: int | None = None) -> LakeState | None:
+        """Return where the lake has got to; None while there is none."""

@@ -1,0 +1,209 @@
+"""The loss ledger: what was read, joined, stored and learnt, and whether anything is missing or counted twice.
+
+`lost` and `twice` are found by comparing ids (impression event id x task), not by subtracting counters:
+
+1. the events log is joined once more by the same pure join: these samples *should* be, at these positions;
+2. the lake holds ids, and says up to which positions it is whole;
+3. each step names the ranges that it took, and says up to which positions the model contains everything.
+
+What should be at or below the positions that an effect committed, and is not in it, is lost; what is in it more than
+once is twice. What lies above is on its way and neither.
+
+Legend: N expected samples, in (partition, position) order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.contract.formats.dead_letters import DeadLetter, Fate
+from headrace.contract.formats.events import Punctuation
+from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.steps import Step
+from headrace.contract.recipe import Recipe
+from headrace.replay.ledger.keys import compare, covers, highest, sample_ids
+from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
+from headrace.replay.ledger.taken import StoredKeys, taken
+from headrace.trainer.model.calibration import left_out
+from headrace.trainer.source.batch import sample_hashes
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the pure join makes of the events log."""
+
+    samples: pa.Table
+    """JOINED, in (partition, position) order."""
+    rows: dict[str, int]
+    """Rows in the log by kind, repeats included: `impression`, `feedback`, `external`."""
+    repeated_in_log: int
+    tasks: dict[str, TaskCounts]
+    impressions: int
+    feedback: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the other topics and the lake hold, read before the events log."""
+
+    topic: pa.Table
+    """KEYS of the samples topic by the reader's rule: what is not beyond the last position is dropped."""
+    lake: pa.Table
+    """KEYS of the lake, as many rows as it has."""
+    lake_positions: Positions
+    steps: Sequence[Step]
+    stored_keys: StoredKeys
+    letters: Sequence[DeadLetter]
+    tags: frozenset[str]
+    """Declared tags: a dead letter of another tag is no declared event, and left out of the totals."""
+    punctuations: Sequence[Punctuation]
+    retried: Sequence[tuple[DeadLetter, Fate]] = ()
+    """Those of `letters` that were offered again, with what came of it."""
+    retained_before_ms: int = 0
+    """Rows of event time before this are in the lake no more, or late and still there, as retention left them."""
+
+
+def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
+    """Return the ledger. Samples of tasks that the recipe doesn't have, and negatives that its `negative_share` leaves
+    out, count as sampled out.
+    """
+    ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0))
+    reasons = Counter(letter.reason for letter in found.letters)
+    reasons.subtract(letter.reason for letter, _ in found.retried)
+    ledger.dead_letters = {reason: count for reason, count in reasons.items() if count}
+    letters = sum(letter.tag in found.tags for letter in found.letters)
+    fates = Counter[str](fate for letter, fate in found.retried if letter.tag in found.tags)
+    draw_gateways(ledger, sum(expected.rows.values()), letters, found.punctuations, fates)
+    ledger.impressions, ledger.feedback = expected.impressions, expected.feedback
+    ledger.repeated_in_log = expected.repeated_in_log
+    for name in ("positives", "negatives", "waiting", "matched", "duplicate", "late", "orphans", "pending"):
+        setattr(ledger, name, sum(getattr(counts, name) for counts in expected.tasks.values()))
+    ids_N = sample_ids(expected.samples)
+    _draw_topic(ledger, expected, found, ids_N)
+    _draw_lake(ledger, expected, found, ids_N)
+    for run in _runs(found.steps):
+        counts = _draw_model(expected, found, run, ids_N, recipe)
+        ledger.models[counts.run] = counts
+        for name in ("learnt", "refused", "sampled_out", "in_flight"):
+            setattr(ledger, name, getattr(counts, name))
+        ledger.lost_where["model"] = counts.lost
+        ledger.twice_where["model"] = counts.twice
+    if not ledger.models:
+        ledger.in_flight = ledger.samples
+    ledger.lost, ledger.twice = sum(ledger.lost_where.values()), sum(ledger.twice_where.values())
+    ledger.closes = _closes(ledger)
+    return ledger
+
+
+def _closes(ledger: Ledger) -> bool:
+    return (
+        ledger.read == ledger.appended + ledger.dead_lettered + ledger.repeated
+        and ledger.appended == ledger.impressions + ledger.feedback + ledger.external + ledger.repeated_in_log
+        and ledger.samples == ledger.learnt + ledger.refused + ledger.sampled_out + ledger.in_flight
+        and all(counts.closes() for counts in ledger.tasks.values())
+        and all(counts.closes() for counts in ledger.models.values())
+        and ledger.lost == ledger.twice == 0
+    )
+
+
+def draw_gateways(
+    ledger: Ledger,
+    appended: int,
+    dead_lettered: int,
+    punctuations: Iterable[Punctuation],
+    fates: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Fill read, appended, dead_lettered, repeated, from rows in the log, declared dead letters and punctuation.
+
+    `fates` counts the letters that were offered again by what came of it. Such a letter's event is counted where it
+    ended (in the log, as repeated, or as a newer letter), so the letter itself is taken out; the retry's marks are the
+    receipts of what it appended and refused.
+
+    The log and the dead letters say what is there; the gateways' totals, newest of each epoch, say what was given
+    receipts. A killed gateway's last totals may be older than its last records, never newer: totals beyond what is
+    there are a loss.
+    """
+    said: dict[tuple[str, int], dict[str, int]] = {}
+    for punctuation in punctuations:
+        if punctuation.counts:
+            newest = said.setdefault((punctuation.gateway, punctuation.epoch), {})
+            for name, value in punctuation.counts.items():
+                newest[name] = max(newest.get(name, 0), value)
+    total = Counter[str]()
+    for counts in said.values():
+        total.update(counts)
+    total.update(appended=fates.get("appended", 0), repeated=fates.get("repeated", 0))
+    total.update(dead_lettered=fates.get("refused", 0))
+    ledger.retried = sum(fates.values())
+    ledger.appended, ledger.dead_lettered = appended, dead_lettered - ledger.retried
+    ledger.repeated = total["repeated"]
+    settled = total["appended"] + total["dead_lettered"] + total["repeated"]
+    # What the crawler wrote is no gateway's: it must not stand in for what a gateway lost.
+    theirs = appended - ledger.external
+    untold = max(0, theirs - total["appended"]) + max(0, dead_lettered - total["dead_lettered"])
+    ledger.read = settled + untold + ledger.external - ledger.retried
+    ledger.lost_where["log"] = ledger.read - ledger.appended - ledger.dead_lettered - ledger.repeated
+
+
+def _draw_topic(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array) -> None:
+    # What the lake is whole up to must have been in the topic, even where the topic itself ends earlier.
+    reached = highest(found.topic).advanced(found.lake_positions.by_partition)
+    ledger.samples = found.topic.num_rows
+    lost, twice = compare(expected.samples, ids_N, sample_ids(found.topic), reached)
+    ledger.lost_where["topic"], ledger.twice_where["topic"] = lost, twice
+
+
+def _draw_lake(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array) -> None:
+    """Draw the lake; what retention may have dropped can't be lost there, and still must not be there twice."""
+    ledger.stored, there = found.lake.num_rows, sample_ids(found.lake)
+    lost, twice = compare(expected.samples, ids_N, there, found.lake_positions)
+    if found.retained_before_ms:
+        old_N = pc.less(expected.samples["event_time_ms"], found.retained_before_ms).combine_chunks()
+        old = expected.samples.filter(old_N)
+        ledger.retained, _ = compare(old, ids_N.filter(old_N), there, found.lake_positions)
+    ledger.lost_where["lake"], ledger.twice_where["lake"] = lost - ledger.retained, twice
+
+
+def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, recipe: Recipe) -> ModelCounts:
+    """Count how often the run's steps took each expected sample, by their ranges alone."""
+    times_N = taken(expected.samples, ids_N, run, found.stored_keys)
+    last = run[-1]
+    positions = Positions.from_json(found.lake_positions.generation, last.positions)
+    covered_N = covers(expected.samples, positions)
+    ours_N = pc.is_in(expected.samples["task"], value_set=pa.array(recipe.heads)).to_numpy()
+    learnt_N = ours_N & ~_left_out(expected.samples, recipe)
+    topic_N = pc.is_in(ids_N, value_set=sample_ids(found.topic)).to_numpy(zero_copy_only=False)
+    took_N = times_N > 0
+    named = sum(r.rows for step in run for r in step.ranges)
+    counts = ModelCounts(model=last.model, run=last.run, steps=len(run))
+    counts.learnt = int((took_N & learnt_N).sum())
+    counts.sampled_out = int((took_N & ~learnt_N).sum())
+    counts.in_flight = int((topic_N & ~took_N).sum())
+    counts.samples = int((topic_N | took_N).sum())
+    counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, int(times_N.sum()) - named)
+    counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - int(times_N.sum()))
+    return counts
+
+
+def _left_out(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
+    """Say which samples the trainer scores and does not learn: bool [N]."""
+    if recipe.negative_share == 1.0 or not samples.num_rows:
+        return np.zeros(samples.num_rows, np.bool_)
+    rows = samples.combine_chunks().to_batches()[0]
+    return left_out(recipe, rows["label"].to_numpy(), sample_hashes(rows))
+
+
+def _runs(steps: Sequence[Step]) -> list[list[Step]]:
+    """Return the steps by run, the newest run last; a step that was written again counts once."""
+    runs: dict[str, dict[int, Step]] = {}
+    for step in steps:
+        runs.setdefault(step.run, {})[step.step] = step
+    return [[run[n] for n in sorted(run)] for run in runs.values()]

@@ -1,0 +1,71 @@
+"""Takes stock: reads the topics and the lake, and draws the ledger of what they hold."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from headrace.contract.config import Config
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.formats.dead_letters import decode_dead_letter, decode_retry_mark
+from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.steps import decode_step
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.lake import LakeReader
+from headrace.contract.interfaces.log import Reader, read_range
+from headrace.contract.project import Project
+from headrace.ingest.dead_letters.view import Letter, superseded
+from headrace.replay.ledger.draw import Found, draw
+from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, sample_keys
+from headrace.replay.ledger.ledger import Ledger
+from headrace.replay.ledger.rejoin import rejoin
+from headrace.replay.ledger.taken import stored_by_log
+from headrace.stream.rule_changes import first_rules
+from headrace.trainer.source.stored import stored_order
+
+
+def take_stock(project: Project, config: Config, topics: Topics, reader: Reader, lake: LakeReader) -> Ledger:
+    """Read effects before causes (steps, lake, samples, events), so that what an effect contains is found in the log.
+
+    Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
+    """
+    steps = [decode_step(r.value) for r in read_range(reader, topics.steps) if r.value is not None]
+    state = lake.state()
+    stored = lake.read(state.version, KEYS.names).cast(KEYS) if state is not None else KEYS.empty_table()
+    topic = sample_keys(read_range(reader, topics.samples))
+    marks = [decode_retry_mark(r.value) for r in read_range(reader, topics.retries) if r.value is not None]
+    began = first_rules(project, list(read_range(reader, topics.rules)))
+    expected, punctuations = rejoin(began, config, read_range(reader, topics.events))
+    letters = [
+        Letter(r.offset, decode_dead_letter(r.value))
+        for r in read_range(reader, topics.dead_letters)
+        if r.value is not None
+    ]
+    reader.close()
+
+    steps = [step for step in steps if step.model == project.name]
+    retained_before_ms = state.retained_before_ms if state is not None else 0
+
+    def stored_keys(version: int) -> pa.Table:
+        tasks = project.recipe.heads
+        try:
+            return stored_order(lake.read(version, TIMED_KEYS.names), tasks).select(KEYS.names).cast(KEYS)
+        except (Unavailable, InvariantBroken):
+            # The version is beyond lake.history_ms, or retention dropped rows of it: the log has them still.
+            found = stored_by_log(expected.samples, steps, version, tasks, retained=retained_before_ms > 0)
+            if found is None:
+                raise
+            return found
+
+    found = Found(
+        topic=topic,
+        lake=stored,
+        lake_positions=state.positions if state is not None else Positions(topics.generation),
+        steps=steps,
+        stored_keys=stored_keys,
+        letters=[letter.told for letter in letters],
+        tags=frozenset({project.impression.tag, *(feedback.tag for feedback in project.feedback)}),
+        punctuations=punctuations,
+        retried=superseded(letters, marks),
+        retained_before_ms=retained_before_ms,
+    )
+    return draw(expected, found, recipe=project.recipe)

@@ -1,0 +1,40 @@
+"""A run of a project, in training and in replay: the digest of what makes its bits, its tasks, its evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from headrace.contract.config import TrainConfig
+from headrace.contract.project import Project, Task
+from headrace.trainer.validation.evaluate import Evaluation
+from headrace.trainer.validation.slices import slices_of
+
+
+def recipe_digest(project: Project) -> str:
+    """Return 16 hex digits over what makes a run's bits: the recipe and the feature spec, by name.
+
+    A project with another digest begins another run.
+    """
+    parts = {"recipe": msgspec.json.encode(project.recipe), "spec": msgspec.json.encode(project.features)}
+    sha = hashlib.sha256()
+    for name, data in sorted(parts.items()):
+        sha.update(f"{name} {len(data)}\n".encode() + data)
+    return sha.hexdigest()[:16]
+
+
+def tasks_of(project: Project) -> list[Task]:
+    """Return the tasks that the recipe learns, in the order of its heads."""
+    tasks = {task.name: task for task in project.tasks}
+    return [tasks[name] for name in project.recipe.heads]
+
+
+def new_evaluation(project: Project, config: TrainConfig) -> Evaluation:
+    """Return an empty evaluation of the recipe's tasks."""
+    return Evaluation(
+        project.features,
+        tasks_of(project),
+        key_field=project.impression.key,
+        slices=slices_of(project, config.slices, values_max=config.slice_values_max),
+    )

@@ -1,0 +1,187 @@
+"""Live rows: samples of the topic, by position, read ahead of training.
+
+Each partition keeps two positions: up to where its rows were given out, and up to where they were read. A row is given
+out once; a record that is out of turn is held back, with an alarm, until the rows before it have come.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.contract.errors import InvariantBroken
+from headrace.contract.formats.events import decode_batch
+from headrace.contract.formats.positions import START, Position, order_of, orders, position_of
+from headrace.contract.formats.sample import parse_position
+from headrace.contract.formats.sample_order import SampleOrder
+from headrace.contract.formats.steps import StepRange
+from headrace.contract.interfaces.log import Record
+from headrace.contract.metrics import Metrics
+
+logger = logging.getLogger("headrace.train")
+
+HELD_MAX = 10_000
+"""Most records that wait for a gap before them to close."""
+
+
+@dataclass
+class _Chunk:
+    """Rows of one record that are not taken yet, of the recipe's tasks, in position order."""
+
+    rows: pa.RecordBatch
+    order_N: npt.NDArray[np.int64]
+    record: int
+    last: Position
+
+
+@dataclass
+class LivePartition:
+    """One partition's rows that were read and not taken."""
+
+    taken: Position = START
+    """The last position whose rows were given out."""
+    next_offset: int = 0
+    """The next `samples` record to read."""
+    order: SampleOrder = field(default_factory=SampleOrder)
+    """Which records come next; its position is the last that was read."""
+    chunks: deque[_Chunk] = field(default_factory=deque)
+
+    @classmethod
+    def at(cls, position: Position, next_offset: int) -> LivePartition:
+        """Return a partition whose rows up to `position` are taken."""
+        return cls(position, next_offset, SampleOrder(position))
+
+    @property
+    def rows(self) -> int:
+        """How many rows wait."""
+        return sum(chunk.rows.num_rows for chunk in self.chunks)
+
+    @property
+    def resume_offset(self) -> int:
+        """The first record that holds rows which are not taken: where a restart reads on."""
+        records = [chunk.record for chunk in self.chunks] + [held.record.offset for held in self.order.held]
+        return min([self.next_offset, *records])
+
+    def upto(self, rows_max: int) -> tuple[Position, int]:
+        """Return the position that takes at most `rows_max` rows, and how many rows that is."""
+        upto, rows = self.taken, 0
+        for chunk in self.chunks:
+            left = rows_max - rows
+            if chunk.rows.num_rows <= left:
+                upto, rows = chunk.last, rows + chunk.rows.num_rows
+                continue
+            if left:
+                upto, rows = position_of(int(chunk.order_N[left - 1])), rows + left
+            break
+        return upto, rows
+
+    def take(self, after: Position, upto: Position) -> list[pa.RecordBatch]:
+        """Give out the rows beyond `after`, up to `upto`; those before `after` are dropped."""
+        taken: list[pa.RecordBatch] = []
+        while self.chunks:
+            chunk = self.chunks[0]
+            first, stop = (int(np.searchsorted(chunk.order_N, order_of(each), side="right")) for each in (after, upto))
+            if stop > first:
+                taken.append(chunk.rows.slice(first, stop - first))
+            if chunk.last > upto:
+                chunk.rows, chunk.order_N = chunk.rows.slice(stop), chunk.order_N[stop:]
+                break
+            self.chunks.popleft()
+        self.taken = upto
+        return taken
+
+
+def _pair(position: Position) -> tuple[int, int]:
+    return position.offset, position.rank
+
+
+class LiveRows:
+    """The rows of these tasks in the partitions of the `samples` topic. For one thread."""
+
+    def __init__(self, schema: pa.Schema, tasks: tuple[str, ...], metrics: Metrics | None = None) -> None:
+        self._schema, self._tasks, self._metrics = schema, tasks, metrics
+        self.partitions: dict[int, LivePartition] = {}
+
+    @property
+    def rows(self) -> int:
+        """How many rows could be taken now."""
+        return sum(partition.rows for partition in self.partitions.values())
+
+    def intake(self, record: Record) -> None:
+        """Take what is new of a record and of those that waited for it. Raises `InvariantBroken` when too many wait."""
+        partition = self.partitions[record.partition]
+        partition.next_offset = record.offset + 1
+        if record.value is None:
+            return
+        order = partition.order
+        following = order.offer(record)
+        if following is None:
+            self._tell_gap(record, order)
+            return
+        for each in following:
+            rows = each.new_rows(decode_batch(each.record.value or b"", self._schema))
+            self._append(partition, rows, each.record.offset, each.last)
+
+    def seed(self, number: int, rows: pa.Table, upto: Position) -> None:
+        """Put rows of the lake before the records of a partition, which then go on behind `upto`.
+
+        Args:
+            rows: of this partition, in position order, each once; none up to `upto` is missing.
+        """
+        partition = self.partitions[number]
+        for batch in (each for each in rows.to_batches() if each.num_rows):
+            last = Position(batch["offset"][-1].as_py(), batch["rank"][-1].as_py())
+            self._append(partition, batch, partition.next_offset, last)
+        partition.order = SampleOrder(upto)
+
+    def propose(self, rows_max: int) -> tuple[StepRange, ...]:
+        """Return ranges of at most `rows_max` rows, shared evenly among the partitions that have some."""
+        waiting = {number: partition for number, partition in sorted(self.partitions.items()) if partition.chunks}
+        ranges, left = [], rows_max
+        for i, (number, partition) in enumerate(waiting.items()):
+            upto, rows = partition.upto(left // (len(waiting) - i))
+            if upto > partition.taken:
+                after = _pair(partition.taken)
+                ranges.append(StepRange(kind="live", partition=number, after=after, upto=_pair(upto), rows=rows))
+            left -= rows
+        return tuple(ranges)
+
+    def has(self, wanted: StepRange) -> bool:
+        """Say whether every row of the range is read."""
+        return self.partitions[wanted.partition].order.position >= Position(*wanted.upto)
+
+    def take(self, wanted: StepRange) -> pa.Table:
+        """Give out the rows of the partition's next range."""
+        partition, after = self.partitions[wanted.partition], Position(*wanted.after)
+        if partition.taken != after:
+            raise InvariantBroken(
+                f"a step takes partition {wanted.partition} after {wanted.after}; it is at {tuple(partition.taken)}."
+            )
+        return pa.Table.from_batches(partition.take(after, Position(*wanted.upto)), self._schema)
+
+    def _append(self, partition: LivePartition, rows: pa.RecordBatch, record: int, last: Position) -> None:
+        ours = pc.is_in(rows["task"], value_set=pa.array(self._tasks))
+        if not pc.all(ours).as_py():
+            rows = rows.filter(ours)
+        order_N = orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
+        partition.chunks.append(_Chunk(rows, order_N, record, last))
+
+    def _tell_gap(self, record: Record, order: SampleOrder) -> None:
+        if self._metrics is not None:
+            self._metrics.add("gap_total")
+        after, read = parse_position(record.headers["after"]), tuple(order.position)
+        logger.warning(
+            "gap: %s/%d offset %d begins after %s and only %s was read; it waits",
+            *(record.topic, record.partition, record.offset, tuple(after), read),
+        )
+        if len(order.held) > HELD_MAX:
+            raise InvariantBroken(
+                f"{len(order.held)} records of {record.topic}/{record.partition} wait for samples after {read} that "
+                "never came. Keep the topic; `headrace ledger` shows what is missing."
+            )
