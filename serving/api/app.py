@@ -72,7 +72,7 @@ class Face:
         """Score candidates with exactly one version of the model."""
         started = time.perf_counter()
         response = await self._rank(request)
-        self.metrics.add("requests_total", reason=str(response.status_code))
+        self.metrics.add("requests_total", status=str(response.status_code))
         self.metrics.observe("request_seconds", time.perf_counter() - started)
         return response
 

@@ -65,7 +65,7 @@ class Updater:
             except Unavailable as error:
                 if not is_away:
                     logger.warning("the served version stays: %s", error)
-                    self.metrics.add("errors_total", reason="updater")
+                    self.metrics.add("errors_total", kind="updater")
                 is_away = True
                 self.stop.wait(0.5)
             else:
@@ -198,7 +198,7 @@ class Updater:
     def _refuse(self, error: HeadraceError) -> None:
         reason = error.reason if isinstance(error, Refused) else "does_not_fit"
         self.shared.note_refusal(f"{reason}: {error}")
-        self.metrics.add("errors_total", reason=reason)
+        self.metrics.add("errors_total", kind=reason)
         logger.error("refused, the served version stays: %s", error)
 
 

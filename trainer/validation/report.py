@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.interfaces.clock import Clock
-from headrace.contract.metrics import Metrics, Name
+from headrace.contract.metrics import Metrics, Name, joined
 from headrace.contract.project import Project
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import StepReport, TableLearner
@@ -79,15 +79,18 @@ class Report:
         for window in windows:
             if window.change is not None:
                 self._tell_change(window.task, window.change)
-            named = {window.task: window.figures}
-            named |= {f"{window.task} {name}": figures for name, figures in window.slices.items()}
-            for name, figures in named.items():
+            by_slice = {"": window.figures, **window.slices}
+            for name, figures in by_slice.items():
                 for kind, value in figures.shown().items():
                     if math.isfinite(value):
-                        self._metrics.set(_WINDOWS[kind], value, reason=name)
-                self._metrics.set("window_samples", figures.samples, reason=name)
+                        self._metrics.set(_WINDOWS[kind], value, task=window.task, slice=name)
+                self._metrics.set("window_samples", figures.samples, task=window.task, slice=name)
             if self._board is not None:
-                values = {f"2_windows/{kind}/{name}": v for name, f in named.items() for kind, v in f.shown().items()}
+                values = {
+                    f"2_windows/{kind}/{joined((window.task, name))}": value
+                    for name, figures in by_slice.items()
+                    for kind, value in figures.shown().items()
+                }
                 values |= {
                     f"2_windows/auc_item_rate/{window.task}": window.figures.auc_item_rate,
                     f"2_windows/log_loss_constant/{window.task}": window.figures.log_loss_constant,
@@ -132,12 +135,12 @@ class Report:
         return self._clock.monotonic() - self._told_at >= REPORT_S
 
     def _tell_change(self, task: str, change: Change) -> None:
-        self._metrics.set("label_rate", change.rate, reason=task)
+        self._metrics.set("label_rate", change.rate, task=task)
         if math.isnan(change.usual):
             return
-        self._metrics.set("label_rate_usual", change.usual, reason=task)
-        self._metrics.set("label_rate_score", change.score, reason=task)
-        self._metrics.add("label_rate_jumps_total", float(change.is_sudden), reason=task)
+        self._metrics.set("label_rate_usual", change.usual, task=task)
+        self._metrics.set("label_rate_score", change.score, task=task)
+        self._metrics.add("label_rate_jumps_total", float(change.is_sudden), task=task)
         if change.is_sudden:
             logger.warning(
                 "label rate of %s jumped from %.4f to %.4f (%+.0f %%) over %d samples, %.1f standard deviations; "
@@ -154,12 +157,11 @@ class Report:
                 continue
             if task == self._main:
                 self._tell_main(figures)
-            named = {task: figures} if len(evaluation.tasks) > 1 else {}
-            named |= {f"{task} {name}": of_slice for name, of_slice in slices.items()}
-            for name, of_slice in named.items():
+            by_slice = {"": figures, **slices} if len(evaluation.tasks) > 1 else slices
+            for name, of_slice in by_slice.items():
                 for kind, value in of_slice.shown().items():
                     if math.isfinite(value):
-                        self._metrics.set(_SLICES[kind], value, reason=name)
+                        self._metrics.set(_SLICES[kind], value, task=task, slice=name)
             values |= {f"1_figures/{kind}/{task}": value for kind, value in figures.shown().items()}
             values[f"1_figures/auc_item_rate/{task}"] = figures.auc_item_rate
             values[f"1_figures/log_loss_constant/{task}"] = figures.log_loss_constant
