@@ -87,7 +87,7 @@ def test_trainer_and_serving_score_pads_alike(seed):
     with tempfile.TemporaryDirectory() as folder:
         model = SharedModel(Path(folder) / "m", dim=4, rows_max=1_000, create=True)
         meta = Meta(Manifest(kind="snapshot", model="m", run="r", step=1, version="r-1"), "r-1", "{}", "{}", shapes)
-        model.replace(weights, meta)
+        model.load_snapshot(weights, meta)
         served, _ = model.read(
             lambda view: score(
                 RECIPE,
