@@ -86,13 +86,13 @@ def is_alive(pid: int) -> bool:
 @contextmanager
 def running(folder: Path) -> Iterator[Stage]:
     stage = Stage(folder)
-    try:
-        yield stage
-    finally:
-        for pid in {stage.process.pid, *stage.pids}:
-            if is_alive(pid):
-                os.kill(pid, signal.SIGKILL)
-        stage.process.wait()
+    with stage.process:
+        try:
+            yield stage
+        finally:
+            for pid in {stage.process.pid, *stage.pids}:
+                if is_alive(pid):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def test_all_processes_answer_on_one_port_and_stop_together(tmp_path: Path):
