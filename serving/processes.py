@@ -160,7 +160,7 @@ def region_path(home: Path, *, dim: int, rows_max: int, memory: Path = _MEMORY) 
 
 def listen(host: str, port: int) -> socket.socket:
     """Return the socket that all processes accept on. Raises `ConfigRejected` when the port is taken."""
-    # With the protocol told: asyncio sets TCP_NODELAY on no other socket, and an answer would wait 40 ms for an ack.
+    # The protocol is given: asyncio sets TCP_NODELAY on no other socket, and an answer would wait 40 ms for an ack.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -87,7 +87,7 @@ class PrometheusMetrics:
             self._server = _Server((host, port), _Handler)
         except OSError as error:
             raise ConfigRejected(
-                f"metrics of {stage} cannot listen on {host}:{port}: {error}. `headrace doctor` says who has the port."
+                f"metrics of {stage} cannot listen on {host}:{port}: {error}. `headrace doctor` names its owner."
             ) from error
         self._server.metrics = self
         self.port = int(self._server.server_address[1])
@@ -110,7 +110,7 @@ class PrometheusMetrics:
         self._state = (is_ready, reason)
 
     def state(self) -> tuple[bool, str]:
-        """Return what `ready` was told last."""
+        """Return what the last call of `ready` said."""
         return self._state
 
     def close(self) -> None:

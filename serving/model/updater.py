@@ -167,8 +167,8 @@ class Updater:
         if served is None or record.value is None or (record.key or b"").decode() != self.project.name:
             return
         base = served.manifest.version
-        told = record.headers.get("base", base)
-        if told != base:
+        wanted = record.headers.get("base", base)
+        if wanted != base:
             self._is_broken |= _is_newer(record.headers.get("version", ""), served.manifest)
             return
         try:

@@ -1,7 +1,7 @@
-"""What the trainer tells of itself: metrics for Prometheus, pages for TensorBoard, a log line for a sudden change.
+"""The trainer's reports: metrics for Prometheus, pages for TensorBoard, a log line for a sudden change.
 
-Called with each step and once a second. Reads the learner and the evaluation, changes neither. Tags begin with a number
-so that TensorBoard, which sorts by name, shows first what is looked at first.
+Called with each step and once a second. It reads the learner and the evaluation and changes neither. Tags begin with a
+number, so that TensorBoard, which sorts by name, shows the most important ones first.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import StepReport, TableLearner
 from headrace.trainer.source.source import Source
 from headrace.trainer.validation.board import Board
-from headrace.trainer.validation.drift import Change
-from headrace.trainer.validation.evaluate import Closed, Evaluation
+from headrace.trainer.validation.drift import RateChange
+from headrace.trainer.validation.evaluate import ClosedWindow, Evaluation
 from headrace.trainer.validation.figures import Figures
 from headrace.trainer.validation.projector import Sampler, write_projector
 
@@ -47,7 +47,7 @@ _SLICES: dict[str, Name] = {
 
 
 class Report:
-    """One trainer's voice. For its thread alone."""
+    """Reports what one trainer does. For its thread alone."""
 
     def __init__(
         self, project: Project, config: TrainConfig, metrics: Metrics, board: Board | None, clock: Clock
@@ -74,8 +74,8 @@ class Report:
         if self._board is not None and self._projector_s:
             self._sampler.note(batch, rows)
 
-    def closed(self, windows: Sequence[Closed], *, step: int) -> None:
-        """Tell what closed windows say, by task and slice; raise the alarm where a label rate jumped."""
+    def closed(self, windows: Sequence[ClosedWindow], *, step: int) -> None:
+        """Report the figures of closed windows by task and slice, and log where a label rate jumped."""
         for window in windows:
             if window.change is not None:
                 self._tell_change(window.task, window.change)
@@ -101,7 +101,7 @@ class Report:
                 self._board.scalars(values, step=step, now_ms=window.end_ms)
 
     def tell(self, learner: TableLearner, evaluation: Evaluation, source: Source, lag_records: int) -> None:
-        """Tell where the trainer stands; the caller asks `is_due` first."""
+        """Report where the trainer stands. The caller asks `is_due` first."""
         now = self._clock.monotonic()
         rate = (
             (self.samples_learnt - self._told_learnt) / (now - self._told_at)
@@ -131,10 +131,10 @@ class Report:
             self._draw(learner, now)
 
     def is_due(self) -> bool:
-        """Say whether `tell` would tell anything: ask before what costs a round trip."""
+        """Say whether a report is due: ask before what costs a round trip."""
         return self._clock.monotonic() - self._told_at >= REPORT_S
 
-    def _tell_change(self, task: str, change: Change) -> None:
+    def _tell_change(self, task: str, change: RateChange) -> None:
         self._metrics.set("label_rate", change.rate, task=task)
         if math.isnan(change.usual):
             return
