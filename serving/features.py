@@ -1,5 +1,7 @@
-"""Serving's memory of the `features` topic: the counters' buckets by key, evaluated at the newest watermark seen, and
-the newest version of each crawled entity."""
+"""What serving knows from the `features` topic: each key's counters, and the newest version of each crawled entity.
+
+Counters come as buckets and are evaluated at the newest watermark that was seen.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ class _Entry(msgspec.Struct):
 
 
 class _Row:
-    """One key's buckets, never changed, and the value that was read of them last: (of which step of time, values)."""
+    """One key's buckets, which never change, and the values that were computed of them last: (step of time, values)."""
 
     __slots__ = ("buckets", "value")
 
@@ -40,8 +42,10 @@ class _Row:
 
 
 class FeatureMemory:
-    """Counters by (counter, key), crawled entities by (source, key). Written by one thread, read by others; a read sees
-    one key's value whole."""
+    """Counters by (counter, key), crawled entities by (source, key). One thread writes, others read.
+
+    A reader sees one key's values whole.
+    """
 
     def __init__(self, crawls: Sequence[Crawl] = ()) -> None:
         self._rows: dict[str, _Row] = {}
@@ -53,7 +57,7 @@ class FeatureMemory:
         self.is_caught_up = False
 
     def take(self, record: Record) -> None:
-        """Take one record; one of a lower epoch was written by a fenced-off aggregator and is dropped."""
+        """Take one record. One of a lower epoch was written by an aggregator that has been replaced, and is dropped."""
         name = (record.key or b"").decode()
         if name.startswith(f"{PREFIX}/"):
             self._take_entity(name, record)
@@ -127,7 +131,7 @@ class FeatureMemory:
         return served
 
     def follow(self, reader: Reader, topic: str, stop: threading.Event) -> None:
-        """Read the topic until `stop`; a broker that stays away leaves the memory as it is."""
+        """Read the topic until `stop`. While the broker is away, the memory stays as it is."""
         begun, is_away, seen, target, quiet_since = False, False, 0, 0, 0.0
         while not stop.is_set():
             try:
@@ -151,7 +155,7 @@ class FeatureMemory:
                 seen = record.offset + 1
             if records:
                 quiet_since = time.monotonic()
-            # A compacted tail may end in markers that are never given: 3 s of silence are the end, too.
+            # A compacted topic may end in markers that no poll returns: 3 s of silence are the end, too.
             if seen >= target or time.monotonic() - quiet_since > 3.0:
                 self.is_caught_up = True
         reader.close()
