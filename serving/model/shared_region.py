@@ -240,7 +240,7 @@ class SharedModel:
         self._write_both(load, meta, wait_s)
 
     def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        """Apply a delta to both copies. Raises `Overloaded` before anything is written when rows do not fit."""
+        """Apply a delta to both copies; `check_fits` has said that its rows fit."""
         self._write_both(lambda copy: self._put(copy, weights, meta), meta, wait_s)
 
     def note_refusal(self, why: str) -> None:
