@@ -89,9 +89,9 @@ def sample_seconds(tables: Tables, batches: int) -> tuple[float, Stalls]:
     for _ in range(batches):
         keys_BF = keys_of(rng.integers(0, len(tables), (BATCH, SLOTS)))
         before = time.thread_time()
-        places = tables.places(keys_BF, now_B)
-        tables.gather(places)
-        tables.update(places, grad_UV[: len(places.keys_U)], now_B)
+        ids = tables.distinct_ids(keys_BF, now_B)
+        tables.gather(ids)
+        tables.update(ids, grad_UV[: len(ids.keys_U)], now_B)
         with sweeps:
             tables.expire(40 * DAY_MS)
         times.append((time.thread_time() - before) / BATCH)
@@ -116,8 +116,8 @@ def dense_seconds(batches: int) -> float:
         whole = time.thread_time() - before
         # The same rows once more, without the dense part.
         before = time.thread_time()
-        places = table.places(slots_BF, batch.event_time_ms_B)
-        table.update(places, table.gather(places), batch.event_time_ms_B)
+        ids = table.distinct_ids(slots_BF, batch.event_time_ms_B)
+        table.update(ids, table.gather(ids), batch.event_time_ms_B)
         times.append((whole - (time.thread_time() - before)) / BATCH)
     return statistics.median(times)
 

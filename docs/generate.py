@@ -179,15 +179,18 @@ def metrics_page() -> str:
         "<!-- Written by `make docs` from headrace/contract/metrics.py: change it there. -->",
         "",
         "Every stage serves `/metrics` in Prometheus' text format, `/readyz` and `/healthz` on a port of its own.",
-        "There the name of a metric is `headrace_<stage>_<name>`. Where the meaning says *by* something, the label",
-        "`reason` has it. [operations.md](operations.md#what-to-watch) says which metrics to watch first.",
+        "There the name of a metric is `headrace_<stage>_<name>`. A label that a stage does not use is empty.",
+        "In version 0.1 a metric whose labels have other names than `reason` has that one too. It has their values,",
+        "joined by a space: [CHANGELOG.md](CHANGELOG.md#labels-of-metrics) lists these metrics.",
+        "[operations.md](operations.md#what-to-watch) says which metrics to watch first.",
     ]
     for stage in get_args(metrics.Stage):
         lines += ["", f"## {stage}", "", f"Port {config.port(f'metrics_{stage}')}, `headrace_{stage}_<name>`.", ""]
-        lines += ["| metric | type | unit | meaning |", "|---|---|---|---|"]
+        lines += ["| metric | type | unit | labels | meaning |", "|---|---|---|---|---|"]
         for name, doc in metrics.METRICS.items():
             if stage in doc.stages:
-                lines.append(f"| `{name}` | {doc.kind} | {doc.unit} | {doc.meaning} |".replace("\n", " "))
+                labels = ", ".join(f"`{label}`" for label in doc.labels)
+                lines.append(f"| `{name}` | {doc.kind} | {doc.unit} | {labels} | {doc.meaning} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,7 @@
-"""Serving's memory of the `features` topic: the counters' buckets by key, evaluated at the newest watermark seen, and
-the newest version of each crawled entity."""
+"""What serving knows from the `features` topic: each key's counters, and the newest version of each crawled entity.
+
+Counters come as buckets and are evaluated at the newest watermark that was seen.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ class _Entry(msgspec.Struct):
 
 
 class _Row:
-    """One key's buckets, never changed, and the value that was read of them last: (of which step of time, values)."""
+    """One key's buckets, which never change, and the values that were computed of them last: (step of time, values)."""
 
     __slots__ = ("buckets", "value")
 
@@ -39,8 +41,10 @@ class _Row:
 
 
 class FeatureMemory:
-    """Counters by (counter, key), crawled entities by (source, key). Written by one thread, read by others; a read sees
-    one key's value whole."""
+    """Counters by (counter, key), crawled entities by (source, key). One thread writes, others read.
+
+    A reader sees one key's values whole.
+    """
 
     def __init__(self, crawls: Sequence[Crawl] = ()) -> None:
         self._rows: dict[str, _Row] = {}
@@ -52,7 +56,7 @@ class FeatureMemory:
         self.is_caught_up = False
 
     def take(self, record: Record) -> None:
-        """Take one record; one of a lower epoch was written by a fenced-off aggregator and is dropped."""
+        """Take one record. One of a lower epoch was written by an aggregator that has been replaced, and is dropped."""
         name = (record.key or b"").decode()
         if name.startswith(f"{PREFIX}/"):
             self._take_entity(name, record)
@@ -126,7 +130,7 @@ class FeatureMemory:
         return served
 
     def follow(self, reader: Reader, topic: str, stop: threading.Event) -> None:
-        """Read the topic until `stop`; a broker that stays away leaves the memory as it is."""
+        """Read the topic until `stop`. While the broker is away, the memory stays as it is."""
         begun, is_away, target = False, False, 0
         while not stop.is_set():
             try:

@@ -93,7 +93,7 @@ class Ranker:
                 raise http.client.HTTPException(f"status {response.status}")
             answer = msgspec.json.decode(data, type=Answer)
         except (OSError, http.client.HTTPException, msgspec.DecodeError):
-            self.metrics.add("errors_total", reason="rank")
+            self.metrics.add("errors_total", kind="rank")
             self.close()
             self._away_until = time.monotonic() + AWAY_S
             return None
@@ -197,7 +197,7 @@ class Shop:
             record |= answer.served[0] if answer.served else {}
         if not self.log(self.project.impression.tag, record):
             return
-        self.metrics.add("events_appended_total", reason="impression")
+        self.metrics.add("events_appended_total", kind="impression")
         declared = {feedback.name for feedback in self.project.feedback}
         for given in (given for given in visit.feedback if given.name in declared):
             self.open_rows[visit.row] += 1
@@ -212,7 +212,7 @@ class Shop:
                 continue
             if self.freshness is not None and any(task.feedback == name for task in self.project.tasks):
                 self.freshness.clicked(record["event_id"])
-            self.metrics.add("events_appended_total", reason="feedback")
+            self.metrics.add("events_appended_total", kind="feedback")
             self._logged(row)
 
     def _logged(self, row: int) -> None:

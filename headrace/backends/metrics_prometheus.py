@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -18,13 +19,53 @@ from prometheus_client import (
 )
 
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.metrics import Name, Stage
+from headrace.contract.metrics import METRICS, Kind, Name, Stage, joined, label_values
 
 # 1 ms to 60 s, four steps a decade: fine enough to read a p99 of the 1 s freshness budget.
 BUCKETS = (
     *(0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5),
     *(1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0),
 )
+
+LABELLED_REASON: frozenset[Name] = frozenset(
+    {
+        "events_appended_total",
+        "positives_total",
+        "negatives_total",
+        "feedback_duplicate_total",
+        "feedback_late_total",
+        "feedback_orphan_total",
+        "lag_records",
+        "gap_total",
+        "requests_total",
+        "errors_total",
+        "source_settled_total",
+        "lines_skipped_total",
+        "events_refused_total",
+        "dead_letter_ceiling_shut",
+        "pages_total",
+        "versions_total",
+        "pages_known",
+        "window_auc",
+        "window_log_loss",
+        "window_normalized_entropy",
+        "window_calibration",
+        "window_samples",
+        "slice_auc",
+        "slice_log_loss",
+        "slice_normalized_entropy",
+        "slice_calibration",
+        "label_rate",
+        "label_rate_usual",
+        "label_rate_score",
+        "label_rate_jumps_total",
+    }
+)
+"""Metrics whose one label used to be called `reason`. Version 0.1 exports that label too, last; the next one does not.
+
+It holds the values of the other labels, joined by a space. It stands on the same series, not on another one beside it:
+queries by either label find the series, and a sum over all series counts nothing twice.
+"""
 
 
 class PrometheusMetrics:
@@ -46,30 +87,30 @@ class PrometheusMetrics:
             self._server = _Server((host, port), _Handler)
         except OSError as error:
             raise ConfigRejected(
-                f"metrics of {stage} cannot listen on {host}:{port}: {error}. `headrace doctor` says who has the port."
+                f"metrics of {stage} cannot listen on {host}:{port}: {error}. `headrace doctor` names its owner."
             ) from error
         self._server.metrics = self
         self.port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
-    def add(self, name: Name, amount: float = 1.0, *, reason: str = "") -> None:
-        """Raise a counter; `reason` is its one label, from a bounded set."""
-        self._metric(name, Counter).labels(reason).inc(amount)
+    def add(self, name: Name, amount: float = 1.0, **labels: str) -> None:
+        """Raise a counter."""
+        self._series(name, "counter", labels).inc(amount)
 
-    def set(self, name: Name, value: float, *, reason: str = "") -> None:
+    def set(self, name: Name, value: float, **labels: str) -> None:
         """Set a gauge."""
-        self._metric(name, Gauge).labels(reason).set(value)
+        self._series(name, "gauge", labels).set(value)
 
     def observe(self, name: Name, value: float) -> None:
         """Add to a histogram."""
-        self._metric(name, Histogram).observe(value)
+        self._series(name, "histogram", {}).observe(value)
 
     def ready(self, is_ready: bool, reason: str = "") -> None:
         """Say whether the stage does its work, and if not, what it waits for."""
         self._state = (is_ready, reason)
 
     def state(self) -> tuple[bool, str]:
-        """Return what `ready` was told last."""
+        """Return what the last call of `ready` said."""
         return self._state
 
     def close(self) -> None:
@@ -77,20 +118,23 @@ class PrometheusMetrics:
         self._server.shutdown()
         self._server.server_close()
 
-    def _metric(self, name: Name, kind: type[Any]) -> Any:
-        metric = self._known.get(name)
+    def _series(self, name: Name, kind: Kind, labels: Mapping[str, str]) -> Any:
+        values, metric = label_values(name, kind, labels), self._known.get(name)
         if metric is None:
             with self._lock:
                 metric = self._known.get(name)
                 if metric is None:
-                    metric = self._known[name] = self._new(name, kind)
-        return metric
+                    metric = self._known[name] = self._new(name)
+        if not values:
+            return metric
+        return metric.labels(*values, joined(values)) if name in LABELLED_REASON else metric.labels(*values)
 
-    def _new(self, name: Name, kind: type[Any]) -> Any:
-        full, words = self._prefix + name, name.replace("_", " ")
-        if kind is Histogram:
-            return Histogram(full, words, buckets=BUCKETS, registry=self.registry)
-        return kind(full, words, ("reason",), registry=self.registry)
+    def _new(self, name: Name) -> Any:
+        full, doc = self._prefix + name, METRICS[name]
+        if doc.kind == "histogram":
+            return Histogram(full, doc.meaning, buckets=BUCKETS, registry=self.registry)
+        labels = (*doc.labels, "reason") if name in LABELLED_REASON else doc.labels
+        return (Counter if doc.kind == "counter" else Gauge)(full, doc.meaning, labels, registry=self.registry)
 
 
 class _Server(ThreadingHTTPServer):

@@ -1,4 +1,4 @@
-"""What a user writes in code: features as functions on Arrow columns, and a torch module. Known by name and version.
+"""Functions that a user writes: features on Arrow columns, and a torch module. Each has a name and a version.
 
     @feature_function("title_length", version=1)
     def title_length(title: pa.Array) -> pa.Array:
@@ -7,9 +7,9 @@
     @model_function("two_towers", version=1)
     def two_towers(shape: ModelShape) -> torch.nn.Module: ...
 
-Written in the project's Python file, which every stage loads first, they are found by stream, trainer, serving and
-replay alike. A feature function must be pure and look at each row alone, since batches are cut anywhere; `split_check`
-in `headrace.stream.features.featurize` tries that. Old versions stay in the file while samples or models name them.
+They stand in the project's Python file, which every stage loads first, so that stream, trainer, serving and replay find
+them alike. A feature function must be pure and look at each row alone, since batches are cut anywhere; `split_check` in
+`headrace.stream.features.featurize` tries that. Old versions stay in the file while samples or models name them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Function)
 
 
 class ModelShape(NamedTuple):
-    """What a module of the user's own is built for.
+    """The shape of the model that a user's module is built for.
 
     Its `forward(embedding_BFE, linear_BF, numeric_BD)` gets float32 tensors, embeddings [B, slots, dim], linear weights
     [B, slots] and numbers [B, numerics], and returns the log-odds of each task, [B, tasks], or [B] of a single one. It

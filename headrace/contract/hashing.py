@@ -1,4 +1,4 @@
-"""The two hashes that everything agrees on: key to partition, value to slot id.
+"""The two hashes that all stages share: key to partition, value to slot id.
 
 Both are part of the stored format: changing one is a new generation of topics (partition) or a new
 feature-spec digest (slots).

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol
 
 from msgspec import Struct
+
+from headrace.contract.errors import InvariantBroken
 
 Stage = Literal["ingest", "stream", "sink", "aggregate", "crawl", "train", "serve", "shop"]
 Kind = Literal["counter", "gauge", "histogram"]
@@ -105,6 +107,8 @@ class MetricDoc(Struct, frozen=True):
     """The stages that have it. The full name is `headrace_<stage>_<name>`."""
     meaning: str
     """One sentence."""
+    labels: tuple[str, ...] = ()
+    """Names of its labels. A stage that has nothing to say under a label leaves it out."""
 
 
 METRICS: Mapping[Name, MetricDoc] = {
@@ -115,10 +119,15 @@ METRICS: Mapping[Name, MetricDoc] = {
         "counter",
         "events",
         ("ingest", "shop"),
-        "Declared events that Kafka confirmed; in the shop the events that it logged, by kind.",
+        "Declared events that Kafka confirmed; the shop: events that it logged.",
+        labels=("kind",),
     ),
     "events_dead_lettered_total": MetricDoc(
-        "counter", "events", ("ingest",), "Events that were refused and written to the dead letters, by reason."
+        "counter",
+        "events",
+        ("ingest",),
+        "Events that were refused and written to the dead letters.",
+        labels=("reason",),
     ),
     "events_repeated_total": MetricDoc(
         "counter", "events", ("ingest",), "Declared events of chunks that had been taken before."
@@ -126,7 +135,7 @@ METRICS: Mapping[Name, MetricDoc] = {
     "chunks_acked_total": MetricDoc("counter", "chunks", ("ingest",), "Chunks whose shippers got an ack."),
     "connections_open": MetricDoc("gauge", "connections", ("ingest",), "Connections of shippers that are open now."),
     "connections_refused_total": MetricDoc(
-        "counter", "connections", ("ingest",), "Connections and requests that were refused, by reason."
+        "counter", "connections", ("ingest",), "Connections and requests that were refused.", labels=("reason",)
     ),
     "buffer_bytes": MetricDoc(
         "gauge", "bytes", ("ingest",), "Bytes that were read and that Kafka has not confirmed yet."
@@ -135,16 +144,20 @@ METRICS: Mapping[Name, MetricDoc] = {
         "counter", "records", ("stream", "sink", "aggregate"), "Kafka records that were read."
     ),
     "samples_emitted_total": MetricDoc("counter", "samples", ("stream",), "Samples that the join emitted."),
-    "positives_total": MetricDoc("counter", "samples", ("stream",), "Positive samples that the join emitted, by task."),
-    "negatives_total": MetricDoc("counter", "samples", ("stream",), "Negative samples that the join emitted, by task."),
+    "positives_total": MetricDoc(
+        "counter", "samples", ("stream",), "Positive samples that the join emitted.", labels=("task",)
+    ),
+    "negatives_total": MetricDoc(
+        "counter", "samples", ("stream",), "Negative samples that the join emitted.", labels=("task",)
+    ),
     "feedback_duplicate_total": MetricDoc(
-        "counter", "events", ("stream",), "Feedback whose impression had been answered already, by task."
+        "counter", "events", ("stream",), "Feedback whose impression had been answered already.", labels=("task",)
     ),
     "feedback_late_total": MetricDoc(
-        "counter", "events", ("stream",), "Feedback that came after its impression's window had ended, by task."
+        "counter", "events", ("stream",), "Feedback that came after its impression's window.", labels=("task",)
     ),
     "feedback_orphan_total": MetricDoc(
-        "counter", "events", ("stream",), "Feedback whose impression never came, by task."
+        "counter", "events", ("stream",), "Feedback whose impression never came.", labels=("task",)
     ),
     "pending_impressions": MetricDoc(
         "gauge", "events", ("stream",), "Impressions that wait for feedback or for the end of their window."
@@ -160,13 +173,15 @@ METRICS: Mapping[Name, MetricDoc] = {
         "gauge",
         "records",
         ("ingest", "stream", "sink", "aggregate", "train"),
-        "Records of its topic that the stage has not read yet (train: not learnt); ingest: by topic of each source.",
+        "Records of its topic that the stage has not read yet (train: not learnt); ingest: of each source's topic.",
+        labels=("topic",),
     ),
     "gap_total": MetricDoc(
         "counter",
         "gaps",
         ("ingest", "sink", "train", "serve"),
-        "Gaps in what was read; must stay 0. Ingest: records that retention deleted unread, by topic of the source.",
+        "Gaps in what was read; must stay 0. Ingest: records of a source's topic that retention deleted unread.",
+        labels=("topic",),
     ),
     "state_snapshots_total": MetricDoc(
         "counter", "snapshots", ("stream", "aggregate"), "Snapshots of the stage's state that were stored."
@@ -224,6 +239,7 @@ METRICS: Mapping[Name, MetricDoc] = {
         "requests",
         ("ingest", "serve", "shop"),
         "Requests that were answered, by HTTP status; the shop: its own requests that got a ranking.",
+        labels=("status",),
     ),
     "requests_open": MetricDoc(
         "gauge", "requests", ("ingest",), "Requests to the collector that wait for their answer now."
@@ -251,41 +267,43 @@ METRICS: Mapping[Name, MetricDoc] = {
         "counter",
         "errors",
         ("ingest", "train", "serve", "shop"),
-        "Errors that the stage survived, by kind: what failed, or why serving refused a version.",
+        "Errors that the stage survived: what failed, or why serving refused a version.",
+        labels=("kind",),
     ),
     "source_settled_total": MetricDoc(
-        "counter", "records", ("ingest",), "Records of a Kafka source whose events are settled, by topic."
+        "counter", "records", ("ingest",), "Records of a Kafka source whose events are settled.", labels=("topic",)
     ),
     "lines_skipped_total": MetricDoc(
-        "counter", "lines", ("ingest",), "Lines of access logs that are no events, by tag."
+        "counter", "lines", ("ingest",), "Lines of access logs that are no events.", labels=("tag",)
     ),
     "events_refused_total": MetricDoc(
         "counter",
         "events",
         ("ingest",),
-        "Events of chunks that stay with their shippers while a tag is above the ceiling of dead letters, by tag.",
+        "Events of chunks that stay with their shippers while their tag is above the ceiling of dead letters.",
+        labels=("tag",),
     ),
     "dead_letter_ceiling_shut": MetricDoc(
-        "gauge", "0 or 1", ("ingest",), "1 while the ceiling of dead letters holds a tag back."
+        "gauge", "0 or 1", ("ingest",), "1 while the ceiling of dead letters holds a tag back.", labels=("tag",)
     ),
     "pages_total": MetricDoc(
         "counter",
         "answers",
         ("crawl",),
         "Addresses that were asked for, by what came of it: taken, not_modified, gone, robots, status_5xx and so on.",
+        labels=("outcome",),
     ),
     "page_seconds": MetricDoc("histogram", "seconds", ("crawl",), "Time from a crawler's request to the answer."),
     "body_bytes_total": MetricDoc(
         "counter", "bytes", ("crawl",), "Bytes of the bodies that the crawler read, decompressed."
     ),
     "versions_total": MetricDoc(
-        "counter",
-        "versions",
-        ("crawl",),
-        "Versions of crawled entities that were sent because they had changed, by source.",
+        "counter", "versions", ("crawl",), "Changed versions of crawled entities that were sent.", labels=("source",)
     ),
-    "left_out_total": MetricDoc("counter", "rows", ("crawl",), "What extraction left out of documents, by reason."),
-    "pages_known": MetricDoc("gauge", "addresses", ("crawl",), "Addresses that the crawler knows, by source."),
+    "left_out_total": MetricDoc(
+        "counter", "rows", ("crawl",), "What extraction left out of documents.", labels=("reason",)
+    ),
+    "pages_known": MetricDoc("gauge", "addresses", ("crawl",), "Addresses that the crawler knows.", labels=("source",)),
     "outbox_rows": MetricDoc("gauge", "versions", ("crawl",), "Versions that wait in the outbox for Kafka."),
     "normalized_entropy": MetricDoc(
         "gauge",
@@ -299,51 +317,45 @@ METRICS: Mapping[Name, MetricDoc] = {
         ("train",),
         "Predicted positives of the main task divided by observed ones, over all closed windows; 1 is right.",
     ),
-    "window_auc": MetricDoc("gauge", "ratio", ("train",), "AUC of the newest closed window, by task and slice."),
+    "window_auc": MetricDoc("gauge", "ratio", ("train",), "AUC of the newest closed window.", labels=("task", "slice")),
     "window_log_loss": MetricDoc(
-        "gauge", "nats", ("train",), "Log loss of the newest closed window, by task and slice."
+        "gauge", "nats", ("train",), "Log loss of the newest closed window.", labels=("task", "slice")
     ),
     "window_normalized_entropy": MetricDoc(
-        "gauge", "ratio", ("train",), "Normalized entropy of the newest closed window, by task and slice."
+        "gauge", "ratio", ("train",), "Normalized entropy of the newest closed window.", labels=("task", "slice")
     ),
     "window_calibration": MetricDoc(
-        "gauge", "ratio", ("train",), "Calibration of the newest closed window, by task and slice."
+        "gauge", "ratio", ("train",), "Calibration of the newest closed window.", labels=("task", "slice")
     ),
     "window_samples": MetricDoc(
-        "gauge", "samples", ("train",), "Samples of the newest closed window, by task and slice."
+        "gauge", "samples", ("train",), "Samples of the newest closed window.", labels=("task", "slice")
     ),
-    "slice_auc": MetricDoc(
-        "gauge",
-        "ratio",
-        ("train",),
-        "AUC over all closed windows, by task and slice; a task as a whole where there are several.",
-    ),
+    "slice_auc": MetricDoc("gauge", "ratio", ("train",), "AUC over all closed windows.", labels=("task", "slice")),
     "slice_log_loss": MetricDoc(
-        "gauge",
-        "nats",
-        ("train",),
-        "Log loss over all closed windows, by task and slice; a task as a whole where there are several.",
+        "gauge", "nats", ("train",), "Log loss over all closed windows.", labels=("task", "slice")
     ),
     "slice_normalized_entropy": MetricDoc(
-        "gauge",
-        "ratio",
-        ("train",),
-        "Normalized entropy over all closed windows, by task and slice; a task as a whole where there are several.",
+        "gauge", "ratio", ("train",), "Normalized entropy over all closed windows.", labels=("task", "slice")
     ),
     "slice_calibration": MetricDoc(
-        "gauge",
-        "ratio",
-        ("train",),
-        "Calibration over all closed windows, by task and slice; a task as a whole where there are several.",
+        "gauge", "ratio", ("train",), "Calibration over all closed windows.", labels=("task", "slice")
     ),
-    "label_rate": MetricDoc("gauge", "ratio", ("train",), "Share of positives among the newest samples, by task."),
+    "label_rate": MetricDoc(
+        "gauge", "ratio", ("train",), "Share of positives among the newest samples.", labels=("task",)
+    ),
     "label_rate_usual": MetricDoc(
-        "gauge", "ratio", ("train",), "The usual label rate, with which the newest is compared, by task."
+        "gauge", "ratio", ("train",), "The usual label rate, with which the newest is compared.", labels=("task",)
     ),
     "label_rate_score": MetricDoc(
-        "gauge", "standard deviations", ("train",), "How far the newest label rate is from the usual one, by task."
+        "gauge",
+        "standard deviations",
+        ("train",),
+        "How far the newest label rate is from the usual one.",
+        labels=("task",),
     ),
-    "label_rate_jumps_total": MetricDoc("counter", "jumps", ("train",), "Sudden changes of the label rate, by task."),
+    "label_rate_jumps_total": MetricDoc(
+        "counter", "jumps", ("train",), "Sudden changes of the label rate.", labels=("task",)
+    ),
     "samples_left_out_total": MetricDoc(
         "counter", "samples", ("train",), "Negatives that the recipe's `negative_share` left out."
     ),
@@ -356,13 +368,46 @@ METRICS: Mapping[Name, MetricDoc] = {
 
 
 class Metrics(Protocol):
-    """Counters, gauges and histograms of one stage. Names in Prometheus get the prefix `headrace_<stage>_`."""
+    """Counters, gauges and histograms of one stage. Names in Prometheus get the prefix `headrace_<stage>_`.
 
-    def add(self, name: Name, amount: float = 1.0, *, reason: str = "") -> None:
-        """Raise a counter; `reason` is its one label, from a bounded set."""
+    Labels are given by the names that `METRICS` declares. Their values come from bounded sets.
+    """
 
-    def set(self, name: Name, value: float, *, reason: str = "") -> None:
+    def add(self, name: Name, amount: float = 1.0, **labels: str) -> None:
+        """Raise a counter."""
+
+    def set(self, name: Name, value: float, **labels: str) -> None:
         """Set a gauge."""
 
     def observe(self, name: Name, value: float) -> None:
         """Add to a histogram."""
+
+
+def label_values(name: Name, kind: Kind, labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the values of the metric's declared labels, in their order, "" for one that is not given.
+
+    >>> label_values("window_auc", "gauge", {"task": "click"})
+    ('click', '')
+
+    Raises `InvariantBroken` when the metric is of another kind or declares no such label.
+    """
+    doc = METRICS[name]
+    if doc.kind != kind:
+        raise InvariantBroken(
+            f"metric {name} is a {doc.kind} and was used as a {kind}: see headrace/contract/metrics.py."
+        )
+    if not labels.keys() <= set(doc.labels):
+        raise InvariantBroken(
+            f"metric {name} was given the labels {sorted(labels)} and declares {sorted(doc.labels)}: "
+            "declare the label in headrace/contract/metrics.py."
+        )
+    return tuple(labels.get(label, "") for label in doc.labels)
+
+
+def joined(values: Iterable[str]) -> str:
+    """Return the values of labels that are given, joined by a space: one text for all of them.
+
+    >>> joined(("click", "tab=0")), joined(("click", ""))
+    ('click tab=0', 'click')
+    """
+    return " ".join(filter(None, values))

@@ -47,9 +47,9 @@ _NUMBERS = frozenset({"int64", "float64", "bool", "float32"})
 _SCALARS = _NUMBERS | {"string"}
 
 Unknown = Literal["drop", "refuse", "keep"]
-"""What becomes of fields that a type does not declare. `keep`: as JSON in the declared string field `extra`."""
+"""What happens to fields that a type does not declare. `keep`: as JSON in the declared string field `extra`."""
 Private = Literal["drop", "hash"]
-"""What becomes of a personal field at the border. `drop`: it is stored nowhere, and not declared among the fields;
+"""What happens to a personal field at the gateway. `drop`: it is stored nowhere, and not declared among the fields;
 `hash`: a declared string field holds its keyed hash; see `headrace.contract.privacy`."""
 EXTRA = "extra"
 
@@ -104,7 +104,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Project(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the stages need to know of a user's service."""
+    """All that the stages need to know about a user's service."""
 
     impression: ImpressionType
     feedback: tuple[FeedbackType, ...]
@@ -189,9 +189,9 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         events = {entry.event for entry in entries}
         unknown = events - kinds - {"impression"}
         # The impression must have them too: its counts are looked up by its own key.
-        told = [name for name in ("impression", *sorted(kinds)) if name in {"impression", *events}]
+        carriers = [name for name in ("impression", *sorted(kinds)) if name in {"impression", *events}]
         for field in fields:
-            missing = [name for name in told if field not in self._fields(name)]
+            missing = [name for name in carriers if field not in self._fields(name)]
             if missing or unknown:
                 raise ConfigRejected(
                     f"counter {counter.name!r} over {counter.key!r}: {field!r} is not a field of {missing}, unknown "

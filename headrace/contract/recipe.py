@@ -31,7 +31,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """How the model is built and trained. The functions of `headrace.trainer.recipes` return good ones."""
 
     task: str = "click"
-    """The main task: what `scores` of /v1/rank say, and what is evaluated first."""
+    """The main task: `scores` of /v1/rank are its scores, and it is evaluated first."""
     tasks: Annotated[tuple[str, ...], Meta(max_length=TASKS_MAX)] = ()
     """Tasks that are learnt together, `task` among them: tables and hidden layers are shared, each task has a head. A
     sample is of one task and trains that task's head. Empty: `task` alone."""
@@ -41,7 +41,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     torch.nn.Module."""
     module_version: Annotated[int, Meta(ge=0)] = 1
     dim: Annotated[int, Meta(ge=0, le=256)] = 8
-    """Numbers of a row's embedding; each row has a linear weight besides. `logistic` has none, whatever this says."""
+    """Numbers of a row's embedding; each row has a linear weight besides. `logistic` has none, whatever this is."""
     hidden: Annotated[tuple[Annotated[int, Meta(gt=0, le=4_096)], ...], Meta(max_length=LAYERS_MAX)] = (64, 32)
     """Widths of the hidden layers of `deepfm` and `dcn`."""
     cross_layers: Annotated[int, Meta(gt=0, le=LAYERS_MAX)] = 2
@@ -135,7 +135,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             model_of(self.module, self.module_version)
         if self.calibrate and self.delayed == "fake_negative_calibrated":
             raise ConfigRejected(
-                "recipe.calibrate and delayed='fake_negative_calibrated' both bend the scores: drop one."
+                "recipe.calibrate and delayed='fake_negative_calibrated' both change the scores: drop one."
             )
         if self.calibrate and self.dense_average:
             raise ConfigRejected(

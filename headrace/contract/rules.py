@@ -184,15 +184,15 @@ def decode_entry(data: bytes, *, where: str) -> Change | Written:
 
 
 def check_code(change: Change) -> None:
-    """Raise `ConfigRejected` when a function of the user's is not declared here, or is not the code of the change."""
+    """Raise `ConfigRejected` when a user's function is not declared here, or has other code than at the change."""
     for custom in _customs(change.rules.features):
-        told = change.functions.get(f"{custom.function}@{custom.version}", "")
+        applied = change.functions.get(f"{custom.function}@{custom.version}", "")
         here = code_digest(custom.function, custom.version)
-        if told and here and told != here:
+        if applied and here and applied != here:
             raise ConfigRejected(
                 f"feature function {custom.function!r} version {custom.version} has other code here ({here}) than when "
-                f"change {change.number} was applied ({told}). What a version returns never changes: put the old code "
-                "back and give the new one a new version."
+                f"change {change.number} was applied ({applied}). What a version returns never changes: put the old "
+                "code back and give the new one a new version."
             )
 
 
@@ -277,7 +277,7 @@ def _customs(spec: FeatureSpec) -> Iterator[Custom]:
 
 
 def _crawl(rule: CrawlRule) -> Crawl:
-    """Return a source as far as the join knows it: where its values come from is the crawler's business."""
+    """Return a source as far as the join knows it; where its values come from, only the crawler knows."""
     fields = {name: Extract(at="url", type=kind) for name, kind in rule.fields.items()}
     return Crawl(name=rule.name, kind="json", joins=rule.joins, key=Extract(at="url"), fields=fields)
 
@@ -312,11 +312,11 @@ def _step(before: Any, after: Any) -> str:
 
 
 def _text(one: Any) -> str:
-    """Return a declaration as it is written in a project's file, without what is as by default."""
+    """Return a declaration as it is written in a project's file, without values that are the default."""
     if not isinstance(one, msgspec.Struct):
         return str(one)
-    told = [(field.name, getattr(one, field.name), field.default) for field in msgspec.structs.fields(one)]
-    inner = ", ".join(f"{name}={_value(value)}" for name, value, default in told if value != default)
+    values = [(field.name, getattr(one, field.name), field.default) for field in msgspec.structs.fields(one)]
+    inner = ", ".join(f"{name}={_value(value)}" for name, value, default in values if value != default)
     return f"{type(one).__name__}({inner})"
 
 

@@ -1,4 +1,4 @@
-"""The feature specification: what becomes of an event's fields, under one digest.
+"""The feature specification: which features an event's fields become, under one digest.
 
 One frozen structure is used by the stream, the trainer, serving and replay. Its digest is stamped on samples and
 snapshots; a row of another digest is featurized again from its raw fields.
@@ -20,7 +20,7 @@ ValuesMax = Annotated[int, Meta(gt=0, le=256)]
 EVENT_TIME = "event_time_ms"
 """The one column of the envelope that features may read."""
 PAD = -1
-"""Slot id of a place that a multi-valued feature does not fill: it has no row, weighs nothing and learns nothing."""
+"""Slot id where a multi-valued feature has no value left: it has no row, weighs nothing and learns nothing."""
 
 
 class Entry(NamedTuple):
@@ -96,7 +96,7 @@ class Counter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Declared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every kind of feature says of itself."""
+    """What every kind of feature declares."""
 
     @property
     def slots(self) -> int:
@@ -179,8 +179,8 @@ class Rate(Declared, frozen=True, tag="rate", kw_only=True):
     prior: Annotated[float, Meta(ge=0, le=1)] = 0.5
     strength: Annotated[float, Meta(gt=0)] = 10.0
     log_odds: bool | UnsetType = UNSET
-    """Give log(rate / (1 - rate)), the rate clipped to 0.001 ... 0.999, and half of the weight: both about as wide as
-    what a model adds up, which a few thousand samples learn from sooner."""
+    """Give log(rate / (1 - rate)), the rate clipped to 0.001 ... 0.999, and half of the weight: both are about as wide
+    as what a model adds up, so that a few thousand samples suffice to learn from them."""
 
     @property
     def numerics(self) -> int:
@@ -195,7 +195,7 @@ class Rate(Declared, frozen=True, tag="rate", kw_only=True):
 class MultiValued(OfField, frozen=True, tag="multi", kw_only=True):
     """`values_max` slots: the distinct values of a list field, first come first, the rest padded.
 
-    One value has one slot, wherever in the list it stands. A missing list has a slot of its own, an empty one none;
+    One value has one slot, wherever in the list it is. A missing list has a slot of its own, an empty one none;
     missing values in a list are left out.
     """
 

@@ -108,8 +108,8 @@ class Answers:
     def _back_off_ms(self, page: Page) -> int:
         return min(self._config.retry_max_ms, self._config.retry_first_ms << min(page.failures, 20))
 
-    def _count(self, reason: str) -> None:
-        self._metrics.add("pages_total", reason=reason)
+    def _count(self, outcome: str) -> None:
+        self._metrics.add("pages_total", outcome=outcome)
 
 
 def body_name(digest: str) -> str:

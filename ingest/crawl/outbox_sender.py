@@ -81,7 +81,7 @@ class OutboxSender:
         for partition in range(self._partitions):
             self._send_one(group, self._topics.events, partition, value, None)
         for version in versions:
-            self._metrics.add("versions_total", reason=version.source)
+            self._metrics.add("versions_total", source=version.source)
             key = f"{PREFIX}/{version.source}/{version.key}".encode()
             self._send_one(group, self._topics.features, 0, _served(version, self._epoch), key)
 

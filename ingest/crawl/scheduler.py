@@ -68,4 +68,4 @@ class Scheduler:
         if now_s >= self._gauges_s:
             self._gauges_s = now_s + _GAUGES_S
             for name in self._sources:
-                self._metrics.set("pages_known", self._frontier.pages(name), reason=name)
+                self._metrics.set("pages_known", self._frontier.pages(name), source=name)

@@ -43,10 +43,10 @@ class CeilingWatch:
         opened, fresh = self._shut.keys() - shut.keys(), shut.keys() - self._shut.keys()
         self._looks = 0 if fresh else self._looks + 1
         for name in opened:
-            self._metrics.set("dead_letter_ceiling_shut", 0, reason=name)
+            self._metrics.set("dead_letter_ceiling_shut", 0, tag=name)
             log.info("dead letters of %s are below the ceiling again: its chunks are taken", name)
         for name in fresh if self._looks % _REMIND_LOOKS else shut:
-            self._metrics.set("dead_letter_ceiling_shut", 1, reason=name)
+            self._metrics.set("dead_letter_ceiling_shut", 1, tag=name)
             log.error("%s (%d events refused so far)", shut[name].text, shut[name].refused_events)
         if shut or opened:
             self._ready(not shut.keys() - {UNDECLARED}, " ".join(alert.text for alert in alerts))

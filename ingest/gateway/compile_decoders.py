@@ -49,10 +49,10 @@ def _value(kind: pa.DataType) -> Any:
 class _NoMetrics:
     """Counts and shows nothing."""
 
-    def add(self, name: Name, amount: float = 1.0, *, reason: str = "") -> None:
+    def add(self, name: Name, amount: float = 1.0, **labels: str) -> None:
         """Count nothing."""
 
-    def set(self, name: Name, value: float, *, reason: str = "") -> None:
+    def set(self, name: Name, value: float, **labels: str) -> None:
         """Show nothing."""
 
     def observe(self, name: Name, value: float) -> None:

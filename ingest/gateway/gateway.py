@@ -107,7 +107,7 @@ class Gateway:
             return True
         if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
             mapped = mapper.map_message(message)
-            self._metrics.add("lines_skipped_total", mapped.skipped, reason=message.tag)
+            self._metrics.add("lines_skipped_total", mapped.skipped, tag=message.tag)
             each = together(len(mapped.messages), acked)
             taken = [self.offer(part, 0, peer, each, refusable=refusable) for part in mapped.messages]
             return all(taken)
@@ -125,7 +125,7 @@ class Gateway:
         if refusable and key not in self._chunks_open:
             events = len(starts)
             if not self.ceiling.allows(message.tag, events, self._clock.now_ms()):
-                self._metrics.add("events_refused_total", events, reason=self.ceiling.name(message.tag))
+                self._metrics.add("events_refused_total", events, tag=self.ceiling.name(message.tag))
                 return False
         self._taken += 1
         held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)

@@ -98,6 +98,6 @@ class SendQueue:
         if error is None:
             self._taken(item)
             return
-        self._metrics.add("errors_total", reason="kafka")
+        self._metrics.add("errors_total", kind="kafka")
         item.wait_s = min(_RESEND_MAX_S, item.wait_s * 2 or _RESEND_FIRST_S)
         self._resend.append((self._clock.monotonic() + item.wait_s, item))

@@ -279,7 +279,7 @@ class Collector:
 
     def _counted(self, request: Request, response: Response) -> Response:
         status = response.status_code
-        self._metrics.add("requests_total", reason=str(status))
+        self._metrics.add("requests_total", status=str(status))
         if status >= 400:
             self._admission.refuse(_origin(request), f"http_{status}", _WHY.get(status, "the request is not in order"))
         if status in (408, 413) or (status == 503 and self._stopping.is_set()):

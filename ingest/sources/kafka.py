@@ -172,16 +172,16 @@ class KafkaSource:
         run.open -= 1
         if run.open:
             return
-        self._metrics.add("source_settled_total", run.records, reason=self._config.topic)
+        self._metrics.add("source_settled_total", run.records, topic=self._config.topic)
         position = self._positions.settled(claim)
         if position is not None:
             group.settle(claim, position)
 
     def _tell(self, group: Group) -> None:
         standing = group.standing()
-        self._metrics.set("lag_records", standing.lag_records, reason=self._config.topic)
+        self._metrics.set("lag_records", standing.lag_records, topic=self._config.topic)
         if standing.gap_records > self._gap:
-            self._metrics.add("gap_total", standing.gap_records - self._gap, reason=self._config.topic)
+            self._metrics.add("gap_total", standing.gap_records - self._gap, topic=self._config.topic)
             self._gap = standing.gap_records
 
 

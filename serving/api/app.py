@@ -1,4 +1,4 @@
-"""Serving's HTTP face: POST /v1/rank, GET /v1/model, /healthz, /readyz, /metrics."""
+"""Serving's HTTP application: POST /v1/rank, GET /v1/model, /healthz, /readyz, /metrics."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
     candidates: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
     context: dict[str, Any] = {}
     log: bool = False
-    """True lets serving log one impression a candidate; false leaves it to the service, which knows what was shown."""
+    """True: serving logs one impression for each candidate. False: the service does, which knows what was shown."""
 
 
 class Impressions(Protocol):
-    """What `serving.feedback.ImpressionLog` does."""
+    """What `serving.impression_log.ImpressionLog` does."""
 
     def log(
         self,
@@ -51,12 +51,12 @@ class Impressions(Protocol):
         served: Sequence[dict[str, Any]],
         event_time_ms: int,
     ) -> None:
-        """Log one impression a candidate."""
+        """Log one impression for each candidate."""
 
 
-@dataclass
-class Face:
-    """Everything that a request needs."""
+@dataclass(frozen=True, kw_only=True)
+class ServingDependencies:
+    """What the application needs of the process around it."""
 
     project: Project
     config: ServeConfig
@@ -68,12 +68,19 @@ class Face:
     impressions: Impressions
     privacy: Privacy | None = None
 
+
+class ServingApp:
+    """The answers to each route."""
+
+    def __init__(self, dependencies: ServingDependencies) -> None:
+        self.deps = dependencies
+
     async def rank(self, request: Request) -> Response:
-        """Score candidates with exactly one version of the model."""
+        """Score all candidates of a request with exactly one version of the model."""
         started = time.perf_counter()
         response = await self._rank(request)
-        self.metrics.add("requests_total", reason=str(response.status_code))
-        self.metrics.observe("request_seconds", time.perf_counter() - started)
+        self.deps.metrics.add("requests_total", status=str(response.status_code))
+        self.deps.metrics.observe("request_seconds", time.perf_counter() - started)
         return response
 
     async def _rank(self, request: Request) -> Response:
@@ -82,22 +89,22 @@ class Face:
             return problem(413, f"{len(sent)} bytes; at most {BODY_BYTES_MAX} are taken.", "send fewer candidates")
         try:
             ask = msgspec.json.decode(sent, type=RankRequest)
-            if len(ask.candidates) > self.config.candidates_max:
-                count = len(ask.candidates)
-                return problem(422, f"{count} candidates", f"send at most {self.config.candidates_max} in one request")
-            raw = merge(self.project, ask.context, ask.candidates, self.privacy)
+            count, most = len(ask.candidates), self.deps.config.candidates_max
+            if count > most:
+                return problem(422, f"{count} candidates", f"send at most {most} in one request")
+            raw = merge(self.deps.project, ask.context, ask.candidates, self.deps.privacy)
 
-            now_ms = self.clock.now_ms()
-            external = external_columns(self.project.crawls)
+            now_ms = self.deps.clock.now_ms()
+            external = external_columns(self.deps.project.crawls)
 
             def use(view: View) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-                served = self.features.columns(spec_of(view.meta.spec_json), raw, len(ask.candidates))
+                served = self.deps.features.columns(spec_of(view.meta.spec_json), raw, count)
                 return rank(view, raw, served, event_time_ms=now_ms, external=external), served
 
-            (by_task, served), meta = self.shared.read(use)
+            (by_task, served), meta = self.deps.shared.read(use)
             version = meta.manifest.version
             if ask.log:
-                self.impressions.log(
+                self.deps.impressions.log(
                     request_id=ask.request_id,
                     version=version,
                     context=ask.context,
@@ -122,11 +129,11 @@ class Face:
         """Say which version is served; with ?version=X, which events a recent version knew."""
         asked = request.query_params.get("version")
         try:
-            meta = self.shared.meta()
+            meta = self.deps.shared.meta()
         except Unavailable as error:
             return problem(503, str(error), "ask again in a second")
         if asked is not None:
-            positions = self.shared.positions_of(asked)
+            positions = self.deps.shared.positions_of(asked)
             if positions is None:
                 return problem(404, f"version {asked!r} is not among the last 2,000", "ask for a newer one")
             return answer(200, {"version": asked, "positions": positions})
@@ -140,21 +147,21 @@ class Face:
                 "step": manifest.step,
                 "positions": manifest.positions,
                 "generation": manifest.generation,
-                "age_seconds": max(0, self.clock.now_ms() - manifest.created_ms) / 1000,
+                "age_seconds": max(0, self.deps.clock.now_ms() - manifest.created_ms) / 1000,
                 "snapshot": meta.snapshot,
                 "spec": manifest.spec,
                 "digest": manifest.digest,
-                "refused": self.shared.refused(),
+                "refused": self.deps.shared.refused(),
             },
         )
 
     def not_ready(self) -> str:
         """Return why requests cannot be answered well yet; empty when they can."""
         try:
-            self.shared.meta()
+            self.deps.shared.meta()
         except Unavailable as error:
             return str(error)
-        return "" if self.features.is_caught_up else "the counters are still being read from `features`"
+        return "" if self.deps.features.is_caught_up else "the counters are still being read from `features`"
 
     async def readyz(self, request: Request) -> Response:
         """200 when a model is loaded and the counters are read."""
@@ -167,18 +174,18 @@ class Face:
 
     async def metrics_page(self, request: Request) -> Response:
         """Prometheus' text format."""
-        return Response(self.metrics_text(), media_type="text/plain; version=0.0.4")
+        return Response(self.deps.metrics_text(), media_type="text/plain; version=0.0.4")
 
 
-def make_app(face: Face) -> Starlette:
+def make_app(app: ServingApp) -> Starlette:
     """Return the ASGI application."""
     return Starlette(
         routes=[
-            Route("/v1/rank", face.rank, methods=["POST"]),
-            Route("/v1/model", face.model),
-            Route("/healthz", face.healthz),
-            Route("/readyz", face.readyz),
-            Route("/metrics", face.metrics_page),
+            Route("/v1/rank", app.rank, methods=["POST"]),
+            Route("/v1/model", app.model),
+            Route("/healthz", app.healthz),
+            Route("/readyz", app.readyz),
+            Route("/metrics", app.metrics_page),
         ]
     )
 

@@ -1,10 +1,10 @@
-"""The gate: what may be served. A refusal names its reason, and the model that is served stays.
+"""The gate: which snapshots and deltas may be served. It refuses the others by a reason; the served model stays.
 
 | reason | refused because |
 |---|---|
 | `sha256` | the blob is not the one that the manifest announced |
 | `damaged` | it cannot be read, or its dense weights do not match their digest |
-| `version`, `base` | it is another version's, or a delta for another version than the one that is served |
+| `version`, `base` | it holds another version, or is a delta for another version than the one that is served |
 | `recipe`, `spec` | the recipe is unknown here, or the spec needs a field that the project does not declare |
 | `dim`, `dense` | rows or dense weights have another shape than recipe and spec (a delta: than what is served) |
 | `dim` | rows are wider than the shared region, which is as wide as the project's recipe |

@@ -1,4 +1,4 @@
-"""One context and N candidates to N scores: the same featurizer and the same forward pass as in training. Pure."""
+"""Scores N candidates of one context, with the featurizer and the forward pass of training. Pure."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def merge(
     candidates: Sequence[Mapping[str, Any]],
     privacy: Privacy | None = None,
 ) -> dict[str, pa.Array]:
-    """Return the raw columns of all candidates; a candidate's field wins over the context's, a missing one is null.
+    """Return the raw columns of all candidates. A candidate's field wins over the context's; a missing one is null.
 
-    Private fields are hashed as at the gateway's border, else no feature of them would be known here.
+    Private fields are hashed as the gateway hashes them, or the model would know no feature of them.
 
     Raises `EventRejected` (`unknown_field`, `bad_type`) that names the field.
     """
@@ -77,7 +77,7 @@ def merge(
 
 
 def _fitted(value: Any, name: str, kind: FieldType) -> Any:
-    """Return the value as the gateway takes it: 5.0 is an int64, 5.5 and True are none."""
+    """Return the value as the gateway takes it: 5.0 is an int64, 5.5 and True are not."""
     if type(value) in _TAKEN[kind]:
         return value
     if isinstance(value, list) and kind in LISTS:

@@ -2,22 +2,25 @@
 
 The writer applies a delta to the idle copy, flips the active number, waits (bounded) until no reader is in the other
 copy, and applies the delta there too. Each copy has a sequence number, odd while it is being written; a reader notes
-it before and checks it after, and asks again when it moved. So even a reader that the wait missed never returns a
-mixture: the sequence is the guarantee, the reader slots only make asking again rare.
+it before and checks it after, and reads again when it moved. So even a reader that the writer did not wait for never
+returns a mixture: the sequence number is the guarantee, the readers' words in the head only make reading again rare.
+
+`load_snapshot` and `apply_delta` are the only writers. What may be written is decided before, by the gate
+(`serving/gate/admit.py`) and by `check_fits`.
 
 Memory order: the check needs the data's loads to lie between the two loads of the sequence, and the data's stores
-between its two stores. `_fence` stands at each of these places: two lock operations in a row, through which no
-access moves on any platform that CPython supports (on x86-64 loads and stores keep their order anyway). The store of
-a reader's slot and its load of the sequence may change places; that is the reader that the wait misses.
+between its two stores. `_fence` separates them: two lock operations in a row, past which no access moves on any
+platform that CPython supports (on x86-64 loads and stores keep their order anyway). The store of a reader's word and
+its load of the sequence may change order; that is the reader that the writer does not wait for.
 
 Cost: two copies of rows and dense weights, every delta applied twice, 1 us a read, and a writer that waits for the
 slowest reader of the copy that it left, at most `wait_s`; a reader that is slower still reads again.
 
 Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [1024], what was refused,
 ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), values float32
-[R, V]. Key 0 marks an empty place; no slot id is ever 0.
+[R, V]. Key 0 marks an empty entry of the index; no slot id is ever 0.
 
-Legend: C places of the index, R rows at most, V values a row (linear, then embedding), K keys asked or changed.
+Legend: C entries of the index, R rows at most, V values a row (linear, then embedding), K keys asked or changed.
 """
 
 from __future__ import annotations
@@ -54,10 +57,10 @@ ASK_AGAIN_MAX = 1_000
 
 
 class Meta(msgspec.Struct, frozen=True):
-    """What a copy says of itself."""
+    """What a copy says about the version that it holds."""
 
     manifest: Manifest
-    """Of the snapshot or delta that made this version."""
+    """That of the snapshot or delta that made this version."""
     snapshot: str
     """The snapshot's version that this copy began with."""
     spec_json: str
@@ -113,11 +116,11 @@ def _apply(index_2C: Int64s, values_RV: Float32s, rows: int, keys_K: Int64s, val
 
 def region_bytes(dim: int, rows_max: int) -> int:
     """Return the size of the region. Pages take memory when they are first written."""
-    sizes = [META_BYTES, DENSE_MAX * 4, _places(rows_max) * 16, rows_max * (1 + dim) * 4]
+    sizes = [META_BYTES, DENSE_MAX * 4, _entries(rows_max) * 16, rows_max * (1 + dim) * 4]
     return _HEAD * 8 + NOTE_BYTES + RING * RING_BYTES + 2 * sum(-(-s // 4096) * 4096 for s in sizes)
 
 
-def _places(rows_max: int) -> int:
+def _entries(rows_max: int) -> int:
     return 1 << (2 * rows_max - 1).bit_length()
 
 
@@ -128,7 +131,7 @@ class SharedModel:
         if not 0 <= reader < READERS_MAX:
             raise Overloaded(f"reader {reader}: at most {READERS_MAX} processes read one model.")
         self.path, self.rows_max, self._reader = path, rows_max, reader
-        places, width, size = _places(rows_max), 1 + dim, region_bytes(dim, rows_max)
+        entries, width, size = _entries(rows_max), 1 + dim, region_bytes(dim, rows_max)
         if create:
             path.unlink(missing_ok=True)
             with open(path, "xb") as file:
@@ -153,8 +156,8 @@ class SharedModel:
             at += META_BYTES
             self._dense.append(raw[at : at + DENSE_MAX * 4].view(np.float32))
             at += DENSE_MAX * 4
-            self._index.append(raw[at : at + places * 16].view(np.int64).reshape(2, places))
-            at += -(-places * 16 // 4096) * 4096
+            self._index.append(raw[at : at + entries * 16].view(np.int64).reshape(2, entries))
+            at += -(-entries * 16 // 4096) * 4096
             self._values.append(raw[at : at + rows_max * width * 4].view(np.float32).reshape(rows_max, width))
             at += -(-rows_max * width * 4 // 4096) * 4096
         self._known: tuple[int, int, Meta] | None = None
@@ -180,7 +183,7 @@ class SharedModel:
                     meta = self._meta_of(copy, before)
                     result = use(View(self, copy, meta))
                 except Exception:
-                    # What `use` trips over in a copy that is being written says nothing about the model.
+                    # An error of `use` in a copy that is being written says nothing about the model.
                     if int(self._head[_SEQ + copy]) == before:
                         raise
                     continue
@@ -202,7 +205,7 @@ class SharedModel:
         return meta
 
     def meta(self) -> Meta:
-        """Return what the active version says of itself."""
+        """Return what the active copy says about its version."""
         return self.read(lambda view: None)[1]
 
     def positions_of(self, version: str) -> dict[str, list[int]] | None:
@@ -221,53 +224,53 @@ class SharedModel:
         return None
 
     def refused(self) -> str:
-        """Return why the newest snapshot or delta was refused; empty when none was since the last that was taken."""
+        """Return why the newest snapshot or delta was refused; empty when it was taken."""
         return _text_in(self._note).decode(errors="replace")
 
     # Writing: one process only.
 
-    def replace(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        """Load a whole model into both copies."""
+    def load_snapshot(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+        """Put a whole model into both copies, in place of what they hold."""
 
         def load(copy: int) -> None:
             self._index[copy][0] = 0
             self._head[_ROWS + copy] = 0
             self._put(copy, weights, meta)
 
-        self._turn(load, meta, wait_s)
+        self._write_both(load, meta, wait_s)
 
-    def apply(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        """Apply a delta to both copies. Raises `Overloaded` before anything is written when rows do not fit."""
-        self._turn(lambda copy: self._put(copy, weights, meta), meta, wait_s)
+    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+        """Apply a delta to both copies; `check_fits` has said that its rows fit."""
+        self._write_both(lambda copy: self._put(copy, weights, meta), meta, wait_s)
 
     def note_refusal(self, why: str) -> None:
-        """Tell all processes why something was refused; "" takes it back."""
+        """Tell all processes why a snapshot or delta was refused; "" takes it back."""
         _put_text(self._note, why.encode()[: NOTE_BYTES - 8])
 
-    def _turn(self, write: Callable[[int], None], meta: Meta, wait_s: float) -> None:
+    def _write_both(self, write: Callable[[int], None], meta: Meta, wait_s: float) -> None:
         active = int(self._head[_ACTIVE])
         if (self._head[_SEQ : _SEQ + 2] % 2).any():
             raise InvariantBroken("a write of the model broke off half-way; restart `serve` to load it anew.")
         number = int(self._head[_RING_NEXT])
         _put_text(self._ring[number % RING], msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
-        self._written(1 - active, write)
+        self._write_copy(1 - active, write)
         self._head[_ACTIVE] = 1 - active
         self._head[_RING_NEXT] = number + 1
         until = time.monotonic() + wait_s
         while (self._head[_READERS:] == active + 1).any() and time.monotonic() < until:
             time.sleep(0.0002)
-        self._written(active, write)
+        self._write_copy(active, write)
 
-    def _written(self, copy: int, write: Callable[[int], None]) -> None:
-        """Write under an odd sequence. What raises leaves it odd: the copy is never read or written again."""
+    def _write_copy(self, copy: int, write: Callable[[int], None]) -> None:
+        """Write while the sequence number is odd. An exception leaves it odd: the copy is never used again."""
         self._head[_SEQ + copy] += 1
         _fence()
         write(copy)
         _fence()
         self._head[_SEQ + copy] += 1
 
-    def check(self, weights: Weights, meta: Meta, *, fresh: bool) -> None:
-        """Raise `Overloaded` when a model or delta does not fit; call before `replace` or `apply`."""
+    def check_fits(self, weights: Weights, meta: Meta, *, fresh: bool) -> None:
+        """Raise `Overloaded` when a model or delta does not fit; call before it is written."""
         rows = 0 if fresh else int(self._head[_ROWS + int(self._head[_ACTIVE])])
         new = len(weights.keys_K)
         if rows + new > self.rows_max and not fresh:
@@ -297,29 +300,29 @@ class SharedModel:
         self._head[_META_SIZE + copy] = len(data)
 
     def remove(self) -> None:
-        """Delete the file; who has it open keeps it."""
+        """Delete the file; a process that has it open keeps it."""
         self.path.unlink(missing_ok=True)
 
 
-def _put_text(place: npt.NDArray[np.uint8], data: bytes) -> None:
+def _put_text(field: npt.NDArray[np.uint8], data: bytes) -> None:
     """Write a text behind its length, which is 0 while it changes."""
-    length = place[:8].view(np.int64)
+    length = field[:8].view(np.int64)
     length[0] = 0
     _fence()
-    if len(data) > len(place) - 8:
-        raise Overloaded(f"{len(data)} bytes do not fit into {len(place) - 8}.")
-    place[8 : 8 + len(data)] = np.frombuffer(data, np.uint8)
+    if len(data) > len(field) - 8:
+        raise Overloaded(f"{len(data)} bytes do not fit into {len(field) - 8}.")
+    field[8 : 8 + len(data)] = np.frombuffer(data, np.uint8)
     _fence()
     length[0] = len(data)
 
 
-def _text_in(place: npt.NDArray[np.uint8]) -> bytes:
+def _text_in(field: npt.NDArray[np.uint8]) -> bytes:
     """Return the text of `_put_text`, or nothing while it changes."""
-    length = int(place[:8].view(np.int64)[0])
+    length = int(field[:8].view(np.int64)[0])
     _fence()
-    data = place[8 : 8 + length].tobytes()
+    data = field[8 : 8 + length].tobytes()
     _fence()
-    return data if length == int(place[:8].view(np.int64)[0]) else b""
+    return data if length == int(field[:8].view(np.int64)[0]) else b""
 
 
 class View:

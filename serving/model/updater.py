@@ -1,12 +1,13 @@
-"""The updater: keeps the shared model at the newest version. One thread of one process.
+"""The updater: loads snapshots and applies deltas, so that the shared model is the newest version. One thread.
 
 1. Read `model` to its end; load the blob of the newest manifest of this model.
-2. Read `deltas` from the offset that the manifest names, and `model` on; apply each delta whose base is the version
-   that is served, and leave out every other.
-3. A newer snapshot is only noted while deltas lead on: they lead to its version and beyond. It is loaded when nothing
-   is served, when it is of another run, when a delta with another base showed that the chain is broken, or when no
-   delta comes.
-4. What the gate refuses changes nothing: the version that is served stays until a good snapshot comes.
+2. Read `deltas` from the offset that the manifest names, and go on reading `model`. Apply each delta whose base is the
+   version that is served, and leave out every other.
+3. While deltas come, a newer snapshot is only noted: the deltas lead to its version and beyond. It is loaded when
+   nothing is served, when it is of another run, when a delta with another base showed that the chain is broken, or when
+   no delta comes.
+4. What the gate refuses (`serving/gate/admit.py`) changes nothing: the version that is served stays until a good
+   snapshot comes.
 5. While Kafka or the store is away the served version stays, and reading goes on from where it was.
 """
 
@@ -35,9 +36,9 @@ from headrace.serving.model.shared_region import Meta, SharedModel
 logger = logging.getLogger("headrace.serve")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Updater:
-    """Follows one model. `reader` is this thread's own."""
+    """Follows one model. `reader` belongs to this thread alone."""
 
     project: Project
     topics: Topics
@@ -57,7 +58,7 @@ class Updater:
     _model_offset: int = field(default=0, init=False)
 
     def run(self) -> None:
-        """Follow until `stop`. Raises on what must not be served on, such as a write that broke off."""
+        """Follow until `stop`. Raises where serving must not go on, such as after a write that broke off."""
         is_away = False
         while not self.stop.is_set():
             try:
@@ -65,7 +66,7 @@ class Updater:
             except Unavailable as error:
                 if not is_away:
                     logger.warning("the served version stays: %s", error)
-                    self.metrics.add("errors_total", reason="updater")
+                    self.metrics.add("errors_total", kind="updater")
                 is_away = True
                 self.stop.wait(0.5)
             else:
@@ -95,7 +96,7 @@ class Updater:
         until = self.clock.monotonic() + 5.0
         while at < end and self.clock.monotonic() < until and not self.stop.is_set():
             for record in self.reader.poll(100, 0.1):
-                self._note(record)
+                self._note_manifest(record)
                 at = record.offset + 1
         self._model_offset = at
         self._follow()
@@ -103,7 +104,7 @@ class Updater:
     def _follow(self) -> None:
         """Load the newest snapshot where it leads further, and read deltas from where its chain begins."""
         deltas = self.topics.deltas
-        self._load_newest()
+        self._load_snapshot()
         start = self.reader.end_offsets(deltas)[0] if self._newest is None else self._newest.deltas_offset
         start = max(start, self.reader.begin_offsets(deltas)[0])
         self.reader.assign({(self.topics.model, 0): self._model_offset, (deltas, 0): start})
@@ -113,9 +114,9 @@ class Updater:
         for record in records:
             if record.topic == self.topics.model:
                 self._model_offset = record.offset + 1
-                self._note(record)
+                self._note_manifest(record)
             else:
-                self._delta(record)
+                self._apply_delta(record)
         served, newest = self._meta.manifest if self._meta else None, self._newest
         if newest is not None and newest.version != self._tried and self._leads_further(newest):
             why = "nothing is served" if served is None else "no delta comes" if not records else ""
@@ -131,7 +132,7 @@ class Updater:
         served = self._meta.manifest if self._meta is not None else None
         return served is None or served.run != newest.run or served.step < newest.step
 
-    def _note(self, record: Record) -> None:
+    def _note_manifest(self, record: Record) -> None:
         if record.value is None or record.headers.get("kind", "snapshot") != "snapshot":
             return
         try:
@@ -142,7 +143,7 @@ class Updater:
         if manifest.model == self.project.name and manifest.kind == "snapshot":
             self._newest = manifest
 
-    def _load_newest(self) -> None:
+    def _load_snapshot(self) -> None:
         manifest = self._newest
         if manifest is None or manifest.version == self._tried or not self._leads_further(manifest):
             return
@@ -153,33 +154,33 @@ class Updater:
                 raise Refused("no_blob", f"{manifest.blob} is not in the store.")
             weights = admit_snapshot(manifest, data, project=self.project)
             meta = self._meta_from(manifest, weights, manifest.version, manifest.spec_json, manifest.recipe_json)
-            self.shared.check(weights, meta, fresh=True)
+            self.shared.check_fits(weights, meta, fresh=True)
         except (Refused, Overloaded) as error:
             self._refuse(error)
             return
-        self._swap(meta, lambda: self.shared.replace(weights, meta))
+        self._swap(meta, lambda: self.shared.load_snapshot(weights, meta))
         self._is_broken = False
         logger.info("serving snapshot %s, %d rows", manifest.version, len(weights.keys_K))
 
-    def _delta(self, record: Record) -> None:
+    def _apply_delta(self, record: Record) -> None:
         served = self._meta
         if served is None or record.value is None or (record.key or b"").decode() != self.project.name:
             return
         base = served.manifest.version
-        told = record.headers.get("base", base)
-        if told != base:
+        wanted = record.headers.get("base", base)
+        if wanted != base:
             self._is_broken |= _is_newer(record.headers.get("version", ""), served.manifest)
             return
         try:
             dim = recipe_of(served.recipe_json).row_dim
             weights, manifest = admit_delta(record.value, base=base, dim=dim, shapes=served.shapes)
             meta = self._meta_from(manifest, weights, served.snapshot, served.spec_json, served.recipe_json)
-            self.shared.check(weights, meta, fresh=False)
+            self.shared.check_fits(weights, meta, fresh=False)
         except (Refused, Overloaded) as error:
             self._refuse(error)
             self._is_broken = True
             return
-        self._swap(meta, lambda: self.shared.apply(weights, meta))
+        self._swap(meta, lambda: self.shared.apply_delta(weights, meta))
 
     def _meta_from(self, manifest: Manifest, weights: Weights, snapshot: str, spec: str, recipe: str) -> Meta:
         slim = msgspec.structs.replace(manifest, spec_json="", recipe_json="")
@@ -198,7 +199,7 @@ class Updater:
     def _refuse(self, error: HeadraceError) -> None:
         reason = error.reason if isinstance(error, Refused) else "does_not_fit"
         self.shared.note_refusal(f"{reason}: {error}")
-        self.metrics.add("errors_total", reason=reason)
+        self.metrics.add("errors_total", kind=reason)
         logger.error("refused, the served version stays: %s", error)
 
 

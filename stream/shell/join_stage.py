@@ -216,7 +216,7 @@ class StreamStage:
                 for name, count in _TOTALS:
                     grown = getattr(now, count) - getattr(before, count)
                     if grown:
-                        metrics.add(name, grown, reason=task)
+                        metrics.add(name, grown, task=task)
             partition.shown = tasks
         if self.engine is not None:
             metrics.set("lag_records", self.engine.lag())

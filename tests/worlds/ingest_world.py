@@ -66,10 +66,10 @@ class Counts:
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
 
-    def add(self, name: str, amount: float = 1.0, *, reason: str = "") -> None:
-        self.totals[name if not reason else f"{name}:{reason}"] += int(amount)
+    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        self.totals[":".join((name, *filter(None, labels.values())))] += int(amount)
 
-    def set(self, name: str, value: float, *, reason: str = "") -> None:
+    def set(self, name: str, value: float, **labels: str) -> None:
         self.totals[name] = int(value)
 
     def observe(self, name: str, value: float) -> None:

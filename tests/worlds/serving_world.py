@@ -25,7 +25,7 @@ from headrace.contract.formats.snapshot import Manifest, Weights, encode_manifes
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
-from headrace.serving.api.app import Face
+from headrace.serving.api.app import ServingApp, ServingDependencies
 from headrace.serving.features import FeatureMemory
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater
@@ -173,7 +173,7 @@ class Logged:
 
 
 class World:
-    """Log, store, shared model, updater and face of one serving process."""
+    """Log, store, shared model, updater and application of one serving process."""
 
     def __init__(self, folder: Path) -> None:
         self.log = MemoryLog()
@@ -184,7 +184,7 @@ class World:
         self.shared = SharedModel(folder / "model", dim=RECIPE.dim, rows_max=1_000, create=True)
         self.updater = self.new_updater()
         self.features, self.logged = FeatureMemory(), Logged()
-        self.face = Face(
+        self.deps = ServingDependencies(
             project=PROJECT,
             config=ServeConfig(candidates_max=50),
             shared=self.shared,
@@ -194,6 +194,7 @@ class World:
             clock=self.clock,
             impressions=self.logged,
         )
+        self.app = ServingApp(self.deps)
 
     def new_updater(self) -> Updater:
         return Updater(

@@ -183,7 +183,7 @@ class Publisher:
             self._next_offset = offset + 1
             return
         logger.warning("a delta was not delivered, a snapshot begins a new chain: %s", error)
-        self.metrics.add("errors_total", reason="delta")
+        self.metrics.add("errors_total", kind="delta")
         self._failed = True
 
     def _write(self, manifest: Manifest, weights: Weights, checkpoint: Checkpoint) -> None:
@@ -198,7 +198,7 @@ class Publisher:
             logger.info("snapshot %s, %d rows", manifest.version, len(weights.keys_K))
         except (HeadraceError, OSError) as error:
             logger.warning("snapshot %s was not published: %s", manifest.version, error)
-            self.metrics.add("errors_total", reason="snapshot")
+            self.metrics.add("errors_total", kind="snapshot")
             self.unstored = True
             return
         self._write_checkpoint(checkpoint)
@@ -208,7 +208,7 @@ class Publisher:
                 self.blobs.delete(f"{folder}/{old}")
         except (HeadraceError, OSError) as error:
             logger.warning("old snapshots are still there; learning goes on: %s", error)
-            self.metrics.add("errors_total", reason="snapshots_kept")
+            self.metrics.add("errors_total", kind="snapshots_kept")
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         try:
@@ -216,7 +216,7 @@ class Publisher:
             logger.info("checkpoint %s%s", name, ", not published yet" if self.is_held else "")
         except (HeadraceError, OSError) as error:
             logger.warning("checkpoint at step %d was not written; learning goes on: %s", checkpoint.meta.step, error)
-            self.metrics.add("errors_total", reason="checkpoint")
+            self.metrics.add("errors_total", kind="checkpoint")
 
     def _start(self, write: Callable[..., None], *what: object) -> None:
         if not self.background:

@@ -1,4 +1,4 @@
-"""One batch of samples as the learner takes it. Apart from the learner, so that who only reads needs no torch."""
+"""One batch of samples as the learner takes it. A module of its own, so that a reader of batches imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bends a loss or a score on purpose: down-sampled negatives, late positives, calibration. NumPy, pure.
+"""What corrects a loss or a score: down-sampled negatives, late positives, calibration. NumPy, pure.
 
 1. **Down-sampling.** A share r of the negatives is learnt, so the odds among what is learnt are 1 / r of the true ones.
    The loss takes sigmoid(z - log r) for what the model gives as z: z stays the true log-odds, and nothing has to be
@@ -8,8 +8,8 @@
    says; then the loss is least where p is the true rate. `fake_negative_calibrated` learns them as they come, which
    gives b = q / (1 + q), whose log-odds are log q. Source: Ktena et al., RecSys 2019, equations 6 to 8.
 3. **Calibration.** Two numbers a task, a and b: sigmoid(a z + b). They learn by Adagrad from z as it was before its
-   labels were learnt, so they mend what a model that has seen its samples would not notice: a model too sure of itself.
-   Ranking of one task does not change while a > 0. Source: Platt, 1999.
+   labels were learnt. So they correct a model that is too sure of itself, which it cannot see from samples that it has
+   learnt. Ranking of one task does not change while a > 0. Source: Platt, 1999.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def left_out(recipe: Recipe, label_B: Float32s, id_B: Int64s) -> Bools:
 def gradients(recipe: Recipe, logit_B: Float32s, label_B: Float32s, weight_B: Float32s) -> Float32s:
     """Return the derivative of each sample's weighted log loss by its log-odds: float32 [B]."""
     out_B = np.empty(len(logit_B), np.float32)
-    _gradients(logit_B, label_B, weight_B, *bent(recipe), out_B)
+    _gradients(logit_B, label_B, weight_B, *corrections(recipe), out_B)
     return out_B
 
 
-def bent(recipe: Recipe) -> tuple[np.float32, bool]:
-    """Return what `gradient_of` takes last: the offset of down-sampled negatives, and whether positives come late."""
+def corrections(recipe: Recipe) -> tuple[np.float32, bool]:
+    """Return the last arguments of `gradient_of`: the offset of down-sampled negatives, whether positives come late."""
     return np.float32(-math.log(recipe.negative_share)), recipe.delayed == "fake_negative_weighted"
 
 
@@ -101,7 +101,7 @@ def _acceptable(
 
 
 class Platt:
-    """Scale and offset of the log-odds, a pair a task."""
+    """Scale and offset of the log-odds, one pair for each task."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe

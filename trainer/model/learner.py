@@ -1,4 +1,4 @@
-"""The learner: (state, batch) -> state, with nothing from outside. Equal batches in equal order give equal bits.
+"""The learner: (state, batch) -> state, and nothing else. Equal batches in equal order give equal bits.
 
 `Learner` is the contract, in NumPy and Arrow terms; tests/unit/trainer/test_conformance.py is the suite that every
 learner passes, one of another framework too. `make_learner` builds the one that a recipe names.
@@ -28,11 +28,11 @@ from headrace.trainer.model.calibration import Platt, acceptable, gradients, lef
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.layers.average import Average
 from headrace.trainer.model.layers.in_order import learn_in_order
-from headrace.trainer.model.layers.linear_models import Shallow
+from headrace.trainer.model.layers.linear_models import LinearModel
 from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, probabilities, score
 from headrace.trainer.model.tables.admission import Admission
-from headrace.trainer.model.tables.distinct_ids import Places, distinct
+from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 from headrace.trainer.model.tables.group import SlotTable, Tables
 from headrace.trainer.model.tables.optimizers import Optimizer
 from headrace.trainer.model.tables.row_index import Int32s
@@ -54,13 +54,13 @@ class StepReport:
     sampled_out: int = 0
     """Negatives that the recipe's `negative_share` leaves out; they are scored all the same."""
     gradient_norm: float = math.nan
-    """L2 norm of the dense weights' gradients, those of the mean loss; NaN where nobody measured."""
+    """L2 norm of the dense weights' gradients, those of the mean loss; NaN where it was not measured."""
     table_gradient_norm: float = math.nan
     """L2 norm of the gradients of the batch's rows, those of the summed loss, as rows learn from them."""
 
 
 class Learner(Protocol):
-    """What trains, whatever it is made of. Not thread-safe."""
+    """A model that trains, whatever it is made of. Not thread-safe."""
 
     step: int
     """Batches learnt so far, refused ones too."""
@@ -104,11 +104,11 @@ class Store(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def places(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> Places: ...
+    def distinct_ids(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> DistinctIds: ...
 
-    def gather(self, places: Places) -> Any: ...
+    def gather(self, ids: DistinctIds) -> Any: ...
 
-    def update(self, places: Places, grad_UV: Any, event_time_ms_B: Int64s) -> Int64s: ...
+    def update(self, ids: DistinctIds, grad_UV: Any, event_time_ms_B: Int64s) -> Int64s: ...
 
     def expire(self, now_ms: int) -> Int64s: ...
 
@@ -122,12 +122,12 @@ class Store(Protocol):
 
 
 class DensePart(Protocol):
-    """What lies on top of the tables: `forward`, then `backward`, then perhaps `update`.
+    """The dense part of a model, on top of the tables. Call `forward`, then `backward`, then perhaps `update`.
 
     Values and gradients of rows are arrays, or tensors where the rows are on a device: as `Store` gives and takes them.
     """
 
-    def forward(self, values_UV: Any, places: Places, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Any, ids: DistinctIds, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], from the values of the batch's distinct ids."""
 
     def backward(self, grad_BT: Float32s) -> tuple[Any, Norms]:
@@ -155,7 +155,7 @@ def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu", 
     """
     recipe.checked(features)
     tables, dense = make_tables(recipe, features), make_dense(recipe, features, device=device, device_rows=device_rows)
-    if not device_rows or isinstance(dense, Shallow):
+    if not device_rows or isinstance(dense, LinearModel):
         return TableLearner(recipe, features, tables, dense)
     from headrace.trainer.model.tables.hot_rows import HotRows  # torch
 
@@ -163,20 +163,20 @@ def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu", 
 
 
 def make_dense(recipe: Recipe, features: FeatureSpec, *, device: str, device_rows: int) -> DensePart:
-    """Return what the recipe names on top of the tables, as it begins. Imports torch only where it needs it."""
+    """Return the dense part that the recipe names, as it begins. Imports torch only where it needs it."""
     if recipe.model in ("logistic", "fm"):
-        return Shallow(recipe, features)  # A handful of numbers: no device is worth the way there.
+        return LinearModel(recipe, features)  # So few numbers that sending them to a device costs more than it saves.
     if recipe.model == "module":
-        from headrace.trainer.model.layers.user_module import ModuleNet
+        from headrace.trainer.model.layers.user_module import UserModule
 
-        return ModuleNet(recipe, features, device=device)
-    from headrace.trainer.model.layers.deep_models import Net
+        return UserModule(recipe, features, device=device)
+    from headrace.trainer.model.layers.deep_models import DeepModel
 
-    return Net(recipe, features, device=device, reads_device=device_rows > 0)
+    return DeepModel(recipe, features, device=device, reads_device=device_rows > 0)
 
 
 def learner_for(project: Project, config: TrainConfig) -> TableLearner:
-    """Return the project's learner where the settings want it; whoever replays a run needs the same ones."""
+    """Return the project's learner on the device that the settings name. A replay must use the same settings."""
     device = device_of(config.device)
     rows = config.device_rows if device == "cuda" else 0
     return make_learner(project.recipe, project.features, device=device, device_rows=rows)
@@ -240,12 +240,12 @@ class TableLearner:
         return self.score(batch, lookup=self.lookup, dense=self.dense())
 
     def score(self, batch: Batch, *, lookup: Lookup, dense: Dense) -> Float32s:
-        """Return what these weights in place of the learner's own would say: float32 [B]. Asks for each id once."""
-        keys_U, place_FB, _ = distinct(batch.slots_BF)
-        return self._score(batch, lookup(keys_U), place_FB, dense)
+        """Return the scores that these weights give in place of the learner's: float32 [B]. Looks each id up once."""
+        keys_U, index_FB, _ = distinct(batch.slots_BF)
+        return self._score(batch, lookup(keys_U), index_FB, dense)
 
-    def _score(self, batch: Batch, values_UV: Float32s, place_FB: Int32s, dense: Dense) -> Float32s:
-        values_NV = values_UV[place_FB.T.reshape(-1)]
+    def _score(self, batch: Batch, values_UV: Float32s, index_FB: Int32s, dense: Dense) -> Float32s:
+        values_NV = values_UV[index_FB.T.reshape(-1)]
         slots_BF, numeric_BD = batch.slots_BF, batch.numeric_BD
         said_BT = score(self.recipe, self.features, slots_BF, numeric_BD, lookup=lambda _: values_NV, dense=dense)
         out_B: Float32s = said_BT[np.arange(len(batch)), batch.task_B]
@@ -288,9 +288,9 @@ class TableLearner:
         return replace(report, prediction_B=prediction_B, refused=refused, sampled_out=sampled_out)
 
     def _take_step(self, batch: Batch) -> StepReport:
-        places = self.table.places(batch.slots_BF, batch.event_time_ms_B)
-        values_UV = self.table.gather(places)
-        logits_BT = self.net.forward(values_UV, places, batch.numeric_BD)
+        ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
+        values_UV = self.table.gather(ids)
+        logits_BT = self.net.forward(values_UV, ids, batch.numeric_BD)
         if logits_BT.shape[1] == 1:
             logit_B = logits_BT[:, 0]
             grad_BT = gradients(self.recipe, logit_B, batch.label_B, batch.weight_B)[:, None]
@@ -305,9 +305,9 @@ class TableLearner:
             said_B = self._said(logit_B, batch)
         else:
             if not isinstance(values_UV, np.ndarray):
-                values_UV = self.table.lookup(places.keys_U)
-            said_B = self._score(batch, values_UV, places.place_FB, self.dense())
-        touched_K = self._expired_too(self.table.update(places, grad_UV, batch.event_time_ms_B), batch)
+                values_UV = self.table.lookup(ids.keys_U)
+            said_B = self._score(batch, values_UV, ids.index_FB, self.dense())
+        touched_K = self._expired_too(self.table.update(ids, grad_UV, batch.event_time_ms_B), batch)
         self.net.update(len(batch))
         if self._average is not None:
             self._average.add(self.net.dense())
@@ -316,9 +316,9 @@ class TableLearner:
         return StepReport(said_B, touched_K, len(batch), 0, 0, norms.dense / len(batch), norms.rows)
 
     def _learn_in_order(self, batch: Batch) -> StepReport:
-        assert isinstance(self.net, Shallow) and isinstance(self.table, Tables), "see Recipe.checked"
-        places = self.table.places(batch.slots_BF, batch.event_time_ms_B)
-        done = learn_in_order(self.recipe, self.table, self.net, batch, places)
+        assert isinstance(self.net, LinearModel) and isinstance(self.table, Tables), "see Recipe.checked"
+        ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
+        done = learn_in_order(self.recipe, self.table, self.net, batch, ids)
         learnt = int(done.learnt_B.sum())
         said_B = np.where(done.learnt_B, self._said(done.logit_B, batch), np.float32(np.nan))
         touched_K = self._expired_too(done.touched_K, batch) if learnt else _NO_KEYS

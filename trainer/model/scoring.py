@@ -9,8 +9,8 @@
     x_(l+1) = x0 * (W_l x_l + b_l) + x_l,  W_l of full rank, or U_l V_l of `cross_rank`
 
 w_f and v_f are a row's linear weight and embedding, x the D numbers, t a task. With one task `mix` is 1 and left out;
-with several the tables, the pairs and the hidden layers are shared. `shapes_of` names the dense weights. The torch twin
-in `layers.deep_models` computes the same; both agree within 1e-5.
+with several the tables, the pairs and the hidden layers are shared. `shapes_of` names the dense weights. What
+learns (`layers/`) computes the same in torch or compiled; both agree within 1e-5.
 
 Axes: B samples, F slots, V = 1 + dim values of a row, E = dim, D numbers, X = F * E + D, T tasks.
 

@@ -25,14 +25,14 @@ class Board:
         self._writer: Any = EventFileWriter(str(folder), flush_secs=5)
 
     def scalars(self, values: Mapping[str, float], *, step: int, now_ms: int) -> None:
-        """Write the finite ones of `values`."""
+        """Write those of `values` that are finite."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         kept = [Summary.Value(tag=n, simple_value=float(v)) for n, v in values.items() if math.isfinite(v)]
         self._write(kept, step, now_ms)
 
     def histogram(self, name: str, values: npt.NDArray[np.generic], *, step: int, now_ms: int) -> None:
-        """Write how the finite ones of `values` are spread, in 40 equal parts of their range."""
+        """Write the distribution of those of `values` that are finite, in 40 equal parts of their range."""
         from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
         kept_N = np.asarray(values, np.float64).reshape(-1)
@@ -46,7 +46,7 @@ class Board:
             num=len(kept_N),
             sum=float(kept_N.sum()),
             sum_squares=float(np.square(kept_N).sum()),
-            # The format wants each bucket's upper edge; an empty one first closes the lowest bucket from below.
+            # The format wants each bucket's upper edge; an empty bucket comes first and bounds the lowest from below.
             bucket_limit=edges.tolist(),
             bucket=[0.0, *counts.tolist()],
         )

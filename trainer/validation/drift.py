@@ -1,17 +1,18 @@
-"""Watches the label rate: a sudden change is said with numbers, once, and then taken for the new usual.
+"""Watches the label rate: a sudden change is reported once, with numbers, and the new rate is the usual one then.
 
-A window of impression time that is closed has a rate that no late label moves any more. Windows are put together to
-groups of `SAMPLES_MIN` samples. The newest group, and the newest two, four and eight together, are held against the
-usual rate, that of up to `PAST` groups before them, in units of what chance and the past's own restlessness explain:
+A closed window of impression time has a rate that no late label changes any more. Windows are put together to groups of
+`SAMPLES_MIN` samples. The newest group, and the newest two, four and eight together, are compared with the usual rate,
+that of up to `PAST` groups before them. The score counts the difference in units of what chance and the past's own ups
+and downs explain:
 
     score = (a(rate) - a(usual)) / sqrt(1 / n + 1 / n_past + spread^2 (1 + 1 / k))
     a = 2 arcsin sqrt((positives + 3/8) / (samples + 3/4))
 
 a makes the variance of a rate 1 / n whatever the rate is (Anscombe, Biometrika 1948), so that rare clicks raise no
-false alarm. `spread` is what the k past rates vary beyond chance, by their median absolute deviation, so that one
+false alarm. `spread` is how much the k past rates vary beyond chance, by their median absolute deviation, so that one
 group with both sides of a change in it does not hide the change; daily ups and downs are part of the usual. A change
-is told where |score| >= `SCORE_MIN` and the rate moved by at least `MOVE_MIN` of the usual one: the first keeps chance
-out, the second what nobody needs to know.
+is sudden where |score| >= `SCORE_MIN` and the rate moved by at least `MOVE_MIN` of the usual one: the first condition
+keeps chance out, the second changes too small to matter.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _MAD = 1.4826
 
 
 @dataclass(frozen=True)
-class Change:
-    """How the newest samples stand against those before; `is_sudden` where it is worth an alarm."""
+class RateChange:
+    """The newest label rate compared with the usual one; `is_sudden` where it deserves an alarm."""
 
     rate: float
     usual: float
@@ -46,28 +47,28 @@ class Change:
     is_sudden: bool
 
 
-class LabelRate:
-    """One task's watch. Takes closed windows in order."""
+class LabelRateWatch:
+    """Watches the label rate of one task. Takes closed windows in order."""
 
     def __init__(self) -> None:
         self._groups_K2: Float64s = np.zeros((0, 2))
         """Past groups, oldest first: positives, samples."""
         self._open_2: Float64s = np.zeros(2)
 
-    def take(self, positives: float, samples: int) -> Change | None:
-        """Count a closed window; return what the group that it completes says, None while it is too small."""
+    def take(self, positives: float, samples: int) -> RateChange | None:
+        """Count a closed window. Return what the group that it completes says; None while the group is too small."""
         self._open_2 = self._open_2 + np.array([positives, samples])
         if self._open_2[1] < SAMPLES_MIN:
             return None
         self._groups_K2 = np.concatenate([self._groups_K2, self._open_2[None]])[-(PAST + max(_TOGETHER)) :]
         self._open_2 = np.zeros(2)
         newest = self._groups_K2[-1]
-        found = Change(float(newest[0] / newest[1]), math.nan, 0.0, int(newest[1]), False)
+        found = RateChange(float(newest[0] / newest[1]), math.nan, 0.0, int(newest[1]), False)
         for together in _TOGETHER:
             past_K2, new_M2 = self._groups_K2[:-together], self._groups_K2[-together:]
             if len(past_K2) < PAST_MIN:
                 continue
-            change = _held_against(new_M2, past_K2)
+            change = _compared(new_M2, past_K2)
             if abs(change.score) > abs(found.score) or math.isnan(found.usual):
                 found = change
         if found.is_sudden:
@@ -83,7 +84,7 @@ class LabelRate:
         self._groups_K2, self._open_2 = np.array(state[:-1], np.float64), np.array(state[-1], np.float64)
 
 
-def _held_against(new_M2: Float64s, past_K2: Float64s) -> Change:
+def _compared(new_M2: Float64s, past_K2: Float64s) -> RateChange:
     positives, past = (float(x) for x in past_K2.sum(axis=0))
     clicks, n = (float(x) for x in new_M2.sum(axis=0))
     usual, rate = positives / past, clicks / n
@@ -94,7 +95,7 @@ def _held_against(new_M2: Float64s, past_K2: Float64s) -> Change:
     apart = float(_angle(clicks, n) - _angle(positives, past))
     score = apart / math.sqrt(1 / n + 1 / past + spread_squared * (1 + 1 / len(past_K2)))
     is_sudden = abs(score) >= SCORE_MIN and abs(rate - usual) >= MOVE_MIN * usual
-    return Change(rate, usual, score, int(n), is_sudden)
+    return RateChange(rate, usual, score, int(n), is_sudden)
 
 
 def _angle(positives: float | Float64s, samples: float | Float64s) -> Float64s:

@@ -1,18 +1,19 @@
-"""Progressive validation that does not peek: each sample is scored by a model that knew nothing later than it.
+"""Progressive validation without hindsight: each sample is scored by a model that knew nothing later than it.
 
 Positives come soon and negatives at the window's end, so a score taken when the sample is *learnt* gives away its
-label (on KuaiRand it shows an AUC of 0.96). Instead the newest of a few lagged models scores it whose knowledge ends
-before the impression, whatever the label. Scores are grouped by impression time and count once their window is
-closed. Stored samples come in event-time order with their labels, so there the score just before learning is honest.
+label (on KuaiRand it shows an AUC of 0.96). Instead a few lagged models are kept, and the newest one whose knowledge
+ends before the impression scores it, whatever the label. Scores are grouped by impression time and count once their
+window is closed. Stored samples come in event-time order with their labels, so there the score just before learning is
+honest.
 
-Lagged models are not copies. On a grid of event time a layer is laid down; each layer remembers, of the keys that are
-touched while it is the newest, the values that they had when it was laid. The model at a layer is the learner's
-values of today, with the layers' old values laid over them from the newest down to that layer. So memory follows what
-`LAYERS` grid steps touch, not the table, and any learner can be evaluated that can look up and score. A row that
-expired since then scores as one that was never learnt.
+Lagged models are not copies. At each step of a grid of event time an overlay begins. While it is the newest, it keeps,
+of the keys that learning touches, the values that they had when it began. The lagged model of an overlay is the
+learner's values of today, replaced by the old values of the overlays, from the newest down to that one. So memory
+follows what `OVERLAYS` grid steps touch and not the table, and any learner that can look up and score can be evaluated.
+A row that expired since then scores as one that was never learnt.
 
-Baselines, by the same rules: the constant (AUC 0.5; its log loss is that of the windows' own base rate) and the
-item's click rate so far. Figures are kept for each task, and for each slice of it.
+Baselines, by the same rules: the constant (AUC 0.5; its log loss is that of the windows' own base rate) and the item's
+click rate so far. Figures are kept for each task, and for each slice of it.
 """
 
 from __future__ import annotations
@@ -34,35 +35,35 @@ from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.scoring import Float32s, Lookup
 from headrace.trainer.model.tables.table import Int64s, KeyIndex
-from headrace.trainer.validation.drift import Change, LabelRate
+from headrace.trainer.validation.drift import LabelRateWatch, RateChange
 from headrace.trainer.validation.figures import Bools, Figures, Float64s, Scored, State, Tally
 from headrace.trainer.validation.slices import Slices
 
 logger = logging.getLogger("headrace.train")
 
-LAYERS = 8
+OVERLAYS = 8
 FORMAT = 2
-"""Of `state`; figures begin anew where a checkpoint holds another."""
+"""The format of `state`. Figures begin anew where a checkpoint holds another."""
 _PRIOR, _STRENGTH = 0.5, 10.0
 
 
 @dataclass(frozen=True)
-class Closed:
-    """One task's window of impression time that is over: no label of it is to come."""
+class ClosedWindow:
+    """A window of impression time of one task that is over: none of its labels is still to come."""
 
     end_ms: int
     task: str
     figures: Figures
     slices: Mapping[str, Figures]
-    change: Change | None
-    """How the label rate stands against what was usual; None while too few samples came since the last one."""
+    change: RateChange | None
+    """The label rate compared with the usual one; None while too few samples came since the last comparison."""
 
 
 class Scorer(Protocol):
-    """What is asked of a learner."""
+    """What evaluation needs of a learner."""
 
     def score(self, batch: Batch, *, lookup: Lookup, dense: Mapping[str, Float32s]) -> Float32s:
-        """Return what these weights in place of the learner's own would say: float32 [B]."""
+        """Return the scores that these weights give in place of the learner's: float32 [B]."""
 
     def lookup(self, keys_K: Int64s) -> Float32s:
         """Return the values of keys, the initial ones where a key has no row: float32 [K, V]."""
@@ -71,8 +72,8 @@ class Scorer(Protocol):
         """Return copies of all other weights by name."""
 
 
-class _Remembered:
-    """Values that keys had when they were first asked for, one row a key."""
+class _OldValues:
+    """The values that keys had when they were first touched, one row for each key."""
 
     def __init__(self, width: int, kind: type[np.float32] | type[np.float64]) -> None:
         self.index = KeyIndex()
@@ -80,7 +81,7 @@ class _Remembered:
         self._values_RV: npt.NDArray[np.floating] = np.empty((1_024, width), kind)
 
     def remember(self, keys_K: Int64s, values_of: Callable[[Int64s], npt.NDArray[np.floating]]) -> None:
-        """Keep the present values of those keys that are not kept yet."""
+        """Keep the present values of those keys that have none here yet."""
         before = len(self.index)
         self.index.insert(keys_K)
         count = len(self.index)
@@ -93,19 +94,19 @@ class _Remembered:
             self._values_RV = grown_RV
         self._values_RV[before:count] = values_of(self.index.keys_R[before:count].copy())
 
-    def lay_over(self, keys_K: Int64s, values_KV: npt.NDArray[np.floating]) -> None:
-        """Replace the values of kept keys by the kept ones."""
+    def put_over(self, keys_K: Int64s, values_KV: npt.NDArray[np.floating]) -> None:
+        """Replace values by the old ones, where a key has one here."""
         rows_K = self.index.find(keys_K)
         kept_K = rows_K >= 0
         values_KV[kept_K] = self._values_RV[rows_K[kept_K]]
 
 
 @dataclass
-class _Layer:
+class _Overlay:
     known_ms: int
     dense: dict[str, Float32s]
-    rows: _Remembered
-    items: _Remembered
+    rows: _OldValues
+    items: _OldValues
 
 
 class Evaluation:
@@ -121,12 +122,12 @@ class Evaluation:
         self.known_ms = -1
         self.totals = [Tally() for _ in tasks]
         self.newest = [Tally() for _ in tasks]
-        self.label_rates = [LabelRate() for _ in tasks]
+        self.label_rates = [LabelRateWatch() for _ in tasks]
         self.unscored = 0
         """Samples that no lagged model could score: those of the first moments after a start, and very late ones."""
         self._open: dict[int, list[Tally]] = {}
         self._closed_below = -1
-        self._layers: deque[_Layer] = deque(maxlen=LAYERS)
+        self._overlays: deque[_Overlay] = deque(maxlen=OVERLAYS)
         self._items = KeyIndex()
         self._counts_RC: Float64s = np.zeros((0, 2 * len(tasks)))
         """By item: clicks and impressions of each task."""
@@ -137,24 +138,26 @@ class Evaluation:
         Call it before each batch is learnt: what the batch will change is remembered here.
         """
         score_B, item_B = np.full(len(batch), np.nan, np.float32), np.full(len(batch), np.nan, np.float32)
-        which_B = np.searchsorted([layer.known_ms for layer in self._layers], batch.event_time_ms_B, side="right") - 1
+        which_B = (
+            np.searchsorted([overlay.known_ms for overlay in self._overlays], batch.event_time_ms_B, side="right") - 1
+        )
         for which in np.unique(which_B[which_B >= 0]):
             here_B = which_B == which
             part = batch.where(here_B)
             lookup = partial(self._rows_at, learner, int(which))
-            score_B[here_B] = learner.score(part, lookup=lookup, dense=self._layers[which].dense)
+            score_B[here_B] = learner.score(part, lookup=lookup, dense=self._overlays[which].dense)
             item_B[here_B] = self._item_rate(part, int(which))
         self._remember(learner, batch)
         return score_B, item_B
 
     def before_stored(self, learner: Scorer, batch: Batch) -> Float32s:
-        """Do the same for stored samples, whose own prediction is honest; return the item rate as of now."""
+        """Prepare for stored samples, whose own prediction is honest. Return the present score of the item rate."""
         self._remember(learner, batch)
-        return self._item_rate(batch, len(self._layers))
+        return self._item_rate(batch, len(self._overlays))
 
     def after(
         self, learner: Scorer, batch: Batch, rows: pa.Table, score_B: Float32s, item_B: Float32s, known_ms_B: Int64s
-    ) -> list[Closed]:
+    ) -> list[ClosedWindow]:
         """Count a batch that was learnt, `rows` its samples; return the windows that it closed, oldest first."""
         good_B = np.isfinite(score_B)
         self.unscored += int((~good_B).sum())
@@ -170,13 +173,13 @@ class Evaluation:
                     tally.add(scored.where(here_B))
         self._count_items(batch, correction_B)
         known = max(self.known_ms, int(known_ms_B.max(initial=-1)))
-        if known // self.grid_ms > self.known_ms // self.grid_ms or not self._layers:
-            self._lay(learner, known)
+        if known // self.grid_ms > self.known_ms // self.grid_ms or not self._overlays:
+            self._begin_overlay(learner, known)
         self.known_ms = known
         return self._close()
 
     def state(self) -> State:
-        """Return what a checkpoint keeps; layers are not kept, so a restart leaves a window unscored."""
+        """Return what a checkpoint keeps; overlays are not kept, so a restart leaves a window unscored."""
         windows = sorted(self._open)
         out: State = {
             "format": np.array([FORMAT]),
@@ -188,13 +191,13 @@ class Evaluation:
             "item_counts": self._counts_RC[: len(self._items)].copy(),
         }
         out |= {f"label_rate.{task}": watch.state() for task, watch in enumerate(self.label_rates)}
-        for place, tallies in enumerate((self.totals, self.newest, *(self._open[w] for w in windows))):
+        for number, tallies in enumerate((self.totals, self.newest, *(self._open[w] for w in windows))):
             for task, tally in enumerate(tallies):
-                out |= {f"{place}.{task}.{name}": array for name, array in tally.state().items()}
+                out |= {f"{number}.{task}.{name}": array for name, array in tally.state().items()}
         return out
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace everything by what `state` returned; a state of another format or other tasks is left alone."""
+        """Replace everything by what `state` returned; a state of another format or other tasks changes nothing."""
         if int(state.get("format", np.zeros(1))[0]) != FORMAT or tuple(state["tasks"].tolist()) != self.tasks:
             logger.warning("the checkpoint holds figures of another format or other tasks: figures begin anew")
             return
@@ -203,16 +206,16 @@ class Evaluation:
         loaded = [
             [
                 Tally.load({n.removeprefix(lead): a for n, a in state.items() if n.startswith(lead)})
-                for lead in (f"{place}.{task}." for task in range(len(self.tasks)))
+                for lead in (f"{number}.{task}." for task in range(len(self.tasks)))
             ]
-            for place in range(2 + len(windows))
+            for number in range(2 + len(windows))
         ]
         self.totals, self.newest = loaded[0], loaded[1]
         self._open = dict(zip(windows, loaded[2:], strict=True))
         for task, watch in enumerate(self.label_rates):
             watch.load(np.asarray(state[f"label_rate.{task}"], np.float64))
         self.known_ms, self._closed_below, self.unscored = (int(x) for x in state["times"])
-        self._layers.clear()
+        self._overlays.clear()
         self._items = KeyIndex()
         self._items.insert(state["item_keys"].astype(np.int64))
         self._counts_RC = np.array(state["item_counts"], np.float64)
@@ -225,7 +228,7 @@ class Evaluation:
         names = self.slices.names
         return tally.figures(), {names[g]: figures for g, figures in tally.slice_figures().items()}
 
-    def _close(self) -> list[Closed]:
+    def _close(self) -> list[ClosedWindow]:
         closed = []
         for window in sorted(self._open):
             end = (window + 1) * self.span_ms
@@ -239,33 +242,33 @@ class Evaluation:
                 if figures.samples > 0:
                     positives = float(tally.model_2N[1].sum())
                     change = self.label_rates[task].take(positives, figures.samples)
-                    closed.append(Closed(end, self.tasks[task], figures, slices, change))
+                    closed.append(ClosedWindow(end, self.tasks[task], figures, slices, change))
         return closed
 
-    def _lay(self, learner: Scorer, known_ms: int) -> None:
-        """Lay a layer; when there are `LAYERS` already, the oldest goes."""
+    def _begin_overlay(self, learner: Scorer, known_ms: int) -> None:
+        """Begin an overlay; where there are `OVERLAYS` already, the oldest goes."""
         width = learner.lookup(np.empty(0, np.int64)).shape[1]
-        rows, items = _Remembered(width, np.float32), _Remembered(self._counts_RC.shape[1], np.float64)
-        self._layers.append(_Layer(known_ms, learner.dense(), rows, items))
+        rows, items = _OldValues(width, np.float32), _OldValues(self._counts_RC.shape[1], np.float64)
+        self._overlays.append(_Overlay(known_ms, learner.dense(), rows, items))
 
     def _rows_at(self, learner: Scorer, which: int, keys_K: Int64s) -> Float32s:
         values_KV = learner.lookup(keys_K)
-        for layer in reversed([*self._layers][which:]):
-            layer.rows.lay_over(keys_K, values_KV)
+        for overlay in reversed([*self._overlays][which:]):
+            overlay.rows.put_over(keys_K, values_KV)
         return values_KV
 
     def _remember(self, learner: Scorer, batch: Batch) -> None:
-        if not self._layers:
+        if not self._overlays:
             return
-        newest = self._layers[-1]
+        newest = self._overlays[-1]
         newest.rows.remember(batch.slots_BF.reshape(-1), learner.lookup)
         if self.item_slot >= 0:
             newest.items.remember(np.ascontiguousarray(batch.slots_BF[:, self.item_slot]), self._item_counts)
 
     def _items_at(self, which: int, keys_K: Int64s) -> Float64s:
         counts_KC = self._item_counts(keys_K)
-        for layer in reversed([*self._layers][which:]):
-            layer.items.lay_over(keys_K, counts_KC)
+        for overlay in reversed([*self._overlays][which:]):
+            overlay.items.put_over(keys_K, counts_KC)
         return counts_KC
 
     def _item_counts(self, keys_K: Int64s) -> Float64s:
@@ -301,7 +304,7 @@ def known_times(rows: pa.Table, tasks: Sequence[Task]) -> Int64s:
     """Return when each sample was known, in event time: int64 [B].
 
     That is the feedback's time for a positive; for a negative the window's end or, under the policy `eager`, the
-    impression's own time: it says no more than that there was one.
+    impression's own time: it says only that there was one.
     """
     task_B = pc.index_in(rows["task"], value_set=pa.array([task.name for task in tasks])).to_numpy()
     wait_T = np.array([0 if task.policy == "eager" else task.window_ms for task in tasks], np.int64)

@@ -32,14 +32,14 @@ State = dict[str, npt.NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class Figures:
-    """What a tally says. A figure is NaN where it has no meaning: `auc` while only one label was seen, say."""
+    """The figures of a tally. One is NaN where it has no meaning, such as `auc` while only one label was seen."""
 
     samples: int
     auc: float
     auc_item_rate: float
     log_loss: float
     log_loss_constant: float
-    """The entropy of the base rate: the log loss of who knows that rate and nothing else."""
+    """The entropy of the base rate: the log loss of a model that knows that rate and nothing else."""
     label_rate: float = math.nan
     predicted_rate: float = math.nan
     """Mean of the scores."""
@@ -55,7 +55,7 @@ class Figures:
 
     @property
     def calibration(self) -> float:
-        """Predicted positives by observed ones: 1 is right, above it the model promises too much. Source: the same."""
+        """Predicted positives by observed ones: 1 is right, above 1 it predicts too many. Source: the same."""
         return self.predicted_rate / self.label_rate if self.label_rate > 0 else math.nan
 
     def shown(self) -> dict[str, float]:
@@ -70,7 +70,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples of one task with the scores that count. `groups_BK` are slices, -1 for none."""
+    """Samples of one task with their scores. `groups_BK` are their slices, -1 for none."""
 
     score_B: Float32s
     item_B: Float32s
@@ -90,7 +90,7 @@ class Scored:
 
 
 class Tally:
-    """Counts of one task's samples: in all, of the item rate beside it, and by slice."""
+    """Counts of one task's samples by score: in all, by slice, and in all by the item rate's score."""
 
     def __init__(self) -> None:
         self.model_2N: Float64s = np.zeros((2, BINS))

@@ -1,8 +1,8 @@
 """Embeddings for TensorBoard's projector: the ids that were seen most, with their values as labels.
 
 Three files beside the event file, replaced each time: `projector_config.pbtxt`, `embeddings.tsv` and
-`embeddings_labels.tsv` (id, feature, times seen, label rate). The projector reads no table of millions: each feature
-shows its `SHOWN` ids.
+`embeddings_labels.tsv` (id, feature, times seen, label rate). The projector cannot read a table of millions: each
+feature shows the `SHOWN` ids that were seen most.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROWS_A_STEP = 64
 
 @dataclass
 class Seen:
-    """One id, as far as it was looked at."""
+    """How often one id was seen in the rows that were counted."""
 
     feature: str
     label: str

@@ -1,7 +1,7 @@
-"""What the trainer tells of itself: metrics for Prometheus, pages for TensorBoard, a log line for a sudden change.
+"""The trainer's reports: metrics for Prometheus, pages for TensorBoard, a log line for a sudden change.
 
-Called with each step and once a second. Reads the learner and the evaluation, changes neither. Tags begin with a number
-so that TensorBoard, which sorts by name, shows first what is looked at first.
+Called with each step and once a second. It reads the learner and the evaluation and changes neither. Tags begin with a
+number, so that TensorBoard, which sorts by name, shows the most important ones first.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import pyarrow as pa
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.interfaces.clock import Clock
-from headrace.contract.metrics import Metrics, Name
+from headrace.contract.metrics import Metrics, Name, joined
 from headrace.contract.project import Project
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import StepReport, TableLearner
 from headrace.trainer.source.source import Source
 from headrace.trainer.validation.board import Board
-from headrace.trainer.validation.drift import Change
-from headrace.trainer.validation.evaluate import Closed, Evaluation
+from headrace.trainer.validation.drift import RateChange
+from headrace.trainer.validation.evaluate import ClosedWindow, Evaluation
 from headrace.trainer.validation.figures import Figures
 from headrace.trainer.validation.projector import Sampler, write_projector
 
@@ -47,7 +47,7 @@ _SLICES: dict[str, Name] = {
 
 
 class Report:
-    """One trainer's voice. For its thread alone."""
+    """Reports what one trainer does. For its thread alone."""
 
     def __init__(
         self, project: Project, config: TrainConfig, metrics: Metrics, board: Board | None, clock: Clock
@@ -74,20 +74,23 @@ class Report:
         if self._board is not None and self._projector_s:
             self._sampler.note(batch, rows)
 
-    def closed(self, windows: Sequence[Closed], *, step: int) -> None:
-        """Tell what closed windows say, by task and slice; raise the alarm where a label rate jumped."""
+    def closed(self, windows: Sequence[ClosedWindow], *, step: int) -> None:
+        """Report the figures of closed windows by task and slice, and log where a label rate jumped."""
         for window in windows:
             if window.change is not None:
                 self._tell_change(window.task, window.change)
-            named = {window.task: window.figures}
-            named |= {f"{window.task} {name}": figures for name, figures in window.slices.items()}
-            for name, figures in named.items():
+            by_slice = {"": window.figures, **window.slices}
+            for name, figures in by_slice.items():
                 for kind, value in figures.shown().items():
                     if math.isfinite(value):
-                        self._metrics.set(_WINDOWS[kind], value, reason=name)
-                self._metrics.set("window_samples", figures.samples, reason=name)
+                        self._metrics.set(_WINDOWS[kind], value, task=window.task, slice=name)
+                self._metrics.set("window_samples", figures.samples, task=window.task, slice=name)
             if self._board is not None:
-                values = {f"2_windows/{kind}/{name}": v for name, f in named.items() for kind, v in f.shown().items()}
+                values = {
+                    f"2_windows/{kind}/{joined((window.task, name))}": value
+                    for name, figures in by_slice.items()
+                    for kind, value in figures.shown().items()
+                }
                 values |= {
                     f"2_windows/auc_item_rate/{window.task}": window.figures.auc_item_rate,
                     f"2_windows/log_loss_constant/{window.task}": window.figures.log_loss_constant,
@@ -98,7 +101,7 @@ class Report:
                 self._board.scalars(values, step=step, now_ms=window.end_ms)
 
     def tell(self, learner: TableLearner, evaluation: Evaluation, source: Source, lag_records: int) -> None:
-        """Tell where the trainer stands; the caller asks `is_due` first."""
+        """Report where the trainer stands. The caller asks `is_due` first."""
         now = self._clock.monotonic()
         rate = (
             (self.samples_learnt - self._told_learnt) / (now - self._told_at)
@@ -128,16 +131,16 @@ class Report:
             self._draw(learner, now)
 
     def is_due(self) -> bool:
-        """Say whether `tell` would tell anything: ask before what costs a round trip."""
+        """Say whether a report is due: ask before what costs a round trip."""
         return self._clock.monotonic() - self._told_at >= REPORT_S
 
-    def _tell_change(self, task: str, change: Change) -> None:
-        self._metrics.set("label_rate", change.rate, reason=task)
+    def _tell_change(self, task: str, change: RateChange) -> None:
+        self._metrics.set("label_rate", change.rate, task=task)
         if math.isnan(change.usual):
             return
-        self._metrics.set("label_rate_usual", change.usual, reason=task)
-        self._metrics.set("label_rate_score", change.score, reason=task)
-        self._metrics.add("label_rate_jumps_total", float(change.is_sudden), reason=task)
+        self._metrics.set("label_rate_usual", change.usual, task=task)
+        self._metrics.set("label_rate_score", change.score, task=task)
+        self._metrics.add("label_rate_jumps_total", float(change.is_sudden), task=task)
         if change.is_sudden:
             logger.warning(
                 "label rate of %s jumped from %.4f to %.4f (%+.0f %%) over %d samples, %.1f standard deviations; "
@@ -154,12 +157,11 @@ class Report:
                 continue
             if task == self._main:
                 self._tell_main(figures)
-            named = {task: figures} if len(evaluation.tasks) > 1 else {}
-            named |= {f"{task} {name}": of_slice for name, of_slice in slices.items()}
-            for name, of_slice in named.items():
+            by_slice = {"": figures, **slices} if len(evaluation.tasks) > 1 else slices
+            for name, of_slice in by_slice.items():
                 for kind, value in of_slice.shown().items():
                     if math.isfinite(value):
-                        self._metrics.set(_SLICES[kind], value, reason=name)
+                        self._metrics.set(_SLICES[kind], value, task=task, slice=name)
             values |= {f"1_figures/{kind}/{task}": value for kind, value in figures.shown().items()}
             values[f"1_figures/auc_item_rate/{task}"] = figures.auc_item_rate
             values[f"1_figures/log_loss_constant/{task}"] = figures.log_loss_constant

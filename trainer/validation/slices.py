@@ -1,4 +1,4 @@
-"""Slices: the figures again for the samples that share a field's value, so that a whole does not hide a part.
+"""Slices: the figures of samples that share a field's value, so that the whole does not hide a part of it.
 
 A slice is (field, value), named "field=value". Each declared field has slices for the first `values_max` values that
 the trainer learns from, and one, "field=(other)", for all that come later: their number is bounded whatever the data.
@@ -22,7 +22,7 @@ _NAME_MAX = 64
 
 
 class Slices:
-    """Numbers slices in the order in which they are first seen. The order is that of learning, so replay finds it."""
+    """Numbers slices in the order in which they are first seen, which is that of learning: a replay repeats it."""
 
     def __init__(self, fields: Sequence[str], *, values_max: int) -> None:
         self.fields, self.values_max = tuple(fields), values_max
@@ -44,7 +44,7 @@ class Slices:
         return list(self.names)
 
     def load(self, names: Sequence[str]) -> None:
-        """Go on from another process's names; those of fields that are declared no more keep their numbers, unused."""
+        """Go on from stored names. Those of fields that are no longer declared keep their numbers, unused."""
         self.names, self._numbers = [], {}
         self._values = dict.fromkeys(self.fields, 0)
         for name in names:

@@ -31,12 +31,12 @@ def test_every_version_holds_what_a_dictionary_holds(changes: list[tuple[str, li
             weights = Weights(some, np.full((len(some), 2), step, np.float32), {"bias": np.array([step], np.float32)})
             manifest = Manifest(kind=kind, model="m", run="r", step=step, version=f"r-{step}")
             meta = Meta(manifest, "r-0", "{}", "{}", {"bias": [1]})
-            writer.check(weights, meta, fresh=kind == "snapshot")
+            writer.check_fits(weights, meta, fresh=kind == "snapshot")
             if kind == "snapshot":
                 expected = {}
-                writer.replace(weights, meta)
+                writer.load_snapshot(weights, meta)
             else:
-                writer.apply(weights, meta)
+                writer.apply_delta(weights, meta)
             expected |= dict.fromkeys(some.tolist(), float(step))
             # A key that was never learnt gives its initial linear weight, 0.
             found, read = reader.read(

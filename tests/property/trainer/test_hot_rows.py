@@ -47,13 +47,13 @@ def test_rows_learn_on_the_device_as_they_do_at_home(kind, seed, after, room):
         times_B = np.full(6, now_ms)
         keys_BF = rng.integers(0, 12, (6, SLOTS)) + np.array([0, 0, 100, 0])
         keys_BF[rng.random(keys_BF.shape) < 0.1] = PAD
-        places = [one.places(keys_BF, times_B) for one in (home, hot, twin)]
-        values_UV = [one.gather(p) for one, p in zip((home, hot, twin), places, strict=True)]
+        ids_of_each = [one.distinct_ids(keys_BF, times_B) for one in (home, hot, twin)]
+        values_UV = [one.gather(ids) for one, ids in zip((home, hot, twin), ids_of_each, strict=True)]
         np.testing.assert_allclose(values_UV[1].numpy(), values_UV[0], atol=1e-4)
         grad_UV = rng.normal(size=values_UV[0].shape).astype(np.float32)
-        touched = home.update(places[0], grad_UV, times_B)
-        for one, p in ((hot, places[1]), (twin, places[2])):
-            assert sorted(one.update(p, torch.from_numpy(grad_UV), times_B).tolist()) == sorted(touched.tolist())
+        touched = home.update(ids_of_each[0], grad_UV, times_B)
+        for one, ids in ((hot, ids_of_each[1]), (twin, ids_of_each[2])):
+            assert sorted(one.update(ids, torch.from_numpy(grad_UV), times_B).tolist()) == sorted(touched.tolist())
         for _ in range(SWEEPS if step % 5 == 4 else 1):
             gone = [one.expire(now_ms).tolist() for one in (home, hot, twin)]
             assert gone[0] == gone[1] == gone[2]
@@ -72,12 +72,12 @@ def test_the_least_recently_used_go_home():
     hot = HotRows(Tables([SlotTable(1, Optimizer())], seed=1, scale=0.1), device="cpu", rows=8)
     held = hot.device_bytes
     for key in range(20):
-        places = hot.places(np.array([[key], [0]]))
-        hot.update(places, torch.ones(hot.gather(places).shape), np.zeros(2, np.int64))
+        ids = hot.distinct_ids(np.array([[key], [0]]))
+        hot.update(ids, torch.ones(hot.gather(ids).shape), np.zeros(2, np.int64))
     (cache,) = hot.caches
     on_device = set(cache.keys_H[cache.rows_H >= 0].tolist())
     assert {0, 19} <= on_device and 1 not in on_device and len(on_device) <= 8
     assert hot.device_bytes == held == 8 * 4 * (2 + 2)
-    places = hot.places(np.arange(30)[:, None])
-    hot.gather(places)
+    ids = hot.distinct_ids(np.arange(30)[:, None])
+    hot.gather(ids)
     assert len(cache.rows_H) >= 30, "a batch that is larger than the cache extends it"

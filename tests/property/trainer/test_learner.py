@@ -82,8 +82,8 @@ def test_a_damaged_checkpoint_is_not_read():
 def test_numpy_scores_as_torch_does(seed):
     learner, b = trained(seed), batch(seed + 50)
     said = learner.predict(b)
-    places = learner.table.places(b.slots_BF)
-    wanted = sigmoid(learner.net.forward(learner.table.gather(places), places, b.numeric_BD))[:, 0]
+    ids = learner.table.distinct_ids(b.slots_BF)
+    wanted = sigmoid(learner.net.forward(learner.table.gather(ids), ids, b.numeric_BD))[:, 0]
     np.testing.assert_allclose(said, wanted, atol=1e-5)
 
 

@@ -59,21 +59,21 @@ def test_a_pad_never_gets_a_row_nor_is_published(seed):
 def test_the_other_rows_learn_as_if_pads_were_cut_out(seed):
     """One step of the torch twin whose pads are constant zeros gives the same gradients to every row."""
     learner, batch = make_learner(RECIPE, SPEC), padded(seed)
-    places = learner.table.places(batch.slots_BF)
-    values_UV, place_BF = learner.table.gather(places), places.place_FB.T
-    assert not values_UV[place_BF][batch.slots_BF == PAD].any()
-    logits_BT = learner.net.forward(values_UV, places, batch.numeric_BD)
+    ids = learner.table.distinct_ids(batch.slots_BF)
+    values_UV, index_BF = learner.table.gather(ids), ids.index_FB.T
+    assert not values_UV[index_BF][batch.slots_BF == PAD].any()
+    logits_BT = learner.net.forward(values_UV, ids, batch.numeric_BD)
     grad_UV, _ = learner.net.backward(gradients(RECIPE, logits_BT[:, 0], batch.label_B, batch.weight_B)[:, None])
     before = learner.table.tables[0].values_RV.copy()
-    touched = learner.table.update(places, grad_UV, batch.event_time_ms_B)
+    touched = learner.table.update(ids, grad_UV, batch.event_time_ms_B)
     assert sorted(touched.tolist()) == sorted(set(batch.slots_BF[batch.slots_BF != PAD].tolist()))
     sums = np.zeros((len(learner.table), 5), np.float32)
-    has = places.rows_U >= 0
-    np.add.at(sums, places.rows_U[has], grad_UV[has])
+    has = ids.rows_U >= 0
+    np.add.at(sums, ids.rows_U[has], grad_UV[has])
     wanted = before[: len(sums), 0] - 0.1 * sums[:, 0] / (np.abs(sums[:, 0]) + 1e-6)
     clear = np.abs(sums[:, 0]) > 1e-4
     np.testing.assert_allclose(learner.table.tables[0].values_RV[: len(sums), 0][clear], wanted[clear], atol=2e-4)
-    used_s = learner.table.tables[0].last_s_R[places.rows_U[has]]
+    used_s = learner.table.tables[0].last_s_R[ids.rows_U[has]]
     assert (used_s == batch.event_time_ms_B.max() // 1_000).all()
 
 
@@ -87,7 +87,7 @@ def test_trainer_and_serving_score_pads_alike(seed):
     with tempfile.TemporaryDirectory() as folder:
         model = SharedModel(Path(folder) / "m", dim=4, rows_max=1_000, create=True)
         meta = Meta(Manifest(kind="snapshot", model="m", run="r", step=1, version="r-1"), "r-1", "{}", "{}", shapes)
-        model.replace(weights, meta)
+        model.load_snapshot(weights, meta)
         served, _ = model.read(
             lambda view: score(
                 RECIPE,
@@ -99,8 +99,8 @@ def test_trainer_and_serving_score_pads_alike(seed):
             )
         )
     np.testing.assert_array_equal(served[:, 0], learner.predict(batch))
-    places = learner.table.places(batch.slots_BF)
-    twin = sigmoid(learner.net.forward(learner.table.gather(places), places, batch.numeric_BD))
+    ids = learner.table.distinct_ids(batch.slots_BF)
+    twin = sigmoid(learner.net.forward(learner.table.gather(ids), ids, batch.numeric_BD))
     np.testing.assert_allclose(served, twin, atol=1e-5)
 
 

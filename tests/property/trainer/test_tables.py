@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from headrace.contract.spec import PAD
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.tables.admission import Admission
-from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.distinct_ids import DistinctIds
 from headrace.trainer.model.tables.group import SlotTable, Tables
 from headrace.trainer.model.tables.optimizers import Optimizer
 from headrace.trainer.model.tables.row_index import SWEEPS, RowIndex
@@ -253,26 +253,26 @@ def test_distinct_ids_learn_as_all_places_do(seed, after, by):
         keys_BF[rng.random(keys_BF.shape) < 0.1] = PAD
         grad_BFV = rng.normal(size=(7, SLOTS, 1 + DIM)).astype(np.float32)
         times_B = np.full(7, step * 1_000)
-        rows_BF, places = one.rows_for(keys_BF, times_B), several.places(keys_BF, times_B)
-        np.testing.assert_array_equal(places.keys_U[places.place_FB.T], keys_BF)
-        np.testing.assert_array_equal(places.rows_U[places.place_FB.T] >= 0, rows_BF >= 0)
+        rows_BF, ids = one.rows_for(keys_BF, times_B), several.distinct_ids(keys_BF, times_B)
+        np.testing.assert_array_equal(ids.keys_U[ids.index_FB.T], keys_BF)
+        np.testing.assert_array_equal(ids.rows_U[ids.index_FB.T] >= 0, rows_BF >= 0)
         for f in range(SLOTS):
-            first, end = places.begin_F[f : f + 2]
-            entries = list(zip(places.keys_U[first:end], places.rows_U[first:end] >= 0, strict=True))
-            assert len(set(entries)) == len(entries) and set(places.place_FB[f]) == set(range(first, end))
-        values_BFV = several.gather(places)[places.place_FB.T]
+            first, end = ids.begin_F[f : f + 2]
+            entries = list(zip(ids.keys_U[first:end], ids.rows_U[first:end] >= 0, strict=True))
+            assert len(set(entries)) == len(entries) and set(ids.index_FB[f]) == set(range(first, end))
+        values_BFV = several.gather(ids)[ids.index_FB.T]
         np.testing.assert_allclose(values_BFV, one.gather(rows_BF, keys_BF), atol=1e-5)
         touched = one.keys_of(one.update(rows_BF, grad_BFV, times_B))
-        assert set(several.update(places, summed(places, grad_BFV), times_B).tolist()) == set(touched.tolist())
+        assert set(several.update(ids, summed(ids, grad_BFV), times_B).tolist()) == set(touched.tolist())
         assert several.expire(step * 1_000).tolist() == one.expire(step * 1_000).tolist()
     keys = np.arange(9)
     np.testing.assert_allclose(several.lookup(keys), one.lookup(keys), atol=1e-5)
 
 
-def summed(places: Places, grad_BFV: np.ndarray) -> np.ndarray:
+def summed(ids: DistinctIds, grad_BFV: np.ndarray) -> np.ndarray:
     """Return the gradients of distinct ids."""
-    grad_UV = np.zeros((len(places.keys_U), grad_BFV.shape[2]), np.float32)
-    np.add.at(grad_UV, places.place_FB.T, grad_BFV)
+    grad_UV = np.zeros((len(ids.keys_U), grad_BFV.shape[2]), np.float32)
+    np.add.at(grad_UV, ids.index_FB.T, grad_BFV)
     return grad_UV
 
 
@@ -291,13 +291,13 @@ def test_tables_by_slot_are_tables_side_by_side(seed):
         keys_BF[0, step % 3] = PAD
         grad_BFV = rng.normal(size=(5, 3, 5)).astype(np.float32)
         times_B = np.full(5, step * 4_000)
-        places = both.places(keys_BF, times_B)
-        assert (places.keys_U[places.place_FB.T] == keys_BF).all()
-        values_BFV = both.gather(places)[places.place_FB.T]
+        ids = both.distinct_ids(keys_BF, times_B)
+        assert (ids.keys_U[ids.index_FB.T] == keys_BF).all()
+        values_BFV = both.gather(ids)[ids.index_FB.T]
         assert not values_BFV[:, 1, 1:].any()
         looked = both.masked(both.lookup(keys_BF.reshape(-1)).reshape(5, 3, 5))
         np.testing.assert_array_equal(looked, values_BFV)
-        touched = both.update(places, summed(places, grad_BFV), times_B)
+        touched = both.update(ids, summed(ids, grad_BFV), times_B)
         wanted = []
         for table, columns in zip(alone, ([0, 2], [1]), strict=True):
             rows = table.rows_for(keys_BF[:, columns], times_B)

@@ -5,9 +5,13 @@ Method: the table is compared with the type of names, and with the text of the r
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import get_args
 
+import pytest
+
+from headrace.backends.metrics_prometheus import LABELLED_REASON
 from headrace.contract import metrics
 from headrace.contract.metrics import METRICS, Name
 
@@ -31,3 +35,27 @@ def test_the_table_has_every_name_once_and_says_what_it_means():
 def test_every_metric_is_counted_somewhere():
     unused = [name for name in METRICS if not any(f'"{name}"' in text for text in SOURCE.values())]
     assert not unused, f"nobody counts {unused}: delete them, or count them"
+
+
+def test_labels_are_named_for_what_they_hold():
+    """A reason says why something was refused or left out. Whatever else a label holds has a name of its own."""
+    assert {name for name, doc in METRICS.items() if "reason" in doc.labels} == {
+        "events_dead_lettered_total",
+        "connections_refused_total",
+        "left_out_total",
+    }
+    assert {label for doc in METRICS.values() for label in doc.labels} == {
+        *("reason", "kind", "task", "slice", "topic", "tag", "source", "status", "outcome"),
+    }
+    assert all(METRICS[name].labels and METRICS[name].labels != ("reason",) for name in LABELLED_REASON)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_callers_give_the_labels_that_the_table_declares(name):
+    """Method: the text of each call that names the metric outright."""
+    given = [
+        set(re.findall(r"\b(\w+)=", call))
+        for text in SOURCE.values()
+        for call in re.findall(rf'metrics\.(?:add|set)\(\s*"{name}"([^\n]*)', text)
+    ]
+    assert all(labels <= set(METRICS[name].labels) for labels in given), (name, given)

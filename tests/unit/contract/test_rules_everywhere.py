@@ -139,7 +139,7 @@ def test_a_correction_comes_beside_a_negative_and_is_learnt_with_its_weight(worl
 
 def test_serving_goes_over_to_another_spec_with_the_snapshot(tmp_path: Path):
     serving = Serving(tmp_path)
-    client, rng = Client(make_app(serving.face)), Random(1)
+    client, rng = Client(make_app(serving.app)), Random(1)
     other = msgspec.structs.replace(SPEC, features=SPEC.features[::-1])
     body = {"request_id": "r1", "context": {"user": 3, "price": 2.0}, "candidates": [{"item": 1}, {"item": 2}]}
     said = []

@@ -24,21 +24,21 @@ tests:
   - name: a jump of the label rate
     interval: 1m
     input_series:
-      - {series: "headrace_train_label_rate_jumps_total{instance='a',reason='click'}", values: "0x30 1x60"}
-      - {series: "headrace_train_label_rate{instance='a',reason='click'}", values: "0.45x30 0.3x60"}
-      - {series: "headrace_train_label_rate_usual{instance='a',reason='click'}", values: "0.45x90"}
-      - {series: "headrace_train_label_rate_jumps_total{instance='a',reason='like'}", values: "0x90"}
+      - {series: "headrace_train_label_rate_jumps_total{instance='a',task='click',reason='click'}", values: "0x30 1x60"}
+      - {series: "headrace_train_label_rate{instance='a',task='click',reason='click'}", values: "0.45x30 0.3x60"}
+      - {series: "headrace_train_label_rate_usual{instance='a',task='click',reason='click'}", values: "0.45x90"}
+      - {series: "headrace_train_label_rate_jumps_total{instance='a',task='like',reason='like'}", values: "0x90"}
     alert_rule_test:
       - {eval_time: 25m, alertname: HeadraceLabelRateJumped, exp_alerts: []}
       - eval_time: 35m
         alertname: HeadraceLabelRateJumped
         exp_alerts:
-          - exp_labels: {severity: warning, instance: a, reason: click}
+          - exp_labels: {severity: warning, instance: a, task: click, reason: click}
             exp_annotations:
               summary: "The label rate of click jumped; it is 30% now"
-              description: "The usual rate that the newest windows are held against is 45%. The trainer's log has the
-                line of the jump: from, to, samples, standard deviations. Look for a deploy that changed what is shown
-                or what is logged."
+              description: "The usual rate, with which the newest windows are compared, is 45%. The trainer's log has
+                the line of the jump: from, to, samples, standard deviations. Look for a deploy that changed what is
+                shown or what is logged."
       - {eval_time: 60m, alertname: HeadraceLabelRateJumped, exp_alerts: []}
   - name: no events come, nobody is behind
     interval: 1m
@@ -72,34 +72,34 @@ tests:
   - name: a model that is worse than the base rate on one slice, and promises too much on another
     interval: 1m
     input_series:
-      - {series: "headrace_train_window_normalized_entropy{reason='click tab=0'}", values: "1.5x60"}
-      - {series: "headrace_train_window_calibration{reason='click tab=0'}", values: "1x60"}
-      - {series: "headrace_train_window_samples{reason='click tab=0'}", values: "1000x60"}
-      - {series: "headrace_train_window_normalized_entropy{reason='click tab=1'}", values: "0.9x60"}
-      - {series: "headrace_train_window_calibration{reason='click tab=1'}", values: "1.5x60"}
-      - {series: "headrace_train_window_samples{reason='click tab=1'}", values: "1000x60"}
-      - {series: "headrace_train_window_calibration{reason='click tab=2'}", values: "9x60"}
-      - {series: "headrace_train_window_samples{reason='click tab=2'}", values: "20x60"}
+      - {series: "headrace_train_window_normalized_entropy{task='click',slice='tab=0'}", values: "1.5x60"}
+      - {series: "headrace_train_window_calibration{task='click',slice='tab=0'}", values: "1x60"}
+      - {series: "headrace_train_window_samples{task='click',slice='tab=0'}", values: "1000x60"}
+      - {series: "headrace_train_window_normalized_entropy{task='click',slice='tab=1'}", values: "0.9x60"}
+      - {series: "headrace_train_window_calibration{task='click',slice='tab=1'}", values: "1.5x60"}
+      - {series: "headrace_train_window_samples{task='click',slice='tab=1'}", values: "1000x60"}
+      - {series: "headrace_train_window_calibration{task='click',slice='tab=2'}", values: "9x60"}
+      - {series: "headrace_train_window_samples{task='click',slice='tab=2'}", values: "20x60"}
       - {series: "headrace_train_samples_refused_total{instance='a'}", values: "0x60"}
     alert_rule_test:
       - eval_time: 30m
         alertname: HeadraceModelNoBetterThanConstant
         exp_alerts:
-          - exp_labels: {severity: warning, reason: "click tab=0"}
+          - exp_labels: {severity: warning, task: click, slice: "tab=0"}
             exp_annotations: {summary: "The model's log loss on click tab=0 is 1.5 times that of the base rate alone"}
       - eval_time: 30m
         alertname: HeadraceModelMiscalibrated
         exp_alerts:
-          - exp_labels: {severity: warning, reason: "click tab=1"}
+          - exp_labels: {severity: warning, task: click, slice: "tab=1"}
             exp_annotations: {summary: "The model predicts 1.5 times the positives that click tab=1 has"}
       - {eval_time: 30m, alertname: HeadraceSamplesRefused, exp_alerts: []}
   - name: a worker that was started with an edited file, one that catches up, one in line
     interval: 1m
     input_series:
-      - {series: "headrace_stream_rules_differ{instance='a',reason=''}", values: "1x30"}
-      - {series: "headrace_stream_rules_number{instance='a',reason=''}", values: "3x30"}
-      - {series: "headrace_stream_rules_differ{instance='b',reason=''}", values: "1x3 0x27"}
-      - {series: "headrace_stream_rules_differ{instance='c',reason=''}", values: "0x30"}
+      - {series: "headrace_stream_rules_differ{instance='a'}", values: "1x30"}
+      - {series: "headrace_stream_rules_number{instance='a'}", values: "3x30"}
+      - {series: "headrace_stream_rules_differ{instance='b'}", values: "1x3 0x27"}
+      - {series: "headrace_stream_rules_differ{instance='c'}", values: "0x30"}
     alert_rule_test:
       - {eval_time: 3m, alertname: HeadraceRulesDiffer, exp_alerts: []}
       - eval_time: 20m

@@ -20,7 +20,7 @@ from headrace.cli.main import VERBS, main
 from headrace.cli.runtime import open_blobs
 from headrace.cli.stack import clean as stack_clean
 from headrace.cli.stack import flags as local
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.deploy.local import doctor, layout, metrics_text, readiness, stack
 from headrace.deploy.local.servers import java
 from headrace.deploy.local.servers.jars import Bundle, read_pins, wrong_jars
@@ -187,7 +187,11 @@ def test_clean_says_what_goes_and_needs_a_yes(tmp_path: Path, capsys: pytest.Cap
 def test_metrics_are_scraped_and_readiness_is_told() -> None:
     metrics = PrometheusMetrics("ingest", 0)
     metrics.add("events_read_total", 2)
-    metrics.add("events_read_total", 3, reason="why")
+    metrics.add("events_read_total", 3)
+    metrics.add("events_dead_lettered_total", reason="too_late")
+    metrics.add("positives_total", task="click")
+    metrics.set("window_auc", 0.7, task="click", slice="tab=0")
+    metrics.set("window_auc", 0.8, task="click")
     metrics.set("buffer_bytes", 7)
     metrics.observe("commit_seconds", 0.2)
     at = f"http://127.0.0.1:{metrics.port}"
@@ -195,6 +199,13 @@ def test_metrics_are_scraped_and_readiness_is_told() -> None:
     found = metrics_text.parse(body.decode())
     assert status == 200
     assert found["headrace_ingest_events_read_total"] == 5 and found["headrace_ingest_buffer_bytes"] == 7
+    lines = body.decode().splitlines()
+    assert 'headrace_ingest_events_dead_lettered_total{reason="too_late"} 1.0' in lines
+    assert "headrace_ingest_events_read_total 5.0" in lines, "a metric without labels has none, not an empty one"
+    assert found["headrace_ingest_positives_total"] == 1, "the old label adds no series: a sum counts nothing twice"
+    assert 'headrace_ingest_positives_total{reason="click",task="click"} 1.0' in lines
+    assert 'headrace_ingest_window_auc{reason="click tab=0",slice="tab=0",task="click"} 0.7' in lines
+    assert 'headrace_ingest_window_auc{reason="click",slice="",task="click"} 0.8' in lines
     assert metrics_text.median("headrace_ingest_commit_seconds", found, {}) == 0.2
     assert readiness.http_get(f"{at}/readyz") == (503, b"starting\n")
     metrics.ready(True)
@@ -209,10 +220,18 @@ def test_metrics_are_scraped_and_readiness_is_told() -> None:
 
 def test_memory_metrics_and_virtual_clock_are_looked_at() -> None:
     metrics, clock = MemoryMetrics(), VirtualClock(5)
-    metrics.add("errors_total", reason="a")
-    metrics.add("errors_total", 2, reason="b")
+    metrics.add("errors_total", kind="a")
+    metrics.add("errors_total", 2, kind="b")
     metrics.ready(True, "")
     assert metrics.total("errors_total") == 3 and metrics.is_ready
+    for wrong in (
+        lambda: metrics.add("errors_total", reason="a"),
+        lambda: metrics.add("buffer_bytes"),
+        lambda: metrics.set("errors_total", 1),
+        lambda: metrics.observe("lag_seconds", 1),
+    ):
+        with pytest.raises(InvariantBroken, match=r"contract/metrics\.py"):
+            wrong()
     clock.advance(-1)
     clock.sleep(1.5)
     assert (clock.now_ms(), clock.monotonic()) == (1_505, 1.5)

@@ -188,7 +188,7 @@ def test_serving_scores_as_the_trainer_does(samples, tmp_path):
         {name: list(array.shape) for name, array in weights.dense.items()},
     )
     model = SharedModel(tmp_path / "m", dim=4, rows_max=1_000, create=True)
-    model.replace(weights, meta)
+    model.load_snapshot(weights, meta)
     for n, candidate in enumerate(({}, {}, {"tags": None, "topics": [], "title": None})):
         raw = merge(PROJECT, FIELDS, [candidate])
         served = [{name: samples[name][n].as_py() for name in PROJECT.features.counter_columns()}]

@@ -14,7 +14,7 @@ from serving_world import PROJECT, RECIPE, SPEC, TOPICS, Client, Trainer, World
 
 from headrace.contract.interfaces.log import Record
 from headrace.serving.api.app import make_app
-from headrace.serving.feedback import ImpressionLog
+from headrace.serving.impression_log import ImpressionLog
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.scoring import score
 from headrace.trainer.model.tables.table import initial_values
@@ -27,7 +27,7 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def client(world: World) -> Client:
-    return Client(make_app(world.face))
+    return Client(make_app(world.app))
 
 
 @pytest.fixture

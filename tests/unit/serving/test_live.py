@@ -269,7 +269,7 @@ def test_a_write_that_broke_off_is_never_written_on(tmp_path: Path):
     assert world.version == "a-1", "the copy that readers have is whole"
     np.testing.assert_array_equal(world.served_rows(), world.expected_rows("a-1"))
     with pytest.raises(InvariantBroken, match="restart `serve`"):
-        world.shared.apply(weights_of("a", 3), world.shared.meta())
+        world.shared.apply_delta(weights_of("a", 3), world.shared.meta())
 
 
 def test_lookup_gives_unknown_keys_their_first_values(world: World):

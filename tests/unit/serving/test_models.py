@@ -58,7 +58,7 @@ def publish(world: World, recipe: Recipe, learner: TableLearner, run: str) -> No
 
 def ask(world: World) -> dict:
     body = {"request_id": "r", "context": {"user": 3, "price": 2.0}, "candidates": [{"item": 1}, {"item": 2}]}
-    return Client(make_app(world.face)).post("/v1/rank", json=body).json()
+    return Client(make_app(world.app)).post("/v1/rank", json=body).json()
 
 
 def expected(world: World, learner: TableLearner, task: int) -> np.ndarray:

@@ -58,15 +58,15 @@ def hammer(kind: type[SharedModel], path: Path, reader: int, start: Barrier, fou
 class NeverWaits(SharedModel):
     """The wait for readers misses all of them: the sequence alone must do."""
 
-    def apply(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        super().apply(weights, meta, wait_s=0.0)
+    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+        super().apply_delta(weights, meta, wait_s=0.0)
         time.sleep(0.0005)  # else a reader is overtaken every time, and gives up as it should
 
 
 class WritesTheActiveCopy(SharedModel):
     """The planted bug: no turns and no sequence."""
 
-    def apply(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
         self._put(int(self._head[0]), weights, meta)
 
 
@@ -86,14 +86,14 @@ class NeverAsksAgain(NeverWaits):
 def test_no_answer_mixes_versions_while_thousands_are_swapped(tmp_path: Path, kind: type[SharedModel], mixes: bool):
     path = tmp_path / "model"
     writer = kind(path, dim=DIM, rows_max=1_000, create=True)
-    writer.replace(weights(0), meta(0))
+    writer.load_snapshot(weights(0), meta(0))
     found, start = SPAWN.Queue(), SPAWN.Barrier(3)
     readers = [SPAWN.Process(target=hammer, args=(kind, path, 1 + i, start, found)) for i in range(2)]
     for reader in readers:
         reader.start()
     start.wait(60)
     for step in range(1, LAST + 1):
-        writer.apply(weights(step), meta(step))
+        writer.apply_delta(weights(step), meta(step))
     results = [found.get(timeout=100) for _ in readers]
     for reader in readers:
         reader.join(20)
@@ -103,9 +103,9 @@ def test_no_answer_mixes_versions_while_thousands_are_swapped(tmp_path: Path, ki
 
 def test_both_copies_take_every_delta(tmp_path: Path):
     model = opened(tmp_path / "model", create=True)
-    model.replace(weights(0), meta(0))
+    model.load_snapshot(weights(0), meta(0))
     for step in range(1, 6):
-        model.apply(weights(step, KEYS[step : step + 1]), meta(step))
+        model.apply_delta(weights(step, KEYS[step : step + 1]), meta(step))
         rows, read = model.read(lambda view: view.lookup(KEYS[1:6], seed=1, scale=0.0)[:, 0].tolist())
         assert read.manifest.version == f"r-{step}"
         assert rows == [float(k) if k <= step else 0.0 for k in range(1, 6)]
@@ -113,8 +113,8 @@ def test_both_copies_take_every_delta(tmp_path: Path):
 
 def test_recent_versions_tell_their_positions(tmp_path: Path):
     model = opened(tmp_path / "model", create=True)
-    model.replace(weights(0), meta(0))
-    model.apply(weights(1), meta(1))
+    model.load_snapshot(weights(0), meta(0))
+    model.apply_delta(weights(1), meta(1))
     reader = opened(tmp_path / "model", reader=1)
     assert reader.positions_of("r-0") == {"0": [0, 0]} and reader.positions_of("r-1") == {"0": [1, 0]}
     assert reader.positions_of("r-2") is None
@@ -127,17 +127,17 @@ def test_without_a_model_it_says_so(tmp_path: Path):
 
 def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path: Path):
     model = opened(tmp_path / "model", create=True)
-    model.replace(weights(0), meta(0))
+    model.load_snapshot(weights(0), meta(0))
     more = weights(1, np.arange(1, 1_002, dtype=np.int64))
     with pytest.raises(Overloaded, match=r"serve\.rows_max is 1000"):
-        model.check(more, meta(1), fresh=False)
-    model.check(weights(1), meta(1), fresh=False)
+        model.check_fits(more, meta(1), fresh=False)
+    model.check_fits(weights(1), meta(1), fresh=False)
     assert model.meta().manifest.version == "r-0"
 
 
 def test_a_new_snapshot_forgets_the_old_rows(tmp_path: Path):
     model = opened(tmp_path / "model", create=True)
-    model.replace(weights(4), meta(4))
-    model.replace(weights(5, KEYS[:1]), meta(5))
+    model.load_snapshot(weights(4), meta(4))
+    model.load_snapshot(weights(5, KEYS[:1]), meta(5))
     rows, _ = model.read(lambda view: view.lookup(KEYS[:2], seed=1, scale=0.0)[:, 0].tolist())
     assert rows == [5.0, 0.0]

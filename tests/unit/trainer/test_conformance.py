@@ -20,7 +20,7 @@ from headrace.trainer.commit.checkpoint import Checkpoint, Meta, decode_checkpoi
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import device_of, make_learner
 from headrace.trainer.model.scoring import logits, probabilities, shapes_of
-from headrace.trainer.model.tables.distinct_ids import Places, distinct
+from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))]
 # Rows on the device: all kinds of rows and of dense parts, a cache that is too small for what comes.
@@ -264,9 +264,9 @@ def test_memory_is_bounded_where_unused_ids_expire(model, device):
 def test_gradients_are_those_of_autograd_on_a_dense_twin(name, device):
     recipe, learner = RECIPES[name], trained(name, device)
     batch = batch_of(80, tasks=TASKS[name])
-    places = learner.table.places(batch.slots_BF, batch.event_time_ms_B)
-    values_UV = learner.table.gather(places)
-    logits_BT = learner.net.forward(values_UV, places, batch.numeric_BD)
+    ids = learner.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
+    values_UV = learner.table.gather(ids)
+    logits_BT = learner.net.forward(values_UV, ids, batch.numeric_BD)
     # Any gradient of the log-odds will do, and this one is not symmetric in the tasks.
     grad_BT = np.random.default_rng(81).normal(size=logits_BT.shape).astype(np.float32)
     grad_UV, norms = learner.net.backward(grad_BT)
@@ -274,7 +274,7 @@ def test_gradients_are_those_of_autograd_on_a_dense_twin(name, device):
     twin = torch.as_tensor(values_UV).cpu().double().requires_grad_(True)
     weights = {n: torch.from_numpy(w).double().requires_grad_(True) for n, w in learner.net.dense().items()}
     exact = Batch(batch.slots_BF, batch.numeric_BD.astype(np.float64), *(getattr(batch, f) for f in ["label_B"] * 3))
-    wanted = twin_logits(recipe, weights, twin[torch.from_numpy(places.place_FB).T], exact)
+    wanted = twin_logits(recipe, weights, twin[torch.from_numpy(ids.index_FB).T], exact)
     wanted.backward(torch.from_numpy(grad_BT.astype(np.float64)))
     np.testing.assert_allclose(norms.rows, np.linalg.norm(grad_UV), rtol=1e-4)
     np.testing.assert_allclose(logits_BT, wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
@@ -295,9 +295,9 @@ def test_serving_scores_without_torch_as_the_trainer_does(name):
     assert {n: list(a.shape) for n, a in weights.dense.items()} == shapes_of(recipe, SPEC)
     values_BFV = learner.table.lookup(batch.slots_BF.reshape(-1)).reshape(*batch.slots_BF.shape, -1)
     newest_BT = logits(recipe, values_BFV, batch.numeric_BD, learner.net.dense())
-    keys_U, place_FB, begin_F = distinct(batch.slots_BF)
-    values_UV, places = learner.table.lookup(keys_U), Places(keys_U, np.full(len(keys_U), -1), place_FB, begin_F)
-    np.testing.assert_allclose(newest_BT, learner.net.forward(values_UV, places, batch.numeric_BD), atol=1e-5)
+    keys_U, index_FB, begin_F = distinct(batch.slots_BF)
+    values_UV, ids = learner.table.lookup(keys_U), DistinctIds(keys_U, np.full(len(keys_U), -1), index_FB, begin_F)
+    np.testing.assert_allclose(newest_BT, learner.net.forward(values_UV, ids, batch.numeric_BD), atol=1e-5)
     said_BT = logits(recipe, values_BFV, batch.numeric_BD, weights.dense)
     own_B = probabilities(recipe, said_BT, weights.dense.get("platt"))[np.arange(len(batch)), batch.task_B]
     np.testing.assert_allclose(own_B, learner.predict(batch), atol=1e-6)

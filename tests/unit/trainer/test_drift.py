@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headrace.trainer.validation.drift import LabelRate
+from headrace.trainer.validation.drift import LabelRateWatch
 
 
 def changes(seed: int, rates: np.ndarray, rows: int = 400) -> list[tuple[int, float, float]]:
     """Feed windows of these rates; return (window, usual, rate) of every alarm."""
-    rng, watch, found = np.random.default_rng(seed), LabelRate(), []
+    rng, watch, found = np.random.default_rng(seed), LabelRateWatch(), []
     for at, rate in enumerate(rates):
         n = int(rng.integers(rows // 2, rows * 2))
         change = watch.take(float(rng.binomial(n, rate)), n)
@@ -42,10 +42,10 @@ def test_a_jump_alarms_once_soon_and_with_numbers(before, after):
 
 
 def test_the_watch_goes_on_after_a_restart():
-    rng, one = np.random.default_rng(3), LabelRate()
+    rng, one = np.random.default_rng(3), LabelRateWatch()
     for _ in range(40):
         one.take(float(rng.binomial(700, 0.4)), 700)
-    two = LabelRate()
+    two = LabelRateWatch()
     two.load(one.state())
     for rate in (0.4, 0.4, 0.1, 0.1):
         clicks = float(rng.binomial(700, rate))

@@ -52,14 +52,14 @@ def evaluation_of(kind=Evaluation, tasks=(CLICK,), slices=(), values_max=16, spe
 
 
 class Copying(Evaluation):
-    """Keeps whole copies of table and item counts: what layers must be equal to."""
+    """Keeps whole copies of table and item counts: what overlays must be equal to."""
 
-    def _lay(self, learner, known_ms):
-        super()._lay(learner, known_ms)
+    def _begin_overlay(self, learner, known_ms):
+        super()._begin_overlay(learner, known_ms)
         weights = learner.weights()
-        self._layers[-1].copy = dict(zip(weights.keys_K.tolist(), weights.values_KV.copy(), strict=True))
+        self._overlays[-1].copy = dict(zip(weights.keys_K.tolist(), weights.values_KV.copy(), strict=True))
         keys = self._items.keys_R[: len(self._items)].tolist()
-        self._layers[-1].counts = dict(zip(keys, self._counts_RC.copy(), strict=False))
+        self._overlays[-1].counts = dict(zip(keys, self._counts_RC.copy(), strict=False))
 
     def _remember(self, learner, batch):
         pass
@@ -67,16 +67,16 @@ class Copying(Evaluation):
     def _rows_at(self, learner, which, keys_K):
         recipe = learner.recipe
         out = initial_values(keys_K, dim=recipe.row_dim, seed=recipe.seed, scale=recipe.row_scale)
-        copy = self._layers[which].copy
+        copy = self._overlays[which].copy
         for at, key in enumerate(keys_K.tolist()):
             if key in copy:
                 out[at] = copy[key]
         return out
 
     def _items_at(self, which, keys_K):
-        if which == len(self._layers):
+        if which == len(self._overlays):
             return self._item_counts(keys_K)
-        counts = self._layers[which].counts
+        counts = self._overlays[which].counts
         return np.array([counts.get(key, np.zeros(self._counts_RC.shape[1])) for key in keys_K.tolist()])
 
 
@@ -209,7 +209,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("stored", [0, 20])
 @pytest.mark.parametrize("name", RECIPES)
-def test_layers_equal_whole_copies(name, stored):
+def test_overlays_equal_whole_copies(name, stored):
     recipe = RECIPES[name]
     tasks = tuple(Task(name=t, feedback="click", window_ms=2_000 - 500 * i) for i, t in enumerate(recipe.heads))
     for seed in range(2):
@@ -224,8 +224,8 @@ def test_layers_equal_whole_copies(name, stored):
             assert len(ours.total(task)[1]) == 4
 
 
-def test_layers_keep_what_was_touched_not_the_table():
-    """A table of 50,000 ids is there; a stream over 90 of them makes layers of 90."""
+def test_overlays_keep_what_was_touched_not_the_table():
+    """A table of 50,000 ids is there; a stream over 90 of them makes overlays of 90."""
     learner, evaluation = make_learner(RECIPES["deepfm"], SPEC), evaluation_of()
     many = np.arange(1_000, 51_000).reshape(-1, 2)
     n = len(many)
@@ -235,7 +235,7 @@ def test_layers_keep_what_was_touched_not_the_table():
     learner.learn(big)
     run(evaluation, learner, stream(5))
     assert learner.rows > 50_000
-    assert max(len(layer.rows.index) for layer in evaluation._layers) <= 90
+    assert max(len(overlay.rows.index) for overlay in evaluation._overlays) <= 90
 
 
 def test_streaks_of_labels_give_nothing_away():

@@ -86,9 +86,9 @@ def test_everything_is_told(steady):
     assert {gauges["auc_constant", ""], metrics.counters["label_rate_jumps_total", "click"]} == {0.5, 0}
     assert 0.75 < gauges["auc", ""] < 0.95 and 0.5 < gauges["normalized_entropy", ""] < 0.9
     assert abs(gauges["calibration", ""] - 1) < 0.1
-    slices = {reason for name, reason in gauges if name == "slice_auc"}
+    slices = {of for name, of in gauges if name == "slice_auc"}
     assert len(slices) == 4 and "click item=(other)" in slices
-    assert {reason for name, reason in gauges if name == "window_calibration"} == slices | {"click"}
+    assert {of for name, of in gauges if name == "window_calibration"} == slices | {"click"}
     assert gauges["lag_records", ""] == gauges["lag_samples", ""] == 0
     assert ("samples_per_second", "") in gauges and gauges["table_rows", ""] == trainer.learner.rows
 

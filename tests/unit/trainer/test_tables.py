@@ -171,7 +171,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigRejected, match="in seconds"):
         Table(dim=1, seed=1, scale=0.1, expire_after_ms=10)
     with pytest.raises(ConfigRejected, match="tables of 2 slots"):
-        Tables([SlotTable(1, Optimizer()), SlotTable(2, Optimizer())], seed=1, scale=0.1).places(KEYS[:, None])
+        Tables([SlotTable(1, Optimizer()), SlotTable(2, Optimizer())], seed=1, scale=0.1).distinct_ids(KEYS[:, None])
 
 
 def test_a_full_index_takes_nothing():

@@ -15,7 +15,7 @@ from headrace.trainer.model.scoring import Float32s, Shapes
 _EPSILON = 1e-8
 
 
-class Flat:
+class FlatWeights:
     """Weights, gradients and moments of one model, each one flat float32 tensor on `device` with named views."""
 
     def __init__(self, shapes: Shapes, *, lr: float, device: str) -> None:

@@ -1,9 +1,9 @@
-"""The dense half of `deepfm` and `dcn` in torch, forward and backward written out. Formulas are those of `scoring`.
+"""The dense part of the deep models, `deepfm` and `dcn`, in torch. Formulas are those of `scoring`.
 
-Written out instead of recorded by autograd, it keeps its buffers and leaves no graph behind; a test holds it against
-autograd. One thread, fixed order: equal batches give equal bits.
+Forward and backward are written out instead of recorded by autograd, so that buffers are kept and no graph is built; a
+test compares them with autograd. One thread, in a fixed order: equal batches give equal bits.
 
-Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers,
+Axes: B samples, F slots, U distinct ids (see `DistinctIds`), V = 1 + E values of a row, D numbers,
 X = F * E + D, T tasks, H a hidden layer's width.
 """
 
@@ -18,17 +18,25 @@ import torch
 
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.layers.adam import Flat
-from headrace.trainer.model.layers.first_layer import Bottom, DeviceBottom, HostBottom, Layer, Read, Rows, norm_of
+from headrace.trainer.model.layers.adam import FlatWeights
+from headrace.trainer.model.layers.first_layer import (
+    DeviceFirstLayer,
+    FirstLayer,
+    FirstLayerWeights,
+    HostFirstLayer,
+    Read,
+    Rows,
+    norm_of,
+)
 from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
-from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.distinct_ids import DistinctIds
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
 
 
-class Net:
-    """Dense weights of `deepfm` and `dcn`. `forward`, then `backward`, then perhaps `update`."""
+class DeepModel:
+    """Dense weights of `deepfm` and `dcn`. Call `forward`, then `backward`, then perhaps `update`."""
 
     def __init__(self, recipe: Recipe, features: FeatureSpec, *, device: str, reads_device: bool = False) -> None:
         """Make the first weights; with `reads_device` rows come as tensors on the device, which may be the CPU."""
@@ -36,10 +44,12 @@ class Net:
         self.layers = len(recipe.hidden) + 1
         self.crosses = recipe.cross_layers if recipe.model == "dcn" else 0
         shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name != PLATT}
-        self.flat = Flat(shapes, lr=recipe.lr_dense, device=device)
-        layer = Layer(*(part[name] for part in (self.flat.weights, self.flat.grads) for name in ("w0", "b0")))
-        bottom = HostBottom if device == "cpu" and not reads_device else DeviceBottom
-        self._bottom: Bottom = bottom(layer, has_crosses=self.crosses > 0)
+        self.flat = FlatWeights(shapes, lr=recipe.lr_dense, device=device)
+        first = FirstLayerWeights(
+            *(by_name[name] for by_name in (self.flat.weights, self.flat.grads) for name in ("w0", "b0"))
+        )
+        make = HostFirstLayer if device == "cpu" and not reads_device else DeviceFirstLayer
+        self._first: FirstLayer = make(first, has_crosses=self.crosses > 0)
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self._begin(recipe.seed)
 
@@ -57,19 +67,19 @@ class Net:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * (0.1 / math.sqrt(weight.shape[0])))
 
     def _buffer(self, name: str, width: int) -> torch.Tensor:
-        """Return a kept buffer of the batch's rows; it is made anew, wider, when a batch is larger than all before."""
+        """Return a buffer of the batch's rows that is kept; a batch larger than all before gets a new, larger one."""
         have = self._buffers.get((name, width))
         if have is None or len(have) < self._rows:
             have = torch.empty(max(self._rows, 64), width, device=self.device)
             self._buffers[name, width] = have
         return have[: self._rows]
 
-    def forward(self, values_UV: Rows, places: Places, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Rows, ids: DistinctIds, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], and keep what `backward` needs."""
         self._rows, w = len(numeric_BD), self.flat.weights
         self._numeric_BD = self._sent(numeric_BD)
         out_BT = torch.addmm(w["bias"], self._numeric_BD, w["numeric"])
-        read = self._bottom.forward(values_UV, places, self._numeric_BD)
+        read = self._first.forward(values_UV, ids, self._numeric_BD)
         self._linear_B1, self._pairs_B1 = read.linear_B[:, None], read.pairs_B[:, None]
         out_BT += self._linear_B1 * w["mix"][0] if "mix" in w else self._linear_B1
         if read.x_BX is None:
@@ -99,11 +109,11 @@ class Net:
         if not has_pairs:
             pairs_B = torch.zeros_like(linear_B)
         x_BX = self._cross_backward(g_BT) if self.crosses else None
-        grad_UV = self._bottom.backward(Read(linear_B, pairs_B, self._deep_backward(g_BT), x_BX))
+        grad_UV = self._first.backward(Read(linear_B, pairs_B, self._deep_backward(g_BT), x_BX))
         return grad_UV, Norms(norm_of(grad_UV), self.flat.norm())
 
     def _deep_forward(self, first_BH: torch.Tensor) -> torch.Tensor:
-        """Return the last layer's sums from the first one's, in whose place its outputs are written."""
+        """Return the last layer's sums from the first layer's sums, over which its outputs are written."""
         w = self.flat.weights
         self._outputs = [first_BH]
         for i in range(1, self.layers):

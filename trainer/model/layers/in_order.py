@@ -1,9 +1,10 @@
 """Sample after sample: `logistic` and `fm` where each sample is scored with what those before it have taught.
 
-A batch is then no more than what comes at a time: how a stream is cut changes nothing but roundings, and the model is
-never a batch behind. One compiled pass does it all, on the rows where they lie; formulas are those of `scoring`.
+How a stream is cut into batches changes nothing but roundings then, and the model is never a batch behind. One
+compiled pass does all of it, on the rows where they lie. Formulas are those of `scoring`.
 
-Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, P = 1 + D dense weights.
+Axes: B samples, F slots, U distinct ids (see `DistinctIds`), V = 1 + E values of a row, D numbers,
+P = 1 + D dense weights.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import numpy as np
 
 from headrace.contract.recipe import Recipe
 from headrace.trainer.model.batch import Batch
-from headrace.trainer.model.calibration import Bools, bent, gradient_of
+from headrace.trainer.model.calibration import Bools, corrections, gradient_of
 from headrace.trainer.model.layers.kernels import BETA1, BETA2, adam_step
-from headrace.trainer.model.layers.linear_models import Shallow
+from headrace.trainer.model.layers.linear_models import LinearModel
 from headrace.trainer.model.layers.norms import Norms
-from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.distinct_ids import DistinctIds
 from headrace.trainer.model.tables.group import Tables
 from headrace.trainer.model.tables.optimizers import KINDS, step_adagrad, step_adagrad_row, step_adam, step_ftrl
 from headrace.trainer.model.tables.row_index import HEADER_WORDS, Float32s, Int32s, Int64s
@@ -29,7 +30,7 @@ _ADAGRAD_ROW, _ADAGRAD, _FTRL = KINDS.index("adagrad_row"), KINDS.index("adagrad
 
 
 class Outcome(NamedTuple):
-    """What a batch came to. A sample whose gradients overflow is refused by itself."""
+    """What came of a batch. A sample whose gradients overflow is refused by itself."""
 
     logit_B: Float32s
     """Each made before its sample was learnt, after those before it."""
@@ -39,18 +40,18 @@ class Outcome(NamedTuple):
     """Of all samples' gradients side by side."""
 
 
-def learn_in_order(recipe: Recipe, tables: Tables, net: Shallow, batch: Batch, places: Places) -> Outcome:
+def learn_in_order(recipe: Recipe, tables: Tables, net: LinearModel, batch: Batch, ids: DistinctIds) -> Outcome:
     """Score and learn each sample in turn. The tables must be of one kind and the recipe of one task."""
     table, samples = tables.tables[0], len(batch)
     logit_B, learnt_B = np.empty(samples, np.float32), np.empty(samples, np.bool_)
-    learnt_U = np.zeros(len(places.keys_U), np.bool_)
-    offset, is_weighted = bent(recipe)
+    learnt_U = np.zeros(len(ids.keys_U), np.bool_)
+    offset, is_weighted = corrections(recipe)
     rows, dense = _learn(
         table.index.arrays.words_RW,
         table.index.floats_RW,
-        places.rows_U,
-        places.place_FB,
-        tables.gather(places),
+        ids.rows_U,
+        ids.index_FB,
+        tables.gather(ids),
         np.ascontiguousarray(batch.numeric_BD),
         batch.label_B,
         batch.weight_B,
@@ -71,7 +72,7 @@ def learn_in_order(recipe: Recipe, tables: Tables, net: Shallow, batch: Batch, p
     )
     net.step += int(learnt_B.sum())
     touched_R = table.optimizer.touch(
-        table.index.arrays.words_RW, np.where(learnt_U, places.rows_U, -1), now_s=table.now_s
+        table.index.arrays.words_RW, np.where(learnt_U, ids.rows_U, -1), now_s=table.now_s
     )
     return Outcome(logit_B, learnt_B, table.keys_of(touched_R), Norms(math.sqrt(rows), math.sqrt(dense)))
 
@@ -81,7 +82,7 @@ def _learn(
     words_RW: Int32s,
     floats_RW: Float32s,
     rows_U: Int64s,
-    place_FB: Int32s,
+    index_FB: Int32s,
     values_UV: Float32s,
     numeric_BD: Float32s,
     label_B: Float32s,
@@ -105,7 +106,7 @@ def _learn(
 
     Returns the sums of the squares of the rows' and of the dense weights' gradients.
     """
-    (slots, samples), values = place_FB.shape, values_UV.shape[1]
+    (slots, samples), values = index_FB.shape, values_UV.shape[1]
     rows_F, value_FV = np.empty(slots, np.int64), np.empty((slots, values), np.float32)
     grad_FV, sums_FV = np.empty((slots, values), np.float32), np.empty((slots, values), np.float32)
     touched_F, used_F = np.empty(slots + 1, np.int64), np.empty(slots, np.uint32)
@@ -113,7 +114,7 @@ def _learn(
     power1, power2 = BETA1**steps, BETA2**steps
     all_rows, all_dense = 0.0, 0.0
     for b in range(samples):
-        logit = weight_P[0] + _read(floats_RW, rows_U, values_UV, place_FB[:, b], is_fm, rows_F, value_FV, sum_V)
+        logit = weight_P[0] + _read(floats_RW, rows_U, values_UV, index_FB[:, b], is_fm, rows_F, value_FV, sum_V)
         for d in range(numeric_BD.shape[1]):
             logit += numeric_BD[b, d] * weight_P[1 + d]
         logit_B[b] = logit
@@ -140,7 +141,7 @@ def _learn(
         else:
             step_adam(words_RW, floats_RW, rows_F, grad_FV, touched_F, used_F, sums_FV, now_s, numbers)
         for f in range(slots):
-            learnt_U[place_FB[f, b]] = True
+            learnt_U[index_FB[f, b]] = True
         power1 *= BETA1
         power2 *= BETA2
         rate = lr * np.float32(math.sqrt(1.0 - power2) / (1.0 - power1))
@@ -153,7 +154,7 @@ def _read(
     floats_RW: Float32s,
     rows_U: Int64s,
     values_UV: Float32s,
-    place_F: Int32s,
+    index_F: Int32s,
     is_fm: bool,
     rows_F: Int64s,
     value_FV: Float32s,
@@ -162,10 +163,10 @@ def _read(
     """Write a sample's rows, their values and the sum of these; return what they add to the log-odds."""
     squares = np.float32(0.0)
     sum_V[:] = np.float32(0.0)
-    for f in range(place_F.shape[0]):
-        row = rows_F[f] = rows_U[place_F[f]]
+    for f in range(index_F.shape[0]):
+        row = rows_F[f] = rows_U[index_F[f]]
         for v in range(sum_V.shape[0]):
-            value = floats_RW[row, HEADER_WORDS + v] if row >= 0 else values_UV[place_F[f], v]
+            value = floats_RW[row, HEADER_WORDS + v] if row >= 0 else values_UV[index_F[f], v]
             value_FV[f, v] = value
             sum_V[v] += value
             squares += value * value if v else np.float32(0.0)

@@ -1,11 +1,11 @@
-"""Compiled passes of the dense part over the distinct ids of a batch: each is multiplied once, not once a place.
+"""Compiled passes of the first layer over the distinct ids of a batch: each id is multiplied once, not once a sample.
 
-The first layer's product of x0 is a sum over slots, so it is taken of distinct ids, and what comes out is added up by
-place; gradients go the other way. Products are tiled, so that a number that was loaded is used several times.
-Single-threaded, in a fixed order.
+The first layer's product of x0 is a sum over slots. So it is computed for each distinct id, and each sample adds up the
+products of its ids; gradients go the other way. Products are tiled, so that a number that was loaded is used several
+times. Single-threaded, in a fixed order.
 
-Axes: B samples, F slots, U distinct ids (see `Places`), N those of one slot, V = 1 + E values of a row, X = F * E + D,
-H the first layer's width.
+Axes: B samples, F slots, U distinct ids (see `DistinctIds`), N those of one slot, V = 1 + E values of a row,
+X = F * E + D, H the first layer's width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headrace.trainer.model.scoring import Float32s
 from headrace.trainer.model.tables.row_index import Int32s, Int64s
 
 BETA1, BETA2 = 0.9, 0.999
-"""Of Adam, for dense weights."""
+"""Adam's rates of decay, for dense weights."""
 
 _CONTRACT = {"contract"}
 _SUMS = {"contract", "reassoc"}
@@ -29,7 +29,7 @@ _SUMS = {"contract", "reassoc"}
 def project(
     values_UV: Float32s,
     begin_F: Int64s,
-    place_FB: Int32s,
+    index_FB: Int32s,
     weight_XH: Float32s,
     first_BH: Float32s,
     linear_B: Float32s,
@@ -37,7 +37,7 @@ def project(
     sum_BE: Float32s,
 ) -> None:
     """Add the embeddings' part to the first layer; write sums of linear weights, FM's pairs, sums of embeddings."""
-    slots, samples = place_FB.shape
+    slots, samples = index_FB.shape
     width, hidden = values_UV.shape[1] - 1, weight_XH.shape[1]
     product_NH, squares_N = np.empty((samples, hidden), np.float32), np.empty(samples, np.float32)
     linear_B[:], pairs_B[:], sum_BE[:] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
@@ -52,7 +52,7 @@ def project(
                 squares += value_NV[n, 1 + e] * value_NV[n, 1 + e]
             squares_N[n] = squares
         for b in range(samples):
-            n = place_FB[f, b] - begin
+            n = index_FB[f, b] - begin
             linear_B[b] += value_NV[n, 0]
             pairs_B[b] -= squares_N[n]
             for e in range(width):
@@ -69,7 +69,7 @@ def project(
 def collect(
     values_UV: Float32s,
     begin_F: Int64s,
-    place_FB: Int32s,
+    index_FB: Int32s,
     weight_XH: Float32s,
     first_BH: Float32s,
     linear_B: Float32s,
@@ -82,7 +82,7 @@ def collect(
 
     They come from those of the first layer, of the sum of linear weights and of FM's pairs.
     """
-    slots, samples = place_FB.shape
+    slots, samples = index_FB.shape
     width, hidden = values_UV.shape[1] - 1, weight_XH.shape[1]
     grad_NH, pairs_N = np.empty((samples, hidden), np.float32), np.empty(samples, np.float32)
     grad_UV[:], grad_XH[: slots * width] = np.float32(0.0), np.float32(0.0)
@@ -95,7 +95,7 @@ def collect(
         value_NV, out_NV = values_UV[begin : begin + count], grad_UV[begin : begin + count]
         grad_NH[:count], pairs_N[:count] = np.float32(0.0), np.float32(0.0)
         for b in range(samples):
-            n = place_FB[f, b] - begin
+            n = index_FB[f, b] - begin
             out_NV[n, 0] += linear_B[b]
             pairs_N[n] += pairs_B[b]
             for e in range(width):
@@ -176,13 +176,13 @@ def _row_gradients(grad_NH: Float32s, weight_EH: Float32s, out_NV: Float32s) -> 
 
 
 @numba.njit(cache=True)
-def spread(values_UV: Float32s, place_FB: Int32s, numeric_BD: Float32s, x_BX: Float32s) -> None:
+def spread(values_UV: Float32s, index_FB: Int32s, numeric_BD: Float32s, x_BX: Float32s) -> None:
     """Write x0: each sample's embeddings, and its numbers."""
-    slots, samples = place_FB.shape
+    slots, samples = index_FB.shape
     width = values_UV.shape[1] - 1
     for b in range(samples):
         for f in range(slots):
-            u = place_FB[f, b]
+            u = index_FB[f, b]
             for e in range(width):
                 x_BX[b, f * width + e] = values_UV[u, 1 + e]
         for d in range(numeric_BD.shape[1]):
@@ -190,13 +190,13 @@ def spread(values_UV: Float32s, place_FB: Int32s, numeric_BD: Float32s, x_BX: Fl
 
 
 @numba.njit(cache=True)
-def collect_spread(x_BX: Float32s, place_FB: Int32s, grad_UV: Float32s) -> None:
+def collect_spread(x_BX: Float32s, index_FB: Int32s, grad_UV: Float32s) -> None:
     """Add the gradient of x0 to those of rows."""
-    slots, samples = place_FB.shape
+    slots, samples = index_FB.shape
     width = grad_UV.shape[1] - 1
     for b in range(samples):
         for f in range(slots):
-            u = place_FB[f, b]
+            u = index_FB[f, b]
             for e in range(width):
                 grad_UV[u, 1 + e] += x_BX[b, f * width + e]
 

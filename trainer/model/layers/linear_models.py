@@ -1,10 +1,10 @@
-"""The dense half of `logistic` and `fm`, compiled: no torch, no layers, two passes a step.
+"""The dense part of the linear models, `logistic` and `fm`: compiled, without torch and layers, two passes a step.
 
-Its weights are a bias and D numbers a task, and `mix` with several tasks; formulas are those of `scoring`. A step costs
-microseconds besides its rows, so small batches pay: each one sees the weights that the last has made.
+Its weights are a bias and D numbers for each task, and `mix` where there are several tasks; formulas are those of
+`scoring`. A step costs microseconds besides its rows, so small batches pay: each sees the weights that the last made.
 
-Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, T
-tasks, P dense weights in one flat array.
+Axes: B samples, F slots, U distinct ids (see `DistinctIds`), V = 1 + E values of a row, D numbers, T tasks,
+P dense weights in one flat array.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.layers.kernels import adam, squares_of
 from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
-from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.distinct_ids import DistinctIds
 from headrace.trainer.model.tables.row_index import Int32s
 
 # Sums may be split over the lanes of a vector, always in the same way; NaN and infinity count as they do everywhere.
@@ -31,7 +31,7 @@ _SUMS = {"reassoc", "contract"}
 @numba.njit(cache=True, fastmath=_SUMS)
 def _forward(
     values_UV: Float32s,
-    place_FB: Int32s,
+    index_FB: Int32s,
     numeric_BD: Float32s,
     weight_P: Float32s,
     is_fm: bool,
@@ -39,7 +39,7 @@ def _forward(
     out_BT: Float32s,
 ) -> None:
     """Write log-odds, and to `sums_BX` what `_backward` needs: FM's sum of embeddings, of linear weights, its pairs."""
-    slots, width, tasks = place_FB.shape[0], values_UV.shape[1] - 1, out_BT.shape[1]
+    slots, width, tasks = index_FB.shape[0], values_UV.shape[1] - 1, out_BT.shape[1]
     numerics = numeric_BD.shape[1]
     mix = tasks * (1 + numerics)
     for b in range(numeric_BD.shape[0]):
@@ -51,13 +51,13 @@ def _forward(
         if not is_fm:
             for f in range(slots):
                 for t in range(tasks):
-                    out_BT[b, t] += values_UV[place_FB[f, b], t]
+                    out_BT[b, t] += values_UV[index_FB[f, b], t]
             continue
         linear, squares, pairs = np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for e in range(width):
             sums_BX[b, e] = np.float32(0.0)
         for f in range(slots):
-            u = place_FB[f, b]
+            u = index_FB[f, b]
             linear += values_UV[u, 0]
             for e in range(width):
                 v = values_UV[u, 1 + e]
@@ -77,7 +77,7 @@ def _forward(
 @numba.njit(cache=True, fastmath=_SUMS)
 def _backward(
     values_UV: Float32s,
-    place_FB: Int32s,
+    index_FB: Int32s,
     numeric_BD: Float32s,
     weight_P: Float32s,
     is_fm: bool,
@@ -87,7 +87,7 @@ def _backward(
     grad_UV: Float32s,
 ) -> tuple[np.float32, np.float32]:
     """Write the gradients of dense weights, summed over the batch, and of rows; return the sums of their squares."""
-    slots, width, tasks = place_FB.shape[0], values_UV.shape[1] - 1, grad_BT.shape[1]
+    slots, width, tasks = index_FB.shape[0], values_UV.shape[1] - 1, grad_BT.shape[1]
     numerics = numeric_BD.shape[1]
     mix = tasks * (1 + numerics)
     grad_P[:], grad_UV[:] = np.float32(0.0), np.float32(0.0)
@@ -100,7 +100,7 @@ def _backward(
         if not is_fm:
             for f in range(slots):
                 for t in range(tasks):
-                    grad_UV[place_FB[f, b], t] += grad_BT[b, t]
+                    grad_UV[index_FB[f, b], t] += grad_BT[b, t]
             continue
         linear, pairs = grad_BT[b, 0], grad_BT[b, 0]
         if tasks > 1:
@@ -112,7 +112,7 @@ def _backward(
                 grad_P[mix + t] += g * sums_BX[b, width]
                 grad_P[mix + tasks + t] += g * sums_BX[b, width + 1]
         for f in range(slots):
-            u = place_FB[f, b]
+            u = index_FB[f, b]
             grad_UV[u, 0] += linear
             for e in range(width):
                 grad_UV[u, 1 + e] += pairs * (sums_BX[b, e] - values_UV[u, 1 + e])
@@ -122,8 +122,8 @@ def _backward(
     return squares_of(grad_UV), dense
 
 
-class Shallow:
-    """Dense weights of `logistic` and `fm`. `forward`, then `backward`, then perhaps `update`."""
+class LinearModel:
+    """Dense weights of `logistic` and `fm`. Call `forward`, then `backward`, then perhaps `update`."""
 
     def __init__(self, recipe: Recipe, features: FeatureSpec) -> None:
         self.shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name != PLATT}
@@ -134,9 +134,9 @@ class Shallow:
         if "mix" in self.shapes:
             self.weight_P[size - math.prod(self.shapes["mix"]) :] = 1
 
-    def forward(self, values_UV: Float32s, places: Places, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Float32s, ids: DistinctIds, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], and keep what `backward` needs."""
-        self._read = values_UV, places.place_FB, np.ascontiguousarray(numeric_BD)
+        self._read = values_UV, ids.index_FB, np.ascontiguousarray(numeric_BD)
         # The sum of embeddings, of linear weights, and the pairs.
         self._sums_BX = np.empty((len(numeric_BD), self._row_values + 1 if self._is_fm else 0), np.float32)
         out_BT = np.empty((len(numeric_BD), self._tasks), np.float32)

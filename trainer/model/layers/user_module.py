@@ -3,7 +3,7 @@
 Imported only where a recipe names one; serving scores with it through torch too. Parameters are the module's, by their
 names. See `ModelShape` for what a module gets and must be.
 
-Axes: B samples, F slots, U distinct ids (see `Places`), V = 1 + E values of a row, D numbers, T tasks.
+Axes: B samples, F slots, U distinct ids (see `DistinctIds`), V = 1 + E values of a row, D numbers, T tasks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.functions import ModelShape, model_of
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.layers.adam import Flat
+from headrace.trainer.model.layers.adam import FlatWeights
 from headrace.trainer.model.layers.first_layer import Rows, norm_of
 from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import Dense, Float32s, Shapes
-from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.distinct_ids import DistinctIds
 
 _BUILDING = threading.Lock()
 
@@ -79,22 +79,22 @@ def _shape_of(recipe: Recipe, values_BFV: Float32s, numeric_BD: Float32s) -> Mod
     return _shape(recipe, values_BFV.shape[1], numeric_BD.shape[1])
 
 
-class ModuleNet:
-    """The user's module with the interface of `Net`."""
+class UserModule:
+    """The user's own module, with the methods of `DeepModel`."""
 
     def __init__(self, recipe: Recipe, features: FeatureSpec, *, device: str) -> None:
         self.tasks, self.device = len(recipe.heads), device
         self._module = build(recipe, _shape(recipe, features.slots, features.numerics)).to(device)
         begin = {name: weight.detach().clone() for name, weight in self._module.named_parameters()}
-        self.flat = Flat({name: list(w.shape) for name, w in begin.items()}, lr=recipe.lr_dense, device=device)
+        self.flat = FlatWeights({name: list(w.shape) for name, w in begin.items()}, lr=recipe.lr_dense, device=device)
         for name, weight in begin.items():
             self.flat.weights[name].copy_(weight)
 
-    def forward(self, values_UV: Rows, places: Places, numeric_BD: Float32s) -> Float32s:
+    def forward(self, values_UV: Rows, ids: DistinctIds, numeric_BD: Float32s) -> Float32s:
         """Return the log-odds of each task, float32 [B, T], and keep what `backward` needs."""
         self._came_from_host = not isinstance(values_UV, torch.Tensor)
         self._values_UV = torch.as_tensor(values_UV, device=self.device).requires_grad_(True)
-        values_BFV = self._values_UV[torch.from_numpy(places.place_FB).to(self.device).t()]
+        values_BFV = self._values_UV[torch.from_numpy(ids.index_FB).to(self.device).t()]
         self._leaves = {name: w.detach().requires_grad_(True) for name, w in self.flat.weights.items()}
         inputs = (values_BFV[:, :, 1:], values_BFV[:, :, 0], torch.from_numpy(numeric_BD).to(self.device))
         out = torch.func.functional_call(self._module, self._leaves, inputs)

@@ -65,27 +65,27 @@ def _count_exactly(
 @numba.njit(cache=True)
 def _count_in_sketch(cells: Uint8s, keys_K: Int64s, counted: int, after: int, admitted_K: Bools) -> int:
     """Count sightings in order, ageing all counters in time; returns how many since the last ageing."""
-    places = np.empty(_DEPTH, np.int64)
+    columns = np.empty(_DEPTH, np.int64)
     for i in range(keys_K.shape[0]):
         mixed = mix(np.uint64(keys_K[i]))
-        # Two halves of one hash give all rows' places. Source: Kirsch, Mitzenmacher, ESA 2006.
+        # Two halves of one hash give the column in each row. Source: Kirsch, Mitzenmacher, ESA 2006.
         low, step = mixed & np.uint64(0xFFFFFFFF), (mixed >> np.uint64(32)) | np.uint64(1)
         least = np.int64(255)
         for row in range(_DEPTH):
-            places[row] = np.int64((low + np.uint64(row) * step) & np.uint64((1 << _WIDTH_BITS) - 1))
-            least = min(least, np.int64(cells[row, places[row]]))
+            columns[row] = np.int64((low + np.uint64(row) * step) & np.uint64((1 << _WIDTH_BITS) - 1))
+            least = min(least, np.int64(cells[row, columns[row]]))
         if least < after:
             for row in range(_DEPTH):
-                if cells[row, places[row]] == least:
-                    cells[row, places[row]] = np.uint8(least + 1)
+                if cells[row, columns[row]] == least:
+                    cells[row, columns[row]] = np.uint8(least + 1)
             least += 1
             counted += 1
         admitted_K[i] = least >= after
         if counted == _AGE_AFTER:
             counted = 0
             for row in range(_DEPTH):
-                for place in range(cells.shape[1]):
-                    cells[row, place] >>= np.uint8(1)
+                for column in range(cells.shape[1]):
+                    cells[row, column] >>= np.uint8(1)
     return counted
 
 

@@ -1,4 +1,4 @@
-"""Which distinct ids a batch has, slot by slot: rows are read, multiplied and learnt once each, not once a place.
+"""The distinct ids of a batch, slot by slot. A row is read, multiplied and learnt once, however many samples have it.
 
 Axes: B samples, F slots, U distinct ids (of each slot by itself), K slots of one table.
 """
@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Places:
+class DistinctIds:
     """The distinct ids of a batch, those of slot f at `begin_F[f] : begin_F[f + 1]`, in order of first appearance.
 
     An id that stands in several slots is there once for each.
@@ -26,31 +26,31 @@ class Places:
     keys_U: Int64s
     rows_U: Int64s
     """-1: `PAD`, or not admitted yet."""
-    place_FB: Int32s
-    """Where in U the id of a slot and sample is; int32 [F, B], slot by slot because that is how it is read."""
+    index_FB: Int32s
+    """Index in U of the id of a slot and sample; int32 [F, B], slot by slot because that is how it is read."""
     begin_F: Int64s
     """Int64 [F + 1]."""
 
     def of(self, slots_K: Int64s) -> Int64s:
-        """Return where in U the ids of some slots are."""
+        """Return the indices in U of the ids of some slots."""
         return np.concatenate([np.arange(self.begin_F[f], self.begin_F[f + 1]) for f in slots_K])
 
 
 def distinct(keys_BF: Int64s, admitted_BF: Bools | None = None) -> tuple[Int64s, Int32s, Int64s]:
-    """Return the distinct ids of each slot, the place of each, and where slots begin: see `Places`.
+    """Return the distinct ids of each slot, the index of each sample's id, and where slots begin: see `DistinctIds`.
 
-    An id of which `admitted_BF` says yes and no in one batch is there twice: it was admitted between two sightings.
+    An id for which `admitted_BF` says yes and no in one batch is there twice: it was admitted between two sightings.
     """
     samples, slots = keys_BF.shape
     keys_U = np.empty(keys_BF.size, np.int64)
-    place_FB, begin_F = np.empty((slots, samples), np.int32), np.empty(slots + 1, np.int64)
+    index_FB, begin_F = np.empty((slots, samples), np.int32), np.empty(slots + 1, np.int64)
     admitted_BF = np.empty((0, 0), np.bool_) if admitted_BF is None else admitted_BF
-    count = _distinct(np.ascontiguousarray(keys_BF), admitted_BF, keys_U, place_FB, begin_F)
-    return keys_U[:count], place_FB, begin_F
+    count = _distinct(np.ascontiguousarray(keys_BF), admitted_BF, keys_U, index_FB, begin_F)
+    return keys_U[:count], index_FB, begin_F
 
 
 @numba.njit(cache=True)
-def _distinct(keys_BF: Int64s, admitted_BF: Bools, keys_U: Int64s, place_FB: Int32s, begin_F: Int64s) -> int:
+def _distinct(keys_BF: Int64s, admitted_BF: Bools, keys_U: Int64s, index_FB: Int32s, begin_F: Int64s) -> int:
     """Look each id up among those of its slot: open addressing, at most half full."""
     samples, slots = keys_BF.shape
     bits = 1
@@ -66,15 +66,15 @@ def _distinct(keys_BF: Int64s, admitted_BF: Bools, keys_U: Int64s, place_FB: Int
             key, admitted = keys_BF[b, f], admitted_BF.shape[0] > 0 and admitted_BF[b, f]
             at = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - bits))
             while True:
-                place = found_M[at]
-                if place < 0:
-                    found_M[at], keys_U[count], place_FB[f, b] = count, key, count
+                index = found_M[at]
+                if index < 0:
+                    found_M[at], keys_U[count], index_FB[f, b] = count, key, count
                     if admitted_BF.shape[0]:
                         admitted_U[count] = admitted
                     count += 1
                     break
-                if keys_U[place] == key and (not admitted_BF.shape[0] or admitted_U[place] == admitted):
-                    place_FB[f, b] = place
+                if keys_U[index] == key and (not admitted_BF.shape[0] or admitted_U[index] == admitted):
+                    index_FB[f, b] = index
                     break
                 at = (at + 1) & mask
     begin_F[slots] = count

@@ -1,10 +1,10 @@
-"""Tables of several widths and optimizers behind one face: that of `Table`, by slot.
+"""Tables of several widths and optimizers, with the methods of one `Table`, by slot.
 
 Slots of equal width and optimizer share one `Table`. Values and gradients are as wide as the widest; what a slot does
 not have is 0 on the way out and left out on the way in. An id is looked up in every table when its slot is not known
 (`lookup`), so slots that share ids must agree.
 
-Axes: B samples, F slots, U distinct ids of a batch (see `Places`), K keys, V values of the widest row.
+Axes: B samples, F slots, U distinct ids of a batch (see `DistinctIds`), K keys, V values of the widest row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.model.tables.admission import Admission
-from headrace.trainer.model.tables.distinct_ids import Places, distinct
+from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 from headrace.trainer.model.tables.optimizers import Optimizer
 from headrace.trainer.model.tables.row_index import Float32s, Int64s
 from headrace.trainer.model.tables.table import State, Table, initial_values
@@ -72,36 +72,36 @@ class Tables:
         """Bytes in use."""
         return sum(table.nbytes for table in self.tables)
 
-    def places(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> Places:
+    def distinct_ids(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> DistinctIds:
         """Return the distinct ids of a batch with their rows, making rows that are due; see `Table.rows_for`."""
         self._check(keys_BF)
         if self._counts_sightings:
             rows_BF = np.empty(keys_BF.shape, np.int64)
             for table, columns in zip(self.tables, self.columns, strict=True):
                 rows_BF[:, columns] = table.rows_for(keys_BF[:, columns], event_time_ms_B)
-            keys_U, place_FB, begin_F = distinct(keys_BF, rows_BF >= 0)
+            keys_U, index_FB, begin_F = distinct(keys_BF, rows_BF >= 0)
             rows_U = np.empty(len(keys_U), np.int64)
-            rows_U[place_FB] = rows_BF.T
-            return Places(keys_U, rows_U, place_FB, begin_F)
-        keys_U, place_FB, begin_F = distinct(keys_BF)
-        places = Places(keys_U, np.empty(len(keys_U), np.int64), place_FB, begin_F)
-        for table, ids in self._parts(places):
-            places.rows_U[ids] = table.rows_for(keys_U[ids], event_time_ms_B)
-        return places
+            rows_U[index_FB] = rows_BF.T
+            return DistinctIds(keys_U, rows_U, index_FB, begin_F)
+        keys_U, index_FB, begin_F = distinct(keys_BF)
+        ids = DistinctIds(keys_U, np.empty(len(keys_U), np.int64), index_FB, begin_F)
+        for table, own_K in self._parts(ids):
+            ids.rows_U[own_K] = table.rows_for(keys_U[own_K], event_time_ms_B)
+        return ids
 
-    def gather(self, places: Places) -> Float32s:
+    def gather(self, ids: DistinctIds) -> Float32s:
         """Return a copy of the values of each distinct id: float32 [U, V]; see `Table.gather`."""
         if len(self.tables) == 1:
-            return self.tables[0].gather(places.rows_U, places.keys_U)
-        out_UV = np.zeros((len(places.keys_U), 1 + self.dim), np.float32)
-        for table, ids in self._parts(places):
-            out_UV[ids, : 1 + table.dim] = table.gather(places.rows_U[ids], places.keys_U[ids])
+            return self.tables[0].gather(ids.rows_U, ids.keys_U)
+        out_UV = np.zeros((len(ids.keys_U), 1 + self.dim), np.float32)
+        for table, own_K in self._parts(ids):
+            out_UV[own_K, : 1 + table.dim] = table.gather(ids.rows_U[own_K], ids.keys_U[own_K])
         return out_UV
 
     def lookup(self, keys_K: Int64s) -> Float32s:
         """Return the values of each key: float32 [K, V], the widest row's initial ones where it has none.
 
-        Who knows a key's slot masks what that slot does not have: `masked`.
+        A caller that knows a key's slot masks what that slot does not have: `masked`.
         """
         if len(self.tables) == 1:
             return self.tables[0].lookup(keys_K)
@@ -119,11 +119,11 @@ class Tables:
                 values_BFV[:, columns, 1 + table.dim :] = 0
         return values_BFV
 
-    def update(self, places: Places, grad_UV: Float32s, event_time_ms_B: Int64s) -> Int64s:
+    def update(self, ids: DistinctIds, grad_UV: Float32s, event_time_ms_B: Int64s) -> Int64s:
         """Apply one step and return the keys that learnt, each once a table; see `Table.update`."""
         touched = []
-        for table, ids in self._parts(places):
-            rows_K = table.update(places.rows_U[ids], grad_UV[ids, : 1 + table.dim], event_time_ms_B)
+        for table, own_K in self._parts(ids):
+            rows_K = table.update(ids.rows_U[own_K], grad_UV[own_K, : 1 + table.dim], event_time_ms_B)
             touched.append(table.keys_of(rows_K))
         return np.concatenate(touched)
 
@@ -145,13 +145,13 @@ class Tables:
             prefix = f"{number}."
             table.load({name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)})
 
-    def _parts(self, places: Places) -> Iterator[tuple[Table, Int64s | slice]]:
+    def _parts(self, ids: DistinctIds) -> Iterator[tuple[Table, Int64s | slice]]:
         """Yield each table and where in U its ids are."""
         if len(self.tables) == 1:
             yield self.tables[0], slice(None)
             return
         for table, columns in zip(self.tables, self.columns, strict=True):
-            yield table, places.of(columns)
+            yield table, ids.of(columns)
 
     def _check(self, keys_BF: Int64s) -> None:
         if keys_BF.size and keys_BF.shape[1:] != (self.slots,):

@@ -1,16 +1,17 @@
-"""A cache of hot rows on a device: they are read, learnt and kept there, and come home when others need the room.
+"""A cache of hot rows on a device. Rows are read, learnt and kept there, and go back to the host when others need room.
 
-Every row of a batch is brought to the device before the batch is scored, and learns there; the least recently used go
-back, a quarter of the cache at a time. Rows travel as they are, so where a row lies changes no bit, and a checkpoint
-need not say: equal batches give equal bits on devices of a kind. (They differ from the compiled kernels' by rounding.)
-Keys, last uses, admission and expiry stay with the tables on the host; whoever asks for values gets the newest.
+Every row of a batch is loaded into the cache before the batch is scored, and learns there. The least recently used rows
+are evicted, a quarter of the cache at a time. Rows are copied as they are, so where a row lies changes no bit and no
+checkpoint says it: equal batches give equal bits on devices of a kind. (They differ from the compiled kernels' bits by
+rounding.) Keys, last uses, admission and expiry stay with the tables on the host. A lookup returns the newest values.
 
 Memory on the device: 4 (V + S) bytes a row, V values and S numbers of its optimizer, for each kind of row.
 
-Axes: U distinct ids of a batch (see `Places`), K rows in question, V values, S optimizer's numbers, H places of the
-cache, R rows of a table.
+Axes: U distinct ids of a batch (see `DistinctIds`), K rows in question, V values, S optimizer's numbers, H entries of
+the cache, R rows of a table.
 
-Source: the idea, Miao et al., "HET", VLDB 2022. Their workers allow each other stale reads; here is one, and none.
+Source: the idea, Miao et al., "HET", VLDB 2022. Their workers allow each other stale reads; here one worker reads, and
+never stale values.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.contract.spec import PAD
-from headrace.trainer.model.tables.distinct_ids import Places
+from headrace.trainer.model.tables.distinct_ids import DistinctIds
 from headrace.trainer.model.tables.group import Tables
 from headrace.trainer.model.tables.row_index import Float32s, Int64s
 from headrace.trainer.model.tables.table import State, Table
@@ -44,7 +45,7 @@ class _Cache:
     def __init__(self, table: Table, *, device: str, rows: int) -> None:
         self.table, self.device = table, device
         self.rows_H, self.keys_H, self.used_H = (np.empty(0, np.int64) for _ in range(3))
-        self.place_R, self._vacant = np.empty(0, np.int64), np.empty(0, np.int64)
+        self.entry_R, self._vacant = np.empty(0, np.int64), np.empty(0, np.int64)
         self.values_HV = torch.empty(0, 1 + table.dim, device=device)
         self.states_HS = torch.empty(0, table.states_RS.shape[1], device=device)
         self.now = 0
@@ -52,18 +53,18 @@ class _Cache:
 
     def clear(self) -> None:
         """Forget everything, without writing it back."""
-        self.rows_H[:], self.keys_H[:], self.place_R = _FREE, PAD, np.empty(0, np.int64)
+        self.rows_H[:], self.keys_H[:], self.entry_R = _FREE, PAD, np.empty(0, np.int64)
         self._vacant = np.arange(len(self.rows_H))
 
-    def bring(self, rows_K: Int64s) -> Int64s:
-        """Return the places of rows, which are on the device then; a row may be named twice."""
+    def load(self, rows_K: Int64s) -> Int64s:
+        """Load rows into the cache and return their entries in it. A row may be named twice."""
         self.now += 1
-        if self.table.index.high > len(self.place_R):
-            more = max(self.table.index.high, 2 * len(self.place_R)) - len(self.place_R)
-            self.place_R = np.concatenate([self.place_R, np.full(more, _FREE)])
-        place_K = self.place_R[rows_K]
-        self.used_H[place_K[place_K >= 0]] = self.now
-        missing_K = np.unique(rows_K[place_K < 0])
+        if self.table.index.high > len(self.entry_R):
+            more = max(self.table.index.high, 2 * len(self.entry_R)) - len(self.entry_R)
+            self.entry_R = np.concatenate([self.entry_R, np.full(more, _FREE)])
+        entry_K = self.entry_R[rows_K]
+        self.used_H[entry_K[entry_K >= 0]] = self.now
+        missing_K = np.unique(rows_K[entry_K < 0])
         if len(missing_K):
             self._make_room(len(missing_K))
             self._vacant, free_K = np.split(self._vacant, [-len(missing_K)])
@@ -71,12 +72,12 @@ class _Cache:
             self.values_HV[at_K] = self._sent(self.table.values_RV[missing_K])
             self.states_HS[at_K] = self._sent(self.table.states_RS[missing_K])
             self.rows_H[free_K], self.keys_H[free_K] = missing_K, self.table.keys_of(missing_K)
-            self.used_H[free_K], self.place_R[missing_K] = self.now, free_K
-            place_K = self.place_R[rows_K]
-        return place_K
+            self.used_H[free_K], self.entry_R[missing_K] = self.now, free_K
+            entry_K = self.entry_R[rows_K]
+        return entry_K
 
     def learn(self, rows_K: Int64s, grad_KV: torch.Tensor) -> Int64s:
-        """Take one step with the gradients of rows that were brought, and return each row once."""
+        """Take one step with the gradients of rows that were loaded, and return each row once."""
         idle_K = self.table.now_s - self.table.last_s_R[rows_K].astype(np.int64)
         words_RW = self.table.index.arrays.words_RW
         touched_K = self.table.optimizer.touch(words_RW, rows_K, now_s=self.table.now_s)
@@ -86,37 +87,37 @@ class _Cache:
             sums_KV = torch.zeros(len(rows_K), grad_KV.shape[1], device=self.device)
             # Unlike index_add_, this one adds in a fixed order on CUDA too.
             grad_KV = sums_KV.index_put_((self._sent(again_K),), grad_KV, accumulate=True)
-        at_K = self._sent(self.place_R[rows_K])
+        at_K = self._sent(self.entry_R[rows_K])
         idle = self._sent(idle_K.astype(np.float32))
         learnt = step(self.table.optimizer, self.values_HV[at_K], self.states_HS[at_K], grad_KV, idle)
         self.values_HV[at_K], self.states_HS[at_K] = learnt
         return touched_K
 
     def values_of(self, rows_K: Int64s, out_KV: Float32s) -> None:
-        """Overwrite the values of those rows that are on the device; row -1 is left alone."""
-        here_K = np.flatnonzero((rows_K >= 0) & (rows_K < len(self.place_R)))
-        here_K = here_K[self.place_R[rows_K[here_K]] >= 0]
+        """Write the values of those rows that are in the cache; leave the others and row -1 as they are."""
+        here_K = np.flatnonzero((rows_K >= 0) & (rows_K < len(self.entry_R)))
+        here_K = here_K[self.entry_R[rows_K[here_K]] >= 0]
         if len(here_K):
-            out_KV[here_K] = self.values_HV[self._sent(self.place_R[rows_K[here_K]])].cpu().numpy()
+            out_KV[here_K] = self.values_HV[self._sent(self.entry_R[rows_K[here_K]])].cpu().numpy()
 
     def drop(self, keys_K: Int64s) -> None:
-        """Let rows go that the table has removed; it may have given them to other keys already."""
+        """Free the entries of keys that the table has removed; their rows may be other keys' already."""
         if len(keys_K):
             self._free(np.flatnonzero(np.isin(self.keys_H, keys_K)))
 
-    def write_back(self, place_K: Int64s) -> None:
-        """Copy rows home."""
-        at_K, rows_K = self._sent(place_K), self.rows_H[place_K]
+    def write_back(self, entry_K: Int64s) -> None:
+        """Copy entries to their rows on the host."""
+        at_K, rows_K = self._sent(entry_K), self.rows_H[entry_K]
         self.table.values_RV[rows_K] = self.values_HV[at_K].cpu().numpy()
         self.table.states_RS[rows_K] = self.states_HS[at_K].cpu().numpy()
 
     def write_all_back(self) -> None:
-        """Copy every row home; they stay here, too."""
+        """Copy every entry to its row on the host, and keep it in the cache."""
         self.write_back(np.flatnonzero(self.rows_H != _FREE))
 
-    def _make_room(self, places: int) -> None:
-        """Let the least recently used rows go, those of this batch never; extend the cache where that isn't enough."""
-        short = places - len(self._vacant)
+    def _make_room(self, entries: int) -> None:
+        """Evict the least recently used rows, never those of this batch. Extend the cache where that is not enough."""
+        short = entries - len(self._vacant)
         if short <= 0:
             return
         idle_H = np.flatnonzero((self.rows_H != _FREE) & (self.used_H < self.now))
@@ -127,18 +128,18 @@ class _Cache:
         if short > len(evicted_K):
             self._extend(max(short - len(evicted_K), len(self.rows_H)))
 
-    def _free(self, place_K: Int64s) -> None:
-        self.place_R[self.rows_H[place_K]] = _FREE
-        self.rows_H[place_K], self.keys_H[place_K] = _FREE, PAD
-        self._vacant = np.concatenate([self._vacant, place_K])
+    def _free(self, entry_K: Int64s) -> None:
+        self.entry_R[self.rows_H[entry_K]] = _FREE
+        self.rows_H[entry_K], self.keys_H[entry_K] = _FREE, PAD
+        self._vacant = np.concatenate([self._vacant, entry_K])
 
-    def _extend(self, places: int) -> None:
-        self._vacant = np.concatenate([self._vacant, len(self.rows_H) + np.arange(places)])
-        self.rows_H = np.concatenate([self.rows_H, np.full(places, _FREE)])
-        self.keys_H = np.concatenate([self.keys_H, np.full(places, PAD)])
-        self.used_H = np.concatenate([self.used_H, np.zeros(places, np.int64)])
+    def _extend(self, entries: int) -> None:
+        self._vacant = np.concatenate([self._vacant, len(self.rows_H) + np.arange(entries)])
+        self.rows_H = np.concatenate([self.rows_H, np.full(entries, _FREE)])
+        self.keys_H = np.concatenate([self.keys_H, np.full(entries, PAD)])
+        self.used_H = np.concatenate([self.used_H, np.zeros(entries, np.int64)])
         self.values_HV, self.states_HS = (
-            torch.cat([have, torch.zeros(places, have.shape[1], device=self.device)])
+            torch.cat([have, torch.zeros(entries, have.shape[1], device=self.device)])
             for have in (self.values_HV, self.states_HS)
         )
 
@@ -147,7 +148,7 @@ class _Cache:
 
 
 class HotRows:
-    """`Tables` whose rows are read and learnt on a device; the same face, with tensors for values and gradients."""
+    """`Tables` whose rows are read and learnt on a device. Same methods; values and gradients are tensors."""
 
     def __init__(self, tables: Tables, *, device: str, rows: int) -> None:
         """Make an empty cache.
@@ -172,29 +173,29 @@ class HotRows:
         """Bytes of rows on the device, used or not."""
         return sum(t.numel() * t.element_size() for c in self.caches for t in (c.values_HV, c.states_HS))
 
-    def places(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> Places:
-        """Return the distinct ids of a batch; see `Tables.places`."""
-        places = self.tables.places(keys_BF, event_time_ms_B)
+    def distinct_ids(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> DistinctIds:
+        """Return the distinct ids of a batch; see `Tables.distinct_ids`."""
+        ids = self.tables.distinct_ids(keys_BF, event_time_ms_B)
         for cache in self.caches:
             cache.drop(cache.table.forgotten())
-        return places
+        return ids
 
-    def gather(self, places: Places) -> torch.Tensor:
-        """Return a copy of the values of each distinct id on the device, where its row is from now on: [U, V]."""
-        out_UV = torch.zeros(len(places.keys_U), 1 + self.tables.dim, device=self.device)
-        for cache, ids_K, rows_K in self._parts(places):
-            at_K = sent(cache.bring(rows_K), self.device)
+    def gather(self, ids: DistinctIds) -> torch.Tensor:
+        """Load the rows and return a copy of the values of each distinct id, on the device: float32 [U, V]."""
+        out_UV = torch.zeros(len(ids.keys_U), 1 + self.tables.dim, device=self.device)
+        for cache, ids_K, rows_K in self._parts(ids):
+            at_K = sent(cache.load(rows_K), self.device)
             out_UV[sent(ids_K, self.device), : 1 + cache.table.dim] = cache.values_HV[at_K]
-        without_K = np.flatnonzero(places.rows_U < 0)
+        without_K = np.flatnonzero(ids.rows_U < 0)
         if len(without_K):
-            initial_KV = self.tables.gather(places)[without_K]
+            initial_KV = self.tables.gather(ids)[without_K]
             out_UV[sent(without_K, self.device)] = sent(initial_KV, self.device)
         return out_UV
 
-    def update(self, places: Places, grad_UV: torch.Tensor, event_time_ms_B: Int64s) -> Int64s:
-        """Apply one step to rows that `gather` brought; return the keys that learnt, each once a table."""
+    def update(self, ids: DistinctIds, grad_UV: torch.Tensor, event_time_ms_B: Int64s) -> Int64s:
+        """Apply one step to rows that `gather` loaded; return the keys that learnt, each once a table."""
         touched = []
-        for cache, ids_K, rows_K in self._parts(places):
+        for cache, ids_K, rows_K in self._parts(ids):
             touched_K = cache.learn(rows_K, grad_UV[sent(ids_K, self.device), : 1 + cache.table.dim])
             touched.append(cache.table.keys_of(touched_K))
         return np.concatenate(touched)
@@ -211,7 +212,7 @@ class HotRows:
         gone = []
         for cache in self.caches:
             gone_K = cache.table.expire(now_ms)
-            # Those that were asked for after their time have begun anew, and may have learnt since.
+            # Keys that were asked for after they had expired have new rows, which may have learnt since.
             cache.drop(gone_K[cache.table.index.find(gone_K) < 0])
             gone.append(gone_K)
         return np.concatenate(gone)
@@ -232,9 +233,9 @@ class HotRows:
         for cache in self.caches:
             cache.clear()
 
-    def _parts(self, places: Places) -> Iterator[tuple[_Cache, Int64s, Int64s]]:
+    def _parts(self, ids: DistinctIds) -> Iterator[tuple[_Cache, Int64s, Int64s]]:
         """Yield each table's cache, where in U its ids are that have a row, and their rows."""
         for cache, columns in zip(self.caches, self.tables.columns, strict=True):
-            ids_K = places.of(columns)
-            ids_K = ids_K[places.rows_U[ids_K] >= 0]
-            yield cache, ids_K, places.rows_U[ids_K]
+            ids_K = ids.of(columns)
+            ids_K = ids_K[ids.rows_U[ids_K] >= 0]
+            yield cache, ids_K, ids.rows_U[ids_K]

@@ -2,12 +2,12 @@
 
 Each kernel does one step. It adds the gradients of a row that appears several times, in the order given, applies
 the sum once, and sets the row's last use. Rows are touched in order of first appearance. Nothing is allocated by row:
-while a batch is added up, the word of a row's last use holds the row's place in the batch.
+while a batch is added up, the word of a row's last use holds the row's position among those that the batch touches.
 
 A record's words after its header: V values (the linear weight, then the embedding), then the optimizer's S numbers.
 g is a row's gradient sum, with l2 * w added except for FTRL, which has l2 in its formula.
 
-Axes: N places of a batch (samples x slots), R rows, W words of a record, V values of a row.
+Axes: N ids of a batch (samples x slots), R rows, W words of a record, V values of a row.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def _add_up(
 ) -> int:
     """Add gradients by row, and keep when each was last used.
 
-    A row knows its place by a word that is only believed if the place names the row. The layers have driven the rows
-    out of the caches: both ends of a group of records are asked for first, so that their misses overlap.
+    A row's word gives its position in `touched_N`, and counts only where that position names the row. The layers have
+    driven the rows out of the caches: both ends of a group of records are read first, so that their misses overlap.
 
     Source: Briggs, Torczon, "An Efficient Representation for Sparse Sets", 1993.
     """
@@ -140,8 +140,8 @@ def _add_up(
         row = rows_N[i]
         if row < 0:
             continue
-        place = np.int64(np.uint32(words_RW[row, LAST_USE]))
-        if place >= count or touched_N[place] != row:
+        position = np.int64(np.uint32(words_RW[row, LAST_USE]))
+        if position >= count or touched_N[position] != row:
             used_N[count] = np.uint32(words_RW[row, LAST_USE])
             words_RW[row, LAST_USE] = np.int32(count)
             touched_N[count] = row
@@ -150,11 +150,11 @@ def _add_up(
             count += 1
         else:
             for j in range(width):
-                sums_NV[place, j] += grad_NV[i, j]
+                sums_NV[position, j] += grad_NV[i, j]
     stamp = np.int32(np.uint32(now_s))
     for k in range(count):
         words_RW[touched_N[k], LAST_USE] = stamp
-    touched_N[rows_N.shape[0]] = asked  # Behind all rows, for nobody: so that the compiler must ask.
+    touched_N[rows_N.shape[0]] = asked  # Behind all rows, where nobody reads it: so that the compiler keeps the reads.
     return count
 
 

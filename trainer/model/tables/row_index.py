@@ -16,7 +16,7 @@ What a lookup answers depends on keys alone; which row a key gets depends on the
 Source: Fagin et al., "Extendible Hashing", TODS 1979; segments of cache lines as in Nam et al., "Write-Optimized
 Dynamic Hashing" (CCEH), FAST 2019; tags and overflow counts as in Facebook's F14, 2019.
 
-Axes: K keys, R rows, W words of a record, X keys of a record's width, D places of the directory, S segments,
+Axes: K keys, R rows, W words of a record, X keys of a record's width, D entries of the directory, S segments,
 B buckets.
 """
 
@@ -104,11 +104,11 @@ def _find_one(a: Arrays, key: np.int64, mixed: np.uint64) -> tuple[int, int]:
 @numba.njit(cache=True)
 def _put_entry(a: Arrays, segment: int, mixed: np.uint64, row: int) -> None:
     """Add an entry to a segment that has room."""
-    first, place = segment * _BUCKETS, np.int64(mixed & np.uint64(_BUCKETS - 1))
-    while a.lines_B[first + place, 15] & 255 == _ENTRIES:
-        a.lines_B[first + place, 15] += 256
-        place = (place + 1) & (_BUCKETS - 1)
-    bucket = first + place
+    first, at = segment * _BUCKETS, np.int64(mixed & np.uint64(_BUCKETS - 1))
+    while a.lines_B[first + at, 15] & 255 == _ENTRIES:
+        a.lines_B[first + at, 15] += 256
+        at = (at + 1) & (_BUCKETS - 1)
+    bucket = first + at
     entry = a.lines_B[bucket, 15] & 255
     a.tags_B[bucket, entry] = np.uint8((mixed >> np.uint64(6)) & np.uint64(255))
     a.lines_B[bucket, 3 + entry] = row
@@ -124,10 +124,10 @@ def _remove_one(a: Arrays, key: np.int64) -> bool:
     if bucket < 0:
         return False
     segment = bucket // _BUCKETS
-    place = np.int64(mixed & np.uint64(_BUCKETS - 1))
-    while segment * _BUCKETS + place != bucket:
-        a.lines_B[segment * _BUCKETS + place, 15] -= 256
-        place = (place + 1) & (_BUCKETS - 1)
+    at = np.int64(mixed & np.uint64(_BUCKETS - 1))
+    while segment * _BUCKETS + at != bucket:
+        a.lines_B[segment * _BUCKETS + at, 15] -= 256
+        at = (at + 1) & (_BUCKETS - 1)
     row = a.lines_B[bucket, 3 + entry]
     last = (a.lines_B[bucket, 15] & 255) - 1
     a.tags_B[bucket, entry] = a.tags_B[bucket, last]
@@ -159,11 +159,11 @@ def _split(a: Arrays, segment: int, mixed: np.uint64) -> None:
     a.head[_SEGMENTS] += 1
     a.bits_S[segment] = a.bits_S[fresh] = shared + 1
     a.keys_S[segment] = a.keys_S[fresh] = 0
-    # The segment's places in the directory follow one another; the second half of them is the new one's.
-    places = np.int64(1) << (bits - shared)
-    start = np.int64(mixed >> np.uint64(64 - bits)) & ~(places - 1)
-    for place in range(start + places // 2, start + places):
-        a.directory_D[place] = fresh
+    # The segment's entries in the directory follow one another; the second half of them is the new one's.
+    entries = np.int64(1) << (bits - shared)
+    start = np.int64(mixed >> np.uint64(64 - bits)) & ~(entries - 1)
+    for at in range(start + entries // 2, start + entries):
+        a.directory_D[at] = fresh
     for i in range(count):
         moved = mix(np.uint64(a.keys_RX[rows[i], 0]))
         _put_entry(a, fresh if (moved >> np.uint64(63 - shared)) & np.uint64(1) else segment, moved, rows[i])
@@ -255,10 +255,10 @@ def _sweep(a: Arrays, part: int, oldest: int) -> Int64s:
     """Remove and return the keys of one part of the hash space that were last used before `oldest`."""
     bits = a.head[_BITS]
     first = part << (bits - _SWEEP_BITS) if bits >= _SWEEP_BITS else part >> (_SWEEP_BITS - bits)
-    places = np.int64(1) << max(bits - _SWEEP_BITS, 0)
+    entries = np.int64(1) << max(bits - _SWEEP_BITS, 0)
     found, count, before = np.empty(_SPLIT_ABOVE, np.int64), 0, np.int64(-1)
-    for place in range(first, first + places):
-        segment = np.int64(a.directory_D[place])
+    for at in range(first, first + entries):
+        segment = np.int64(a.directory_D[at])
         if segment == before:
             continue
         before = segment
@@ -363,7 +363,7 @@ class RowIndex:
         return rows_K
 
     def insert(self, keys_K: Int64s) -> tuple[Int64s, Int64s]:
-        """Return the row of each key, -1 for `PAD`, and the rows that are new, in order of their keys' first place.
+        """Return the row of each key, -1 for `PAD`, and the rows that are new, ordered by their keys' first appearance.
 
         A new row's key is set; its other words hold what was there. Raises `Overloaded`, and inserts nothing, when so
         many rows could be more than `rows_max`.

@@ -206,18 +206,18 @@ class Table:
         keys_N = np.ascontiguousarray(keys_BF).reshape(-1)
         oldest = self._oldest()
         rows_N = self.index.find(keys_N, oldest=oldest)
-        places_K = np.flatnonzero(rows_N < 0)
-        places_K = places_K[keys_N[places_K] != PAD]
-        if len(places_K):
-            keys_K = keys_N[places_K]
-            expired_K = keys_K[rows_N[places_K] == EXPIRED]
+        missing_K = np.flatnonzero(rows_N < 0)
+        missing_K = missing_K[keys_N[missing_K] != PAD]
+        if len(missing_K):
+            keys_K = keys_N[missing_K]
+            expired_K = keys_K[rows_N[missing_K] == EXPIRED]
             if len(expired_K):
                 expired_K = np.unique(expired_K)
                 self.index.remove(expired_K)
                 self._forgotten.append(expired_K)
             admitted_K = self._counter.admit(keys_K, now_s=self.now_s, oldest=oldest)
-            rows_N[places_K] = MISSING
-            rows_N[places_K[admitted_K]] = self._insert(keys_K[admitted_K])
+            rows_N[missing_K] = MISSING
+            rows_N[missing_K[admitted_K]] = self._insert(keys_K[admitted_K])
         return rows_N.reshape(keys_BF.shape)
 
     def gather(self, rows_BF: Int64s, keys_BF: Int64s | None = None) -> Float32s:
@@ -248,7 +248,7 @@ class Table:
     def expire(self, now_ms: int) -> Int64s:
         """Move time on, sweep one part in 4,096, and return the keys that were forgotten since the last call.
 
-        Who publishes the table must publish these keys: they have their initial values again.
+        Whoever publishes the table must publish these keys: they have their initial values again.
         """
         if not self.expire_s:
             return np.empty(0, np.int64)

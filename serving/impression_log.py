@@ -1,4 +1,4 @@
-"""What was served, logged as the next impressions: for services that let serving log for them (`"log": true`)."""
+"""Logs what was served as the next impressions, for services that leave logging to serving (`"log": true`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class ImpressionLog:
         served: Sequence[Mapping[str, Any]],
         event_time_ms: int,
     ) -> None:
-        """Log an impression a candidate, with the id "<request id>#<place>". Raises `Overloaded`: the spool is full."""
+        """Log one impression for each candidate, with the id "<request id>#<place>".
+
+        Raises `Overloaded` when the spool is full.
+        """
         for place, (candidate, counters) in enumerate(zip(candidates, served, strict=True)):
             lead = {"event_id": f"{request_id}#{place}", "request_id": request_id, "place": place}
             fields = {name: candidate.get(name, context.get(name)) for name in self._fields}

@@ -1,4 +1,4 @@
-"""Goal: what is multiplied once a distinct id is what is multiplied once a place. Method: both ways, on the CPU."""
+"""Goal: multiplying distinct ids gives what multiplying every sample's ids gives. Method: both ways, on the CPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.trainer.model.layers.first_layer import DeviceBottom, HostBottom, Layer, Read
-from headrace.trainer.model.tables.distinct_ids import Places, distinct
+from headrace.trainer.model.layers.first_layer import DeviceFirstLayer, FirstLayerWeights, HostFirstLayer, Read
+from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,8 +29,8 @@ def test_both_ways_agree(seed, samples, slots, ids, width, numerics, hidden, has
     def some(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
-    keys_U, place_FB, begin_F = distinct(rng.integers(0, ids, (samples, slots)))
-    places, values_UV = Places(keys_U, keys_U, place_FB, begin_F), some(len(keys_U), 1 + width)
+    keys_U, index_FB, begin_F = distinct(rng.integers(0, ids, (samples, slots)))
+    distinct_ids, values_UV = DistinctIds(keys_U, keys_U, index_FB, begin_F), some(len(keys_U), 1 + width)
     numeric_BD, fan_in = torch.from_numpy(some(samples, numerics)), slots * width + numerics
     weights = torch.from_numpy(some(fan_in, hidden)), torch.from_numpy(some(hidden))
     grads = Read(
@@ -38,12 +38,12 @@ def test_both_ways_agree(seed, samples, slots, ids, width, numerics, hidden, has
         torch.from_numpy(some(samples, fan_in)) if has_crosses else None,
     )
     found = []
-    for make in (HostBottom, DeviceBottom):
-        layer = Layer(*weights, torch.full((fan_in, hidden), torch.nan), torch.full((hidden,), torch.nan))
-        bottom = make(layer, has_crosses=has_crosses)
-        read = bottom.forward(values_UV, places, numeric_BD)
+    for make in (HostFirstLayer, DeviceFirstLayer):
+        layer = FirstLayerWeights(*weights, torch.full((fan_in, hidden), torch.nan), torch.full((hidden,), torch.nan))
+        first_layer = make(layer, has_crosses=has_crosses)
+        read = first_layer.forward(values_UV, distinct_ids, numeric_BD)
         assert (read.x_BX is not None) == has_crosses
-        found.append([*read[: 4 if has_crosses else 3], bottom.backward(grads), layer.grad_XH, layer.grad_H])
+        found.append([*read[: 4 if has_crosses else 3], first_layer.backward(grads), layer.grad_XH, layer.grad_H])
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-4)
 
@@ -52,5 +52,5 @@ def test_both_ways_agree(seed, samples, slots, ids, width, numerics, hidden, has
 def test_ids_of_a_slot_are_told_apart_whatever_their_hash(admitted):
     """Ids that share the low or the high half of their bits, all different: each its own place."""
     keys_BF = np.stack([np.arange(300) << 32, np.arange(300), np.full(300, -(2**63))], axis=1)
-    keys_U, place_FB, begin_F = distinct(keys_BF, np.ones(keys_BF.shape, np.bool_) if admitted else None)
-    assert begin_F.tolist() == [0, 300, 600, 601] and (keys_U[place_FB.T] == keys_BF).all()
+    keys_U, index_FB, begin_F = distinct(keys_BF, np.ones(keys_BF.shape, np.bool_) if admitted else None)
+    assert begin_F.tolist() == [0, 300, 600, 601] and (keys_U[index_FB.T] == keys_BF).all()

@@ -1,0 +1,187 @@
+"""The processes of serving: all of them answer on one port, the first one also updates the model that they share.
+
+1. The first process makes the shared region and forks the workers. Each worker opens the region for itself.
+2. Each process answers requests in its main thread; the other jobs of a process are threads beside it.
+3. A job that fails ends its process. A worker that ends ends the stage: the supervisor starts all of it again.
+4. At the end the first process asks the workers to stop, waits for them for at most 3 s and deletes the region's file.
+   A worker also ends when the first process dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.serving.model.shared_region import SharedModel, region_bytes
+
+logger = logging.getLogger("headrace.serve")
+
+_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+_MEMORY = Path("/dev/shm")
+
+
+class Workers:
+    """The processes that the first one forked."""
+
+    def __init__(self) -> None:
+        self._pids: list[int] = []
+
+    def start(self, number: int, work: Callable[[], int]) -> None:
+        """Fork worker `number`. `work` returns its exit status; an exception is logged and makes it 1."""
+        pid = os.fork()
+        if pid == 0:
+            _die_with_parent()
+            os._exit(_status_of(number, work))
+        self._pids.append(pid)
+
+    def watch(self, stop: threading.Event) -> None:
+        """Return when `stop` is set. Raises `Unavailable` when a worker ends before that."""
+        while not stop.wait(0.2):
+            for pid in tuple(self._pids):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if not ended:
+                    continue
+                self._pids.remove(pid)
+                if not stop.is_set():
+                    raise Unavailable(f"worker {pid} ended with status {status}.")
+
+    def ask_to_end(self) -> None:
+        """Send SIGTERM to each worker."""
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def end(self, patience_s: float = 3.0) -> None:
+        """Ask the workers to stop, and wait for them for at most `patience_s`, all together."""
+        self.ask_to_end()
+        until = time.monotonic() + patience_s
+        for pid in self._pids:
+            with suppress(ChildProcessError):
+                while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < until:
+                    time.sleep(0.02)
+
+    def __len__(self) -> int:
+        return len(self._pids)
+
+
+def run_processes(
+    count: int, *, open_region: Callable[[int], SharedModel], work: Callable[[SharedModel, Workers | None], int]
+) -> int:
+    """Run `count` processes until they end, and return the exit status of the first, which is this one.
+
+    Args:
+        open_region: opens the shared model as reader `number`; number 0 makes it.
+        work: what a process does, with the workers in the first process and with None in a worker.
+    """
+    shared, workers = open_region(0), Workers()
+    try:
+        for number in range(1, count):
+            workers.start(number, lambda reader=number: work(open_region(reader), None))  # type: ignore[misc]
+        return work(shared, workers)
+    finally:
+        workers.end()
+        shared.remove()
+
+
+def answer_requests(
+    app: Starlette,
+    listener: socket.socket,
+    stop: threading.Event,
+    *,
+    jobs: Mapping[str, Callable[[], None]],
+    workers: Workers | None = None,
+) -> int:
+    """Answer requests until `stop` or SIGTERM, with `jobs` in threads beside it; return the exit status.
+
+    A job returns soon after `stop` is set. One that raises ends the process with status 1.
+    """
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+    )
+    failures: list[str] = []
+
+    def guarded(name: str, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:
+            logger.exception("%s failed; the stage ends", name)
+            failures.append(f"{name}: {error}")
+            server.should_exit = True
+
+    jobs = dict(jobs)
+    if workers:
+        jobs["workers"] = lambda: workers.watch(stop)
+    threads = [threading.Thread(target=guarded, args=job, name=job[0], daemon=True) for job in jobs.items()]
+    for thread in threads:
+        thread.start()
+    if not stop.is_set():
+        server.run(sockets=[listener])
+    stop.set()
+    if workers:
+        workers.ask_to_end()
+    # 1 s for all: a thread that still waits for a broker ends with the process.
+    until = time.monotonic() + 1.0
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return 1 if failures else 0
+
+
+def region_path(home: Path, *, dim: int, rows_max: int, memory: Path = _MEMORY) -> Path:
+    """Return where the shared region of this local state lies: in memory where there is room, else under `home`.
+
+    A region that an earlier run left in memory is deleted.
+    """
+    name = f"headrace-model-{hashlib.sha256(str(home).encode()).hexdigest()[:16]}"
+    size = region_bytes(dim, rows_max)
+    if os.access(memory, os.W_OK):
+        (memory / name).unlink(missing_ok=True)
+        if shutil.disk_usage(memory).free > size:
+            return memory / name
+    folder = home / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.warning("%s has no room for %d MB; the model lies in %s", memory, size // 1_000_000, folder)
+    return folder / name
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return the socket that all processes accept on. Raises `ConfigRejected` when the port is taken."""
+    # The protocol is given: asyncio sets TCP_NODELAY on no other socket, and an answer would wait 40 ms for an ack.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigRejected(f"{host}:{port} is taken ({error}); choose another PORT_BASE.") from error
+    listener.listen(512)
+    listener.set_inheritable(True)
+    return listener
+
+
+def _status_of(number: int, work: Callable[[], int]) -> int:
+    """Return the exit status of `work`. Whatever it raises ends here, in the forked process, with a line in the log."""
+    try:
+        return work()
+    except BaseException:
+        logger.exception("worker %d failed", number)
+        return 1
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)

@@ -1,0 +1,149 @@
+"""Goal: all processes of serving answer on one port and end together, whichever ends first.
+
+Method: a small stage of real processes (`serving_process`), killed in each way that is foreseen.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import serving_process
+
+from headrace.contract.errors import ConfigRejected
+from headrace.serving.model.shared_region import region_bytes
+from headrace.serving.processes import listen, region_path
+
+WORKERS = 3
+
+
+class Stage:
+    """The stage as its supervisor sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, serving_process.__file__, str(folder), str(WORKERS)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.pids = set[int]()
+        until(lambda: self.asked() and len(self.pids) == WORKERS, "all processes answer")
+
+    def get(self, path: str) -> str:
+        """Ask on a connection of its own, so that any process may take it."""
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=5.0, trust_env=False).text
+
+    def asked(self) -> bool:
+        """Ask once and remember who answered."""
+        try:
+            self.pids.add(int(self.get("/")))
+        except httpx.HTTPError:
+            return False
+        return True
+
+    @property
+    def workers(self) -> set[int]:
+        return self.pids - {self.process.pid}
+
+    def region(self) -> list[Path]:
+        return list((self.folder / "run").glob("headrace-model-*"))
+
+    def ended(self) -> tuple[int, str]:
+        """Wait for the end of all processes; return the exit status and the log."""
+        _, log = self.process.communicate(timeout=15.0)
+        until(lambda: not any(map(is_alive, self.pids)), "no process is left")
+        return self.process.returncode, log
+
+
+def until(holds: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Stage]:
+    stage = Stage(folder)
+    with stage.process:
+        try:
+            yield stage
+        finally:
+            for pid in {stage.process.pid, *stage.pids}:
+                if is_alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def test_all_processes_answer_on_one_port_and_stop_together(tmp_path: Path):
+    with running(tmp_path) as stage:
+        assert len(stage.workers) == WORKERS - 1 and len(stage.region()) == 1
+        assert {stage.get("/region") for _ in range(30)} == {"seen by all"}, "one region is shared by all"
+        stage.process.send_signal(signal.SIGTERM)
+        status, log = stage.ended()
+        assert status == 0 and "Traceback" not in log
+        assert not stage.region(), "the first process deletes the region's file"
+
+
+def test_a_worker_that_dies_ends_the_stage(tmp_path: Path):
+    with running(tmp_path) as stage:
+        dead = min(stage.workers)
+        os.kill(dead, signal.SIGKILL)
+        status, log = stage.ended()
+        assert status == 1 and f"worker {dead} ended with status 9" in log
+        assert not stage.region()
+
+
+def test_a_job_that_fails_ends_the_stage(tmp_path: Path):
+    with running(tmp_path) as stage:
+        (tmp_path / "fail").touch()
+        status, log = stage.ended()
+        assert status == 1 and "job failed; the stage ends" in log and "told to fail" in log
+        assert not stage.region()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_workers_end_with_the_first_process(tmp_path: Path):
+    with running(tmp_path) as stage:
+        stage.process.kill()
+        assert stage.ended()[0] == -signal.SIGKILL
+
+
+def test_the_region_lies_in_memory_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    memory, home = tmp_path / "memory", tmp_path / "home"
+    memory.mkdir()
+    path = region_path(home, dim=2, rows_max=100, memory=memory)
+    assert path.parent == memory
+    assert path != region_path(tmp_path / "other", dim=2, rows_max=100, memory=memory), "one for each local state"
+    path.write_bytes(b"of an earlier run")
+    free = region_bytes(2, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+    assert region_path(home, dim=2, rows_max=100, memory=memory).parent == home / "run" and not path.exists()
+
+
+def test_a_port_that_is_taken_is_refused_with_the_remedy():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigRejected, match="PORT_BASE"):
+            listen("127.0.0.1", taken.getsockname()[1])

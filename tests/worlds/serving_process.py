@@ -1,0 +1,65 @@
+"""A small serving stage in a process of its own: real workers, a real socket, a shared region, no Kafka.
+
+    python serving_process.py FOLDER WORKERS [JOB]
+
+Prints the port. GET / answers the process id, GET /region what the shared region of that process is. JOB "fails" makes
+a job of the first process fail as soon as the file FOLDER/fail is there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from headrace.serving.model.shared_region import SharedModel
+from headrace.serving.processes import Workers, answer_requests, listen, region_path, run_processes
+
+DIM, ROWS_MAX = 2, 100
+
+
+def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Workers | None) -> int:
+    """Answer until SIGTERM, which uvicorn raises again when it has stopped."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    async def number(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(os.getpid()))
+
+    async def region(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(shared.refused())
+
+    def fail() -> None:
+        while not stop.wait(0.02):
+            if (folder / "fail").exists():
+                raise ValueError("told to fail")
+
+    if workers is not None:
+        shared.note_refusal("seen by all")
+    app = Starlette(routes=[Route("/", number), Route("/region", region)])
+    return answer_requests(app, listener, stop, jobs={"job": fail} if workers is not None else {}, workers=workers)
+
+
+def main() -> int:
+    """Run the stage."""
+    folder, count = Path(sys.argv[1]), int(sys.argv[2])
+    listener = listen("127.0.0.1", 0)
+    path = region_path(folder, dim=DIM, rows_max=ROWS_MAX, memory=folder / "no memory")
+    print(listener.getsockname()[1], flush=True)
+    return run_processes(
+        count,
+        open_region=lambda reader: SharedModel(path, dim=DIM, rows_max=ROWS_MAX, reader=reader, create=reader == 0),
+        work=lambda shared, workers: work(shared, listener, folder, workers),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
