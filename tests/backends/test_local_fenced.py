@@ -1,0 +1,91 @@
+"""One suite for every fenced writer: real Kafka's transactions and the log in memory behave alike."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from headrace.backends.log.fenced_kafka import FencedKafka
+from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
+from headrace.backends.log.kafka import KafkaAdmin
+from headrace.backends.log.memory import MemoryLog
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.interfaces.fenced import FencedWriter
+from headrace.contract.interfaces.log import TopicSpec
+from headrace.deploy.local.layout import Layout
+
+Make = Callable[[], FencedWriter]
+
+
+@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.real)])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Return what makes writers of one fresh topic, with one transactional id."""
+    topic = f"test-{uuid.uuid4().hex}"
+    if request.param == "memory":
+        log, epochs = MemoryLog(), WriterEpochs()
+        log.admin().ensure_topics([TopicSpec(topic, 1)])
+        return lambda: FencedMemory(log, topic, "writer", epochs)
+    layout: Layout = request.getfixturevalue("stack")
+    KafkaAdmin(layout.brokers).ensure_topics([TopicSpec(topic, 1)])
+    return lambda: FencedKafka(layout.brokers, topic, topic)
+
+
+def values(writer: FencedWriter, offset: int = 0) -> list[bytes]:
+    return [value for _, value in writer.read(offset)]
+
+
+def read_back(writer: FencedWriter, offset: int) -> tuple[int, bytes]:
+    """Return the next record: its marker may come a moment after the append."""
+    found = writer.read(offset, 10.0)
+    assert len(found) >= 1
+    return found[0]
+
+
+def test_what_is_appended_is_read_back_from_any_offset(make: Make) -> None:
+    writer = make()
+    assert values(writer) == []
+    writer.open()
+    offsets, following = [], 0
+    for value in (b"one", b"two", b"three"):
+        writer.append(value)
+        at, found = read_back(writer, following)
+        assert found == value
+        offsets.append(at)
+        following = at + 1
+    assert offsets == sorted(set(offsets))
+    assert values(writer) == [b"one", b"two", b"three"]
+    assert values(writer, offsets[1]) == [b"two", b"three"]
+    assert values(writer, following) == []
+    assert values(make()) == [b"one", b"two", b"three"], "reading needs no open"
+    writer.close()
+
+
+def test_a_writer_is_opened_before_it_appends(make: Make) -> None:
+    writer = make()
+    with pytest.raises(Unavailable, match="not its writer"):
+        writer.append(b"one")
+    writer.open()
+    writer.append(b"one")
+    assert read_back(writer, 0)[1] == b"one"
+    writer.close()
+
+
+def test_the_newest_writer_fences_off_all_earlier_ones(make: Make) -> None:
+    first, second = make(), make()
+    first.open()
+    first.append(b"first")
+    second.open()
+    with pytest.raises(InvariantBroken, match="another process became the writer"):
+        first.append(b"too late")
+    second.append(b"second")
+    at, _ = read_back(second, 0)
+    assert read_back(second, at + 1)[1] == b"second"
+    assert values(second) == [b"first", b"second"]
+    first.open()
+    first.append(b"first again")
+    with pytest.raises(InvariantBroken):
+        second.append(b"too late")
+    for writer in (first, second):
+        writer.close()
