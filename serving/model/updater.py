@@ -26,7 +26,7 @@ from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifes
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.log import Reader, Record
+from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot
@@ -91,14 +91,11 @@ class Updater:
 
     def _begin(self) -> None:
         topic = self.topics.model
-        at, end = self.reader.begin_offsets(topic)[0], self.reader.end_offsets(topic)[0]
-        self.reader.assign({(topic, 0): at})
-        until = self.clock.monotonic() + 5.0
-        while at < end and self.clock.monotonic() < until and not self.stop.is_set():
-            for record in self.reader.poll(100, 0.1):
-                self._note_manifest(record)
-                at = record.offset + 1
-        self._model_offset = at
+        ends = self.reader.end_offsets(topic)
+        # 3 s: a stage that is asked to stop does so within 5 s. What is Unavailable is read again.
+        for record in read_range(self.reader, topic, ends=ends, silent_s=3.0):
+            self._note_manifest(record)
+        self._model_offset = ends[0]
         self._follow()
 
     def _follow(self) -> None:
