@@ -131,7 +131,7 @@ def push(ring: Ring, low: np.uint64, high: np.uint64) -> Int:
 
 @numba.njit(cache=True)
 def drop_first(ring: Ring) -> None:
-    """Let the oldest row go."""
+    """Drop the oldest row."""
     row = ring.head[ROW]
     remove(ring, row)
     ring.head[FIRST] += 1

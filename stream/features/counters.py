@@ -123,8 +123,8 @@ def value_as_of(buckets: Mapping[int, Sequence[int]], counter: Counter, as_of_ms
 def aged(counter: Counter, values: tuple[float, ...], known_ms: int, as_of_ms: int) -> tuple[float, ...]:
     """Return values known as of `known_ms` as they are at `as_of_ms`, if nothing happened between.
 
-    Plain counts and sums stay: what leaves a window is written anew by who knows the buckets. Decayed ones shrink, and
-    recencies grow until they leave the window.
+    Plain counts and sums stay: the aggregator, which has the buckets, writes a new value when one leaves the window.
+    Decayed ones shrink, and recencies grow until they leave the window.
 
     >>> lately = Counter(name="item", key="item_id", counts=("last:click",), window_ms=4000, buckets=4)
     >>> aged(lately, (101.0,), 3600, 4100), aged(lately, (101.0,), 3600, 9000)

@@ -1,7 +1,7 @@
 """The one featurizer: raw fields and counters to slot ids and numbers, for stream, trainer, serving and replay.
 
 Pure and columnar: a row's result depends on that row and the specification alone, so any split into batches gives the
-same bits. The kinds of features are told in `headrace.contract.spec` and computed in `transforms`.
+same bits. `headrace.contract.spec` describes the kinds of features, and `transforms` computes them.
 
 Legend: N rows, F slots a row, D dense numbers a row.
 """

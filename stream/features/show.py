@@ -60,7 +60,7 @@ from headrace.stream.features.featurize import featurize
 def shown(feature: Feature, **columns: Sequence[Any]) -> list[str] | list[tuple[float, ...]]:
     """Return what a feature gives for each row: its slots as letters in order of appearance, or its numbers.
 
-    `-` is a pad. Equal letters are equal ids; of more than 26 the letters begin anew with a number.
+    `-` is a pad. Equal letters are equal ids; after 26 the letters begin again, with a number.
     """
     slots_NF, numeric_ND = featurize(
         {name: pa.array(values) for name, values in columns.items()}, FeatureSpec(features=(feature,))

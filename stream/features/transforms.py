@@ -114,7 +114,7 @@ class Inputs:
             self._numbers.update(zip(whole, np.where(np.isnan(values_CN), 0.0, values_CN), strict=True))
 
     def rate(self, rate: Rate) -> tuple[F64s, F64s]:
-        """Return the numbers of a rate that `rate_together` was told of."""
+        """Return the numbers of a rate that was given to `rate_together`."""
         return self._rates[rate]
 
     def bucket(self, feature: Bucket) -> U64s:

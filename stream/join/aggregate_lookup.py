@@ -1,4 +1,4 @@
-"""Counters over other keys than the partition's, as the aggregator told them, looked up by event time. Pure, compiled.
+"""Counters over other keys than the partition's, as the aggregator wrote them, looked up by event time. Pure, compiled.
 
 Legend: M places of the index, 2 the halves of a key, R keys, K values kept of a key, E entries, N rows of a call.
 """
@@ -44,7 +44,7 @@ class LookupArrays(NamedTuple):
 
 class AggregateLookup:
     """The newest values of each (counter, key). A key is forgotten once its value is zero and the watermark has passed
-    the time of that value."""
+    the time of that zero."""
 
     def __init__(self, counters: Sequence[Counter]) -> None:
         self.counters: dict[str, Counter] = {}

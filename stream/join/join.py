@@ -80,7 +80,7 @@ from headrace.stream.join.watermark import Watermark
 
 
 class JoinState:
-    """The whole state of one partition; `take` and `take_all` are its only ways on.
+    """The whole state of one partition. Only `take` and `take_all` change it.
 
     Args:
         project: whose rules are in force from the partition's beginning (change 1).
@@ -247,7 +247,7 @@ class JoinState:
         A record at or below `offset` is ignored. One that can't be decoded is counted (`bad_records`) and changes
         nothing else: the same every time the log is read.
 
-        Raises `Overloaded` when more than `join.pending_max` impressions wait; the state is of no use then.
+        Raises `Overloaded` when more than `join.pending_max` impressions wait; the state must not be used after that.
         """
         gathered = Gathered()
         for record in records:

@@ -91,7 +91,7 @@ class LocalCounter:
             present_N: False for a row without a key: it is not counted, and its values are zeros.
             feeds: the entries that these rows change.
             amounts_FN: what each row adds to them.
-            read: False where nobody asks for values; none are returned then.
+            read: False where values are not needed; none are returned then.
         """
         rows = len(times_N)
         out_NE = np.zeros((rows if read else 0, len(self._kinds_E)))

@@ -46,7 +46,7 @@ class Tables(NamedTuple):
     early: EarlyArrays
     windows_T: I64s
     eager_T: U8s
-    """1 where a task's negatives are told at once."""
+    """1 where a task emits a negative when the impression comes."""
     late_T: I64s
     """The lane of a task in which it waits for late feedback, or -1."""
 

@@ -58,8 +58,8 @@ class Gathered:
         self.labels: list[I64s] = []
         self.offsets: list[I64s] = []
         self.released: list[I64s] = []
-        """Sequence numbers of impressions that are let go unseen: an eager negative has become the last word, or no
-        late feedback is waited for any more."""
+        """Sequence numbers of impressions whose columns are dropped without a sample: no feedback came after an eager
+        negative, or none came late."""
         self.ids: list[pa.Array] = []
         self.ids_rows = 0
 

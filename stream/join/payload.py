@@ -23,13 +23,13 @@ PIECES_OPEN_MAX = 32
 
 
 class Spill(Protocol):
-    """Where full pieces lie when memory is short. What is there can be made anew from the log."""
+    """Where full pieces lie when memory is short. What is lost there can be read from the log again."""
 
     def put(self, name: str, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Store a batch and return it as it lies in the store, not in memory."""
 
     def drop(self, name: str) -> None:
-        """Let a batch go."""
+        """Delete a batch."""
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class Payload:
             self._spill()
 
     def take(self, seq_L: I64s, schema: pa.Schema) -> pa.RecordBatch:
-        """Return the rows with these sequence numbers, in this order, as `schema`, and let each go once."""
+        """Return the rows with these sequence numbers, in this order, as `schema`; each is needed once less."""
         pieces, piece_L = self._places(seq_L)
         low, high = int(piece_L.min()), int(piece_L.max())
         if low == high:
@@ -104,7 +104,7 @@ class Payload:
         return rows
 
     def release(self, seq_L: I64s) -> None:
-        """Let each of these rows go once, unseen."""
+        """Drop each of these rows without reading it; each is needed once less."""
         pieces, piece_L = self._places(seq_L)
         for at, count in enumerate(np.bincount(piece_L, minlength=len(pieces)).tolist()):
             pieces[at].live -= count
@@ -123,7 +123,7 @@ class Payload:
         self._spill()
 
     def clear(self) -> None:
-        """Let everything go, what was spilled too."""
+        """Drop everything, what was spilled too."""
         for piece in self.full:
             piece.live = 0
         self.open = []

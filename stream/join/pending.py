@@ -1,7 +1,7 @@
 """Impressions that wait for feedback, found by key, closed by time: 55 bytes each at most, 44 when full. Compiled.
 
 Rows lie in order of arrival; a row's sequence number is also where its payload is found. Lists of 128 ms hold the rows
-by the time that their windows begin; each task has a heap of the lists that it has not yet passed. A row is let go
+by the time that their windows begin; each task has a heap of the lists that it has not yet passed. A row is dropped
 when the longest window has passed its list, so what is answered early stays, without its key, until then.
 
 Legend: C capacity in rows, T tasks, B lists, H places of a heap, L labels of a call.
@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from headrace.kernels.arrays import I32s, I64s, Int, U8s, U64s
+from headrace.kernels.open_addressing import BY_PLACE, EMPTY, delete_at, move_places, place_of
 from headrace.kernels.ring_table import (
     FIRST,
     NEXT,
@@ -40,7 +41,6 @@ EVENT_MS, BASE_MS = 0, 1
 """Columns of `times_C2`: the impression's time, and when its windows begin."""
 IMPRESSIONS, POSITIVES, NEGATIVES, WAITING, MATCHED, DUPLICATE, LATE, ORPHANS, PENDING = range(9)
 """Columns of `counts_T9`."""
-_END, _FREE = -1, -2
 
 
 class PendingArrays(NamedTuple):
@@ -50,7 +50,7 @@ class PendingArrays(NamedTuple):
     times_C2: I64s
     bits_C3: U8s
     next_C: I32s
-    lists_B: I64s
+    lists_B2: U64s
     first_B: I32s
     heaps_TH: I64s
     sizes_T: I64s
@@ -86,8 +86,8 @@ class Pending:
             np.zeros((rows, 2), np.int64),
             np.zeros((rows, 3), np.uint8),
             np.empty(rows, np.int32),
-            np.zeros(256, np.int64),
-            np.full(256, _FREE, np.int32),
+            np.empty((256, 2), np.uint64),
+            np.full(256, EMPTY, np.int32),
             np.empty((tasks, 128), np.int64),
             np.zeros(tasks + 1, np.int64),
             counts_T9,
@@ -125,14 +125,14 @@ class Pending:
     def _reserve_lists(self, more: int) -> None:
         w = self.arrays
         known = int(w.sizes_T[-1])
-        if known + more > len(w.lists_B) // 2:
+        if known + more > len(w.first_B) // 2:
             places = 1 << int(2 * (known + more) - 1).bit_length()
-            if places > len(w.lists_B):
-                lists_B, first_B = np.zeros(places, np.int64), np.full(places, _FREE, np.int32)
-                _copy_lists(w.lists_B, w.first_B, lists_B, first_B)
+            if places > len(w.first_B):
+                lists_B2, first_B = np.empty((places, 2), np.uint64), np.full(places, EMPTY, np.int32)
+                move_places(w.first_B, w.lists_B2, first_B, lists_B2)
                 heaps_TH = np.empty((len(self.windows_ms), places), np.int64)
                 heaps_TH[:, : w.heaps_TH.shape[1]] = w.heaps_TH
-                self.arrays = w._replace(lists_B=lists_B, first_B=first_B, heaps_TH=heaps_TH)
+                self.arrays = w._replace(lists_B2=lists_B2, first_B=first_B, heaps_TH=heaps_TH)
 
     def expired(self, watermark_ms: int) -> tuple[I64s, I64s]:
         """Return sequence numbers and tasks of what the watermark closes, by (expiry, arrival, task). Resolves none."""
@@ -178,40 +178,14 @@ class Pending:
 
 
 @numba.njit(cache=True)
-def _list_place(lists_B: I64s, first_B: I32s, number: Int) -> Int:
-    mask = lists_B.shape[0] - 1
-    at = _list_home(number, mask)
-    while first_B[at] != _FREE and lists_B[at] != number:
-        at = (at + 1) & mask
-    return at
+def _spread(number: Int) -> np.uint64:
+    """Return bits of a list's number whose upper half differs between neighbours: 2**64 over the golden ratio."""
+    return np.uint64(number) * np.uint64(0x9E3779B97F4A7C15)
 
 
 @numba.njit(cache=True)
-def _list_home(number: Int, mask: Int) -> Int:
-    return np.int64((np.uint64(number) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
-
-
-@numba.njit(cache=True)
-def _forget_list(lists_B: I64s, first_B: I32s, number: Int) -> None:
-    mask = lists_B.shape[0] - 1
-    hole = _list_place(lists_B, first_B, number)
-    at = hole
-    while True:
-        at = (at + 1) & mask
-        if first_B[at] == _FREE:
-            first_B[hole] = _FREE
-            return
-        if ((at - _list_home(lists_B[at], mask)) & mask) >= ((at - hole) & mask):
-            lists_B[hole], first_B[hole] = lists_B[at], first_B[at]
-            hole = at
-
-
-@numba.njit(cache=True)
-def _copy_lists(old_B: I64s, old_first_B: I32s, lists_B: I64s, first_B: I32s) -> None:
-    for at in range(old_B.shape[0]):
-        if old_first_B[at] != _FREE:
-            place = _list_place(lists_B, first_B, old_B[at])
-            lists_B[place], first_B[place] = old_B[at], old_first_B[at]
+def _list_place(w: PendingArrays, number: Int) -> Int:
+    return place_of(w.first_B, w.lists_B2, BY_PLACE, np.uint64(number), _spread(number))
 
 
 @numba.njit(cache=True)
@@ -257,10 +231,9 @@ def _pop_heap(heap_H: I64s, size: Int) -> None:
 def link(w: PendingArrays, row: Int) -> None:
     """Put a row into the list of its base time."""
     number = w.times_C2[row, BASE_MS] >> LIST_BITS
-    place = _list_place(w.lists_B, w.first_B, number)
-    if w.first_B[place] == _FREE:
-        w.lists_B[place] = number
-        w.first_B[place] = _END
+    place = _list_place(w, number)
+    if w.first_B[place] == EMPTY:
+        w.lists_B2[place, 0], w.lists_B2[place, 1] = np.uint64(number), _spread(number)
         w.sizes_T[-1] += 1
         for task in range(w.heaps_TH.shape[0]):
             _push_heap(w.heaps_TH[task], w.sizes_T[task], number)
@@ -310,7 +283,7 @@ def _expired(w: PendingArrays, task: Int, upto_ms: Int, longest: bool) -> tuple[
     while w.sizes_T[task] > 0 and heap_H[0] << LIST_BITS <= upto_ms:
         number = heap_H[0]
         passed = ((number + 1) << LIST_BITS) - 1 <= upto_ms
-        row = np.int64(w.first_B[_list_place(w.lists_B, w.first_B, number)])
+        row = np.int64(w.first_B[_list_place(w, number)])
         while row >= 0:
             if w.times_C2[row, BASE_MS] <= upto_ms and (w.bits_C3[row, OPEN] >> task) & 1:
                 if count == seqs_L.shape[0]:
@@ -325,7 +298,7 @@ def _expired(w: PendingArrays, task: Int, upto_ms: Int, longest: bool) -> tuple[
         _pop_heap(heap_H, w.sizes_T[task])
         w.sizes_T[task] -= 1
         if longest:
-            _forget_list(w.lists_B, w.first_B, number)
+            delete_at(w.first_B, w.lists_B2, BY_PLACE, _list_place(w, number))
             w.sizes_T[-1] -= 1
     return seqs_L[:count], bases_L[:count]
 

@@ -68,7 +68,7 @@ class RulesInForce:
 
     @property
     def takes(self) -> int:
-        """How often the columns of one impression are taken or let go."""
+        """How often the columns of one impression are read or dropped."""
         return self.lanes_open + int(self.eager_T.sum())
 
 

@@ -1,7 +1,7 @@
 """The watermark of one partition: up to when all events are there. Pure; only punctuation moves it.
 
-Each gateway promises now and then "I will append nothing older than t here". The watermark is the least promise,
-leaving out gateways that said goodbye, those whose promise stood still while another's went on by `silent_ms`, and
+Each gateway promises now and then: "I will append nothing older than t here". The watermark is the least promise. It
+leaves out gateways that said goodbye, those whose promise stood still while another's went on by `silent_ms`, and
 those that speak of times more than `silent_ms` before the watermark. It never goes back.
 
 How far another went on is the sum of its steps since the gateway's last one, each counted as a quarter of `silent_ms`
@@ -34,8 +34,8 @@ class Watermark:
     def take(self, punctuation: Punctuation) -> int:
         """Apply one promise and return the watermark.
 
-        A promise of an older epoch is ignored: the gateway began anew since. A newer epoch replaces what the gateway
-        said before. A goodbye counts once more, as the gateway's last promise; then the gateway is left out.
+        A promise of an older epoch is ignored: the gateway has restarted since. A newer epoch replaces what the
+        gateway said before. A goodbye counts once more, as the gateway's last promise; then the gateway is left out.
         """
         speaker = punctuation.gateway
         epoch, before = self.gateways.get(speaker, (punctuation.epoch, NO_TIME))
