@@ -15,16 +15,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.kafka import KafkaReader
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.log import Reader, read_range
+from headrace.contract.interfaces.log import read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.chaos.account import Account, all_there, closes
 from headrace.deploy.local.chaos.crawl_run import CrawlRun, lake_of
@@ -34,6 +32,7 @@ from headrace.deploy.local.chaos.plan import needed
 from headrace.deploy.local.layout import Layout
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.settled import SettledCounts, check_settled
+from headrace.replay.ledger.take_stock import take_stock
 
 DRAINED_S = 120.0
 VALUES_ON_THEIR_WAY_MS = 10_000
@@ -51,8 +50,6 @@ class ChaosRun:
     """Processes that share the forward port."""
     port_base: int | None
     """Where the ports begin; None looks for free ones."""
-    take_stock: Callable[[Reader, DeltaLake], Ledger]
-    """Draws the ledger of a log and a lake."""
     say: Say
 
     def run(self, account: Account) -> None:
@@ -91,7 +88,13 @@ class ChaosRun:
         while True:
             self._await_rest(layout, until)
             self.say("samples and lake stand still; drawing the ledger")
-            ledger = self.take_stock(KafkaReader(layout.brokers), lake_of(layout, self.config))
+            ledger = take_stock(
+                self.project,
+                self.config,
+                Topics(self.config.log.generation),
+                KafkaReader(layout.brokers),
+                lake_of(layout, self.config),
+            )
             if all_there(ledger, account.stages) or time.monotonic() > until:
                 return ledger
             self.say(

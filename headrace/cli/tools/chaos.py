@@ -15,21 +15,18 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from random import Random
 
 import msgspec
 
 from headrace.cli.project_folder import find_project, load_project
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.chaos.account import Account
 from headrace.deploy.local.chaos.load import seed_from_system
 from headrace.deploy.local.chaos.plan import NEEDS, STREAM, draw_kills, victims_of
 from headrace.deploy.local.chaos.run import ChaosRun
 from headrace.deploy.local.readiness import quiet_clients
 from headrace.replay.ledger.ledger import table as ledger_table
-from headrace.replay.ledger.take_stock import take_stock
 
 KILLS, STREAM_KILLS = 20, 30
 
@@ -88,7 +85,6 @@ def main(args: argparse.Namespace) -> int:
         config=config,
         gateways=args.gateways,
         port_base=args.port_base or None,
-        take_stock=partial(take_stock, project, config, Topics(config.log.generation)),
         say=lambda text: print(f"{time.monotonic() - begin:6.1f} s  {text}", file=out, flush=True),
     )
     try:
