@@ -122,7 +122,7 @@ def project(recipe: Recipe, **task: object) -> Project:
         (Recipe(model="module", module="nobody"), {}, "no model function"),
         (Recipe(delayed="fake_negative_weighted"), {}, "eager tasks"),
         (Recipe(delayed="fake_negative_weighted"), {"policy": "eager", "correction_weight": 2.0}, "weigh 1"),
-        (Recipe(delayed="fake_negative_calibrated", calibrate=True), {"policy": "eager"}, "bend the scores"),
+        (Recipe(delayed="fake_negative_calibrated", calibrate=True), {"policy": "eager"}, "change the scores"),
         (Recipe(l1_table=0.1), {}, "l1_table"),
         (Recipe(slot_dims={"b": 2}), {}, "slots have"),
         (Recipe(slot_dims={"a": 9}), {}, "above recipe.dim"),
