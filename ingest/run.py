@@ -7,10 +7,10 @@ import logging
 import threading
 from collections.abc import Sequence
 
+from headrace.ingest.compile_decoders import compile_decoders
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.forward.forward_server import ForwardServer
 from headrace.ingest.gateway.admission import Companion
-from headrace.ingest.gateway.compile_decoders import compile_decoders
 from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.gateway.loop import GatewayLoop, Ready

@@ -42,8 +42,16 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.ingest.dead_letters.leased_producer import LeasedProducer
-from headrace.ingest.dead_letters.spans import letters
-from headrace.ingest.dead_letters.view import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
+from headrace.ingest.dead_letters.letters import (
+    Filter,
+    Letter,
+    States,
+    id_of,
+    read_letters,
+    record_of,
+    time_ns_of,
+    why_not_retried,
+)
 from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.dependencies import GatewayDependencies
@@ -173,18 +181,18 @@ class Retry:
         """Read what marks and letters tell."""
         states = States(self._marks())
         if states.fates or states.doubtful:
-            for letter in letters(self._reader, self._topics.dead_letters, end):
-                states.see(letter)
-            for letter in letters(self._reader, self._topics.dead_letters, end):
+            for letter in read_letters(self._reader, self._topics.dead_letters, end):
+                states.note(letter)
+            for letter in read_letters(self._reader, self._topics.dead_letters, end):
                 if states.fate(letter.offset) in ("appended", "repeated"):
                     self._taken.add(self._identity(letter))
         return states
 
     def _identity(self, letter: Letter) -> bytes:
-        return digest(letter.told.tag, self._id(letter))
+        return digest(letter.content.tag, self._id(letter))
 
     def _id(self, letter: Letter) -> str:
-        return id_of(letter, record_of(letter.told)[0], self._topics.dead_letters)
+        return id_of(letter, record_of(letter.content)[0], self._topics.dead_letters)
 
     def _find_out(self, states: States, end: int, report: Report) -> None:
         """Tell what became of letters that a retry named before it was killed."""
@@ -193,7 +201,7 @@ class Retry:
             return
         held = {
             letter.offset: letter
-            for letter in letters(self._reader, self._topics.dead_letters, end)
+            for letter in read_letters(self._reader, self._topics.dead_letters, end)
             if letter.offset in doubtful
         }
         found: dict[int, Fate] = {}
@@ -239,20 +247,20 @@ class Retry:
         batch: list[Letter] = []
         size = 0
         skipped = Counter[str]()
-        for letter in letters(self._reader, self._topics.dead_letters, end):
+        for letter in read_letters(self._reader, self._topics.dead_letters, end):
             if not chosen.takes(letter):
                 continue
             state = states.of(letter.offset)
-            why = f"{state} before" if state != "open" else why_not(letter)
+            why = f"{state} before" if state != "open" else why_not_retried(letter)
             if why:
                 skipped[why] += 1
                 report.skipped = dict(skipped)
                 continue
-            if batch and (len(batch) >= BATCH_LETTERS or size + len(letter.told.raw) > BATCH_BYTES):
+            if batch and (len(batch) >= BATCH_LETTERS or size + len(letter.content.raw) > BATCH_BYTES):
                 yield batch
                 batch, size = [], 0
             batch.append(letter)
-            size += len(letter.told.raw)
+            size += len(letter.content.raw)
         if batch:
             yield batch
 
@@ -285,11 +293,11 @@ class Retry:
             if self._identity(letter) in self._taken:
                 fates[letter.offset] = "repeated"
                 continue
-            record = record_of(letter.told)[0]
+            record = record_of(letter.content)[0]
             if isinstance(record, dict):
                 record = {**record, "event_id": record.get("event_id") or self._id(letter)}
-            what = message_of(letter.told.tag, [(time_ns_of(letter.told, record), record)])
-            size = len(letter.told.raw)
+            what = message_of(letter.content.tag, [(time_ns_of(letter.content, record), record)])
+            size = len(letter.content.raw)
             gateway.offer(what, size, Peer(str(letter.offset)), partial(_settled, fates, letter.offset))
         while len(fates) < len(batch):
             gateway.drained()
@@ -310,7 +318,7 @@ class Retry:
             report.repeated += fate == "repeated"
             report.skipped_lines += fate == "skipped"
             if fate == "refused":
-                refused[reasons.get(letter.offset, letter.told.reason)] += 1
+                refused[reasons.get(letter.offset, letter.content.reason)] += 1
             else:
                 self._taken.add(self._identity(letter))
         report.refused = dict(refused)
