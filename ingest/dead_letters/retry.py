@@ -3,13 +3,13 @@
 The protocol, in the words that the tests use:
 
 1. *Claim.* The pen of the `retries` topic is taken: the broker lets only its newest holder write marks.
-2. *Find out.* Letters that a `retrying` mark names and nothing tells the fate of are looked for: their event ids in
-   `events` from the offsets that the mark holds, and newer letters that name them. What is found is told in a `retried`
-   mark; what is not is open again. A mark that is younger than its lease is waited for: its retry may still be at work.
+2. *Find out.* Letters that a `retrying` mark names, and whose fate is not known, are looked for: their event ids in
+   `events` from the offsets that the mark holds, and newer letters that name them. A `retried` mark says what was
+   found; the others are open again. A mark younger than its lease is waited for: its retry may still be at work.
 3. *Mark.* A `retrying` mark with the batch's letters and the end offsets of `events` is committed.
 4. *Offer.* Each letter's record goes through a gateway in this process, under its own event id or the one that the
    letter holds, and with its own time. What is refused again becomes a newer letter that names this one.
-5. *Settle.* When Kafka has receipts for the whole batch, a `retried` mark tells each letter's fate.
+5. *Settle.* When Kafka has receipts for the whole batch, a `retried` mark holds each letter's fate.
 
 Killed before 3, nothing happened. Killed between 3 and 5, the next retry finds out. A holder that was paused, and whose
 pen was taken, appends nothing once half its lease is over; the one record that may be under way then has the id under
@@ -60,14 +60,14 @@ from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.gateway.repeats import digest
 
 LEASE_MS = 30_000
-"""How long a batch may take before another retry thinks its holder dead. A batch takes well under a second."""
+"""How long a batch may take before another retry takes its holder for dead. A batch takes well under a second."""
 BATCH_LETTERS, BATCH_BYTES = 200, 1_048_576
 SCAN_MS = 600_000
 """How long after its mark a killed retry's record may still have come into the log: the producer gives up after 5
 minutes; twice that is searched."""
 _WAIT_S, _TICK_S = 1.0, 0.002
 _NEVER_MS = 600_000
-"""A batch's gateway promises nothing: its events are old, and the watermark is for the living gateways to move."""
+"""The gateway of a batch writes no punctuation: its events are old, and only gateways that run move the watermark."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -136,7 +136,7 @@ class Retry:
         warm = True
         for batch in self._batches(states, chosen, ends, report):
             if warm:
-                # Compilers run at the first batch: before the mark, so that they take nothing of its lease.
+                # The first batch compiles the decoders: before the mark, so that this takes nothing of its lease.
                 self._offer(batch[:1], DryRunProducer(), self._clock.monotonic() + _NEVER_MS / 1000)
                 warm = False
             self._take(batch, report)
@@ -178,7 +178,7 @@ class Retry:
     # -- 2. find out
 
     def _survey(self, end: int) -> States:
-        """Read what marks and letters tell."""
+        """Return each letter's state by the marks and by newer letters."""
         states = States(self._marks())
         if states.fates or states.doubtful:
             for letter in read_letters(self._reader, self._topics.dead_letters, end):
@@ -195,7 +195,7 @@ class Retry:
         return id_of(letter, record_of(letter.content)[0], self._topics.dead_letters)
 
     def _find_out(self, states: States, end: int, report: Report) -> None:
-        """Tell what became of letters that a retry named before it was killed."""
+        """Mark what became of letters that a retry named before it was killed."""
         doubtful = dict(states.doubtful)
         if not doubtful:
             return
@@ -227,7 +227,7 @@ class Retry:
         return {self._id(letter), *trial.event_ids}
 
     def _ids_in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
-        """Return which event ids are in the log behind a mark; None where the log no longer reaches back to it."""
+        """Return which event ids are in the log behind a mark; None where the log no longer reaches back so far."""
         topic = self._topics.events
         begins, ends = self._reader.begin_offsets(topic), self._reader.end_offsets(topic)
         if any(begins[p] > mark.ends.get(p, 0) for p in begins):

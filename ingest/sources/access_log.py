@@ -221,7 +221,7 @@ def _as_text(value: Any) -> str | None:
 
 
 def plain_text(value: str, *, escaped: bool = True) -> str:
-    r"""Return a logged value as it was: nginx's `\xHH`, Apache's `\"` and its kin undone.
+    r"""Return a logged value as it was: nginx's `\xHH`, Apache's `\"` and other escapes undone.
 
     >>> plain_text(r"caf\xC3\xA9 \x22quoted\x22")
     'café "quoted"'

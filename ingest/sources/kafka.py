@@ -178,11 +178,11 @@ class KafkaSource:
             group.settle(claim, position)
 
     def _tell(self, group: Group) -> None:
-        standing = group.standing()
-        self._metrics.set("lag_records", standing.lag_records, topic=self._config.topic)
-        if standing.gap_records > self._gap:
-            self._metrics.add("gap_total", standing.gap_records - self._gap, topic=self._config.topic)
-            self._gap = standing.gap_records
+        status = group.status()
+        self._metrics.set("lag_records", status.lag_records, topic=self._config.topic)
+        if status.gap_records > self._gap:
+            self._metrics.add("gap_total", status.gap_records - self._gap, topic=self._config.topic)
+            self._gap = status.gap_records
 
 
 def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Message]:

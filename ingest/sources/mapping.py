@@ -202,7 +202,7 @@ class Mapper:
         return variables
 
 
-def together(parts: int, acked: Acked | None) -> Acked | None:
+def acked_together(parts: int, acked: Acked | None) -> Acked | None:
     """Return what each of `parts` messages is acked by: the last one to settle calls `acked`, with the sum of all.
 
     Without any part there is nothing to wait for, and `acked` is called at once.

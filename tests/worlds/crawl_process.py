@@ -22,7 +22,7 @@ from headrace.backends.clock import SystemClock
 from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import set_logging
-from headrace.cli.stages.crawl import _quieten
+from headrace.cli.stages.crawl import _quiet_scrapy
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
 from headrace.contract.formats.events import decode_batch
@@ -84,7 +84,7 @@ class FileLog:
 def main() -> None:
     folder, mode, receipt_s = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
     set_logging("INFO")
-    _quieten()
+    _quiet_scrapy()
     declared = msgspec.json.decode((folder / "crawls.json").read_bytes(), type=Declared)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -3,7 +3,7 @@
 On SIGTERM it stops reading, appends what it holds, acks it, says goodbye to every partition and exits 0 in 5 seconds.
 Secrets come from the environment. HEADRACE_SHARED_KEY asks every shipper for Fluent's shared-key handshake,
 HEADRACE_PRIVACY_KEY hashes the fields that the project declares private,
-HEADRACE_USERS (`name:password`, one a line or parted by commas) for a user as well, HEADRACE_TLS_PASSWORD opens an
+HEADRACE_USERS (`name:password`, one a line or separated by commas) for a user as well, HEADRACE_TLS_PASSWORD opens an
 encrypted TLS key, HEADRACE_TOKENS asks the HTTP collector's clients for one of these tokens. TLS begins with
 `ingest.tls_cert` and `ingest.tls_key` in headrace.toml, or the flags.
 """
