@@ -138,7 +138,7 @@ class Collector:
         return Starlette(routes=routes, exception_handlers={HTTPException: _nothing_here})
 
     async def preflight(self, request: Request) -> Response:
-        """Answer a browser's question before it sends from another origin."""
+        """Answer a browser's preflight request, before it sends from another origin."""
         if not self._known_origin(request):
             return self._counted(request, problem(403, _FOREIGN, _ALLOW))
         headers = {

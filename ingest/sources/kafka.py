@@ -16,8 +16,8 @@ A crash, or a partition given to another gateway, anywhere before 4 means that r
 appended them, else the stream, drops their events by id.
 
 Shippers write null keys by default, which spread over partitions: order between records is that of the partition only,
-and there is none where no key is configured. The join needs none (feedback that comes first waits for its impression,
-`join.early_feedback_ms`), but an impression then sees counters as they stood when it was read.
+and there is none where no key is configured. The join does not depend on it (feedback that comes first waits for its
+impression, `join.early_feedback_ms`), but an impression then sees counters as they stood when it was read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ log = logging.getLogger("headrace.ingest")
 _TAKE_MAX = 500
 """Most records in one turn of the loop: some 15 ms of decoding, in which no connection is served."""
 _BUSY_S, _IDLE_S = 0.002, 0.02
-_TELL_S = 1.0
+_REPORT_S = 1.0
 _AGAIN_S = 0.5
 """Time between offers of what the gateway refused."""
 _SETTLE_S, _LEAVE_S = 1.0, 0.8
@@ -64,7 +64,7 @@ class Run(msgspec.Struct):
 
 
 class Positions:
-    """What was offered of each claim, in order, and how far it is settled without a hole. Pure."""
+    """What was offered of each claim, in order, and how far it is settled without a gap. Pure."""
 
     def __init__(self) -> None:
         self._runs: defaultdict[Claim, deque[Run]] = defaultdict(deque)
@@ -113,12 +113,12 @@ class KafkaSource:
         group = self._open_group()
         closed = False
         try:
-            tell_s = loop.time()
+            report_s = loop.time()
             while not stopping.is_set():
                 busy = self.turn(admission, group, loop.time())
-                if loop.time() >= tell_s:
-                    tell_s = loop.time() + _TELL_S
-                    self._tell(group)
+                if loop.time() >= report_s:
+                    report_s = loop.time() + _REPORT_S
+                    self._report(group)
                 await asyncio.sleep(_BUSY_S if busy else _IDLE_S)
             until = loop.time() + _SETTLE_S
             while self._positions.in_flight and loop.time() < until:
@@ -177,7 +177,7 @@ class KafkaSource:
         if position is not None:
             group.settle(claim, position)
 
-    def _tell(self, group: Group) -> None:
+    def _report(self, group: Group) -> None:
         status = group.status()
         self._metrics.set("lag_records", status.lag_records, topic=self._config.topic)
         if status.gap_records > self._gap:
