@@ -260,14 +260,13 @@ class Gateway:
             headers["type"] = declared.name
         self._queue.add(
             Outgoing(
-                self._topics.events,
-                piece.partition,
-                piece.value,
-                headers,
-                None,
-                chunks,
-                APPENDED,
-                piece.rows,
+                topic=self._topics.events,
+                partition=piece.partition,
+                value=piece.value,
+                headers=headers,
+                chunks=chunks,
+                outcome=APPENDED,
+                rows=piece.rows,
                 oldest_ms=piece.oldest_ms,
             )
         )
@@ -316,14 +315,14 @@ class Gateway:
             chunk.waiting += 1
         self._queue.add(
             Outgoing(
-                self._topics.dead_letters,
-                0,
-                encode_dead_letter(letter),
-                {"gateway": self._name, "epoch": str(self.epoch)},
-                chunk.origin.encode(),
-                [(chunk, 1)],
-                DEAD,
-                1,
+                topic=self._topics.dead_letters,
+                partition=0,
+                value=encode_dead_letter(letter),
+                headers={"gateway": self._name, "epoch": str(self.epoch)},
+                key=chunk.origin.encode(),
+                chunks=[(chunk, 1)],
+                outcome=DEAD,
+                rows=1,
                 reason=reason,
             )
         )
