@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 
 from headrace.contract.interfaces.frontier import Page
-from headrace.ingest.crawl.dependencies import CrawlDependencies
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 
 _GAUGES_S = 1.0
 

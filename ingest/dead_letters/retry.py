@@ -54,9 +54,9 @@ from headrace.ingest.dead_letters.letters import (
 )
 from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
-from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.gateway.dry_run import DryRunProducer, event_ids
 from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.repeats import digest
 
 LEASE_MS = 30_000

@@ -17,7 +17,7 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.ingest.forward.endpoint import Endpoint
-from headrace.ingest.forward.handshake import Handshake
+from headrace.ingest.forward.fluent_handshake import Handshake
 from headrace.ingest.forward.protocol import Decoder, Ping, Refused, encode_ack
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Peer, peer_of

@@ -34,11 +34,11 @@ from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_re
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
-from headrace.ingest.gateway.dependencies import GatewayDependencies
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
 from headrace.ingest.gateway.send_queue import Outgoing, SendQueue
-from headrace.ingest.sources.mapping import acked_together, mappers_of
+from headrace.ingest.sources.access_log_events import acked_together, mappers_of
 from headrace.kernels.hashes import hash64_texts
 
 CHUNKS_REMEMBERED = 400_000

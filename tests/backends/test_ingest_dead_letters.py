@@ -32,8 +32,8 @@ from headrace.contract.interfaces.log import read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import Layout
 from headrace.ingest.dead_letters.letters import read_letters
-from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 
 pytestmark = pytest.mark.real
 WORLDS = Path(__file__).resolve().parents[1] / "worlds"

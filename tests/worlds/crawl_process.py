@@ -28,8 +28,8 @@ from headrace.contract.crawl import Crawl
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
-from headrace.ingest.crawl.dependencies import CrawlDependencies
-from headrace.ingest.crawl.stage import CrawlStage
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
+from headrace.ingest.crawl.crawl_stage import CrawlStage
 
 PARTITIONS = 3
 

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
     from headrace.backends.frontier_sqlite import SqliteFrontier
-    from headrace.ingest.crawl.dependencies import CrawlDependencies
-    from headrace.ingest.crawl.stage import CrawlStage
+    from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
+    from headrace.ingest.crawl.crawl_stage import CrawlStage
 
     runtime = open_runtime(args)
     crawls = sources(runtime, args.sources)

@@ -32,11 +32,11 @@ from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
 from headrace.ingest.forward.endpoint import Endpoint, read_users
 from headrace.ingest.gateway.admission import Companion
-from headrace.ingest.gateway.dependencies import GatewayDependencies
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.http.access import read_tokens
 from headrace.ingest.http.collector import Collector, CollectorEndpoint
 from headrace.ingest.run import run
-from headrace.ingest.sources.kafka import KafkaSource
+from headrace.ingest.sources.kafka_source import KafkaSource
 from headrace.ingest.tls_identity import TlsIdentity
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
