@@ -102,8 +102,8 @@ def declared(url: str, pages: int, delay_ms: int, every_ms: int) -> Crawl:
 
 def crawl(folder: Path, url: str, pages: int, delay_ms: int) -> None:
     """Crawl what is due, once."""
-    from headrace.ingest.crawl.dependencies import CrawlDependencies
-    from headrace.ingest.crawl.stage import CrawlStage
+    from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
+    from headrace.ingest.crawl.crawl_stage import CrawlStage
 
     log = MemoryLog()
     log.admin().ensure_topics(Topics().specs(PARTITIONS))

@@ -12,7 +12,7 @@
    gateway counts it once.
 
 Make one after forking; several processes may name the same `spool_dir`, each takes a slot of it and adopts what dead
-ones left.
+processes left.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ENTRY, _CHUNK, _ACK = 1, 2, 3
 _SLOTS = 64
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 2.0
 _SEGMENT_MAX = 4_194_304
-"""A segment ends at 4 MiB: small enough to be removed soon, large enough to be seldom made."""
+"""A segment ends at 4 MiB: small enough to be removed soon, large enough to be made seldom."""
 
 
 class _Segment:
@@ -121,11 +121,11 @@ class Sender(FluentSender):  # type: ignore[misc]
     """fluent-logger's interface (`emit`, `emit_with_time`, `close`) with acks and a spool.
 
     Args:
-        flush_ms: longest time that an event waits for company.
+        flush_ms: longest time that an event waits for others to join its chunk.
         chunk_bytes: a chunk is closed at this size; while the gateway is away, chunks grow to it.
         window: most chunks on their way without an ack.
         spool_bytes_max: bound of the spool on disk, and so of the memory that mirrors it; beyond it `emit` raises.
-        block_s: longest that `emit` waits for its turn.
+        block_s: longest that `emit` waits for the lock.
         ack_timeout_s: without any ack for so long, the connection is given up and its chunks are sent again.
     """
 
@@ -150,7 +150,7 @@ class Sender(FluentSender):  # type: ignore[misc]
         self._chunk_bytes, self._window, self._fsync = chunk_bytes, window, fsync
         self._spool_max, self._block_s, self._ack_timeout_s = spool_bytes_max, block_s, ack_timeout_s
         self._segment_max = max(4_096, min(_SEGMENT_MAX, spool_bytes_max // 8))
-        self._turn = threading.Condition(threading.Lock())
+        self._lock = threading.Condition(threading.Lock())
         self._open: dict[str, _Chunk] = {}
         self._ready: deque[_Chunk] = deque()
         self._sent: dict[str, _Chunk] = {}
@@ -198,7 +198,7 @@ class Sender(FluentSender):  # type: ignore[misc]
         entry = b"\x92\xd7\x00" + _TIME.pack(*divmod(time_ns, 10**9)) + msgpack.packb(data)
         name = tag.encode()
         payload = len(name).to_bytes(2, "little") + name + entry
-        if not self._turn.acquire(timeout=self._block_s):
+        if not self._lock.acquire(timeout=self._block_s):
             raise Overloaded(f"the spool was busy for {self._block_s} s; offer the event again.")
         try:
             if self._stop:
@@ -223,26 +223,26 @@ class Sender(FluentSender):  # type: ignore[misc]
                 with suppress(Overloaded):
                     self._close_chunk(tag)
         finally:
-            self._turn.release()
+            self._lock.release()
         if wake:
             self._wake()
         return True
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything is acked; say whether that came in time."""
-        with self._turn:
-            return self._turn.wait_for(lambda: self._unacked == 0, timeout)
+        with self._lock:
+            return self._lock.wait_for(lambda: self._unacked == 0, timeout)
 
     def close(self, timeout: float = 5.0) -> None:
         """Flush, then stop. What has no ack by then stays in the spool for the next sender."""
         if self._stop:
             return
         self.flush(timeout)
-        with self._turn:
+        with self._lock:
             self._stop = True
         self._wake()
         self._thread.join(timeout=self.timeout + 2)
-        with self._turn:
+        with self._lock:
             for segment in self._segments:
                 segment.close()
                 if self._unacked == 0:
@@ -290,7 +290,7 @@ class Sender(FluentSender):  # type: ignore[misc]
         self._unacked += chunk.count
 
     def _close_chunks(self, now_s: float, *, away: bool) -> None:
-        """Close chunks that are due and note their ids, in the order in which they were begun. Called with the turn."""
+        """Close chunks that are due and note their ids, in the order in which they were begun. The lock is held."""
         for tag, chunk in list(self._open.items()):
             full = chunk.size >= self._chunk_bytes
             if full or (not away and now_s - chunk.since_s >= self._flush_s):
@@ -308,7 +308,7 @@ class Sender(FluentSender):  # type: ignore[misc]
         self._ready.append(self._open.pop(tag))
 
     def _acked(self, name: str) -> None:
-        with self._turn:
+        with self._lock:
             chunk = self._sent.pop(name, None)
             if chunk is None:
                 return
@@ -323,7 +323,7 @@ class Sender(FluentSender):  # type: ignore[misc]
                 gone.path.unlink(missing_ok=True)
                 self._spool_bytes -= gone.size
             if self._unacked == 0:
-                self._turn.notify_all()
+                self._lock.notify_all()
 
     # -- the background thread
 
@@ -339,7 +339,7 @@ class Sender(FluentSender):  # type: ignore[misc]
             except (OSError, ValueError, msgpack.UnpackException) as error:
                 self.last_error = error
             self._close()
-            with self._turn:
+            with self._lock:
                 # On the next connection under the same ids, before anything newer.
                 self._ready.extendleft(reversed(self._sent.values()))
                 self._sent.clear()
@@ -349,7 +349,7 @@ class Sender(FluentSender):  # type: ignore[misc]
     def _wait_away(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._stop and (left := until - time.monotonic()) > 0:
-            with self._turn, suppress(Overloaded):
+            with self._lock, suppress(Overloaded):
                 self._close_chunks(time.monotonic(), away=True)
             time.sleep(min(left, 0.05))
 
@@ -387,7 +387,7 @@ class Sender(FluentSender):  # type: ignore[misc]
         parts: list[bytes] = []
         segments: list[_Segment] = []
         size = 0
-        with self._turn:
+        with self._lock:
             with suppress(Overloaded):
                 self._close_chunks(time.monotonic(), away=False)
             while self._ready and len(self._sent) < self._window and size < 1_048_576:
@@ -404,7 +404,7 @@ class Sender(FluentSender):  # type: ignore[misc]
 
     def _pause_s(self) -> float:
         """Return how long the thread may sleep: until the next chunk is due, or until it is woken."""
-        with self._turn:
+        with self._lock:
             since = min((chunk.since_s for chunk in self._open.values()), default=None)
             room = len(self._sent) < self._window
         if since is None or not room:

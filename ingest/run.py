@@ -7,12 +7,12 @@ import logging
 import threading
 from collections.abc import Sequence
 
+from headrace.ingest.compile_decoders import compile_decoders
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.forward.forward_server import ForwardServer
 from headrace.ingest.gateway.admission import Companion
-from headrace.ingest.gateway.compile_decoders import compile_decoders
-from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.gateway.gateway import Gateway
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.loop import GatewayLoop, Ready
 from headrace.ingest.open_files import allow_open_files
 from headrace.ingest.tls_identity import TlsIdentity

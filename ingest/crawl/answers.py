@@ -13,7 +13,7 @@ from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, Igno
 from scrapy.http import Response
 
 from headrace.contract.interfaces.frontier import Body, Found, Page, Settled
-from headrace.ingest.crawl.dependencies import CrawlDependencies
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.extract import Document, extract
 from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
 

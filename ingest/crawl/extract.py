@@ -94,7 +94,7 @@ def extract(document: Document, crawl: Crawl) -> Extracted:
         else:
             _read_markup(document, crawl, found)
     except (ValueError, TypeError, RecursionError, zlib.error, jmespath.exceptions.JMESPathError):
-        # Bytes that no reader takes: the document gives nothing, and its source says so.
+        # Bytes that cannot be read: the document gives nothing, and `left_out` counts it.
         return Extracted(left_out=Counter(broken=1))
     return found
 
@@ -191,7 +191,7 @@ def _add_rows(found: Extracted, crawl: Crawl, document: Document, parts: Iterato
 
 
 def _value(part: Any, find: Any, one: Extract, document: Document) -> Value:
-    """Return the declared value or None. Raises `ValueError` where something stands there that is not of its type."""
+    """Return the declared value or None. Raises `ValueError` where what is found is not of its type."""
     several = [document.url] if one.at == "url" else find(part, one.at)
     if one.pattern:
         matches = (re.search(one.pattern, v) if isinstance(v, str) else None for v in several)

@@ -28,7 +28,7 @@ RECORD_ROWS, RECORD_BYTES = 500, 512_000
 """Most versions and most text in one record, below the broker's limit; one version of more is a record by itself."""
 _IN_FLIGHT_MAX = 16
 _TURN_S = 0.03
-"""Time between turns: what is settled meanwhile goes together, and the disk is waited for once."""
+"""Time between turns: what is settled meanwhile is sent together, after one wait for the disk."""
 
 
 class _Sent(msgspec.Struct):
@@ -97,7 +97,7 @@ class OutboxSender:
             try:
                 self._producer.send(topic, partition, value, key=key, headers=headers, delivered=delivered)
             except Overloaded:
-                # The queue is this producer's alone and drains by receipts: wait for some, the order stays.
+                # Nothing else fills this producer's queue, and receipts empty it: wait for some. The order stays.
                 self._producer.poll(0.05)
             else:
                 return

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 
 from headrace.contract.interfaces.frontier import Page
-from headrace.ingest.crawl.dependencies import CrawlDependencies
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 
 _GAUGES_S = 1.0
 
@@ -63,7 +63,7 @@ class Scheduler:
         return self._clock.now_ms() if self._until_ms is None else self._until_ms
 
     def set_gauges(self) -> None:
-        """Tell how many addresses are known, once a second."""
+        """Set how many addresses are known, once a second."""
         now_s = self._clock.monotonic()
         if now_s >= self._gauges_s:
             self._gauges_s = now_s + _GAUGES_S

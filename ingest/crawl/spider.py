@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 
 from headrace.contract.interfaces.frontier import Page
 from headrace.ingest.crawl.answers import Answers
-from headrace.ingest.crawl.dependencies import CrawlDependencies
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.scheduler import Scheduler
 
 _IDLE_S = 0.1

@@ -1,14 +1,14 @@
 """A ceiling on the share of dead letters: a bad deploy is stopped while its shippers still hold its events. Pure.
 
 Every declared tag has a window of its own; tags that nobody declared share one, and their share is that of all events.
-So what one service does wrong stops no other one. A window is
+So a fault of one service stops no other one. A window is
 
 - *open*: chunks are taken; whatever is wrong with single events, they become dead letters.
 - *shut*, once more than `dead_letter_share_max` of at least `dead_letter_events_min` events within
   `dead_letter_window_ms` were refused: chunks whose sender waits for an ack are neither taken nor acked, and not lost:
   their sender has them. What asks for no ack is taken all the same: its sender has forgotten it.
-- *probing*, every `dead_letter_probe_ms`: one chunk is taken. Is its share good, the window opens, else it stays shut.
-  Undeclared tags can never be good; their window opens once they have become few.
+- *probing*, every `dead_letter_probe_ms`: one chunk is taken. If its share is good, the window opens, else it stays
+  shut. Undeclared tags can never be good; their window opens once they have become few.
 
 A restart opens all windows. With `dead_letter_share_max` 1 none ever shuts.
 """
@@ -104,17 +104,17 @@ class Ceiling:
             else:
                 window.state, window.probe_events = "probing", max(1, events)
                 window.probe.clear()
-                # A probe that never tells, because its events are repeats, is followed by another.
+                # A probe without an outcome, because its events are repeats, is followed by another.
                 window.probe_at_ms = now_ms + self._probe_ms
             return True
         window.refused_events += events
         if name == UNDECLARED:
-            # What is not taken still counts as wanted, else the window would look empty and open at once.
+            # What is not taken still counts, else the window would look empty and open at once.
             self._note(window, tag, now_ms, UNDECLARED, events)
         return False
 
     def note(self, tag: str, now_ms: int, *, appended: int = 0, dead: int = 0, reason: str = "") -> None:
-        """Take what became of events that were taken: appended, or dead letters with a reason."""
+        """Count what became of events that were taken: appended, or dead letters with a reason."""
         name = self.name(tag)
         window = self._windows[name]
         if appended:

@@ -38,7 +38,7 @@ class CeilingWatch:
                 await asyncio.wait_for(stopping.wait(), _LOOK_S)
 
     def look(self, alerts: Sequence[Alert]) -> None:
-        """Take the alerts of this moment and tell what changed."""
+        """Report what has changed since the last look."""
         shut = {alert.tag: alert for alert in alerts}
         opened, fresh = self._shut.keys() - shut.keys(), shut.keys() - self._shut.keys()
         self._looks = 0 if fresh else self._looks + 1

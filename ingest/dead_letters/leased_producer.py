@@ -10,7 +10,7 @@ from headrace.contract.errors import Unavailable
 from headrace.contract.formats.dead_letters import decode_dead_letter, encode_dead_letter
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Delivered, Producer
-from headrace.ingest.dead_letters.view import Letter
+from headrace.ingest.dead_letters.letters import Letter
 
 
 class LeasedProducer:
@@ -46,7 +46,7 @@ class LeasedProducer:
         if topic == self._dead_letters and value is not None:
             told = decode_dead_letter(value)
             offset = int(told.origin)
-            before = self._offered[offset].told
+            before = self._offered[offset].content
             self.reasons[offset] = told.reason
             value = encode_dead_letter(
                 msgspec.structs.replace(

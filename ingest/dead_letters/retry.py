@@ -3,13 +3,13 @@
 The protocol, in the words that the tests use:
 
 1. *Claim.* The pen of the `retries` topic is taken: the broker lets only its newest holder write marks.
-2. *Find out.* Letters that a `retrying` mark names and nothing tells the fate of are looked for: their event ids in
-   `events` from the offsets that the mark holds, and newer letters that name them. What is found is told in a `retried`
-   mark; what is not is open again. A mark that is younger than its lease is waited for: its retry may still be at work.
+2. *Find out.* Letters that a `retrying` mark names, and whose fate is not known, are looked for: their event ids in
+   `events` from the offsets that the mark holds, and newer letters that name them. A `retried` mark says what was
+   found; the others are open again. A mark younger than its lease is waited for: its retry may still be at work.
 3. *Mark.* A `retrying` mark with the batch's letters and the end offsets of `events` is committed.
 4. *Offer.* Each letter's record goes through a gateway in this process, under its own event id or the one that the
    letter holds, and with its own time. What is refused again becomes a newer letter that names this one.
-5. *Settle.* When Kafka has receipts for the whole batch, a `retried` mark tells each letter's fate.
+5. *Settle.* When Kafka has receipts for the whole batch, a `retried` mark holds each letter's fate.
 
 Killed before 3, nothing happened. Killed between 3 and 5, the next retry finds out. A holder that was paused, and whose
 pen was taken, appends nothing once half its lease is over; the one record that may be under way then has the id under
@@ -42,24 +42,32 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.ingest.dead_letters.leased_producer import LeasedProducer
-from headrace.ingest.dead_letters.spans import letters
-from headrace.ingest.dead_letters.view import Filter, Letter, States, id_of, record_of, time_ns_of, why_not
+from headrace.ingest.dead_letters.letters import (
+    Filter,
+    Letter,
+    States,
+    id_of,
+    read_letters,
+    record_of,
+    time_ns_of,
+    why_not_retried,
+)
 from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
-from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.gateway.dry_run import DryRunProducer, event_ids
 from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.repeats import digest
 
 LEASE_MS = 30_000
-"""How long a batch may take before another retry thinks its holder dead. A batch takes well under a second."""
+"""How long a batch may take before another retry takes its holder for dead. A batch takes well under a second."""
 BATCH_LETTERS, BATCH_BYTES = 200, 1_048_576
 SCAN_MS = 600_000
 """How long after its mark a killed retry's record may still have come into the log: the producer gives up after 5
 minutes; twice that is searched."""
 _WAIT_S, _TICK_S = 1.0, 0.002
 _NEVER_MS = 600_000
-"""A batch's gateway promises nothing: its events are old, and the watermark is for the living gateways to move."""
+"""The gateway of a batch writes no punctuation: its events are old, and only gateways that run move the watermark."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -128,7 +136,7 @@ class Retry:
         warm = True
         for batch in self._batches(states, chosen, ends, report):
             if warm:
-                # Compilers run at the first batch: before the mark, so that they take nothing of its lease.
+                # The first batch compiles the decoders: before the mark, so that this takes nothing of its lease.
                 self._offer(batch[:1], DryRunProducer(), self._clock.monotonic() + _NEVER_MS / 1000)
                 warm = False
             self._take(batch, report)
@@ -170,30 +178,30 @@ class Retry:
     # -- 2. find out
 
     def _survey(self, end: int) -> States:
-        """Read what marks and letters tell."""
+        """Return each letter's state by the marks and by newer letters."""
         states = States(self._marks())
         if states.fates or states.doubtful:
-            for letter in letters(self._reader, self._topics.dead_letters, end):
-                states.see(letter)
-            for letter in letters(self._reader, self._topics.dead_letters, end):
+            for letter in read_letters(self._reader, self._topics.dead_letters, end):
+                states.note(letter)
+            for letter in read_letters(self._reader, self._topics.dead_letters, end):
                 if states.fate(letter.offset) in ("appended", "repeated"):
                     self._taken.add(self._identity(letter))
         return states
 
     def _identity(self, letter: Letter) -> bytes:
-        return digest(letter.told.tag, self._id(letter))
+        return digest(letter.content.tag, self._id(letter))
 
     def _id(self, letter: Letter) -> str:
-        return id_of(letter, record_of(letter.told)[0], self._topics.dead_letters)
+        return id_of(letter, record_of(letter.content)[0], self._topics.dead_letters)
 
     def _find_out(self, states: States, end: int, report: Report) -> None:
-        """Tell what became of letters that a retry named before it was killed."""
+        """Mark what became of letters that a retry named before it was killed."""
         doubtful = dict(states.doubtful)
         if not doubtful:
             return
         held = {
             letter.offset: letter
-            for letter in letters(self._reader, self._topics.dead_letters, end)
+            for letter in read_letters(self._reader, self._topics.dead_letters, end)
             if letter.offset in doubtful
         }
         found: dict[int, Fate] = {}
@@ -219,7 +227,7 @@ class Retry:
         return {self._id(letter), *trial.event_ids}
 
     def _ids_in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
-        """Return which event ids are in the log behind a mark; None where the log no longer reaches back to it."""
+        """Return which event ids are in the log behind a mark; None where the log no longer reaches back so far."""
         topic = self._topics.events
         begins, ends = self._reader.begin_offsets(topic), self._reader.end_offsets(topic)
         if any(begins[p] > mark.ends.get(p, 0) for p in begins):
@@ -239,20 +247,20 @@ class Retry:
         batch: list[Letter] = []
         size = 0
         skipped = Counter[str]()
-        for letter in letters(self._reader, self._topics.dead_letters, end):
+        for letter in read_letters(self._reader, self._topics.dead_letters, end):
             if not chosen.takes(letter):
                 continue
             state = states.of(letter.offset)
-            why = f"{state} before" if state != "open" else why_not(letter)
+            why = f"{state} before" if state != "open" else why_not_retried(letter)
             if why:
                 skipped[why] += 1
                 report.skipped = dict(skipped)
                 continue
-            if batch and (len(batch) >= BATCH_LETTERS or size + len(letter.told.raw) > BATCH_BYTES):
+            if batch and (len(batch) >= BATCH_LETTERS or size + len(letter.content.raw) > BATCH_BYTES):
                 yield batch
                 batch, size = [], 0
             batch.append(letter)
-            size += len(letter.told.raw)
+            size += len(letter.content.raw)
         if batch:
             yield batch
 
@@ -285,11 +293,11 @@ class Retry:
             if self._identity(letter) in self._taken:
                 fates[letter.offset] = "repeated"
                 continue
-            record = record_of(letter.told)[0]
+            record = record_of(letter.content)[0]
             if isinstance(record, dict):
                 record = {**record, "event_id": record.get("event_id") or self._id(letter)}
-            what = message_of(letter.told.tag, [(time_ns_of(letter.told, record), record)])
-            size = len(letter.told.raw)
+            what = message_of(letter.content.tag, [(time_ns_of(letter.content, record), record)])
+            size = len(letter.content.raw)
             gateway.offer(what, size, Peer(str(letter.offset)), partial(_settled, fates, letter.offset))
         while len(fates) < len(batch):
             gateway.drained()
@@ -310,7 +318,7 @@ class Retry:
             report.repeated += fate == "repeated"
             report.skipped_lines += fate == "skipped"
             if fate == "refused":
-                refused[reasons.get(letter.offset, letter.told.reason)] += 1
+                refused[reasons.get(letter.offset, letter.content.reason)] += 1
             else:
                 self._taken.add(self._identity(letter))
         report.refused = dict(refused)

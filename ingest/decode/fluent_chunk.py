@@ -1,8 +1,8 @@
-"""Entries to columns: a compiled decoder that makes no Python object a field. Pure.
+"""Decodes a Fluent chunk: its entries to Arrow columns, by a compiled decoder that makes no Python object of a field.
+Pure.
 
-It takes the ordinary row and leaves every other to `validate.check`, which alone decides what is refused and why: a
-row is left when a value is not of its declared type, or anything else is unusual. A property test holds the two
-against each other.
+It decodes ordinary rows and leaves every other to `validate.check`, which alone decides what is refused and why. A row
+is left when a value is not of its declared type, or anything else is unusual. A property test compares the two.
 
 Legend: N rows, C columns.
 """
@@ -69,7 +69,7 @@ def layout(declared: Declared) -> Layout:
         elif field.name in declared.hashed:
             kinds.append(_ID)
         else:
-            # Lists, and what is kept of unknown fields, are for the plain decoder.
+            # Lists, and what is kept of unknown fields, are left to `validate.check`.
             extra = field.name == EXTRA and declared.unknown == "keep"
             kinds.append(_OTHER if extra else _KINDS.get(field.type, _OTHER))
         names.append(field.name)
@@ -260,9 +260,9 @@ def decode(
         made: the type that all entries have by their tag.
         data: bodies, one after the other, uint8.
         starts_N: where each entry begins, as `entry_starts` found it, shifted by its body's place.
-        prefixes: one a chunk; how ids begin that events do not bring.
-        chunk_N, nth_N: which chunk a row belongs to and its place there.
-        latest_ms: latest event time that is taken.
+        prefixes: one a chunk; how the ids begin of events that bring none.
+        chunk_N, nth_N: which chunk a row belongs to, and its number there.
+        latest_ms: latest event time that is accepted.
     """
     rows, columns = len(starts_N), len(made.kinds)
     ints = np.zeros((columns, rows), np.int64)
@@ -282,7 +282,7 @@ def decode(
     key_kind = int(made.kinds[key_at])
     if key_kind == _INT:
         lens[key_at] = NUMBER
-    # What is missing, too long or out of time is for `check` to name.
+    # `check` says what is missing, too long or out of time.
     missing = (valid[request_at] == 0) | (valid[key_at] == 0)
     if key_kind in (_TEXT, _ID):
         short = lens[key_at] != NUMBER

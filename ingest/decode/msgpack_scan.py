@@ -167,16 +167,16 @@ def entry_starts(body: U8s) -> I64s:
     Raises `ValueError` when the body ends inside an entry, holds no MessagePack, or more than `ENTRIES_MAX` entries.
     """
     # 96 bytes an entry at first: most bodies are scanned once.
-    room = np.empty(len(body) // 96 + 4, np.int64)
-    found, at = _entries(body, len(body), room)
+    starts = np.empty(len(body) // 96 + 4, np.int64)
+    found, at = _entries(body, len(body), starts)
     if found > ENTRIES_MAX:
         raise ValueError(f"more than {ENTRIES_MAX} entries in one message of {len(body)} bytes; make chunks smaller")
-    if found > len(room):
-        room = np.empty(found, np.int64)
-        found, at = _entries(body, len(body), room)
+    if found > len(starts):
+        starts = np.empty(found, np.int64)
+        found, at = _entries(body, len(body), starts)
     if found < 0:
         raise ValueError(f"the body of {len(body)} bytes ends inside the entry at byte {at}, or that is no MessagePack")
-    return room[:found]
+    return starts[:found]
 
 
 @numba.njit(cache=True)

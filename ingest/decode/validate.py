@@ -1,6 +1,6 @@
 """Records to one Arrow batch of their declared schema, column by column. Pure: time comes in as a number.
 
-What cannot be taken is named row by row with a stable reason; it becomes a dead letter and never stops its neighbours.
+What is refused is named row by row with a stable reason; it becomes a dead letter and never stops its neighbours.
 
 | reason | meaning |
 |---|---|
@@ -226,7 +226,7 @@ def _text_of(value: Any) -> str:
 
 
 def _utf8(value: str | bytes, strict: bool) -> str:
-    """Return text; bytes that are not UTF-8 become U+FFFD, or a `ValueError` where the text decides who is who."""
+    """Return text; bytes that are not UTF-8 become U+FFFD, or a `ValueError` where the text is a key or an id."""
     data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
     try:
         return data.decode("utf-8")

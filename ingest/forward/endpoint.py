@@ -44,7 +44,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_users(text: str) -> dict[str, str]:
-    """Return passwords by name from `name:password` entries, one a line or parted by commas.
+    """Return passwords by name from `name:password` entries, one a line or separated by commas.
 
     A text with line breaks is cut at those only, so passwords may hold commas there. Raises `ConfigRejected` with the
     entry's number, never with its content.

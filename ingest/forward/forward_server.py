@@ -1,4 +1,4 @@
-"""The forward port: who is connected, which of them are overdue, and who gives way to whom.
+"""The forward port: its connections, which of them are overdue, and which one gives way to a new one.
 
 Bounds: connections (refused beyond, unless one that never sent a message can give way), one message and the time that
 it takes, the handshake's time, acks that a peer does not read.
@@ -44,9 +44,9 @@ class ForwardServer:
         self._listeners = Listeners()
         self._admission: Admission | None = None
         self._connections: dict[Connection, None] = {}
-        """In the order in which they are read on after a pause."""
-        self._strangers: dict[Connection, float] = {}
-        """Those that have not sent a whole message yet, oldest first, with the time of their coming."""
+        """In the order in which reading is resumed after a pause."""
+        self._never_sent: dict[Connection, float] = {}
+        """Those that have not sent a whole message yet, oldest first, with the time at which they came."""
         self._unfinished: set[Connection] = set()
         """Those with a handshake or a message that has begun and not ended, and those that wait for last acks."""
         self._tls_handshakes: set[TlsHandshake] = set()
@@ -77,7 +77,7 @@ class ForwardServer:
     def sweep(self) -> None:
         """Close what is overdue, and read the certificate again from time to time.
 
-        While the gateway does not read, nobody can finish anything and nobody is blamed.
+        While the gateway does not read, no message can be finished, so none is overdue.
         """
         now_s = self._clock.monotonic()
         for connection in list(self._unfinished):
@@ -87,7 +87,7 @@ class ForwardServer:
                     connection.close()
             elif not self.admission.is_open():
                 continue
-            elif connection.greeting:
+            elif connection.in_handshake:
                 if waited_s * 1000 > self._config.handshake_ms:
                     connection.refuse("handshake_timeout", f"no handshake within {self._config.handshake_ms} ms")
             elif waited_s * 1000 > self._config.message_ms:
@@ -102,7 +102,7 @@ class ForwardServer:
             connection.pause()
 
     def resume(self) -> None:
-        """Read on, in the order of the connections, until the gateway is full again."""
+        """Resume reading, in the order of the connections, until the gateway is full again."""
         for connection in list(self._connections):
             # To the end of the order: if the bound is reached again on the way, the others come first next time.
             if self._connections.pop(connection, connection) is None:
@@ -152,34 +152,34 @@ class ForwardServer:
         return Connection(self, self._config, self._endpoint, self._metrics, self._clock, trusted=trusted)
 
     def can_enter(self) -> bool:
-        """Say whether one more may come; at the bound a silent stranger gives way if there is one."""
+        """Say whether one more may come. At the bound, the oldest connection that never sent a message is closed."""
         if self.open_connections < self._config.connections_max:
             return True
-        oldest = next(iter(self._strangers), None)
-        if oldest is None or (self._clock.monotonic() - self._strangers[oldest]) * 1000 < self._config.handshake_ms:
+        oldest = next(iter(self._never_sent), None)
+        if oldest is None or (self._clock.monotonic() - self._never_sent[oldest]) * 1000 < self._config.handshake_ms:
             return False
         oldest.refuse("idle", "it never sent a message, and another connection wants its place")
         return True
 
     def enter(self, connection: Connection) -> bool:
-        """Take a new connection in; False where it is one too many."""
+        """Add a new connection; False where it is one too many."""
         if not self.can_enter():
             return False
         self._connections[connection] = None
-        self._strangers[connection] = self._clock.monotonic()
+        self._never_sent[connection] = self._clock.monotonic()
         self._metrics.set("connections_open", len(self._connections))
         return True
 
     def leave(self, connection: Connection) -> None:
         """Forget a connection. More than once is fine."""
         self._connections.pop(connection, None)
-        self._strangers.pop(connection, None)
+        self._never_sent.pop(connection, None)
         self._unfinished.discard(connection)
         self._metrics.set("connections_open", len(self._connections))
 
     def has_sent(self, connection: Connection) -> None:
-        """Note a whole message: the connection is no stranger any more."""
-        self._strangers.pop(connection, None)
+        """Note that a connection has sent a whole message: it does not give way any more."""
+        self._never_sent.pop(connection, None)
 
     def begin(self, connection: Connection) -> bool:
         """Note that a handshake or a message has begun, or that last acks are waited for: it can be overdue now.

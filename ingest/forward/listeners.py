@@ -1,6 +1,6 @@
 """The sockets that a gateway listens on: TCP, plain or TLS; UDP for the heartbeat; a Unix socket.
 
-A port that cannot be had is told at start (`ConfigRejected`); one that is lost later shows in the stage's exit.
+A port that cannot be opened ends the start (`ConfigRejected`); one that is lost later ends the stage.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Listeners:
         self._unix: tuple[str, int] | None = None
 
     async def open(self, server: ForwardServer, endpoint: Endpoint) -> int:
-        """Listen on all of them, or on none; return the TCP port. Raises `ConfigRejected` with what cannot be had."""
+        """Listen on all of them, or on none; return the TCP port. Raises `ConfigRejected` where one cannot be had."""
         try:
             port = await self._open_port(server, endpoint)
             if endpoint.socket_path:
@@ -67,7 +67,7 @@ class Listeners:
         try:
             if await asyncio.to_thread(_answers, path):
                 raise ConfigRejected(f"another process listens on {path}; give this gateway a socket of its own.")
-            # asyncio takes a socket away that lies there unused; before it can be reached its mode must be right.
+            # asyncio removes an unused socket file. The mode must be right before anybody can reach the new one.
             before = os.umask(0o777 & ~_SOCKET_MODE)
             try:
                 unix = await asyncio.get_running_loop().create_unix_server(
@@ -121,6 +121,6 @@ class Heartbeat(asyncio.DatagramProtocol):
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str | int, ...]) -> None:
-        """Answer, unless this gateway is about to leave."""
+        """Answer, unless this gateway is about to end."""
         if data == b"\0" and self._transport is not None and not self._server.admission.is_draining():
             self._transport.sendto(b"\0", addr)

@@ -1,7 +1,7 @@
 """TLS of the forward port: the step from a TCP connection to a Fluent one.
 
 A connection is accepted plain and upgraded by hand, because only then a failed handshake is seen: asyncio's TLS
-listener drops it without a word, and a refusal that nobody counts is not refused but lost.
+listener drops it silently, and a refusal that is not counted cannot be found.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class OpenChunk:
         self.size = size
         self.waiting = self.appended = self.dead = self.repeated = 0
         self.acks: list[Acked] = []
-        """Whom to tell; the ways in bring them."""
+        """Called with the outcome once the chunk is settled."""
         self.followers: list[OpenChunk] = []
         """Chunks that repeat events of this one: they are settled when it is."""
 
@@ -73,12 +73,12 @@ class Waiting(msgspec.Struct):
     starts: list[I64s] = []
     chunks: list[OpenChunk] = []
     prefixes: list[str] = []
-    """How event ids begin that a chunk's events do not bring."""
+    """A chunk each: how the ids begin of events that bring none."""
     rows: int = 0
     body_bytes: int = 0
 
     def add(self, body: bytes, starts: I64s, chunk: OpenChunk, prefix: str) -> None:
-        """Take a chunk in."""
+        """Add a chunk."""
         self.bodies.append(body)
         self.starts.append(starts)
         self.chunks.append(chunk)
@@ -88,7 +88,7 @@ class Waiting(msgspec.Struct):
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """One Kafka record to be: rows of one type and partition."""
+    """The content of one Kafka record: rows of one type and partition."""
 
     partition: int
     value: bytes
@@ -109,7 +109,7 @@ class Batcher:
         self._bytes_max = batch_bytes
 
     def of(self, layout: Layout, monotonic_s: float) -> Waiting:
-        """Return what a new chunk of a type joins."""
+        """Return the batch that a new chunk of a type joins."""
         waiting = self._waiting.get(layout.declared.name)
         if waiting is None:
             waiting = self._waiting[layout.declared.name] = Waiting(layout, monotonic_s)
@@ -125,7 +125,7 @@ class Batcher:
         )
 
     def take(self) -> list[Waiting]:
-        """Return all that waits, impressions first, and hold nothing."""
+        """Return all that waits, impressions first, and hold nothing any more."""
         waiting, self._waiting = self._waiting, {}
         return [waiting[m.declared.name] for m in self._layouts if m.declared.name in waiting]
 

@@ -34,11 +34,11 @@ from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_re
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
-from headrace.ingest.gateway.dependencies import GatewayDependencies
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
 from headrace.ingest.gateway.send_queue import Outgoing, SendQueue
-from headrace.ingest.sources.mapping import mappers_of, together
+from headrace.ingest.sources.access_log_events import acked_together, mappers_of
 from headrace.kernels.hashes import hash64_texts
 
 CHUNKS_REMEMBERED = 400_000
@@ -48,7 +48,7 @@ IDS_REMEMBERED = 1_000_000
 _SLICE_ROWS = 20_000
 """Most rows that are decoded at once: 20,000 rows of 30 columns take 10 MB while they are columns of numbers."""
 _ENTRY_BYTES = 128
-"""What an entry weighs in `buffer_bytes` beside its own bytes: each may become a dead letter."""
+"""What an entry adds to `buffer_bytes` beside its own bytes: each may become a dead letter."""
 _SECOND_SEED = 1
 
 READ, APPENDED, DEAD, REPEATED = "read", "appended", "dead_lettered", "repeated"
@@ -108,7 +108,7 @@ class Gateway:
         if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
             mapped = mapper.map_message(message)
             self._metrics.add("lines_skipped_total", mapped.skipped, tag=message.tag)
-            each = together(len(mapped.messages), acked)
+            each = acked_together(len(mapped.messages), acked)
             taken = [self.offer(part, 0, peer, each, refusable=refusable) for part in mapped.messages]
             return all(taken)
         key, prefix = self._identify(message, peer)
@@ -157,7 +157,7 @@ class Gateway:
         return True
 
     def _identify(self, message: Message, peer: Peer) -> tuple[bytes, str]:
-        """Return the chunk's key in memory, empty where it has no id, and how ids begin that events do not bring."""
+        """Return the chunk's key in memory, empty where it has no id, and the prefix of ids for events without one."""
         if message.chunk is None:
             self._anonymous += 1
             prefix = f"{self._name}/{self.epoch}/{self._anonymous}"
@@ -234,7 +234,7 @@ class Gateway:
             if isinstance(piece, Cut):
                 self._append(piece, [(chunks[i], rows) for i, rows in piece.chunk_rows.items()], declared)
                 continue
-            # A refused event was not taken: offered again after a fix, under its id, it is no repeat.
+            # A refused event was not taken. When it is offered again under its id, after a fix, it is no repeat.
             self._ids.forget(first_N[piece], second_N[piece])
             detail = f"one event is larger than ingest.batch_bytes, {limit} bytes"
             row = batch.slice(piece, 1).to_pylist()[0]
@@ -260,14 +260,13 @@ class Gateway:
             headers["type"] = declared.name
         self._queue.add(
             Outgoing(
-                self._topics.events,
-                piece.partition,
-                piece.value,
-                headers,
-                None,
-                chunks,
-                APPENDED,
-                piece.rows,
+                topic=self._topics.events,
+                partition=piece.partition,
+                value=piece.value,
+                headers=headers,
+                chunks=chunks,
+                outcome=APPENDED,
+                rows=piece.rows,
                 oldest_ms=piece.oldest_ms,
             )
         )
@@ -316,14 +315,14 @@ class Gateway:
             chunk.waiting += 1
         self._queue.add(
             Outgoing(
-                self._topics.dead_letters,
-                0,
-                encode_dead_letter(letter),
-                {"gateway": self._name, "epoch": str(self.epoch)},
-                chunk.origin.encode(),
-                [(chunk, 1)],
-                DEAD,
-                1,
+                topic=self._topics.dead_letters,
+                partition=0,
+                value=encode_dead_letter(letter),
+                headers={"gateway": self._name, "epoch": str(self.epoch)},
+                key=chunk.origin.encode(),
+                chunks=[(chunk, 1)],
+                outcome=DEAD,
+                rows=1,
                 reason=reason,
             )
         )
@@ -356,7 +355,7 @@ class Gateway:
             self._settled(chunk, rows)
 
     def _punctuate(self, *, bye: bool = False) -> None:
-        # What waits is cut first: then the oldest event is known, and it goes before the promise.
+        # What waits is cut first. Then the oldest event is known, and it is sent before the promise.
         self._cut_all()
         self._queue.send()
         oldest_ms = self._queue.oldest_ms()
@@ -385,7 +384,7 @@ class Gateway:
     # -- 4. settle
 
     def _settled(self, chunk: OpenChunk, events: int) -> None:
-        """Take `events` outcomes off; a chunk without open ones is remembered, acked and forgotten."""
+        """Take `events` outcomes off `chunk`. A chunk that waits for none is acked; its key is remembered."""
         ready = [(chunk, events)]
         while ready:
             one, outcomes = ready.pop()

@@ -17,14 +17,14 @@ from headrace.ingest.gateway.batcher import OpenChunk
 _RESEND_FIRST_S, _RESEND_MAX_S = 0.1, 5.0
 
 
-class Outgoing(msgspec.Struct):
+class Outgoing(msgspec.Struct, kw_only=True):
     """A record on its way, with what its receipt settles."""
 
     topic: str
     partition: int
     value: bytes
     headers: dict[str, str]
-    key: bytes | None
+    key: bytes | None = None
     chunks: list[tuple[OpenChunk, int]]
     """Chunks whose events it holds, and how many of each."""
     outcome: str

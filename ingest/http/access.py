@@ -14,7 +14,7 @@ TOKEN_CHARS_MIN = 8
 
 
 def read_tokens(text: str) -> tuple[str, ...]:
-    """Return the tokens of HEADRACE_TOKENS, parted by commas or blanks. Raises `ConfigRejected` without their content.
+    """Return the tokens of HEADRACE_TOKENS, separated by commas or blanks. Raises `ConfigRejected`, never with a token.
 
     >>> read_tokens("first-token, second-token")
     ('first-token', 'second-token')
@@ -30,7 +30,7 @@ def read_tokens(text: str) -> tuple[str, ...]:
 
 
 class Tokens:
-    """The tokens that are taken; none means that nobody is asked."""
+    """The tokens that are accepted; without any, no client is asked for one."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self._digests = [_digest(token) for token in tokens]
@@ -38,11 +38,11 @@ class Tokens:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def take(self, header: str, query: str) -> bool:
+    def accepts(self, header: str, query: str) -> bool:
         """Say whether a request's `Authorization` header or `token` parameter brings one of them, in constant time."""
         scheme, _, told = header.strip().partition(" ")
         offered = _digest(told.strip() if scheme.lower() == "bearer" else query)
-        # Every one is compared, so that time does not tell which.
+        # Every one is compared, so that the time it takes does not show which one fits.
         return sum(hmac.compare_digest(offered, known) for known in self._digests) > 0
 
 
@@ -59,7 +59,7 @@ class Origins:
         whole = "|".join(re.escape(pattern.rstrip("/").lower()).replace(r"\*", "[a-z0-9.-]*") for pattern in patterns)
         self._pattern = re.compile(whole or r"(?!)")
 
-    def take(self, origin: str, scheme: str, host: str) -> bool:
+    def accepts(self, origin: str, scheme: str, host: str) -> bool:
         """Say whether a page of `origin` may send; one that this collector served itself always may."""
         origin = origin.lower()
         return self._any or origin == f"{scheme}://{host}".lower() or self._pattern.fullmatch(origin) is not None

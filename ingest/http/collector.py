@@ -138,7 +138,7 @@ class Collector:
         return Starlette(routes=routes, exception_handlers={HTTPException: _nothing_here})
 
     async def preflight(self, request: Request) -> Response:
-        """Answer a browser's question before it sends from another origin."""
+        """Answer a browser's preflight request, before it sends from another origin."""
         if not self._known_origin(request):
             return self._counted(request, problem(403, _FOREIGN, _ALLOW))
         headers = {
@@ -193,7 +193,7 @@ class Collector:
             return problem(403, _FOREIGN, _ALLOW)
         if self._tokens:
             told = request.headers.get("authorization", "")
-            if not self._tokens.take(told, request.query_params.get("token", "")):
+            if not self._tokens.accepts(told, request.query_params.get("token", "")):
                 response = problem(401, "no known token", "send Authorization: Bearer TOKEN, or ?token= from a beacon")
                 response.headers["WWW-Authenticate"] = 'Bearer realm="headrace"'
                 return response
@@ -202,7 +202,7 @@ class Collector:
     def _known_origin(self, request: Request) -> bool:
         """A browser names the page's origin; other clients name none and are not asked."""
         origin = request.headers.get("origin")
-        return origin is None or self._origins.take(origin, request.url.scheme, request.headers.get("host", ""))
+        return origin is None or self._origins.accepts(origin, request.url.scheme, request.headers.get("host", ""))
 
     def _busy(self) -> Response | None:
         if self._stopping.is_set() or self._admission.is_draining():

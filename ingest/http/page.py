@@ -1,4 +1,4 @@
-"""What the collector tells about itself: a page for people, OpenAPI for programs, the snippet for browsers.
+"""What the collector says about itself: a page for people, OpenAPI for programs, the snippet for browsers.
 
 All three are files beside this one, read once; nothing is fetched from elsewhere.
 """

@@ -42,7 +42,7 @@ class ConnectionBounds:
         self._open: set[BoundedProtocol] = set()
 
     def enter(self, protocol: BoundedProtocol, now_s: float) -> bool:
-        """Take a connection in; the longest idle one gives way. False where none is idle."""
+        """Add a connection; at the bound the longest idle one is closed. False where none is idle."""
         if len(self._open) >= self._connections_max:
             oldest = next(iter(self._idle), None)
             if oldest is None:
@@ -67,7 +67,7 @@ class ConnectionBounds:
             self._idle[protocol] = now_s
 
     def sweep(self, now_s: float) -> None:
-        """Close what waits too long for its next request's end of headers, or sends a body that nobody reads."""
+        """Close connections whose next request's headers do not end in time, or that send a body which is not read."""
         for protocol, since_s in list(self._idle.items()):
             if now_s - since_s <= HEADERS_S:
                 break
@@ -84,7 +84,7 @@ class BoundedConfig(uvicorn.Config):
             ws="none",
             lifespan="off",
             log_config=None,
-            # What uvicorn would tell may hold a URL, and a URL may hold a token.
+            # What uvicorn logs may hold a URL, and a URL may hold a token.
             log_level="critical",
             access_log=False,
             proxy_headers=False,

@@ -1,7 +1,7 @@
 """Access logs of nginx and Apache: a log format compiled to a parser, a line to its variables. Pure.
 
 Variables have nginx's names, whichever server wrote them: `$http_referer` and `%{Referer}i` are both `http_referer`.
-A line is matched without going back, so its time grows with its length, whatever a visitor put into it.
+A line is matched without backtracking, so the time grows with its length only, whatever a visitor put into it.
 """
 
 from __future__ import annotations
@@ -216,12 +216,12 @@ def _as_text(value: Any) -> str | None:
     try:
         return json.dumps(value, default=str)
     except (TypeError, ValueError, RecursionError):
-        # Keys that JSON has not, or nesting beyond it: no log line, and no value that a route could want.
+        # Keys that JSON lacks, or nesting beyond it: no log line, and no value that a route could use.
         return None
 
 
 def plain_text(value: str, *, escaped: bool = True) -> str:
-    r"""Return a logged value as it was: nginx's `\xHH`, Apache's `\"` and its kin undone.
+    r"""Return a logged value as it was: nginx's `\xHH`, Apache's `\"` and other escapes undone.
 
     >>> plain_text(r"caf\xC3\xA9 \x22quoted\x22")
     'café "quoted"'

@@ -13,7 +13,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.project import Project
-from headrace.ingest.dead_letters.view import Letter, superseded
+from headrace.ingest.dead_letters.letters import Letter, superseded
 from headrace.replay.ledger.draw import Found, draw
 from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, sample_keys
 from headrace.replay.ledger.ledger import Ledger
@@ -62,7 +62,7 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
         lake_positions=state.positions if state is not None else Positions(topics.generation),
         steps=steps,
         stored_keys=stored_keys,
-        letters=[letter.told for letter in letters],
+        letters=[letter.content for letter in letters],
         tags=frozenset({project.impression.tag, *(feedback.tag for feedback in project.feedback)}),
         punctuations=punctuations,
         retried=superseded(letters, marks),

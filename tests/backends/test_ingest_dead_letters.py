@@ -31,9 +31,9 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import Layout
-from headrace.ingest.dead_letters.spans import letters
-from headrace.ingest.gateway.dependencies import GatewayDependencies
+from headrace.ingest.dead_letters.letters import read_letters
 from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 
 pytestmark = pytest.mark.real
 WORLDS = Path(__file__).resolve().parents[1] / "worlds"
@@ -85,7 +85,7 @@ class World:
 
     def letters(self) -> list[Any]:
         reader = KafkaReader(self.brokers)
-        found = list(letters(reader, self.topics.dead_letters, reader.end_offsets(self.topics.dead_letters)[0]))
+        found = list(read_letters(reader, self.topics.dead_letters, reader.end_offsets(self.topics.dead_letters)[0]))
         reader.close()
         return found
 
@@ -125,7 +125,7 @@ def test_killed_at_any_step_each_event_is_in_the_log_once(world: World, effect: 
     assert victim.returncode == -9, out + error
     report = retry(world.brokers, world.topics, Turn(0, False))
     assert Counter(row["request_id"] for row in world.rows()) == Counter(record["request_id"] for record in CARTS)
-    states = Counter(letter.told.reason for letter in world.letters())
+    states = Counter(letter.content.reason for letter in world.letters())
     assert states["undeclared"] == 7 and states["bad_type"] in (1, 2), report
     assert retry(world.brokers, world.topics, Turn(0, False)).appended == 0
 

@@ -255,7 +255,7 @@ def test_latest_begins_behind_what_lies_there(world: World) -> None:
     world.write([b"old"] * 5, partition=0)
     group = KafkaGroup(world.brokers, world.foreign, "late", start="latest")
     deadline = time.monotonic() + 30
-    while group.standing().partitions < 3 and time.monotonic() < deadline:
+    while group.status().partitions < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     # The end is asked for when fetching begins, shortly after the assignment.
     time.sleep(1)
@@ -275,7 +275,7 @@ def test_records_deleted_unread_are_counted_and_reading_goes_on(world: World) ->
         future.result(20)
     again = KafkaGroup(world.brokers, world.foreign, "gap")
     assert [one.offset for one in take(again, 3)] == [7, 8, 9]
-    assert again.standing().gap_records == 4
+    assert again.status().gap_records == 4
     again.close(10)
 
 
@@ -286,7 +286,7 @@ def test_a_topic_made_anew_is_read_from_its_beginning(world: World) -> None:
     earlier.close()
     group = KafkaGroup(world.brokers, world.foreign, "anew")
     assert [one.offset for one in take(group, 5)] == list(range(5))
-    assert group.standing().gap_records == 0
+    assert group.status().gap_records == 0
     group.close(10)
 
 
@@ -297,7 +297,7 @@ def test_a_full_queue_pauses_and_loses_nothing(world: World) -> None:
     while not (first := group.take(1)) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(1.5)
-    assert 3_000 < group.standing().lag_records < 5_000
+    assert 3_000 < group.status().lag_records < 5_000
     found = [*first, *take(group, 4_999)]
     assert sorted(int(one.value or b"") for one in found) == list(range(5_000))
     group.close(10)
@@ -307,7 +307,7 @@ def test_a_topic_that_is_made_later_is_waited_for(world: World) -> None:
     world.foreign = f"later-{uuid.uuid4().hex[:8]}"
     group = KafkaGroup(world.brokers, world.foreign, "later")
     time.sleep(1)
-    assert group.take(1) == [] and group.standing().partitions == 0
+    assert group.take(1) == [] and group.status().partitions == 0
     KafkaAdmin(world.brokers).ensure_topics([TopicSpec(world.foreign, 2)])
     world.write([b"1", b"2"])
     assert sorted(one.value or b"" for one in take(group, 2)) == [b"1", b"2"]

@@ -16,7 +16,7 @@ import pytest
 
 from headrace.contract.config import SourceConfig
 from headrace.ingest.decode.message import message_of
-from headrace.ingest.sources.foreign import Foreign, read_foreign
+from headrace.ingest.sources.foreign_formats import Foreign, read_foreign
 
 FLB = {"topic": "t", "tag": "app.web.access"}
 FD = {"topic": "t", "tag": "app.web.access", "time_field": "time"}

@@ -14,7 +14,7 @@ import msgpack
 import pytest
 
 from headrace.ingest.decode.message import Message
-from headrace.ingest.forward.handshake import Handshake
+from headrace.ingest.forward.fluent_handshake import Handshake
 from headrace.ingest.forward.protocol import Decoder, Ping, encode_ack
 
 BOUND = 1 << 20

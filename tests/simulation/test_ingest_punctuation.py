@@ -335,5 +335,5 @@ def _broker_away_for_seconds(seed: int) -> list[str]:
 
 def test_a_gateway_that_promises_at_once_after_an_outage_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(_broker_away_for_seconds(seed) for seed in range(4))
-    monkeypatch.setattr(punctuate, "DEAF_S", float("inf"))
+    monkeypatch.setattr(punctuate, "SILENT_S", float("inf"))
     assert all(_broker_away_for_seconds(seed) for seed in range(4))

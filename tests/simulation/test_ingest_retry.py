@@ -16,8 +16,8 @@ from letters_world import TOPICS, Dying, DyingPen, DyingProducer, Killed, World,
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.dead_letters import RetryMark, encode_retry_mark
+from headrace.ingest.dead_letters.letters import Filter, Letter
 from headrace.ingest.dead_letters.retry import LEASE_MS, Report, Retry
-from headrace.ingest.dead_letters.view import Filter, Letter
 
 ALL = Filter()
 EVENT_MS = START_MS - 50_000
@@ -52,7 +52,7 @@ def test_a_killed_retry_loses_nothing_and_doubles_nothing(seed: int) -> None:
     assert wrong(world, wanted) == []
     assert {row["event_time_ms"] for row in world.rows()} == {EVENT_MS}, "the original time, not the retry's"
     states = world.states()
-    letters = {letter.offset: letter.told for letter in world.letters()}
+    letters = {letter.offset: letter.content for letter in world.letters()}
     assert set(states.values()) <= {"retried", "refused", "open"}
     for offset, state in states.items():
         newer = [o for o, told in letters.items() if told.retry_of == offset]

@@ -23,7 +23,7 @@ from headrace.contract.interfaces.log import TopicSpec
 from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Gateway
-from headrace.ingest.sources.kafka import KafkaSource, Run
+from headrace.ingest.sources.kafka_source import KafkaSource, Run
 
 SOURCE = SourceConfig(topic="weblogs", tag="shop.impression", in_flight_max=40)
 FAULT = 0.2

@@ -22,14 +22,14 @@ from headrace.backends.clock import SystemClock
 from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import set_logging
-from headrace.cli.stages.crawl import _quieten
+from headrace.cli.stages.crawl import _quiet_scrapy
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
-from headrace.ingest.crawl.dependencies import CrawlDependencies
-from headrace.ingest.crawl.stage import CrawlStage
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
+from headrace.ingest.crawl.crawl_stage import CrawlStage
 
 PARTITIONS = 3
 
@@ -84,7 +84,7 @@ class FileLog:
 def main() -> None:
     folder, mode, receipt_s = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
     set_logging("INFO")
-    _quieten()
+    _quiet_scrapy()
     declared = msgspec.json.decode((folder / "crawls.json").read_bytes(), type=Declared)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

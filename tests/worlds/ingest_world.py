@@ -20,7 +20,7 @@ from headrace.contract.spec import Counter as Windowed
 from headrace.contract.spec import FeatureSpec
 from headrace.ingest.decode.message import Message
 from headrace.ingest.forward.protocol import read_message
-from headrace.ingest.gateway.dependencies import GatewayDependencies
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 
 PROJECT = Project(
     impression=ImpressionType(

@@ -21,9 +21,8 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Delivered, Producer, Reader
 from headrace.contract.project import FeedbackType, Project
+from headrace.ingest.dead_letters.letters import Letter, States, read_letters
 from headrace.ingest.dead_letters.retry import Retry
-from headrace.ingest.dead_letters.spans import letters
-from headrace.ingest.dead_letters.view import Letter, States
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 P = 3
@@ -101,7 +100,7 @@ class World:
 
     def letters(self) -> list[Letter]:
         reader = self.log.reader()
-        return list(letters(reader, TOPICS.dead_letters, reader.end_offsets(TOPICS.dead_letters)[0]))
+        return list(read_letters(reader, TOPICS.dead_letters, reader.end_offsets(TOPICS.dead_letters)[0]))
 
     def marks(self) -> list[RetryMark]:
         return [decode_retry_mark(value) for _, value in self.pen().read(0)]
@@ -109,7 +108,7 @@ class World:
     def states(self) -> dict[int, str]:
         states = States(self.marks())
         for letter in self.letters():
-            states.see(letter)
+            states.note(letter)
         return {letter.offset: states.of(letter.offset) for letter in self.letters()}
 
 

@@ -22,8 +22,8 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
+from headrace.ingest.dead_letters.letters import Filter
 from headrace.ingest.dead_letters.retry import Report, Retry
-from headrace.ingest.dead_letters.view import Filter
 
 LEASE_MS = 6_000
 """Long enough for a batch on a machine with eight busy neighbours, short enough for a test to wait for."""

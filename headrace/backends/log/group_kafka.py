@@ -2,7 +2,7 @@
 
 Partitions move one by one (cooperative-sticky), so a new gateway disturbs only what it takes over. Where the group has
 no position, or one that retention deleted, the first record kept (or, for `latest` and no position, the end) is where
-reading begins; records deleted unread are counted and told.
+reading begins; records deleted unread are counted and logged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import confluent_kafka as ck
 
 from headrace.contract.errors import Unavailable
-from headrace.contract.interfaces.group import Claim, Fetched, Standing
+from headrace.contract.interfaces.group import Claim, Fetched, MemberStatus
 
 log = logging.getLogger("headrace.kafka")
 
@@ -35,7 +35,7 @@ _QUEUE_BYTES_MAX = 16_777_216
 _CLIENT: dict[str, Any] = {
     "enable.auto.commit": False,
     "enable.auto.offset.store": False,
-    # A position that is gone is an error here: it is counted and told, never skipped in silence.
+    # A position that is gone is an error here: it is counted and logged, never skipped in silence.
     "auto.offset.reset": "error",
     "partition.assignment.strategy": "cooperative-sticky",
     "isolation.level": "read_committed",
@@ -59,8 +59,8 @@ _CLIENT: dict[str, Any] = {
 class KafkaGroup:
     """Reads `topic` as one member of `group`; at most `queue_max` records wait to be taken. Safe between threads.
 
-    `client` has librdkafka's settings of the connection, such as `security.protocol`; what the group's protocol rests
-    on it cannot change.
+    `client` has librdkafka's settings of the connection, such as `security.protocol`; it cannot change what the group's
+    protocol depends on.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class KafkaGroup:
         self._thread = threading.Thread(target=self._run, name=f"source {topic}", daemon=True)
         self._thread.start()
 
-    # -- what others call
+    # -- the source's calls
 
     def take(self, records_max: int) -> Sequence[Fetched]:
         """Return up to `records_max` records, in order within a claim.
@@ -122,13 +122,13 @@ class KafkaGroup:
         with self._lock:
             return self._claims.get(claim.partition) == claim
 
-    def standing(self) -> Standing:
-        """Return how it stands."""
+    def status(self) -> MemberStatus:
+        """Return the member's status."""
         with self._lock:
-            return Standing(len(self._claims), self._lag, self._gap, self._away_since is not None)
+            return MemberStatus(len(self._claims), self._lag, self._gap, self._away_since is not None)
 
     def close(self, timeout_s: float) -> None:
-        """Commit, leave and let go; a broker that is away is not waited for beyond `timeout_s`."""
+        """Commit and leave the group; a broker that is away is not waited for beyond `timeout_s`."""
         self._stop.set()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -140,7 +140,7 @@ class KafkaGroup:
         try:
             self._poll()
         except Exception as error:
-            # Nobody else would hear of it: `take` raises it where the source runs.
+            # Nothing else would report it: `take` raises it where the source runs.
             self._failed = error
             log.exception("source %s ended", self._topic)
 
@@ -234,7 +234,7 @@ class KafkaGroup:
             lag += max(0, end - position)
         self._lag = lag
 
-    # -- what the group tells, in the thread
+    # -- the client's callbacks, in the thread
 
     def _on_assign(self, consumer: Any, parts: list[Any]) -> None:
         """Begin each partition at the group's position, else where the source says."""
@@ -331,7 +331,7 @@ class KafkaGroup:
             self._away_since = None
 
     def _tell(self, what: str) -> None:
-        """Log a trouble once until records come again: a broker that is away says it every second."""
+        """Log a problem once until records come again: a broker that is away causes it every second."""
         if what not in self._told and len(self._told) < 100:
             self._told.add(what)
             log.warning("source %s: %s", self._topic, what)

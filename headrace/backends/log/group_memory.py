@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from headrace.backends.log.memory import MemoryLog
-from headrace.contract.interfaces.group import Claim, Fetched, Standing
+from headrace.contract.interfaces.group import Claim, Fetched, MemberStatus
 
 
 class MemoryGroups:
@@ -97,12 +97,12 @@ class MemoryGroup:
         """Say whether the claim is still held."""
         return self.claims.get(claim.partition) == claim
 
-    def standing(self) -> Standing:
-        """Return how it stands."""
+    def status(self) -> MemberStatus:
+        """Return the member's status."""
         ends = {p: self._groups.log.begins[self._groups.topic, p] for p in self.claims}
         parts = self._groups.log.partitions(self._groups.topic)
         lag = sum(ends[p] + len(parts[p]) - self._next[p] for p in self.claims)
-        return Standing(len(self.claims), lag, self._gap, False)
+        return MemberStatus(len(self.claims), lag, self._gap, False)
 
     def close(self, timeout_s: float) -> None:
         """Commit and leave; the others share what it held."""

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
     from headrace.backends.frontier_sqlite import SqliteFrontier
-    from headrace.ingest.crawl.dependencies import CrawlDependencies
-    from headrace.ingest.crawl.stage import CrawlStage
+    from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
+    from headrace.ingest.crawl.crawl_stage import CrawlStage
 
     runtime = open_runtime(args)
     crawls = sources(runtime, args.sources)
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
         if args.extract_again:
             print(f"{stage.extract_again()} versions changed")
             return 0
-        _quieten()
+        _quiet_scrapy()
         stage.run(stop, metrics.ready, once=args.once)
     finally:
         metrics.ready(False, "stopping")
@@ -109,7 +109,7 @@ def sources(runtime: Runtime, file: Path | None) -> list[Crawl]:
     return [located(crawl, {**ports, **os.environ}) for crawl in chosen]
 
 
-def _quieten() -> None:
+def _quiet_scrapy() -> None:
     """Keep what an operator knows already out of Scrapy's log: the stage counts what becomes of each address."""
     for name in ("scrapy", "twisted", "protego", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "scrapy" else logging.WARNING)

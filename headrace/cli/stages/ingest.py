@@ -3,7 +3,7 @@
 On SIGTERM it stops reading, appends what it holds, acks it, says goodbye to every partition and exits 0 in 5 seconds.
 Secrets come from the environment. HEADRACE_SHARED_KEY asks every shipper for Fluent's shared-key handshake,
 HEADRACE_PRIVACY_KEY hashes the fields that the project declares private,
-HEADRACE_USERS (`name:password`, one a line or parted by commas) for a user as well, HEADRACE_TLS_PASSWORD opens an
+HEADRACE_USERS (`name:password`, one a line or separated by commas) for a user as well, HEADRACE_TLS_PASSWORD opens an
 encrypted TLS key, HEADRACE_TOKENS asks the HTTP collector's clients for one of these tokens. TLS begins with
 `ingest.tls_cert` and `ingest.tls_key` in headrace.toml, or the flags.
 """
@@ -32,11 +32,11 @@ from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
 from headrace.ingest.forward.endpoint import Endpoint, read_users
 from headrace.ingest.gateway.admission import Companion
-from headrace.ingest.gateway.dependencies import GatewayDependencies
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.http.access import read_tokens
 from headrace.ingest.http.collector import Collector, CollectorEndpoint
 from headrace.ingest.run import run
-from headrace.ingest.sources.kafka import KafkaSource
+from headrace.ingest.sources.kafka_source import KafkaSource
 from headrace.ingest.tls_identity import TlsIdentity
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0

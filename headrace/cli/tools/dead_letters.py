@@ -28,20 +28,15 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.dead_letters import decode_retry_mark
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.ingest.dead_letters.spans import letters
-from headrace.ingest.dead_letters.view import (
-    ADVICE,
-    ADVICE_ELSE,
+from headrace.ingest.dead_letters.display import ADVICE, ADVICE_ELSE, row, summary, title, view
+from headrace.ingest.dead_letters.letters import (
     Filter,
     Letter,
     States,
     parse_age_ms,
     parse_id,
-    row,
-    summary,
-    title,
-    view,
-    why_not,
+    read_letters,
+    why_not_retried,
 )
 
 if TYPE_CHECKING:
@@ -115,9 +110,9 @@ def _read(runtime: Runtime, reader: Reader) -> tuple[States, Iterator[Letter]]:
     topic = runtime.topics.dead_letters
     end = reader.end_offsets(topic)[0]
     if states.doubtful:
-        for letter in letters(reader, topic, end):
-            states.see(letter)
-    return states, letters(reader, topic, end)
+        for letter in read_letters(reader, topic, end):
+            states.note(letter)
+    return states, read_letters(reader, topic, end)
 
 
 def _retries(runtime: Runtime) -> FencedKafka:
@@ -135,7 +130,7 @@ def _list(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
     for letter in found:
         if not chosen.takes(letter):
             continue
-        counts[letter.told.reason, states.of(letter.offset)] += 1
+        counts[letter.content.reason, states.of(letter.offset)] += 1
         if args.json and not limit:
             print(_json(letter, states))
         else:
@@ -147,7 +142,7 @@ def _list(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
         return 0
     print(title())
     for letter in newest:
-        print(row(letter, states.of(letter.offset), _utc(letter.told.seen_ms)))
+        print(row(letter, states.of(letter.offset), _utc(letter.content.seen_ms)))
     total = sum(counts.values())
     if total > len(newest):
         print(f"the newest {len(newest)} of {total:,}; --limit N shows more, --json all")
@@ -175,13 +170,13 @@ def _show(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
         return 0
     shown = view(letter, states.of(letter.offset))
     record = shown.pop("record", None)
-    shown["seen_ms"] = f"{letter.told.seen_ms} ({_utc(letter.told.seen_ms)} UTC)"
+    shown["seen_ms"] = f"{letter.content.seen_ms} ({_utc(letter.content.seen_ms)} UTC)"
     for name, value in shown.items():
         print(f"{name:<14} {_printable(str(value))}")
     if record is not None:
         print("record\n" + json.dumps(record, indent=2))
-    print(f"\n{ADVICE.get(letter.told.reason, ADVICE_ELSE)}")
-    print(why_not(letter).capitalize() or f"Then: headrace dead-letters retry {letter.id}")
+    print(f"\n{ADVICE.get(letter.content.reason, ADVICE_ELSE)}")
+    print(why_not_retried(letter).capitalize() or f"Then: headrace dead-letters retry {letter.id}")
     return 0
 
 

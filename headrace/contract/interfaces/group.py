@@ -29,8 +29,8 @@ class Fetched(msgspec.Struct, frozen=True):
     timestamp_ms: int | None
 
 
-class Standing(msgspec.Struct, frozen=True):
-    """How a member stands: partitions held, records that wait in them beyond what was read, records gone unread."""
+class MemberStatus(msgspec.Struct, frozen=True):
+    """One member now: partitions held, records that wait in them beyond what was read, records deleted unread."""
 
     partitions: int
     lag_records: int
@@ -56,8 +56,8 @@ class Group(Protocol):
     def held(self, claim: Claim) -> bool:
         """Say whether the claim is still held."""
 
-    def standing(self) -> Standing:
-        """Return how it stands."""
+    def status(self) -> MemberStatus:
+        """Return the member's status."""
 
     def close(self, timeout_s: float) -> None:
-        """Commit what was settled, leave the group and let go, within `timeout_s`."""
+        """Commit what was settled, leave the group and free what is held, within `timeout_s`."""

@@ -20,9 +20,9 @@ from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.mapping import AccessLog
 from headrace.ingest.decode.message import message_of
 from headrace.ingest.sources.access_log import compile_format, plain_text
-from headrace.ingest.sources.foreign import read_foreign
-from headrace.ingest.sources.kafka import messages_of
-from headrace.ingest.sources.mapping import Mapper
+from headrace.ingest.sources.access_log_events import Mapper
+from headrace.ingest.sources.foreign_formats import read_foreign
+from headrace.ingest.sources.kafka_source import messages_of
 
 FORMATS = ("json", "msgpack", "gelf", "raw", "otlp_json")
 KEYS = st.sampled_from(

@@ -388,7 +388,7 @@ def test_tokens_are_read_and_a_short_one_is_refused_unsaid() -> None:
         read_tokens("first-token,short")
     assert "short" not in str(refusal.value).replace("HEADRACE", "")
     assert not Tokens(())
-    assert not Tokens(("first-token",)).take("Bearer", "")
+    assert not Tokens(("first-token",)).accepts("Bearer", "")
 
 
 def test_without_a_token_it_is_open_on_loopback_only(caplog: pytest.LogCaptureFixture) -> None:
@@ -430,12 +430,12 @@ def test_pages_of_named_origins_may_send_and_others_may_not() -> None:
 
 
 def test_origins_are_patterns() -> None:
-    assert Origins(("*",)).take("null", "http", "h")
-    assert Origins(("https://a.example/",)).take("https://A.example", "http", "h")
+    assert Origins(("*",)).accepts("null", "http", "h")
+    assert Origins(("https://a.example/",)).accepts("https://A.example", "http", "h")
     local = Origins(("http://localhost:*",))
-    assert local.take("http://localhost:3000", "http", "h")
-    assert not local.take("http://localhost.evil.example", "http", "h")
-    assert not Origins(()).take("http://x", "http", "h")
+    assert local.accepts("http://localhost:3000", "http", "h")
+    assert not local.accepts("http://localhost.evil.example", "http", "h")
+    assert not Origins(()).accepts("http://x", "http", "h")
 
 
 def test_a_connection_is_kept_and_answers_come_in_order(open_site: Site) -> None:

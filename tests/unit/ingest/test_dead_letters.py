@@ -20,22 +20,17 @@ from letters_world import MENDED, TOPICS, Dying, DyingPen, DyingProducer, Killed
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.formats.dead_letters import DeadLetter, RetryMark, decode_dead_letter, decode_retry_mark
 from headrace.contract.mapping import AccessLog, Route
-from headrace.ingest.dead_letters.view import (
-    ADVICE,
+from headrace.ingest.dead_letters.display import ADVICE, plain, row, summary, title, view
+from headrace.ingest.dead_letters.letters import (
     Filter,
     Letter,
     States,
     id_of,
     parse_age_ms,
     parse_id,
-    plain,
     record_of,
-    row,
-    summary,
     superseded,
-    title,
-    view,
-    why_not,
+    why_not_retried,
 )
 from headrace.ingest.gateway.dry_run import DryRunProducer
 
@@ -62,9 +57,9 @@ def test_the_whole_record_is_shown_and_raw_only_where_json_cannot_say_it() -> No
 def test_what_is_cut_or_no_record_is_shown_as_bytes_and_never_offered() -> None:
     for told in (letter(raw=b"\x81\xa1", raw_truncated=True), letter(raw=b"\x81\xa1"), letter(reason="bad_chunk")):
         shown = view(told, "open")
-        assert "record" not in shown and base64.b64decode(shown["raw"]) == told.told.raw
-        assert "cannot be retried" in why_not(told)
-    assert why_not(letter()) == ""
+        assert "record" not in shown and base64.b64decode(shown["raw"]) == told.content.raw
+        assert "cannot be retried" in why_not_retried(told)
+    assert why_not_retried(letter()) == ""
 
 
 @given(
@@ -78,9 +73,9 @@ def test_any_record_has_a_json_view_and_is_whole_where_it_says_so(record: Any) -
     told = letter(raw=msgpack.packb(record))
     shown = msgspec.json.decode(msgspec.json.encode(view(told, "open")))
     if "raw" in shown:
-        assert base64.b64decode(shown["raw"]) == told.told.raw
+        assert base64.b64decode(shown["raw"]) == told.content.raw
     else:
-        assert shown["record"] == record_of(told.told)[0]
+        assert shown["record"] == record_of(told.content)[0]
     assert plain(record)[1] == ("raw" not in shown)
 
 
@@ -124,7 +119,7 @@ def test_states_follow_from_marks_and_newer_letters() -> None:
         return RetryMark(step="retrying", run="r", at_ms=1, letters=offsets)
 
     states = States([marked(1, 2, 3, 4), RetryMark(step="retried", run="r", at_ms=2, outcomes={1: "appended"})])
-    states.see(letter(9, retry_of=2))
+    states.note(letter(9, retry_of=2))
     assert [states.of(offset) for offset in (0, 1, 2, 3)] == ["open", "retried", "refused", "retrying"]
     found = RetryMark(step="retried", run="r2", at_ms=3, outcomes={3: "open", 4: "unknown"})
     states = States([marked(3, 4), found])
@@ -132,7 +127,7 @@ def test_states_follow_from_marks_and_newer_letters() -> None:
     assert States([marked(3), found, marked(3)]).of(3) == "retrying"
     told = [letter(n) for n in (1, 3, 4)]
     marks = [RetryMark(step="retried", run="r", at_ms=2, outcomes={1: "repeated", 3: "open", 4: "unknown"})]
-    assert superseded(told, marks) == [(told[0].told, "repeated")], "what is open or unknown stands for its event"
+    assert superseded(told, marks) == [(told[0].content, "repeated")], "what is open or unknown stands for its event"
 
 
 def test_letters_and_marks_of_before_and_after_are_read() -> None:
@@ -168,7 +163,7 @@ def test_an_entry_without_a_time_is_not_dated_1970() -> None:
     world.log.append(
         TOPICS.dead_letters,
         0,
-        msgspec.json.encode(letter(raw=msgpack.packb({"request_id": "r", "user_id": 1})).told),
+        msgspec.json.encode(letter(raw=msgpack.packb({"request_id": "r", "user_id": 1})).content),
         None,
         {},
     )
@@ -180,7 +175,7 @@ def test_a_letter_without_any_id_gets_one_of_its_place() -> None:
     told = letter(raw=msgpack.packb({"request_id": "r", "user_id": 1}), time_ns=START_MS * 10**6)
     assert id_of(told, {}) == "dead-letters/7"
     world = World()
-    world.log.append(TOPICS.dead_letters, 0, msgspec.json.encode(told.told), None, {})
+    world.log.append(TOPICS.dead_letters, 0, msgspec.json.encode(told.content), None, {})
     assert world.retry().retry(ALL).appended == 1
     assert [one["event_id"] for one in world.rows()] == ["dead-letters/0"]
 
@@ -203,7 +198,7 @@ def test_a_retry_before_the_fix_changes_nothing_but_names_its_attempts() -> None
     world.offer("shop.cart", [{"request_id": "a", "user_id": 1}], "c")
     for _ in range(3):
         assert world.retry(project=PROJECT).retry(ALL).refused == {"undeclared": 1}
-    told = [one.told for one in world.letters()]
+    told = [one.content for one in world.letters()]
     assert [one.attempts for one in told] == [0, 1, 2, 3] and [one.retry_of for one in told] == [-1, 0, 1, 2]
     assert world.retry(project=MENDED).retry(ALL).appended == 1
     assert len(world.rows()) == 1
@@ -248,4 +243,4 @@ def test_lines_whose_id_comes_from_the_line_are_found_again_after_a_kill(turn: i
     assert sorted(one["event_id"] for one in world.rows()) == ["q1", "q2"]
     states = world.states()
     assert [states[offset] for offset in range(3)] == ["retried"] * 3
-    assert [one.told.reason for one in world.letters() if states[one.offset] == "open"] == ["bad_line"]
+    assert [one.content.reason for one in world.letters() if states[one.offset] == "open"] == ["bad_line"]

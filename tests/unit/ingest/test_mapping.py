@@ -22,8 +22,8 @@ from headrace.contract.project import Project
 from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Gateway, Peer
-from headrace.ingest.sources.kafka import messages_of
-from headrace.ingest.sources.mapping import Mapper
+from headrace.ingest.sources.access_log_events import Mapper
+from headrace.ingest.sources.kafka_source import messages_of
 
 DATA = Path(__file__).parents[2] / "golden" / "data"
 BY_TITLE = {"user_id": "=1", "request_id": "query:rid", "title": "path:item_id", "item_id": "=1"}

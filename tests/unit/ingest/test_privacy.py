@@ -16,8 +16,8 @@ from headrace.contract.formats.events import decode_batch
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import FeatureSpec
+from headrace.ingest.compile_decoders import compile_decoders
 from headrace.ingest.decode.message import Message
-from headrace.ingest.gateway.compile_decoders import compile_decoders
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.serving.model.scorer import merge
 

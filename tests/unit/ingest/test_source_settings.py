@@ -11,7 +11,7 @@ from headrace.cli.stages.ingest import _client
 from headrace.contract.config import SourceConfig, decode_config
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.interfaces.group import Claim, Fetched
-from headrace.ingest.sources.kafka import Positions, Run, messages_of
+from headrace.ingest.sources.kafka_source import Positions, Run, messages_of
 
 CLAIM = Claim("t", 0, 1)
 

@@ -15,9 +15,9 @@ from headrace.contract.metrics import Name
 from headrace.ingest.decode.message import encode_record, message_of
 from headrace.ingest.decode.validate import declared_types
 from headrace.ingest.forward.protocol import Decoder
-from headrace.ingest.gateway.dependencies import GatewayDependencies
 from headrace.ingest.gateway.dry_run import DryRunProducer
 from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 
 
 def compile_decoders(deps: GatewayDependencies) -> None:

@@ -20,7 +20,7 @@ from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
 from headrace.contract.interfaces.frontier import Found
 from headrace.ingest.crawl.answers import Answers, body_name
-from headrace.ingest.crawl.dependencies import CrawlDependencies
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.extract import Document, extract
 from headrace.ingest.crawl.outbox_sender import OutboxSender
 from headrace.ingest.crawl.politeness import host_settings

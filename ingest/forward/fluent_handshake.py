@@ -49,7 +49,7 @@ class Handshake:
             return self._pong(False, "shared_key mismatch", salt), "shared_key"
         if self._users is not None:
             known = self._users.get(user.decode("utf-8", "replace"))
-            # Compared even for an unknown user, so that time does not tell who exists.
+            # Compared even for an unknown user, so that the time it takes does not show who exists.
             expected = _sha512(self._salt, user, (known or "").encode())
             if not hmac.compare_digest(expected, password) or known is None:
                 return self._pong(False, "username/password mismatch", salt), "password"

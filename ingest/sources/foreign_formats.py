@@ -79,11 +79,11 @@ def _where(error: Exception) -> str:
 
 
 class _Unreadable(ValueError):
-    """What is wrong with a record, in words that hold none of it."""
+    """What is wrong with a record; the message holds nothing of its content."""
 
 
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What reading bytes that say anything at all may raise."""
+"""What reading arbitrary bytes may raise."""
 
 
 def _json(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:

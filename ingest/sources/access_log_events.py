@@ -1,8 +1,8 @@
 """Lines of access logs to declared events, by the user's mapping. Pure.
 
-A chunk of lines becomes one message a declared event, each with the chunk's id, and acked together by the gateway. The
-event's id derives from the chunk, its tag and its place among its kind, as for any event without one; a `event_id` that
-the Kafka source gave the line, or that a route takes from a request id, stays.
+A chunk of lines becomes one message a declared event, each with the chunk's id; the gateway acks them together. The
+event's id derives from the chunk, its tag and its place among its kind, as for any event without one; an `event_id`
+that the Kafka source gave the line, or that a route takes from a request id, stays.
 
 | line | becomes |
 |---|---|
@@ -78,7 +78,7 @@ class _CompiledRoute:
         self._targets = [_Target(name, self._reader(source), kinds[name]) for name, source in sources.items()]
 
     def matches(self, method: str, status: int, request: Request) -> bool:
-        """Say whether the route is meant."""
+        """Say whether the request is of this route."""
         segments = request.segments
         return (
             method == self.method
@@ -202,7 +202,7 @@ class Mapper:
         return variables
 
 
-def together(parts: int, acked: Acked | None) -> Acked | None:
+def acked_together(parts: int, acked: Acked | None) -> Acked | None:
     """Return what each of `parts` messages is acked by: the last one to settle calls `acked`, with the sum of all.
 
     Without any part there is nothing to wait for, and `acked` is called at once.

@@ -16,8 +16,8 @@ A crash, or a partition given to another gateway, anywhere before 4 means that r
 appended them, else the stream, drops their events by id.
 
 Shippers write null keys by default, which spread over partitions: order between records is that of the partition only,
-and there is none where no key is configured. The join needs none (feedback that comes first waits for its impression,
-`join.early_feedback_ms`), but an impression then sees counters as they stood when it was read.
+and there is none where no key is configured. The join does not depend on it (feedback that comes first waits for its
+impression, `join.early_feedback_ms`), but an impression then sees counters as they stood when it was read.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from headrace.ingest.decode.validate import brings_id
 from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.batcher import Acked, Outcome
 from headrace.ingest.gateway.gateway import Peer
-from headrace.ingest.sources.foreign import Foreign, read_foreign
+from headrace.ingest.sources.foreign_formats import Foreign, read_foreign
 
 log = logging.getLogger("headrace.ingest")
 
 _TAKE_MAX = 500
 """Most records in one turn of the loop: some 15 ms of decoding, in which no connection is served."""
 _BUSY_S, _IDLE_S = 0.002, 0.02
-_TELL_S = 1.0
+_REPORT_S = 1.0
 _AGAIN_S = 0.5
 """Time between offers of what the gateway refused."""
 _SETTLE_S, _LEAVE_S = 1.0, 0.8
@@ -64,7 +64,7 @@ class Run(msgspec.Struct):
 
 
 class Positions:
-    """What was offered of each claim, in order, and how far it is settled without a hole. Pure."""
+    """What was offered of each claim, in order, and how far it is settled without a gap. Pure."""
 
     def __init__(self) -> None:
         self._runs: defaultdict[Claim, deque[Run]] = defaultdict(deque)
@@ -113,12 +113,12 @@ class KafkaSource:
         group = self._open_group()
         closed = False
         try:
-            tell_s = loop.time()
+            report_s = loop.time()
             while not stopping.is_set():
                 busy = self.turn(admission, group, loop.time())
-                if loop.time() >= tell_s:
-                    tell_s = loop.time() + _TELL_S
-                    self._tell(group)
+                if loop.time() >= report_s:
+                    report_s = loop.time() + _REPORT_S
+                    self._report(group)
                 await asyncio.sleep(_BUSY_S if busy else _IDLE_S)
             until = loop.time() + _SETTLE_S
             while self._positions.in_flight and loop.time() < until:
@@ -177,12 +177,12 @@ class KafkaSource:
         if position is not None:
             group.settle(claim, position)
 
-    def _tell(self, group: Group) -> None:
-        standing = group.standing()
-        self._metrics.set("lag_records", standing.lag_records, topic=self._config.topic)
-        if standing.gap_records > self._gap:
-            self._metrics.add("gap_total", standing.gap_records - self._gap, topic=self._config.topic)
-            self._gap = standing.gap_records
+    def _report(self, group: Group) -> None:
+        status = group.status()
+        self._metrics.set("lag_records", status.lag_records, topic=self._config.topic)
+        if status.gap_records > self._gap:
+            self._metrics.add("gap_total", status.gap_records - self._gap, topic=self._config.topic)
+            self._gap = status.gap_records
 
 
 def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Message]:
