@@ -2,7 +2,7 @@
 
 The protocol, in the words that the tests use:
 
-1. *Claim.* The pen of the `retries` topic is taken: the broker lets only its newest holder write marks.
+1. *Claim.* The fenced writer of the `retries` topic is opened: the broker lets only the newest one write marks.
 2. *Find out.* Letters that a `retrying` mark names, and whose fate is not known, are looked for: their event ids in
    `events` from the offsets that the mark holds, and newer letters that name them. A `retried` mark says what was
    found; the others are open again. A mark younger than its lease is waited for: its retry may still be at work.
@@ -11,9 +11,10 @@ The protocol, in the words that the tests use:
    letter holds, and with its own time. What is refused again becomes a newer letter that names this one.
 5. *Settle.* When Kafka has receipts for the whole batch, a `retried` mark holds each letter's fate.
 
-Killed before 3, nothing happened. Killed between 3 and 5, the next retry finds out. A holder that was paused, and whose
-pen was taken, appends nothing once half its lease is over; the one record that may be under way then has the id under
-which the new holder appends, in the same partition and within the join's `repeat_horizon_ms`: the stream counts one.
+Killed before 3, nothing happened. Killed between 3 and 5, the next retry finds out. A holder that was paused, and was
+fenced meanwhile, appends nothing once half its lease is over; the one record that may be under way then has the id
+under which the new holder appends, in the same partition and within the join's `repeat_horizon_ms`: the stream counts
+one.
 """
 
 from __future__ import annotations
@@ -100,14 +101,14 @@ class Retry:
         *,
         producer: Producer,
         reader: Reader,
-        pen: FencedWriter,
+        writer: FencedWriter,
         clock: Clock,
         metrics: Metrics,
         run: str,
         privacy: Privacy | None = None,
         lease_ms: int = LEASE_MS,
     ) -> None:
-        self._topics, self._producer, self._reader, self._pen = topics, producer, reader, pen
+        self._topics, self._producer, self._reader, self._writer = topics, producer, reader, writer
         self._clock, self._run = clock, run
         self._gateway = GatewayDependencies(
             project=project,
@@ -128,7 +129,7 @@ class Retry:
         Kafka is away and `InvariantBroken` where another retry took over; run it again then, nothing is lost."""
         report = Report()
         self._wait_for_others()
-        self._pen.open()
+        self._writer.open()
         self._wait_for_others()
         ends = self._reader.end_offsets(self._topics.dead_letters)[0]
         states = self._survey(ends)
@@ -157,7 +158,7 @@ class Retry:
     # -- 1. claim
 
     def _marks(self) -> list[RetryMark]:
-        return [decode_retry_mark(value) for _, value in self._pen.read(0)]
+        return [decode_retry_mark(value) for _, value in self._writer.read(0)]
 
     def _wait_for_others(self) -> None:
         """Return when no mark of another retry is younger than its lease and open."""
@@ -265,7 +266,7 @@ class Retry:
             yield batch
 
     def _append(self, mark: RetryMark) -> None:
-        self._pen.append(encode_retry_mark(mark))
+        self._writer.append(encode_retry_mark(mark))
 
     def _take(self, batch: list[Letter], report: Report) -> None:
         """Mark, offer and settle one batch."""

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 from ingest_world import START_MS
-from letters_world import TOPICS, Dying, DyingPen, DyingProducer, Killed, World, fill, found
+from letters_world import TOPICS, Dying, DyingProducer, DyingWriter, Killed, World, fill, found
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.dead_letters import RetryMark, encode_retry_mark
@@ -31,7 +31,7 @@ def drained(seed: int, kind: type[Retry] = Retry) -> tuple[World, dict[str, int]
     for _ in range(random.randint(1, 4)):
         dying = Dying(random.randint(1, 40), random)
         producer = DyingProducer(world.log.producer(), dying)
-        retry = world.retry(kind=kind, producer=producer, pen=DyingPen(world.log, world.pens, dying))
+        retry = world.retry(kind=kind, producer=producer, writer=DyingWriter(world.log, world.pens, dying))
         try:
             retry.retry(ALL)
         except Killed:
@@ -126,7 +126,7 @@ def test_two_retries_at_once_offer_a_letter_once(seed: int) -> None:
     paused = TakenOver(random.randint(1, 25), random, world)
     producer = DyingProducer(world.log.producer(), paused)
     with suppress(InvariantBroken, Unavailable):
-        world.retry(producer=producer, pen=DyingPen(world.log, world.pens, paused)).retry(ALL)
+        world.retry(producer=producer, writer=DyingWriter(world.log, world.pens, paused)).retry(ALL)
     # What the paused one had in its client's queue may land late: under the same ids, so that the stream counts one.
     producer.die()
     world.retry().retry(ALL)
@@ -139,7 +139,7 @@ def test_two_retries_at_once_offer_a_letter_once(seed: int) -> None:
 def test_a_retry_at_work_is_left_alone() -> None:
     world = World()
     world.offer("shop.cart", [{"request_id": "r", "user_id": 1}], "c")
-    first = world.pen()
+    first = world.writer()
     first.open()
 
     class Busy:
@@ -180,7 +180,7 @@ def test_a_log_that_no_longer_reaches_back_leaves_the_letter_alone() -> None:
     dying = Dying(3, Random(4))
     with pytest.raises(Killed):
         world.retry(
-            producer=DyingProducer(world.log.producer(), dying), pen=DyingPen(world.log, world.pens, dying)
+            producer=DyingProducer(world.log.producer(), dying), writer=DyingWriter(world.log, world.pens, dying)
         ).retry(ALL)
     assert world.states() == {0: "retrying"}
     for _ in range(9):

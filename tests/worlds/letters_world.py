@@ -61,7 +61,7 @@ class World:
         while not gateway.drained():
             gateway.tick()
 
-    def pen(self) -> FencedMemory:
+    def writer(self) -> FencedMemory:
         return FencedMemory(self.log, TOPICS.retries, "retries", self.pens)
 
     def retry(
@@ -70,7 +70,7 @@ class World:
         kind: Callable[..., Retry] = Retry,
         producer: Producer | None = None,
         reader: Reader | None = None,
-        pen: FencedWriter | None = None,
+        writer: FencedWriter | None = None,
         clock: Any = None,
     ) -> Retry:
         """Return a retry that has not begun."""
@@ -82,7 +82,7 @@ class World:
             P,
             producer=producer or self.log.producer(),
             reader=reader or self.log.reader(),
-            pen=pen or self.pen(),
+            writer=writer or self.writer(),
             clock=clock or self.clock,
             metrics=MemoryMetrics(),
             run=f"r{self.runs}",
@@ -103,7 +103,7 @@ class World:
         return list(read_letters(reader, TOPICS.dead_letters, reader.end_offsets(TOPICS.dead_letters)[0]))
 
     def marks(self) -> list[RetryMark]:
-        return [decode_retry_mark(value) for _, value in self.pen().read(0)]
+        return [decode_retry_mark(value) for _, value in self.writer().read(0)]
 
     def states(self) -> dict[int, str]:
         states = States(self.marks())
@@ -170,7 +170,7 @@ class DyingProducer:
         self._queue = []
 
 
-class DyingPen(FencedMemory):
+class DyingWriter(FencedMemory):
     """Dies before or after the mark is committed."""
 
     def __init__(self, log: MemoryLog, pens: WriterEpochs, dying: Dying) -> None:
@@ -178,7 +178,7 @@ class DyingPen(FencedMemory):
         self._dying = dying
 
     def append(self, value: bytes) -> None:
-        self._dying.step(lambda: super(DyingPen, self).append(value))
+        self._dying.step(lambda: super(DyingWriter, self).append(value))
 
 
 def fill(world: World, random: Random) -> dict[str, int]:

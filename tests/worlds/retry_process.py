@@ -44,7 +44,7 @@ class Turn:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class KilledPen(FencedKafka):
+class KilledWriter(FencedKafka):
     """Dies at a mark."""
 
     def __init__(self, brokers: str, topic: str, turn: Turn) -> None:
@@ -52,7 +52,7 @@ class KilledPen(FencedKafka):
         self._turn = turn
 
     def append(self, value: bytes) -> None:
-        self._turn.step(lambda: super(KilledPen, self).append(value))
+        self._turn.step(lambda: super(KilledWriter, self).append(value))
 
 
 class KilledProducer(KafkaProducer):
@@ -89,7 +89,7 @@ def retry(brokers: str, topics: Topics, turn: Turn) -> Report:
         P,
         producer=KilledProducer(brokers, turn),
         reader=KafkaReader(brokers),
-        pen=KilledPen(brokers, topics.retries, turn),
+        writer=KilledWriter(brokers, topics.retries, turn),
         clock=SystemClock(),
         metrics=MemoryMetrics(),
         run=uuid.uuid4().hex[:12],

@@ -197,7 +197,7 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
         runtime.config.log.partitions,
         producer=producer,
         reader=reader,
-        pen=writer,
+        writer=writer,
         clock=runtime.clock,
         metrics=MemoryMetrics(),
         run=uuid.uuid4().hex[:12],

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ingest_world import PROJECT, START_MS, impression
-from letters_world import MENDED, TOPICS, Dying, DyingPen, DyingProducer, Killed, World
+from letters_world import MENDED, TOPICS, Dying, DyingProducer, DyingWriter, Killed, World
 
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.formats.dead_letters import DeadLetter, RetryMark, decode_dead_letter, decode_retry_mark
@@ -235,9 +235,9 @@ def test_lines_whose_id_comes_from_the_line_are_found_again_after_a_kill(turn: i
     world.offer("nginx", [{"log": LINE.format("q1", "curl")}, {"log": LINE.format("q2", "curl")}], "c")
     world.offer("nginx", [{"log": LINE.format("q3", "x").replace("/item", "/other")}, {"log": "garbage"}], "c2")
     dying = Dying(turn, Random(turn))
-    pen = DyingPen(world.log, world.pens, dying)
+    writer = DyingWriter(world.log, world.pens, dying)
     with pytest.raises(Killed):
-        world.retry(project=mended, producer=DyingProducer(world.log.producer(), dying), pen=pen).retry(ALL)
+        world.retry(project=mended, producer=DyingProducer(world.log.producer(), dying), writer=writer).retry(ALL)
     world.clock.advance(40.0)
     world.retry(project=mended).retry(ALL)
     assert sorted(one["event_id"] for one in world.rows()) == ["q1", "q2"]
