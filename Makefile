@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): about 3 GB from the package index the first time; run it again if the network breaks"
 	@if "$(BIN)/python" -m pip show -q torch >/dev/null 2>&1; then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > "$(VENV)/constraints.txt"
 	"$(BIN)/python" -m pip install --progress-bar on -c "$(VENV)/constraints.txt" -e .
-	@find headrace $(ROOMS) -name '*.nb[ic]' -delete  # compiled code of another version may name modules that are gone
+	@find headrace $(ROOMS) -name '*.nb[ic]' -delete; rm -rf headrace/kernels/__pycache__/compiled-*
 	@touch "$@"
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from headrace.contract.errors import ConfigRejected, HeadraceError
+from headrace.kernels.code_cache import keep_compiled_code
 
 VERBS: dict[str, tuple[str, str]] = {
     "up": ("stack.up", "start everything on this machine: Kafka, HDFS, all stages, the demo shop"),
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(words[:1] or ["--help"])
         return 2
     module_name, phrase = VERBS[verb]
+    keep_compiled_code()
     try:
         module = importlib.import_module(f"headrace.cli.{module_name}")
     except ModuleNotFoundError as error:
