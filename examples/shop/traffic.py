@@ -116,7 +116,7 @@ def find_data(project_dir: Path, chosen: str | None) -> Path | None:
         if not list(folder.glob(IMPRESSIONS)):
             raise ConfigRejected(f"DATA={chosen} has no {IMPRESSIONS}. Give KuaiRand's folder, or leave DATA unset.")
         return folder
-    checkout = project_dir.resolve().parents[1]
+    checkout = project_dir.resolve().parent.parent
     beside = checkout.parent / "shared" / "data" / "kuairand"
     return beside if list(beside.glob(IMPRESSIONS)) else None
 

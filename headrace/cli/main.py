@@ -11,7 +11,7 @@ from headrace.contract.errors import ConfigRejected, HeadraceError
 from headrace.kernels.code_cache import keep_compiled_code
 
 VERBS: dict[str, tuple[str, str]] = {
-    "up": ("stack.up", "start everything on this machine: Kafka, HDFS, all stages, the demo shop"),
+    "up": ("stack.up", "start everything on this machine: Kafka, HDFS, all stages, the demo"),
     "down": ("stack.down", "stop everything that `up` started"),
     "restart": ("stack.restart", "stop and start named processes; the others go on"),
     "status": ("stack.status", "show each process, its state, port, memory and log file"),

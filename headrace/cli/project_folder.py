@@ -10,6 +10,8 @@ from headrace.contract.config import Config, decode_config
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import Project
 
+SHOP = "headrace.examples.shop"
+
 
 def find_project(named: str) -> Path:
     """Return the user's folder: the one that was named, else `examples/shop` here, else the installed shop."""
@@ -18,7 +20,15 @@ def find_project(named: str) -> Path:
     here = Path.cwd() / "examples" / "shop"
     if (here / "headrace.toml").exists():
         return here
-    return Path(__file__).parents[2] / "examples" / "shop"
+    spec = importlib.util.find_spec(SHOP)
+    if spec is None or spec.origin is None:
+        raise ConfigRejected(f"{SHOP} is not installed; --project or HEADRACE_PROJECT names the folder of a project.")
+    return Path(spec.origin).parent
+
+
+def is_demo(folder: Path) -> bool:
+    """Say whether this is the demo shop's folder, the one that `find_project` takes when none is named."""
+    return folder.resolve() == find_project("").resolve()
 
 
 def load_project(folder: Path) -> tuple[Config, Project]:

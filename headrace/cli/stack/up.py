@@ -1,4 +1,4 @@
-"""Start everything on this machine: Kafka, HDFS, all stages, the demo shop.
+"""Start everything on this machine: Kafka, HDFS, all stages, and the demo shop if the project is the demo.
 
 In the foreground it then prints a line every few seconds, and Ctrl-C stops everything; with --detach it returns when
 all is ready. Running it again takes over what runs, and starts what does not.
@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 from headrace.cli.addresses import HOST
-from headrace.cli.project_folder import load_project
+from headrace.cli.project_folder import is_demo, load_project
 from headrace.cli.rules_topic import rules_topic
 from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, table
 from headrace.contract.errors import ConfigRejected
@@ -21,7 +22,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.readiness import quiet_clients
-from headrace.deploy.local.stack import start, stop
+from headrace.deploy.local.stack import STAGES, start, stop
 from headrace.deploy.local.status_line import StatusLine
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.stream.rule_changes import unapplied
@@ -61,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True)
 
     try:
-        start(layout, Topics(config.log.generation).specs(config.log.partitions), say, more=more)
+        specs = Topics(config.log.generation).specs(config.log.partitions)
+        start(layout, specs, say, stages=stages_of(layout.project), more=more)
         _show(layout, time.monotonic() - begin)
         with rules_topic(layout.brokers, Topics(config.log.generation)) as writer:
             lines = unapplied(writer, project)
@@ -76,6 +78,11 @@ def main(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop(layout, say)
     return 0
+
+
+def stages_of(project: Path) -> tuple[str, ...]:
+    """Return the stages that a stack of this project runs: the shop's synthetic traffic belongs to the demo alone."""
+    return (*(stage for stage in STAGES if stage != "shop" or is_demo(project)), "tensorboard")
 
 
 def _interrupt(stopped: threading.Event) -> None:

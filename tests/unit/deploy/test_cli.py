@@ -20,10 +20,12 @@ from headrace.cli.main import VERBS, main
 from headrace.cli.runtime import open_blobs
 from headrace.cli.stack import clean as stack_clean
 from headrace.cli.stack import flags as local
+from headrace.cli.stack.up import stages_of
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.deploy.local import doctor, layout, metrics_text, readiness, stack
 from headrace.deploy.local.servers import java
 from headrace.deploy.local.servers.jars import Bundle, read_pins, wrong_jars
+from headrace.deploy.local.status_line import StatusLine
 from headrace.deploy.local.supervise import Program, configuration
 
 NAMES = ("HEADRACE_BROKERS", "HEADRACE_STORE", "HEADRACE_WEBHDFS", "HEADRACE_HOME", "HEADRACE_PROJECT", "PORT_BASE")
@@ -260,3 +262,15 @@ def test_an_interrupt_ends_a_wait_for_stages() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         stack.await_all({"first": interrupted, "other": lambda: "not ready"}, 7_200.0, print)
+
+
+def test_only_the_demo_is_fed_by_the_shop(shop_dir: Path, tmp_path: Path) -> None:
+    assert "shop" in stages_of(shop_dir) and "shop" in stages_of(shop_dir.parent / "shop" / ".." / "shop")
+    assert set(stages_of(shop_dir)) - set(stages_of(tmp_path)) == {"shop"}
+
+
+def test_the_status_line_needs_no_shop(tmp_path: Path) -> None:
+    base = 26_000 + hash(str(tmp_path)) % 5_000
+    made = local.new_layout(flags(tmp_path, port_base=base))
+    line = StatusLine(made).line()
+    assert "freshness -" in line and line.endswith("version -")

@@ -107,3 +107,7 @@ def test_synthetic_rows_are_labelled_and_repeat():
 def test_a_wrong_data_folder_is_refused_and_not_replaced(shop_dir: Path, tmp_path: Path):
     with pytest.raises(ConfigRejected, match="DATA="):
         traffic.find_data(shop_dir, str(tmp_path))
+
+
+def test_a_project_near_the_root_has_no_data_beside_it():
+    assert traffic.find_data(Path("/a-project"), None) is None
