@@ -118,7 +118,7 @@ format: $(VENV)/.installed-dev ## let ruff format and sort
 docs: $(VENV)/.installed ## write the pages of docs/ that are made from code
 	"$(BIN)/python" docs/generate.py
 
-bench: $(VENV)/.installed-dev ## every benchmark, quick form
+bench: $(VENV)/.installed-dev ## freshness and the whole loop, quick form
 	@for each in bench/freshness.py bench/loop.py; do echo "== $$each"; "$(BIN)/python" $$each --quick || exit 1; done
 
 clean: ## delete the local state (says what, asks); YES=1 does not ask

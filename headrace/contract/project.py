@@ -76,8 +76,11 @@ class ImpressionType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class FeedbackType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An event that answers an impression, found by (`request_id`, `place`). It carries the same partition key
-    field, and every counter key field, as the impression; `value` (float, optional) is the dwell or price."""
+    """An event that answers an impression, found by (`request_id`, `place`).
+
+    Declare its tag and the key fields of every counter that counts it. The partition key is there without being
+    declared; the service must log it. `value` (float, optional) is the dwell or price.
+    """
 
     name: str
     tag: str

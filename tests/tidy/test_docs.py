@@ -100,6 +100,12 @@ def test_every_path_and_module_exists(page: Path) -> None:
     assert not gone, f"{page.name} names what the tree does not have; name what it is called now"
 
 
+def test_the_shops_table_names_files_of_the_shop() -> None:
+    text = (CHECKOUT / "docs" / "project.md").read_text().partition("## The demo shop")[2]
+    named = set(re.findall(r"^\| `(\w+\.py)` \|", text, re.MULTILINE))
+    assert named and not {name for name in named if f"examples/shop/{name}" not in FILES}
+
+
 def test_code_names_what_the_tree_has() -> None:
     gone = []
     for name in FILES:

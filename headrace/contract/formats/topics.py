@@ -39,7 +39,7 @@ class Topics(msgspec.Struct, frozen=True):
 
     @property
     def model(self) -> str:
-        """Snapshot manifests and gate decisions; compacted."""
+        """Manifests of snapshots; compacted."""
         return self._name("model")
 
     @property
