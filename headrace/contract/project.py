@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from collections import Counter as Counts
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -55,6 +58,12 @@ EXTRA = "extra"
 
 LANES_MAX = 8
 """The join keeps a byte of an impression's tasks: a task takes a bit, one that corrects late feedback a second one."""
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_HINTS = {
+    "Expected `array`, got `str`": 'A tuple of one ends in a comma: ("click",).',
+    r"length >= 2 .*\.key`": 'A tuple names two fields or more; one field is a text, key="user_id".',
+}
+"""What usually causes a value of another type, by a pattern of the decoder's message."""
 COMBINATIONS_MAX = 1_024
 """Most combinations that a `Product` may form of one row before it keeps `values_max` of them."""
 
@@ -115,6 +124,7 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
     features: FeatureSpec
     recipe: Recipe = Recipe()
     name: str = "default"
+    """Of the model: a-z, 0-9, `_` and `-`. It is part of the names of its blobs, and of its records' keys."""
     mappings: tuple[AccessLog, ...] = ()
     """Access logs whose lines are events; see `headrace.contract.mapping`."""
     crawls: tuple[Crawl, ...] = ()
@@ -122,7 +132,9 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
 
     def checked(self) -> Project:
         """Return self, its spec's numbers of the declared types, or raise `ConfigRejected` naming the first declaration
-        that contradicts another."""
+        that contradicts its type or another declaration."""
+        typed = _of_declared_types(self)
+        _check_names(self)
         raw, columns = set(self.impression.fields), set(self.features.counter_columns())
         kinds = {f.name for f in self.feedback}
         if self.impression.key not in raw:
@@ -163,12 +175,14 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         for feature in self.features.features:
             for name in feature.inputs():
                 if name not in types:
-                    raise ConfigRejected(f"feature {feature!r} reads {name!r}, which no field and no counter gives.")
+                    raise ConfigRejected(
+                        f"feature {feature!r} reads {name!r}, which no field and no counter gives; declared: "
+                        f"{sorted(types)}."
+                    )
             _check_feature(feature, types, lasts)
         # As it comes back from JSON: 1 for 1.0 would give the log's rules another digest than the file's.
-        features = msgspec.convert(msgspec.to_builtins(self.features), FeatureSpec)
-        is_plain = features.digest() == self.features.digest()
-        return self if is_plain else msgspec.structs.replace(self, features=features)
+        is_plain = typed.features.digest() == self.features.digest()
+        return self if is_plain else msgspec.structs.replace(self, features=typed.features)
 
     def _check_recipe(self) -> None:
         recipe, declared = self.recipe.checked(self.features), {t.name: t for t in self.tasks}
@@ -184,21 +198,22 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_counter(self, counter: Counter, kinds: set[str]) -> None:
         entries, fields = counter.entries(), counter.key_fields
-        if not isinstance(counter.key, str) and (len(fields) < 2 or len(set(fields)) < len(fields)):
-            raise ConfigRejected(
-                f"counter {counter.name!r} is kept over {counter.key!r}: a tuple names two fields or more, each once; "
-                'one field is a text, key="user_id".'
-            )
+        if len(set(fields)) < len(fields):
+            raise ConfigRejected(f"counter {counter.name!r} is kept over {counter.key!r}: a tuple names each once.")
         events = {entry.event for entry in entries}
-        unknown = events - kinds - {"impression"}
+        if unknown := events - kinds - {"impression"}:
+            raise ConfigRejected(
+                f"counter {counter.name!r} counts {sorted(unknown)}, and no event has that name; there are "
+                f"{['impression', *sorted(kinds)]}."
+            )
         # The impression must have them too: its counts are looked up by its own key.
         carriers = [name for name in ("impression", *sorted(kinds)) if name in {"impression", *events}]
         for field in fields:
             missing = [name for name in carriers if field not in self._fields(name)]
-            if missing or unknown:
+            if missing:
                 raise ConfigRejected(
-                    f"counter {counter.name!r} over {counter.key!r}: {field!r} is not a field of {missing}, unknown "
-                    f"counts {sorted(unknown)}. Declare the field there, or count something else."
+                    f"counter {counter.name!r} over {counter.key!r}: {field!r} is not a field of {missing}. Declare "
+                    "the field there, or count something else."
                 )
         for entry in entries:
             kind = self._fields(entry.event).get(entry.field, "missing")
@@ -217,6 +232,33 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         key = self.impression.key
         own: dict[str, FieldType] = {key: self.impression.fields[key], "value": "float64"}
         return own | next(f.fields for f in self.feedback if f.name == name)
+
+
+def _of_declared_types(project: Project) -> Project:
+    """Return the project as it comes back from JSON; a struct's constructor does not look at types and ranges."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(project), Project)
+    except (msgspec.ValidationError, TypeError) as error:
+        hints = [hint for pattern, hint in _HINTS.items() if re.search(pattern, str(error))]
+        raise ConfigRejected(" ".join([f"{error}; `$` is the Project.", *hints])) from error
+
+
+def _check_names(project: Project) -> None:
+    if not _NAME.fullmatch(project.name):
+        raise ConfigRejected(f"name {project.name!r}: begin with a-z or 0-9, and go on with these, `_` and `-`.")
+    if any(feedback.name == "impression" for feedback in project.feedback):
+        raise ConfigRejected("a feedback is called 'impression', which is the name of what was shown: choose another.")
+    counters = project.features.counters
+    _check_once("feedback types have the name", [feedback.name for feedback in project.feedback])
+    _check_once("events have the tag", [project.impression.tag, *(feedback.tag for feedback in project.feedback)])
+    _check_once("tasks have the name", [task.name for task in project.tasks])
+    _check_once("counters have the name", [counter.name for counter in counters])
+
+
+def _check_once(what: str, names: Sequence[str]) -> None:
+    for name, times in Counts(names).items():
+        if times > 1:
+            raise ConfigRejected(f"{times} {what} {name!r}; each needs one of its own.")
 
 
 def _check_fields(kind: ImpressionType | FeedbackType) -> None:

@@ -207,7 +207,7 @@ def project(*, counters: tuple = (), features: tuple = (), key: str = "k", buy: 
     [
         ({"counters": (Counter(name="c", key="k", counts=("sum:buy.title",)),)}, "which is missing; numbers of"),
         ({"counters": (Counter(name="c", key="k", counts=("sum:impression.title",)),)}, "which is string"),
-        ({"counters": (Counter(name="c", key="k", counts=("last:view",)),)}, "unknown counts"),
+        ({"counters": (Counter(name="c", key="k", counts=("last:view",)),)}, "no event has that name"),
         ({"counters": (Counter(name="c", key="title", counts=("last:buy",)),)}, "not a field of \\['buy'\\]"),
         ({"counters": (Counter(name="c", key="tags", counts=("impression",)),)}, "a list"),
         ({"counters": (Counter(name="c", key=("k", "tags"), counts=("impression",)),)}, "over 'tags', a list"),
