@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("verb", metavar="VERB", choices=list(VERBS), help="one of the verbs below")
     if verb not in VERBS or words[0] != verb:
+        parser.add_argument("--version", action="version", version=f"headrace {importlib.metadata.version('headrace')}")
         parser.parse_args(words[:1] or ["--help"])
         return 2
     module_name, phrase = VERBS[verb]

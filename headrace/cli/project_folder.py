@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
+from types import ModuleType
 
 from headrace.contract.config import Config, decode_config
 from headrace.contract.errors import ConfigRejected
@@ -40,13 +42,39 @@ def load_project(folder: Path) -> tuple[Config, Project]:
     module_file = folder / config.module
     spec = importlib.util.spec_from_file_location("headrace_project", module_file)
     if spec is None or spec.loader is None or not module_file.exists():
-        raise ConfigRejected(f"{file}: module {config.module!r} is no Python file in {folder}.")
+        there = " or ".join(f'module = "{path.name}"' for path in sorted(folder.glob("*.py")))
+        raise ConfigRejected(
+            f"{file}: module {config.module!r} is no Python file in {folder}"
+            + (f"; name the one that declares the Project: {there}." if there else ", and no other is there.")
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("headrace_project", module)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
-    spec.loader.exec_module(module)
-    project = getattr(module, config.object, None)
-    if not isinstance(project, Project):
-        raise ConfigRejected(f"{module_file} has no Project named {config.object!r}, but {type(project).__name__}.")
-    return config, project.checked()
+    try:
+        spec.loader.exec_module(module)
+    except ConfigRejected:
+        raise
+    except Exception as error:
+        at = f"{module_file}, line {_line(error, module_file)}"
+        raise ConfigRejected(f"{at}: {type(error).__name__}: {error}") from error
+    return config, _project(module, config.object, module_file).checked()
+
+
+def _project(module: ModuleType, name: str, file: Path) -> Project:
+    found = getattr(module, name, None)
+    if isinstance(found, Project):
+        return found
+    there = " or ".join(f'object = "{other}"' for other, value in vars(module).items() if isinstance(value, Project))
+    raise ConfigRejected(
+        f"{file} has no Project named {name!r}; "
+        + (f"say in headrace.toml which one is meant: {there}." if there else "it declares none.")
+    )
+
+
+def _line(error: Exception, file: Path) -> int:
+    """Return the line of the user's file at which it failed: the innermost one, or that of its own wrong syntax."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return error.lineno or 1
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return (lines[-1] if lines else None) or 1
