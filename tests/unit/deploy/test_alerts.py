@@ -93,6 +93,57 @@ tests:
           - exp_labels: {severity: warning, task: click, slice: "tab=1"}
             exp_annotations: {summary: "The model predicts 1.5 times the positives that click tab=1 has"}
       - {eval_time: 30m, alertname: HeadraceSamplesRefused, exp_alerts: []}
+  - name: a tag that is held back, and one that was
+    interval: 1m
+    input_series:
+      - {series: "headrace_ingest_dead_letter_ceiling_shut{instance='a',tag='shop.click'}", values: "0x5 1x20 0x10"}
+      - {series: "headrace_ingest_dead_letter_ceiling_shut{instance='a',tag='shop.dwell'}", values: "0x60"}
+    alert_rule_test:
+      - {eval_time: 3m, alertname: HeadraceTagHeldBack, exp_alerts: []}
+      - eval_time: 10m
+        alertname: HeadraceTagHeldBack
+        exp_alerts:
+          - exp_labels: {severity: critical, instance: a, tag: shop.click}
+            exp_annotations:
+              summary: "a holds the tag shop.click back: too many of its events were refused"
+              description: "Shippers keep what comes. `headrace dead-letters list` shows the reasons. Correct the service
+                or its declaration, and restart the gateways."
+      - {eval_time: 30m, alertname: HeadraceTagHeldBack, exp_alerts: []}
+  - name: a sink that missed records, and stages that did not
+    interval: 1m
+    input_series:
+      - {series: "headrace_sink_gap_total{instance='a',topic=''}", values: "0x5 2x20"}
+      - {series: "headrace_train_gap_total{instance='b',topic=''}", values: "0x60"}
+      - {series: "headrace_ingest_gap_total{instance='c',topic='logs'}", values: "0x5 7x20"}
+    alert_rule_test:
+      - {eval_time: 3m, alertname: HeadraceGap, exp_alerts: []}
+      - eval_time: 10m
+        alertname: HeadraceGap
+        exp_alerts:
+          - exp_labels: {severity: critical, instance: a}
+            exp_annotations:
+              summary: "a found 2 gaps in what it read"
+              description: "Its log names the offsets. `headrace ledger` says whether an event is lost."
+          - exp_labels: {severity: critical, instance: c, topic: logs}
+            exp_annotations:
+              summary: "c found 7 gaps in what it read from logs"
+              description: "Its log names the offsets. `headrace ledger` says whether an event is lost."
+  - name: upkeep that fails while files grow, and a failure that the next upkeep made good
+    interval: 1m
+    input_series:
+      - {series: "headrace_sink_lake_upkeep_failed_total{instance='a'}", values: "0x70 1x60"}
+      - {series: "headrace_sink_lake_files{instance='a'}", values: "100+1x130"}
+      - {series: "headrace_sink_lake_upkeep_failed_total{instance='b'}", values: "0x70 1x60"}
+      - {series: "headrace_sink_lake_files{instance='b'}", values: "100x130"}
+    alert_rule_test:
+      - {eval_time: 60m, alertname: HeadraceLakeUpkeepFails, exp_alerts: []}
+      - eval_time: 90m
+        alertname: HeadraceLakeUpkeepFails
+        exp_alerts:
+          - exp_labels: {severity: warning, instance: a}
+            exp_annotations:
+              summary: "Upkeep of the lake failed within the last hour, and its files grow in number"
+              description: "The sink's log has the reason. `headrace lake` compacts and vacuums by hand."
   - name: a worker that was started with an edited file, one that catches up, one in line
     interval: 1m
     input_series:
