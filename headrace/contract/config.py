@@ -42,7 +42,8 @@ PORTS: dict[str, int] = {
     "metrics_shop": 9108,
     "catalogue": 8091,
 }
-"""Every port, loopback by default. With PORT_BASE=n the i-th of this table moves to n + i."""
+"""Every port, loopback by default. With PORT_BASE=n the i-th of this table moves to n + i; so a new one comes last.
+`console` and `lighthouse` are reserved: nothing listens on them yet."""
 
 
 def port(name: str, base: int | None = None) -> int:

@@ -130,7 +130,7 @@ METRICS: Mapping[Name, MetricDoc] = {
         labels=("reason",),
     ),
     "events_repeated_total": MetricDoc(
-        "counter", "events", ("ingest",), "Declared events of chunks that had been taken before."
+        "counter", "events", ("ingest",), "Declared events that were taken before, known by chunk or by id."
     ),
     "chunks_acked_total": MetricDoc("counter", "chunks", ("ingest",), "Chunks whose shippers got an ack."),
     "connections_open": MetricDoc("gauge", "connections", ("ingest",), "Connections of shippers that are open now."),
@@ -162,7 +162,7 @@ METRICS: Mapping[Name, MetricDoc] = {
     "pending_impressions": MetricDoc(
         "gauge", "events", ("stream",), "Impressions that wait for feedback or for the end of their window."
     ),
-    "pending_feedback": MetricDoc("gauge", "events", ("stream",), "Feedback that wait for their impression."),
+    "pending_feedback": MetricDoc("gauge", "events", ("stream",), "Feedback that waits for its impression."),
     "watermark_ms": MetricDoc(
         "gauge",
         "milliseconds since the epoch",

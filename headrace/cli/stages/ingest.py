@@ -1,11 +1,11 @@
 """Gateway: take events over Fluent forward, append them to Kafka in columnar batches, ack what Kafka has.
 
-On SIGTERM it stops reading, appends what it holds, acks it, says goodbye to every partition and exits 0 in 5 seconds.
+On SIGTERM it stops reading, appends what it holds, acks it, writes `bye` into every partition and exits 0 in 5 seconds.
 Secrets come from the environment. HEADRACE_SHARED_KEY asks every shipper for Fluent's shared-key handshake,
-HEADRACE_PRIVACY_KEY hashes the fields that the project declares private,
-HEADRACE_USERS (`name:password`, one a line or separated by commas) for a user as well, HEADRACE_TLS_PASSWORD opens an
-encrypted TLS key, HEADRACE_TOKENS asks the HTTP collector's clients for one of these tokens. TLS begins with
-`ingest.tls_cert` and `ingest.tls_key` in headrace.toml, or the flags.
+HEADRACE_USERS (`name:password`, one a line or separated by commas) for a user as well. HEADRACE_PRIVACY_KEY hashes the
+fields that the project declares private. HEADRACE_TLS_PASSWORD opens an encrypted TLS key. HEADRACE_TOKENS asks the
+HTTP collector's clients for one of these tokens. TLS begins with `ingest.tls_cert` and `ingest.tls_key` in
+headrace.toml, or the flags.
 """
 
 from __future__ import annotations

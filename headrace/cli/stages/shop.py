@@ -1,9 +1,9 @@
-"""The demo shop: its catalogue as a site for the crawler, and its traffic, which asks serving to rank, shows, and logs
+"""Serve the demo's catalogue as a site for the crawler, and make its traffic: ask serving to rank, show, and log
 impressions, clicks and dwells through `headrace.sender`.
 
 Rows come from DATA= (a folder with KuaiRand), else shared/data/kuairand beside the checkout, else a seeded generator.
-RATE= or --rate is impressions a second; 0 shows nothing, the site stays up. It goes on where it
-stopped, a kill -9 included.
+RATE= or --rate is impressions a second; 0 shows nothing, the site stays up. It goes on where it stopped, a kill -9
+included.
 """
 
 from __future__ import annotations
