@@ -50,13 +50,14 @@ from headrace.backends.lake.leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.sample import LAKE_HOURS
 
 logger = logging.getLogger("headrace.lake")
 
 # Lakes of before keep 22 bits for a rank, under another id.
 OLD_RANK_BITS = 22
 PARTITIONS_MAX = 256
-DATE, HOUR = "event_date", "event_hour"
+DATE, HOUR = (field.name for field in LAKE_HOURS)
 HOUR_MS = 3_600_000
 RETAINED_ID = "retained"
 # Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
