@@ -7,8 +7,8 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from headrace.cli.consumer import open_consumer
-from headrace.cli.runtime import Runtime, add_common
+from headrace.cli.consumer import add_consumer_arguments, open_consumer
+from headrace.cli.runtime import Runtime
 from headrace.contract.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ log = logging.getLogger("headrace.sink")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
-    add_common(parser)
+    add_consumer_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
