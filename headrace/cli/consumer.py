@@ -53,6 +53,7 @@ class Consumer:
             metrics=self.metrics,
             clock=self.runtime.clock,
             begin_afresh=self.begin_afresh,
+            topic_id=self.runtime.admin().topic_id(self.runtime.topics.events),
         )
 
     def run(self, stage: RunnableStage) -> int:

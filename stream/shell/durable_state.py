@@ -257,6 +257,16 @@ class DurableState:
             self._owner.fail(error)
 
 
+def check_topic(stored_id: str, topic_id: str, topic: str) -> None:
+    """Raise `InvariantBroken` where a state was made of a topic of the same name that is no more."""
+    if stored_id and topic_id and stored_id != topic_id:
+        raise InvariantBroken(
+            f"the stored state is of topic {topic!r} with id {stored_id}, and the topic has id {topic_id}: it was "
+            "deleted and made anew. Its offsets begin at 0 again, and what comes would be taken for what was read "
+            "already. Raise log.generation to begin anew beside what is stored."
+        )
+
+
 async def await_stored(states: Iterable[DurableState], producer: Producer) -> None:
     """Wait until no snapshot of these is under way."""
     waiting = list(states)

@@ -30,12 +30,15 @@ def main(args: argparse.Namespace) -> int:
     with open_consumer(args, "sink") as consumer:
         runtime, stop = consumer.runtime, consumer.stop
         consumer.create_topics()
-        lake = runtime.lake()
+        admin, topic = runtime.admin(), runtime.topics.samples
+        lake = runtime.lake(samples_id=admin.topic_id(topic))
         _settle(lake)
         schedule = UpkeepSchedule(runtime.config.lake, upkeep_command(runtime), consumer.metrics, runtime.clock, stop)
+        kept_ms = admin.retention_ms(topic)
+        stage = SinkStage(runtime.config, lake, consumer.metrics, runtime.clock, kept_ms=kept_ms)
         schedule.start()
         try:
-            return consumer.run(SinkStage(runtime.config, lake, consumer.metrics, runtime.clock))
+            return consumer.run(stage)
         finally:
             stop.set()
             schedule.join(5.0)
