@@ -20,9 +20,11 @@ from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailabl
 from headrace.contract.formats.events import SPEC
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Producer, Record
+from headrace.contract.names import clashing
 from headrace.contract.project import Project
 from headrace.contract.rules import (
     Change,
+    Rules,
     Written,
     change_of,
     check_code,
@@ -186,6 +188,19 @@ def check_follows(history: History, project: Project) -> None:
         lanes += [lane for lane in lanes_of(change.rules.tasks) if lane not in lanes]
     for change in history.changes:
         check_growth(change.rules, wanted, lanes)
+        _check_case(change.rules, wanted)
+
+
+def _check_case(before: Rules, after: Rules) -> None:
+    """Refuse a column of samples whose name differs only by case from one that the lake has already."""
+    clash = clashing(
+        [*before.fields, *before.features.counter_columns()], [*after.fields, *after.features.counter_columns()]
+    )
+    if clash is not None:
+        raise ConfigRejected(
+            f"{clash[1]!r} differs only by case from {clash[0]!r}, which the rules had before: the lake takes both for "
+            f"one column and would refuse every commit. Keep {clash[0]!r}, or choose another name."
+        )
 
 
 def _write(

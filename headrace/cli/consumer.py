@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.rules_topic import rules_topic
-from headrace.cli.runtime import Runtime, open_runtime, stop_event
+from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.metrics import Stage
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Consumer:
     runtime: Runtime
     metrics: PrometheusMetrics
     stop: threading.Event
+    begin_afresh: bool = False
+    """Somebody has decided to begin without the state that was lost."""
 
     def create_topics(self) -> None:
         """Create the topics that are missing."""
@@ -50,6 +52,8 @@ class Consumer:
             blobs=self.runtime.blobs(),
             metrics=self.metrics,
             clock=self.runtime.clock,
+            begin_afresh=self.begin_afresh,
+            topic_id=self.runtime.admin().topic_id(self.runtime.topics.events),
         )
 
     def run(self, stage: RunnableStage) -> int:
@@ -63,8 +67,20 @@ class Consumer:
             folder=self.runtime.home / "faust" / stage.name,
             stop=self.stop,
             ready=self.metrics.ready,
+            begin_afresh=self.begin_afresh,
         )
         return run_stage(stage, process)
+
+
+def add_consumer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a stage that goes on from what it stored."""
+    add_common(parser)
+    parser.add_argument(
+        "--begin-afresh",
+        action="store_true",
+        help="where what this stage stored is gone or can't be read: begin at the log's beginning without it. For one "
+        "start; a state that can be read is gone on from all the same",
+    )
 
 
 @contextmanager
@@ -74,6 +90,6 @@ def open_consumer(args: argparse.Namespace, name: Stage) -> Iterator[Consumer]:
     stop = stop_event()
     metrics = runtime.metrics(name)
     try:
-        yield Consumer(runtime, metrics, stop)
+        yield Consumer(runtime, metrics, stop, args.begin_afresh)
     finally:
         metrics.close()

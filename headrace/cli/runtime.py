@@ -67,14 +67,15 @@ class Runtime:
 
     def admin(self) -> KafkaAdmin:
         """Return an admin of these brokers."""
-        return KafkaAdmin(self.brokers)
+        log = self.config.log
+        return KafkaAdmin(self.brokers, replication=log.replication, min_insync_replicas=log.min_insync_replicas)
 
     def blobs(self) -> Blobs:
         """Return the store's blobs, below `<store>/blobs`."""
         return open_blobs(self.store, self.webhdfs)
 
-    def lake(self) -> DeltaLake:
-        """Return the store's lake, with the leases of its readers beside it."""
+    def lake(self, *, samples_id: str = "") -> DeltaLake:
+        """Return the store's lake, with the leases of its readers beside it; see `DeltaLake` for `samples_id`."""
         # Here, since most verbs have no lake and the library takes half a second to load.
         from headrace.backends.lake.delta import DeltaLake
         from headrace.backends.lake.leases import Leases
@@ -84,6 +85,7 @@ class Runtime:
             generation=self.topics.generation,
             partitions=self.config.log.partitions,
             config=self.config.lake,
+            samples_id=samples_id,
             leases=Leases(self.blobs(), self.clock, lease_ms=self.config.lake.lease_ms),
         )
 

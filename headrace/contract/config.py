@@ -63,6 +63,12 @@ class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     generation: Count = 1
     """Number of the set of topics. From 2 on it is part of their names (`events.g2`). Raise it to begin anew with
     another number of partitions or another partition key. Unit: none."""
+    replication: Annotated[int, Meta(ge=0, le=16)] = 0
+    """How many brokers have each record of the topics that are created. 0: 3 where three brokers answer, else 1. A
+    topic that has fewer is warned of; one that has fewer than asked for here is refused. Unit: brokers."""
+    min_insync_replicas: Annotated[int, Meta(ge=0, le=16)] = 0
+    """How many brokers must have a record before it is acknowledged. 0: 2 where `replication` is 3 or more, else 1.
+    Unit: brokers."""
 
 
 class SourceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

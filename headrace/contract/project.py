@@ -25,6 +25,7 @@ from headrace.contract.crawl import Crawl, check_crawls, external_columns
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.functions import function_of
 from headrace.contract.mapping import AccessLog, check_mappings
+from headrace.contract.names import check_names
 from headrace.contract.recipe import Recipe as Recipe
 from headrace.contract.spec import (
     EVENT_TIME,
@@ -142,6 +143,7 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         events: tuple[ImpressionType | FeedbackType, ...] = (self.impression, *self.feedback)
         for one in events:
             _check_fields(one)
+        check_names(self)
         fields_by_tag = {self.impression.tag: self.impression.fields, **{f.tag: f.fields for f in self.feedback}}
         check_mappings(self.mappings, fields_by_tag, self.impression.key)
         check_crawls(self.crawls, self.impression.fields)

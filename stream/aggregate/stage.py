@@ -28,7 +28,14 @@ from headrace.contract.interfaces.log import Record
 from headrace.stream.aggregate.core import AggregatorState, Settled
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
-from headrace.stream.shell.durable_state import DurableState, Outgoing, StateSnapshot, StateStore, await_stored
+from headrace.stream.shell.durable_state import (
+    DurableState,
+    Outgoing,
+    StateSnapshot,
+    StateStore,
+    await_stored,
+    check_topic,
+)
 from headrace.stream.shell.engine import Engine
 
 RECORD_ROWS = 5_000
@@ -135,6 +142,7 @@ class AggregateStage:
         )
 
     def _load(self, plain: dict[str, Any], _part: Callable[[str], bytes | None]) -> AggregatorState:
+        check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
         state = self._new_state()
         state.load_plain(plain)
         return state
@@ -144,7 +152,7 @@ class AggregateStage:
         offsets = dict(enumerate(state.offsets))
 
         def take() -> StateSnapshot:
-            data = zlib.compress(msgspec.msgpack.encode(state.to_plain()), 1)
+            data = zlib.compress(msgspec.msgpack.encode({**state.to_plain(), "topic_id": self.deps.topic_id}), 1)
             # Offsets only grow, and so does their sum: names sort in the order of the log.
             return StateSnapshot(offsets, f"{sum(offsets.values()) + len(offsets):020d}", lambda: data)
 

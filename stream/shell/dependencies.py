@@ -26,3 +26,8 @@ class StageDependencies:
     """Where states are stored."""
     metrics: Metrics
     clock: Clock
+    begin_afresh: bool = False
+    """Begin at the log's beginning where states are stored and none can be read: a person has decided it."""
+    topic_id: str = ""
+    """Of `events`, by which a topic that was made anew is told from the one that a state was made of; "" where the
+    broker tells none."""

@@ -7,7 +7,7 @@
    parts that only they needed.
 
 A worker that starts restores the newest snapshot that can be read. It reads on from its offsets and sends again what
-came after it.
+came after it. Where there are snapshots and none can be read it refuses: only a person decides to begin afresh.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from headrace.contract.errors import Overloaded, Unavailable
+from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Producer
 from headrace.stream.join.state import Damaged
@@ -65,6 +65,10 @@ class StateSnapshot:
 class StateOwner(Protocol):
     """The stage that a state belongs to."""
 
+    @property
+    def name(self) -> str:
+        """The stage's verb."""
+
     def acknowledge(self, offsets: Mapping[int, int]) -> None:
         """Let Faust commit up to these offsets: what they led to is durable."""
 
@@ -104,7 +108,7 @@ class DurableState:
         A snapshot is due after `first_ms`, then every `every_ms`.
         """
         self._producer, self._metrics, self._clock = deps.producer, deps.metrics, deps.clock
-        self._store, self._owner = store, owner
+        self._store, self._owner, self._begin_afresh = store, owner, deps.begin_afresh
         self._folder, self._parts_folder = folder, parts_folder
         self._every_s = every_ms / 1000
         self._due_s = self._clock.monotonic() + first_ms / 1000
@@ -122,7 +126,9 @@ class DurableState:
         load: Callable[[Any, Callable[[str], bytes | None]], T],
         parts_of: Callable[[Any], Sequence[str]] | None = None,
     ) -> T | None:
-        """Return the newest state that can be read; None where there is none.
+        """Return the newest state that can be read; None where none is stored.
+
+        Raises `InvariantBroken` where states are stored and none can be read, unless a person decided to begin afresh.
 
         Args:
             read: decodes a manifest. Raises `Damaged`.
@@ -146,7 +152,20 @@ class DurableState:
             except Damaged as error:
                 log.error("%s/%s is damaged (%s); taking the one before", self._folder, name, error)
         self.kept = dict(reversed(kept.items()))
+        if names and newest is None:
+            self._refuse(names)
         return newest
+
+    def _refuse(self, names: Sequence[str]) -> None:
+        what = f"{self._folder} holds {len(names)} states, the newest {max(names, key=int)}, and none can be read"
+        if self._begin_afresh:
+            log.warning("%s: beginning afresh, as --begin-afresh says; they stay where they are", what)
+            return
+        raise InvariantBroken(
+            f"{what}. Bring it back from a copy. Where there is none, "
+            f"`headrace {self._owner.name} --begin-afresh` decides to begin without what was known before, or raise "
+            "log.generation to begin anew."
+        )
 
     async def send(self, count: int, records: Iterable[Outgoing]) -> None:
         """Send `count` records, in order; waits while the producer's queue is full."""
@@ -236,6 +255,16 @@ class DurableState:
         self.delivered += 1
         if error is not None:
             self._owner.fail(error)
+
+
+def check_topic(stored_id: str, topic_id: str, topic: str) -> None:
+    """Raise `InvariantBroken` where a state was made of a topic of the same name that is no more."""
+    if stored_id and topic_id and stored_id != topic_id:
+        raise InvariantBroken(
+            f"the stored state is of topic {topic!r} with id {stored_id}, and the topic has id {topic_id}: it was "
+            "deleted and made anew. Its offsets begin at 0 again, and what comes would be taken for what was read "
+            "already. Raise log.generation to begin anew beside what is stored."
+        )
 
 
 async def await_stored(states: Iterable[DurableState], producer: Producer) -> None:

@@ -1,6 +1,7 @@
 """The Faust shell of every consumer: group, assignment and polling are Faust's; where to go on from is the state's.
 
 1. At the first record of a partition after an assignment the stage restores its state, which says the next offset.
+   Without a state it begins at offset 0, and only where nothing was ever acknowledged: else the state is lost.
 2. Records before it are skipped; when Faust is beyond it, the consumer seeks back.
 3. Records are handed on in order, those of a partition that wait together at once; none is acknowledged before the
    stage says that its effect is durable.
@@ -80,7 +81,10 @@ class _Transport(aiokafka_driver.Transport):
 class Engine:
     """One Faust app over one topic, run until `stop` is set."""
 
-    def __init__(self, name: str, brokers: str, topic: str, partitions: int, datadir: Path) -> None:
+    def __init__(
+        self, name: str, brokers: str, topic: str, partitions: int, datadir: Path, *, begin_afresh: bool = False
+    ) -> None:
+        """`begin_afresh` takes a partition without a state from its beginning, whatever was acknowledged."""
         datadir.mkdir(parents=True, exist_ok=True)
         for noisy in ("faust", "aiokafka", "mode"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -104,7 +108,7 @@ class Engine:
             consumer_max_fetch_size=8 * 1024 * 1024,
             web_enabled=False,
         )
-        self.topic = topic
+        self.topic, self.begin_afresh = topic, begin_afresh
         self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)
         self.next: dict[int, int] = {}
         self._held: dict[int, deque[Any]] = {}
@@ -265,18 +269,47 @@ class Engine:
     async def _begin(self, stage: Stage, partition: int, offset: int) -> int:
         """Return the offset to go on from; `offset` is where Faust is."""
         wanted = await stage.begin(partition)
+        tp = TP(self.topic, partition)
+        end: int | None = self.app.consumer.highwater(tp) if wanted is not None else None
+        if wanted is not None and end is not None and end < wanted:
+            raise InvariantBroken(
+                f"{self.topic}/{partition}: the state goes on from offset {wanted}, the log ends at {end}: the topic "
+                "was made anew, or its end was lost. What comes would be taken for what was read already. Raise "
+                "log.generation to begin anew beside what is stored."
+            )
         # Asking the broker waits for the fetch that is under way, so it is done only when Faust is elsewhere.
         if wanted is None or wanted < offset:
-            tp = TP(self.topic, partition)
             earliest: int = (await self.app.consumer.earliest_offsets(tp))[tp]
             if wanted is not None and wanted < earliest:
                 raise InvariantBroken(
                     f"{self.topic}/{partition}: the state goes on from offset {wanted}, the log begins at {earliest}. "
                     "Reading on would skip events; raise log.generation to begin anew."
                 )
-            wanted = earliest if wanted is None else wanted
+            if wanted is None:
+                self._check_fresh(partition, offset, earliest)
+                wanted = earliest
         log.info("%s/%d: going on from offset %d", self.topic, partition, wanted)
         return wanted
+
+    def _check_fresh(self, partition: int, offset: int, earliest: int) -> None:
+        """Raise `InvariantBroken` unless nothing was ever stored of a partition and its log is whole."""
+        found = []
+        if offset > earliest:
+            found.append(f"its group has acknowledged what lies below offset {offset}, which comes after it is stored")
+        if earliest > 0:
+            found.append(f"its log begins at offset {earliest}")
+        if not found:
+            return
+        stage = self.app.conf.id.removeprefix("headrace-").partition("-")[0]
+        what = f"{self.topic}/{partition}: nothing is stored of this partition, and {' and '.join(found)}"
+        if self.begin_afresh:
+            log.warning("%s: beginning afresh at offset %d, as --begin-afresh says", what, earliest)
+            return
+        raise InvariantBroken(
+            f"{what}: the state was lost, or lies in another store. Bring the store back that HEADRACE_STORE names. "
+            f"Where it is gone for good, `headrace {stage} --begin-afresh` decides to begin at offset {earliest} "
+            "without what was known before, or raise log.generation to begin anew."
+        )
 
     async def _seek(self, partition: int, offset: int, wanted: int) -> None:
         now = asyncio.get_running_loop().time()

@@ -34,7 +34,14 @@ from headrace.stream.join.outcome import Emitted, TaskCounts
 from headrace.stream.join.payload import Spill
 from headrace.stream.join.state import StateWriter, load, part_names, read_manifest
 from headrace.stream.shell.dependencies import StageDependencies
-from headrace.stream.shell.durable_state import DurableState, Outgoing, StateSnapshot, StateStore, await_stored
+from headrace.stream.shell.durable_state import (
+    DurableState,
+    Outgoing,
+    StateSnapshot,
+    StateStore,
+    await_stored,
+    check_topic,
+)
 from headrace.stream.shell.engine import Engine
 
 log = logging.getLogger("headrace.stream")
@@ -59,6 +66,7 @@ class _Partition:
     durable: DurableState
     shown: list[TaskCounts]
     """What the metrics have counted so far."""
+    topic_id: str = ""
 
     def snapshot(self) -> None:
         """Begin a snapshot, unless the state has been stored as it is."""
@@ -66,6 +74,8 @@ class _Partition:
 
     def _take(self) -> StateSnapshot:
         taken = self.writer.take()
+        # By the growth rules: a state without it is of a topic whose id nobody noted.
+        taken.plain["topic_id"] = self.topic_id
         offsets, name = {self.number: taken.offset}, f"{taken.offset:020d}"
         return StateSnapshot(offsets, name, taken.manifest, taken.fresh, taken.names)
 
@@ -110,7 +120,9 @@ class StreamStage:
             restored = state, StateWriter(state)
         state, writer = restored
         durable.stored = {partition: state.offset}
-        self.partitions[partition] = _Partition(partition, state, writer, durable, state.totals.tasks)
+        self.partitions[partition] = _Partition(
+            partition, state, writer, durable, state.totals.tasks, self.deps.topic_id
+        )
         self._tell_rules(partition, state, None)
         return state.offset + 1 if state.offset >= 0 else None
 
@@ -183,6 +195,7 @@ class StreamStage:
     def _load(
         self, partition: int, plain: Mapping[str, Any], part: Callable[[str], bytes | None]
     ) -> tuple[JoinState, StateWriter]:
+        check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
         state = self._new_state(partition)
         return state, load(state, plain, part)
 

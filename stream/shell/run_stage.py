@@ -31,10 +31,14 @@ class StageProcess:
     """Where Faust may keep files."""
     stop: threading.Event
     ready: Callable[[bool, str], None]
+    begin_afresh: bool = False
+    """Begin at the log's beginning where nothing is stored any more of what was read."""
 
 
 def run_stage(stage: RunnableStage, process: StageProcess) -> int:
     """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may mend."""
     group = f"headrace-{stage.name}-g{process.generation}"
-    stage.engine = Engine(group, process.brokers, stage.topic, process.partitions, process.folder)
+    stage.engine = Engine(
+        group, process.brokers, stage.topic, process.partitions, process.folder, begin_afresh=process.begin_afresh
+    )
     return stage.engine.run(stage, process.stop, process.ready)

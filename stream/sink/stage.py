@@ -41,11 +41,15 @@ class SinkStage:
 
     name = "sink"
 
-    def __init__(self, config: Config, lake: LakeWriter, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self, config: Config, lake: LakeWriter, metrics: Metrics, clock: Clock, *, kept_ms: int | None = None
+    ) -> None:
+        """`kept_ms`: how long the broker keeps samples, -1 for ever; unless told, what the topic is created with."""
         self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
         topics = Topics(config.log.generation)
         self.topic = topics.samples
-        self.kept_ms = next(t.retention_ms for t in topics.specs(1) if t.name == topics.samples)
+        created_ms = next(t.retention_ms for t in topics.specs(1) if t.name == topics.samples)
+        self.kept_ms = created_ms if kept_ms is None else kept_ms
         self.engine: Engine | None = None
         self.orders: dict[int, SampleOrder] = {}
         """How far each partition was taken. What is out of turn is left out, not held: its owner sends it again."""
@@ -126,11 +130,12 @@ class SinkStage:
         waiting = [*self._since_ms.values(), *self._since_committing_ms.values()]
         behind_ms = max(0, self.clock.now_ms() - min(waiting)) if waiting else 0
         self.metrics.set("behind_ms", behind_ms)
-        if behind_ms > self.kept_ms // 2 and self.clock.monotonic() >= self._alarm_due_s:
+        if 0 <= self.kept_ms < 2 * behind_ms and self.clock.monotonic() >= self._alarm_due_s:
             self._alarm_due_s = self.clock.monotonic() + ALARM_EVERY_S
             log.error(
                 "the lake is %.1f h behind and the samples topic keeps %.1f h: what it forgets before it is stored is "
-                "lost. Raise the topic's retention.ms, then see commit_seconds and whether the store takes writes.",
+                "lost. Raise the topic's retention.ms, restart the sink, then see commit_seconds and whether the "
+                "store takes writes.",
                 behind_ms / 3_600_000,
                 self.kept_ms / 3_600_000,
             )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 import confluent_kafka as ck
+import confluent_kafka.admin
 import pytest
 
 from headrace.backends.log.fenced_kafka import FencedKafka
@@ -100,6 +101,35 @@ def read(reader: Reader, count: int, records_max: int = 100) -> list[Record]:
     while len(found) < count and time.monotonic() < deadline:
         found += reader.poll(records_max, 0.2)
     return found
+
+
+def test_a_topic_has_an_id_of_its_own_that_stays(world: World) -> None:
+    one, other = world.topic(), world.topic()
+    ids = [world.admin.topic_id(name) for name in (one, other, one)]
+    assert ids[0] == ids[2] != ids[1] and all(ids)
+
+
+@pytest.mark.real
+def test_kafka_tells_what_it_keeps_and_refuses_copies_that_a_topic_does_not_have(
+    stack: Layout, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic, plain = f"test-{uuid.uuid4().hex}", ck.admin.AdminClient({"bootstrap.servers": stack.brokers})
+    spec = TopicSpec(topic, 2, retention_ms=7_200_000)
+    admin = KafkaAdmin(stack.brokers)
+    admin.ensure_topics([spec])
+    assert (admin.retention_ms(topic), caplog.messages) == (7_200_000, [])
+    with pytest.raises(ConfigRejected, match=r"log.replication is 2 and 1 brokers"):
+        KafkaAdmin(stack.brokers, replication=2).ensure_topics([spec])
+    with pytest.raises(ConfigRejected, match=r"min_insync_replicas is 2 and a record has 1 copies"):
+        KafkaAdmin(stack.brokers, min_insync_replicas=2).ensure_topics([spec])
+    first = admin.topic_id(topic)
+    plain.delete_topics([topic])[topic].result(30)
+    deadline = time.monotonic() + 30
+    while topic in plain.list_topics(timeout=10).topics:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    admin.ensure_topics([spec])
+    assert admin.topic_id(topic) not in ("", first)
 
 
 def test_records_come_back_whole_and_in_order(world: World) -> None:

@@ -7,6 +7,7 @@ One commit holds the files, and, as Delta application transactions, where each p
 | `samples-g<generation>-p<partition>` | the `samples` offset to go on from |
 | `order-g<generation>-p<partition>` | the last position in the lake, as one number (`order_of`) |
 | `position-g<generation>-p<partition>` | the same in lakes of before: offset * 2**22 + rank |
+| `topic-g<generation>` | which `samples` topic the offsets are of: 63 bits of a hash of its id, where known |
 | `retained` | hours since 1970 before which retention has dropped rows |
 
 Transactions survive compaction and the checkpoints of Delta's own log, so a writer that restarts asks the table alone.
@@ -28,6 +29,7 @@ stays as it is: it is read and written, and retention leaves it alone, since its
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,13 +52,14 @@ from headrace.backends.lake.leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.sample import LAKE_HOURS
 
 logger = logging.getLogger("headrace.lake")
 
 # Lakes of before keep 22 bits for a rank, under another id.
 OLD_RANK_BITS = 22
 PARTITIONS_MAX = 256
-DATE, HOUR = "event_date", "event_hour"
+DATE, HOUR = (field.name for field in LAKE_HOURS)
 HOUR_MS = 3_600_000
 RETAINED_ID = "retained"
 # Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
@@ -89,13 +92,20 @@ class DeltaLake:
         partitions: int = PARTITIONS_MAX,
         config: LakeConfig | None = None,
         leases: Leases | None = None,
+        samples_id: str = "",
     ) -> None:
+        """Open nothing yet.
+
+        Args:
+            samples_id: the id of the `samples` topic that is read; "" asks nothing of it.
+        """
         self.uri = uri
         self.generation = generation
         self.partitions = partitions
         """How many partitions `state` asks for: each question reads the Delta log again, slow on HDFS."""
         self.config = config or LakeConfig()
         self.leases = leases
+        self._samples_id = samples_id
         self._writer: Any = None
 
     def append(
@@ -152,7 +162,10 @@ class DeltaLake:
                 raise
             offsets = {int(p): offset for p, offset in lease.next_offsets.items()}
             return LakeState(lease.version, Positions.from_json(self.generation, lease.positions), offsets)
-        return None if table is None else self._state_of(table)
+        if table is None:
+            return None
+        self._check_topic(table)
+        return self._state_of(table)
 
     def read(
         self, version: int | None = None, columns: Sequence[str] | None = None, *, day: date | None = None
@@ -257,6 +270,7 @@ class DeltaLake:
         """Raise `Unavailable` when the table is past where this writer begins: its rows would be in it twice."""
         if table is None:
             return
+        self._check_topic(table)
         least = least_positions(rows)
         for partition in sorted({*next_offsets, *positions, *least}):
             offset = table.transaction_version(self._offset_id(partition))
@@ -274,7 +288,19 @@ class DeltaLake:
         for partition, position in sorted(positions.items()):
             if position.offset >= 0:
                 found.append(Transaction(self._position_id(partition), order_of(position)))
+        if self._samples_id:
+            found.append(Transaction(self._topic_app_id(), _number_of(self._samples_id)))
         return found
+
+    def _check_topic(self, table: Any) -> None:
+        """Raise `InvariantBroken` where the table's offsets are of a topic that is no more."""
+        stored = table.transaction_version(self._topic_app_id()) if self._samples_id else None
+        if stored is not None and stored != _number_of(self._samples_id):
+            raise InvariantBroken(
+                f"the lake at {self.uri} goes on from offsets of another `samples` topic than the one that is "
+                f"there, of id {self._samples_id}: it was deleted and made anew. What comes would be "
+                "taken for what is stored already. Raise log.generation to begin anew beside what is stored."
+            )
 
     def _state_of(self, table: Any) -> LakeState:
         offsets: dict[int, int] = {}
@@ -329,6 +355,9 @@ class DeltaLake:
                 raise
             return lease.rows
 
+    def _topic_app_id(self) -> str:
+        return f"topic-g{self.generation}"
+
     def _offset_id(self, partition: int) -> str:
         return f"samples-g{self.generation}-p{partition}"
 
@@ -337,6 +366,10 @@ class DeltaLake:
 
     def _old_position_id(self, partition: int) -> str:
         return f"position-g{self.generation}-p{partition}"
+
+
+def _number_of(topic_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(topic_id.encode()).digest()[:8], "big") >> 1
 
 
 def properties(config: LakeConfig) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,6 +24,7 @@ class MemoryLog:
         self.changed = threading.Condition()
         self.topics: dict[str, list[list[Record]]] = {}
         self.begins: dict[tuple[str, int], int] = {}
+        self.ids: dict[str, str] = {}
 
     def partitions(self, topic: str) -> list[list[Record]]:
         """Return the topic's partitions. Raises `Unavailable` where there is no such topic."""
@@ -56,6 +58,11 @@ class MemoryLog:
             first = self.begins[topic, partition]
             del self.partitions(topic)[partition][: max(0, begin - first)]
             self.begins[topic, partition] = max(first, begin)
+
+    def delete(self, topic: str) -> None:
+        """Delete a topic, as an operator does; an admin makes it anew."""
+        with self.changed:
+            del self.topics[topic]
 
     def producer(self, queue_max: int = 100_000) -> MemoryProducer:
         """Return a producer on this log."""
@@ -189,8 +196,15 @@ class MemoryAdmin:
                 if have is None:
                     self._log.begins.update({(spec.name, p): 0 for p in range(spec.partitions)})
                     self._log.topics[spec.name] = [[] for _ in range(spec.partitions)]
+                    self._log.ids[spec.name] = uuid.uuid4().hex
                 elif len(have) != spec.partitions:
                     raise ConfigRejected(
                         f"topic {spec.name!r} has {len(have)} partitions and the configuration says {spec.partitions}; "
                         "the count is fixed for a generation: raise log.generation, or set log.partitions back."
                     )
+
+    def topic_id(self, topic: str) -> str:
+        """Return the topic's id."""
+        with self._log.changed:
+            self._log.partitions(topic)
+            return self._log.ids.get(topic, "")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from headrace.cli.consumer import open_consumer
-from headrace.cli.runtime import add_common
+from headrace.cli.consumer import add_consumer_arguments, open_consumer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
-    add_common(parser)
+    add_consumer_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:

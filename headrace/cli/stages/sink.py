@@ -7,8 +7,8 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from headrace.cli.consumer import open_consumer
-from headrace.cli.runtime import Runtime, add_common
+from headrace.cli.consumer import add_consumer_arguments, open_consumer
+from headrace.cli.runtime import Runtime
 from headrace.contract.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ log = logging.getLogger("headrace.sink")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
-    add_common(parser)
+    add_consumer_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -30,12 +30,15 @@ def main(args: argparse.Namespace) -> int:
     with open_consumer(args, "sink") as consumer:
         runtime, stop = consumer.runtime, consumer.stop
         consumer.create_topics()
-        lake = runtime.lake()
+        admin, topic = runtime.admin(), runtime.topics.samples
+        lake = runtime.lake(samples_id=admin.topic_id(topic))
         _settle(lake)
         schedule = UpkeepSchedule(runtime.config.lake, upkeep_command(runtime), consumer.metrics, runtime.clock, stop)
+        kept_ms = admin.retention_ms(topic)
+        stage = SinkStage(runtime.config, lake, consumer.metrics, runtime.clock, kept_ms=kept_ms)
         schedule.start()
         try:
-            return consumer.run(SinkStage(runtime.config, lake, consumer.metrics, runtime.clock))
+            return consumer.run(stage)
         finally:
             stop.set()
             schedule.join(5.0)

@@ -40,7 +40,8 @@ def main(args: argparse.Namespace) -> int:
     runtime = open_runtime(args)
     stop = stop_event()
     metrics = runtime.metrics("train")
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    admin = runtime.admin()
+    admin.ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
     producer = runtime.producer()
     train(
         Dependencies(
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
             metrics=metrics,
             clock=runtime.clock,
             stop=stop,
-            lake=runtime.lake(),
+            lake=runtime.lake(samples_id=admin.topic_id(runtime.topics.samples)),
             board=Board(runtime.tensorboard_dir / "train"),
             progress=show_progress(logging.getLogger("headrace.train")),
         )

@@ -14,14 +14,16 @@ fills a column that is missing with null and ignores one that it does not know.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pyarrow as pa
 
 from headrace.contract.crawl import external_columns
 from headrace.contract.errors import EventRejected
-from headrace.contract.project import FeedbackType, FieldType, Project
+
+if TYPE_CHECKING:
+    from headrace.contract.project import FeedbackType, FieldType, Project
 
 IMPRESSION, FEEDBACK, AGGREGATE = "impression", "feedback", "aggregate"
 EXTERNAL, SPEC, PUNCTUATION = "external", "spec", "punctuation"
@@ -47,6 +49,10 @@ ENVELOPE = (
     pa.field("event_time_ms", pa.int64(), nullable=False),
 )
 """Columns that impressions and feedback share, first and in this order."""
+VERSION = pa.field("version", pa.string())
+"""Of impressions: the model version that scored it."""
+VALUE = pa.field("value", pa.float64())
+"""Of feedback."""
 
 AGGREGATE_SCHEMA = pa.schema(
     [
@@ -95,7 +101,7 @@ def impression_schema(project: Project) -> pa.Schema:
     return pa.schema(
         [
             *ENVELOPE,
-            pa.field("version", pa.string()),
+            VERSION,
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in project.impression.fields.items()),
             *(pa.field(name, pa.float32()) for name in project.features.counter_columns()),
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in external_columns(project.crawls).items()),
@@ -113,7 +119,7 @@ def feedback_schema(project: Project, feedback: FeedbackType) -> pa.Schema:
     return pa.schema(
         [
             *ENVELOPE,
-            pa.field("value", pa.float64()),
+            VALUE,
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in fields.items()),
         ]
     )

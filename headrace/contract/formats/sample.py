@@ -16,6 +16,8 @@ dead may have written out of turn.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -23,9 +25,11 @@ import pyarrow as pa
 from headrace.contract.crawl import external_columns
 from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.formats.positions import Position
-from headrace.contract.project import Project
 
-_LEAD = (
+if TYPE_CHECKING:
+    from headrace.contract.project import Project
+
+LEAD = (
     pa.field("partition", pa.int32(), nullable=False),
     pa.field("offset", pa.int64(), nullable=False),
     pa.field("rank", pa.int32(), nullable=False),
@@ -45,7 +49,7 @@ _LEAD = (
 )
 """Position, identity (`event_id` and `event_time_ms` are the impression's), label, and the version that scored it."""
 
-_TAIL = (
+TAIL = (
     pa.field("slots", pa.list_(pa.int64()), nullable=False),
     pa.field("numeric", pa.list_(pa.float32()), nullable=False),
     pa.field("spec", pa.string(), nullable=False),
@@ -54,17 +58,23 @@ _TAIL = (
 """`slots` has F ids a row (uint64 bits in int64, since the lake knows no unsigned), `numeric` D numbers. `correction`
 is true on a positive that comes beside a negative of the same impression and task."""
 
+LAKE_HOURS = (
+    pa.field("event_date", pa.date32(), nullable=False),
+    pa.field("event_hour", pa.int32(), nullable=False),
+)
+"""What the lake adds: the UTC date and hour of `event_time_ms`, by which its files lie apart."""
+
 
 def sample_schema(project: Project) -> pa.Schema:
     """Return the columns of samples: lead, raw fields, `counter.*` and `external.*` as known at the impression,
     slots, numbers, spec."""
     return pa.schema(
         [
-            *_LEAD,
+            *LEAD,
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in project.impression.fields.items()),
             *(pa.field(name, pa.float32()) for name in project.features.counter_columns()),
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in external_columns(project.crawls).items()),
-            *_TAIL,
+            *TAIL,
         ]
     )
 

@@ -94,6 +94,12 @@ class Admin(Protocol):
     def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
         """Create what is missing; raise `ConfigRejected` where a topic exists with another partition count."""
 
+    def topic_id(self, topic: str) -> str:
+        """Return the id that a topic of this name got when it was made; "" where the log tells none.
+
+        A topic that was deleted and made anew has another one: offsets of the old mean nothing in it.
+        """
+
 
 SILENT_S = 10.0
 """How long `read_range` waits for the next record: a broker that restarts takes 2 to 5 s."""

@@ -104,6 +104,40 @@ def test_a_spec_written_with_whole_numbers_has_one_digest_in_file_and_log():
     assert found.rules.features.digest() == project.features.digest() != spec.digest()
 
 
+def test_a_column_that_differs_by_case_from_any_before_is_refused():
+    fields = dict(PROJECT.impression.fields)
+    without = {name: kind for name, kind in fields.items() if name != "price"}
+
+    def declared(fields: dict[str, str]):
+        kind = structs.replace(PROJECT.impression, fields=fields)
+        return structs.replace(PROJECT, impression=kind, features=FeatureSpec())
+
+    world = begun()
+    world.apply(declared(without).checked())
+    with pytest.raises(ConfigRejected, match=r"'Price'.*'price'"):
+        world.apply(declared({**without, "Price": "float64"}).checked())
+    assert world.apply(declared(fields).checked()).is_new
+
+
+def test_a_log_that_is_read_with_a_name_of_ours_is_led_on_by_the_renamed_field():
+    """Goal: a project of before may have `score`. Method: begin a log with it, and apply what `checked` asks for."""
+
+    def named(name: str):
+        kind = structs.replace(PROJECT.impression, fields={**PROJECT.impression.fields, name: "float64"})
+        return structs.replace(PROJECT, impression=kind)
+
+    world = World()
+    ensure_first(world.writer(), named("score"), now_ms=1, pause=lambda _: None)
+    with pytest.raises(ConfigRejected, match=r"'score'.*my_score.*headrace spec apply"):
+        named("score").checked()
+    renamed = named("my_score").checked()
+    assert world.apply(renamed).is_new
+    begin_rules(world.writer(), renamed, now_ms=2, pause=lambda _: None)
+    join = JoinState(named("score"), JoinConfig(), silent_ms=300, partition=0)
+    join.take_all(world.events()[0])
+    assert (join.rules.number, join.rules.declared) == (2, rules_of(renamed))
+
+
 def test_applying_twice_writes_once():
     world = begun()
     assert world.apply(WIDE, dry=True).is_new

@@ -22,7 +22,7 @@ from stream_world import CONFIG, Blobs, QuickStore
 
 from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
-from headrace.contract.errors import Overloaded, Unavailable
+from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.topics import Topics
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
@@ -70,6 +70,8 @@ class FailingBlobs(Blobs):
 class Owner:
     """A stage that remembers what it is told."""
 
+    name = "stream"
+
     def __init__(self) -> None:
         self.acknowledged: list[Mapping[int, int]] = []
         self.failures: list[Exception] = []
@@ -84,7 +86,7 @@ class Owner:
 class World:
     """A state of one partition, with all that it depends on."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, begin_afresh: bool = False) -> None:
         self.producer, self.blobs, self.owner = Producer(), FailingBlobs(), Owner()
         self.metrics, self.clock = MemoryMetrics(), VirtualClock()
         deps = StageDependencies(
@@ -95,6 +97,7 @@ class World:
             blobs=self.blobs,
             metrics=self.metrics,
             clock=self.clock,
+            begin_afresh=begin_afresh,
         )
         self.durable = DurableState(
             deps, QuickStore(self.blobs), self.owner, folder="state", parts_folder="parts", every_ms=1_000, first_ms=500
@@ -255,5 +258,33 @@ def test_the_newest_readable_state_is_restored(caplog: pytest.LogCaptureFixture)
         del world.blobs.items[f"state/{3:020d}"], world.blobs.items[f"state/{10:020d}"]
         assert await world.durable.restore(read, load) == "state of b"
         assert list(world.durable.kept) == [f"{1:020d}", f"{2:020d}"], "without parts older ones stay unread"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("broken", ["manifests", "parts"])
+def test_states_that_none_can_read_are_refused_and_only_a_person_begins_afresh(
+    broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read(data: bytes) -> Any:
+        if broken == "manifests":
+            raise Damaged("no manifest")
+        return data.decode()
+
+    def load(plain: str, part: Callable[[str], bytes | None]) -> str:
+        raise Damaged("a part is missing")
+
+    async def run() -> None:
+        stored = {f"state/{number:020d}": b"a" for number in (1, 2)}
+        world = World()
+        world.blobs.items |= stored
+        with pytest.raises(InvariantBroken, match=r"state holds 2 states.*headrace stream --begin-afresh"):
+            await world.durable.restore(read, load)
+        decided = World(begin_afresh=True)
+        decided.blobs.items |= stored
+        with caplog.at_level(logging.WARNING):
+            assert await decided.durable.restore(read, load) is None
+        assert "beginning afresh" in caplog.messages[-1]
+        assert decided.blobs.items == stored, "what could not be read stays"
 
     asyncio.run(run())

@@ -59,3 +59,27 @@ def test_what_is_not_stored_is_told_by_its_age_and_alarms_at_half_of_what_is_kep
 
     with caplog.at_level(logging.ERROR):
         asyncio.run(work())
+
+
+@pytest.mark.parametrize(("kept_ms", "alarms"), [(2 * HOUR_S * 1_000, True), (20 * HOUR_S * 1_000, False), (-1, False)])
+def test_the_alarm_goes_by_what_the_broker_keeps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kept_ms: int, alarms: bool
+):
+    clock = VirtualClock(0)
+    memory = MemoryLog(clock.now_ms)
+    memory.admin().ensure_topics(TOPICS.specs(1))
+    send(memory, samples(1, 0, 6), after=(-1, -1))
+    lake = DeltaLake(str(tmp_path / "lake"), partitions=1)
+    stage = SinkStage(Config(), lake, MemoryMetrics(), clock, kept_ms=kept_ms)
+    reader = memory.reader()
+    reader.assign({(TOPICS.samples, 0): 0})
+
+    async def work() -> None:
+        await stage.begin(0)
+        await stage.take(reader.poll(10, 0.0)[0])
+        clock.advance(2 * HOUR_S)
+        stage.look_behind()
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(work())
+    assert bool(caplog.messages) == alarms

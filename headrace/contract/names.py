@@ -1,0 +1,84 @@
+"""Names that a project may not give: those of our own columns, and two of one kind that nobody could tell apart.
+
+A field lies beside our own columns in `events`, in `samples` and in the lake. One of the same name would take the
+other's place, or be taken for it; Delta takes names that differ only by case for one, and refuses the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from headrace.contract.crawl import PREFIX as EXTERNAL_PREFIX
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.events import ENVELOPE, VALUE, VERSION
+from headrace.contract.formats.sample import LAKE_HOURS, LEAD, TAIL
+
+if TYPE_CHECKING:
+    from headrace.contract.project import FeedbackType, ImpressionType, Project
+
+LATER = frozenset({"served", "score", "propensity", "arm", "sent_at", "history"})
+"""Of columns that are to come: what was served and how, when it was sent, what went before."""
+RESERVED: frozenset[str] = frozenset(
+    {column.name for column in (*ENVELOPE, VERSION, VALUE, *LEAD, *TAIL, *LAKE_HOURS)} | LATER
+)
+"""Every name of a column of ours, lower case. Names that begin with `PREFIXES` are ours too."""
+PREFIXES = ("counter.", f"{EXTERNAL_PREFIX}.")
+_SENT = frozenset(column.name for column in (*ENVELOPE, VERSION, VALUE))
+"""What an event brings beside its own fields."""
+
+
+def check_names(project: Project) -> None:
+    """Raise `ConfigRejected` for the first declared name that is ours, or that two declarations share."""
+    kinds: tuple[ImpressionType | FeedbackType, ...] = (project.impression, *project.feedback)
+    for kind in kinds:
+        for field in kind.fields:
+            _check_field(field, kind.tag)
+        dropped = sorted(_SENT & kind.private.keys())
+        if dropped:
+            raise ConfigRejected(
+                f"{kind.tag!r} calls {dropped[0]!r} private, which every event brings: what is personal in it belongs "
+                "in a field of its own."
+            )
+    key = project.impression.key
+    for kind in kinds:
+        own = kind.fields if kind is project.impression or key in kind.fields else [key, *kind.fields]
+        _check_apart(own, f"fields of {kind.tag!r}")
+    _check_apart(["impression", *(f.name for f in project.feedback)], "types of events", by_case=False)
+    _check_apart([kind.tag for kind in kinds], "tags", by_case=False)
+    _check_apart([task.name for task in project.tasks], "tasks", by_case=False)
+    _check_apart([counter.name for counter in project.features.counters], "counters")
+    _check_apart(project.features.counter_columns(), "columns of counters")
+
+
+def clashing(before: Iterable[str], after: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first two names, of before and of after, that differ only by case.
+
+    >>> clashing(["user", "Price"], ["price", "user"])
+    ('Price', 'price')
+    """
+    known: Mapping[str, str] = {name.lower(): name for name in before}
+    return next(((known[n.lower()], n) for n in after if known.get(n.lower(), n) != n), None)
+
+
+def _check_field(field: str, tag: str) -> None:
+    if not field or not field.isprintable():
+        raise ConfigRejected(f"{tag!r} declares a field {field!r}: a name has letters that can be read, one at least.")
+    ours = field.lower()
+    if ours in RESERVED or ours.startswith(PREFIXES):
+        raise ConfigRejected(
+            f"{tag!r} declares a field {field!r}, which is a name of Headrace's own columns: give it another one, such "
+            f"as {'my_' + ours.replace('.', '_')!r}, here and in what sends it. Where the log is read with it already, "
+            "`headrace spec apply` then puts the new name in force from there on; raise log.generation where samples "
+            "were stored under the old one. docs/project.md lists the names."
+        )
+
+
+def _check_apart(names: Iterable[str], what: str, *, by_case: bool = True) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        one = name.lower() if by_case else name
+        if one in seen:
+            how = "are one" if seen[one] == name else "differ only by case, and the lake takes them for one"
+            raise ConfigRejected(f"the {what} {seen[one]!r} and {name!r} {how}: give one of them another name.")
+        seen[one] = name

@@ -1,0 +1,108 @@
+"""Goal: a partition begins afresh only where nothing was ever stored of it and its log is whole; else a person decides.
+Method: the engine's own `_take`, with a consumer that says where the group and the log stand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headrace.contract.errors import InvariantBroken
+from headrace.contract.interfaces.log import Record
+from headrace.stream.shell.engine import Engine
+
+
+class Consumer:
+    """A log that begins and ends somewhere."""
+
+    def __init__(self, earliest: int, end: int | None) -> None:
+        self.earliest, self.end = earliest, end
+
+    async def earliest_offsets(self, tp: Any) -> dict[Any, int]:
+        return {tp: self.earliest}
+
+    def highwater(self, _tp: Any) -> int | None:
+        return self.end
+
+    async def seek_wait(self, _offsets: Any) -> None:
+        """The wanted record comes by itself."""
+
+
+class Stage:
+    """A stage whose state goes on from an offset, or that has none."""
+
+    def __init__(self, wanted: int | None) -> None:
+        self.wanted = wanted
+
+    async def begin(self, _partition: int) -> int | None:
+        return self.wanted
+
+    async def take_all(self, records: Any) -> None:
+        """Never called: nothing is handed on."""
+
+
+class Message:
+    """One record as Faust hands it over."""
+
+    def __init__(self, offset: int) -> None:
+        self.partition, self.offset, self.key, self.value = 0, offset, None, b"x"
+        self.headers, self.timestamp, self.acked = (), 0.0, False
+
+    def ack(self, _consumer: Any) -> None:
+        self.acked = True
+
+
+def offer(
+    folder: Path,
+    offset: int,
+    *,
+    wanted: int | None,
+    earliest: int = 0,
+    end: int | None = 100,
+    begin_afresh: bool = False,
+) -> tuple[Message, list[Record], int]:
+    """Offer the first record that comes, at `offset`; return it, what waits to be handed on, and the next offset."""
+
+    async def run() -> tuple[Message, list[Record], int]:
+        engine = Engine("headrace-join-g1", "127.0.0.1:1", "events", 1, folder, begin_afresh=begin_afresh)
+        engine.app.consumer = Consumer(earliest, end)
+        message = Message(offset)
+        await engine._take(Stage(wanted), SimpleNamespace(message=message))  # type: ignore[arg-type]
+        return message, list(engine._waiting), engine.next[0]
+
+    return asyncio.run(run())
+
+
+def test_the_first_start_reads_a_whole_log_from_its_beginning(tmp_path: Path) -> None:
+    _, waiting, following = offer(tmp_path, 0, wanted=None)
+    assert ([record.offset for record in waiting], following) == ([0], 1)
+
+
+@pytest.mark.parametrize(("offset", "earliest"), [(7, 0), (3, 3), (7, 3)])
+def test_a_state_that_is_gone_is_refused_and_only_a_person_begins_afresh(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, offset: int, earliest: int
+) -> None:
+    with pytest.raises(InvariantBroken, match=r"events/0: nothing is stored.*headrace join --begin-afresh.*generation"):
+        offer(tmp_path, offset, wanted=None, earliest=earliest)
+    with caplog.at_level(logging.WARNING):
+        *_, following = offer(tmp_path, offset, wanted=None, earliest=earliest, begin_afresh=True)
+    assert following == earliest + (offset == earliest)
+    assert "beginning afresh" in caplog.messages[-1]
+
+
+def test_a_state_that_is_there_is_gone_on_from_whatever_the_flag_says(tmp_path: Path) -> None:
+    for begin_afresh in (False, True):
+        message, waiting, following = offer(tmp_path, 4, wanted=9, begin_afresh=begin_afresh)
+        assert (message.acked, waiting, following) == (True, [], 9)
+
+
+def test_a_log_that_ends_below_the_state_was_made_anew_and_is_refused(tmp_path: Path) -> None:
+    for begin_afresh in (False, True):
+        with pytest.raises(InvariantBroken, match=r"from offset 1000001, the log ends at 5000.*log.generation"):
+            offer(tmp_path, 0, wanted=1_000_001, end=5_000, begin_afresh=begin_afresh)
+    assert offer(tmp_path, 0, wanted=100)[2] == 100, "it may end there"
+    assert offer(tmp_path, 0, wanted=101, end=None)[2] == 101, "an end that nobody knows says nothing"
