@@ -7,6 +7,9 @@ Protocol of one step:
 3. take the rows of the ranges; score them, learn them;
 4. publish and checkpoint, by time.
 
+Whatever fails between 2 and the end of 3 ends the process, also what would be retried elsewhere: the step is recorded,
+and the next process redoes it. No step follows one that was not learnt.
+
 Recovery: the newest checkpoint of this recipe; redo exactly the steps recorded after it; go on with 1. A run that has
 steps but no checkpoint yet is redone from step 1. The steps of another recipe are another run's, and are left alone.
 """
@@ -108,6 +111,8 @@ class Trainer:
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
         self._waiting_since = -1.0
+        self._unlearnt = 0
+        """The step that is being committed or learnt; 0 between steps."""
         self._stored_rows = 0
         """How many stored samples there were when this process began to learn them; 0 while it learns none."""
         self._published_at = self._snapshot_at = float("-inf")
@@ -154,8 +159,7 @@ class Trainer:
         self.deps.producer.poll(0)
         step = self._propose()
         if step is not None:
-            self.steps.commit(step)
-            self._apply(step)
+            self._commit(step)
         self._publish()
         return step is not None
 
@@ -262,6 +266,21 @@ class Trainer:
             seed=self.project.recipe.seed,
         )
 
+    def _commit(self, step: Step) -> None:
+        """Record the step, then learn it. Raises what must end the process: then the next one redoes the step."""
+        if self._unlearnt:
+            raise InvariantBroken(f"step {self._unlearnt} may be recorded and was not learnt; this process must end.")
+        self._unlearnt = step.step
+        self.steps.commit(step)
+        try:
+            self._apply(step)
+        except Unavailable as error:
+            raise InvariantBroken(
+                f"step {step.step} of run {self.run_id} is recorded and was not learnt: {error} This process ends, and "
+                "the next one learns it."
+            ) from error
+        self._unlearnt = 0
+
     def _apply(self, step: Step) -> None:
         is_stored = self.source.is_stored
         rows = self.source.take(step.ranges)
@@ -284,6 +303,7 @@ class Trainer:
         publisher, now, config = self.publisher, self.deps.clock.monotonic(), self.deps.config
         if publisher is None:
             return
+        publisher.check()
         if publisher.is_held and not self.source.is_stored:
             logger.info("the lake is learnt: run %s is published", self.run_id)
             publisher.is_held = False
@@ -297,7 +317,7 @@ class Trainer:
 
     def _snapshot(self) -> None:
         publisher = self.publisher
-        if publisher is None or (publisher.holds(self.learner.step) and not publisher.unstored):
+        if publisher is None or self._unlearnt or (publisher.holds(self.learner.step) and not publisher.unstored):
             return
         meta = Meta(
             run=self.run_id,

@@ -195,11 +195,11 @@ COUNT = 200
 """Samples of a partition in `learnt`."""
 
 
-def lake_of(seed: int, records: int) -> Lake:
-    """Return a lake of each partition's first records."""
+def lake_of(seed: int, records: int, count: int = COUNT) -> Lake:
+    """Return a lake of each partition's first records, of `count` samples each."""
     batches, upto, offsets = [], {}, {}
     for partition in range(PARTITIONS):
-        taken = cut(seed, partition, COUNT)[:records]
+        taken = cut(seed, partition, count)[:records]
         batches += [rows for rows, _ in taken]
         upto[partition] = Position(taken[-1][0]["offset"][-1].as_py(), taken[-1][0]["rank"][-1].as_py())
         offsets[partition] = len(taken)

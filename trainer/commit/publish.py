@@ -3,7 +3,8 @@
 Rules of the chain: a delta moves the model from `base` to `version`, and each delta's base is the version before it,
 across snapshots too. A snapshot names the offset in `deltas` where the first delta with its version as base will lie.
 Only committed steps are published. A snapshot's blob and the checkpoint are written by a thread of their own; while
-it is busy no other is begun, and when the store is away training and deltas go on.
+it is busy no other is begun, and when the store is away training and deltas go on. What else it meets is raised in the
+training thread, by `check`, and ends the process.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.contract.errors import HeadraceError, Overloaded, Unavailable
+from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifest, encode_manifest, encode_weights
 from headrace.contract.formats.topics import Topics
@@ -69,6 +70,12 @@ class Publisher:
         self.unstored = False
         """True after a snapshot that the store or Kafka did not take: try again soon."""
         self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise what the writing thread met and could not deal with; nothing where all is well."""
+        if self._error is not None:
+            raise self._error
 
     def note(self, touched_K: npt.NDArray[np.int64]) -> None:
         """Remember the keys that a committed step changed."""
@@ -122,8 +129,12 @@ class Publisher:
                 headers={"version": version, "base": self._base, "chain": self._chain},
                 delivered=self._delivered,
             )
-        except (Overloaded, Unavailable) as error:
+        except Overloaded as error:
             logger.warning("delta %s waits: %s", version, error)
+            return False
+        except Unavailable as error:
+            # It may lie in the topic all the same: a second delta with its base would break the chain.
+            self._delivered(error, -1)
             return False
         self._base, self._seq, self._touched = version, self._seq + 1, []
         self.metrics.add("deltas_published_total")
@@ -176,6 +187,7 @@ class Publisher:
         """Wait for the snapshot that is being written, at most `timeout_s`."""
         if self._writer is not None:
             self._writer.join(timeout_s)
+        self.check()
         self.producer.flush(1.0)
 
     def _delivered(self, error: Exception | None, offset: int) -> None:
@@ -196,7 +208,7 @@ class Publisher:
             self._announce(manifest)
             self.metrics.add("snapshots_published_total")
             logger.info("snapshot %s, %d rows", manifest.version, len(weights.keys_K))
-        except (HeadraceError, OSError) as error:
+        except (Overloaded, Unavailable, OSError) as error:
             logger.warning("snapshot %s was not published: %s", manifest.version, error)
             self.metrics.add("errors_total", kind="snapshot")
             self.unstored = True
@@ -206,7 +218,7 @@ class Publisher:
             folder = f"snapshots/{self.project.name}"
             for old in sorted(n.rpartition("/")[2] for n in self.blobs.list(folder))[:-SNAPSHOTS_KEPT]:
                 self.blobs.delete(f"{folder}/{old}")
-        except (HeadraceError, OSError) as error:
+        except (Overloaded, Unavailable, OSError) as error:
             logger.warning("old snapshots are still there; learning goes on: %s", error)
             self.metrics.add("errors_total", kind="snapshots_kept")
 
@@ -214,7 +226,7 @@ class Publisher:
         try:
             name = write_checkpoint(self.blobs, self.project.name, checkpoint)
             logger.info("checkpoint %s%s", name, ", not published yet" if self.is_held else "")
-        except (HeadraceError, OSError) as error:
+        except (Overloaded, Unavailable, OSError) as error:
             logger.warning("checkpoint at step %d was not written; learning goes on: %s", checkpoint.meta.step, error)
             self.metrics.add("errors_total", kind="checkpoint")
 
@@ -222,7 +234,14 @@ class Publisher:
         if not self.background:
             write(*what)
             return
-        self._writer = threading.Thread(target=write, args=what, name="snapshot", daemon=True)
+
+        def guarded() -> None:
+            try:
+                write(*what)
+            except BaseException as error:
+                self._error = error
+
+        self._writer = threading.Thread(target=guarded, name="snapshot", daemon=True)
         self._writer.start()
 
     def _announce(self, manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
 """Where samples come from: the lake at one version in total order, then the topic from the lake's positions.
 
-Nothing moves the source on but `take`, which is called for ranges that the steps log has committed.
+Nothing moves the source on but `take`, which is called for ranges that the steps log has committed. So `take` asks
+nobody outside: what the hand-over from lake to topic needs is read when the lake is opened.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import logging
 
 import pyarrow as pa
 
-from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import START, Cursor, Position, Positions
 from headrace.contract.formats.sample import sample_schema
 from headrace.contract.formats.steps import StepRange
@@ -49,6 +49,8 @@ class Source:
         self._live = LiveRows(schema, tasks, metrics)
         self._ranges = RangeReader(self._stored, self._live, schema)
         self._assigned = False
+        self._lease_is_due = False
+        """True from the end of the lake until the lease is given back."""
         self._ends: dict[int, int] = {}
 
     def begin(self, cursor: Cursor | None) -> None:
@@ -79,6 +81,9 @@ class Source:
 
     def poll(self, timeout_s: float) -> None:
         """Read ahead. Raises what the reader raises; the next call goes on from the same place."""
+        if self._lease_is_due:
+            self._stored.release()
+            self._lease_is_due = False
         if self._stored.is_open or self._live.rows >= BUFFER_ROWS:
             return
         if not self._assigned:
@@ -145,15 +150,11 @@ class Source:
         return to_batch(rows, self._project)
 
     def _leave_lake_if_done(self) -> None:
-        if not self._stored.is_open or self._stored.left > 0 or self._lake is None:
+        state = self._stored.state
+        if state is None or self._stored.left > 0:
             return
-        version = self._stored.version
-        state = self._lake.state(version)
-        if state is None:
-            raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
         for p, each in self._live.partitions.items():
             following = max(each.next_offset, state.next_offsets.get(p, each.next_offset))
             self._live.partitions[p] = LivePartition.at(state.positions.at(p), following)
         self._stored.close()
-        self._stored.release()
-        self._assigned = False
+        self._lease_is_due, self._assigned = True, False

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.steps import StepRange
-from headrace.contract.interfaces.lake import LakeReader
+from headrace.contract.interfaces.lake import LakeReader, LakeState
 from headrace.trainer.source.batch import conform, of_tasks
 
 TOTAL_ORDER = [
@@ -33,6 +33,8 @@ class StoredRows:
     def __init__(self, lake: LakeReader | None, schema: pa.Schema, tasks: tuple[str, ...], holder: str) -> None:
         self._lake, self._schema, self._tasks, self._holder = lake, schema, tasks, holder
         self._rows: pa.Table = schema.empty_table()
+        self.state: LakeState | None = None
+        """What the open version holds, so where the topic goes on behind it. `open` reads it: leaving asks nobody."""
         self.version = -1
         """-1 while no version is open."""
         self.taken = 0
@@ -60,11 +62,14 @@ class StoredRows:
         if self._lake is None:
             raise InvariantBroken(f"the run is at version {version} of a lake, and no lake is given.")
         self._lake.hold(version, self._holder)
+        state = self._lake.state(version)
+        if state is None:
+            raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
         rows = stored_order(conform(self._lake.read(version), self._schema), self._tasks)
         if not rows.num_rows:
             self.release()
             return
-        self._rows, self.version, self.taken = rows, version, taken
+        self._rows, self.state, self.version, self.taken = rows, state, version, taken
 
     def release(self) -> None:
         """Give the lease back; rows that were read stay."""
@@ -73,7 +78,7 @@ class StoredRows:
 
     def close(self) -> None:
         """Forget the rows."""
-        self._rows, self.version, self.taken = self._schema.empty_table(), -1, 0
+        self._rows, self.state, self.version, self.taken = self._schema.empty_table(), None, -1, 0
 
     def propose(self, rows_max: int) -> StepRange:
         """Return the next rows, `rows_max` at most, as a range."""
