@@ -24,6 +24,7 @@ from typing import Protocol, TypeVar
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor, Positions
+from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
@@ -34,8 +35,8 @@ from headrace.contract.interfaces.log import Producer, Reader
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint
-from headrace.trainer.commit.publish import Publisher, read_manifests
+from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of
+from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
@@ -120,27 +121,26 @@ class Trainer:
     def recover(self) -> None:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
         run's model is served. Waits while Kafka or the store is away."""
-        served = self._retrying("read which run is served", self._served_run)
+        manifests = self._retrying(
+            "read which run is served", lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.name)
+        )
         checkpoint = self._retrying(
             "read checkpoints",
             lambda: newest_checkpoint(self.deps.blobs, self.project.name, recipe=self.recipe),
         )
-        steps = [
-            (at, s)
-            for at, s in self.steps.recover(checkpoint.meta.steps_offset if checkpoint else 0)
-            if s.recipe == self.recipe
-        ]
+        every = self.steps.recover(checkpoint.meta.steps_offset if checkpoint else 0)
+        steps = [(at, s) for at, s in every if s.recipe == self.recipe]
         newest = steps[-1][1].run if steps else (checkpoint.meta.run if checkpoint else "")
         if checkpoint is not None and newest == checkpoint.meta.run:
             self._resume(checkpoint)
         else:
-            self.run_id = newest or f"r{self.deps.clock.now_ms():013x}"
+            self.run_id = newest or self._new_run({s.run for _, s in every} | {m.run for m in manifests})
             first = next((s for _, s in steps if s.run == self.run_id), None)
             self._retrying("find where to begin", lambda: self._begin(first))
         self._redo([s for _, s in steps if s.run == self.run_id and s.step > self.learner.step])
-        self.publisher = self._new_publisher(served)
+        self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
-            logger.info("run %s is served until the lake is learnt", served)
+            logger.info("run %s is served until the lake is learnt", manifests[-1].run)
         self._snapshot()
         logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
 
@@ -203,7 +203,15 @@ class Trainer:
             self.deps.progress.done(redone)
         self.deps.progress.end()
 
-    def _new_publisher(self, served: str) -> Publisher:
+    def _new_run(self, taken: set[str]) -> str:
+        """Return a run's id that is not taken. It has the time for people to read; nothing is ordered by it."""
+        taken |= self._retrying("list checkpoints", lambda: runs_of(self.deps.blobs, self.project.name))
+        at_ms = self.deps.clock.now_ms()
+        while f"r{at_ms:013x}" in taken:
+            at_ms += 1
+        return f"r{at_ms:013x}"
+
+    def _new_publisher(self, manifests: list[Manifest]) -> Publisher:
         """Return the run's publisher; it holds back while the lake is learnt and another run's model is served."""
         return Publisher(
             self.project,
@@ -215,12 +223,9 @@ class Trainer:
             self.deps.clock,
             lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
             self.deps.background,
-            is_held=self.source.is_stored and served not in ("", self.run_id),
+            is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
+            kept=named_blobs(manifests, but=self.run_id),
         )
-
-    def _served_run(self) -> str:
-        manifests = read_manifests(self.deps.reader, self.deps.topics, self.project.name)
-        return manifests[-1].run if manifests else ""
 
     def _begin(self, first: Step | None) -> None:
         """Begin afresh; a run that was begun before begins at the lake version that its first step names."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -37,6 +37,9 @@ logger = logging.getLogger("headrace.train")
 # 262,144 rows of 9 floats and a key are 11 MB: a third of the largest record. More is a snapshot's business.
 DELTA_ROWS_MAX = 262_144
 SNAPSHOTS_KEPT = 3
+"""How many snapshots of the run stay: a server that reads one is not overtaken."""
+OTHER_RUNS_KEPT = 3
+"""Of how many other runs the last snapshot that a manifest names stays."""
 
 
 def version_of(run: str, step: int) -> str:
@@ -61,6 +64,8 @@ class Publisher:
     """False writes snapshots before `snapshot` returns: for tests."""
     is_held: bool = False
     """True publishes nothing and still writes checkpoints: a better model is served than this one is yet."""
+    kept: frozenset[str] = frozenset()
+    """Snapshots of other runs that stay: `named_blobs`."""
 
     def __post_init__(self) -> None:
         self._chain, self._base, self._seq = "", "", 0
@@ -215,12 +220,19 @@ class Publisher:
             return
         self._write_checkpoint(checkpoint)
         try:
-            folder = f"snapshots/{self.project.name}"
-            for old in sorted(n.rpartition("/")[2] for n in self.blobs.list(folder))[:-SNAPSHOTS_KEPT]:
-                self.blobs.delete(f"{folder}/{old}")
+            self._delete_old(manifest)
         except (Overloaded, Unavailable, OSError) as error:
             logger.warning("old snapshots are still there; learning goes on: %s", error)
             self.metrics.add("errors_total", kind="snapshots_kept")
+
+    def _delete_old(self, newest: Manifest) -> None:
+        """Delete the run's snapshots of lower steps than the newest ones', and other runs' that no manifest names."""
+        stored = self.blobs.list(f"snapshots/{newest.model}")
+        ours = {name: int(step) for name in stored if (step := _step_of(name, self.run)).isdigit()}
+        kept = {newest.blob, *self.kept, *sorted(ours, key=lambda name: ours[name])[-SNAPSHOTS_KEPT:]}
+        for name in stored:
+            if name not in kept:
+                self.blobs.delete(name)
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         try:
@@ -257,6 +269,25 @@ class Publisher:
         self.producer.flush(10.0)
         if not receipts or receipts[0] is not None:
             raise Unavailable(f"the manifest of {manifest.version} got no receipt: {receipts}")
+
+
+def _step_of(blob: str, run: str) -> str:
+    """Return the step in a snapshot's name, "" where it is another run's."""
+    found, _, step = blob.rpartition("/")[2].rpartition("-")
+    return step if found == run else ""
+
+
+def named_blobs(manifests: Sequence[Manifest], *, but: str) -> frozenset[str]:
+    """Return the last snapshot of each run that was announced last, `OTHER_RUNS_KEPT` runs besides `but`.
+
+    Args:
+        manifests: in the order of the log.
+    """
+    last: dict[str, str] = {}
+    for manifest in reversed(manifests):
+        if manifest.run != but and len(last) < OTHER_RUNS_KEPT:
+            last.setdefault(manifest.run, manifest.blob)
+    return frozenset(last.values())
 
 
 def read_manifests(reader: Reader, topics: Topics, model: str) -> list[Manifest]:
