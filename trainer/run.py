@@ -131,13 +131,16 @@ class Trainer:
         every = self.steps.recover(checkpoint.meta.steps_offset if checkpoint else 0)
         steps = [(at, s) for at, s in every if s.recipe == self.recipe]
         newest = steps[-1][1].run if steps else (checkpoint.meta.run if checkpoint else "")
-        if checkpoint is not None and newest == checkpoint.meta.run:
+        learnt = checkpoint.meta.step if checkpoint is not None and newest == checkpoint.meta.run else 0
+        redone = [s for _, s in steps if s.run == newest and s.step > learnt]
+        self.source.expect(redone)
+        # A checkpoint of step 0 says nothing that a fresh beginning would not find better now.
+        if checkpoint is not None and learnt:
             self._resume(checkpoint)
         else:
             self.run_id = newest or self._new_run({s.run for _, s in every} | {m.run for m in manifests})
-            first = next((s for _, s in steps if s.run == self.run_id), None)
-            self._retrying("find where to begin", lambda: self._begin(first))
-        self._redo([s for _, s in steps if s.run == self.run_id and s.step > self.learner.step])
+            self._retrying("find where to begin", lambda: self._begin(redone[0] if redone else None))
+        self._redo(redone)
         self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
             logger.info("run %s is served until the lake is learnt", manifests[-1].run)

@@ -30,7 +30,7 @@ CONTRACTS = {"steps_writer": FencedWriter, "lake": LakeReader, "reader": Reader,
 NOT_AFTER_A_COMMIT = {
     ("steps_writer", "open"): "only before a step, or when an append failed",
     **{("lake", name): "read when the lake is opened" for name in ("state", "read", "hold")},
-    **{("reader", name): "read when the trainer starts" for name in ("begin_offsets", "position")},
+    ("reader", "position"): "read when the trainer starts",
     ("blobs", "get"): "read when the trainer starts",
     **{(room, "close"): "the process ends" for room in ("steps_writer", "reader", "producer")},
 }

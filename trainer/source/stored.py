@@ -34,7 +34,7 @@ class StoredRows:
         self._lake, self._schema, self._tasks, self._holder = lake, schema, tasks, holder
         self._rows: pa.Table = schema.empty_table()
         self.state: LakeState | None = None
-        """What the open version holds, so where the topic goes on behind it. `open` reads it: leaving asks nobody."""
+        """What the version opened last holds, so where the topic goes on. `open` reads it: leaving asks nobody."""
         self.version = -1
         """-1 while no version is open."""
         self.taken = 0
@@ -55,7 +55,7 @@ class StoredRows:
         return self.rows - self.taken
 
     def open(self, version: int, *, taken: int = 0) -> None:
-        """Lease the version and read it. A version without a row of these tasks is closed at once: the topic has all.
+        """Lease the version and read it. A version without a row of these tasks is closed at once.
 
         The lease keeps the version's files from a vacuum until a checkpoint names the version.
         """
@@ -65,11 +65,11 @@ class StoredRows:
         state = self._lake.state(version)
         if state is None:
             raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
-        rows = stored_order(conform(self._lake.read(version), self._schema), self._tasks)
+        rows, self.state = stored_order(conform(self._lake.read(version), self._schema), self._tasks), state
         if not rows.num_rows:
             self.release()
             return
-        self._rows, self.state, self.version, self.taken = rows, state, version, taken
+        self._rows, self.version, self.taken = rows, version, taken
 
     def release(self) -> None:
         """Give the lease back; rows that were read stay."""
@@ -78,7 +78,7 @@ class StoredRows:
 
     def close(self) -> None:
         """Forget the rows."""
-        self._rows, self.state, self.version, self.taken = self._schema.empty_table(), None, -1, 0
+        self._rows, self.version, self.taken = self._schema.empty_table(), -1, 0
 
     def propose(self, rows_max: int) -> StepRange:
         """Return the next rows, `rows_max` at most, as a range."""
