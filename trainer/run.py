@@ -359,7 +359,7 @@ class Trainer:
 
     def _await_rows(self, ranges: tuple[StepRange, ...]) -> None:
         while not self.source.has(ranges):
-            self._retrying("read recorded samples", lambda: self.source.poll(0.2))
+            self._retrying("read recorded samples", lambda: self.source.poll_for(ranges, 0.2))
             self._check()
 
     def _retrying(self, what: str, attempt: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
+from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import START, Cursor, Position, Positions
 from headrace.contract.formats.sample import sample_schema
 from headrace.contract.formats.steps import Step, StepRange
@@ -112,6 +113,33 @@ class Source:
             self._lease_is_due = False
         if not self._stored.is_open and self._live.rows < BUFFER_ROWS:
             self._read(timeout_s)
+
+    def poll_for(self, ranges: tuple[StepRange, ...], timeout_s: float) -> None:
+        """Read on towards the rows of recorded ranges. Where the buffer is full of other partitions' rows, only the
+        partitions are read whose rows are missing: it grows by no more than the recorded steps took.
+
+        Raises as `poll`, and `InvariantBroken` when the topic ends before the ranges do.
+        """
+        missing = [r for r in ranges if r.kind == "live" and not self._live.has(r)]
+        if self._live.rows >= BUFFER_ROWS:
+            self._assign({r.partition for r in missing})
+            self._assigned = True
+        records = self._read(timeout_s)
+        if not records:
+            for each in missing:
+                self._check_end(each)
+        if self._live.rows >= BUFFER_ROWS:
+            self._assigned = False
+
+    def _check_end(self, wanted: StepRange) -> None:
+        at, end = self._reader.position(self._topic, wanted.partition), self._ends[wanted.partition]
+        if at >= end:
+            have = tuple(self._live.partitions[wanted.partition].order.position)
+            raise InvariantBroken(
+                f"a recorded step takes the samples of {self._topic}/{wanted.partition} up to {wanted.upto}; the "
+                f"topic, read to its end at offset {end}, has them up to {have}. Was it made anew? Change recipe.seed: "
+                "that begins a new run."
+            )
 
     def _read(self, timeout_s: float) -> Sequence[Record]:
         if not self._assigned:
