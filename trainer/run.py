@@ -316,7 +316,8 @@ class Trainer:
             logger.info("the lake is learnt: run %s is published", self.run_id)
             publisher.is_held = False
         wait_s = _RETRY_SNAPSHOT_S if publisher.unstored else config.snapshot_ms / 1000
-        if publisher.wants_snapshot or now - self._snapshot_at >= wait_s:
+        is_wanted = publisher.wants_snapshot or now - self._snapshot_at >= wait_s
+        if is_wanted and not publisher.is_busy:
             self._snapshot()
             return
         is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
