@@ -103,7 +103,7 @@ class Trainer:
             metrics=deps.metrics,
             lake=deps.lake,
         )
-        self.steps = StepsLog(deps.steps_writer, self.project.name, pause=self._pause)
+        self.steps = StepsLog(deps.steps_writer, self.project.name, deps.metrics, pause=self._pause)
         self.recipe = recipe_digest(self.project)
         self.learner = learner_for(self.project, deps.config)
         self.evaluation = new_evaluation(self.project, deps.config)

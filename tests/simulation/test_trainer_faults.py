@@ -117,7 +117,7 @@ def live(world: World, fault: Fault | None = None) -> tuple[Trainer, int]:
     """Run trainers until all is learnt; return the last one and how many died."""
     for deaths in range(4):
         inner: dict[str, Any] = {
-            "steps_writer": FencedMemory(world.log, TOPICS.steps, "steps", world.epochs),
+            "steps_writer": FencedMemory(world.log, TOPICS.steps, f"steps-{PROJECT.name}", world.epochs),
             "lake": world.lake,
             "reader": world.log.reader(),
             "blobs": world.blobs,

@@ -167,13 +167,15 @@ class World:
 
     def deps(self, **changes: object) -> Dependencies:
         """Return a new process's dependencies."""
+        project = changes.get("project", PROJECT)
+        assert isinstance(project, Project)
         values: dict[str, object] = {
-            "project": PROJECT,
+            "project": project,
             "config": TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000),
             "topics": TOPICS,
             "reader": self.log.reader(),
             "producer": self.log.producer(),
-            "steps_writer": FencedMemory(self.log, TOPICS.steps, "steps", self.epochs),
+            "steps_writer": FencedMemory(self.log, TOPICS.steps, f"steps-{project.name}", self.epochs),
             "blobs": self.blobs,
             "metrics": MemoryMetrics(),
             "clock": self.clock,
