@@ -159,9 +159,9 @@ def recorded_rows(
         finally:
             lake.let_go(holder)
         for p in upto:
-            live.seed(
-                p, _in_position_order(conform(rows.filter(pc.equal(rows["partition"], p)), schema)), in_lake.at(p)
-            )
+            ours = conform(rows.filter(pc.equal(rows["partition"], p)), schema)
+            # A run may have begun behind what neither lake nor topic held.
+            live.seed(p, _in_position_order(ours), max(in_lake.at(p), first[p]))
     missing = {p for p, position in upto.items() if in_lake.at(p) < position}
     if missing:
         _read_on(reader, topics.samples, live, {p: upto[p] for p in missing})

@@ -7,6 +7,9 @@ Protocol of one step:
 3. take the rows of the ranges; score them, learn them;
 4. publish and checkpoint, by time.
 
+Whatever fails between 2 and the end of 3 ends the process, also what would be retried elsewhere: the step is recorded,
+and the next process redoes it. No step follows one that was not learnt.
+
 Recovery: the newest checkpoint of this recipe; redo exactly the steps recorded after it; go on with 1. A run that has
 steps but no checkpoint yet is redone from step 1. The steps of another recipe are another run's, and are left alone.
 """
@@ -21,6 +24,7 @@ from typing import Protocol, TypeVar
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor, Positions
+from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
@@ -31,8 +35,8 @@ from headrace.contract.interfaces.log import Producer, Reader
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
-from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint
-from headrace.trainer.commit.publish import Publisher, read_manifests
+from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of
+from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
@@ -99,7 +103,7 @@ class Trainer:
             metrics=deps.metrics,
             lake=deps.lake,
         )
-        self.steps = StepsLog(deps.steps_writer, self.project.name, pause=self._pause)
+        self.steps = StepsLog(deps.steps_writer, self.project.name, deps.metrics, pause=self._pause)
         self.recipe = recipe_digest(self.project)
         self.learner = learner_for(self.project, deps.config)
         self.evaluation = new_evaluation(self.project, deps.config)
@@ -108,6 +112,8 @@ class Trainer:
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
         self._waiting_since = -1.0
+        self._unlearnt = 0
+        """The step that is being committed or learnt; 0 between steps."""
         self._stored_rows = 0
         """How many stored samples there were when this process began to learn them; 0 while it learns none."""
         self._published_at = self._snapshot_at = float("-inf")
@@ -115,27 +121,29 @@ class Trainer:
     def recover(self) -> None:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
         run's model is served. Waits while Kafka or the store is away."""
-        served = self._retrying("read which run is served", self._served_run)
+        manifests = self._retrying(
+            "read which run is served", lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.name)
+        )
         checkpoint = self._retrying(
             "read checkpoints",
             lambda: newest_checkpoint(self.deps.blobs, self.project.name, recipe=self.recipe),
         )
-        steps = [
-            (at, s)
-            for at, s in self.steps.recover(checkpoint.meta.steps_offset if checkpoint else 0)
-            if s.recipe == self.recipe
-        ]
+        every = self.steps.recover(checkpoint.meta.steps_offset if checkpoint else 0)
+        steps = [(at, s) for at, s in every if s.recipe == self.recipe]
         newest = steps[-1][1].run if steps else (checkpoint.meta.run if checkpoint else "")
-        if checkpoint is not None and newest == checkpoint.meta.run:
+        learnt = checkpoint.meta.step if checkpoint is not None and newest == checkpoint.meta.run else 0
+        redone = [s for _, s in steps if s.run == newest and s.step > learnt]
+        self.source.expect(redone)
+        # A checkpoint of step 0 says nothing that a fresh beginning would not find better now.
+        if checkpoint is not None and learnt:
             self._resume(checkpoint)
         else:
-            self.run_id = newest or f"r{self.deps.clock.now_ms():013x}"
-            first = next((s for _, s in steps if s.run == self.run_id), None)
-            self._retrying("find where to begin", lambda: self._begin(first))
-        self._redo([s for _, s in steps if s.run == self.run_id and s.step > self.learner.step])
-        self.publisher = self._new_publisher(served)
+            self.run_id = newest or self._new_run({s.run for _, s in every} | {m.run for m in manifests})
+            self._retrying("find where to begin", lambda: self._begin(redone[0] if redone else None))
+        self._redo(redone)
+        self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
-            logger.info("run %s is served until the lake is learnt", served)
+            logger.info("run %s is served until the lake is learnt", manifests[-1].run)
         self._snapshot()
         logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
 
@@ -154,8 +162,7 @@ class Trainer:
         self.deps.producer.poll(0)
         step = self._propose()
         if step is not None:
-            self.steps.commit(step)
-            self._apply(step)
+            self._commit(step)
         self._publish()
         return step is not None
 
@@ -199,7 +206,15 @@ class Trainer:
             self.deps.progress.done(redone)
         self.deps.progress.end()
 
-    def _new_publisher(self, served: str) -> Publisher:
+    def _new_run(self, taken: set[str]) -> str:
+        """Return a run's id that is not taken. It has the time for people to read; nothing is ordered by it."""
+        taken |= self._retrying("list checkpoints", lambda: runs_of(self.deps.blobs, self.project.name))
+        at_ms = self.deps.clock.now_ms()
+        while f"r{at_ms:013x}" in taken:
+            at_ms += 1
+        return f"r{at_ms:013x}"
+
+    def _new_publisher(self, manifests: list[Manifest]) -> Publisher:
         """Return the run's publisher; it holds back while the lake is learnt and another run's model is served."""
         return Publisher(
             self.project,
@@ -211,12 +226,9 @@ class Trainer:
             self.deps.clock,
             lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
             self.deps.background,
-            is_held=self.source.is_stored and served not in ("", self.run_id),
+            is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
+            kept=named_blobs(manifests, but=self.run_id),
         )
-
-    def _served_run(self) -> str:
-        manifests = read_manifests(self.deps.reader, self.deps.topics, self.project.name)
-        return manifests[-1].run if manifests else ""
 
     def _begin(self, first: Step | None) -> None:
         """Begin afresh; a run that was begun before begins at the lake version that its first step names."""
@@ -262,6 +274,21 @@ class Trainer:
             seed=self.project.recipe.seed,
         )
 
+    def _commit(self, step: Step) -> None:
+        """Record the step, then learn it. Raises what must end the process: then the next one redoes the step."""
+        if self._unlearnt:
+            raise InvariantBroken(f"step {self._unlearnt} may be recorded and was not learnt; this process must end.")
+        self._unlearnt = step.step
+        self.steps.commit(step)
+        try:
+            self._apply(step)
+        except Unavailable as error:
+            raise InvariantBroken(
+                f"step {step.step} of run {self.run_id} is recorded and was not learnt: {error} This process ends, and "
+                "the next one learns it."
+            ) from error
+        self._unlearnt = 0
+
     def _apply(self, step: Step) -> None:
         is_stored = self.source.is_stored
         rows = self.source.take(step.ranges)
@@ -284,11 +311,13 @@ class Trainer:
         publisher, now, config = self.publisher, self.deps.clock.monotonic(), self.deps.config
         if publisher is None:
             return
+        publisher.check()
         if publisher.is_held and not self.source.is_stored:
             logger.info("the lake is learnt: run %s is published", self.run_id)
             publisher.is_held = False
         wait_s = _RETRY_SNAPSHOT_S if publisher.unstored else config.snapshot_ms / 1000
-        if publisher.wants_snapshot or now - self._snapshot_at >= wait_s:
+        is_wanted = publisher.wants_snapshot or now - self._snapshot_at >= wait_s
+        if is_wanted and not publisher.is_busy:
             self._snapshot()
             return
         is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
@@ -297,7 +326,7 @@ class Trainer:
 
     def _snapshot(self) -> None:
         publisher = self.publisher
-        if publisher is None or (publisher.holds(self.learner.step) and not publisher.unstored):
+        if publisher is None or self._unlearnt or (publisher.holds(self.learner.step) and not publisher.unstored):
             return
         meta = Meta(
             run=self.run_id,
@@ -331,7 +360,7 @@ class Trainer:
 
     def _await_rows(self, ranges: tuple[StepRange, ...]) -> None:
         while not self.source.has(ranges):
-            self._retrying("read recorded samples", lambda: self.source.poll(0.2))
+            self._retrying("read recorded samples", lambda: self.source.poll_for(ranges, 0.2))
             self._check()
 
     def _retrying(self, what: str, attempt: Callable[[], T]) -> T:

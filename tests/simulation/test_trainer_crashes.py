@@ -94,7 +94,9 @@ def test_crashes_change_nothing(seed):
         del todo[:3]
         try:
             if trainer is None:
-                writer = FaultyWriter(world.log, TOPICS.steps, "steps", world.epochs, rng=rng, rate=0.04)
+                writer = FaultyWriter(
+                    world.log, TOPICS.steps, f"steps-{PROJECT.name}", world.epochs, rng=rng, rate=0.04
+                )
                 trainer = Trainer(world.deps(steps_writer=writer, blobs=FaultyStore(world.blobs, rng)))
                 trainer.recover()
             for _ in range(rng.randint(1, 12)):

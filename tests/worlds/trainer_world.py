@@ -167,13 +167,15 @@ class World:
 
     def deps(self, **changes: object) -> Dependencies:
         """Return a new process's dependencies."""
+        project = changes.get("project", PROJECT)
+        assert isinstance(project, Project)
         values: dict[str, object] = {
-            "project": PROJECT,
+            "project": project,
             "config": TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000),
             "topics": TOPICS,
             "reader": self.log.reader(),
             "producer": self.log.producer(),
-            "steps_writer": FencedMemory(self.log, TOPICS.steps, "steps", self.epochs),
+            "steps_writer": FencedMemory(self.log, TOPICS.steps, f"steps-{project.name}", self.epochs),
             "blobs": self.blobs,
             "metrics": MemoryMetrics(),
             "clock": self.clock,
@@ -195,11 +197,11 @@ COUNT = 200
 """Samples of a partition in `learnt`."""
 
 
-def lake_of(seed: int, records: int) -> Lake:
-    """Return a lake of each partition's first records."""
+def lake_of(seed: int, records: int, count: int = COUNT) -> Lake:
+    """Return a lake of each partition's first records, of `count` samples each."""
     batches, upto, offsets = [], {}, {}
     for partition in range(PARTITIONS):
-        taken = cut(seed, partition, COUNT)[:records]
+        taken = cut(seed, partition, count)[:records]
         batches += [rows for rows, _ in taken]
         upto[partition] = Position(taken[-1][0]["offset"][-1].as_py(), taken[-1][0]["rank"][-1].as_py())
         offsets[partition] = len(taken)

@@ -3,7 +3,8 @@
 Rules of the chain: a delta moves the model from `base` to `version`, and each delta's base is the version before it,
 across snapshots too. A snapshot names the offset in `deltas` where the first delta with its version as base will lie.
 Only committed steps are published. A snapshot's blob and the checkpoint are written by a thread of their own; while
-it is busy no other is begun, and when the store is away training and deltas go on.
+it is busy no other is begun, and when the store is away training and deltas go on. What else it meets is raised in the
+training thread, by `check`, and ends the process.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.contract.errors import HeadraceError, Overloaded, Unavailable
+from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifest, encode_manifest, encode_weights
 from headrace.contract.formats.topics import Topics
@@ -36,6 +37,9 @@ logger = logging.getLogger("headrace.train")
 # 262,144 rows of 9 floats and a key are 11 MB: a third of the largest record. More is a snapshot's business.
 DELTA_ROWS_MAX = 262_144
 SNAPSHOTS_KEPT = 3
+"""How many snapshots of the run stay: a server that reads one is not overtaken."""
+OTHER_RUNS_KEPT = 3
+"""Of how many other runs the last snapshot that a manifest names stays."""
 
 
 def version_of(run: str, step: int) -> str:
@@ -60,6 +64,8 @@ class Publisher:
     """False writes snapshots before `snapshot` returns: for tests."""
     is_held: bool = False
     """True publishes nothing and still writes checkpoints: a better model is served than this one is yet."""
+    kept: frozenset[str] = frozenset()
+    """Snapshots of other runs that stay: `named_blobs`."""
 
     def __post_init__(self) -> None:
         self._chain, self._base, self._seq = "", "", 0
@@ -69,6 +75,12 @@ class Publisher:
         self.unstored = False
         """True after a snapshot that the store or Kafka did not take: try again soon."""
         self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise what the writing thread met and could not deal with; nothing where all is well."""
+        if self._error is not None:
+            raise self._error
 
     def note(self, touched_K: npt.NDArray[np.int64]) -> None:
         """Remember the keys that a committed step changed."""
@@ -122,8 +134,12 @@ class Publisher:
                 headers={"version": version, "base": self._base, "chain": self._chain},
                 delivered=self._delivered,
             )
-        except (Overloaded, Unavailable) as error:
+        except Overloaded as error:
             logger.warning("delta %s waits: %s", version, error)
+            return False
+        except Unavailable as error:
+            # It may lie in the topic all the same: a second delta with its base would break the chain.
+            self._delivered(error, -1)
             return False
         self._base, self._seq, self._touched = version, self._seq + 1, []
         self.metrics.add("deltas_published_total")
@@ -176,6 +192,7 @@ class Publisher:
         """Wait for the snapshot that is being written, at most `timeout_s`."""
         if self._writer is not None:
             self._writer.join(timeout_s)
+        self.check()
         self.producer.flush(1.0)
 
     def _delivered(self, error: Exception | None, offset: int) -> None:
@@ -196,25 +213,32 @@ class Publisher:
             self._announce(manifest)
             self.metrics.add("snapshots_published_total")
             logger.info("snapshot %s, %d rows", manifest.version, len(weights.keys_K))
-        except (HeadraceError, OSError) as error:
+        except (Overloaded, Unavailable, OSError) as error:
             logger.warning("snapshot %s was not published: %s", manifest.version, error)
             self.metrics.add("errors_total", kind="snapshot")
             self.unstored = True
             return
         self._write_checkpoint(checkpoint)
         try:
-            folder = f"snapshots/{self.project.name}"
-            for old in sorted(n.rpartition("/")[2] for n in self.blobs.list(folder))[:-SNAPSHOTS_KEPT]:
-                self.blobs.delete(f"{folder}/{old}")
-        except (HeadraceError, OSError) as error:
+            self._delete_old(manifest)
+        except (Overloaded, Unavailable, OSError) as error:
             logger.warning("old snapshots are still there; learning goes on: %s", error)
             self.metrics.add("errors_total", kind="snapshots_kept")
+
+    def _delete_old(self, newest: Manifest) -> None:
+        """Delete the run's snapshots of lower steps than the newest ones', and other runs' that no manifest names."""
+        stored = self.blobs.list(f"snapshots/{newest.model}")
+        ours = {name: int(step) for name in stored if (step := _step_of(name, self.run)).isdigit()}
+        kept = {newest.blob, *self.kept, *sorted(ours, key=lambda name: ours[name])[-SNAPSHOTS_KEPT:]}
+        for name in stored:
+            if name not in kept:
+                self.blobs.delete(name)
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         try:
             name = write_checkpoint(self.blobs, self.project.name, checkpoint)
             logger.info("checkpoint %s%s", name, ", not published yet" if self.is_held else "")
-        except (HeadraceError, OSError) as error:
+        except (Overloaded, Unavailable, OSError) as error:
             logger.warning("checkpoint at step %d was not written; learning goes on: %s", checkpoint.meta.step, error)
             self.metrics.add("errors_total", kind="checkpoint")
 
@@ -222,7 +246,14 @@ class Publisher:
         if not self.background:
             write(*what)
             return
-        self._writer = threading.Thread(target=write, args=what, name="snapshot", daemon=True)
+
+        def guarded() -> None:
+            try:
+                write(*what)
+            except BaseException as error:
+                self._error = error
+
+        self._writer = threading.Thread(target=guarded, name="snapshot", daemon=True)
         self._writer.start()
 
     def _announce(self, manifest: Manifest) -> None:
@@ -238,6 +269,25 @@ class Publisher:
         self.producer.flush(10.0)
         if not receipts or receipts[0] is not None:
             raise Unavailable(f"the manifest of {manifest.version} got no receipt: {receipts}")
+
+
+def _step_of(blob: str, run: str) -> str:
+    """Return the step in a snapshot's name, "" where it is another run's."""
+    found, _, step = blob.rpartition("/")[2].rpartition("-")
+    return step if found == run else ""
+
+
+def named_blobs(manifests: Sequence[Manifest], *, but: str) -> frozenset[str]:
+    """Return the last snapshot of each run that was announced last, `OTHER_RUNS_KEPT` runs besides `but`.
+
+    Args:
+        manifests: in the order of the log.
+    """
+    last: dict[str, str] = {}
+    for manifest in reversed(manifests):
+        if manifest.run != but and len(last) < OTHER_RUNS_KEPT:
+            last.setdefault(manifest.run, manifest.blob)
+    return frozenset(last.values())
 
 
 def read_manifests(reader: Reader, topics: Topics, model: str) -> list[Manifest]:

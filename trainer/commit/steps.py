@@ -7,6 +7,8 @@ Protocol:
 3. It appends step n, then reads it back. Where the append's outcome is unknown, it opens the writer again, reads
    to the end, and appends again only if step n is not there.
 4. It applies step n.
+
+Several models share the topic, each with a writer of its own: records of other models are passed over.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.steps import Step, decode_step, encode_step
 from headrace.contract.interfaces.fenced import FencedWriter
+from headrace.contract.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -25,13 +30,15 @@ logger = logging.getLogger("headrace.train")
 
 # 10 s: a commit's record shows within milliseconds; a broker that restarts is back within 20 s, so two turns cover it.
 _READ_BACK_S = 10.0
+# 100,000: what 4,000 models write in 1 s at 25 steps/s each. The own record lies among them, or was lost.
+_FOREIGN_MAX = 100_000
 
 
 class StepsLog:
     """One model's steps. `offset` is the next record to read; it travels in the checkpoint."""
 
-    def __init__(self, writer: FencedWriter, model: str, *, pause: Callable[[float], None]) -> None:
-        self._writer, self._model, self._pause = writer, model, pause
+    def __init__(self, writer: FencedWriter, model: str, metrics: Metrics, *, pause: Callable[[float], None]) -> None:
+        self._writer, self._model, self._metrics, self._pause = writer, model, metrics, pause
         self.offset = 0
 
     def recover(self, offset: int) -> list[tuple[int, Step]]:
@@ -56,17 +63,25 @@ class StepsLog:
                     known = True
                 self._writer.append(value)
                 known = False
-                found = self._read(_READ_BACK_S)
-                while found:
-                    if self._seen(step, found):
-                        return
-                    found = self._read(_READ_BACK_S)
+                if self._read_back(step):
+                    return
                 raise Unavailable(f"step {step.step} was appended but not read back in {_READ_BACK_S} s.")
             except Unavailable as error:
                 known = False
                 logger.warning("step %d waits: %s", step.step, error)
                 self._pause(delay)
                 delay = min(2 * delay, 5.0)
+
+    def _read_back(self, step: Step) -> bool:
+        """Read on until the step is there; False when nothing comes, or too much of other models."""
+        begun = self.offset
+        while self.offset - begun < _FOREIGN_MAX:
+            before = self.offset
+            if self._seen(step, self._read(_READ_BACK_S)):
+                return True
+            if self.offset == before:
+                return False
+        return False
 
     def _seen(self, step: Step, found: list[tuple[int, Step]]) -> bool:
         for _, other in found:
@@ -80,10 +95,20 @@ class StepsLog:
 
     def _read(self, wait_s: float = 0.0) -> list[tuple[int, Step]]:
         records = self._writer.read(self.offset, wait_s)
-        steps = [(offset, decode_step(value)) for offset, value in records]
         if records:
             self.offset = records[-1][0] + 1
-        return [(offset, step) for offset, step in steps if step.model == self._model]
+        found = []
+        for offset, value in records:
+            try:
+                step = decode_step(value)
+            except msgspec.MsgspecError as error:
+                # Not silent: where it was a step of this model, the next one's number shows the hole.
+                logger.warning("record %d of the steps is no step and is passed over: %s", offset, error)
+                self._metrics.add("errors_total", kind="steps")
+                continue
+            if step.model == self._model:
+                found.append((offset, step))
+        return found
 
     def _retrying(self, what: str, attempt: Callable[[], T]) -> T:
         delay = 0.1

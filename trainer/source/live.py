@@ -1,13 +1,16 @@
 """Live rows: samples of the topic, by position, read ahead of training.
 
 Each partition keeps two positions: up to where its rows were given out, and up to where they were read. A row is given
-out once; a record that is out of turn is held back, with an alarm, until the rows before it have come.
+out once; a record that is out of turn is held back, with an alarm, until the rows before it have come. Where retention
+deleted what lies before the first record, nothing can come: a run that begins there says so and goes on behind the
+hole, any other run is refused.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,11 +54,21 @@ class LivePartition:
     order: SampleOrder = field(default_factory=SampleOrder)
     """Which records come next; its position is the last that was read."""
     chunks: deque[_Chunk] = field(default_factory=deque)
+    is_fresh: bool = False
+    """True until the first record comes to a run that begins with this partition."""
+    is_cut: bool = False
+    """True until the first record comes, where the topic has lost records before it that were not read."""
 
     @classmethod
-    def at(cls, position: Position, next_offset: int) -> LivePartition:
+    def at(cls, position: Position, next_offset: int, *, is_fresh: bool = False) -> LivePartition:
         """Return a partition whose rows up to `position` are taken."""
-        return cls(position, next_offset, SampleOrder(position))
+        return cls(position, next_offset, SampleOrder(position), is_fresh=is_fresh)
+
+    def start_at(self, begin: int) -> int:
+        """Return the record to read first, where the topic's first is `begin`. The next offset stays: what is missing
+        must be found again after a restart, until the first record tells whether anything is."""
+        self.is_cut = self.next_offset < begin or (self.is_fresh and begin > 0)
+        return max(self.next_offset, begin)
 
     @property
     def rows(self) -> int:
@@ -107,6 +120,10 @@ class LiveRows:
     def __init__(self, schema: pa.Schema, tasks: tuple[str, ...], metrics: Metrics | None = None) -> None:
         self._schema, self._tasks, self._metrics = schema, tasks, metrics
         self.partitions: dict[int, LivePartition] = {}
+        self.stored: Mapping[int, Position] = {}
+        """Up to where the lake that it began with has no row of these tasks, by partition: there none is missing."""
+        self.newest: Mapping[int, Position] = {}
+        """Up to where the lake holds all rows now."""
 
     @property
     def rows(self) -> int:
@@ -114,11 +131,17 @@ class LiveRows:
         return sum(partition.rows for partition in self.partitions.values())
 
     def intake(self, record: Record) -> None:
-        """Take what is new of a record and of those that waited for it. Raises `InvariantBroken` when too many wait."""
+        """Take what is new of a record and of those that waited for it.
+
+        Raises `InvariantBroken` when too many wait, or when retention deleted samples that this run would skip.
+        """
         partition = self.partitions[record.partition]
         partition.next_offset = record.offset + 1
         if record.value is None:
             return
+        if partition.is_cut:
+            self._begin_late(partition, record)
+        partition.is_cut = partition.is_fresh = False
         order = partition.order
         following = order.offer(record)
         if following is None:
@@ -172,9 +195,30 @@ class LiveRows:
         order_N = orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
         partition.chunks.append(_Chunk(rows, order_N, record, last))
 
+    def _begin_late(self, partition: LivePartition, record: Record) -> None:
+        """Move a run that begins with this partition behind what the topic has lost; refuse any other."""
+        after, position = parse_position(record.headers["after"]), partition.order.position
+        if after <= position:
+            return
+        where = (
+            f"{record.topic}/{record.partition} begins at offset {record.offset} with the samples after {tuple(after)}"
+        )
+        learnt = max(position, self.stored.get(record.partition, START))
+        if not partition.is_fresh or learnt < min(after, self.newest.get(record.partition, START)):
+            raise InvariantBroken(
+                f"{where}; this run has learnt up to {tuple(learnt)}, and would skip what retention deleted between. "
+                "Change recipe.seed: that begins a new run, which learns what the lake holds and goes on from there. "
+                "Keep samples longer than a trainer is ever away."
+            )
+        if after > learnt:
+            logger.warning("%s; what lies before, after %s, is in no lake: learning goes on", where, tuple(learnt))
+            if self._metrics is not None:
+                self._metrics.add("gap_total", topic=record.topic)
+        partition.taken, partition.order = after, SampleOrder(after)
+
     def _tell_gap(self, record: Record, order: SampleOrder) -> None:
         if self._metrics is not None:
-            self._metrics.add("gap_total")
+            self._metrics.add("gap_total", topic=record.topic)
         after, read = parse_position(record.headers["after"]), tuple(order.position)
         logger.warning(
             "gap: %s/%d offset %d begins after %s and only %s was read; it waits",

@@ -1,20 +1,22 @@
 """Where samples come from: the lake at one version in total order, then the topic from the lake's positions.
 
-Nothing moves the source on but `take`, which is called for ranges that the steps log has committed.
+Nothing moves the source on but `take`, which is called for ranges that the steps log has committed. So `take` asks
+nobody outside: what the hand-over from lake to topic needs is read when the lake is opened.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import START, Cursor, Position, Positions
 from headrace.contract.formats.sample import sample_schema
-from headrace.contract.formats.steps import StepRange
+from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.interfaces.lake import LakeReader
-from headrace.contract.interfaces.log import Reader
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.trainer.model.batch import Batch
@@ -49,7 +51,13 @@ class Source:
         self._live = LiveRows(schema, tasks, metrics)
         self._ranges = RangeReader(self._stored, self._live, schema)
         self._assigned = False
+        self._lease_is_due = False
+        """True from the end of the lake until the lease is given back."""
+        self._begins: dict[int, int] = {}
         self._ends: dict[int, int] = {}
+        """The topic's begins and ends when reading began."""
+        self._began: dict[int, Position] = {}
+        """Where the steps that are redone begin, by partition."""
 
     def begin(self, cursor: Cursor | None) -> None:
         """Go on from `cursor`; without one, from the lake's newest version, else from the topic's beginning."""
@@ -63,27 +71,79 @@ class Source:
         """Begin afresh at this version of the lake: what a run's first recorded step says."""
         self._begin(Cursor(lake_version=version))
 
+    def expect(self, steps: Iterable[Step]) -> None:
+        """Say before beginning which steps will be redone. Where their run began behind a hole, they do too."""
+        self._began = {}
+        for each in (r for step in steps for r in step.ranges if r.kind == "live"):
+            self._began.setdefault(each.partition, Position(*each.after))
+
     def _begin(self, cursor: Cursor) -> None:
         begins = self._reader.begin_offsets(self._topic)
         positions = Positions.from_json(self._generation, cursor.positions)
-        self._live.partitions = {
-            p: LivePartition.at(positions.at(p), cursor.next_offsets.get(str(p), begin)) for p, begin in begins.items()
-        }
         self._stored.close()
+        self._live.partitions, self._live.stored = {}, {}
+        for p, begin in begins.items():
+            position, following = positions.at(p), cursor.next_offsets.get(str(p))
+            if position > START:
+                self._live.partitions[p] = LivePartition.at(position, following or 0)
+            else:
+                # Steps that are redone take what the topic held first: offset 0 shows what it has lost since.
+                afresh = 0 if p in self._began else begin
+                is_new = following in (None, begin)
+                self._place(p, START, afresh if following is None else following, is_new=is_new)
         if cursor.lake_version >= 0:
             self._stored.open(cursor.lake_version, taken=cursor.lake_taken)
             if self._stored.is_open:
                 logger.info("learning %d stored samples of lake version %d", self._stored.rows, cursor.lake_version)
+            elif self._stored.state is not None:
+                self._live.stored = self._stored.state.positions.by_partition
             self._leave_lake_if_done()
         self._assigned = False
 
+    def _place(self, number: int, position: Position, following: int, *, is_new: bool) -> None:
+        """Let a run begin with a partition: behind `position`, or where the run's recorded steps began with it."""
+        is_new &= number not in self._began
+        position = max(position, self._began.get(number, START))
+        self._live.partitions[number] = LivePartition.at(position, following, is_fresh=is_new)
+
     def poll(self, timeout_s: float) -> None:
         """Read ahead. Raises what the reader raises; the next call goes on from the same place."""
-        if self._stored.is_open or self._live.rows >= BUFFER_ROWS:
-            return
+        if self._lease_is_due:
+            self._stored.release()
+            self._lease_is_due = False
+        if not self._stored.is_open and self._live.rows < BUFFER_ROWS:
+            self._read(timeout_s)
+
+    def poll_for(self, ranges: tuple[StepRange, ...], timeout_s: float) -> None:
+        """Read on towards the rows of recorded ranges. Where the buffer is full of other partitions' rows, only the
+        partitions are read whose rows are missing: it grows by no more than the recorded steps took.
+
+        Raises as `poll`, and `InvariantBroken` when the topic ends before the ranges do.
+        """
+        missing = [r for r in ranges if r.kind == "live" and not self._live.has(r)]
+        if self._live.rows >= BUFFER_ROWS:
+            self._assign({r.partition for r in missing})
+            self._assigned = True
+        records = self._read(timeout_s)
+        if not records:
+            for each in missing:
+                self._check_end(each)
+        if self._live.rows >= BUFFER_ROWS:
+            self._assigned = False
+
+    def _check_end(self, wanted: StepRange) -> None:
+        at, end = self._reader.position(self._topic, wanted.partition), self._ends[wanted.partition]
+        if at >= end:
+            have = tuple(self._live.partitions[wanted.partition].order.position)
+            raise InvariantBroken(
+                f"a recorded step takes the samples of {self._topic}/{wanted.partition} up to {wanted.upto}; the "
+                f"topic, read to its end at offset {end}, has them up to {have}. Was it made anew? Change recipe.seed: "
+                "that begins a new run."
+            )
+
+    def _read(self, timeout_s: float) -> Sequence[Record]:
         if not self._assigned:
-            self._ends = self._reader.end_offsets(self._topic)
-            self._reader.assign({(self._topic, p): each.next_offset for p, each in self._live.partitions.items()})
+            self._assign(self._live.partitions)
             self._assigned = True
         try:
             records = self._reader.poll(256, timeout_s)
@@ -92,6 +152,15 @@ class Source:
             raise
         for record in records:
             self._live.intake(record)
+        return records
+
+    def _assign(self, partitions: Iterable[int]) -> None:
+        self._ends, self._begins = self._reader.end_offsets(self._topic), self._reader.begin_offsets(self._topic)
+        reading = {p: self._live.partitions[p] for p in partitions}
+        starts = {(self._topic, p): each.start_at(self._begins[p]) for p, each in reading.items()}
+        newest = self._lake.state() if self._lake is not None and any(p.is_cut for p in reading.values()) else None
+        self._live.newest = newest.positions.by_partition if newest is not None else {}
+        self._reader.assign(starts)
 
     def ready_rows(self) -> int:
         """Return how many rows could be taken now."""
@@ -103,7 +172,10 @@ class Source:
     def _is_lopsided(self) -> bool:
         """True while a backlog was read of some partitions only: learning on would run ahead of the others' time."""
         partitions = self._live.partitions.items()
-        return any(not each.chunks and each.next_offset < self._ends.get(p, 0) for p, each in partitions)
+        return any(
+            not each.chunks and max(each.next_offset, self._begins.get(p, 0)) < self._ends.get(p, 0)
+            for p, each in partitions
+        )
 
     @property
     def is_stored(self) -> bool:
@@ -145,15 +217,11 @@ class Source:
         return to_batch(rows, self._project)
 
     def _leave_lake_if_done(self) -> None:
-        if not self._stored.is_open or self._stored.left > 0 or self._lake is None:
+        state = self._stored.state
+        if state is None or not self._stored.is_open or self._stored.left > 0:
             return
-        version = self._stored.version
-        state = self._lake.state(version)
-        if state is None:
-            raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
         for p, each in self._live.partitions.items():
-            following = max(each.next_offset, state.next_offsets.get(p, each.next_offset))
-            self._live.partitions[p] = LivePartition.at(state.positions.at(p), following)
+            following = state.next_offsets.get(p, each.next_offset)
+            self._place(p, state.positions.at(p), following, is_new=True)
         self._stored.close()
-        self._stored.release()
-        self._assigned = False
+        self._lease_is_due, self._assigned = True, False

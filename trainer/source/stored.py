@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.steps import StepRange
-from headrace.contract.interfaces.lake import LakeReader
+from headrace.contract.interfaces.lake import LakeReader, LakeState
 from headrace.trainer.source.batch import conform, of_tasks
 
 TOTAL_ORDER = [
@@ -33,6 +33,8 @@ class StoredRows:
     def __init__(self, lake: LakeReader | None, schema: pa.Schema, tasks: tuple[str, ...], holder: str) -> None:
         self._lake, self._schema, self._tasks, self._holder = lake, schema, tasks, holder
         self._rows: pa.Table = schema.empty_table()
+        self.state: LakeState | None = None
+        """What the version opened last holds, so where the topic goes on. `open` reads it: leaving asks nobody."""
         self.version = -1
         """-1 while no version is open."""
         self.taken = 0
@@ -53,14 +55,17 @@ class StoredRows:
         return self.rows - self.taken
 
     def open(self, version: int, *, taken: int = 0) -> None:
-        """Lease the version and read it. A version without a row of these tasks is closed at once: the topic has all.
+        """Lease the version and read it. A version without a row of these tasks is closed at once.
 
         The lease keeps the version's files from a vacuum until a checkpoint names the version.
         """
         if self._lake is None:
             raise InvariantBroken(f"the run is at version {version} of a lake, and no lake is given.")
         self._lake.hold(version, self._holder)
-        rows = stored_order(conform(self._lake.read(version), self._schema), self._tasks)
+        state = self._lake.state(version)
+        if state is None:
+            raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
+        rows, self.state = stored_order(conform(self._lake.read(version), self._schema), self._tasks), state
         if not rows.num_rows:
             self.release()
             return

@@ -50,7 +50,9 @@ def main(args: argparse.Namespace) -> int:
             topics=runtime.topics,
             reader=runtime.reader(),
             producer=producer,
-            steps_writer=FencedKafka(runtime.brokers, runtime.topics.steps, f"headrace-steps-{runtime.project.name}"),
+            steps_writer=FencedKafka(
+                runtime.brokers, runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"
+            ),
             blobs=runtime.blobs(),
             metrics=metrics,
             clock=runtime.clock,

@@ -1,0 +1,246 @@
+"""Goal: whatever a call to the outside does after a step was committed, each sample is learnt once, with equal bits.
+
+Method: a matrix. One axis is every method of the contracts that a trainer calls, the other every way to fail. A process
+learns the lake and then the topic; once the step that ends the lake is recorded, the first call of the method fails.
+Processes that end are started again, as a supervisor does. Checked from outside: the recorded steps, a replay of them,
+and the digest of a run that nothing disturbed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, Lake, World, cut, lake_of, send
+
+from headrace.backends.log.fenced_memory import FencedMemory
+from headrace.contract.config import TrainConfig
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.formats.steps import Step, decode_step
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.fenced import FencedWriter
+from headrace.contract.interfaces.lake import LakeReader
+from headrace.contract.interfaces.log import Producer, Reader
+from headrace.replay.as_trained import as_trained
+from headrace.trainer.run import Trainer
+
+SEED, STORED, COUNT = 2, 2, 80
+CONTRACTS = {"steps_writer": FencedWriter, "lake": LakeReader, "reader": Reader, "blobs": Blobs, "producer": Producer}
+NOT_AFTER_A_COMMIT = {
+    ("steps_writer", "open"): "only before a step, or when an append failed",
+    **{("lake", name): "read when the lake is opened" for name in ("state", "read", "hold")},
+    ("reader", "position"): "read when the trainer starts",
+    ("blobs", "get"): "read when the trainer starts",
+    **{(room, "close"): "the process ends" for room in ("steps_writer", "reader", "producer")},
+}
+FAILURES = ("unavailable", "unexpected", "no memory", "effect, then unavailable", "effect, then unexpected", "dies",
+            "effect, then dies")  # fmt: skip
+ERRORS: dict[str, type[BaseException]] = {
+    "unavailable": Unavailable,
+    "unexpected": RuntimeError,
+    "no memory": MemoryError,
+    "dies": Killed,
+}
+
+
+def methods(contract: type) -> list[str]:
+    """Return what can be called through a contract."""
+    return sorted(name for name, value in vars(contract).items() if callable(value) and not name.startswith("_"))
+
+
+CALLS = [(room, name) for room, contract in CONTRACTS.items() for name in methods(contract)]
+CELLS = [call for call in CALLS if call not in NOT_AFTER_A_COMMIT]
+
+
+class Fault:
+    """Makes one call fail, the first one after a number of steps is recorded; `done` says that it happened."""
+
+    def __init__(self, world: World, room: str, method: str, failure: str, *, after_steps: int) -> None:
+        self.world, self.room, self.method, self.failure, self.after_steps = world, room, method, failure, after_steps
+        self.done = False
+
+    def around(self, room: str, inner: Any) -> Any:
+        return Faulty(inner, self) if room == self.room else inner
+
+    def call(self, act: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        if self.done or len(recorded(self.world)) < self.after_steps - (self.method == "append"):
+            return act(*args, **named)
+        self.done = True
+        if self.failure.startswith("effect"):
+            act(*args, **named)
+        raise ERRORS[self.failure.removeprefix("effect, then ")](f"{self.room}.{self.method}")
+
+
+class Faulty:
+    """Passes on every call but the one that fails."""
+
+    def __init__(self, inner: Any, fault: Fault) -> None:
+        self._inner, self._fault = inner, fault
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name != self._fault.method:
+            return found
+        return lambda *args, **named: self._fault.call(found, *args, **named)
+
+
+class Process:
+    """Asks its trainer to stop when all is learnt; time moves on whenever it is asked."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.asked, self.idle = world, 0, 0
+
+    def is_set(self) -> bool:
+        self.world.clock.advance(0.03)
+        self.asked += 1
+        assert self.asked < 1_000, "the trainer waits for ever"
+        learnt = sum(r.rows for step in recorded(self.world) for r in step.ranges)
+        self.idle += learnt == PARTITIONS * COUNT
+        return self.idle > 8
+
+
+def recorded(world: World) -> list[Step]:
+    return [decode_step(r.value or b"") for r in world.log.partitions(TOPICS.steps)[0]]
+
+
+def whole_world() -> World:
+    lake = lake_of(SEED, STORED, COUNT)
+    world = World(lake=lake)
+    for partition in range(PARTITIONS):
+        for rows, after in cut(SEED, partition, COUNT):
+            send(world.log, rows, after=after)
+    return world
+
+
+def live(world: World, fault: Fault | None = None) -> tuple[Trainer, int]:
+    """Run trainers until all is learnt; return the last one and how many died."""
+    for deaths in range(4):
+        inner: dict[str, Any] = {
+            "steps_writer": FencedMemory(world.log, TOPICS.steps, f"steps-{PROJECT.name}", world.epochs),
+            "lake": world.lake,
+            "reader": world.log.reader(),
+            "blobs": world.blobs,
+            "producer": world.log.producer(),
+        }
+        changes = {room: fault.around(room, each) if fault else each for room, each in inner.items()}
+        config = TrainConfig(wait_ms=20, publish_ms=20, snapshot_ms=100)
+        trainer = Trainer(world.deps(config=config, stop=Process(world), **changes))
+        try:
+            trainer.run()
+            return trainer, deaths
+        except (Exception, Killed) as error:
+            assert not isinstance(error, AssertionError), error
+    raise AssertionError("a restart does not mend it")
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[str, int, int]:
+    """Return the digest, the number of steps, and how many of them took the lake."""
+    world = whole_world()
+    trainer, _ = live(world)
+    steps = recorded(world)
+    return trainer.learner.digest(), len(steps), sum(s.ranges[0].kind == "stored" for s in steps)
+
+
+def check(world: World, trainer: Trainer, digest: str, steps: int) -> None:
+    assert [s.step for s in recorded(world)] == list(range(1, steps + 1))
+    result = as_trained(PROJECT, TOPICS, world.log.reader(), world.lake)
+    assert result.equal is True and result.rows == PARTITIONS * COUNT
+    assert trainer.learner.digest() == digest
+    again = Trainer(world.deps())
+    again.recover()
+    assert again.learner.digest() == digest
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(("room", "method"), CELLS, ids=[f"{room}.{name}" for room, name in CELLS])
+def test_a_call_that_fails_after_the_commit_of_the_lakes_last_step(room, method, failure, undisturbed):
+    digest, steps, stored = undisturbed
+    world = whole_world()
+    fault = Fault(world, room, method, failure, after_steps=stored)
+    trainer, deaths = live(world, fault)
+    assert fault.done, f"{room}.{method} is not called after a commit: say so in NOT_AFTER_A_COMMIT"
+    assert deaths <= 1
+    check(world, trainer, digest, steps)
+
+
+@pytest.mark.parametrize(("room", "method"), sorted(c for c in NOT_AFTER_A_COMMIT if c[1] != "close"))
+def test_what_is_said_not_to_be_called_after_a_commit_is_not(room, method, undisturbed):
+    """Among these is the lake: at the hand-over to the topic nobody asks it."""
+    world = whole_world()
+    fault = Fault(world, room, method, "unexpected", after_steps=undisturbed[2])
+    _, deaths = live(world, fault)
+    assert not fault.done and deaths == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("after", range(1, 8))
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(("room", "method"), CALLS, ids=[f"{room}.{name}" for room, name in CALLS])
+def test_a_call_that_fails_after_any_step(room, method, failure, after, undisturbed):
+    digest, steps, _ = undisturbed
+    world = whole_world()
+    trainer, deaths = live(world, Fault(world, room, method, failure, after_steps=after))
+    assert deaths <= 1
+    check(world, trainer, digest, steps)
+
+
+def test_no_call_of_a_contract_is_left_out():
+    """A new method has a row without anyone remembering, and an exception that nobody calls any more is noticed."""
+    assert set(NOT_AFTER_A_COMMIT) <= set(CALLS)
+    assert len(CALLS) == sum(len(methods(contract)) for contract in CONTRACTS.values())
+    for contract in CONTRACTS.values():
+        assert "__protocol_attrs__" not in vars(contract) or set(methods(contract)) == contract.__protocol_attrs__
+
+
+def test_a_step_that_was_not_learnt_is_followed_by_none():
+    """Even where its failure is swallowed, the trainer takes no other step and stores nothing."""
+    world = whole_world()
+    trainer = Trainer(world.deps())
+    trainer.recover()
+
+    def fail(_: object) -> None:
+        raise Unavailable("the store is away")
+
+    trainer.source.take = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(InvariantBroken, match="is recorded and was not learnt"):
+        trainer.turn()
+    before = sorted(world.blobs.objects)
+    with pytest.raises(InvariantBroken, match="this process must end"):
+        world.drain(trainer)
+    trainer.close()
+    assert len(recorded(world)) == 1 and sorted(world.blobs.objects) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, InvariantBroken])
+def test_what_the_snapshot_thread_meets_ends_the_trainer(error):
+    """The store raises what nobody expected in the background; the training thread raises it."""
+    world = whole_world()
+
+    def put(name: str, data: bytes) -> None:
+        raise error("from the thread")
+
+    world.blobs.put = put  # type: ignore[method-assign]
+    trainer = Trainer(world.deps(background=True, stop=Process(world)))
+    with pytest.raises(error, match="from the thread"):
+        trainer.run()
+
+
+def test_a_lake_that_is_away_at_the_hand_over_delays_nothing():
+    """The lease is given back when the store is back; learning asks the lake nothing once it is open."""
+
+    class Away(Lake):
+        calls = 0
+
+        def let_go(self, holder: str) -> None:
+            Away.calls += 1
+            if Away.calls < 3:
+                raise Unavailable("NameNode restarts")
+
+    world = whole_world()
+    lake = world.lake
+    assert lake is not None
+    world.lake = Away(lake.rows, lake.positions, lake.next_offsets)
+    trainer, deaths = live(world)
+    assert deaths == 0 and Away.calls == 3 and trainer.learnt == PARTITIONS * COUNT
