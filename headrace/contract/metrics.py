@@ -61,6 +61,7 @@ Name = Literal[
     "request_seconds",
     "swaps_total",
     "swap_seconds",
+    "versions_refused_total",
     "model_step",
     "model_age_seconds",
     "freshness_seconds",
@@ -252,6 +253,13 @@ METRICS: Mapping[Name, MetricDoc] = {
     ),
     "swap_seconds": MetricDoc(
         "histogram", "seconds", ("serve",), "Time that it took to write a version into both copies of the shared model."
+    ),
+    "versions_refused_total": MetricDoc(
+        "counter",
+        "versions",
+        ("serve",),
+        "Snapshots and deltas that the gate refused; must stay 0. The version that is served stays.",
+        labels=("reason",),
     ),
     "model_step": MetricDoc(
         "gauge", "step", ("train", "serve"), "Step of the model: learnt last by the trainer, served by serving."

@@ -86,6 +86,8 @@ def _find(index_2C: Int64s, wanted_K: Int64s, out_K: Int64s) -> None:
         key = wanted_K[i]
         at = (key ^ (key >> 29)) & mask
         out_K[i] = -1
+        if key == 0:
+            continue
         for _ in range(mask + 1):
             found = index_2C[0, at]
             if found == key:
@@ -98,13 +100,20 @@ def _find(index_2C: Int64s, wanted_K: Int64s, out_K: Int64s) -> None:
 
 @numba.njit(cache=True, nogil=True)
 def _apply(index_2C: Int64s, values_RV: Float32s, rows: int, keys_K: Int64s, values_KV: Float32s) -> int:
+    """Return how many rows there are now, or -1: then nothing was written past the end, and the copy is spoilt."""
     mask = index_2C.shape[1] - 1
+    if values_KV.shape[0] != keys_K.shape[0] or values_KV.shape[1] > values_RV.shape[1]:
+        return -1
     for i in range(keys_K.shape[0]):
         key = keys_K[i]
+        if key == 0:
+            return -1
         at = (key ^ (key >> 29)) & mask
         while index_2C[0, at] != key and index_2C[0, at] != 0:
             at = (at + 1) & mask
         if index_2C[0, at] == 0:
+            if rows >= values_RV.shape[0]:
+                return -1
             index_2C[1, at] = rows
             index_2C[0, at] = key
             rows += 1
@@ -270,9 +279,18 @@ class SharedModel:
         self._head[_SEQ + copy] += 1
 
     def check_fits(self, weights: Weights, meta: Meta, *, fresh: bool) -> None:
-        """Raise `Overloaded` when a model or delta does not fit; call before it is written."""
+        """Raise `Overloaded` when a model or delta does not fit; call before it is written.
+
+        Raises `InvariantBroken` for rows that the gate never lets pass.
+        """
         rows = 0 if fresh else int(self._head[_ROWS + int(self._head[_ACTIVE])])
         new = len(weights.keys_K)
+        shape, width = weights.values_KV.shape, self._values[0].shape[1]
+        if shape[0] != new or shape[1] > width or (weights.keys_K == 0).any():
+            raise InvariantBroken(
+                f"{meta.manifest.version} has rows of shape {shape} for {new} keys, 0 must not be among them; the "
+                f"region is {width} wide. The gate must refuse it: see `serving/gate/admit.py`."
+            )
         if rows + new > self.rows_max and not fresh:
             found_K = np.empty(new, np.int64)
             _find(self._index[int(self._head[_ACTIVE])], weights.keys_K, found_K)
@@ -294,7 +312,10 @@ class SharedModel:
             at += array.size
         rows = int(self._head[_ROWS + copy])
         keys_K, values_KV = np.ascontiguousarray(weights.keys_K), np.ascontiguousarray(weights.values_KV)
-        self._head[_ROWS + copy] = _apply(self._index[copy], self._values[copy], rows, keys_K, values_KV)
+        rows = int(_apply(self._index[copy], self._values[copy], rows, keys_K, values_KV))
+        if rows < 0:
+            raise InvariantBroken(f"{meta.manifest.version} does not fit; it was written without `check_fits`.")
+        self._head[_ROWS + copy] = rows
         data = msgspec.json.encode(meta)
         self._meta[copy][: len(data)] = np.frombuffer(data, np.uint8)
         self._head[_META_SIZE + copy] = len(data)

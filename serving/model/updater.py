@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,8 @@ from headrace.serving.model.scorer import recipe_of
 from headrace.serving.model.shared_region import Meta, SharedModel
 
 logger = logging.getLogger("headrace.serve")
+
+_REFUSED_MAX = 64
 
 
 @dataclass(kw_only=True)
@@ -54,6 +57,8 @@ class Updater:
     """The snapshot that was loaded or refused last."""
     _is_broken: bool = field(default=False, init=False)
     """A delta came whose base is not the served version, and which is newer."""
+    _refused_chains: deque[str] = field(default_factory=lambda: deque(maxlen=_REFUSED_MAX), init=False)
+    """The snapshots that were refused last: no delta of their chains is taken."""
     _begun: bool = field(default=False, init=False)
     _model_offset: int = field(default=0, init=False)
 
@@ -154,6 +159,7 @@ class Updater:
             self.shared.check_fits(weights, meta, fresh=True)
         except (Refused, Overloaded) as error:
             self._refuse(error)
+            self._refused_chains.append(manifest.version)
             return
         self._swap(meta, lambda: self.shared.load_snapshot(weights, meta))
         self._is_broken = False
@@ -161,7 +167,7 @@ class Updater:
 
     def _apply_delta(self, record: Record) -> None:
         served = self._meta
-        if served is None or record.value is None or (record.key or b"").decode() != self.project.name:
+        if served is None or record.value is None or record.key != self.project.name.encode():
             return
         base = served.manifest.version
         wanted = record.headers.get("base", base)
@@ -170,7 +176,14 @@ class Updater:
             return
         try:
             dim = recipe_of(served.recipe_json).row_dim
-            weights, manifest = admit_delta(record.value, base=base, dim=dim, shapes=served.shapes)
+            weights, manifest = admit_delta(
+                record.value,
+                model=self.project.name,
+                served=served.manifest,
+                dim=dim,
+                shapes=served.shapes,
+                refused=self._refused_chains,
+            )
             meta = self._meta_from(manifest, weights, served.snapshot, served.spec_json, served.recipe_json)
             self.shared.check_fits(weights, meta, fresh=False)
         except (Refused, Overloaded) as error:
@@ -197,6 +210,7 @@ class Updater:
         reason = error.reason if isinstance(error, Refused) else "does_not_fit"
         self.shared.note_refusal(f"{reason}: {error}")
         self.metrics.add("errors_total", kind=reason)
+        self.metrics.add("versions_refused_total", reason=reason)
         logger.error("refused, the served version stays: %s", error)
 
 
