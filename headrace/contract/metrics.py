@@ -232,7 +232,12 @@ METRICS: Mapping[Name, MetricDoc] = {
         "gauge", "ratio", ("train",), "AUC of a model that scores every item by its own label rate so far."
     ),
     "log_loss": MetricDoc("gauge", "nats", ("train",), "Log loss of the main task, over all closed windows."),
-    "table_rows": MetricDoc("gauge", "rows", ("train",), "Rows of the model's table."),
+    "table_rows": MetricDoc(
+        "gauge",
+        "rows",
+        ("train", "serve"),
+        "Rows of the model's table; serving: of one copy, `serve.rows_max` at most.",
+    ),
     "deltas_published_total": MetricDoc("counter", "deltas", ("train",), "Deltas that were published."),
     "snapshots_published_total": MetricDoc("counter", "snapshots", ("train",), "Snapshots that were published."),
     "requests_total": MetricDoc(

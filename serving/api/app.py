@@ -158,13 +158,15 @@ class ServingApp:
     def not_ready(self) -> str:
         """Return why requests cannot be answered well yet; empty when they can."""
         try:
-            self.deps.shared.meta()
+            meta = self.deps.shared.meta()
         except Unavailable as error:
             return str(error)
+        if self.deps.shared.is_full:
+            return f"the model has outgrown its room; {meta.manifest.version} stays. {self.deps.shared.refused()}"
         return "" if self.deps.features.is_caught_up else "the counters are still being read from `features`"
 
     async def readyz(self, request: Request) -> Response:
-        """200 when a model is loaded and the counters are read."""
+        """200 when a model is loaded that has room to grow, and the counters are read."""
         reason = self.not_ready()
         return Response(reason or "ready\n", 503 if reason else 200, media_type="text/plain")
 

@@ -17,8 +17,8 @@ Cost: two copies of rows and dense weights, every delta applied twice, 1 us a re
 slowest reader of the copy that it left, at most `wait_s`; a reader that is slower still reads again.
 
 Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [1024], what was refused,
-ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), values float32
-[R, V]. Key 0 marks an empty entry of the index; no slot id is ever 0.
+ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), keys int64 [R], values
+float32 [R, V]; `serving/model/row_table.py` has what happens in the last three.
 
 Legend: C entries of the index, R rows at most, V values a row (linear, then embedding), K keys asked or changed.
 """
@@ -34,19 +34,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
+from headrace.serving.model.row_table import Float32s, Int64s, apply, find, remove
 from headrace.trainer.model.tables.table import initial_values
 
-Int64s = npt.NDArray[np.int64]
-Float32s = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-_HEAD, _ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _READERS = 1024, 0, 1, 3, 5, 7, 8
+_HEAD, _ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _IS_FULL, _READERS = 1024, 0, 1, 3, 5, 7, 8, 16
 READERS_MAX = _HEAD - _READERS
 RING, RING_BYTES = 2048, 8192
 NOTE_BYTES = 4096
@@ -54,6 +52,7 @@ META_BYTES = 1_048_576
 DENSE_MAX = 4_194_304
 """Most dense weights: 16 MiB a copy."""
 ASK_AGAIN_MAX = 1_000
+_NO_KEYS = np.empty(0, np.int64)
 
 
 class Meta(msgspec.Struct, frozen=True):
@@ -79,53 +78,9 @@ def _fence() -> None:
         pass
 
 
-@numba.njit(cache=True, nogil=True)
-def _find(index_2C: Int64s, wanted_K: Int64s, out_K: Int64s) -> None:
-    mask = index_2C.shape[1] - 1
-    for i in range(wanted_K.shape[0]):
-        key = wanted_K[i]
-        at = (key ^ (key >> 29)) & mask
-        out_K[i] = -1
-        if key == 0:
-            continue
-        for _ in range(mask + 1):
-            found = index_2C[0, at]
-            if found == key:
-                out_K[i] = index_2C[1, at]
-                break
-            if found == 0:
-                break
-            at = (at + 1) & mask
-
-
-@numba.njit(cache=True, nogil=True)
-def _apply(index_2C: Int64s, values_RV: Float32s, rows: int, keys_K: Int64s, values_KV: Float32s) -> int:
-    """Return how many rows there are now, or -1: then nothing was written past the end, and the copy is spoilt."""
-    mask = index_2C.shape[1] - 1
-    if values_KV.shape[0] != keys_K.shape[0] or values_KV.shape[1] > values_RV.shape[1]:
-        return -1
-    for i in range(keys_K.shape[0]):
-        key = keys_K[i]
-        if key == 0:
-            return -1
-        at = (key ^ (key >> 29)) & mask
-        while index_2C[0, at] != key and index_2C[0, at] != 0:
-            at = (at + 1) & mask
-        if index_2C[0, at] == 0:
-            if rows >= values_RV.shape[0]:
-                return -1
-            index_2C[1, at] = rows
-            index_2C[0, at] = key
-            rows += 1
-        row = index_2C[1, at]
-        for j in range(values_KV.shape[1]):
-            values_RV[row, j] = values_KV[i, j]
-    return rows
-
-
 def region_bytes(dim: int, rows_max: int) -> int:
     """Return the size of the region. Pages take memory when they are first written."""
-    sizes = [META_BYTES, DENSE_MAX * 4, _entries(rows_max) * 16, rows_max * (1 + dim) * 4]
+    sizes = [META_BYTES, DENSE_MAX * 4, _entries(rows_max) * 16, rows_max * 8, rows_max * (1 + dim) * 4]
     return _HEAD * 8 + NOTE_BYTES + RING * RING_BYTES + 2 * sum(-(-s // 4096) * 4096 for s in sizes)
 
 
@@ -159,6 +114,7 @@ class SharedModel:
         self._meta: list[npt.NDArray[np.uint8]] = []
         self._dense: list[Float32s] = []
         self._index: list[Int64s] = []
+        self._keys: list[Int64s] = []
         self._values: list[Float32s] = []
         for _ in range(2):
             self._meta.append(raw[at : at + META_BYTES])
@@ -167,6 +123,8 @@ class SharedModel:
             at += DENSE_MAX * 4
             self._index.append(raw[at : at + entries * 16].view(np.int64).reshape(2, entries))
             at += -(-entries * 16 // 4096) * 4096
+            self._keys.append(raw[at : at + rows_max * 8].view(np.int64))
+            at += -(-rows_max * 8 // 4096) * 4096
             self._values.append(raw[at : at + rows_max * width * 4].view(np.float32).reshape(rows_max, width))
             at += -(-rows_max * width * 4 // 4096) * 4096
         self._known: tuple[int, int, Meta] | None = None
@@ -236,6 +194,16 @@ class SharedModel:
         """Return why the newest snapshot or delta was refused; empty when it was taken."""
         return _text_in(self._note).decode(errors="replace")
 
+    @property
+    def is_full(self) -> bool:
+        """True while what came last was refused because it does not fit."""
+        return bool(self._head[_IS_FULL])
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows the active copy has."""
+        return int(self._head[_ROWS + int(self._head[_ACTIVE])])
+
     # Writing: one process only.
 
     def load_snapshot(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
@@ -248,13 +216,25 @@ class SharedModel:
 
         self._write_both(load, meta, wait_s)
 
-    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        """Apply a delta to both copies; `check_fits` has said that its rows fit."""
-        self._write_both(lambda copy: self._put(copy, weights, meta), meta, wait_s)
+    def apply_delta(self, weights: Weights, meta: Meta, gone_K: Int64s = _NO_KEYS, *, wait_s: float = 1.0) -> None:
+        """Apply a delta to both copies; `check_fits` has said that its rows fit. Rows of `gone_K` leave."""
 
-    def note_refusal(self, why: str) -> None:
-        """Tell all processes why a snapshot or delta was refused; "" takes it back."""
+        def put(copy: int) -> None:
+            rows = int(self._head[_ROWS + copy])
+            self._head[_ROWS + copy] = remove(
+                self._index[copy], self._keys[copy], self._values[copy], rows, np.ascontiguousarray(gone_K)
+            )
+            self._put(copy, weights, meta)
+
+        self._write_both(put, meta, wait_s)
+
+    def note_refusal(self, why: str, *, is_full: bool = False) -> None:
+        """Tell all processes why a snapshot or delta was refused; "" takes it back.
+
+        `is_full` says that the region has no room: nothing is served anew until a person makes room.
+        """
         _put_text(self._note, why.encode()[: NOTE_BYTES - 8])
+        self._head[_IS_FULL] = is_full
 
     def _write_both(self, write: Callable[[int], None], meta: Meta, wait_s: float) -> None:
         active = int(self._head[_ACTIVE])
@@ -278,12 +258,12 @@ class SharedModel:
         _fence()
         self._head[_SEQ + copy] += 1
 
-    def check_fits(self, weights: Weights, meta: Meta, *, fresh: bool) -> None:
+    def check_fits(self, weights: Weights, meta: Meta, gone_K: Int64s = _NO_KEYS, *, fresh: bool) -> None:
         """Raise `Overloaded` when a model or delta does not fit; call before it is written.
 
         Raises `InvariantBroken` for rows that the gate never lets pass.
         """
-        rows = 0 if fresh else int(self._head[_ROWS + int(self._head[_ACTIVE])])
+        rows = 0 if fresh else self.rows
         new = len(weights.keys_K)
         shape, width = weights.values_KV.shape, self._values[0].shape[1]
         if shape[0] != new or shape[1] > width or (weights.keys_K == 0).any():
@@ -292,18 +272,25 @@ class SharedModel:
                 f"region is {width} wide. The gate must refuse it: see `serving/gate/admit.py`."
             )
         if rows + new > self.rows_max and not fresh:
-            found_K = np.empty(new, np.int64)
-            _find(self._index[int(self._head[_ACTIVE])], weights.keys_K, found_K)
-            new = int((found_K < 0).sum())
+            new = int((self._rows_of(weights.keys_K) < 0).sum())
+            rows -= int((self._rows_of(gone_K) >= 0).sum())
         positions = len(msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
         if positions > RING_BYTES - 8:
             raise Overloaded(f"positions of {positions} bytes do not fit into {RING_BYTES}.")
         if rows + new > self.rows_max:
-            raise Overloaded(f"{rows + new} rows do not fit; serve.rows_max is {self.rows_max}: raise it and restart.")
+            raise Overloaded(
+                f"{rows + new} rows do not fit; serve.rows_max is {self.rows_max}: raise it and restart `serve`, or "
+                "let the recipe expire rows sooner (Recipe.expire_after_ms)."
+            )
         if sum(a.size for a in weights.dense.values()) > DENSE_MAX:
             raise Overloaded(f"more than {DENSE_MAX} dense weights do not fit.")
         if len(msgspec.json.encode(meta)) > META_BYTES:
             raise Overloaded(f"a feature spec of more than {META_BYTES} bytes does not fit.")
+
+    def _rows_of(self, keys_K: Int64s) -> Int64s:
+        rows_K = np.empty(len(keys_K), np.int64)
+        find(self._index[int(self._head[_ACTIVE])], keys_K, rows_K)
+        return rows_K
 
     def _put(self, copy: int, weights: Weights, meta: Meta) -> None:
         at = 0
@@ -312,7 +299,7 @@ class SharedModel:
             at += array.size
         rows = int(self._head[_ROWS + copy])
         keys_K, values_KV = np.ascontiguousarray(weights.keys_K), np.ascontiguousarray(weights.values_KV)
-        rows = int(_apply(self._index[copy], self._values[copy], rows, keys_K, values_KV))
+        rows = int(apply(self._index[copy], self._keys[copy], self._values[copy], rows, keys_K, values_KV))
         if rows < 0:
             raise InvariantBroken(f"{meta.manifest.version} does not fit; it was written without `check_fits`.")
         self._head[_ROWS + copy] = rows
@@ -362,7 +349,7 @@ class View:
         """
         dim = self._values.shape[1] - 1 if dim is None else dim
         rows_K = np.empty(len(keys_K), np.int64)
-        _find(self._index, keys_K, rows_K)
+        find(self._index, keys_K, rows_K)
         values_KV: Float32s = self._values[rows_K, : 1 + dim]
         missing_K = rows_K < 0
         if missing_K.any():

@@ -7,7 +7,7 @@
    nothing is served, when it is of another run, when a delta with another base showed that the chain is broken, or when
    no delta comes.
 4. What the gate refuses (`serving/gate/admit.py`) changes nothing: the version that is served stays until a good
-   snapshot comes.
+   snapshot comes. Where it was refused because it does not fit, serving is not ready: a person must make room.
 5. While Kafka or the store is away the served version stays, and reading goes on from where it was.
 """
 
@@ -31,6 +31,7 @@ from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot
+from headrace.serving.model.row_table import split_initial
 from headrace.serving.model.scorer import recipe_of
 from headrace.serving.model.shared_region import Meta, SharedModel
 
@@ -154,7 +155,9 @@ class Updater:
         try:
             if data is None:
                 raise Refused("no_blob", f"{manifest.blob} is not in the store.")
-            weights = admit_snapshot(manifest, data, project=self.project)
+            weights, _ = split_initial(
+                admit_snapshot(manifest, data, project=self.project), recipe_of(manifest.recipe_json)
+            )
             meta = self._meta_from(manifest, weights, manifest.version, manifest.spec_json, manifest.recipe_json)
             self.shared.check_fits(weights, meta, fresh=True)
         except (Refused, Overloaded) as error:
@@ -175,22 +178,23 @@ class Updater:
             self._is_broken |= _is_newer(record.headers.get("version", ""), served.manifest)
             return
         try:
-            dim = recipe_of(served.recipe_json).row_dim
+            recipe = recipe_of(served.recipe_json)
             weights, manifest = admit_delta(
                 record.value,
                 model=self.project.name,
                 served=served.manifest,
-                dim=dim,
+                dim=recipe.row_dim,
                 shapes=served.shapes,
                 refused=self._refused_chains,
             )
             meta = self._meta_from(manifest, weights, served.snapshot, served.spec_json, served.recipe_json)
-            self.shared.check_fits(weights, meta, fresh=False)
+            kept, gone_K = split_initial(weights, recipe)
+            self.shared.check_fits(kept, meta, gone_K, fresh=False)
         except (Refused, Overloaded) as error:
             self._refuse(error)
             self._is_broken = True
             return
-        self._swap(meta, lambda: self.shared.apply_delta(weights, meta))
+        self._swap(meta, lambda: self.shared.apply_delta(kept, meta, gone_K))
 
     def _meta_from(self, manifest: Manifest, weights: Weights, snapshot: str, spec: str, recipe: str) -> Meta:
         slim = msgspec.structs.replace(manifest, spec_json="", recipe_json="")
@@ -203,12 +207,13 @@ class Updater:
         self.metrics.observe("swap_seconds", time.perf_counter() - started)
         self.metrics.add("swaps_total")
         self.metrics.set("model_step", meta.manifest.step)
+        self.metrics.set("table_rows", self.shared.rows)
         self._meta = meta
         self.shared.note_refusal("")
 
     def _refuse(self, error: HeadraceError) -> None:
         reason = error.reason if isinstance(error, Refused) else "does_not_fit"
-        self.shared.note_refusal(f"{reason}: {error}")
+        self.shared.note_refusal(f"{reason}: {error}", is_full=isinstance(error, Overloaded))
         self.metrics.add("errors_total", kind=reason)
         self.metrics.add("versions_refused_total", reason=reason)
         logger.error("refused, the served version stays: %s", error)

@@ -18,6 +18,7 @@ from headrace.serving.model.shared_region import Meta, SharedModel, View
 KEYS = np.arange(1, 401, dtype=np.int64) * 7919
 DIM = 3
 LAST = 3_000
+NO_KEYS = np.empty(0, np.int64)
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -58,15 +59,15 @@ def hammer(kind: type[SharedModel], path: Path, reader: int, start: Barrier, fou
 class NeverWaits(SharedModel):
     """The wait for readers misses all of them: the sequence alone must do."""
 
-    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        super().apply_delta(weights, meta, wait_s=0.0)
+    def apply_delta(self, weights: Weights, meta: Meta, gone_K: np.ndarray = NO_KEYS, *, wait_s: float = 1.0) -> None:
+        super().apply_delta(weights, meta, gone_K, wait_s=0.0)
         time.sleep(0.0005)  # else a reader is overtaken every time, and gives up as it should
 
 
 class WritesTheActiveCopy(SharedModel):
     """The planted bug: no turns and no sequence."""
 
-    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+    def apply_delta(self, weights: Weights, meta: Meta, gone_K: np.ndarray = NO_KEYS, *, wait_s: float = 1.0) -> None:
         self._put(int(self._head[0]), weights, meta)
 
 
