@@ -13,10 +13,13 @@ between its two stores. `_fence` separates them: two lock operations in a row, p
 platform that CPython supports (on x86-64 loads and stores keep their order anyway). The store of a reader's word and
 its load of the sequence may change order; that is the reader that the writer does not wait for.
 
+A reader that died within `read` leaves its word behind. The writer looks whether the process of a reader that it waits
+for lives (by its id and its beginning, for ids are used again), and frees the word of one that does not.
+
 Cost: two copies of rows and dense weights, every delta applied twice, 1 us a read, and a writer that waits for the
 slowest reader of the copy that it left, at most `wait_s`; a reader that is slower still reads again.
 
-Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [1024], what was refused,
+Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [2048], what was refused,
 ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), keys int64 [R], values
 float32 [R, V]; `serving/model/row_table.py` has what happens in the last three.
 
@@ -44,14 +47,19 @@ from headrace.trainer.model.tables.table import initial_values
 
 T = TypeVar("T")
 
-_HEAD, _ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _IS_FULL, _READERS = 1024, 0, 1, 3, 5, 7, 8, 16
-READERS_MAX = _HEAD - _READERS
+READERS_MAX = 256
+_ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _IS_FULL = 0, 1, 3, 5, 7, 8
+# A reader has three words: the copy that it is in (plus 1), its process, and when that began.
+_READERS, _PIDS, _BEGAN = 16, 16 + READERS_MAX, 16 + 2 * READERS_MAX
+_HEAD = 2048
 RING, RING_BYTES = 2048, 8192
 NOTE_BYTES = 4096
 META_BYTES = 1_048_576
 DENSE_MAX = 4_194_304
 """Most dense weights: 16 MiB a copy."""
 ASK_AGAIN_MAX = 1_000
+_LOOK_S = 0.005
+"""How often the writer looks whether a reader that it waits for lives. 5 ms: a request takes less."""
 _NO_KEYS = np.empty(0, np.int64)
 
 
@@ -76,6 +84,28 @@ def _fence() -> None:
         pass
     with _fence_lock:
         pass
+
+
+def began_at(pid: int) -> int:
+    """Return when a living process began, in ticks since the machine did; -1 for one that is dead.
+
+    Where there is no /proc the answer is 0 for each that lives: then its id alone tells.
+    """
+    if not os.path.exists("/proc/self/stat"):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return -1
+        except PermissionError:
+            pass
+        return 0
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            words = file.read().rpartition(")")[2].split()
+    except OSError:
+        return -1
+    # Behind the name: the state is the first word, the beginning the 20th (proc_pid_stat(5), fields 3 and 22).
+    return -1 if words[0] in "ZX" else int(words[19])
 
 
 def region_bytes(dim: int, rows_max: int) -> int:
@@ -128,6 +158,7 @@ class SharedModel:
             self._values.append(raw[at : at + rows_max * width * 4].view(np.float32).reshape(rows_max, width))
             at += -(-rows_max * width * 4 // 4096) * 4096
         self._known: tuple[int, int, Meta] | None = None
+        self._pid = 0
 
     # Reading.
 
@@ -136,6 +167,8 @@ class SharedModel:
 
         Raises `Unavailable` while no model was loaded, or when a version could not be held for long enough.
         """
+        if self._pid != os.getpid():  # Opened here, or before a fork.
+            self._name_reader()
         for _ in range(ASK_AGAIN_MAX):
             copy = int(self._head[_ACTIVE])
             self._head[_READERS + self._reader] = copy + 1
@@ -160,6 +193,12 @@ class SharedModel:
             finally:
                 self._head[_READERS + self._reader] = 0
         raise Unavailable(f"the model changed {ASK_AGAIN_MAX} times while one request read it.")
+
+    def _name_reader(self) -> None:
+        self._pid = os.getpid()
+        self._head[_READERS + self._reader] = 0
+        self._head[_BEGAN + self._reader] = began_at(self._pid)
+        self._head[_PIDS + self._reader] = self._pid
 
     def _meta_of(self, copy: int, seq: int) -> Meta:
         if self._known is not None and self._known[:2] == (copy, seq):
@@ -245,10 +284,21 @@ class SharedModel:
         self._write_copy(1 - active, write)
         self._head[_ACTIVE] = 1 - active
         self._head[_RING_NEXT] = number + 1
-        until = time.monotonic() + wait_s
-        while (self._head[_READERS:] == active + 1).any() and time.monotonic() < until:
-            time.sleep(0.0002)
+        self._await_readers(active, wait_s)
         self._write_copy(active, write)
+
+    def _await_readers(self, copy: int, wait_s: float) -> None:
+        """Wait until no living reader is in a copy, at most `wait_s`."""
+        words = self._head[_READERS : _READERS + READERS_MAX]
+        until, look_at = time.monotonic() + wait_s, time.monotonic() + _LOOK_S
+        while (words == copy + 1).any() and time.monotonic() < until:
+            if time.monotonic() >= look_at:
+                for reader in np.flatnonzero(words == copy + 1):
+                    pid, began = int(self._head[_PIDS + reader]), int(self._head[_BEGAN + reader])
+                    if began_at(pid) != began:
+                        words[reader] = 0
+                look_at = time.monotonic() + _LOOK_S
+            time.sleep(0.0002)
 
     def _write_copy(self, copy: int, write: Callable[[int], None]) -> None:
         """Write while the sequence number is odd. An exception leaves it odd: the copy is never used again."""
