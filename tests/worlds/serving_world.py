@@ -186,6 +186,7 @@ class World:
         self.shared = SharedModel(folder / "model", dim=RECIPE.dim, rows_max=1_000, create=True)
         self.updater = self.new_updater()
         self.features, self.logged = FeatureMemory(), Logged()
+        self.features.is_caught_up = True
         self.deps = ServingDependencies(
             project=PROJECT,
             config=ServeConfig(candidates_max=50),

@@ -65,7 +65,9 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
     )
     reader = runtime.reader()
     jobs: dict[str, Callable[[], None]] = {
-        "counters": lambda: features.follow(reader, runtime.topics.features, stop),
+        "counters": lambda: features.follow(
+            reader, runtime.topics.features, stop, clock=runtime.clock, metrics=metrics
+        ),
     }
     if workers is not None:
         updater = Updater(
