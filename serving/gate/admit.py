@@ -22,6 +22,7 @@ served, or number 1 of the chain that begins with the served version.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Mapping
 
 import msgspec
@@ -31,7 +32,10 @@ from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.formats.snapshot import Manifest, Weights, decode_weights
 from headrace.contract.project import Project, Recipe
 from headrace.contract.spec import FeatureSpec
+from headrace.serving.model.shared_region import Meta
 from headrace.trainer.model.scoring import shapes_of
+
+logger = logging.getLogger("headrace.serve")
 
 Shapes = Mapping[str, list[int]]
 
@@ -56,30 +60,46 @@ def admit_snapshot(manifest: Manifest, data: bytes, *, project: Project) -> Weig
         found, said = getattr(inside, name), getattr(manifest, name)
         if found != said:
             raise Refused(name, f"the blob of {manifest.version} is of {name} {found!r}, its manifest says {said!r}.")
+    recipe, shapes = servable(manifest.version, manifest.spec_json, manifest.recipe_json, project)
+    _check(weights, manifest.version, recipe.row_dim, shapes)
+    return weights
+
+
+def servable(version: str, spec_json: str, recipe_json: str, project: Project) -> tuple[Recipe, Shapes]:
+    """Return the recipe and the shapes of the dense weights of a model that this project can serve.
+
+    Raises `Refused`.
+    """
     try:
-        recipe = msgspec.json.decode(manifest.recipe_json, type=Recipe)
+        recipe = msgspec.json.decode(recipe_json, type=Recipe)
     except msgspec.MsgspecError as error:
-        raise Refused(
-            "recipe", f"{manifest.version} was trained by a recipe that is not known here: {error}"
-        ) from error
+        raise Refused("recipe", f"{version} was trained by a recipe that is not known here: {error}") from error
     try:
-        spec = msgspec.json.decode(manifest.spec_json, type=FeatureSpec)
+        spec = msgspec.json.decode(spec_json, type=FeatureSpec)
         msgspec.structs.replace(project, features=spec).checked()
     except (msgspec.MsgspecError, ConfigRejected) as error:
-        raise Refused("spec", f"{manifest.version} cannot be served by this project: {error}") from error
+        raise Refused("spec", f"{version} cannot be served by this project: {error}") from error
     room = project.recipe.row_dim
     if recipe.row_dim > room:
         raise Refused(
             "dim",
-            f"{manifest.version} has rows of {1 + recipe.row_dim} values and this process has room for {1 + room}: "
+            f"{version} has rows of {1 + recipe.row_dim} values and this process has room for {1 + room}: "
             "restart `serve` with the project that declares the wider recipe.",
         )
     try:
-        shapes = shapes_of(recipe.checked(spec), spec)
+        return recipe, shapes_of(recipe.checked(spec), spec)
     except ConfigRejected as error:
-        raise Refused("recipe", f"{manifest.version} cannot be scored by this project: {error}") from error
-    _check(weights, manifest.version, recipe.row_dim, shapes)
-    return weights
+        raise Refused("recipe", f"{version} cannot be scored by this project: {error}") from error
+
+
+def can_serve(meta: Meta, project: Project) -> bool:
+    """Say whether a region that an earlier stage left holds this project's model, as this process would load it."""
+    try:
+        _, shapes = servable(meta.manifest.version, meta.spec_json, meta.recipe_json, project)
+    except Refused as refused:
+        logger.warning("the model of an earlier stage is not served: %s", refused)
+        return False
+    return meta.manifest.model == project.name and meta.shapes == dict(shapes)
 
 
 def admit_delta(

@@ -19,15 +19,16 @@ for lives (by its id and its beginning, for ids are used again), and frees the w
 Cost: two copies of rows and dense weights, every delta applied twice, 1 us a read, and a writer that waits for the
 slowest reader of the copy that it left, at most `wait_s`; a reader that is slower still reads again.
 
-Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [2048], what was refused,
-ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), keys int64 [R], values
-float32 [R, V]; `serving/model/row_table.py` has what happens in the last three.
+Layout of the file (an mmap, in `/dev/shm` by default; `serving/model/region_file.py` makes it or takes it over): head
+int64 [2048], what was refused, ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C]
+(key, row), keys int64 [R], values float32 [R, V]; `serving/model/row_table.py` has what happens in the last three.
 
 Legend: C entries of the index, R rows at most, V values a row (linear, then embedding), K keys asked or changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import threading
@@ -48,7 +49,20 @@ from headrace.trainer.model.tables.table import initial_values
 T = TypeVar("T")
 
 READERS_MAX = 256
-_ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _IS_FULL = 0, 1, 3, 5, 7, 8
+_ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _IS_FULL, _LAYOUT, _BOOT, _DIM, _ROWS_MAX = (
+    0,
+    1,
+    3,
+    5,
+    7,
+    8,
+    9,
+    10,
+    11,
+    12,
+)
+LAYOUT = 2
+"""Raise it with every change of what lies where, so that no other version takes the region over."""
 # A reader has three words: the copy that it is in (plus 1), its process, and when that began.
 _READERS, _PIDS, _BEGAN = 16, 16 + READERS_MAX, 16 + 2 * READERS_MAX
 _HEAD = 2048
@@ -74,6 +88,8 @@ class Meta(msgspec.Struct, frozen=True):
     recipe_json: str
     shapes: dict[str, list[int]]
     applied_ms: int = 0
+    next_delta: int = -1
+    """Offset in `deltas` behind what made this version: where whoever takes the region over reads on. -1: unknown."""
 
 
 _fence_lock = threading.Lock()
@@ -108,6 +124,15 @@ def began_at(pid: int) -> int:
     return -1 if words[0] in "ZX" else int(words[19])
 
 
+def boot_number() -> int:
+    """Return a number of this boot of the machine, 0 where none is told. A power cut may leave a file half-written."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return int.from_bytes(hashlib.sha256(file.read()).digest()[:7], "little")
+    except OSError:
+        return 0
+
+
 def region_bytes(dim: int, rows_max: int) -> int:
     """Return the size of the region. Pages take memory when they are first written."""
     sizes = [META_BYTES, DENSE_MAX * 4, _entries(rows_max) * 16, rows_max * 8, rows_max * (1 + dim) * 4]
@@ -128,7 +153,7 @@ class SharedModel:
         entries, width, size = _entries(rows_max), 1 + dim, region_bytes(dim, rows_max)
         if create:
             path.unlink(missing_ok=True)
-            with open(path, "xb") as file:
+            with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                 file.truncate(size)  # Sparse: only pages that are written take memory.
         with open(path, "r+b") as file:
             if os.fstat(file.fileno()).st_size != size:
@@ -158,7 +183,11 @@ class SharedModel:
             self._values.append(raw[at : at + rows_max * width * 4].view(np.float32).reshape(rows_max, width))
             at += -(-rows_max * width * 4 // 4096) * 4096
         self._known: tuple[int, int, Meta] | None = None
-        self._pid = 0
+        self._pid, self._identity = 0, (LAYOUT, boot_number(), dim, rows_max)
+        self.lock = -1
+        """The writer's lock on the file, see `serving/model/region_file.py`."""
+        if create:
+            self._head[_LAYOUT : _ROWS_MAX + 1] = self._identity
 
     # Reading.
 
@@ -234,6 +263,11 @@ class SharedModel:
         return _text_in(self._note).decode(errors="replace")
 
     @property
+    def holds_model(self) -> bool:
+        """True once a model was loaded or taken over."""
+        return int(self._head[_SEQ + int(self._head[_ACTIVE])]) > 0
+
+    @property
     def is_full(self) -> bool:
         """True while what came last was refused because it does not fit."""
         return bool(self._head[_IS_FULL])
@@ -244,6 +278,30 @@ class SharedModel:
         return int(self._head[_ROWS + int(self._head[_ACTIVE])])
 
     # Writing: one process only.
+
+    def take_over(self, is_good: Callable[[Meta], bool]) -> bool:
+        """Make this region, which an earlier writer left, whole again; False where it cannot be served."""
+        active = int(self._head[_ACTIVE])
+        if tuple(self._head[_LAYOUT : _ROWS_MAX + 1]) != self._identity or not boot_number() or active not in (0, 1):
+            return False
+        seq, rows, size = (int(self._head[word + active]) for word in (_SEQ, _ROWS, _META_SIZE))
+        if seq <= 0 or seq % 2 or not 0 <= rows <= self.rows_max or not 0 < size <= META_BYTES:
+            return False
+        try:
+            if not is_good(msgspec.json.decode(self._meta[active][:size].tobytes(), type=Meta)):
+                return False
+        except msgspec.MsgspecError:
+            return False
+        self._head[_READERS : _READERS + 3 * READERS_MAX] = 0
+        idle = 1 - active
+        self._head[_SEQ + idle] |= 1  # A writer may have died while it wrote there.
+        for word in (_ROWS, _META_SIZE):
+            self._head[word + idle] = self._head[word + active]
+        for part in (self._meta, self._dense, self._index, self._keys, self._values):
+            part[idle][:] = part[active]
+        self._head[_SEQ + idle] += 1
+        self.note_refusal("")
+        return True
 
     def load_snapshot(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
         """Put a whole model into both copies, in place of what they hold."""
@@ -356,10 +414,6 @@ class SharedModel:
         data = msgspec.json.encode(meta)
         self._meta[copy][: len(data)] = np.frombuffer(data, np.uint8)
         self._head[_META_SIZE + copy] = len(data)
-
-    def remove(self) -> None:
-        """Delete the file; a process that has it open keeps it."""
-        self.path.unlink(missing_ok=True)
 
 
 def _put_text(field: npt.NDArray[np.uint8], data: bytes) -> None:

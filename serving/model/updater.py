@@ -1,5 +1,6 @@
 """The updater: loads snapshots and applies deltas, so that the shared model is the newest version. One thread.
 
+0. A model that was taken over from an earlier stage is served as it is: deltas are read on behind it, before any blob.
 1. Read `model` to its end; load the blob of the newest manifest of this model.
 2. Read `deltas` from the offset that the manifest names, and go on reading `model`. Apply each delta whose base is the
    version that is served, and leave out every other.
@@ -102,7 +103,21 @@ class Updater:
         for record in read_range(self.reader, topic, ends=ends, silent_s=3.0):
             self._note_manifest(record)
         self._model_offset = ends[0]
+        if self._meta is None and self.shared.holds_model:
+            self._meta = self.shared.meta()
+            if self._reads_on(self._meta):
+                return
         self._follow()
+
+    def _reads_on(self, meta: Meta) -> bool:
+        """Read deltas on behind a model that was taken over; False where they are gone."""
+        deltas = self.topics.deltas
+        if meta.manifest.generation != self.topics.generation or meta.next_delta < 0:
+            return False
+        if not self.reader.begin_offsets(deltas)[0] <= meta.next_delta <= self.reader.end_offsets(deltas)[0]:
+            return False
+        self.reader.assign({(self.topics.model, 0): self._model_offset, (deltas, 0): meta.next_delta})
+        return True
 
     def _follow(self) -> None:
         """Load the newest snapshot where it leads further, and read deltas from where its chain begins."""
@@ -158,7 +173,8 @@ class Updater:
             weights, _ = split_initial(
                 admit_snapshot(manifest, data, project=self.project), recipe_of(manifest.recipe_json)
             )
-            meta = self._meta_from(manifest, weights, manifest.version, manifest.spec_json, manifest.recipe_json)
+            begun = manifest.version, manifest.spec_json, manifest.recipe_json
+            meta = self._meta_from(manifest, weights, *begun, next_delta=manifest.deltas_offset)
             self.shared.check_fits(weights, meta, fresh=True)
         except (Refused, Overloaded) as error:
             self._refuse(error)
@@ -187,7 +203,8 @@ class Updater:
                 shapes=served.shapes,
                 refused=self._refused_chains,
             )
-            meta = self._meta_from(manifest, weights, served.snapshot, served.spec_json, served.recipe_json)
+            begun = served.snapshot, served.spec_json, served.recipe_json
+            meta = self._meta_from(manifest, weights, *begun, next_delta=record.offset + 1)
             kept, gone_K = split_initial(weights, recipe)
             self.shared.check_fits(kept, meta, gone_K, fresh=False)
         except (Refused, Overloaded) as error:
@@ -196,10 +213,12 @@ class Updater:
             return
         self._swap(meta, lambda: self.shared.apply_delta(kept, meta, gone_K))
 
-    def _meta_from(self, manifest: Manifest, weights: Weights, snapshot: str, spec: str, recipe: str) -> Meta:
+    def _meta_from(
+        self, manifest: Manifest, weights: Weights, snapshot: str, spec: str, recipe: str, *, next_delta: int
+    ) -> Meta:
         slim = msgspec.structs.replace(manifest, spec_json="", recipe_json="")
         shapes = {name: list(a.shape) for name, a in weights.dense.items()}
-        return Meta(slim, snapshot, spec, recipe, shapes, self.clock.now_ms())
+        return Meta(slim, snapshot, spec, recipe, shapes, self.clock.now_ms(), next_delta)
 
     def _swap(self, meta: Meta, act: Callable[[], None]) -> None:
         started = time.perf_counter()
