@@ -64,6 +64,8 @@ Name = Literal[
     "versions_refused_total",
     "model_step",
     "model_age_seconds",
+    "features_offset",
+    "counters_behind_seconds",
     "freshness_seconds",
     "errors_total",
     "source_settled_total",
@@ -270,6 +272,20 @@ METRICS: Mapping[Name, MetricDoc] = {
         "gauge", "step", ("train", "serve"), "Step of the model: learnt last by the trainer, served by serving."
     ),
     "model_age_seconds": MetricDoc("gauge", "seconds", ("serve",), "Age of the version that is served."),
+    "features_offset": MetricDoc(
+        "gauge",
+        "offset",
+        ("serve",),
+        "The next record of `features` that a process of serving reads.",
+        labels=("worker",),
+    ),
+    "counters_behind_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("serve",),
+        "Time since a process was known to have read all of `features`; about 1 while it follows.",
+        labels=("worker",),
+    ),
     "freshness_seconds": MetricDoc(
         "histogram",
         "seconds",

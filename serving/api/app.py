@@ -22,7 +22,7 @@ from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.serving.features import FeatureMemory, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of
-from headrace.serving.model.shared_region import SharedModel, View
+from headrace.serving.model.shared_region import SharedModel, Told, View
 
 BODY_BYTES_MAX = 4_194_304
 READING = "the counters are still being read from `features`; ask again when /readyz says so."
@@ -169,6 +169,10 @@ class ServingApp:
                 "digest": manifest.digest,
                 "refused": self.deps.shared.refused(),
                 "counters": self._counters(),
+                "workers": [
+                    {"worker": t.worker, "features_offset": t.offset, "behind_seconds": self.behind_ms(t) / 1_000}
+                    for t in self.deps.shared.told()
+                ],
             },
         )
 
@@ -183,7 +187,30 @@ class ServingApp:
         counters = self._counters()
         if counters == "reading":
             return READING
-        return BEHIND.format(self.deps.config.counters_behind_ms) if counters == "behind" else ""
+        bound_ms = self.deps.config.counters_behind_ms
+        if counters == "behind":
+            return BEHIND.format(bound_ms)
+        late = [str(told.worker) for told in self.deps.shared.told() if self.behind_ms(told) > bound_ms]
+        # One port: whoever asks cannot choose the worker. While no broker answers, all are behind alike, and say so.
+        is_away = self.deps.features.away_since_s is not None
+        return f"worker {', '.join(late)}: {BEHIND.format(bound_ms)}" if late and not is_away else ""
+
+    def behind_ms(self, told: Told) -> int:
+        """Return how far behind the counters of a process are, by what it told; one that is silent falls behind too."""
+        return round(self.deps.clock.monotonic() * 1_000) - told.current_ms
+
+    def tell(self) -> None:
+        """Tell the other processes how far the counters of this one are. Call it twice a second or so."""
+        memory, now_ms = self.deps.features, round(self.deps.clock.monotonic() * 1_000)
+        current_ms = round(memory.current_s * 1_000) if memory.is_caught_up else 0
+        self.deps.shared.tell(offset=memory.offset, current_ms=current_ms, now_ms=now_ms)
+
+    def measure_workers(self) -> None:
+        """Set the metrics of how far the counters of each process are."""
+        for told in self.deps.shared.told():
+            worker = str(told.worker)
+            self.deps.metrics.set("features_offset", told.offset, worker=worker)
+            self.deps.metrics.set("counters_behind_seconds", self.behind_ms(told) / 1_000, worker=worker)
 
     def _counters(self) -> State:
         return self.deps.features.state(self.deps.clock.monotonic(), self.deps.config.counters_behind_ms / 1_000)

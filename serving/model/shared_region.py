@@ -35,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -61,10 +61,11 @@ _ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _IS_FULL, _LAYOUT, _BOOT, _DIM, _R
     11,
     12,
 )
-LAYOUT = 2
+LAYOUT = 3
 """Raise it with every change of what lies where, so that no other version takes the region over."""
-# A reader has three words: the copy that it is in (plus 1), its process, and when that began.
-_READERS, _PIDS, _BEGAN = 16, 16 + READERS_MAX, 16 + 2 * READERS_MAX
+# Words of each reader: the copy that it is in (plus 1), its process, when that began; then how far its counters are.
+_READERS, _PIDS, _BEGAN, _OFFSETS, _CURRENT_MS, _TOLD_MS = (16 + i * READERS_MAX for i in range(6))
+_WORDS = 6
 _HEAD = 2048
 RING, RING_BYTES = 2048, 8192
 NOTE_BYTES = 4096
@@ -90,6 +91,17 @@ class Meta(msgspec.Struct, frozen=True):
     applied_ms: int = 0
     next_delta: int = -1
     """Offset in `deltas` behind what made this version: where whoever takes the region over reads on. -1: unknown."""
+
+
+class Told(NamedTuple):
+    """How far the counters of one process are, as it said itself. Times are of the machine's monotonic clock."""
+
+    worker: int
+    offset: int
+    """Of the next record of `features` that it reads."""
+    current_ms: int
+    """When it was known to have read all that there was."""
+    told_ms: int
 
 
 _fence_lock = threading.Lock()
@@ -262,6 +274,20 @@ class SharedModel:
         """Return why the newest snapshot or delta was refused; empty when it was taken."""
         return _text_in(self._note).decode(errors="replace")
 
+    def tell(self, *, offset: int, current_ms: int, now_ms: int) -> None:
+        """Tell all processes how far the counters of this one are: see `Told`."""
+        if self._pid != os.getpid():
+            self._name_reader()
+        words = {_OFFSETS: offset, _CURRENT_MS: current_ms, _TOLD_MS: max(1, now_ms)}
+        for word, value in words.items():
+            self._head[word + self._reader] = value
+
+    def told(self) -> list[Told]:
+        """Return what each process told last, by its number."""
+        tables = (self._head[word : word + READERS_MAX] for word in (_OFFSETS, _CURRENT_MS, _TOLD_MS))
+        offsets, current, told = (table.copy() for table in tables)
+        return [Told(int(i), int(offsets[i]), int(current[i]), int(told[i])) for i in np.flatnonzero(told)]
+
     @property
     def holds_model(self) -> bool:
         """True once a model was loaded or taken over."""
@@ -292,7 +318,7 @@ class SharedModel:
                 return False
         except msgspec.MsgspecError:
             return False
-        self._head[_READERS : _READERS + 3 * READERS_MAX] = 0
+        self._head[_READERS : _READERS + _WORDS * READERS_MAX] = 0
         idle = 1 - active
         self._head[_SEQ + idle] |= 1  # A writer may have died while it wrote there.
         for word in (_ROWS, _META_SIZE):

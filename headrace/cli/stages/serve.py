@@ -79,6 +79,7 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
             reader, runtime.topics.features, stop, clock=runtime.clock, metrics=metrics
         ),
     }
+    jobs["what is told"] = lambda: _tell(app, stop)
     if workers is not None:
         updater = Updater(
             project=runtime.project,
@@ -97,8 +98,15 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
         impressions.close()
 
 
+def _tell(app: ServingApp, stop: threading.Event) -> None:
+    while not stop.is_set():
+        app.tell()
+        stop.wait(0.5)
+
+
 def _tell_readiness(app: ServingApp, metrics: PrometheusMetrics, stop: threading.Event) -> None:
     while not stop.is_set():
         reason = app.not_ready()
         metrics.ready(not reason, reason)
+        app.measure_workers()
         stop.wait(0.1 if reason else 1.0)

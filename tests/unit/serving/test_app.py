@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 from serving_world import PROJECT, RECIPE, SPEC, TOPICS, Client, Trainer, World
 
 from headrace.contract.interfaces.log import Record
-from headrace.serving.api.app import make_app
+from headrace.serving.api.app import ServingApp, make_app
+from headrace.serving.features import FeatureMemory
 from headrace.serving.impression_log import ImpressionLog
+from headrace.serving.model.shared_region import SharedModel
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.scoring import score
 from headrace.trainer.model.tables.table import initial_values
@@ -229,3 +232,30 @@ def test_a_broker_that_stays_away_leaves_the_last_known_counters_and_the_answer_
     assert red.status_code == 503 and "10000 ms" in red.text, "the broker answers, and this process is behind"
     world.features.current_s = world.clock.monotonic()
     assert client.get("/readyz").status_code == 200 and "counters" not in ask(client).json()
+
+
+def test_each_workers_place_is_told_and_one_that_is_behind_makes_all_of_them_not_ready(
+    world: World, client: Client, served: Trainer
+):
+    slow = SharedModel(world.shared.path, dim=RECIPE.dim, rows_max=1_000, reader=3)
+    other = ServingApp(replace(world.deps, shared=slow, features=FeatureMemory()))
+    assert client.get("/readyz").status_code == 200, "a worker that has told nothing answers nothing either"
+    for seconds in (8.0, 4.0):  # The other one is caught up, and then stands still.
+        world.clock.advance(seconds)
+        world.features.offset, world.features.current_s = 70, world.clock.monotonic()
+        world.app.tell()
+        if seconds == 8.0:
+            other.deps.features.offset, other.deps.features.is_caught_up = 50, True
+            other.deps.features.current_s = 1.0
+        other.tell()
+        assert client.get("/readyz").status_code == (200 if seconds == 8.0 else 503)
+    assert "worker 3" in client.get("/readyz").text
+    assert client.get("/v1/model").json()["workers"] == [
+        {"worker": 0, "features_offset": 70, "behind_seconds": 0.0},
+        {"worker": 3, "features_offset": 50, "behind_seconds": 11.0},
+    ]
+    world.app.measure_workers()
+    assert world.metrics.gauges["features_offset", "3"] == 50
+    assert world.metrics.gauges["counters_behind_seconds", "3"] == 11.0
+    world.features.away_since_s = 0.0
+    assert client.get("/readyz").status_code == 200 and "stale" in client.get("/readyz").text
