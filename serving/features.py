@@ -1,6 +1,18 @@
 """What serving knows from the `features` topic: each key's counters, and the newest version of each crawled entity.
 
 Counters come as buckets and are evaluated at the newest watermark that was seen.
+
+How far it is (`FeatureMemory.state`), of which readiness and `POST /v1/rank` make their answers:
+
+| state | meaning |
+|---|---|
+| `reading` | the counters that there were at the beginning are not all read: what is missing would look like zeros |
+| `unread` | the same, and no broker has answered for longer than the bound |
+| `current` | all counters are known that there were at most the bound ago |
+| `behind` | the broker answers, and this process has not read so far for longer than the bound |
+| `stale` | all were read once, and no broker has answered for longer than the bound |
+
+Every second the end of the topic is asked for; when the position has reached it, the memory was current at that time.
 """
 
 from __future__ import annotations
@@ -8,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pyarrow as pa
@@ -16,12 +28,20 @@ import pyarrow as pa
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.formats.events import ExternalValue
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
+from headrace.contract.metrics import Metrics
 from headrace.contract.spec import Counter, FeatureSpec
 from headrace.stream.features.counters import bucket_ms, key_strings, moves_within_bucket, value_as_of
 from headrace.stream.features.external_values import values_of
 
 logger = logging.getLogger("headrace.serve")
+
+State = Literal["reading", "unread", "current", "behind", "stale"]
+_ASK_S = 1.0
+"""How often the topic's end is asked for."""
+_FOREIGN = (msgspec.MsgspecError, HeadraceError, ValueError, TypeError, LookupError)
+"""What a record raises that another program wrote into the topic, or that is damaged."""
 
 
 class _Entry(msgspec.Struct):
@@ -53,10 +73,29 @@ class FeatureMemory:
         self._entities: dict[tuple[str, str], dict[str, Any]] = {}
         self._crawl_epoch = 0
         self.watermark_ms = 0
+        self.offset = 0
+        """The next record to read."""
         self.is_caught_up = False
+        """True once all that there was at the beginning has been read."""
+        self.current_s = 0.0
+        """When the memory was known to hold all that there was, by the monotonic clock."""
+        self.away_since_s: float | None = None
+        """Since when no broker answers; None while one does."""
+
+    def state(self, now_s: float, bound_s: float) -> State:
+        """Return how far the memory is. `now_s` is of the monotonic clock."""
+        is_away = self.away_since_s is not None and now_s - self.away_since_s > bound_s
+        if not self.is_caught_up:
+            return "unread" if is_away else "reading"
+        if is_away:
+            return "stale"
+        return "behind" if self.away_since_s is None and now_s - self.current_s > bound_s else "current"
 
     def take(self, record: Record) -> None:
-        """Take one record. One of a lower epoch was written by an aggregator that has been replaced, and is dropped."""
+        """Take one record. One of a lower epoch was written by an aggregator that has been replaced, and is dropped.
+
+        Raises one of `_FOREIGN` for a record that is neither a counter nor a crawled entity; nothing has changed then.
+        """
         name = (record.key or b"").decode()
         if name.startswith(f"{PREFIX}/"):
             self._take_entity(name, record)
@@ -64,16 +103,13 @@ class FeatureMemory:
         if record.value is None:
             self._rows.pop(name, None)
             return
-        try:
-            entry = msgspec.json.decode(record.value, type=_Entry)
-        except msgspec.MsgspecError as error:
-            logger.error("record %d of %s holds no counter: %s", record.offset, record.topic, error)
-            return
+        entry = msgspec.json.decode(record.value, type=_Entry)
         if entry.epoch < self._fence[0]:
             return
+        row = _Row({int(b): counts for b, counts in entry.buckets.items()})
         self._fence = max(self._fence, (entry.epoch, entry.as_of_ms))
         self.watermark_ms = max(self.watermark_ms, entry.as_of_ms)
-        self._rows[name] = _Row({int(b): counts for b, counts in entry.buckets.items()})
+        self._rows[name] = row
 
     def _take_entity(self, name: str, record: Record) -> None:
         _, source, key = name.split("/", 2)
@@ -83,15 +119,11 @@ class FeatureMemory:
         if record.value is None:
             self._entities.pop((source, key), None)
             return
-        try:
-            entity = msgspec.json.decode(record.value, type=ExternalValue)
-        except msgspec.MsgspecError as error:
-            logger.error("record %d of %s holds no crawled entity: %s", record.offset, record.topic, error)
-            return
+        entity = msgspec.json.decode(record.value, type=ExternalValue)
         if entity.epoch < self._crawl_epoch:
             return
-        self._crawl_epoch = entity.epoch
         values = values_of(bytes(entity.values), crawl)
+        self._crawl_epoch = entity.epoch
         named = {f"{PREFIX}.{source}.{field}": value for field, value in values.items()}
         self._entities[source, key] = {**named, f"{PREFIX}.{source}.{CRAWL_TIME}": entity.crawl_time_ms}
 
@@ -129,28 +161,46 @@ class FeatureMemory:
                 row.update(nothing if entity is None else entity)
         return served
 
-    def follow(self, reader: Reader, topic: str, stop: threading.Event) -> None:
+    def follow(self, reader: Reader, topic: str, stop: threading.Event, *, clock: Clock, metrics: Metrics) -> None:
         """Read the topic until `stop`. While the broker is away, the memory stays as it is."""
-        begun, is_away, target = False, False, 0
+        begun, first_end, asked = False, 0, (0, clock.monotonic())
         while not stop.is_set():
             try:
                 if not begun:
-                    begin, target = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
+                    begin, end = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
+                    first_end, asked = end, (end, clock.monotonic())
                     reader.assign({(topic, 0): begin})
                     begun = True
                 records = reader.poll(5_000, 0.2)
+                self._take_all(records, metrics)
+                self.offset = reader.position(topic, 0)
+                if self.offset >= asked[0]:
+                    self.current_s = asked[1]
+                    self.is_caught_up = self.is_caught_up or self.offset >= first_end
+                    now_s = clock.monotonic()
+                    if now_s - asked[1] >= _ASK_S:
+                        asked = reader.end_offsets(topic)[0], now_s
+                        self._broker_answers()
+                elif records:
+                    self._broker_answers()
             except HeadraceError as error:
-                if not is_away:
+                if self.away_since_s is None:
                     logger.warning("counters wait: %s", error)
+                    self.away_since_s = clock.monotonic()
                 # What was assigned is still assigned, unless compaction took the offset: then all is read again.
-                is_away, begun = True, begun and not isinstance(error, InvariantBroken)
+                begun = begun and not isinstance(error, InvariantBroken)
                 stop.wait(0.5)
-                continue
-            if is_away and records:
-                logger.info("counters come again")
-                is_away = False
-            for record in records:
-                self.take(record)
-            if reader.position(topic, 0) >= target:
-                self.is_caught_up = True
         reader.close()
+
+    def _broker_answers(self) -> None:
+        if self.away_since_s is not None:
+            logger.info("counters come again")
+        self.away_since_s = None
+
+    def _take_all(self, records: Sequence[Record], metrics: Metrics) -> None:
+        for record in records:
+            try:
+                self.take(record)
+            except _FOREIGN as error:
+                logger.error("record %d of %s is left out: %s", record.offset, record.topic, error)
+                metrics.add("errors_total", kind="features")

@@ -1,19 +1,18 @@
 """The processes of serving: all of them answer on one port, the first one also updates the model that they share.
 
-1. The first process makes the shared region and forks the workers. Each worker opens the region for itself.
+1. The first process makes the shared region, or takes over the one of an earlier stage, and forks the workers. Each
+   worker opens the region for itself.
 2. Each process answers requests in its main thread; the other jobs of a process are threads beside it.
 3. A job that fails ends its process. A worker that ends ends the stage: the supervisor starts all of it again.
-4. At the end the first process asks the workers to stop, waits for them for at most 3 s and deletes the region's file.
-   A worker also ends when the first process dies.
+4. At the end the first process asks the workers to stop and waits for them for at most 3 s. The region stays, so that
+   the next stage serves at once. A worker also ends when the first process dies.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -21,18 +20,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 
 from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.serving.model.shared_region import SharedModel, region_bytes
+from headrace.serving.model.shared_region import SharedModel
 
 logger = logging.getLogger("headrace.serve")
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
-_MEMORY = Path("/dev/shm")
 
 
 class Workers:
@@ -85,7 +82,7 @@ def run_processes(
     """Run `count` processes until they end, and return the exit status of the first, which is this one.
 
     Args:
-        open_region: opens the shared model as reader `number`; number 0 makes it.
+        open_region: opens the shared model as reader `number`; number 0 makes it or takes it over.
         work: what a process does, with the workers in the first process and with None in a worker.
     """
     shared, workers = open_region(0), Workers()
@@ -95,7 +92,6 @@ def run_processes(
         return work(shared, workers)
     finally:
         workers.end()
-        shared.remove()
 
 
 def answer_requests(
@@ -139,23 +135,6 @@ def answer_requests(
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     return 1 if failures else 0
-
-
-def region_path(home: Path, *, dim: int, rows_max: int, memory: Path = _MEMORY) -> Path:
-    """Return where the shared region of this local state lies: in memory where there is room, else under `home`.
-
-    A region that an earlier run left in memory is deleted.
-    """
-    name = f"headrace-model-{hashlib.sha256(str(home).encode()).hexdigest()[:16]}"
-    size = region_bytes(dim, rows_max)
-    if os.access(memory, os.W_OK):
-        (memory / name).unlink(missing_ok=True)
-        if shutil.disk_usage(memory).free > size:
-            return memory / name
-    folder = home / "run"
-    folder.mkdir(parents=True, exist_ok=True)
-    logger.warning("%s has no room for %d MB; the model lies in %s", memory, size // 1_000_000, folder)
-    return folder / name
 
 
 def listen(host: str, port: int) -> socket.socket:

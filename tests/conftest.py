@@ -15,6 +15,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.servers import cephfs as local_cephfs
+from headrace.serving.model.region_file import region_in_memory
 
 # No example has a deadline: the first one of a compiled function waits for the compiler, and machines are busy.
 hypothesis.settings.register_profile("headrace", deadline=None)
@@ -55,6 +56,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
         yield layout
     finally:
         local_stack.stop(layout, print)
+        region_in_memory(layout.home).unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

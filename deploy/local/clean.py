@@ -1,4 +1,4 @@
-"""Deletes the local state of a stack that does not run: Kafka's log, HDFS, checkpoints, logs. Jars stay."""
+"""Deletes the local state of a stack that does not run: Kafka's log, HDFS, checkpoints, logs, the model. Jars stay."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.stack import own_cephfs
 from headrace.deploy.local.supervise import Supervisor, orphans
+from headrace.serving.model.region_file import region_in_memory
 
 KEPT = frozenset({"jars"})
 """They were fetched and are pinned. `rm -r .headrace/jars` deletes them."""
@@ -18,7 +19,8 @@ def deletable(layout: Layout) -> list[Path]:
     """Return the files and folders that `delete` would delete. Raises `ConfigRejected` while the stack runs."""
     if Supervisor(layout).running() or orphans(layout.home) or (layout.own_cephfs and own_cephfs(layout).is_mounted()):
         raise ConfigRejected(f"the stack of {layout.home} runs; `make down` first.")
-    return sorted(p for p in layout.home.glob("*") if p.name not in KEPT)
+    model = region_in_memory(layout.home)
+    return [*sorted(p for p in layout.home.glob("*") if p.name not in KEPT), *([model] if model.exists() else [])]
 
 
 def delete(layout: Layout) -> None:

@@ -295,6 +295,9 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Most candidates in one request to `POST /v1/rank`. Unit: candidates."""
     rows_max: Count = 1_048_576
     """Most rows that one copy of the model's tables can hold. Unit: rows."""
+    counters_behind_ms: Annotated[int, Meta(ge=2_000)] = 10_000
+    """How far the counters of a process may be behind the end of `features` before it is not ready. While no broker
+    answers for longer than that, serving goes on from what it knows and says so in each answer. Unit: ms."""
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -61,8 +61,11 @@ Name = Literal[
     "request_seconds",
     "swaps_total",
     "swap_seconds",
+    "versions_refused_total",
     "model_step",
     "model_age_seconds",
+    "features_offset",
+    "counters_behind_seconds",
     "freshness_seconds",
     "errors_total",
     "source_settled_total",
@@ -231,7 +234,12 @@ METRICS: Mapping[Name, MetricDoc] = {
         "gauge", "ratio", ("train",), "AUC of a model that scores every item by its own label rate so far."
     ),
     "log_loss": MetricDoc("gauge", "nats", ("train",), "Log loss of the main task, over all closed windows."),
-    "table_rows": MetricDoc("gauge", "rows", ("train",), "Rows of the model's table."),
+    "table_rows": MetricDoc(
+        "gauge",
+        "rows",
+        ("train", "serve"),
+        "Rows of the model's table; serving: of one copy, `serve.rows_max` at most.",
+    ),
     "deltas_published_total": MetricDoc("counter", "deltas", ("train",), "Deltas that were published."),
     "snapshots_published_total": MetricDoc("counter", "snapshots", ("train",), "Snapshots that were published."),
     "requests_total": MetricDoc(
@@ -253,10 +261,31 @@ METRICS: Mapping[Name, MetricDoc] = {
     "swap_seconds": MetricDoc(
         "histogram", "seconds", ("serve",), "Time that it took to write a version into both copies of the shared model."
     ),
+    "versions_refused_total": MetricDoc(
+        "counter",
+        "versions",
+        ("serve",),
+        "Snapshots and deltas that the gate refused; must stay 0. The version that is served stays.",
+        labels=("reason",),
+    ),
     "model_step": MetricDoc(
         "gauge", "step", ("train", "serve"), "Step of the model: learnt last by the trainer, served by serving."
     ),
     "model_age_seconds": MetricDoc("gauge", "seconds", ("serve",), "Age of the version that is served."),
+    "features_offset": MetricDoc(
+        "gauge",
+        "offset",
+        ("serve",),
+        "The next record of `features` that a process of serving reads.",
+        labels=("worker",),
+    ),
+    "counters_behind_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("serve",),
+        "Time since a process was known to have read all of `features`; about 1 while it follows.",
+        labels=("worker",),
+    ),
     "freshness_seconds": MetricDoc(
         "histogram",
         "seconds",

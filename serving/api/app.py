@@ -20,11 +20,18 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.serving.features import FeatureMemory
+from headrace.serving.features import FeatureMemory, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of
-from headrace.serving.model.shared_region import SharedModel, View
+from headrace.serving.model.shared_region import SharedModel, Told, View
 
 BODY_BYTES_MAX = 4_194_304
+READING = "the counters are still being read from `features`; ask again when /readyz says so."
+BEHIND = (
+    "the counters are more than {} ms (serve.counters_behind_ms) behind the end of `features`: give serving more "
+    "processors, or fewer workers."
+)
+SAID = ("unread", "stale")
+"""States of the counters that every answer names."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
@@ -97,12 +104,20 @@ class ServingApp:
             now_ms = self.deps.clock.now_ms()
             external = external_columns(self.deps.project.crawls)
 
+            counters = self._counters()
+
             def use(view: View) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-                served = self.deps.features.columns(spec_of(view.meta.spec_json), raw, count)
+                spec = spec_of(view.meta.spec_json)
+                if counters == "reading" and (spec.counters or external):
+                    raise Unavailable(READING)
+                served = self.deps.features.columns(spec, raw, count)
                 return rank(view, raw, served, event_time_ms=now_ms, external=external), served
 
             (by_task, served), meta = self.deps.shared.read(use)
             version = meta.manifest.version
+            if counters == "unread":
+                # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
+                served = [{} for _ in range(count)]
             if ask.log:
                 self.deps.impressions.log(
                     request_id=ask.request_id,
@@ -121,9 +136,10 @@ class ServingApp:
         except (Unavailable, Overloaded) as error:
             return problem(503, str(error), "ask again in a second")
         scores = by_task.pop(recipe_of(meta.recipe_json).task)
-        body = {"request_id": ask.request_id, "version": version, "scores": scores, "served": served}
+        body: dict[str, Any] = {"request_id": ask.request_id, "version": version, "scores": scores, "served": served}
         # The other tasks of a recipe that has several; of one, the answer is what it always was.
-        return answer(200, body | ({"tasks": by_task} if by_task else {}))
+        body |= {"tasks": by_task} if by_task else {}
+        return answer(200, body | ({"counters": counters} if counters in SAID else {}))
 
     async def model(self, request: Request) -> Response:
         """Say which version is served; with ?version=X, which events a recent version knew."""
@@ -152,21 +168,58 @@ class ServingApp:
                 "spec": manifest.spec,
                 "digest": manifest.digest,
                 "refused": self.deps.shared.refused(),
+                "counters": self._counters(),
+                "workers": [
+                    {"worker": t.worker, "features_offset": t.offset, "behind_seconds": self.behind_ms(t) / 1_000}
+                    for t in self.deps.shared.told()
+                ],
             },
         )
 
     def not_ready(self) -> str:
         """Return why requests cannot be answered well yet; empty when they can."""
         try:
-            self.deps.shared.meta()
+            meta = self.deps.shared.meta()
         except Unavailable as error:
             return str(error)
-        return "" if self.deps.features.is_caught_up else "the counters are still being read from `features`"
+        if self.deps.shared.is_full:
+            return f"the model has outgrown its room; {meta.manifest.version} stays. {self.deps.shared.refused()}"
+        counters = self._counters()
+        if counters == "reading":
+            return READING
+        bound_ms = self.deps.config.counters_behind_ms
+        if counters == "behind":
+            return BEHIND.format(bound_ms)
+        late = [str(told.worker) for told in self.deps.shared.told() if self.behind_ms(told) > bound_ms]
+        # One port: whoever asks cannot choose the worker. While no broker answers, all are behind alike, and say so.
+        is_away = self.deps.features.away_since_s is not None
+        return f"worker {', '.join(late)}: {BEHIND.format(bound_ms)}" if late and not is_away else ""
+
+    def behind_ms(self, told: Told) -> int:
+        """Return how far behind the counters of a process are, by what it told; one that is silent falls behind too."""
+        return round(self.deps.clock.monotonic() * 1_000) - told.current_ms
+
+    def tell(self) -> None:
+        """Tell the other processes how far the counters of this one are. Call it twice a second or so."""
+        memory, now_ms = self.deps.features, round(self.deps.clock.monotonic() * 1_000)
+        current_ms = round(memory.current_s * 1_000) if memory.is_caught_up else 0
+        self.deps.shared.tell(offset=memory.offset, current_ms=current_ms, now_ms=now_ms)
+
+    def measure_workers(self) -> None:
+        """Set the metrics of how far the counters of each process are."""
+        for told in self.deps.shared.told():
+            worker = str(told.worker)
+            self.deps.metrics.set("features_offset", told.offset, worker=worker)
+            self.deps.metrics.set("counters_behind_seconds", self.behind_ms(told) / 1_000, worker=worker)
+
+    def _counters(self) -> State:
+        return self.deps.features.state(self.deps.clock.monotonic(), self.deps.config.counters_behind_ms / 1_000)
 
     async def readyz(self, request: Request) -> Response:
-        """200 when a model is loaded and the counters are read."""
-        reason = self.not_ready()
-        return Response(reason or "ready\n", 503 if reason else 200, media_type="text/plain")
+        """200 when a model is loaded that has room to grow, and the counters are read, as far as a broker answers."""
+        reason, counters = self.not_ready(), self._counters()
+        ready = f"ready, with counters that are {counters}: no broker answers\n" if counters in SAID else "ready\n"
+        return Response(reason or ready, 503 if reason else 200, media_type="text/plain")
 
     async def healthz(self, request: Request) -> Response:
         """200 while the process answers."""
@@ -197,4 +250,7 @@ def answer(status: int, body: dict[str, Any]) -> Response:
 
 def problem(status: int, error: str, step: str) -> Response:
     """Return what is wrong and the next step."""
-    return answer(status, {"error": error, "next": step})
+    response = answer(status, {"error": error, "next": step})
+    if status == 503:
+        response.headers["Retry-After"] = "1"
+    return response

@@ -3,18 +3,27 @@
 | reason | refused because |
 |---|---|
 | `sha256` | the blob is not the one that the manifest announced |
-| `damaged` | it cannot be read, or its dense weights do not match their digest |
-| `version`, `base` | it holds another version, or is a delta for another version than the one that is served |
+| `damaged` | it cannot be read, or its rows, dense weights or manifest do not match their digests |
+| `kind`, `model`, `run`, `generation` | it is no snapshot (delta), or of another model, run or generation |
+| `version` | it holds another version, one that is not "<run>-<step>", or one that leads back |
+| `base` | it is a delta for another version than the one that is served |
+| `chain`, `seq` | it is a delta of another or of a refused chain, or not the next one of its chain |
 | `recipe`, `spec` | the recipe is unknown here, or the spec needs a field that the project does not declare |
+| `spec` | it is a delta of another spec than the one that is served |
 | `dim`, `dense` | rows or dense weights have another shape than recipe and spec (a delta: than what is served) |
 | `dim` | rows are wider than the shared region, which is as wide as the project's recipe |
+| `key_zero`, `key_twice` | a row has the key 0, which marks an empty place, or two rows have one key |
 | `not_finite` | a weight is NaN or infinite |
+
+A delta is the next one of a chain when its base is the served version and it is number `seq + 1` of the chain that is
+served, or number 1 of the chain that begins with the served version.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 
 import msgspec
 import numpy as np
@@ -23,7 +32,10 @@ from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.formats.snapshot import Manifest, Weights, decode_weights
 from headrace.contract.project import Project, Recipe
 from headrace.contract.spec import FeatureSpec
+from headrace.serving.model.shared_region import Meta
 from headrace.trainer.model.scoring import shapes_of
+
+logger = logging.getLogger("headrace.serve")
 
 Shapes = Mapping[str, list[int]]
 
@@ -42,53 +54,99 @@ def admit_snapshot(manifest: Manifest, data: bytes, *, project: Project) -> Weig
     if found != manifest.sha256:
         raise Refused("sha256", f"{manifest.blob} has SHA-256 {found}, its manifest says {manifest.sha256}.")
     weights, inside = _decoded(data)
-    if inside.version != manifest.version:
+    if inside.version != manifest.version or inside.step != manifest.step:
         raise Refused("version", f"the blob holds {inside.version}, its manifest says {manifest.version}.")
-    try:
-        recipe = msgspec.json.decode(manifest.recipe_json, type=Recipe)
-    except msgspec.MsgspecError as error:
-        raise Refused(
-            "recipe", f"{manifest.version} was trained by a recipe that is not known here: {error}"
-        ) from error
-    try:
-        spec = msgspec.json.decode(manifest.spec_json, type=FeatureSpec)
-        msgspec.structs.replace(project, features=spec).checked()
-    except (msgspec.MsgspecError, ConfigRejected) as error:
-        raise Refused("spec", f"{manifest.version} cannot be served by this project: {error}") from error
-    room = project.recipe.row_dim
-    if recipe.row_dim > room:
-        raise Refused(
-            "dim",
-            f"{manifest.version} has rows of {1 + recipe.row_dim} values and this process has room for {1 + room}: "
-            "restart `serve` with the project that declares the wider recipe.",
-        )
-    try:
-        shapes = shapes_of(recipe.checked(spec), spec)
-    except ConfigRejected as error:
-        raise Refused("recipe", f"{manifest.version} cannot be scored by this project: {error}") from error
+    for name in ("kind", "model", "run", "generation"):
+        found, said = getattr(inside, name), getattr(manifest, name)
+        if found != said:
+            raise Refused(name, f"the blob of {manifest.version} is of {name} {found!r}, its manifest says {said!r}.")
+    recipe, shapes = servable(manifest.version, manifest.spec_json, manifest.recipe_json, project)
     _check(weights, manifest.version, recipe.row_dim, shapes)
     return weights
 
 
-def admit_delta(data: bytes, *, base: str, dim: int, shapes: Shapes) -> tuple[Weights, Manifest]:
-    """Return a delta's weights and manifest, or raise `Refused`.
+def servable(version: str, spec_json: str, recipe_json: str, project: Project) -> tuple[Recipe, Shapes]:
+    """Return the recipe and the shapes of the dense weights of a model that this project can serve.
+
+    Raises `Refused`.
+    """
+    try:
+        recipe = msgspec.json.decode(recipe_json, type=Recipe)
+    except msgspec.MsgspecError as error:
+        raise Refused("recipe", f"{version} was trained by a recipe that is not known here: {error}") from error
+    try:
+        spec = msgspec.json.decode(spec_json, type=FeatureSpec)
+        msgspec.structs.replace(project, features=spec).checked()
+    except (msgspec.MsgspecError, ConfigRejected) as error:
+        raise Refused("spec", f"{version} cannot be served by this project: {error}") from error
+    room = project.recipe.row_dim
+    if recipe.row_dim > room:
+        raise Refused(
+            "dim",
+            f"{version} has rows of {1 + recipe.row_dim} values and this process has room for {1 + room}: "
+            "restart `serve` with the project that declares the wider recipe.",
+        )
+    try:
+        return recipe, shapes_of(recipe.checked(spec), spec)
+    except ConfigRejected as error:
+        raise Refused("recipe", f"{version} cannot be scored by this project: {error}") from error
+
+
+def can_serve(meta: Meta, project: Project) -> bool:
+    """Say whether a region that an earlier stage left holds this project's model, as this process would load it."""
+    try:
+        _, shapes = servable(meta.manifest.version, meta.spec_json, meta.recipe_json, project)
+    except Refused as refused:
+        logger.warning("the model of an earlier stage is not served: %s", refused)
+        return False
+    return meta.manifest.model == project.name and meta.shapes == dict(shapes)
+
+
+def admit_delta(
+    data: bytes, *, model: str, served: Manifest, dim: int, shapes: Shapes, refused: Collection[str] = ()
+) -> tuple[Weights, Manifest]:
+    """Return a delta's weights and manifest, or raise `Refused`: it is exactly the next one of the chain, or nothing.
 
     Args:
-        base: the version that is served now.
+        model: the project's name.
+        served: the manifest of the version that is served now, of a snapshot or of a delta.
         shapes: of its dense weights.
+        refused: snapshot versions that were refused; nothing of their chains is taken.
     """
-    weights, manifest = _decoded(data)
-    if manifest.base != base:
-        raise Refused("base", f"delta {manifest.version} is for {manifest.base}; {base} is served.")
-    _check(weights, manifest.version, dim, shapes)
-    return weights, manifest
+    weights, delta = _decoded(data)
+    wanted = {"kind": "delta", "model": model, "run": served.run, "generation": served.generation, "spec": served.spec}
+    for name, value in wanted.items():
+        found = getattr(delta, name)
+        if found != value:
+            raise Refused(name, f"delta {delta.version} is of {name} {found!r}; served is {value!r}.")
+    if delta.base != served.version:
+        raise Refused("base", f"delta {delta.version} is for {delta.base}; {served.version} is served.")
+    if delta.version != f"{delta.run}-{delta.step}" or delta.step <= served.step:
+        raise Refused("version", f"delta {delta.version} of step {delta.step} does not follow {served.version}.")
+    _check_place(delta, served, refused)
+    if delta.dim != dim:
+        raise Refused("dim", f"delta {delta.version} is of {delta.dim} dimensions, not {dim}.")
+    _check(weights, delta.version, dim, shapes)
+    return weights, delta
+
+
+def _check_place(delta: Manifest, served: Manifest, refused: Collection[str]) -> None:
+    if delta.chain in refused:
+        raise Refused("chain", f"delta {delta.version} is of the chain of {delta.chain}, which was refused.")
+    chain, seq = (served.version, 0) if served.kind == "snapshot" else (served.chain, served.seq)
+    if delta.chain == served.version:
+        seq = 0
+    elif delta.chain != chain:
+        raise Refused("chain", f"delta {delta.version} is of the chain of {delta.chain}; served is that of {chain}.")
+    if delta.seq != seq + 1:
+        raise Refused("seq", f"delta {delta.version} is number {delta.seq} of its chain; {seq + 1} comes next.")
 
 
 def _decoded(data: bytes) -> tuple[Weights, Manifest]:
     try:
         return decode_weights(data)
-    except (InvariantBroken, msgspec.MsgspecError, KeyError, ValueError, TypeError, OSError) as error:
-        raise Refused("damaged", f"weights of {len(data)} bytes cannot be read: {error}") from error
+    except InvariantBroken as error:
+        raise Refused("damaged", str(error)) from error
 
 
 def _check(weights: Weights, version: str, dim: int, shapes: Shapes) -> None:
@@ -97,5 +155,10 @@ def _check(weights: Weights, version: str, dim: int, shapes: Shapes) -> None:
     found = {name: list(array.shape) for name, array in weights.dense.items()}
     if found != dict(shapes):
         raise Refused("dense", f"{version} has dense weights {found}; expected are {dict(shapes)}.")
+    if (weights.keys_K == 0).any():
+        raise Refused("key_zero", f"{version} has a row for key 0, which no feature has.")
+    distinct = len(np.unique(weights.keys_K))
+    if distinct != len(weights.keys_K):
+        raise Refused("key_twice", f"{version} has {len(weights.keys_K)} rows for {distinct} keys.")
     if not np.isfinite(weights.values_KV).all() or not all(np.isfinite(a).all() for a in weights.dense.values()):
         raise Refused("not_finite", f"{version} has weights that are NaN or infinite.")

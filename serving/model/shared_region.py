@@ -13,47 +13,69 @@ between its two stores. `_fence` separates them: two lock operations in a row, p
 platform that CPython supports (on x86-64 loads and stores keep their order anyway). The store of a reader's word and
 its load of the sequence may change order; that is the reader that the writer does not wait for.
 
+A reader that died within `read` leaves its word behind. The writer looks whether the process of a reader that it waits
+for lives (by its id and its beginning, for ids are used again), and frees the word of one that does not.
+
 Cost: two copies of rows and dense weights, every delta applied twice, 1 us a read, and a writer that waits for the
 slowest reader of the copy that it left, at most `wait_s`; a reader that is slower still reads again.
 
-Layout of the file (an mmap; `/dev/shm` by default, made anew at each start): head int64 [1024], what was refused,
-ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C] (key, row), values float32
-[R, V]. Key 0 marks an empty entry of the index; no slot id is ever 0.
+Layout of the file (an mmap, in `/dev/shm` by default; `serving/model/region_file.py` makes it or takes it over): head
+int64 [2048], what was refused, ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C]
+(key, row), keys int64 [R], values float32 [R, V]; `serving/model/row_table.py` has what happens in the last three.
 
 Legend: C entries of the index, R rows at most, V values a row (linear, then embedding), K keys asked or changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
+from headrace.serving.model.row_table import Float32s, Int64s, apply, find, remove
 from headrace.trainer.model.tables.table import initial_values
 
-Int64s = npt.NDArray[np.int64]
-Float32s = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-_HEAD, _ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _READERS = 1024, 0, 1, 3, 5, 7, 8
-READERS_MAX = _HEAD - _READERS
+READERS_MAX = 256
+_ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _IS_FULL, _LAYOUT, _BOOT, _DIM, _ROWS_MAX = (
+    0,
+    1,
+    3,
+    5,
+    7,
+    8,
+    9,
+    10,
+    11,
+    12,
+)
+LAYOUT = 3
+"""Raise it with every change of what lies where, so that no other version takes the region over."""
+# Words of each reader: the copy that it is in (plus 1), its process, when that began; then how far its counters are.
+_READERS, _PIDS, _BEGAN, _OFFSETS, _CURRENT_MS, _TOLD_MS = (16 + i * READERS_MAX for i in range(6))
+_WORDS = 6
+_HEAD = 2048
 RING, RING_BYTES = 2048, 8192
 NOTE_BYTES = 4096
 META_BYTES = 1_048_576
 DENSE_MAX = 4_194_304
 """Most dense weights: 16 MiB a copy."""
 ASK_AGAIN_MAX = 1_000
+_LOOK_S = 0.005
+"""How often the writer looks whether a reader that it waits for lives. 5 ms: a request takes less."""
+_NO_KEYS = np.empty(0, np.int64)
 
 
 class Meta(msgspec.Struct, frozen=True):
@@ -67,6 +89,19 @@ class Meta(msgspec.Struct, frozen=True):
     recipe_json: str
     shapes: dict[str, list[int]]
     applied_ms: int = 0
+    next_delta: int = -1
+    """Offset in `deltas` behind what made this version: where whoever takes the region over reads on. -1: unknown."""
+
+
+class Told(NamedTuple):
+    """How far the counters of one process are, as it said itself. Times are of the machine's monotonic clock."""
+
+    worker: int
+    offset: int
+    """Of the next record of `features` that it reads."""
+    current_ms: int
+    """When it was known to have read all that there was."""
+    told_ms: int
 
 
 _fence_lock = threading.Lock()
@@ -79,44 +114,40 @@ def _fence() -> None:
         pass
 
 
-@numba.njit(cache=True, nogil=True)
-def _find(index_2C: Int64s, wanted_K: Int64s, out_K: Int64s) -> None:
-    mask = index_2C.shape[1] - 1
-    for i in range(wanted_K.shape[0]):
-        key = wanted_K[i]
-        at = (key ^ (key >> 29)) & mask
-        out_K[i] = -1
-        for _ in range(mask + 1):
-            found = index_2C[0, at]
-            if found == key:
-                out_K[i] = index_2C[1, at]
-                break
-            if found == 0:
-                break
-            at = (at + 1) & mask
+def began_at(pid: int) -> int:
+    """Return when a living process began, in ticks since the machine did; -1 for one that is dead.
+
+    Where there is no /proc the answer is 0 for each that lives: then its id alone tells.
+    """
+    if not os.path.exists("/proc/self/stat"):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return -1
+        except PermissionError:
+            pass
+        return 0
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            words = file.read().rpartition(")")[2].split()
+    except OSError:
+        return -1
+    # Behind the name: the state is the first word, the beginning the 20th (proc_pid_stat(5), fields 3 and 22).
+    return -1 if words[0] in "ZX" else int(words[19])
 
 
-@numba.njit(cache=True, nogil=True)
-def _apply(index_2C: Int64s, values_RV: Float32s, rows: int, keys_K: Int64s, values_KV: Float32s) -> int:
-    mask = index_2C.shape[1] - 1
-    for i in range(keys_K.shape[0]):
-        key = keys_K[i]
-        at = (key ^ (key >> 29)) & mask
-        while index_2C[0, at] != key and index_2C[0, at] != 0:
-            at = (at + 1) & mask
-        if index_2C[0, at] == 0:
-            index_2C[1, at] = rows
-            index_2C[0, at] = key
-            rows += 1
-        row = index_2C[1, at]
-        for j in range(values_KV.shape[1]):
-            values_RV[row, j] = values_KV[i, j]
-    return rows
+def boot_number() -> int:
+    """Return a number of this boot of the machine, 0 where none is told. A power cut may leave a file half-written."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return int.from_bytes(hashlib.sha256(file.read()).digest()[:7], "little")
+    except OSError:
+        return 0
 
 
 def region_bytes(dim: int, rows_max: int) -> int:
     """Return the size of the region. Pages take memory when they are first written."""
-    sizes = [META_BYTES, DENSE_MAX * 4, _entries(rows_max) * 16, rows_max * (1 + dim) * 4]
+    sizes = [META_BYTES, DENSE_MAX * 4, _entries(rows_max) * 16, rows_max * 8, rows_max * (1 + dim) * 4]
     return _HEAD * 8 + NOTE_BYTES + RING * RING_BYTES + 2 * sum(-(-s // 4096) * 4096 for s in sizes)
 
 
@@ -134,7 +165,7 @@ class SharedModel:
         entries, width, size = _entries(rows_max), 1 + dim, region_bytes(dim, rows_max)
         if create:
             path.unlink(missing_ok=True)
-            with open(path, "xb") as file:
+            with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                 file.truncate(size)  # Sparse: only pages that are written take memory.
         with open(path, "r+b") as file:
             if os.fstat(file.fileno()).st_size != size:
@@ -150,6 +181,7 @@ class SharedModel:
         self._meta: list[npt.NDArray[np.uint8]] = []
         self._dense: list[Float32s] = []
         self._index: list[Int64s] = []
+        self._keys: list[Int64s] = []
         self._values: list[Float32s] = []
         for _ in range(2):
             self._meta.append(raw[at : at + META_BYTES])
@@ -158,9 +190,16 @@ class SharedModel:
             at += DENSE_MAX * 4
             self._index.append(raw[at : at + entries * 16].view(np.int64).reshape(2, entries))
             at += -(-entries * 16 // 4096) * 4096
+            self._keys.append(raw[at : at + rows_max * 8].view(np.int64))
+            at += -(-rows_max * 8 // 4096) * 4096
             self._values.append(raw[at : at + rows_max * width * 4].view(np.float32).reshape(rows_max, width))
             at += -(-rows_max * width * 4 // 4096) * 4096
         self._known: tuple[int, int, Meta] | None = None
+        self._pid, self._identity = 0, (LAYOUT, boot_number(), dim, rows_max)
+        self.lock = -1
+        """The writer's lock on the file, see `serving/model/region_file.py`."""
+        if create:
+            self._head[_LAYOUT : _ROWS_MAX + 1] = self._identity
 
     # Reading.
 
@@ -169,6 +208,8 @@ class SharedModel:
 
         Raises `Unavailable` while no model was loaded, or when a version could not be held for long enough.
         """
+        if self._pid != os.getpid():  # Opened here, or before a fork.
+            self._name_reader()
         for _ in range(ASK_AGAIN_MAX):
             copy = int(self._head[_ACTIVE])
             self._head[_READERS + self._reader] = copy + 1
@@ -193,6 +234,12 @@ class SharedModel:
             finally:
                 self._head[_READERS + self._reader] = 0
         raise Unavailable(f"the model changed {ASK_AGAIN_MAX} times while one request read it.")
+
+    def _name_reader(self) -> None:
+        self._pid = os.getpid()
+        self._head[_READERS + self._reader] = 0
+        self._head[_BEGAN + self._reader] = began_at(self._pid)
+        self._head[_PIDS + self._reader] = self._pid
 
     def _meta_of(self, copy: int, seq: int) -> Meta:
         if self._known is not None and self._known[:2] == (copy, seq):
@@ -227,7 +274,60 @@ class SharedModel:
         """Return why the newest snapshot or delta was refused; empty when it was taken."""
         return _text_in(self._note).decode(errors="replace")
 
+    def tell(self, *, offset: int, current_ms: int, now_ms: int) -> None:
+        """Tell all processes how far the counters of this one are: see `Told`."""
+        if self._pid != os.getpid():
+            self._name_reader()
+        words = {_OFFSETS: offset, _CURRENT_MS: current_ms, _TOLD_MS: max(1, now_ms)}
+        for word, value in words.items():
+            self._head[word + self._reader] = value
+
+    def told(self) -> list[Told]:
+        """Return what each process told last, by its number."""
+        tables = (self._head[word : word + READERS_MAX] for word in (_OFFSETS, _CURRENT_MS, _TOLD_MS))
+        offsets, current, told = (table.copy() for table in tables)
+        return [Told(int(i), int(offsets[i]), int(current[i]), int(told[i])) for i in np.flatnonzero(told)]
+
+    @property
+    def holds_model(self) -> bool:
+        """True once a model was loaded or taken over."""
+        return int(self._head[_SEQ + int(self._head[_ACTIVE])]) > 0
+
+    @property
+    def is_full(self) -> bool:
+        """True while what came last was refused because it does not fit."""
+        return bool(self._head[_IS_FULL])
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows the active copy has."""
+        return int(self._head[_ROWS + int(self._head[_ACTIVE])])
+
     # Writing: one process only.
+
+    def take_over(self, is_good: Callable[[Meta], bool]) -> bool:
+        """Make this region, which an earlier writer left, whole again; False where it cannot be served."""
+        active = int(self._head[_ACTIVE])
+        if tuple(self._head[_LAYOUT : _ROWS_MAX + 1]) != self._identity or not boot_number() or active not in (0, 1):
+            return False
+        seq, rows, size = (int(self._head[word + active]) for word in (_SEQ, _ROWS, _META_SIZE))
+        if seq <= 0 or seq % 2 or not 0 <= rows <= self.rows_max or not 0 < size <= META_BYTES:
+            return False
+        try:
+            if not is_good(msgspec.json.decode(self._meta[active][:size].tobytes(), type=Meta)):
+                return False
+        except msgspec.MsgspecError:
+            return False
+        self._head[_READERS : _READERS + _WORDS * READERS_MAX] = 0
+        idle = 1 - active
+        self._head[_SEQ + idle] |= 1  # A writer may have died while it wrote there.
+        for word in (_ROWS, _META_SIZE):
+            self._head[word + idle] = self._head[word + active]
+        for part in (self._meta, self._dense, self._index, self._keys, self._values):
+            part[idle][:] = part[active]
+        self._head[_SEQ + idle] += 1
+        self.note_refusal("")
+        return True
 
     def load_snapshot(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
         """Put a whole model into both copies, in place of what they hold."""
@@ -239,13 +339,25 @@ class SharedModel:
 
         self._write_both(load, meta, wait_s)
 
-    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        """Apply a delta to both copies; `check_fits` has said that its rows fit."""
-        self._write_both(lambda copy: self._put(copy, weights, meta), meta, wait_s)
+    def apply_delta(self, weights: Weights, meta: Meta, gone_K: Int64s = _NO_KEYS, *, wait_s: float = 1.0) -> None:
+        """Apply a delta to both copies; `check_fits` has said that its rows fit. Rows of `gone_K` leave."""
 
-    def note_refusal(self, why: str) -> None:
-        """Tell all processes why a snapshot or delta was refused; "" takes it back."""
+        def put(copy: int) -> None:
+            rows = int(self._head[_ROWS + copy])
+            self._head[_ROWS + copy] = remove(
+                self._index[copy], self._keys[copy], self._values[copy], rows, np.ascontiguousarray(gone_K)
+            )
+            self._put(copy, weights, meta)
+
+        self._write_both(put, meta, wait_s)
+
+    def note_refusal(self, why: str, *, is_full: bool = False) -> None:
+        """Tell all processes why a snapshot or delta was refused; "" takes it back.
+
+        `is_full` says that the region has no room: nothing is served anew until a person makes room.
+        """
         _put_text(self._note, why.encode()[: NOTE_BYTES - 8])
+        self._head[_IS_FULL] = is_full
 
     def _write_both(self, write: Callable[[int], None], meta: Meta, wait_s: float) -> None:
         active = int(self._head[_ACTIVE])
@@ -256,10 +368,21 @@ class SharedModel:
         self._write_copy(1 - active, write)
         self._head[_ACTIVE] = 1 - active
         self._head[_RING_NEXT] = number + 1
-        until = time.monotonic() + wait_s
-        while (self._head[_READERS:] == active + 1).any() and time.monotonic() < until:
-            time.sleep(0.0002)
+        self._await_readers(active, wait_s)
         self._write_copy(active, write)
+
+    def _await_readers(self, copy: int, wait_s: float) -> None:
+        """Wait until no living reader is in a copy, at most `wait_s`."""
+        words = self._head[_READERS : _READERS + READERS_MAX]
+        until, look_at = time.monotonic() + wait_s, time.monotonic() + _LOOK_S
+        while (words == copy + 1).any() and time.monotonic() < until:
+            if time.monotonic() >= look_at:
+                for reader in np.flatnonzero(words == copy + 1):
+                    pid, began = int(self._head[_PIDS + reader]), int(self._head[_BEGAN + reader])
+                    if began_at(pid) != began:
+                        words[reader] = 0
+                look_at = time.monotonic() + _LOOK_S
+            time.sleep(0.0002)
 
     def _write_copy(self, copy: int, write: Callable[[int], None]) -> None:
         """Write while the sequence number is odd. An exception leaves it odd: the copy is never used again."""
@@ -269,23 +392,39 @@ class SharedModel:
         _fence()
         self._head[_SEQ + copy] += 1
 
-    def check_fits(self, weights: Weights, meta: Meta, *, fresh: bool) -> None:
-        """Raise `Overloaded` when a model or delta does not fit; call before it is written."""
-        rows = 0 if fresh else int(self._head[_ROWS + int(self._head[_ACTIVE])])
+    def check_fits(self, weights: Weights, meta: Meta, gone_K: Int64s = _NO_KEYS, *, fresh: bool) -> None:
+        """Raise `Overloaded` when a model or delta does not fit; call before it is written.
+
+        Raises `InvariantBroken` for rows that the gate never lets pass.
+        """
+        rows = 0 if fresh else self.rows
         new = len(weights.keys_K)
+        shape, width = weights.values_KV.shape, self._values[0].shape[1]
+        if shape[0] != new or shape[1] > width or (weights.keys_K == 0).any():
+            raise InvariantBroken(
+                f"{meta.manifest.version} has rows of shape {shape} for {new} keys, 0 must not be among them; the "
+                f"region is {width} wide. The gate must refuse it: see `serving/gate/admit.py`."
+            )
         if rows + new > self.rows_max and not fresh:
-            found_K = np.empty(new, np.int64)
-            _find(self._index[int(self._head[_ACTIVE])], weights.keys_K, found_K)
-            new = int((found_K < 0).sum())
+            new = int((self._rows_of(weights.keys_K) < 0).sum())
+            rows -= int((self._rows_of(gone_K) >= 0).sum())
         positions = len(msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
         if positions > RING_BYTES - 8:
             raise Overloaded(f"positions of {positions} bytes do not fit into {RING_BYTES}.")
         if rows + new > self.rows_max:
-            raise Overloaded(f"{rows + new} rows do not fit; serve.rows_max is {self.rows_max}: raise it and restart.")
+            raise Overloaded(
+                f"{rows + new} rows do not fit; serve.rows_max is {self.rows_max}: raise it and restart `serve`, or "
+                "let the recipe expire rows sooner (Recipe.expire_after_ms)."
+            )
         if sum(a.size for a in weights.dense.values()) > DENSE_MAX:
             raise Overloaded(f"more than {DENSE_MAX} dense weights do not fit.")
         if len(msgspec.json.encode(meta)) > META_BYTES:
             raise Overloaded(f"a feature spec of more than {META_BYTES} bytes does not fit.")
+
+    def _rows_of(self, keys_K: Int64s) -> Int64s:
+        rows_K = np.empty(len(keys_K), np.int64)
+        find(self._index[int(self._head[_ACTIVE])], keys_K, rows_K)
+        return rows_K
 
     def _put(self, copy: int, weights: Weights, meta: Meta) -> None:
         at = 0
@@ -294,14 +433,13 @@ class SharedModel:
             at += array.size
         rows = int(self._head[_ROWS + copy])
         keys_K, values_KV = np.ascontiguousarray(weights.keys_K), np.ascontiguousarray(weights.values_KV)
-        self._head[_ROWS + copy] = _apply(self._index[copy], self._values[copy], rows, keys_K, values_KV)
+        rows = int(apply(self._index[copy], self._keys[copy], self._values[copy], rows, keys_K, values_KV))
+        if rows < 0:
+            raise InvariantBroken(f"{meta.manifest.version} does not fit; it was written without `check_fits`.")
+        self._head[_ROWS + copy] = rows
         data = msgspec.json.encode(meta)
         self._meta[copy][: len(data)] = np.frombuffer(data, np.uint8)
         self._head[_META_SIZE + copy] = len(data)
-
-    def remove(self) -> None:
-        """Delete the file; a process that has it open keeps it."""
-        self.path.unlink(missing_ok=True)
 
 
 def _put_text(field: npt.NDArray[np.uint8], data: bytes) -> None:
@@ -341,7 +479,7 @@ class View:
         """
         dim = self._values.shape[1] - 1 if dim is None else dim
         rows_K = np.empty(len(keys_K), np.int64)
-        _find(self._index, keys_K, rows_K)
+        find(self._index, keys_K, rows_K)
         values_KV: Float32s = self._values[rows_K, : 1 + dim]
         missing_K = rows_K < 0
         if missing_K.any():

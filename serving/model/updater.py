@@ -1,5 +1,6 @@
 """The updater: loads snapshots and applies deltas, so that the shared model is the newest version. One thread.
 
+0. A model that was taken over from an earlier stage is served as it is: deltas are read on behind it, before any blob.
 1. Read `model` to its end; load the blob of the newest manifest of this model.
 2. Read `deltas` from the offset that the manifest names, and go on reading `model`. Apply each delta whose base is the
    version that is served, and leave out every other.
@@ -7,7 +8,7 @@
    nothing is served, when it is of another run, when a delta with another base showed that the chain is broken, or when
    no delta comes.
 4. What the gate refuses (`serving/gate/admit.py`) changes nothing: the version that is served stays until a good
-   snapshot comes.
+   snapshot comes. Where it was refused because it does not fit, serving is not ready: a person must make room.
 5. While Kafka or the store is away the served version stays, and reading goes on from where it was.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,10 +32,13 @@ from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot
+from headrace.serving.model.row_table import split_initial
 from headrace.serving.model.scorer import recipe_of
 from headrace.serving.model.shared_region import Meta, SharedModel
 
 logger = logging.getLogger("headrace.serve")
+
+_REFUSED_MAX = 64
 
 
 @dataclass(kw_only=True)
@@ -54,6 +59,8 @@ class Updater:
     """The snapshot that was loaded or refused last."""
     _is_broken: bool = field(default=False, init=False)
     """A delta came whose base is not the served version, and which is newer."""
+    _refused_chains: deque[str] = field(default_factory=lambda: deque(maxlen=_REFUSED_MAX), init=False)
+    """The snapshots that were refused last: no delta of their chains is taken."""
     _begun: bool = field(default=False, init=False)
     _model_offset: int = field(default=0, init=False)
 
@@ -96,7 +103,21 @@ class Updater:
         for record in read_range(self.reader, topic, ends=ends, silent_s=3.0):
             self._note_manifest(record)
         self._model_offset = ends[0]
+        if self._meta is None and self.shared.holds_model:
+            self._meta = self.shared.meta()
+            if self._reads_on(self._meta):
+                return
         self._follow()
+
+    def _reads_on(self, meta: Meta) -> bool:
+        """Read deltas on behind a model that was taken over; False where they are gone."""
+        deltas = self.topics.deltas
+        if meta.manifest.generation != self.topics.generation or meta.next_delta < 0:
+            return False
+        if not self.reader.begin_offsets(deltas)[0] <= meta.next_delta <= self.reader.end_offsets(deltas)[0]:
+            return False
+        self.reader.assign({(self.topics.model, 0): self._model_offset, (deltas, 0): meta.next_delta})
+        return True
 
     def _follow(self) -> None:
         """Load the newest snapshot where it leads further, and read deltas from where its chain begins."""
@@ -149,11 +170,15 @@ class Updater:
         try:
             if data is None:
                 raise Refused("no_blob", f"{manifest.blob} is not in the store.")
-            weights = admit_snapshot(manifest, data, project=self.project)
-            meta = self._meta_from(manifest, weights, manifest.version, manifest.spec_json, manifest.recipe_json)
+            weights, _ = split_initial(
+                admit_snapshot(manifest, data, project=self.project), recipe_of(manifest.recipe_json)
+            )
+            begun = manifest.version, manifest.spec_json, manifest.recipe_json
+            meta = self._meta_from(manifest, weights, *begun, next_delta=manifest.deltas_offset)
             self.shared.check_fits(weights, meta, fresh=True)
         except (Refused, Overloaded) as error:
             self._refuse(error)
+            self._refused_chains.append(manifest.version)
             return
         self._swap(meta, lambda: self.shared.load_snapshot(weights, meta))
         self._is_broken = False
@@ -161,7 +186,7 @@ class Updater:
 
     def _apply_delta(self, record: Record) -> None:
         served = self._meta
-        if served is None or record.value is None or (record.key or b"").decode() != self.project.name:
+        if served is None or record.value is None or record.key != self.project.name.encode():
             return
         base = served.manifest.version
         wanted = record.headers.get("base", base)
@@ -169,20 +194,31 @@ class Updater:
             self._is_broken |= _is_newer(record.headers.get("version", ""), served.manifest)
             return
         try:
-            dim = recipe_of(served.recipe_json).row_dim
-            weights, manifest = admit_delta(record.value, base=base, dim=dim, shapes=served.shapes)
-            meta = self._meta_from(manifest, weights, served.snapshot, served.spec_json, served.recipe_json)
-            self.shared.check_fits(weights, meta, fresh=False)
+            recipe = recipe_of(served.recipe_json)
+            weights, manifest = admit_delta(
+                record.value,
+                model=self.project.name,
+                served=served.manifest,
+                dim=recipe.row_dim,
+                shapes=served.shapes,
+                refused=self._refused_chains,
+            )
+            begun = served.snapshot, served.spec_json, served.recipe_json
+            meta = self._meta_from(manifest, weights, *begun, next_delta=record.offset + 1)
+            kept, gone_K = split_initial(weights, recipe)
+            self.shared.check_fits(kept, meta, gone_K, fresh=False)
         except (Refused, Overloaded) as error:
             self._refuse(error)
             self._is_broken = True
             return
-        self._swap(meta, lambda: self.shared.apply_delta(weights, meta))
+        self._swap(meta, lambda: self.shared.apply_delta(kept, meta, gone_K))
 
-    def _meta_from(self, manifest: Manifest, weights: Weights, snapshot: str, spec: str, recipe: str) -> Meta:
+    def _meta_from(
+        self, manifest: Manifest, weights: Weights, snapshot: str, spec: str, recipe: str, *, next_delta: int
+    ) -> Meta:
         slim = msgspec.structs.replace(manifest, spec_json="", recipe_json="")
         shapes = {name: list(a.shape) for name, a in weights.dense.items()}
-        return Meta(slim, snapshot, spec, recipe, shapes, self.clock.now_ms())
+        return Meta(slim, snapshot, spec, recipe, shapes, self.clock.now_ms(), next_delta)
 
     def _swap(self, meta: Meta, act: Callable[[], None]) -> None:
         started = time.perf_counter()
@@ -190,13 +226,15 @@ class Updater:
         self.metrics.observe("swap_seconds", time.perf_counter() - started)
         self.metrics.add("swaps_total")
         self.metrics.set("model_step", meta.manifest.step)
+        self.metrics.set("table_rows", self.shared.rows)
         self._meta = meta
         self.shared.note_refusal("")
 
     def _refuse(self, error: HeadraceError) -> None:
         reason = error.reason if isinstance(error, Refused) else "does_not_fit"
-        self.shared.note_refusal(f"{reason}: {error}")
+        self.shared.note_refusal(f"{reason}: {error}", is_full=isinstance(error, Overloaded))
         self.metrics.add("errors_total", kind=reason)
+        self.metrics.add("versions_refused_total", reason=reason)
         logger.error("refused, the served version stays: %s", error)
 
 

@@ -20,8 +20,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from headrace.serving.model.region_file import open_region, region_path
 from headrace.serving.model.shared_region import SharedModel
-from headrace.serving.processes import Workers, answer_requests, listen, region_path, run_processes
+from headrace.serving.processes import Workers, answer_requests, listen, run_processes
 
 DIM, ROWS_MAX = 2, 100
 
@@ -48,6 +49,13 @@ def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Wo
     return answer_requests(app, listener, stop, jobs={"job": fail} if workers is not None else {}, workers=workers)
 
 
+def opened(path: Path, reader: int) -> SharedModel:
+    """Open the region as reader `reader`; number 0 is its writer."""
+    if reader == 0:
+        return open_region(path, dim=DIM, rows_max=ROWS_MAX, is_good=lambda meta: True)
+    return SharedModel(path, dim=DIM, rows_max=ROWS_MAX, reader=reader)
+
+
 def main() -> int:
     """Run the stage."""
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
@@ -56,7 +64,7 @@ def main() -> int:
     print(listener.getsockname()[1], flush=True)
     return run_processes(
         count,
-        open_region=lambda reader: SharedModel(path, dim=DIM, rows_max=ROWS_MAX, reader=reader, create=reader == 0),
+        open_region=lambda reader: opened(path, reader),
         work=lambda shared, workers: work(shared, listener, folder, workers),
     )
 

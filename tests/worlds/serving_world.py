@@ -112,6 +112,7 @@ class Trainer:
     step: int = 0
     base: str = ""
     chain: str = ""
+    seq: int = 0
     rows: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -131,12 +132,13 @@ class Trainer:
         """Append the delta to this version."""
         manifest = Manifest(
             kind="delta", model="small", run=self.run, step=self.step, version=self.version, base=self.base,
-            chain=self.chain, spec=SPEC.digest(), dim=RECIPE.dim, positions={"0": [self.step, 0]}, created_ms=1_000,
+            chain=self.chain, seq=self.seq + 1, spec=SPEC.digest(), dim=RECIPE.dim,
+            positions={"0": [self.step, 0]}, created_ms=1_000,
         )  # fmt: skip
         manifest = msgspec.structs.replace(manifest, **changes)
         headers = {"version": manifest.version, "base": manifest.base, "chain": manifest.chain}
         self.world.log.append(TOPICS.deltas, 0, encode_weights(weights, manifest), b"small", headers)
-        self.base = self.version
+        self.base, self.seq = self.version, self.seq + 1
 
     def snapshot(self, *, blob: bytes | None = None, **changes: Any) -> Manifest:
         """Store the whole model and announce it."""
@@ -154,7 +156,7 @@ class Trainer:
         manifest = msgspec.structs.replace(manifest, sha256=hashlib.sha256(data).hexdigest())
         manifest = msgspec.structs.replace(manifest, **changes)
         self.world.blobs.put(manifest.blob, data if blob is None else blob)
-        self.chain = self.base = self.version
+        self.chain, self.base, self.seq = self.version, self.version, 0
         self.announce(manifest)
         return manifest
 
@@ -184,6 +186,7 @@ class World:
         self.shared = SharedModel(folder / "model", dim=RECIPE.dim, rows_max=1_000, create=True)
         self.updater = self.new_updater()
         self.features, self.logged = FeatureMemory(), Logged()
+        self.features.is_caught_up = True
         self.deps = ServingDependencies(
             project=PROJECT,
             config=ServeConfig(candidates_max=50),

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import generate_latest
 
@@ -16,10 +17,12 @@ from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.serving.api.app import ServingApp, ServingDependencies, make_app
 from headrace.serving.features import FeatureMemory
+from headrace.serving.gate.admit import can_serve
 from headrace.serving.impression_log import ImpressionLog
+from headrace.serving.model.region_file import open_region, region_path
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater
-from headrace.serving.processes import Workers, answer_requests, listen, region_path, run_processes
+from headrace.serving.processes import Workers, answer_requests, listen, run_processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +37,16 @@ def main(args: argparse.Namespace) -> int:
     dim, rows_max = runtime.project.recipe.row_dim, runtime.config.serve.rows_max
     listener = listen(HOST, runtime.port("serving"))
     path = region_path(runtime.home, dim=dim, rows_max=rows_max)
+
+    def opened(reader: int) -> SharedModel:
+        if reader == 0:
+            is_good = partial(can_serve, project=runtime.project)
+            return open_region(path, dim=dim, rows_max=rows_max, is_good=is_good)
+        return SharedModel(path, dim=dim, rows_max=rows_max, reader=reader)
+
     return run_processes(
         args.workers or runtime.config.serve.workers,
-        open_region=lambda reader: SharedModel(path, dim=dim, rows_max=rows_max, reader=reader, create=reader == 0),
+        open_region=opened,
         work=lambda shared, workers: _work(runtime, shared, listener, workers),
     )
 
@@ -65,8 +75,11 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
     )
     reader = runtime.reader()
     jobs: dict[str, Callable[[], None]] = {
-        "counters": lambda: features.follow(reader, runtime.topics.features, stop),
+        "counters": lambda: features.follow(
+            reader, runtime.topics.features, stop, clock=runtime.clock, metrics=metrics
+        ),
     }
+    jobs["what is told"] = lambda: _tell(app, stop)
     if workers is not None:
         updater = Updater(
             project=runtime.project,
@@ -85,8 +98,15 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
         impressions.close()
 
 
+def _tell(app: ServingApp, stop: threading.Event) -> None:
+    while not stop.is_set():
+        app.tell()
+        stop.wait(0.5)
+
+
 def _tell_readiness(app: ServingApp, metrics: PrometheusMetrics, stop: threading.Event) -> None:
     while not stop.is_set():
         reason = app.not_ready()
         metrics.ready(not reason, reason)
+        app.measure_workers()
         stop.wait(0.1 if reason else 1.0)

@@ -3,12 +3,16 @@
 A version is the text "<run>-<step>": the model after that step of that run. A snapshot is a whole model, stored as one
 blob and announced by a manifest in the compacted `model` topic (key "<model>/snapshot"). A delta in `deltas` moves a
 model from version `base` to `version`: touched rows with absolute values, all dense weights. Both are Arrow IPC
-streams of `ROWS` with the dense weights and the manifest's JSON in the schema's metadata.
+streams of a key and its values a row, with the dense weights and the manifest's JSON in the schema's metadata. A
+delta carries the SHA-256 of all that it says (`content_sha256`, absent in what release 0.1 stored); a snapshot's blob
+has its own in the announced manifest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -65,15 +69,15 @@ def encode_weights(weights: Weights, manifest: Manifest) -> bytes:
     dense = b"".join(np.ascontiguousarray(a, dtype="<f4").tobytes() for a in weights.dense.values())
     width = weights.values_KV.shape[1]
     values = pa.FixedSizeListArray.from_arrays(pa.array(weights.values_KV.reshape(-1), pa.float32()), width)
-    schema = pa.schema(
-        [pa.field("key", pa.int64()), pa.field("values", pa.list_(pa.float32(), width))],
-        metadata={
-            b"manifest": msgspec.json.encode(manifest),
-            b"shapes": msgspec.json.encode(shapes),
-            b"dense": dense,
-            b"dense_sha256": hashlib.sha256(dense).hexdigest().encode(),
-        },
-    )
+    metadata = {
+        b"manifest": msgspec.json.encode(manifest),
+        b"shapes": msgspec.json.encode(shapes),
+        b"dense": dense,
+        b"dense_sha256": hashlib.sha256(dense).hexdigest().encode(),
+    }
+    if manifest.kind == "delta":
+        metadata[b"content_sha256"] = _content_sha256(metadata, weights)
+    schema = pa.schema(_fields(width), metadata=metadata)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([pa.array(weights.keys_K, pa.int64()), values], schema=schema))
@@ -81,10 +85,27 @@ def encode_weights(weights: Weights, manifest: Manifest) -> bytes:
 
 
 def decode_weights(data: bytes) -> tuple[Weights, Manifest]:
-    """Read what `encode_weights` wrote. Raises `InvariantBroken` when the dense part does not match its digest."""
+    """Read what `encode_weights` wrote.
+
+    Raises `InvariantBroken` for bytes that are anything else, or that do not match their digests.
+    """
+    try:
+        return _decoded(data)
+    except (pa.ArrowException, msgspec.MsgspecError, LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise InvariantBroken(f"{len(data)} bytes are no weights: {error}") from error
+    except (OSError, MemoryError) as error:  # Arrow's words for a length that the stream does not hold.
+        raise InvariantBroken(f"{len(data)} bytes of weights name a length that they do not hold: {error}") from error
+
+
+def _decoded(data: bytes) -> tuple[Weights, Manifest]:
     with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
-        table = reader.read_all()
-        meta = reader.schema.metadata
+        schema, meta = reader.schema, reader.schema.metadata or {}
+        # Before a row is read: columns of other types have offsets, which damaged bytes could point anywhere.
+        width = schema.field("values").type.list_size if pa.types.is_fixed_size_list(schema.field("values").type) else 0
+        if not schema.equals(pa.schema(_fields(width))):
+            raise InvariantBroken(f"weights have the columns {schema.names} of other types than key and values.")
+        table = reader.read_all().combine_chunks()
+    table.validate(full=True)
     manifest = msgspec.json.decode(meta[b"manifest"], type=Manifest)
     raw = meta[b"dense"]
     if hashlib.sha256(raw).hexdigest().encode() != meta[b"dense_sha256"]:
@@ -92,20 +113,34 @@ def decode_weights(data: bytes) -> tuple[Weights, Manifest]:
     dense: dict[str, npt.NDArray[np.float32]] = {}
     flat, at = np.frombuffer(raw, dtype="<f4"), 0
     for name, shape in msgspec.json.decode(meta[b"shapes"], type=dict[str, list[int]]).items():
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         dense[name] = flat[at : at + count].reshape(shape)
         at += count
-    table = table.combine_chunks()
-    values = table.column("values").combine_chunks()
-    width = values.type.list_size
-    return (
-        Weights(
-            table.column("key").to_numpy(),
-            values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width),
-            dense,
-        ),
-        manifest,
-    )
+    keys, values = table.column("key").combine_chunks(), table.column("values").combine_chunks()
+    numbers = values.flatten()
+    if keys.null_count or values.null_count or numbers.null_count or at != len(flat):
+        raise InvariantBroken(
+            f"{manifest.version} has {keys.null_count + values.null_count + numbers.null_count} nulls among its rows "
+            f"and {len(flat)} dense weights for shapes of {at}; do not serve it."
+        )
+    weights = Weights(keys.to_numpy(), numbers.to_numpy(zero_copy_only=False).reshape(len(keys), width), dense)
+    if meta.get(b"content_sha256", b"") not in (b"", _content_sha256(meta, weights)):
+        raise InvariantBroken(f"rows or manifest of {manifest.version} do not match their digest; do not serve it.")
+    return weights, manifest
+
+
+def _fields(width: int) -> list[pa.Field]:
+    return [pa.field("key", pa.int64()), pa.field("values", pa.list_(pa.float32(), width))]
+
+
+def _content_sha256(metadata: Mapping[bytes, bytes], weights: Weights) -> bytes:
+    """Return the digest of manifest, shapes, dense weights and rows, in this order."""
+    found = hashlib.sha256()
+    for part in (metadata[b"manifest"], metadata[b"shapes"], metadata[b"dense_sha256"]):
+        found.update(len(part).to_bytes(8, "little") + part)
+    found.update(np.ascontiguousarray(weights.keys_K, dtype="<i8").data)
+    found.update(np.ascontiguousarray(weights.values_KV, dtype="<f4").data)
+    return found.hexdigest().encode()
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

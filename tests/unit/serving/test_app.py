@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 from serving_world import PROJECT, RECIPE, SPEC, TOPICS, Client, Trainer, World
 
 from headrace.contract.interfaces.log import Record
-from headrace.serving.api.app import make_app
+from headrace.serving.api.app import ServingApp, make_app
+from headrace.serving.features import FeatureMemory
 from headrace.serving.impression_log import ImpressionLog
+from headrace.serving.model.shared_region import SharedModel
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.scoring import score
 from headrace.trainer.model.tables.table import initial_values
@@ -124,12 +127,12 @@ def test_what_is_wrong_is_told_with_the_next_step(client: Client, served: Traine
 
 
 def test_without_a_model_it_is_not_ready(world: World, client: Client):
-    world.features.is_caught_up = True
     assert ask(client).status_code == 503 and client.get("/v1/model").status_code == 503
     assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
 
 
 def test_ready_needs_model_and_counters(world: World, client: Client, served: Trainer):
+    world.features.is_caught_up = False
     assert client.get("/readyz").status_code == 503
     world.features.is_caught_up = True
     assert client.get("/readyz").status_code == 200
@@ -184,5 +187,75 @@ def test_counters_of_a_fenced_off_aggregator_are_dropped(world: World, client: C
     counter(world, "2", 20_000, {"19": [1, 0]}, epoch=2)
     assert ask(client).json()["served"][0]["counter.item.impression"] == 0.0, "the window went on"
     world.features.take(Record(TOPICS.features, 0, 0, b"item/2", None, {}, 0))
-    world.features.take(Record(TOPICS.features, 0, 0, b"item/3", b"{", {}, 0))
     assert ask(client).json()["served"][1]["counter.item.impression"] == 0.0
+
+
+def test_until_the_counters_are_read_nothing_is_scored_and_nothing_logged(
+    world: World, client: Client, served: Trainer
+):
+    world.features.is_caught_up = False
+    refused = ask(client, log=True)
+    assert refused.status_code == 503 and refused.headers["Retry-After"] == "1" and not world.logged.calls
+    assert "counters" in refused.json()["error"] and client.get("/readyz").status_code == 503
+    world.features.is_caught_up = True
+    assert ask(client, log=True).status_code == 200 and len(world.logged.calls) == 1
+
+
+def test_a_process_that_began_without_a_broker_serves_after_the_bound_and_logs_no_counters(
+    world: World, client: Client, served: Trainer
+):
+    world.features.is_caught_up, world.features.away_since_s = False, 0.0
+    world.clock.advance(9.0)
+    assert ask(client).status_code == 503
+    world.clock.advance(2.0)
+    said = ask(client, log=True).json()
+    assert said["counters"] == "unread" and said["served"] == [{}, {}] and len(said["scores"]) == 2
+    assert world.logged.calls[0]["served"] == [{}, {}], "the join takes its own counters"
+    ready = client.get("/readyz")
+    assert (
+        ready.status_code == 200 and "unread" in ready.text and client.get("/v1/model").json()["counters"] == "unread"
+    )
+
+
+def test_a_broker_that_stays_away_leaves_the_last_known_counters_and_the_answer_says_so(
+    world: World, client: Client, served: Trainer
+):
+    counter(world, "2", 9_000, {"8": [5, 2]})
+    assert "counters" not in ask(client).json()
+    world.features.away_since_s = 0.0
+    world.clock.advance(11.0)
+    said = ask(client).json()
+    assert said["counters"] == "stale" and said["served"][1]["counter.item.impression"] == 5.0
+    assert client.get("/readyz").status_code == 200 and "stale" in client.get("/readyz").text
+    world.features.away_since_s = None
+    red = client.get("/readyz")
+    assert red.status_code == 503 and "10000 ms" in red.text, "the broker answers, and this process is behind"
+    world.features.current_s = world.clock.monotonic()
+    assert client.get("/readyz").status_code == 200 and "counters" not in ask(client).json()
+
+
+def test_each_workers_place_is_told_and_one_that_is_behind_makes_all_of_them_not_ready(
+    world: World, client: Client, served: Trainer
+):
+    slow = SharedModel(world.shared.path, dim=RECIPE.dim, rows_max=1_000, reader=3)
+    other = ServingApp(replace(world.deps, shared=slow, features=FeatureMemory()))
+    assert client.get("/readyz").status_code == 200, "a worker that has told nothing answers nothing either"
+    for seconds in (8.0, 4.0):  # The other one is caught up, and then stands still.
+        world.clock.advance(seconds)
+        world.features.offset, world.features.current_s = 70, world.clock.monotonic()
+        world.app.tell()
+        if seconds == 8.0:
+            other.deps.features.offset, other.deps.features.is_caught_up = 50, True
+            other.deps.features.current_s = 1.0
+        other.tell()
+        assert client.get("/readyz").status_code == (200 if seconds == 8.0 else 503)
+    assert "worker 3" in client.get("/readyz").text
+    assert client.get("/v1/model").json()["workers"] == [
+        {"worker": 0, "features_offset": 70, "behind_seconds": 0.0},
+        {"worker": 3, "features_offset": 50, "behind_seconds": 11.0},
+    ]
+    world.app.measure_workers()
+    assert world.metrics.gauges["features_offset", "3"] == 50
+    assert world.metrics.gauges["counters_behind_seconds", "3"] == 11.0
+    world.features.away_since_s = 0.0
+    assert client.get("/readyz").status_code == 200 and "stale" in client.get("/readyz").text

@@ -54,10 +54,11 @@ def test_a_newer_snapshot_of_the_chain_is_not_loaded(world: World):
     assert world.version == trainer.version and world.shared.meta().snapshot == "a-1"
 
 
-def test_a_new_process_begins_with_the_newest_snapshot(world: World):
+def test_a_new_region_begins_with_the_newest_snapshot(world: World):
     trainer, rng = begun(world)
     trainer.snapshot()
     trainer.delta(trainer.learn(rng))
+    world.shared = SharedModel(world.shared.path, dim=RECIPE.dim, rows_max=1_000, create=True)
     world.updater = world.new_updater()
     world.follow()
     assert world.version == trainer.version and world.shared.meta().snapshot == "a-4"

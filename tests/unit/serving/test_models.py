@@ -27,7 +27,7 @@ TASKS = ("click", "like", "dwell")
 def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
     yield world
-    world.shared.remove()
+    world.shared.path.unlink()
 
 
 def learnt(recipe: Recipe, seed: int = 1) -> TableLearner:

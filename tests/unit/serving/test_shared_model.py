@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from contextlib import suppress
-from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
-from headrace.serving.model.shared_region import Meta, SharedModel, View
+from headrace.serving.model.shared_region import _BEGAN, _READERS, Meta, SharedModel, View, began_at
 
 KEYS = np.arange(1, 401, dtype=np.int64) * 7919
 DIM = 3
 LAST = 3_000
+NO_KEYS = np.empty(0, np.int64)
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -58,15 +60,15 @@ def hammer(kind: type[SharedModel], path: Path, reader: int, start: Barrier, fou
 class NeverWaits(SharedModel):
     """The wait for readers misses all of them: the sequence alone must do."""
 
-    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        super().apply_delta(weights, meta, wait_s=0.0)
+    def apply_delta(self, weights: Weights, meta: Meta, gone_K: np.ndarray = NO_KEYS, *, wait_s: float = 1.0) -> None:
+        super().apply_delta(weights, meta, gone_K, wait_s=0.0)
         time.sleep(0.0005)  # else a reader is overtaken every time, and gives up as it should
 
 
 class WritesTheActiveCopy(SharedModel):
     """The planted bug: no turns and no sequence."""
 
-    def apply_delta(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
+    def apply_delta(self, weights: Weights, meta: Meta, gone_K: np.ndarray = NO_KEYS, *, wait_s: float = 1.0) -> None:
         self._put(int(self._head[0]), weights, meta)
 
 
@@ -99,6 +101,55 @@ def test_no_answer_mixes_versions_while_thousands_are_swapped(tmp_path: Path, ki
         reader.join(20)
     assert mixes or sum(versions for _, versions in results) > 20
     assert (sum(mixed for mixed, _ in results) > 0) == mixes
+
+
+def dies_within_read(path: Path) -> None:
+    opened(path, reader=1).read(lambda view: os._exit(9))
+
+
+def reads_until_told(path: Path, inside: Event, leave: Event) -> None:
+    def use(view: View) -> None:
+        inside.set()
+        leave.wait(20)
+
+    opened(path, reader=2).read(use)
+
+
+def test_a_reader_that_died_costs_the_writer_nothing_and_a_living_one_is_waited_for(tmp_path: Path):
+    model = opened(tmp_path / "model", create=True)
+    model.load_snapshot(weights(0), meta(0))
+    model.apply_delta(weights(1), meta(1))
+    dead = SPAWN.Process(target=dies_within_read, args=(model.path,))
+    dead.start()
+    dead.join(30)
+    assert dead.exitcode == 9
+    assert model._head[_READERS + 1] != 0, "its word is still there"
+    began = time.monotonic()
+    model.apply_delta(weights(2), meta(2), wait_s=20.0)
+    assert time.monotonic() - began < 5.0 and model._head[_READERS + 1] == 0
+    inside, leave = SPAWN.Event(), SPAWN.Event()
+    slow = SPAWN.Process(target=reads_until_told, args=(model.path, inside, leave))
+    slow.start()
+    assert inside.wait(30)
+    began = time.monotonic()
+    model.apply_delta(weights(3), meta(3), wait_s=0.3)
+    assert time.monotonic() - began >= 0.3 and model._head[_READERS + 2] != 0
+    leave.set()
+    slow.join(30)
+
+
+def test_the_word_of_a_process_whose_id_is_used_again_is_freed(tmp_path: Path):
+    model = opened(tmp_path / "model", create=True)
+    model.load_snapshot(weights(0), meta(0))
+    model.meta()
+    reader = opened(tmp_path / "model", reader=5)
+    reader.meta()
+    model._head[_READERS + 5] = 1 + int(model._head[0])
+    model._head[_BEGAN + 5] -= 1  # Another process had this id, and began earlier.
+    began = time.monotonic()
+    model.apply_delta(weights(1), meta(1), wait_s=20.0)
+    assert time.monotonic() - began < 5.0
+    assert began_at(os.getpid()) >= 0 and began_at(2**22 + 1) == -1
 
 
 def test_both_copies_take_every_delta(tmp_path: Path):
