@@ -36,6 +36,7 @@ from headrace.stream.join.state import StateWriter, load, part_names, read_manif
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import DurableState, Outgoing, StateSnapshot, StateStore, await_stored
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.waits import Waits
 
 log = logging.getLogger("headrace.stream")
 
@@ -87,8 +88,9 @@ class StreamStage:
         """After a change of rules, what the worker would find on disk if it had found what was in force before."""
         self.engine: Engine | None = None
         self.partitions: dict[int, _Partition] = {}
-        self._store = StateStore(deps.blobs)
-        self._failure: Exception | None = None
+        self._waits = Waits(deps.clock)
+        self._store = StateStore(deps.blobs, self._waits)
+        self._failure: BaseException | None = None
         self._metrics_due_s = 0.0
 
     async def begin(self, partition: int) -> int | None:
@@ -132,6 +134,7 @@ class StreamStage:
         self.deps.producer.poll(0.0)
         if self._failure is not None:
             raise self._failure
+        self._waits.check()
         for partition in self.partitions.values():
             if partition.durable.is_due():
                 partition.snapshot()
@@ -149,10 +152,14 @@ class StreamStage:
                 partition.durable.cancel()
 
     async def finish(self) -> None:
-        """Store the state of every partition."""
+        """Store the state of every partition. Raises what stopped the stage: nothing is stored then."""
+        if self._failure is not None:
+            raise self._failure
         for partition in self.partitions.values():
             partition.snapshot()
         await await_stored((partition.durable for partition in self.partitions.values()), self.deps.producer)
+        if self._failure is not None:
+            raise self._failure
 
     def acknowledge(self, offsets: Mapping[int, int]) -> None:
         """Let Faust commit up to these offsets: what they led to is durable."""
@@ -160,9 +167,9 @@ class StreamStage:
             if self.engine is not None:
                 self.engine.acknowledge(partition, offset)
 
-    def fail(self, error: Exception) -> None:
-        """Stop the stage with this error at its next tick."""
-        self._failure = error
+    def fail(self, error: BaseException) -> None:
+        """Stop the stage with this error at its next tick, the first one that came."""
+        self._failure = self._failure or error
 
     def _tell_rules(self, partition: int, state: JoinState, before: Rules | None) -> None:
         """Log what the partition is read by; `before` are the rules until now, unless the worker just began."""
