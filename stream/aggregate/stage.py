@@ -37,6 +37,7 @@ from headrace.stream.shell.durable_state import (
     check_topic,
 )
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.waits import Waits
 
 RECORD_ROWS = 5_000
 
@@ -53,15 +54,16 @@ class AggregateStage:
         self.engine: Engine | None = None
         self.state: AggregatorState | None = None
         self.epoch = 0
+        self._waits = Waits(deps.clock)
         self.durable = self.durable_state(
             deps,
-            StateStore(deps.blobs),
+            StateStore(deps.blobs, self._waits),
             self,
             folder=f"state/aggregate/g{deps.topics.generation}",
             every_ms=deps.config.aggregate.snapshot_ms,
         )
         self._metrics_due_s = 0.0
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     async def begin(self, partition: int) -> int | None:
         """Restore the newest readable state, common to all partitions."""
@@ -92,6 +94,7 @@ class AggregateStage:
         self.deps.producer.poll(0.0)
         if self._failure is not None:
             raise self._failure
+        self._waits.check()
         if self.state is None:
             return
         if self.durable.is_due():
@@ -108,10 +111,14 @@ class AggregateStage:
             self.state = None
 
     async def finish(self) -> None:
-        """Store the state."""
+        """Store the state. Raises what stopped the stage: nothing is stored then."""
+        if self._failure is not None:
+            raise self._failure
         if self.state is not None:
             self._snapshot(self.state)
         await await_stored([self.durable], self.deps.producer)
+        if self._failure is not None:
+            raise self._failure
 
     def acknowledge(self, offsets: Mapping[int, int]) -> None:
         """Let Faust commit up to these offsets: what they led to is durable."""
@@ -119,9 +126,9 @@ class AggregateStage:
             if self.engine is not None:
                 self.engine.acknowledge(partition, offset)
 
-    def fail(self, error: Exception) -> None:
-        """Stop the stage with this error at its next tick."""
-        self._failure = error
+    def fail(self, error: BaseException) -> None:
+        """Stop the stage with this error at its next tick, the first one that came."""
+        self._failure = self._failure or error
 
     async def _restore(self) -> AggregatorState:
         state = await self.durable.restore(_read, self._load)

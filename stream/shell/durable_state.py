@@ -8,6 +8,9 @@
 
 A worker that starts restores the newest snapshot that can be read. It reads on from its offsets and sends again what
 came after it. Where there are snapshots and none can be read it refuses: only a person decides to begin afresh.
+
+Whatever fails, a receipt, a call, anything nobody expected, stops the stage: from then on nothing is stored and nothing
+acknowledged, so that no state passes what was not delivered.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
+from headrace.contract.errors import InvariantBroken, Overloaded
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Producer
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
+from headrace.stream.shell.waits import CALL_MAX_S, LOAD_MAX_S, RECEIPT_MAX_S, Waits
 
 log = logging.getLogger("headrace.state")
 
@@ -72,21 +76,28 @@ class StateOwner(Protocol):
     def acknowledge(self, offsets: Mapping[int, int]) -> None:
         """Let Faust commit up to these offsets: what they led to is durable."""
 
-    def fail(self, error: Exception) -> None:
-        """Stop the stage with this error at its next tick."""
+    def fail(self, error: BaseException) -> None:
+        """Stop the stage with this error at its next tick; nothing more is made durable."""
 
 
 class StateStore:
     """The blob store as a stage's states share it: it serves one thread at a time, so they take turns."""
 
-    def __init__(self, blobs: Blobs) -> None:
-        self.blobs = blobs
+    def __init__(self, blobs: Blobs, waits: Waits) -> None:
+        self.blobs, self.waits = blobs, waits
         self._lock = asyncio.Lock()
 
-    async def run(self, work: Callable[[], T]) -> T:
+    async def run(self, what: str, work: Callable[[], T], max_s: float = CALL_MAX_S) -> T:
         """Return what `work` does with the store, in another thread."""
+        # Whoever waits for it may be cancelled; its turn ends when the thread does.
+        return await asyncio.shield(asyncio.ensure_future(self._in_turn(what, work, max_s)))
+
+    async def _in_turn(self, what: str, work: Callable[[], T], max_s: float) -> T:
         async with self._lock:
-            return await asyncio.to_thread(work)
+            return await self._call(what, work, max_s)
+
+    async def _call(self, what: str, work: Callable[[], T], max_s: float) -> T:
+        return await self.waits.call(what, work, max_s)
 
 
 class DurableState:
@@ -119,6 +130,8 @@ class DurableState:
         self.kept: dict[str, Sequence[str]] = {}
         """Names of the kept manifests, oldest first, and of the parts that each needs."""
         self.storing: asyncio.Task[None] | None = None
+        self.failure: BaseException | None = None
+        """What stopped it: nothing is stored from then on."""
 
     async def restore(
         self,
@@ -135,7 +148,8 @@ class DurableState:
             load: makes a state of what was read, with a function that fetches a part. Raises `Damaged`.
             parts_of: names the parts that a manifest needs; without it there are none, and older manifests stay unread.
         """
-        names = [_base(name) for name in await self._store.run(partial(self._store.blobs.list, self._folder))]
+        listed = await self._store.run(f"list of {self._folder}", partial(self._store.blobs.list, self._folder))
+        names = [_base(name) for name in listed]
         newest: T | None = None
         kept: dict[str, Sequence[str]] = {}
         for name in sorted(names, key=int, reverse=True):
@@ -143,12 +157,14 @@ class DurableState:
                 kept[name] = ()
                 continue
             try:
-                plain = await self._store.run(partial(self._read, name, read))
+                plain = await self._store.run(f"read of {self._folder}/{name}", partial(self._read, name, read))
                 if plain is None:
                     continue
                 kept[name] = parts_of(plain) if parts_of is not None else ()
                 if newest is None:
-                    newest = await self._store.run(partial(load, plain, self._part))
+                    newest = await self._store.run(
+                        f"restore of {self._folder}/{name}", partial(load, plain, self._part), LOAD_MAX_S
+                    )
             except Damaged as error:
                 log.error("%s/%s is damaged (%s); taking the one before", self._folder, name, error)
         self.kept = dict(reversed(kept.items()))
@@ -172,22 +188,25 @@ class DurableState:
         # Counted before they are sent: no state is stored while one of them still waits for room.
         self.sent += count
         for record in records:
-            while not self._try_to_send(record):
-                self._producer.poll(0.0)
-                await asyncio.sleep(FULL_WAIT_S)
+            if not self._try_to_send(record):
+                with self._store.waits.named("room in the producer's queue", RECEIPT_MAX_S):
+                    await self._send_when_there_is_room(record)
             self._producer.poll(0.0)
 
     def is_due(self) -> bool:
         """Say whether the next snapshot is due, and wait for the one after it from now on."""
         now_s = self._clock.monotonic()
-        if self.storing is not None or now_s < self._due_s:
+        if self.storing is not None or self.failure is not None or now_s < self._due_s:
             return False
         self._due_s = now_s + self._every_s
         return True
 
     def begin(self, offsets: Mapping[int, int], take: Callable[[], StateSnapshot]) -> None:
-        """Begin to make the state durable, unless it was stored at these offsets or the last one is still under way."""
-        if self.storing is None and offsets != self.stored:
+        """Begin to make the state durable, unless it was stored at these offsets or the last one is still under way.
+
+        Nothing begins after a failure: what follows it is never stored.
+        """
+        if self.storing is None and self.failure is None and offsets != self.stored:
             # 1. Snapshot.
             self.storing = asyncio.ensure_future(self._make_durable(take(), self.sent))
 
@@ -206,36 +225,62 @@ class DurableState:
             self._owner.acknowledge(snapshot.offsets)
             await self._delete_old()
             self._metrics.add("state_snapshots_total")
-        except Unavailable as error:
-            self._owner.fail(error)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            # Whatever it is: a task that ends in silence leaves a stage that runs on and stores nothing.
+            self._fail(error)
         finally:
             self.storing = None
 
+    def _fail(self, error: BaseException) -> None:
+        self.failure = self.failure or error
+        self._owner.fail(error)
+
     async def _await_receipts(self, sent: int) -> None:
-        while self.delivered < sent:
-            await asyncio.sleep(RECEIPT_WAIT_S)
+        with self._store.waits.named(f"receipts of the records before {self._folder}'s snapshot", RECEIPT_MAX_S):
+            while self.delivered < sent:
+                if self.failure is not None:
+                    raise self.failure
+                await asyncio.sleep(RECEIPT_WAIT_S)
 
     async def _put(self, snapshot: StateSnapshot) -> None:
         for name, encode in snapshot.parts.items():
-            await self._store.run(partial(_put, self._store.blobs, f"{self._parts_folder}/{name}", encode))
-        await self._store.run(partial(_put, self._store.blobs, f"{self._folder}/{snapshot.name}", snapshot.manifest))
+            await self._put_one(f"{self._parts_folder}/{name}", encode)
+        await self._put_one(f"{self._folder}/{snapshot.name}", snapshot.manifest)
         self.stored = snapshot.offsets
         self.kept[snapshot.name] = snapshot.needed
+
+    async def _put_one(self, name: str, encode: Encode) -> None:
+        if self.failure is not None:
+            raise self.failure
+        await self._store.run(f"write of {name}", partial(_put, self._store.blobs, name, encode))
+
+    async def _delete_one(self, name: str) -> None:
+        await self._store.run(f"delete of {name}", partial(self._store.blobs.delete, name))
 
     async def _delete_old(self) -> None:
         while len(self.kept) > STATES_KEPT:
             oldest = next(iter(self.kept))
             needed = self.kept.pop(oldest)
-            await self._store.run(partial(self._store.blobs.delete, f"{self._folder}/{oldest}"))
+            await self._delete_one(f"{self._folder}/{oldest}")
             for name in set(needed).difference(*self.kept.values()):
-                await self._store.run(partial(self._store.blobs.delete, f"{self._parts_folder}/{name}"))
+                await self._delete_one(f"{self._parts_folder}/{name}")
 
     def _read(self, name: str, read: Callable[[bytes], Any]) -> Any:
         data = self._store.blobs.get(f"{self._folder}/{name}")
         return None if data is None else read(data)
 
     def _part(self, name: str) -> bytes | None:
-        return self._store.blobs.get(f"{self._parts_folder}/{name}")
+        with self._store.waits.named(f"read of {self._parts_folder}/{name}"):
+            return self._store.blobs.get(f"{self._parts_folder}/{name}")
+
+    async def _send_when_there_is_room(self, record: Outgoing) -> None:
+        while True:
+            self._producer.poll(0.0)
+            await asyncio.sleep(FULL_WAIT_S)
+            if self._try_to_send(record):
+                return
 
     def _try_to_send(self, record: Outgoing) -> bool:
         try:
@@ -252,9 +297,11 @@ class DurableState:
         return True
 
     def _on_delivered(self, error: Exception | None, _offset: int) -> None:
-        self.delivered += 1
         if error is not None:
-            self._owner.fail(error)
+            # Never counted as delivered: no state that knows this record may be stored.
+            self._fail(error)
+            return
+        self.delivered += 1
 
 
 def check_topic(stored_id: str, topic_id: str, topic: str) -> None:

@@ -24,6 +24,7 @@ from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.interfaces.log import Record
+from headrace.stream.shell.watchdog import Watchdog
 
 log = logging.getLogger("headrace.engine")
 
@@ -58,7 +59,7 @@ class Stage(Protocol):
         """Forget these partitions' state."""
 
     async def finish(self) -> None:
-        """Make what is possible durable within 2 seconds: the process stops."""
+        """Make what is possible durable within 2 seconds: the process stops. Raises what kept it from that."""
 
 
 class _Thread(aiokafka_driver.AIOKafkaConsumerThread):
@@ -118,6 +119,7 @@ class Engine:
         self._taken = asyncio.Event()
         self._failure: BaseException | None = None
         self._in_group = False
+        self._watchdog = Watchdog()
 
     def acknowledge(self, partition: int, upto: int) -> None:
         """Let Faust commit the partition's records up to offset `upto`, whose effects are durable."""
@@ -135,7 +137,11 @@ class Engine:
 
     def run(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may mend."""
-        return asyncio.run(self._main(stage, stop, ready))
+        self._watchdog.start()
+        try:
+            return asyncio.run(self._main(stage, stop, ready))
+        finally:
+            self._watchdog.stop()
 
     async def _main(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         app = self.app
@@ -153,7 +159,11 @@ class Engine:
                     await asyncio.sleep(3600)
 
         async def revoked(_app: Any, *partitions: Any, **_: Any) -> None:
-            self._forget(stage, {tp.partition for tp in partitions[0] if tp.topic == self.topic})
+            try:
+                self._forget(stage, {tp.partition for tp in partitions[0] if tp.topic == self.topic})
+            except Exception as error:
+                # Raised into Kafka's client, it would end the client's own task instead of the stage.
+                self._failure = self._failure or error
 
         async def assigned(_app: Any, *_: Any, **__: Any) -> None:
             self._in_group = True
@@ -162,7 +172,9 @@ class Engine:
             try:
                 while True:
                     await self._hand_on(stage)
-            except Exception as error:
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
                 self._failure = self._failure or error
 
         hooks: list[Any] = [revoked, assigned]
@@ -171,10 +183,10 @@ class Engine:
         ready(False, "waiting for Kafka's group")
         app.finalize()
         starting, handing = asyncio.ensure_future(app.start()), asyncio.ensure_future(hand_on())
-        status = 0
         try:
             while not stop.is_set() and self._failure is None:
                 await asyncio.sleep(TICK_S)
+                self._watchdog.beat()
                 if starting.done() and starting.exception() is not None:
                     self._failure = starting.exception()
                 elif app.crashed:
@@ -184,23 +196,23 @@ class Engine:
                     if self.next or self._in_group:
                         ready(True, "")
         except Exception as error:
-            self._failure = error
+            self._failure = self._failure or error
         ready(False, "stopping")
         handing.cancel()
         await asyncio.wait([handing])
+        if self._failure is None:
+            self._failure = await _bounded(stage.finish(), "durable state")
         if self._failure is not None:
-            status = 1
             log.error(
                 "stopping: %s: %s",
                 type(self._failure).__name__,
                 self._failure,
                 exc_info=None if isinstance(self._failure, HeadraceError) else self._failure,
             )
-        else:
-            await _bounded(stage.finish(), "durable state")
         starting.cancel()
-        await _bounded(app.stop(), "Faust")
-        return status
+        if (unstopped := await _bounded(app.stop(), "Faust")) is not None:
+            log.warning("Faust: %s", unstopped)
+        return 0 if self._failure is None else 1
 
     def _forget(self, stage: Stage, partitions: set[int]) -> None:
         stage.drop(partitions)
@@ -323,13 +335,15 @@ class Engine:
             )
 
 
-async def _bounded(work: Any, what: str) -> None:
+async def _bounded(work: Any, what: str) -> Exception | None:
+    """Do it for at most `STOP_S`; return what it raised."""
     try:
         await asyncio.wait_for(work, STOP_S)
     except (TimeoutError, asyncio.CancelledError):
         log.warning("%s did not finish in %g s; the next start goes on from the last snapshot", what, STOP_S)
     except Exception as error:
-        log.warning("%s: %s", what, error)
+        return error
+    return None
 
 
 def _headers(message: Any) -> dict[str, str]:

@@ -43,6 +43,7 @@ from headrace.stream.shell.durable_state import (
     check_topic,
 )
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.waits import Waits
 
 log = logging.getLogger("headrace.stream")
 
@@ -97,8 +98,9 @@ class StreamStage:
         """After a change of rules, what the worker would find on disk if it had found what was in force before."""
         self.engine: Engine | None = None
         self.partitions: dict[int, _Partition] = {}
-        self._store = StateStore(deps.blobs)
-        self._failure: Exception | None = None
+        self._waits = Waits(deps.clock)
+        self._store = StateStore(deps.blobs, self._waits)
+        self._failure: BaseException | None = None
         self._metrics_due_s = 0.0
 
     async def begin(self, partition: int) -> int | None:
@@ -144,6 +146,7 @@ class StreamStage:
         self.deps.producer.poll(0.0)
         if self._failure is not None:
             raise self._failure
+        self._waits.check()
         for partition in self.partitions.values():
             if partition.durable.is_due():
                 partition.snapshot()
@@ -161,10 +164,14 @@ class StreamStage:
                 partition.durable.cancel()
 
     async def finish(self) -> None:
-        """Store the state of every partition."""
+        """Store the state of every partition. Raises what stopped the stage: nothing is stored then."""
+        if self._failure is not None:
+            raise self._failure
         for partition in self.partitions.values():
             partition.snapshot()
         await await_stored((partition.durable for partition in self.partitions.values()), self.deps.producer)
+        if self._failure is not None:
+            raise self._failure
 
     def acknowledge(self, offsets: Mapping[int, int]) -> None:
         """Let Faust commit up to these offsets: what they led to is durable."""
@@ -172,9 +179,9 @@ class StreamStage:
             if self.engine is not None:
                 self.engine.acknowledge(partition, offset)
 
-    def fail(self, error: Exception) -> None:
-        """Stop the stage with this error at its next tick."""
-        self._failure = error
+    def fail(self, error: BaseException) -> None:
+        """Stop the stage with this error at its next tick, the first one that came."""
+        self._failure = self._failure or error
 
     def _tell_rules(self, partition: int, state: JoinState, before: Rules | None) -> None:
         """Log what the partition is read by; `before` are the rules until now, unless the worker just began."""

@@ -4,7 +4,8 @@
 2. Drop rows that are not beyond the partition's position. A record that begins after a position not reached yet was
    written out of turn: it is left out, counted (`gap_total`) and comes again from the partition's owner.
 3. Every `sink.commit_ms`, or `sink.commit_rows`, commit rows, offsets and positions in one Delta commit.
-4. Then let Faust commit. When a commit fails, everything since the last one is dropped and read again.
+4. Then let Faust commit. Whatever fails, in a commit or after it, the stage stops and commits no more: everything since
+   the last commit is read again after a restart, and no later commit moves the positions past it.
 
 `behind_ms` is the age of the oldest record that is not in the lake. Beyond half of what the topic keeps it is an alarm:
 what the topic forgets before it is stored is lost.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pyarrow as pa
 
@@ -30,6 +32,7 @@ from headrace.contract.interfaces.lake import LakeState, LakeWriter
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.waits import Waits
 
 log = logging.getLogger("headrace.sink")
 
@@ -65,13 +68,14 @@ class SinkStage:
         self._due_s = 0.0
         self._metrics_due_s = 0.0
         self._committing: asyncio.Task[None] | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
+        self._waits = Waits(clock)
 
     async def begin(self, partition: int) -> int | None:
         """Ask the lake where the partition goes on."""
         if self._committing is not None:
             await asyncio.wait([self._committing])
-        state = await asyncio.to_thread(_patiently, self.lake.state, self.clock)
+        state = await self._waits.call("look at the lake", partial(_patiently, self.lake.state, self.clock))
         position = START if state is None else state.positions.at(partition)
         self.orders[partition] = SampleOrder(position, hold=False)
         return None if state is None else state.next_offsets.get(partition)
@@ -117,6 +121,7 @@ class SinkStage:
         """Begin a commit that is due."""
         if self._failure is not None:
             raise self._failure
+        self._waits.check()
         now_s = self.clock.monotonic()
         if self._committing is None and self.batches and (now_s >= self._due_s or self.rows >= self.config.commit_rows):
             self._begin_commit()
@@ -151,13 +156,15 @@ class SinkStage:
             self._since_ms.pop(partition, None)
 
     async def finish(self) -> None:
-        """Commit what is there."""
+        """Commit what is there. Raises what stopped the stage."""
         if self._committing is not None:
             await asyncio.wait([self._committing])
         if self.batches and self._failure is None:
             self._begin_commit()
         if self._committing is not None:
             await asyncio.wait([self._committing])
+        if self._failure is not None:
+            raise self._failure
 
     def _begin_commit(self) -> None:
         self._due_s = self.clock.monotonic() + self.config.commit_ms / 1000
@@ -171,22 +178,27 @@ class SinkStage:
     async def _commit(
         self, batches: list[pa.RecordBatch], offsets: dict[int, int], positions: dict[int, Position]
     ) -> None:
-        start_s = self.clock.monotonic()
         try:
-            version = await asyncio.to_thread(self.lake.append, batches, offsets, positions)
-        except Unavailable as error:
-            # Whether it happened or not, the lake knows: the next start asks it.
-            self._failure = error
-            return
+            start_s = self.clock.monotonic()
+            rows = sum(batch.num_rows for batch in batches)
+            version = await self._waits.call(
+                f"commit of {rows} samples to the lake", partial(self.lake.append, batches, offsets, positions)
+            )
+            self._since_committing_ms = {}
+            for partition, following in offsets.items():
+                if self.engine is not None:
+                    self.engine.acknowledge(partition, following - 1)
+            self.metrics.add("rows_stored_total", rows)
+            self.metrics.set("lake_version", version)
+            self.metrics.observe("commit_seconds", self.clock.monotonic() - start_s)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            # Whatever it is, and whether the commit happened or not, the lake knows: the next start asks it. Another
+            # commit after this one would move the positions past rows that may not be there.
+            self._failure = self._failure or error
         finally:
             self._committing = None
-        self._since_committing_ms = {}
-        for partition, following in offsets.items():
-            if self.engine is not None:
-                self.engine.acknowledge(partition, following - 1)
-        self.metrics.add("rows_stored_total", sum(b.num_rows for b in batches))
-        self.metrics.set("lake_version", version)
-        self.metrics.observe("commit_seconds", self.clock.monotonic() - start_s)
 
 
 def _alike(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:

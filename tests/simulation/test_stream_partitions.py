@@ -31,6 +31,7 @@ from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState
+from headrace.stream.shell import waits
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import DurableState
 from headrace.stream.shell.join_stage import StreamStage
@@ -54,12 +55,12 @@ def no_waiting(monkeypatch):
     async def sleep(_: float) -> None:
         await turn(0)
 
-    async def to_thread(work: Any, *args: Any) -> Any:
+    async def in_thread(_what: str, work: Any) -> Any:
         await turn(0)
-        return work(*args)
+        return work()
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    monkeypatch.setattr(waits, "in_thread", in_thread)
 
 
 def arrivals(seed: int) -> list[list[Record]]:

@@ -66,7 +66,7 @@ class LaggingProducer:
 class QuickStore(StateStore):
     """A store that answers a turn of the loop later, without a thread: a seed says all that happens."""
 
-    async def run(self, work):
+    async def run(self, what, work, max_s=0.0):
         await asyncio.sleep(0)
         return work()
 
@@ -76,7 +76,7 @@ class Stage(StreamStage):
 
     def __init__(self, deps: StageDependencies, **kwargs: Any) -> None:
         super().__init__(deps, **kwargs)
-        self._store = QuickStore(deps.blobs)
+        self._store = QuickStore(deps.blobs, self._waits)
 
 
 class Worker:

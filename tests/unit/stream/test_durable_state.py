@@ -27,6 +27,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import DurableState, Outgoing, StateSnapshot, await_stored
+from headrace.stream.shell.waits import RECEIPT_MAX_S, Waits
 
 
 class Producer:
@@ -53,16 +54,16 @@ class Producer:
 
 
 class FailingBlobs(Blobs):
-    """A store that can be away, and remembers what was put in which order."""
+    """A store that can fail, and remembers what was put in which order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_away = False
+        self.fault: Exception | None = None
         self.puts: list[str] = []
 
     def put(self, name: str, data: bytes) -> None:
-        if self.is_away:
-            raise Unavailable("away")
+        if self.fault is not None:
+            raise self.fault
         self.puts.append(name)
         super().put(name, data)
 
@@ -99,8 +100,15 @@ class World:
             clock=self.clock,
             begin_afresh=begin_afresh,
         )
+        self.waits = Waits(self.clock)
         self.durable = DurableState(
-            deps, QuickStore(self.blobs), self.owner, folder="state", parts_folder="parts", every_ms=1_000, first_ms=500
+            deps,
+            QuickStore(self.blobs, self.waits),
+            self.owner,
+            folder="state",
+            parts_folder="parts",
+            every_ms=1_000,
+            first_ms=500,
         )
 
     def begin(self, offset: int, *parts: str, needed: tuple[str, ...] = ()) -> None:
@@ -212,17 +220,58 @@ def test_a_snapshot_is_due_at_its_time_and_not_while_one_is_under_way() -> None:
     asyncio.run(run())
 
 
-def test_a_store_that_is_away_and_a_refused_record_stop_the_stage() -> None:
+@pytest.mark.parametrize("fault", [Unavailable("away"), RuntimeError("odd"), MemoryError("malloc"), Exception("bare")])
+def test_whatever_the_store_raises_stops_the_stage_for_good(fault: Exception) -> None:
     async def run() -> None:
         world = World()
-        world.blobs.is_away = True
+        world.blobs.fault = fault
         await world.stored(1)
-        assert [type(error) for error in world.owner.failures] == [Unavailable]
-        assert (world.owner.acknowledged, world.durable.stored) == ([], {})
+        assert world.owner.failures == [fault]
+        world.blobs.fault = None
+        await world.stored(2)
+        world.clock.advance(5.0)
+        assert not world.durable.is_due()
+        assert (world.blobs.puts, world.owner.acknowledged, world.durable.stored) == ([], [], {})
+
+    asyncio.run(run())
+
+
+def test_a_refused_record_is_never_counted_as_delivered() -> None:
+    async def run() -> None:
+        world = World()
+        await world.durable.send(2, records(2))
+        world.begin(7)
+        await turns()
         refused = Unavailable("refused")
+        world.producer.receipts.pop(0)(refused, -1)
+        world.producer.deliver()
+        await turns()
+        assert (world.blobs.puts, world.owner.acknowledged) == ([], [])
+        assert set(world.owner.failures) == {refused}
+
+    asyncio.run(run())
+
+
+def test_receipts_and_room_that_never_come_end_the_wait_by_name() -> None:
+    async def run() -> None:
+        world = World()
         await world.durable.send(1, records(1))
-        world.producer.deliver(refused)
-        assert world.owner.failures[1:] == [refused]
+        world.begin(7)
+        world.producer.room = 0
+        sending = asyncio.ensure_future(world.durable.send(1, records(1)))
+        await turns()
+        world.clock.advance(RECEIPT_MAX_S)
+        world.waits.check()
+        world.clock.advance(0.1)
+        with pytest.raises(Unavailable, match="receipts of the records before state's snapshot: no answer in 330 s"):
+            world.waits.check()
+        world.producer.deliver()
+        await turns()
+        with pytest.raises(Unavailable, match="room in the producer's queue"):
+            world.waits.check()
+        world.producer.room = 9
+        await sending
+        world.waits.check()
 
     asyncio.run(run())
 

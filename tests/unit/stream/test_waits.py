@@ -1,0 +1,93 @@
+"""Goal: no call and no loop that stands still keeps a stage for ever. Method: a virtual clock, and one real process."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import pytest
+
+from headrace.backends.clock import VirtualClock
+from headrace.contract.errors import Unavailable
+from headrace.stream.shell.waits import Waits
+from headrace.stream.shell.watchdog import STILL_MAX_S, Watchdog
+
+
+def test_a_call_returns_or_raises_what_its_work_does() -> None:
+    async def run() -> None:
+        waits = Waits(VirtualClock())
+        assert await waits.call("sum", lambda: 1 + 1) == 2
+        for error in (MemoryError, StopIteration, SystemExit):
+            with pytest.raises(RuntimeError if error is StopIteration else error):
+                await waits.call("odd", partial(_raise, error))
+
+    asyncio.run(run())
+
+
+def _raise(error: type[BaseException]) -> None:
+    raise error
+
+
+def test_a_call_beyond_its_bound_is_named_and_its_late_answer_ignored() -> None:
+    async def run() -> None:
+        clock, go_on = VirtualClock(), threading.Event()
+        waits = Waits(clock)
+        calling = asyncio.ensure_future(waits.call("write of x", lambda: go_on.wait(10.0), 5.0))
+        await asyncio.sleep(0)
+        clock.advance(5.0)
+        waits.check()
+        clock.advance(0.1)
+        with pytest.raises(Unavailable, match=r"write of x: no answer in 5 s, 5 s are allowed"):
+            waits.check()
+        calling.cancel()
+        go_on.set()
+        await asyncio.wait([calling])
+        waits.check()
+
+    asyncio.run(run())
+
+
+def test_a_loop_that_stands_still_ends_the_process() -> None:
+    clock, said = VirtualClock(), list[str]()
+    watchdog = Watchdog(clock.monotonic, said.append)
+    clock.advance(STILL_MAX_S)
+    watchdog.look()
+    watchdog.beat()
+    clock.advance(STILL_MAX_S)
+    watchdog.look()
+    assert said == []
+    clock.advance(0.1)
+    watchdog.look()
+    assert "has stood still for 180 s" in said[0]
+
+
+HANGS = """
+import asyncio, logging, threading
+from headrace.stream.shell import watchdog
+from headrace.stream.shell.waits import in_thread
+watchdog.STILL_MAX_S = watchdog.LOOK_S = 0.05
+logging.basicConfig()
+async def main():
+    asyncio.ensure_future(in_thread("never", threading.Event().wait))
+    await asyncio.sleep(0.01)
+    watchdog.Watchdog().start()
+    threading.Event().wait()
+"""
+ENDS = """
+import asyncio, threading
+from headrace.stream.shell.waits import in_thread
+async def main():
+    asyncio.ensure_future(in_thread("never", threading.Event().wait))
+    await asyncio.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(("program", "status", "said"), [(HANGS, 1, "stood still"), (ENDS, 0, "")])
+def test_neither_a_hanging_loop_nor_a_hanging_call_keeps_a_process(program: str, status: int, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", program + "asyncio.run(main())"], capture_output=True, text=True, timeout=30.0
+    )
+    assert (done.returncode, said in done.stderr) == (status, True)
