@@ -6,6 +6,7 @@ other's place, or be taken for it; Delta takes names that differ only by case fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,16 @@ RESERVED: frozenset[str] = frozenset(
 )
 """Every name of a column of ours, lower case. Names that begin with `PREFIXES` are ours too."""
 PREFIXES = ("counter.", f"{EXTERNAL_PREFIX}.")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+"""Of a project: it stands in names of blobs."""
 _SENT = frozenset(column.name for column in (*ENVELOPE, VERSION, VALUE))
 """What an event brings beside its own fields."""
 
 
 def check_names(project: Project) -> None:
     """Raise `ConfigRejected` for the first declared name that is ours, or that two declarations share."""
+    if not _NAME.fullmatch(project.name):
+        raise ConfigRejected(f"name {project.name!r}: begin with a-z or 0-9, and go on with these, `_` and `-`.")
     kinds: tuple[ImpressionType | FeedbackType, ...] = (project.impression, *project.feedback)
     for kind in kinds:
         for field in kind.fields:

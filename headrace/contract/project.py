@@ -14,8 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import Counter as Counts
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -59,7 +57,6 @@ EXTRA = "extra"
 
 LANES_MAX = 8
 """The join keeps a byte of an impression's tasks: a task takes a bit, one that corrects late feedback a second one."""
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _HINTS = {
     "Expected `array`, got `str`": 'A tuple of one ends in a comma: ("click",).',
     r"length >= 2 .*\.key`": 'A tuple names two fields or more; one field is a text, key="user_id".',
@@ -135,7 +132,7 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         """Return self, its spec's numbers of the declared types, or raise `ConfigRejected` naming the first declaration
         that contradicts its type or another declaration."""
         typed = _of_declared_types(self)
-        _check_names(self)
+        check_names(self)
         raw, columns = set(self.impression.fields), set(self.features.counter_columns())
         kinds = {f.name for f in self.feedback}
         if self.impression.key not in raw:
@@ -143,7 +140,6 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         events: tuple[ImpressionType | FeedbackType, ...] = (self.impression, *self.feedback)
         for one in events:
             _check_fields(one)
-        check_names(self)
         fields_by_tag = {self.impression.tag: self.impression.fields, **{f.tag: f.fields for f in self.feedback}}
         check_mappings(self.mappings, fields_by_tag, self.impression.key)
         check_crawls(self.crawls, self.impression.fields)
@@ -243,24 +239,6 @@ def _of_declared_types(project: Project) -> Project:
     except (msgspec.ValidationError, TypeError) as error:
         hints = [hint for pattern, hint in _HINTS.items() if re.search(pattern, str(error))]
         raise ConfigRejected(" ".join([f"{error}; `$` is the Project.", *hints])) from error
-
-
-def _check_names(project: Project) -> None:
-    if not _NAME.fullmatch(project.name):
-        raise ConfigRejected(f"name {project.name!r}: begin with a-z or 0-9, and go on with these, `_` and `-`.")
-    if any(feedback.name == "impression" for feedback in project.feedback):
-        raise ConfigRejected("a feedback is called 'impression', which is the name of what was shown: choose another.")
-    counters = project.features.counters
-    _check_once("feedback types have the name", [feedback.name for feedback in project.feedback])
-    _check_once("events have the tag", [project.impression.tag, *(feedback.tag for feedback in project.feedback)])
-    _check_once("tasks have the name", [task.name for task in project.tasks])
-    _check_once("counters have the name", [counter.name for counter in counters])
-
-
-def _check_once(what: str, names: Sequence[str]) -> None:
-    for name, times in Counts(names).items():
-        if times > 1:
-            raise ConfigRejected(f"{times} {what} {name!r}; each needs one of its own.")
 
 
 def _check_fields(kind: ImpressionType | FeedbackType) -> None:

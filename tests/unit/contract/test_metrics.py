@@ -43,9 +43,10 @@ def test_labels_are_named_for_what_they_hold():
         "events_dead_lettered_total",
         "connections_refused_total",
         "left_out_total",
+        "versions_refused_total",
     }
     assert {label for doc in METRICS.values() for label in doc.labels} == {
-        *("reason", "kind", "task", "slice", "topic", "tag", "source", "status", "outcome"),
+        *("reason", "kind", "task", "slice", "topic", "tag", "source", "status", "outcome", "worker"),
     }
     assert all(METRICS[name].labels and METRICS[name].labels != ("reason",) for name in LABELLED_REASON)
 

@@ -106,8 +106,8 @@ tests:
           - exp_labels: {severity: critical, instance: a, tag: shop.click}
             exp_annotations:
               summary: "a holds the tag shop.click back: too many of its events were refused"
-              description: "Shippers keep what comes. `headrace dead-letters list` shows the reasons. Correct the service
-                or its declaration, and restart the gateways."
+              description: "Shippers keep what comes. `headrace dead-letters list` shows the reasons. Correct the
+                service or its declaration, and restart the gateways."
       - {eval_time: 30m, alertname: HeadraceTagHeldBack, exp_alerts: []}
   - name: a sink that missed records, and stages that did not
     interval: 1m

@@ -25,6 +25,7 @@ from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.state import read_manifest
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.join_stage import StreamStage
+from headrace.stream.shell.waits import Waits
 from headrace.stream.sink.stage import SinkStage
 
 TOPICS = Topics()
@@ -55,7 +56,7 @@ class World:
         )
         stage = kind(deps)
         if isinstance(stage, StreamStage):
-            stage._store = QuickStore(self.blobs)
+            stage._store = QuickStore(self.blobs, Waits(deps.clock))
         return stage
 
 
