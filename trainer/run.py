@@ -36,6 +36,7 @@ from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of
+from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
@@ -88,6 +89,10 @@ class Dependencies:
     board: Board | None = None
     progress: Progress = field(default_factory=Silent)
     background: bool = True
+    name: str = "trainer"
+    """Tells this trainer from others of the model, and stays when it is started anew."""
+    take_over: bool = False
+    """True starts also where another trainer took the model over from this one."""
 
 
 class Trainer:
@@ -120,7 +125,9 @@ class Trainer:
 
     def recover(self) -> None:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
-        run's model is served. Waits while Kafka or the store is away."""
+        run's model is served. Waits while Kafka or the store is away. Raises as `take_claim`."""
+        deps, model = self.deps, self.project.name
+        self._retrying("claim the model", lambda: take_claim(deps.blobs, model, deps.name, by_force=deps.take_over))
         manifests = self._retrying(
             "read which run is served", lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.name)
         )
@@ -183,11 +190,15 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Leave a checkpoint of the last step, within 3 s."""
+        """Leave a checkpoint of the last step, within 3 s, and let go of the model."""
         if self.publisher is not None:
             self.publisher.close(1.0)
             self._snapshot()
             self.publisher.close(3.0)
+            try:
+                release_claim(self.deps.blobs, self.project.name, self.deps.name)
+            except Unavailable as error:
+                logger.warning("the model stays claimed by this trainer: %s", error)
         if self.deps.board is not None:
             self.deps.board.close()
 
@@ -279,7 +290,10 @@ class Trainer:
         if self._unlearnt:
             raise InvariantBroken(f"step {self._unlearnt} may be recorded and was not learnt; this process must end.")
         self._unlearnt = step.step
-        self.steps.commit(step)
+        try:
+            self.steps.commit(step)
+        except InvariantBroken as error:
+            raise InvariantBroken(f"{error}{self._other_trainer()}") from error
         try:
             self._apply(step)
         except Unavailable as error:
@@ -288,6 +302,14 @@ class Trainer:
                 "the next one learns it."
             ) from error
         self._unlearnt = 0
+
+    def _other_trainer(self) -> str:
+        """Name the trainer that has the model now, where it is another one."""
+        try:
+            claim = read_claim(self.deps.blobs, self.project.name)
+        except Unavailable:
+            return ""
+        return f" Trainer {claim.holder} has the model." if claim and claim.holder != self.deps.name else ""
 
     def _apply(self, step: Step) -> None:
         is_stored = self.source.is_stored

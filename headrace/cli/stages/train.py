@@ -10,6 +10,9 @@ One worker. Its state is in the store (checkpoints) and in the `steps` topic: ki
 there with the same bits. SIGTERM leaves a checkpoint and stops within 5 s. Changing the recipe or the feature spec
 begins a new run from the lake; the old one's checkpoints stay.
 
+One trainer a model. A second one takes the model over; the first one stops, and refuses to come back until the second
+one has ended in good order. Of two in one HEADRACE_HOME the second one refuses.
+
 What to watch: `headrace tensorboard`, and on the metrics port /metrics, /readyz, /healthz. A trainer that is slower
 than its samples loses none: they wait in Kafka, lag_records and lag_seconds grow, and steps fill up to `batch_rows`,
 which is when it is fastest. `negative_share` in the recipe makes it learn fewer.
@@ -20,17 +23,28 @@ Settings: [train] in headrace.toml. Which model, rates, sizes: the project's Rec
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
+import os
+import socket
+from pathlib import Path
+from typing import IO
 
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.cli.progress_bar import show_progress
 from headrace.cli.runtime import add_common, open_runtime, stop_event
+from headrace.contract.errors import ConfigRejected
 from headrace.trainer.validation.board import Board
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
     add_common(parser)
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="start also where another trainer took the model over from this one: it is gone for good",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -38,28 +52,55 @@ def main(args: argparse.Namespace) -> int:
     from headrace.trainer.run import Dependencies, train
 
     runtime = open_runtime(args)
+    lock = lock_home(runtime.home, runtime.project.name)
     stop = stop_event()
     metrics = runtime.metrics("train")
     admin = runtime.admin()
     admin.ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
     producer = runtime.producer()
-    train(
-        Dependencies(
-            project=runtime.project,
-            config=runtime.config.train,
-            topics=runtime.topics,
-            reader=runtime.reader(),
-            producer=producer,
-            steps_writer=FencedKafka(
-                runtime.brokers, runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"
-            ),
-            blobs=runtime.blobs(),
-            metrics=metrics,
-            clock=runtime.clock,
-            stop=stop,
-            lake=runtime.lake(samples_id=admin.topic_id(runtime.topics.samples)),
-            board=Board(runtime.tensorboard_dir / "train"),
-            progress=show_progress(logging.getLogger("headrace.train")),
+    with lock:
+        train(
+            Dependencies(
+                project=runtime.project,
+                config=runtime.config.train,
+                topics=runtime.topics,
+                reader=runtime.reader(),
+                producer=producer,
+                steps_writer=FencedKafka(
+                    runtime.brokers, runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"
+                ),
+                blobs=runtime.blobs(),
+                metrics=metrics,
+                clock=runtime.clock,
+                stop=stop,
+                lake=runtime.lake(samples_id=admin.topic_id(runtime.topics.samples)),
+                board=Board(runtime.tensorboard_dir / "train"),
+                progress=show_progress(logging.getLogger("headrace.train")),
+                name=f"{socket.gethostname()}:{runtime.home.resolve()}",
+                take_over=args.take_over,
+            )
         )
-    )
     return 0
+
+
+def lock_home(home: Path, model: str) -> IO[str]:
+    """Return an open file that keeps a second trainer of this model out of `home` until it is closed.
+
+    Raises `ConfigRejected` where another process has it.
+    """
+    path = home / "run" / f"train-{model}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise ConfigRejected(
+            f"process {holder} trains model {model!r} from {home} already; stop it, or give this one another --home."
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

@@ -31,7 +31,6 @@ NOT_AFTER_A_COMMIT = {
     ("steps_writer", "open"): "only before a step, or when an append failed",
     **{("lake", name): "read when the lake is opened" for name in ("state", "read", "hold")},
     ("reader", "position"): "read when the trainer starts",
-    ("blobs", "get"): "read when the trainer starts",
     **{(room, "close"): "the process ends" for room in ("steps_writer", "reader", "producer")},
 }
 FAILURES = ("unavailable", "unexpected", "no memory", "effect, then unavailable", "effect, then unexpected", "dies",
