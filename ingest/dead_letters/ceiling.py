@@ -181,7 +181,7 @@ class Ceiling:
             what = f"{window.share:.0%} of the events of tag {name} are refused, most as {window.reason}"
         text = (
             f"{what}; beyond ingest.dead_letter_share_max {self._share_max:.0%} their chunks stay unacked with their "
-            f"shippers. See `headrace dead-letters list --reason {window.reason}` and mend the service or the "
+            f"shippers. See `headrace dead-letters list --reason {window.reason}` and correct the service or the "
             "declaration; or raise the share and restart, and retry the letters later."
         )
         return Alert(name, window.reason, window.share, window.refused_events, text)

@@ -16,16 +16,17 @@ ADVICE: dict[str, str] = {
     "no_partition_key": "The service must log the field that the project names as `key`. The record lacks it, so a "
     "retry is refused again unless `key` changes.",
     "no_request_id": "The service must log `request_id`, which impression and feedback share. Else refused again.",
-    "bad_type": "Mend the service, or declare the field with the type that it logs, restart the gateways, retry.",
+    "bad_type": "Correct the service, or declare the field with the type that it logs, restart the gateways, retry.",
     "unknown_field": "Declare the field, or set unknown='drop' for this event, restart the gateways, retry.",
-    "future": "A clock runs ahead: mend it (NTP) on the host of `origin`. Once the event's time is past, retry.",
+    "future": "A clock runs ahead: correct it (NTP) on the host of `origin`. Once the event's time is past, retry.",
     "too_large": "One event is larger than ingest.batch_bytes: log less, or raise it (the broker's limit is 1 MB).",
-    "bad_line": "The line is not of the log format that the mapping names: mend `format`, restart the gateways, retry.",
+    "bad_line": "The line is not of the log format that the mapping names: correct `format`, restart the gateways, "
+    "retry.",
     "bad_chunk": "The shipper's chunk cannot be unpacked at all: look at its version and compression. It cannot be "
     "retried: it is no event.",
 }
 """By reason, one line: what to do."""
-ADVICE_ELSE = "Read `detail`, mend the service or the declaration, restart the gateways, retry."
+ADVICE_ELSE = "Read `detail`, correct the service or the declaration, restart the gateways, retry."
 
 
 def view(letter: Letter, state: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Report(msgspec.Struct, kw_only=True):
     repeated: int = 0
     """The event was in the log already, or another letter of it was taken."""
     skipped_lines: int = 0
-    """Lines that are no events by the mended mapping."""
+    """Lines that are no events by the corrected mapping."""
     refused: dict[str, int] = {}
     """Refused again, by reason."""
     skipped: dict[str, int] = {}
@@ -134,12 +134,12 @@ class Retry:
         ends = self._reader.end_offsets(self._topics.dead_letters)[0]
         states = self._survey(ends)
         self._find_out(states, ends, report)
-        warm = True
+        is_first = True
         for batch in self._batches(states, chosen, ends, report):
-            if warm:
+            if is_first:
                 # The first batch compiles the decoders: before the mark, so that this takes nothing of its lease.
                 self._offer(batch[:1], DryRunProducer(), self._clock.monotonic() + _NEVER_MS / 1000)
-                warm = False
+                is_first = False
             self._take(batch, report)
         return report
 

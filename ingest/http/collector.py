@@ -261,7 +261,7 @@ class Collector:
         if not all(taken):
             tags = [each.tag for each, was in zip(messages, taken, strict=True) if not was]
             error = f"too many events of {', '.join(tags[:3])} become dead letters (ingest.dead_letter_share_max)"
-            step = f"see headrace dead-letters list, mend events or types; {_SAME}"
+            step = f"see headrace dead-letters list, correct events or types; {_SAME}"
             return problem(503, error, step, retry_s=max(1, self._config.dead_letter_probe_ms // 1000))
         stopping = asyncio.ensure_future(self._stopping.wait())
         either: set[asyncio.Future[Any]] = {waiting.done, stopping}

@@ -132,7 +132,7 @@ class ServingApp:
         except msgspec.DecodeError as error:
             return problem(400, f"no JSON: {error}", "send application/json")
         except EventRejected as error:
-            return problem(422, str(error), f"mend the field ({error.reason})")
+            return problem(422, str(error), f"correct the field ({error.reason})")
         except (Unavailable, Overloaded) as error:
             return problem(503, str(error), "ask again in a second")
         scores = by_task.pop(recipe_of(meta.recipe_json).task)

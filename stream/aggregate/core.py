@@ -224,9 +224,9 @@ class AggregatorState:
 
     def _value(self, state: CounterState, key: str, as_of_ms: int) -> Settled:
         row = state.rows.get(key, {})
-        bottom = as_of_ms // state.width_ms - state.counter.buckets
+        oldest = as_of_ms // state.width_ms - state.counter.buckets + 1
         counts = [float(c) for c in value_as_of(row, state.counter, as_of_ms)]
-        kept = {b: list(c) for b, c in sorted(row.items()) if b > bottom}
+        kept = {b: list(c) for b, c in sorted(row.items()) if b >= oldest}
         is_shared = not state.counter.is_local(self.project.impression.key)
         return Settled(state.counter.name, key, as_of_ms, counts, state.width_ms, kept, is_shared)
 

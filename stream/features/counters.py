@@ -97,16 +97,16 @@ def value_as_of(buckets: Mapping[int, Sequence[int]], counter: Counter, as_of_ms
     """
     plain, lasts, sums = _kinds(counter)
     top = as_of_ms // bucket_ms(counter)
-    bottom = top - counter.buckets
+    oldest = top - counter.buckets + 1
     total: list[float] = [0] * len(counter.counts)
     if plain:
         for bucket, counts in buckets.items():
-            if bottom < bucket <= top:
+            if oldest <= bucket <= top:
                 for i, count in enumerate(counts):
                     total[i] += count
         return total
     weight_of = weights(counter)
-    for bucket in sorted((b for b in buckets if bottom < b <= top), reverse=True):
+    for bucket in sorted((b for b in buckets if oldest <= b <= top), reverse=True):
         counts, age = buckets[bucket], top - bucket
         for i, count in enumerate(counts):
             if i not in lasts:

@@ -47,6 +47,8 @@ MERGED = 8
 """So many parts of a size become one of the next."""
 CHAIN_MAX = 16
 """Most parts on top of a counter's base."""
+_RULES = "eras"
+"""Key of the rules in force, each with what waits under them. Stored states have it, so it stays."""
 _KEYS = ("low", "high", "base_ms")
 
 Encode = Callable[[], bytes]
@@ -123,8 +125,8 @@ class StateWriter:
         snapshot = Snapshot(state.offset, plain)
         for name, spans in self._memories.items():
             plain[name] = self._take_memory(name, getattr(state, name), spans, snapshot)
-        plain["eras"] = [self._take_waiting(rules, snapshot) for rules in state.rules_in_force]
-        needed = {part for kept in plain["eras"] for part in kept["parts"]}
+        plain[_RULES] = [self._take_waiting(rules, snapshot) for rules in state.rules_in_force]
+        needed = {part for kept in plain[_RULES] for part in kept["parts"]}
         self._pieces = {start: name for start, name in self._pieces.items() if name in needed}
         plain["external"] = self._take_external(snapshot)
         self._chains = {table.counter: self._chains.get(table.counter, ([], [])) for table in state.local_counters}
@@ -137,7 +139,7 @@ class StateWriter:
         """Go on after the snapshot that the state was loaded from."""
         for name, spans in self._memories.items():
             spans.spans = [(a, b) for a, b in plain[name]["spans"]]
-        self._pieces = {_start_of(name): name for kept in plain["eras"] for name in kept["parts"]}
+        self._pieces = {_start_of(name): name for kept in plain[_RULES] for name in kept["parts"]}
         self._external = plain.get("external", "")
         for table, kept in zip(self.state.local_counters, plain["locals"], strict=True):
             self._chains[table.counter] = list(kept["parts"]), list(kept["rows"])
@@ -228,7 +230,7 @@ def part_names(plain: Mapping[str, Any]) -> list[str]:
     return [
         *memories,
         *external,
-        *(part for kept in plain["eras"] for part in kept["parts"]),
+        *(part for kept in plain[_RULES] for part in kept["parts"]),
         *(part for kept in plain["locals"] for part in kept["parts"]),
     ]
 
@@ -248,7 +250,7 @@ def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes
     Raises `InvariantBroken` when it is of another format or another partition key, `Damaged` when a part is missing.
     """
     key, format_ = state.project.impression.key, plain["v"]
-    stored_key = plain["eras"][-1]["rules"]["key"] if format_ == VERSION else key
+    stored_key = plain[_RULES][-1]["rules"]["key"] if format_ == VERSION else key
     if format_ != VERSION or plain["partition"] != state.partition or stored_key != key:
         raise InvariantBroken(
             f"the stored state of partition {plain['partition']} is of format {format_} and partition key "
@@ -267,7 +269,7 @@ def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes
     counts_T9 = _array(plain["counts"], np.int64, 9).copy()
     feedback = msgspec.convert(plain["feedback"], list[FeedbackType])
     state.resume_rules([(name, of) for name, of in plain["lanes"]], feedback, plain["answers"], counts_T9)
-    for kept in plain["eras"]:
+    for kept in plain[_RULES]:
         state.begin_rules(kept["number"], msgspec.convert(kept["rules"], Rules), first=kept["begins"])
     state.aggregates.load_plain(plain["aggregates"])
     if plain.get("external"):
@@ -278,7 +280,7 @@ def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes
         several = [_rows_of(_plain_of(fetch(name))) for name in kept["parts"]]
         table.load(kept["floor"], [*several, *([_rows_of(kept["whole"])] if kept["whole"] else [])])
     loaded = [
-        _load_waiting(rules, kept, fetch) for rules, kept in zip(state.rules_in_force, plain["eras"], strict=True)
+        _load_waiting(rules, kept, fetch) for rules, kept in zip(state.rules_in_force, plain[_RULES], strict=True)
     ]
     state.payload.load([piece for pieces in loaded for piece in pieces])
     first, keys, facts, kinds, ids = plain["early"]

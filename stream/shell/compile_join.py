@@ -89,7 +89,7 @@ def _value(kind: pa.DataType) -> Any:
 
 def punctuation_record(offset: int, time_ms: int) -> Record:
     """Return a record of punctuation."""
-    return Record("", 0, offset, None, encode_punctuation(Punctuation("warm", 1, time_ms)), {"kind": PUNCTUATION}, 0)
+    return Record("", 0, offset, None, encode_punctuation(Punctuation("compile", 1, time_ms)), {"kind": PUNCTUATION}, 0)
 
 
 def events_record(offset: int, kind: str, batch: pa.RecordBatch, name: str = "") -> Record:

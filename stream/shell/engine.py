@@ -136,7 +136,7 @@ class Engine:
         return total
 
     def run(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
-        """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may mend."""
+        """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may cure."""
         self._watchdog.start()
         try:
             return asyncio.run(self._main(stage, stop, ready))

@@ -36,7 +36,7 @@ class StageProcess:
 
 
 def run_stage(stage: RunnableStage, process: StageProcess) -> int:
-    """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may mend."""
+    """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may cure."""
     group = f"headrace-{stage.name}-g{process.generation}"
     stage.engine = Engine(
         group, process.brokers, stage.topic, process.partitions, process.folder, begin_afresh=process.begin_afresh

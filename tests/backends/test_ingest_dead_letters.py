@@ -185,7 +185,7 @@ def test_an_operators_way_from_the_list_to_a_closed_ledger(
     assert "cannot be retried" in run(capsys, "dead-letters", "show", cut["id"])
 
     assert main(["dead-letters", "retry"]) == 2
-    (project_dir / "project.py").write_text("from letters_world import MENDED as PROJECT\n")
+    (project_dir / "project.py").write_text("from letters_world import CORRECTED as PROJECT\n")
     trial = msgspec.json.decode(run(capsys, "dead-letters", "retry", "--all", "--dry-run", "--json"))
     assert (trial["appended"], trial["refused"]) == (7, {"bad_type": 1}) and len(world.rows()) == 1
     done = msgspec.json.decode(run(capsys, "dead-letters", "retry", "--tag", "shop.cart", "--json"))
@@ -197,7 +197,7 @@ def test_an_operators_way_from_the_list_to_a_closed_ledger(
         one["id"] for one in listed if one["state"] == "refused"
     ]
 
-    # A gateway of the mended project goes on, so that the retried events are older than a second for the ledger.
+    # A gateway of the corrected project goes on, so that the retried events are older than a second for the ledger.
     world.take(("shop.impression", [impression(3)]), name="g2")
     ledger = msgspec.json.decode(run(capsys, "ledger", "--json"))
     gateway = {name: ledger[name] for name in ("read", "appended", "dead_lettered", "repeated", "retried", "lost")}

@@ -202,7 +202,7 @@ class World:
         return [request for request in self.clicks if self.labels[request] == 0.0]
 
 
-def warmed(seed: int, **more: int) -> World:
+def started(seed: int, **more: int) -> World:
     """Return a world in which every gateway has spoken."""
     world = World(seed, **more)
     world.pass_time(5_000)
@@ -211,7 +211,7 @@ def warmed(seed: int, **more: int) -> World:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gateways_that_die_and_come_back_expire_nothing(seed: int) -> None:
-    world = warmed(seed)
+    world = started(seed)
     for _ in range(4):
         world.kill(world.random.choice(world.processes), world.random.randint(500, 6_000))
         world.pass_time(world.random.randint(500, 6_000))
@@ -221,7 +221,7 @@ def test_gateways_that_die_and_come_back_expire_nothing(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_gateway_that_dies_for_good_holds_the_watermark_no_longer_than_silent_ms(seed: int) -> None:
-    world = warmed(seed)
+    world = started(seed)
     world.kill(world.random.choice(world.processes), None)
     world.pass_time(SILENT_MS // 2)
     died_at = world.clock.ms - SILENT_MS // 2
@@ -234,7 +234,7 @@ def test_a_gateway_that_dies_for_good_holds_the_watermark_no_longer_than_silent_
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_stall_shorter_than_silent_ms_expires_nothing(seed: int) -> None:
-    world = warmed(seed, gateways=1 + seed % 3)
+    world = started(seed, gateways=1 + seed % 3)
     for _ in range(3):
         stalled = world.random.choice(world.processes)
         stalled.stalled_until = world.clock.ms + world.random.randint(1_000, SILENT_MS - CONFIG.grace_ms - 500)
@@ -245,7 +245,7 @@ def test_a_stall_shorter_than_silent_ms_expires_nothing(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_all_gateways_stalled_for_long_expire_nothing(seed: int) -> None:
-    world = warmed(seed, gateways=1 + seed % 3)
+    world = started(seed, gateways=1 + seed % 3)
     until = world.clock.ms + world.random.choice((30_000, 10 * MINUTE_MS, HOUR_MS))
     for process in world.processes:
         process.stalled_until = until + world.random.randint(0, 1_000)
@@ -259,7 +259,7 @@ def test_all_gateways_stalled_for_long_expire_nothing(seed: int) -> None:
 @pytest.mark.parametrize("away_ms", [8_000, 2 * MINUTE_MS, HOUR_MS, DAY_MS])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_broker_away_expires_nothing(seed: int, away_ms: int) -> None:
-    world = warmed(seed, gateways=1 + seed % 3)
+    world = started(seed, gateways=1 + seed % 3)
     world.broker.away = True
     world.pass_time(min(away_ms, 12_000))
     if away_ms > 12_000:
@@ -272,7 +272,7 @@ def test_a_broker_away_expires_nothing(seed: int, away_ms: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_all_gateways_away_for_a_day_expire_nothing(seed: int) -> None:
-    world = warmed(seed)
+    world = started(seed)
     for process in list(world.processes):
         world.kill(process, DAY_MS + world.random.randint(0, 1_000))
     world.pass_time(12_000)
@@ -284,7 +284,7 @@ def test_all_gateways_away_for_a_day_expire_nothing(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_host_cut_off_is_read_afterwards_without_early_expiry(seed: int) -> None:
-    world = warmed(seed)
+    world = started(seed)
     begin = world.clock.ms
     cut = world.services[0]
     cut.cut_until = begin + HOUR_MS // 2
@@ -299,7 +299,7 @@ def test_a_host_cut_off_is_read_afterwards_without_early_expiry(seed: int) -> No
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_gateway_with_a_buffer_from_an_hour_ago_tears_only_what_it_held(seed: int) -> None:
-    world = warmed(seed)
+    world = started(seed)
     alone, begin = world.processes[0], world.clock.ms
     alone.cable.cut_until = begin + HOUR_MS
     world.pass_time(12_000)
@@ -313,7 +313,7 @@ def test_a_gateway_with_a_buffer_from_an_hour_ago_tears_only_what_it_held(seed: 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_event_dated_2099_is_a_dead_letter_and_moves_no_time(seed: int) -> None:
-    world = warmed(seed)
+    world = started(seed)
     record = {"event_id": "far", "request_id": "far", "user_id": 1, "item_id": 1, "event_time_ms": FAR_MS}
     world.services[0].spool.append((IMPRESSION_TAG, [record], "far"))
     world.pass_time(10_000)
@@ -324,7 +324,7 @@ def test_an_event_dated_2099_is_a_dead_letter_and_moves_no_time(seed: int) -> No
 
 
 def _broker_away_for_seconds(seed: int) -> list[str]:
-    world = warmed(seed, gateways=1, window=4)
+    world = started(seed, gateways=1, window=4)
     world.broker.away = True
     world.pass_time(WINDOW_MS - 2_000)
     world.broker.away = False

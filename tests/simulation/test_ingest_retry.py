@@ -31,7 +31,7 @@ def drained(seed: int, kind: type[Retry] = Retry) -> tuple[World, dict[str, int]
     for _ in range(random.randint(1, 4)):
         dying = Dying(random.randint(1, 40), random)
         producer = DyingProducer(world.log.producer(), dying)
-        retry = world.retry(kind=kind, producer=producer, writer=DyingWriter(world.log, world.pens, dying))
+        retry = world.retry(kind=kind, producer=producer, writer=DyingWriter(world.log, world.epochs, dying))
         try:
             retry.retry(ALL)
         except Killed:
@@ -126,7 +126,7 @@ def test_two_retries_at_once_offer_a_letter_once(seed: int) -> None:
     paused = TakenOver(random.randint(1, 25), random, world)
     producer = DyingProducer(world.log.producer(), paused)
     with suppress(InvariantBroken, Unavailable):
-        world.retry(producer=producer, writer=DyingWriter(world.log, world.pens, paused)).retry(ALL)
+        world.retry(producer=producer, writer=DyingWriter(world.log, world.epochs, paused)).retry(ALL)
     # What the paused one had in its client's queue may land late: under the same ids, so that the stream counts one.
     producer.die()
     world.retry().retry(ALL)
@@ -180,7 +180,7 @@ def test_a_log_that_no_longer_reaches_back_leaves_the_letter_alone() -> None:
     dying = Dying(3, Random(4))
     with pytest.raises(Killed):
         world.retry(
-            producer=DyingProducer(world.log.producer(), dying), writer=DyingWriter(world.log, world.pens, dying)
+            producer=DyingProducer(world.log.producer(), dying), writer=DyingWriter(world.log, world.epochs, dying)
         ).retry(ALL)
     assert world.states() == {0: "retrying"}
     for _ in range(9):

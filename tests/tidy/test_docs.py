@@ -127,7 +127,7 @@ def test_every_link_resolves(page: Path) -> None:
             continue
         if not path.exists() or (anchor and anchor not in slugs(path.read_text())):
             broken.append(link)
-    assert not broken, "mend the link, or the heading that it points at"
+    assert not broken, "correct the link, or the heading that it points at"
 
 
 def test_readme_is_short() -> None:

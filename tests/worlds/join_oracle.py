@@ -126,12 +126,12 @@ class Waiting:
     record_row: int
     event_time_ms: int
     base_ms: int
-    era: Era
+    rules: RulesInForce
     open: int
     positive: int = 0
 
 
-class Era:
+class RulesInForce:
     """Rules that were in force, and their tasks by lane."""
 
     def __init__(self, number: int, rules: Rules, project: Project, lanes: list[tuple[str, str]]) -> None:
@@ -197,7 +197,7 @@ class PlainJoin:
 
     @property
     def schema(self) -> pa.Schema:
-        return self.era.schema
+        return self.rules.schema
 
     def _begin(self, number: int, rules: Rules) -> None:
         project = rules.over(self.project)
@@ -213,7 +213,7 @@ class PlainJoin:
                 counts.pending = sum(len(rows) for (_, name), rows in self.early.items() if name == lane[1])
                 counts.orphans = self.answers[lane[1]] - counts.pending
             self.counts.append(counts)
-        self.era = Era(number, rules, project, self.lanes)
+        self.rules = RulesInForce(number, rules, project, self.lanes)
         known = {state.counter.name: state for state in self.locals}
         values, zeros, epoch = self.aggregates.values, self.aggregates._zeros, self.aggregates.epoch
         ours, key = project.features.counters, project.impression.key
@@ -260,7 +260,7 @@ class PlainJoin:
                 self.aggregates.take(decode_batch(record.value, AGGREGATE_SCHEMA))
             elif kind == SPEC:
                 change = decode_change(record.value, where="here")
-                if change.number > self.era.number:
+                if change.number > self.rules.number:
                     self._begin(change.number, change.rules)
         except EventRejected:
             self.rows.bad_records += 1
@@ -277,7 +277,7 @@ class PlainJoin:
             # A positive has left its expiry behind; (offset, row) tells it from a later impression of the same key.
             if waiting is None or (waiting.offset, waiting.record_row) != (offset, row) or not waiting.open >> task & 1:
                 continue
-            due.append(((waiting.era.number, expiry_ms, offset, row, task), key, waiting))
+            due.append(((waiting.rules.number, expiry_ms, offset, row, task), key, waiting))
         for (*_, task), key, waiting in sorted(due, key=lambda item: item[0]):
             self._resolve(key, waiting, task, _Label(waiting, task, 0.0), labels)
         for (key, name), rows in list(self.early.items()):
@@ -340,9 +340,9 @@ class PlainJoin:
     def _admit(
         self, key: bytes, source: int, row: int, offset: int, record_row: int, time_ms: int, labels: list[_Label]
     ) -> None:
-        base_ms, tasks = max(time_ms, self.watermark.time_ms), self.era.tasks
+        base_ms, tasks = max(time_ms, self.watermark.time_ms), self.rules.tasks
         waiting = Waiting(
-            source, row, offset, record_row, time_ms, base_ms, self.era, open=sum(1 << lane for lane in tasks)
+            source, row, offset, record_row, time_ms, base_ms, self.rules, open=sum(1 << lane for lane in tasks)
         )
         self.waiting[key] = waiting
         labels += [_Label(waiting, lane, 0.0) for lane, task in tasks.items() if task.policy == "eager"]
@@ -363,12 +363,12 @@ class PlainJoin:
         """Return the columns of `source_schema`: counters as served, else as known here and now."""
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
         columns |= self._counted(batch)
-        slots_NF, numeric_ND = featurize(columns, self.era.project.features)
+        slots_NF, numeric_ND = featurize(columns, self.rules.project.features)
         columns["impression_offset"] = pa.array(np.full(batch.num_rows, offset, dtype=np.int64))
         columns["impression_row"] = pa.array(rows, pa.int32())
         columns["slots"] = list_column(slots_NF, pa.int64())
         columns["numeric"] = list_column(numeric_ND, pa.float32())
-        columns["spec"] = pa.array([self.era.project.features.digest()] * batch.num_rows, pa.string())
+        columns["spec"] = pa.array([self.rules.project.features.digest()] * batch.num_rows, pa.string())
         return pa.RecordBatch.from_arrays([columns[f.name] for f in self.source_schema], schema=self.source_schema)
 
     def _counted(self, batch: pa.RecordBatch) -> dict[str, pa.Array]:
@@ -431,7 +431,7 @@ class PlainJoin:
                 counts.duplicate += bool(is_known)
                 counts.late += not is_known
                 continue
-            declared = waiting.era.tasks.get(task)
+            declared = waiting.rules.tasks.get(task)
             after_ms = time_ms - waiting.event_time_ms
             if declared is None:
                 counts.orphans += 1
@@ -472,7 +472,7 @@ class PlainJoin:
             counts.positives += bool(label.label)
             counts.negatives += not label.label
             waiting.positive |= (1 << task) if label.label else 0
-            if label.label or waiting.era.tasks[task].policy == "window":
+            if label.label or waiting.rules.tasks[task].policy == "window":
                 labels.append(label)
         self._shut(key, waiting, task)
 
@@ -484,15 +484,15 @@ class PlainJoin:
 
     def _emit(self, offset: int, labels: list[_Label]) -> Emitted:
         """Return the samples, ranked in the order of `labels`, with the columns of all rules that they were read by."""
-        eras = sorted({label.waiting.era.number: label.waiting.era for label in labels}.items(), reverse=True)
-        fields = {field.name: field for _, era in reversed(eras) for field in era.schema}
-        order = list(dict.fromkeys(field.name for _, era in eras for field in era.schema))
+        several = sorted({label.waiting.rules.number: label.waiting.rules for label in labels}.items(), reverse=True)
+        fields = {field.name: field for _, rules in reversed(several) for field in rules.schema}
+        order = list(dict.fromkeys(field.name for _, rules in several for field in rules.schema))
         schema = pa.schema([fields[name] for name in order])
         rows = []
         for rank, label in enumerate(labels):
             source = self.sources[label.waiting.source].slice(label.waiting.row, 1).to_pylist()[0]
             corrects = self._corrects(label)
-            task = label.waiting.era.tasks[label.task]
+            task = label.waiting.rules.tasks[label.task]
             rows.append(
                 source
                 | {
@@ -511,7 +511,7 @@ class PlainJoin:
         return Emitted(pa.RecordBatch.from_pylist(rows, schema=schema), after, self.last)
 
     def _corrects(self, label: _Label) -> bool:
-        return bool(label.label) and (label.is_late or label.waiting.era.tasks[label.task].policy == "eager")
+        return bool(label.label) and (label.is_late or label.waiting.rules.tasks[label.task].policy == "eager")
 
 
 def _local_keys(counter: Counter, batch: pa.RecordBatch) -> list[str | None]:

@@ -1,4 +1,4 @@
-"""What the tests of dead letters share: letters that a gateway wrote, a mended project, retries that die on purpose."""
+"""What the tests of dead letters share: letters of a gateway, a corrected project, retries that die on purpose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from headrace.ingest.gateway.gateway import Gateway, Peer
 P = 3
 TOPICS = Topics()
 CART = FeedbackType(name="cart", tag="shop.cart", fields={"item_id": "int64", "note": "string"})
-MENDED: Project = msgspec.structs.replace(PROJECT, feedback=(*PROJECT.feedback, CART)).checked()
+CORRECTED: Project = msgspec.structs.replace(PROJECT, feedback=(*PROJECT.feedback, CART)).checked()
 
 
 class Killed(Exception):
@@ -42,7 +42,7 @@ class World:
         self.clock = VirtualClock(START_MS)
         self.log = MemoryLog(self.clock.now_ms)
         self.log.admin().ensure_topics(TOPICS.specs(P))
-        self.pens = WriterEpochs()
+        self.epochs = WriterEpochs()
         self.runs = 0
 
     def offer(self, tag: str, records: list[Any], chunk: str | None = None, at_s: int = START_MS // 1000 - 50) -> None:
@@ -62,11 +62,11 @@ class World:
             gateway.tick()
 
     def writer(self) -> FencedMemory:
-        return FencedMemory(self.log, TOPICS.retries, "retries", self.pens)
+        return FencedMemory(self.log, TOPICS.retries, "retries", self.epochs)
 
     def retry(
         self,
-        project: Project = MENDED,
+        project: Project = CORRECTED,
         kind: Callable[..., Retry] = Retry,
         producer: Producer | None = None,
         reader: Reader | None = None,
@@ -173,8 +173,8 @@ class DyingProducer:
 class DyingWriter(FencedMemory):
     """Dies before or after the mark is committed."""
 
-    def __init__(self, log: MemoryLog, pens: WriterEpochs, dying: Dying) -> None:
-        super().__init__(log, TOPICS.retries, "retries", pens)
+    def __init__(self, log: MemoryLog, epochs: WriterEpochs, dying: Dying) -> None:
+        super().__init__(log, TOPICS.retries, "retries", epochs)
         self._dying = dying
 
     def append(self, value: bytes) -> None:

@@ -13,7 +13,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping
 
-from letters_world import MENDED, P
+from letters_world import CORRECTED, P
 
 from headrace.backends.clock import SystemClock
 from headrace.backends.log.fenced_kafka import FencedKafka
@@ -83,7 +83,7 @@ class KilledProducer(KafkaProducer):
 def retry(brokers: str, topics: Topics, turn: Turn) -> Report:
     """Run one retry of all letters."""
     return Retry(
-        MENDED,
+        CORRECTED,
         IngestConfig(),
         topics,
         P,

@@ -1,4 +1,4 @@
-"""Keeps counters over keys of all partitions, for the join and for serving. One process is active."""
+"""Keep counters over keys of all partitions, for the join and for serving. One process is active."""
 
 from __future__ import annotations
 

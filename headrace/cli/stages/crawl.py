@@ -1,4 +1,4 @@
-"""Brings what the logs don't have: crawls the sources that the project declares, politely, and writes each changed
+"""Bring what the logs don't have: crawl the sources that the project declares, politely, and write each changed
 version to `events` with the time at which it was fetched.
 
 Addresses, validators and what Kafka lacks are kept in HEADRACE_HOME/crawl; bodies lie in the store, below crawl/bodies.

@@ -1,4 +1,4 @@
-"""Gateway: take events over Fluent forward, append them to Kafka in columnar batches, ack what Kafka has.
+"""Take events over Fluent forward, append them to Kafka in columnar batches, ack what Kafka has.
 
 On SIGTERM it stops reading, appends what it holds, acks it, writes `bye` into every partition and exits 0 in 5 seconds.
 Secrets come from the environment. HEADRACE_SHARED_KEY asks every shipper for Fluent's shared-key handshake,

@@ -1,4 +1,4 @@
-"""Stores samples in the lake: files and positions in one Delta commit."""
+"""Store samples in the lake: files and positions in one Delta commit."""
 
 from __future__ import annotations
 

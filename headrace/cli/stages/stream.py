@@ -1,4 +1,4 @@
-"""Joins impressions with feedback, featurizes, and emits samples; any number of these share the partitions."""
+"""Join impressions with feedback, featurize, and emit samples; any number of these share the partitions."""
 
 from __future__ import annotations
 

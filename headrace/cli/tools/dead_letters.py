@@ -1,11 +1,11 @@
-"""Dead letters: look at what was refused, and offer it again after a fix.
+"""Look at what was refused, and offer it again after a fix.
 
   list    one line a letter and counts by reason; --json prints one object a line with the whole record
   show    one whole letter and what to do about it
   retry   offer letters again, each at most once; killed at any point, run it again
 
 A letter's id is its partition and offset in the topic, such as 0/17. `retry` judges by the project of --project: name
-the folder whose schema was mended, the same that the gateways run.
+the folder whose schema was corrected, the same that the gateways run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Accounts for every event: read, joined, stored, learnt, lost, twice.
+"""Account for every event: read, joined, stored, learnt, lost, twice.
 
 The events log is joined once more and held, id by id, against the lake and the steps, up to the positions that each has
 committed. It reads only; traffic may flow meanwhile. Exit code 1 when something is lost or counted twice.

@@ -1,4 +1,4 @@
-"""Learns the quantiles of a field from the lake and prints them as features to paste into the project's Python file.
+"""Learn the quantiles of a field from the lake and print them as features to paste into the project's Python file.
 
 Edges stand in the feature specification, so that a value means the same whenever it comes. It reads only.
 """

@@ -1,4 +1,4 @@
-"""Replay *as trained*: learn the recorded steps again, and compare the digest with the live model's.
+"""Replay as trained: learn the recorded steps again, and compare the digest with the live model's.
 
 Exit status 1 when the digests differ. `--json` prints one object on the standard output.
 """

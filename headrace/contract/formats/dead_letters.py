@@ -13,9 +13,9 @@ import msgspec
 
 Fate = Literal["appended", "repeated", "skipped", "refused", "unknown", "open"]
 """What became of a letter that was offered again: its event is in the log (`appended`), was there already
-(`repeated`), is none by the mended mapping (`skipped`), or was refused again, which a newer letter tells (`refused`).
-A retry that finds what a killed one left behind also writes `open`, nothing was appended, and `unknown`, the log no
-longer reaches back that far."""
+(`repeated`), is none by the corrected mapping (`skipped`), or was refused again, which a newer letter tells
+(`refused`). A retry that finds what a killed one left behind also writes `open`, nothing was appended, and `unknown`,
+the log no longer reaches back that far."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):

@@ -83,7 +83,7 @@ EXTERNAL_SCHEMA = pa.schema(
 
 `version` is a digest of `values`, a JSON object of the declared fields; null when the entity is gone. Of one key crawl
 times grow. A row that repeats the newest version, or is not crawled after it, changes nothing, nor one of a lower epoch
-than the highest seen, which a ghost wrote.
+than the highest seen, which a fenced-off process wrote.
 """
 
 

@@ -144,13 +144,13 @@ def reached(log: list[Record]) -> int:
 
 def brute(made: list[list[Record]], at: list[int], key: str, as_of_ms: int) -> float:
     count = 0
-    bottom = as_of_ms // 100 - 4
+    oldest = as_of_ms // 100 - 3
     for log, place in zip(made, at, strict=True):
         times = [n for n, record in enumerate(log) if record.headers["kind"] == "punctuation"]
         end = next(n for n in times if reached([log[n]]) >= as_of_ms)
         for record in log[place:end]:
             if record.headers["kind"] == "impression":
                 row = decode_batch(record.value or b"").to_pylist()[0]
-                is_in = bottom < row["event_time_ms"] // 100 and row["event_time_ms"] <= as_of_ms
+                is_in = oldest <= row["event_time_ms"] // 100 and row["event_time_ms"] <= as_of_ms
                 count += is_in and str(row["item"]) == key
     return float(count)

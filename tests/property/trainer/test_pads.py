@@ -1,4 +1,4 @@
-"""Goal: a pad weighs nothing, learns nothing. Method: padded batches against a model with those places cut out."""
+"""Goal: a pad weighs nothing, learns nothing. Method: padded batches against a model with those ids cut out."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Model:
                 self.used.pop(key)
 
     def step(self, keys_BF: np.ndarray, grad_BFV: np.ndarray, now_s: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which places have a row, and the values that they had before."""
+        """Return which ids have a row, and the values that they had before."""
         self.advance(now_s)
         known = set(self.rows)
         has, before, sums = np.zeros(keys_BF.shape, bool), np.zeros(grad_BFV.shape, np.float32), {}

@@ -130,7 +130,7 @@ def live(world: World, fault: Fault | None = None) -> tuple[Trainer, int]:
             return trainer, deaths
         except (Exception, Killed) as error:
             assert not isinstance(error, AssertionError), error
-    raise AssertionError("a restart does not mend it")
+    raise AssertionError("a restart does not cure it")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """Goal: a change of rules is written once into every partition, or refused by name; a crash between partitions is
-mended by applying again. Method: the memory log with a producer that dies, the real join behind it."""
+corrected by applying again. Method: the memory log with a producer that dies, the real join behind it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_applying_twice_writes_once():
 
 
 @pytest.mark.parametrize("survived", range(PARTITIONS))
-def test_a_crash_between_partitions_is_mended_by_applying_again(survived):
+def test_a_crash_between_partitions_is_corrected_by_applying_again(survived):
     world = begun()
     with pytest.raises(Unavailable):
         world.apply(WIDE, Dying(world.log, survived))

@@ -58,7 +58,7 @@ def ship(gateway: Running, tag: str, records: list[Any], chunk: str) -> int:
     raise AssertionError("never acked")
 
 
-def test_a_bad_deploy_is_stopped_told_and_taken_again_once_it_is_mended(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_deploy_is_stopped_told_and_taken_again_once_it_is_corrected(caplog: pytest.LogCaptureFixture) -> None:
     probe = Probe()
     with (
         caplog.at_level(logging.INFO),
@@ -82,7 +82,7 @@ def test_a_bad_deploy_is_stopped_told_and_taken_again_once_it_is_mended(caplog: 
     with Running(companions=[probe.watch], **LIMITS) as gateway:
         shut(gateway, "shop.click", BAD)
         eventually(lambda: not probe.last[0], "red")
-        assert ship(gateway, "shop.click", [GOOD], "mended") >= 1
+        assert ship(gateway, "shop.click", [GOOD], "corrected") >= 1
         eventually(lambda: probe.last == (True, ""), "green again by itself")
         assert ship(gateway, "shop.click", [BAD], "late") == 1, "and what shippers still hold is taken"
         assert len(gateway.log.letters()) == 42 and len(gateway.log.rows()) == 1

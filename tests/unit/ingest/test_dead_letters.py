@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ingest_world import PROJECT, START_MS, impression
-from letters_world import MENDED, TOPICS, Dying, DyingProducer, DyingWriter, Killed, World
+from letters_world import CORRECTED, TOPICS, Dying, DyingProducer, DyingWriter, Killed, World
 
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.formats.dead_letters import DeadLetter, RetryMark, decode_dead_letter, decode_retry_mark
@@ -200,7 +200,7 @@ def test_a_retry_before_the_fix_changes_nothing_but_names_its_attempts() -> None
         assert world.retry(project=PROJECT).retry(ALL).refused == {"undeclared": 1}
     told = [one.content for one in world.letters()]
     assert [one.attempts for one in told] == [0, 1, 2, 3] and [one.retry_of for one in told] == [-1, 0, 1, 2]
-    assert world.retry(project=MENDED).retry(ALL).appended == 1
+    assert world.retry(project=CORRECTED).retry(ALL).appended == 1
     assert len(world.rows()) == 1
 
 
@@ -231,15 +231,15 @@ ROUTE = Route(
 def test_lines_whose_id_comes_from_the_line_are_found_again_after_a_kill(turn: int) -> None:
     """A mapping gives the event another id than the letter has; a killed retry's event must be known by that one."""
     world = World()
-    mended = msgspec.structs.replace(PROJECT, mappings=(AccessLog(tag="nginx", routes=(ROUTE,)),)).checked()
+    corrected = msgspec.structs.replace(PROJECT, mappings=(AccessLog(tag="nginx", routes=(ROUTE,)),)).checked()
     world.offer("nginx", [{"log": LINE.format("q1", "curl")}, {"log": LINE.format("q2", "curl")}], "c")
     world.offer("nginx", [{"log": LINE.format("q3", "x").replace("/item", "/other")}, {"log": "garbage"}], "c2")
     dying = Dying(turn, Random(turn))
-    writer = DyingWriter(world.log, world.pens, dying)
+    writer = DyingWriter(world.log, world.epochs, dying)
     with pytest.raises(Killed):
-        world.retry(project=mended, producer=DyingProducer(world.log.producer(), dying), writer=writer).retry(ALL)
+        world.retry(project=corrected, producer=DyingProducer(world.log.producer(), dying), writer=writer).retry(ALL)
     world.clock.advance(40.0)
-    world.retry(project=mended).retry(ALL)
+    world.retry(project=corrected).retry(ALL)
     assert sorted(one["event_id"] for one in world.rows()) == ["q1", "q2"]
     states = world.states()
     assert [states[offset] for offset in range(3)] == ["retried"] * 3

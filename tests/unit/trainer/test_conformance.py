@@ -279,9 +279,9 @@ def test_gradients_are_those_of_autograd_on_a_dense_twin(name, device):
     np.testing.assert_allclose(norms.rows, np.linalg.norm(grad_UV), rtol=1e-4)
     np.testing.assert_allclose(logits_BT, wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grad_UV, twin.grad.numpy(), rtol=1e-4, atol=1e-4)
-    shallow = recipe.model in ("logistic", "fm")
+    is_linear = recipe.model in ("logistic", "fm")
     grads = (
-        learner.net.named(learner.net.grad_P) if shallow else {k: g.cpu() for k, g in learner.net.flat.grads.items()}
+        learner.net.named(learner.net.grad_P) if is_linear else {k: g.cpu() for k, g in learner.net.flat.grads.items()}
     )
     for key, weight in weights.items():
         np.testing.assert_allclose(grads[key], weight.grad, rtol=1e-4, atol=1e-4, err_msg=key)
