@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness.figures import Figure, show
 
-from headrace.backends.lake.delta import DeltaLake, with_hours
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.lake.hour_files import with_hours
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig, port
 from headrace.contract.formats.positions import Position

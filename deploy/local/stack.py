@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from headrace.backends.log.kafka import KafkaAdmin
+from headrace.contract.config import LogConfig
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import readiness
@@ -53,10 +54,12 @@ def start(
     *,
     stages: bool | Sequence[str] = True,
     more: Sequence[Program] = (),
+    log: LogConfig | None = None,
 ) -> None:
     """Bring the stack up, with all stages, with none, or with those named; returns when all that was started is ready.
 
-    `more` are further programs; one that has a stage's name takes its place.
+    `more` are further programs; one that has a stage's name takes its place. `log` says with how many copies topics are
+    created.
     Raises `Unavailable` with each part's reason when one is not ready in time; what runs then keeps running, so that
     its log can be read.
     """
@@ -77,7 +80,9 @@ def start(
             own_cephfs(layout).start(lambda name: supervisor.begin((name,)))
             say(f"cephfs is ready after {time.monotonic() - begin:.1f} s")
         start_infrastructure(layout, supervisor, say)
-        KafkaAdmin(layout.brokers).ensure_topics(topics)
+        said = log or LogConfig()
+        admin = KafkaAdmin(layout.brokers, replication=said.replication, min_insync_replicas=said.min_insync_replicas)
+        admin.ensure_topics(topics)
         if stages:
             names = [p.name for p in supervisor.processes() if p.name not in INFRASTRUCTURE]
             probes = readiness.stage_probes(layout)

@@ -65,10 +65,15 @@ class Runtime:
         """Return a reader of these brokers."""
         return KafkaReader(self.brokers)
 
-    def admin(self) -> KafkaAdmin:
-        """Return an admin of these brokers."""
+    def admin(self, *, timeout_s: float = 20.0) -> KafkaAdmin:
+        """Return an admin of these brokers that creates topics as `[log]` says."""
         log = self.config.log
-        return KafkaAdmin(self.brokers, replication=log.replication, min_insync_replicas=log.min_insync_replicas)
+        return KafkaAdmin(
+            self.brokers,
+            replication=log.replication,
+            min_insync_replicas=log.min_insync_replicas,
+            timeout_s=timeout_s,
+        )
 
     def blobs(self) -> Blobs:
         """Return the store's blobs, below `<store>/blobs`."""

@@ -7,6 +7,7 @@ retention would, the records that the state wants next are deleted.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -63,13 +64,13 @@ class Place:
         KafkaAdmin(stack.brokers, timeout_s=60).ensure_topics(TOPICS.specs(1))
         _, self.project = load_project(folder)
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *flags: str) -> subprocess.Popen[str]:
         """Start a worker with ports and local files of its own."""
         self.started += 1
         base = self.base = self.stack.port_base + 60 * (self.started + 4)
         env = os.environ | {"PORT_BASE": str(base), "HEADRACE_HOME": str(self.folder / str(self.started))}
         env |= {"HEADRACE_BROKERS": self.stack.brokers, "HEADRACE_STORE": f"file:{self.folder}/store"}
-        command = [str(Path(sys.executable).with_name("headrace")), "stream", "--project", str(self.folder)]
+        command = [str(Path(sys.executable).with_name("headrace")), "stream", "--project", str(self.folder), *flags]
         return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def minute(self, minute: int) -> None:
@@ -158,4 +159,17 @@ def test_a_worker_goes_on_from_the_state_and_a_gap_is_refused_by_name(stack: Lay
     assert "log.generation" in words
     assert place.stored() == state
     assert len(place.samples()) == 1
+
+    # The store is emptied: what the group acknowledged is known by nobody, and only a person goes on.
+    shutil.rmtree(tmp_path / "store")
+    fourth = place.start()
+    _, words = fourth.communicate(timeout=90)
+    assert fourth.returncode == 1
+    assert "nothing is stored of this partition" in words and "headrace stream --begin-afresh" in words
+    assert place.stored() == -1
+    fifth = place.start("--begin-afresh")
+    until(lambda: place.stored() == 2 * (MINUTES + 5))
+    fifth.terminate()
+    _, words = fifth.communicate(timeout=30)
+    assert f"beginning afresh at offset {state + 4}" in words
     place.producer.close()

@@ -16,7 +16,7 @@ A commit:
 
 1. Read the newest version.
 2. Refuse rows and offsets that it already holds: another writer has stored them.
-3. Write the files, one or more for each hour of event time, side by side.
+3. Write the files, one or more for each hour of event time, side by side; of many hours, few files at a time.
 4. Write the log's entry, which only one writer of a version can. Where another one was first, delta-rs looks at what it
    did: it steps over a compaction, a vacuum or another partition's commit. A commit that moved one of our partitions
    ends ours with nothing done.
@@ -37,7 +37,6 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -45,23 +44,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from headrace.backends.lake.fsync import make_durable
+from headrace.backends.lake.hour_files import (
+    DATE,
+    HOUR,
+    HOUR_MS,
+    hour_ms,
+    hours_in,
+    local_store,
+    with_hours,
+    write_hours,
+)
 from headrace.backends.lake.leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
-from headrace.contract.formats.sample import LAKE_HOURS
 
 logger = logging.getLogger("headrace.lake")
 
 # Lakes of before keep 22 bits for a rank, under another id.
 OLD_RANK_BITS = 22
 PARTITIONS_MAX = 256
-DATE, HOUR = (field.name for field in LAKE_HOURS)
-HOUR_MS = 3_600_000
 RETAINED_ID = "retained"
+# delta-rs holds half a megabyte for each hour of a commit until its end: 32 MB for so many. Of more, few files are
+# written at a time; the samples of a minute are of two hours, those of a back-fill or of wrong clocks of thousands.
+HOURS_AT_ONCE = 64
 # Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
 STEPS_MAX = 15
 # Entries of Delta's log that a reader opens at most; the library's default of 100 is slow to read on HDFS.
@@ -124,19 +132,15 @@ class DeltaLake:
             before = -1 if table is None else int(table.version())
             self._refuse_repeats(table, rows, next_offsets, positions)
             parted = "event_time_ms" in rows.column_names if table is None else bool(partition_columns(table))
-            write_deltalake(
-                self.uri if table is None else table,
-                with_hours(rows) if parted else rows,
-                mode="append",
-                schema_mode="merge",
-                partition_by=[DATE, HOUR] if parted else None,
-                configuration=properties(self.config) if table is None else None,
-                commit_properties=CommitProperties(
-                    app_transactions=self._transactions(next_offsets, positions), max_commit_retries=STEPS_MAX
-                ),
+            stored = with_hours(rows) if parted else rows
+            commit = CommitProperties(
+                app_transactions=self._transactions(next_offsets, positions), max_commit_retries=STEPS_MAX
             )
-            if table is None:
-                table = self._newest_for_writing()
+            if parted and hours_in(stored) > HOURS_AT_ONCE:
+                table = self._append_hours(table, stored, commit)
+            else:
+                self._write(table, stored, parted, commit)
+                table = self._newest_for_writing() if table is None else table
             if table is not None and "://" not in self.uri:
                 make_durable(Path(self.uri), range(before + 1, int(table.version()) + 1))
         except (DeltaError, CommitFailedError, OSError) as error:
@@ -255,6 +259,34 @@ class DeltaLake:
         except (DeltaError, CommitFailedError, OSError) as error:
             raise Unavailable(f"the lake at {self.uri} did not take its settings: {error}") from error
         return True
+
+    def _write(self, table: Any, rows: pa.Table, parted: bool, commit: CommitProperties | None) -> None:
+        """Let delta-rs write and commit; it makes the table and adds columns where they are missing."""
+        write_deltalake(
+            self.uri if table is None else table,
+            rows,
+            mode="append",
+            schema_mode="merge",
+            partition_by=[DATE, HOUR] if parted else None,
+            configuration=properties(self.config) if table is None else None,
+            commit_properties=commit,
+        )
+
+    def _append_hours(self, table: Any, rows: pa.Table, commit: CommitProperties) -> Any:
+        """Commit rows of very many hours in bounded memory; return the table with them."""
+        if table is None or not set(rows.column_names) <= {field.name for field in table.schema().fields}:
+            # No row and no position: a writer that dies after it has only made room for the columns.
+            self._write(table, rows.slice(0, 0), True, None)
+            table = self._newest_for_writing()
+        table.create_write_transaction(
+            write_hours(table, rows),
+            mode="append",
+            schema=table.schema(),
+            partition_by=[DATE, HOUR],
+            commit_properties=commit,
+        )
+        table.update_incremental()
+        return table
 
     def _newest_for_writing(self) -> Any:
         """Return the table at its newest version; one that is open reads on in the log instead of all of it again."""
@@ -386,31 +418,11 @@ def partition_columns(table: Any) -> list[str]:
     return list(table.metadata().partition_columns)
 
 
-def with_hours(rows: pa.Table) -> pa.Table:
-    """Return the rows with the UTC date and hour of their event time."""
-    if clash := {DATE, HOUR} & set(rows.column_names):
-        raise ConfigRejected(f"fields {sorted(clash)} have the names of the lake's partitions; give them others.")
-    hours_N: npt.NDArray[np.int64] = rows["event_time_ms"].to_numpy() // HOUR_MS
-    days_N = (hours_N // 24).astype(np.int32)
-    return rows.append_column(
-        pa.field(DATE, pa.date32(), nullable=False), pa.array(days_N).cast(pa.date32())
-    ).append_column(pa.field(HOUR, pa.int32(), nullable=False), pa.array((hours_N % 24).astype(np.int32)))
-
-
-def hour_ms(day: date, hour: int) -> int:
-    """Return the Unix time at which an hour of a UTC day begins.
-
-    >>> hour_ms(date(1970, 1, 2), 1)
-    90000000
-    """
-    return ((day - date(1970, 1, 1)).days * 24 + hour) * HOUR_MS
-
-
 def read_rows(table: Any, columns: Sequence[str] | None, day: date | None) -> pa.Table:
     """Return rows of an open table, without the columns of its partitions unless they are asked for."""
     if columns is None:
         columns = [f.name for f in table.schema().fields if f.name not in (DATE, HOUR)]
-    store = _filesystem(table)
+    store = local_store(table)
     if day is None:
         return table.to_pyarrow_table(columns=list(columns), filesystem=store)
     if partition_columns(table):
@@ -421,16 +433,6 @@ def read_rows(table: Any, columns: Sequence[str] | None, day: date | None) -> pa
     rows = table.to_pyarrow_table(columns=wanted, filesystem=store)
     times = rows["event_time_ms"]
     return rows.filter(pc.and_(pc.greater_equal(times, begin), pc.less(times, end))).select(list(columns))
-
-
-def _filesystem(table: Any) -> Any:
-    """Return Arrow's own file system for a table on a POSIX path, None for delta-rs's elsewhere.
-
-    delta-rs's is written in Python, and Arrow's threads may still be in it when a program that has just read ends: it
-    aborts then (status 134) in one of ten runs.
-    """
-    at = urlsplit(table.table_uri)
-    return SubTreeFileSystem(unquote(at.path), LocalFileSystem()) if at.scheme in ("", "file") else None
 
 
 def files(table: Any) -> pa.Table:

@@ -19,47 +19,32 @@ from __future__ import annotations
 
 import re
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import CommitProperties, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import parquet
-from pyarrow.fs import PyFileSystem
 
 from headrace.backends.lake.delta import (
-    DATE,
-    HOUR,
-    HOUR_MS,
     RETAINED_ID,
     STEPS_MAX,
     DeltaLake,
     files,
-    hour_ms,
     partition_columns,
 )
+from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, ORDER, EventHour, hour_ms, store_of, write_file
 from headrace.contract.errors import Unavailable
 
 # The local store of delta-rs writes NAME#1 and renames it; a killed writer leaves that, and Delta's vacuum skips it.
 _STAGED = re.compile(r"#\d+$")
 _COMMIT = CommitProperties(max_commit_retries=STEPS_MAX)
-# The total order in which samples are learnt.
-ORDER = ("event_time_ms", "partition", "offset", "rank")
 UPKEEP_ID = "upkeep"
-# One group a file of 190,000 rows took readers a half more CPU than groups of this size, which cost 6 % more bytes.
-ROW_GROUP_ROWS = 131_072
-
-EventHour = tuple[date, int] | None
-"""A date and hour; None where the table has no hours."""
 
 
 class _File(NamedTuple):
@@ -208,21 +193,15 @@ class Upkeep:
 
     def _merged(self, table: Any, hour: EventHour, paths: list[str]) -> AddAction:
         """Write the rows of these files as one file, in total order; nobody sees it before its commit."""
-        store = PyFileSystem(DeltaStorageHandler.from_table(table._table))
+        store = store_of(table)
         try:
             parts = [parquet.read_table(store.open_input_file(path)) for path in paths]
             rows = pa.concat_tables(parts, promote_options="default")
             if order := [(name, "ascending") for name in ORDER if name in rows.column_names]:
                 rows = rows.sort_by(order)
-            folder = "" if hour is None else f"{DATE}={hour[0].isoformat()}/{HOUR}={hour[1]}/"
-            path = f"{folder}part-00000-{uuid.uuid4()}-c000.zstd.parquet"
-            with store.open_output_stream(path) as stream:
-                parquet.write_table(rows, stream, row_group_size=ROW_GROUP_ROWS, compression="zstd")
-                size = stream.tell()
+            return write_file(store, hour, rows, data_change=False)
         except (DeltaError, OSError) as error:
             raise self._away("compacted", error) from error
-        values = {} if hour is None else {DATE: hour[0].isoformat(), HOUR: str(hour[1])}
-        return AddAction(path, size, values, time.time_ns() // 1_000_000, False, _statistics(rows))
 
     def _commit(
         self, table: Any, actions: list[AddAction | RemoveAction], what: str, marks: Sequence[Transaction] = ()
@@ -303,16 +282,3 @@ def _sizes(table: Any) -> dict[EventHour, list[int]]:
 
 def _removed(path: str, data_change: bool) -> RemoveAction:
     return RemoveAction(path, data_change, time.time_ns() // 1_000_000)
-
-
-def _statistics(rows: pa.Table) -> str:
-    """Return what Delta's log says of a file, so that readers leave it out by time or position."""
-    bounds = {name: pc.min_max(rows[name]).as_py() for name in ORDER if name in rows.column_names}
-    return msgspec.json.encode(
-        {
-            "numRecords": rows.num_rows,
-            "minValues": {name: b["min"] for name, b in bounds.items()},
-            "maxValues": {name: b["max"] for name, b in bounds.items()},
-            "nullCount": {name: rows[name].null_count for name in bounds},
-        }
-    ).decode()

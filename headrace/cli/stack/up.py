@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
 
     try:
         specs = Topics(config.log.generation).specs(config.log.partitions)
-        start(layout, specs, say, stages=stages_of(layout.project), more=more)
+        start(layout, specs, say, stages=stages_of(layout.project), more=more, log=config.log)
         _show(layout, time.monotonic() - begin)
         with rules_topic(layout.brokers, Topics(config.log.generation)) as writer:
             lines = unapplied(writer, project)

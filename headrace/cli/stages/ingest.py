@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     metrics = PrometheusMetrics("ingest", args.metrics_port or runtime.port("metrics_ingest"))
     metrics.ready(False, "waiting for Kafka")
     partitions = runtime.config.log.partitions
-    if not _topics_exist(KafkaAdmin(runtime.brokers, timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop):
+    if not _topics_exist(runtime.admin(timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop):
         return 0
     producer = runtime.producer()
     deps = GatewayDependencies(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from msgspec import structs
 
-from headrace.backends.lake.delta import with_hours
+from headrace.backends.lake.hour_files import with_hours
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import feedback_schema, impression_schema
 from headrace.contract.formats.sample import sample_schema

@@ -4,6 +4,7 @@ Method: the admin of Kafka, with a client that remembers what it is asked."""
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,3 +106,10 @@ def test_what_these_brokers_cannot_give_is_refused() -> None:
         copies(2, 3, 0)
     with pytest.raises(ConfigRejected, match=r"log.min_insync_replicas is 4"):
         copies(3, 0, 4)
+
+
+def test_every_verb_takes_its_admin_from_the_runtime_that_knows_the_settings() -> None:
+    """A gateway is often the first to create topics: an admin of its own would leave `[log]` out."""
+    room = Path(__file__).resolve().parents[3] / "headrace" / "cli"
+    own = [path.name for path in sorted(room.rglob("*.py")) if "KafkaAdmin(" in path.read_text()]
+    assert own == ["runtime.py"]
