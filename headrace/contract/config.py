@@ -298,6 +298,9 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     counters_behind_ms: Annotated[int, Meta(ge=2_000)] = 10_000
     """How far the counters of a process may be behind the end of `features` before it is not ready. While no broker
     answers for longer than that, serving goes on from what it knows and says so in each answer. Unit: ms."""
+    stuck_ms: Annotated[int, Meta(ge=10_000)] = 120_000
+    """Longest time that one call of the updater may take, such as reading a snapshot's blob. Then the stage ends, and
+    the next one takes its model over. Unit: ms."""
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -28,7 +28,7 @@ Legend: C entries of the index, R rows at most, V values a row (linear, then emb
 
 from __future__ import annotations
 
-import hashlib
+import math
 import mmap
 import os
 import threading
@@ -43,6 +43,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
+from headrace.serving.model.process_times import began_at, boot_number
 from headrace.serving.model.row_table import Float32s, Int64s, apply, find, remove
 from headrace.trainer.model.tables.table import initial_values
 
@@ -112,37 +113,6 @@ def _fence() -> None:
         pass
     with _fence_lock:
         pass
-
-
-def began_at(pid: int) -> int:
-    """Return when a living process began, in ticks since the machine did; -1 for one that is dead.
-
-    Where there is no /proc the answer is 0 for each that lives: then its id alone tells.
-    """
-    if not os.path.exists("/proc/self/stat"):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return -1
-        except PermissionError:
-            pass
-        return 0
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            words = file.read().rpartition(")")[2].split()
-    except OSError:
-        return -1
-    # Behind the name: the state is the first word, the beginning the 20th (proc_pid_stat(5), fields 3 and 22).
-    return -1 if words[0] in "ZX" else int(words[19])
-
-
-def boot_number() -> int:
-    """Return a number of this boot of the machine, 0 where none is told. A power cut may leave a file half-written."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-            return int.from_bytes(hashlib.sha256(file.read()).digest()[:7], "little")
-    except OSError:
-        return 0
 
 
 def region_bytes(dim: int, rows_max: int) -> int:
@@ -314,7 +284,8 @@ class SharedModel:
         if seq <= 0 or seq % 2 or not 0 <= rows <= self.rows_max or not 0 < size <= META_BYTES:
             return False
         try:
-            if not is_good(msgspec.json.decode(self._meta[active][:size].tobytes(), type=Meta)):
+            meta = msgspec.json.decode(self._meta[active][:size].tobytes(), type=Meta)
+            if not is_good(meta):
                 return False
         except msgspec.MsgspecError:
             return False
@@ -323,8 +294,11 @@ class SharedModel:
         self._head[_SEQ + idle] |= 1  # A writer may have died while it wrote there.
         for word in (_ROWS, _META_SIZE):
             self._head[word + idle] = self._head[word + active]
-        for part in (self._meta, self._dense, self._index, self._keys, self._values):
-            part[idle][:] = part[active]
+        # No more than is in use: every page that is written takes memory.
+        dense = sum(math.prod(shape) for shape in meta.shapes.values())
+        for part, used in ((self._meta, size), (self._dense, dense), (self._keys, rows), (self._values, rows)):
+            part[idle][:used] = part[active][:used]
+        self._index[idle][:] = self._index[active]
         self._head[_SEQ + idle] += 1
         self.note_refusal("")
         return True

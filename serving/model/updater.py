@@ -10,6 +10,8 @@
 4. What the gate refuses (`serving/gate/admit.py`) changes nothing: the version that is served stays until a good
    snapshot comes. Where it was refused because it does not fit, serving is not ready: a person must make room.
 5. While Kafka or the store is away the served version stays, and reading goes on from where it was.
+6. Any other exception ends the stage, and so does a call that does not return within `serve.stuck_ms` (`watch`): the
+   next stage takes over the region with the version that is served. A write that failed is never written on.
 """
 
 from __future__ import annotations
@@ -53,6 +55,12 @@ class Updater:
     metrics: Metrics
     clock: Clock
     stop: threading.Event
+    stuck_ms: int = 120_000
+    """See `ServeConfig.stuck_ms`."""
+    waits_for: str = field(default="the beginning", init=False)
+    """What the call is for that is made now."""
+    _turned_s: float = field(default=0.0, init=False)
+    """When a call returned last, by the monotonic clock."""
     _meta: Meta | None = field(default=None, init=False)
     _newest: Manifest | None = field(default=None, init=False)
     _tried: str = field(default="", init=False)
@@ -63,6 +71,26 @@ class Updater:
     """The snapshots that were refused last: no delta of their chains is taken."""
     _begun: bool = field(default=False, init=False)
     _model_offset: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._turned_s = self.clock.monotonic()
+
+    def watch(self) -> None:
+        """Check once that the updater's thread goes on; another thread calls it every second or so.
+
+        Raises `Unavailable` when a call has not returned for longer than `stuck_ms`: end the stage.
+        """
+        waited_ms = round((self.clock.monotonic() - self._turned_s) * 1_000)
+        if self._meta is not None:
+            self.metrics.set("model_age_seconds", (self.clock.now_ms() - self._meta.manifest.created_ms) / 1000)
+        if waited_ms > self.stuck_ms:
+            raise Unavailable(
+                f"the updater has waited {waited_ms} ms for {self.waits_for}; serve.stuck_ms allows {self.stuck_ms}. "
+                "The stage ends, and the next one takes its model over."
+            )
+
+    def _begins(self, what: str) -> None:
+        self.waits_for, self._turned_s = what, self.clock.monotonic()
 
     def run(self) -> None:
         """Follow until `stop`. Raises where serving must not go on, such as after a write that broke off."""
@@ -85,8 +113,10 @@ class Updater:
     def step(self, timeout_s: float) -> None:
         """Take what has come. Raises `Unavailable` while Kafka or the store is away: call again."""
         if not self._begun:
+            self._begins(f"the beginning of {self.topics.model}")
             self._begin()
             self._begun = True
+        self._begins(f"records of {self.topics.deltas}")
         try:
             records = self.reader.poll(200, timeout_s)
         except InvariantBroken as error:
@@ -123,13 +153,16 @@ class Updater:
         """Load the newest snapshot where it leads further, and read deltas from where its chain begins."""
         deltas = self.topics.deltas
         self._load_snapshot()
+        self._begun = False  # Until deltas are read from the new place: what fails on the way there is begun again.
         start = self.reader.end_offsets(deltas)[0] if self._newest is None else self._newest.deltas_offset
         start = max(start, self.reader.begin_offsets(deltas)[0])
         self.reader.assign({(self.topics.model, 0): self._model_offset, (deltas, 0): start})
+        self._begun = True
 
     def take(self, records: Sequence[Record]) -> None:
         """Take records of `model` and `deltas`, in order."""
         for record in records:
+            self._begins(f"record {record.offset} of {record.topic} to be taken")
             if record.topic == self.topics.model:
                 self._model_offset = record.offset + 1
                 self._note_manifest(record)
@@ -143,8 +176,6 @@ class Updater:
             if why:
                 logger.info("loading snapshot %s: %s", newest.version, why)
                 self._follow()
-        if self._meta is not None:
-            self.metrics.set("model_age_seconds", (self.clock.now_ms() - self._meta.manifest.created_ms) / 1000)
 
     def _leads_further(self, newest: Manifest) -> bool:
         served = self._meta.manifest if self._meta is not None else None
@@ -165,6 +196,7 @@ class Updater:
         manifest = self._newest
         if manifest is None or manifest.version == self._tried or not self._leads_further(manifest):
             return
+        self._begins(f"blob {manifest.blob}")
         data = self.blobs.get(manifest.blob)  # While the store is away this raises, and is tried again.
         self._tried = manifest.version
         try:
@@ -222,7 +254,10 @@ class Updater:
 
     def _swap(self, meta: Meta, act: Callable[[], None]) -> None:
         started = time.perf_counter()
-        act()
+        try:
+            act()
+        except Unavailable as error:  # Of a write: nobody knows how far it went, so nobody tries it again.
+            raise InvariantBroken(f"writing {meta.manifest.version} failed; restart `serve`: {error}") from error
         self.metrics.observe("swap_seconds", time.perf_counter() - started)
         self.metrics.add("swaps_total")
         self.metrics.set("model_step", meta.manifest.step)

@@ -90,8 +90,9 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
             metrics=metrics,
             clock=runtime.clock,
             stop=stop,
+            stuck_ms=runtime.config.serve.stuck_ms,
         )
-        jobs |= {"updater": updater.run, "readiness": lambda: _tell_readiness(app, metrics, stop)}
+        jobs |= {"updater": updater.run, "readiness": lambda: _tell_readiness(app, updater, metrics, stop)}
     try:
         return answer_requests(make_app(app), listener, stop, jobs=jobs, workers=workers)
     finally:
@@ -104,9 +105,10 @@ def _tell(app: ServingApp, stop: threading.Event) -> None:
         stop.wait(0.5)
 
 
-def _tell_readiness(app: ServingApp, metrics: PrometheusMetrics, stop: threading.Event) -> None:
+def _tell_readiness(app: ServingApp, updater: Updater, metrics: PrometheusMetrics, stop: threading.Event) -> None:
     while not stop.is_set():
         reason = app.not_ready()
         metrics.ready(not reason, reason)
         app.measure_workers()
+        updater.watch()
         stop.wait(0.1 if reason else 1.0)

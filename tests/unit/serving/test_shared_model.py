@@ -14,7 +14,8 @@ import pytest
 
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
-from headrace.serving.model.shared_region import _BEGAN, _READERS, Meta, SharedModel, View, began_at
+from headrace.serving.model.process_times import began_at
+from headrace.serving.model.shared_region import _BEGAN, _READERS, Meta, SharedModel, View
 
 KEYS = np.arange(1, 401, dtype=np.int64) * 7919
 DIM = 3
