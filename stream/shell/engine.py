@@ -6,6 +6,7 @@
 3. Records are handed on in order, those of a partition that wait together at once; none is acknowledged before the
    stage says that its effect is durable.
 4. A revoked partition's state is dropped: its new owner restores its own.
+5. Once a second it looks whether Kafka's client still works and the group has an assignment for it; if not, it stops.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.interfaces.log import Record
+from headrace.stream.shell.group_watch import GroupWatch
 from headrace.stream.shell.watchdog import Watchdog
 
 log = logging.getLogger("headrace.engine")
@@ -32,6 +34,7 @@ TICK_S = 0.005
 SEEK_WAIT_S = 20.0
 """After a seek the wanted record comes within a fetch; longer means that the log does not have it."""
 STOP_S = 3.0
+LOOK_S = 1.0
 WAITING_MAX = 256
 """Most records that wait to be handed on."""
 TURNS = 4
@@ -118,7 +121,8 @@ class Engine:
         self._came = asyncio.Event()
         self._taken = asyncio.Event()
         self._failure: BaseException | None = None
-        self._in_group = False
+        self._group = GroupWatch()
+        self._look_due_s = 0.0
         self._watchdog = Watchdog()
 
     def acknowledge(self, partition: int, upto: int) -> None:
@@ -138,10 +142,11 @@ class Engine:
     def run(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may mend."""
         self._watchdog.start()
-        try:
-            return asyncio.run(self._main(stage, stop, ready))
-        finally:
+        status = asyncio.run(self._main(stage, stop, ready))
+        if status == 0:
             self._watchdog.stop()
+        # Else it stays: a thread of a client that failed may not end, and the process must.
+        return status
 
     async def _main(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         app = self.app
@@ -160,13 +165,14 @@ class Engine:
 
         async def revoked(_app: Any, *partitions: Any, **_: Any) -> None:
             try:
+                self._group.revoked()
                 self._forget(stage, {tp.partition for tp in partitions[0] if tp.topic == self.topic})
             except Exception as error:
                 # Raised into Kafka's client, it would end the client's own task instead of the stage.
                 self._failure = self._failure or error
 
         async def assigned(_app: Any, *_: Any, **__: Any) -> None:
-            self._in_group = True
+            self._group.assigned()
 
         async def hand_on() -> None:
             try:
@@ -193,8 +199,11 @@ class Engine:
                     self._failure = app.crash_reason
                 else:
                     await stage.tick()
-                    if self.next or self._in_group:
+                    self._look()
+                    if self._group.has_assignment:
                         ready(True, "")
+                    else:
+                        ready(False, "waiting for Kafka's group")
         except Exception as error:
             self._failure = self._failure or error
         ready(False, "stopping")
@@ -213,6 +222,14 @@ class Engine:
         if (unstopped := await _bounded(app.stop(), "Faust")) is not None:
             log.warning("Faust: %s", unstopped)
         return 0 if self._failure is None else 1
+
+    def _look(self) -> None:
+        """Look once a second whether Kafka's client works."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._look_due_s:
+            self._look_due_s = now_s + LOOK_S
+            consumer: Any = self.app.consumer
+            self._group.look(consumer._thread)
 
     def _forget(self, stage: Stage, partitions: set[int]) -> None:
         stage.drop(partitions)
