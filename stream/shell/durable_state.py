@@ -124,7 +124,9 @@ class DurableState:
         self._every_s = every_ms / 1000
         self._due_s = self._clock.monotonic() + first_ms / 1000
         self.sent = 0
-        self.delivered = 0
+        self._without_receipt: dict[int, None] = {}
+        """Numbers of the records that have no receipt yet, in the order in which they were sent. Receipts of several
+        partitions come in any order: how many came does not say which."""
         self.stored: Mapping[int, int] = {}
         """The offsets of the newest snapshot that is in the store."""
         self.kept: dict[str, Sequence[str]] = {}
@@ -185,12 +187,14 @@ class DurableState:
 
     async def send(self, count: int, records: Iterable[Outgoing]) -> None:
         """Send `count` records, in order; waits while the producer's queue is full."""
+        numbers = range(self.sent, self.sent + count)
         # Counted before they are sent: no state is stored while one of them still waits for room.
         self.sent += count
-        for record in records:
-            if not self._try_to_send(record):
+        self._without_receipt.update(dict.fromkeys(numbers))
+        for number, record in zip(numbers, records, strict=True):
+            if not self._try_to_send(number, record):
                 with self._store.waits.named("room in the producer's queue", RECEIPT_MAX_S):
-                    await self._send_when_there_is_room(record)
+                    await self._send_when_there_is_room(number, record)
             self._producer.poll(0.0)
 
     def is_due(self) -> bool:
@@ -239,7 +243,7 @@ class DurableState:
 
     async def _await_receipts(self, sent: int) -> None:
         with self._store.waits.named(f"receipts of the records before {self._folder}'s snapshot", RECEIPT_MAX_S):
-            while self.delivered < sent:
+            while next(iter(self._without_receipt), sent) < sent:
                 if self.failure is not None:
                     raise self.failure
                 await asyncio.sleep(RECEIPT_WAIT_S)
@@ -275,14 +279,14 @@ class DurableState:
         with self._store.waits.named(f"read of {self._parts_folder}/{name}"):
             return self._store.blobs.get(f"{self._parts_folder}/{name}")
 
-    async def _send_when_there_is_room(self, record: Outgoing) -> None:
+    async def _send_when_there_is_room(self, number: int, record: Outgoing) -> None:
         while True:
             self._producer.poll(0.0)
             await asyncio.sleep(FULL_WAIT_S)
-            if self._try_to_send(record):
+            if self._try_to_send(number, record):
                 return
 
-    def _try_to_send(self, record: Outgoing) -> bool:
+    def _try_to_send(self, number: int, record: Outgoing) -> bool:
         try:
             self._producer.send(
                 record.topic,
@@ -290,18 +294,18 @@ class DurableState:
                 record.value,
                 key=record.key,
                 headers=record.headers,
-                delivered=self._on_delivered,
+                delivered=partial(self._on_delivered, number),
             )
         except Overloaded:
             return False
         return True
 
-    def _on_delivered(self, error: Exception | None, _offset: int) -> None:
+    def _on_delivered(self, number: int, error: Exception | None, _offset: int) -> None:
         if error is not None:
             # Never counted as delivered: no state that knows this record may be stored.
             self._fail(error)
             return
-        self.delivered += 1
+        self._without_receipt.pop(number, None)
 
 
 def check_topic(stored_id: str, topic_id: str, topic: str) -> None:

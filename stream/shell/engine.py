@@ -6,6 +6,7 @@
 3. Records are handed on in order, those of a partition that wait together at once; none is acknowledged before the
    stage says that its effect is durable.
 4. A revoked partition's state is dropped: its new owner restores its own.
+5. Once a second it looks whether Kafka's client still works and the group has an assignment for it; if not, it stops.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import faust.transport.drivers.aiokafka as aiokafka_driver
 from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
-from headrace.contract.interfaces.log import Record
+from headrace.contract.interfaces.log import Reader, Record
+from headrace.stream.shell.group_watch import GroupWatch
+from headrace.stream.shell.log_ends import LogEnds
 from headrace.stream.shell.watchdog import Watchdog
 
 log = logging.getLogger("headrace.engine")
@@ -32,6 +35,7 @@ TICK_S = 0.005
 SEEK_WAIT_S = 20.0
 """After a seek the wanted record comes within a fetch; longer means that the log does not have it."""
 STOP_S = 3.0
+LOOK_S = 1.0
 WAITING_MAX = 256
 """Most records that wait to be handed on."""
 TURNS = 4
@@ -83,9 +87,19 @@ class Engine:
     """One Faust app over one topic, run until `stop` is set."""
 
     def __init__(
-        self, name: str, brokers: str, topic: str, partitions: int, datadir: Path, *, begin_afresh: bool = False
+        self,
+        name: str,
+        brokers: str,
+        topic: str,
+        partitions: int,
+        datadir: Path,
+        *,
+        open_reader: Callable[[], Reader],
+        begin_afresh: bool = False,
     ) -> None:
-        """`begin_afresh` takes a partition without a state from its beginning, whatever was acknowledged."""
+        """`open_reader` makes the reader that tells how far the log goes. `begin_afresh` takes a partition without a
+        state from its beginning, whatever was acknowledged.
+        """
         datadir.mkdir(parents=True, exist_ok=True)
         for noisy in ("faust", "aiokafka", "mode"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -118,7 +132,10 @@ class Engine:
         self._came = asyncio.Event()
         self._taken = asyncio.Event()
         self._failure: BaseException | None = None
-        self._in_group = False
+        self._group = GroupWatch()
+        self._ends = LogEnds(topic, open_reader, self._standing)
+        self._look_due_s = 0.0
+        self._beginning = False
         self._watchdog = Watchdog()
 
     def acknowledge(self, partition: int, upto: int) -> None:
@@ -129,19 +146,26 @@ class Engine:
 
     def lag(self) -> int:
         """Return how many records lie in the log beyond what was taken, over all partitions."""
-        total = 0
-        for partition, following in list(self.next.items()):
-            high = self.app.consumer.highwater(TP(self.topic, partition))
-            total += max(0, (high or 0) - following)
-        return total
+        return self._ends.lag(dict(self.next))
+
+    def oldest_unread_ms(self) -> int | None:
+        """Return when the oldest record was written that the stage stands still before; None while it moves."""
+        return self._ends.oldest_ms
+
+    def _standing(self) -> dict[int, int]:
+        """Return where the stage waits for records; nowhere while some wait for it, or a partition begins."""
+        return {} if self._waiting or self._beginning else dict(self.next)
 
     def run(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may cure."""
         self._watchdog.start()
-        try:
-            return asyncio.run(self._main(stage, stop, ready))
-        finally:
+        self._ends.start()
+        status = asyncio.run(self._main(stage, stop, ready))
+        self._ends.stop()
+        if status == 0:
             self._watchdog.stop()
+        # Else it stays: a thread of a client that failed may not end, and the process must.
+        return status
 
     async def _main(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         app = self.app
@@ -160,13 +184,14 @@ class Engine:
 
         async def revoked(_app: Any, *partitions: Any, **_: Any) -> None:
             try:
+                self._group.revoked()
                 self._forget(stage, {tp.partition for tp in partitions[0] if tp.topic == self.topic})
             except Exception as error:
                 # Raised into Kafka's client, it would end the client's own task instead of the stage.
                 self._failure = self._failure or error
 
         async def assigned(_app: Any, *_: Any, **__: Any) -> None:
-            self._in_group = True
+            self._group.assigned()
 
         async def hand_on() -> None:
             try:
@@ -193,13 +218,20 @@ class Engine:
                     self._failure = app.crash_reason
                 else:
                     await stage.tick()
-                    if self.next or self._in_group:
+                    self._look()
+                    if self._group.has_assignment:
                         ready(True, "")
+                    else:
+                        ready(False, "waiting for Kafka's group")
         except Exception as error:
             self._failure = self._failure or error
         ready(False, "stopping")
         handing.cancel()
         await asyncio.wait([handing])
+        return await self._end(stage, starting)
+
+    async def _end(self, stage: Stage, starting: asyncio.Future[Any]) -> int:
+        """Make durable what is possible unless something failed, and end Faust; return the exit status."""
         if self._failure is None:
             self._failure = await _bounded(stage.finish(), "durable state")
         if self._failure is not None:
@@ -210,9 +242,18 @@ class Engine:
                 exc_info=None if isinstance(self._failure, HeadraceError) else self._failure,
             )
         starting.cancel()
-        if (unstopped := await _bounded(app.stop(), "Faust")) is not None:
+        if (unstopped := await _bounded(self.app.stop(), "Faust")) is not None:
             log.warning("Faust: %s", unstopped)
         return 0 if self._failure is None else 1
+
+    def _look(self) -> None:
+        """Look once a second whether Kafka's client works."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._look_due_s:
+            self._look_due_s = now_s + LOOK_S
+            consumer: Any = self.app.consumer
+            self._group.look(consumer._thread)
+            self._ends.look()
 
     def _forget(self, stage: Stage, partitions: set[int]) -> None:
         stage.drop(partitions)
@@ -226,7 +267,9 @@ class Engine:
         message = event.message
         partition, offset = message.partition, message.offset
         if partition not in self.next:
+            self._beginning = True
             self.next[partition] = await self._begin(stage, partition, offset)
+            self._beginning = False
         following = self.next[partition]
         if offset < following:
             message.ack(self.app.consumer)

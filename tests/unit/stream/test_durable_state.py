@@ -252,6 +252,23 @@ def test_a_refused_record_is_never_counted_as_delivered() -> None:
     asyncio.run(run())
 
 
+def test_a_later_records_receipt_is_not_taken_for_an_earlier_ones() -> None:
+    async def run() -> None:
+        world = World()
+        await world.durable.send(2, records(2))
+        world.begin(7)
+        await world.durable.send(2, [Outgoing("samples", 1, b"other"), Outgoing("samples", 1, b"another")])
+        first = world.producer.receipts.pop(0)
+        world.producer.deliver()
+        await turns()
+        assert world.blobs.puts == [], "three receipts came, and one of the two from before the snapshot is missing"
+        first(None, 0)
+        await turns()
+        assert world.owner.acknowledged == [{0: 7}]
+
+    asyncio.run(run())
+
+
 def test_receipts_and_room_that_never_come_end_the_wait_by_name() -> None:
     async def run() -> None:
         world = World()

@@ -1,0 +1,166 @@
+"""Goal: no call that fails, in any way, leaves a hole behind, or a stage that waits for ever.
+
+Method: worlds/fault_matrix.py runs each cell, a call x a fault; worlds/fault_stages.py has the stages. Every row is run
+in every test run, one call of it a fault; the long run has several calls, and every cell. Then bugs are planted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import fault_matrix
+import pytest
+from fault_matrix import (
+    Call,
+    Fault,
+    StageRow,
+    calls_made,
+    calls_of,
+    cells_of,
+    check_cell,
+    contract_interfaces,
+    faults_of,
+)
+from fault_stages import ROWS, no_threads
+
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.log import Producer
+from headrace.stream.aggregate.stage import AggregateStage
+from headrace.stream.join.join import JoinState
+from headrace.stream.shell.durable_state import DurableState
+from headrace.stream.shell.waits import Waits
+from headrace.stream.sink.stage import SinkStage
+
+BY_NAME = {row.name: row for row in ROWS}
+PAIRS = [pytest.param(row, call, id=f"{row.name}-{call}") for row in ROWS for call in row.rows()]
+NOT_YET = {
+    "Admin": "called by the commands before a stage begins",
+    "Clock": "leaves no process",
+    "FencedWriter": "the trainer's, and the rules topic's",
+    "Frontier": "the crawler's",
+    "Group": "the Kafka source's, of the gateway",
+    "LakeReader": "the trainer's and replay's",
+    "LakeState": "a value, not a call",
+    "Progress": "shows only",
+    "Reader": "the trainer's, the updater's and the tools'",
+}
+"""Interfaces that no stage of the matrix calls, and whose they are: each is for the one who adds that stage."""
+
+
+@pytest.fixture(autouse=True)
+def _no_threads() -> Iterator[None]:
+    with no_threads():
+        yield
+
+
+def middle(made: int) -> list[int]:
+    return [made // 2]
+
+
+def several(made: int) -> list[int]:
+    return sorted({0, min(1, made - 1), made // 2, made - 1})
+
+
+@pytest.mark.parametrize(("row", "call"), PAIRS)
+def test_faults_of_each_call_end_well(row: StageRow, call: Call):
+    """A third of the cells: another third in each row, so that every fault is met."""
+    cells = list(cells_of(row, call, middle))
+    for cell in cells[[pair.values for pair in PAIRS].index((row, call)) % 3 :: 3]:
+        assert check_cell(row, cell), f"{cell}: the cell was skipped"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("row", "call"), PAIRS)
+def test_each_fault_of_several_calls_ends_well(row: StageRow, call: Call):
+    for cell in cells_of(row, call, several):
+        assert check_cell(row, cell), f"{cell}: the cell was skipped"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_call_that_a_stage_makes_has_a_row(row: StageRow):
+    rows, made = set(row.rows()), {*calls_made(row), *calls_made(row, goes_on=True)}
+    assert made == rows, f"without a row or never made: {sorted(map(str, made ^ rows))}"
+
+
+def test_every_interface_of_the_contract_is_a_stages_or_says_whose_it_is():
+    of_stages = {interface.__name__ for row in ROWS for interface in row.interfaces}
+    contract = {interface.__name__ for interface in contract_interfaces()}
+    assert contract - of_stages == set(NOT_YET)
+
+
+def test_a_call_without_a_row_is_refused():
+    class Longer:
+        def put(self, name: str, data: bytes) -> None:
+            """As the contract says."""
+
+        def rename(self, name: str) -> None:
+            """The contract does not know it."""
+
+    faulty = fault_matrix.Process(fault_matrix.VirtualClock()).wrap(Blobs, Longer())
+    faulty.put("a", b"")
+    with pytest.raises(AssertionError, match=r"rename is called and has no row"):
+        faulty.rename("a")
+
+
+def test_rows_are_made_from_the_interface():
+    assert [str(call) for call in calls_of(Blobs)] == ["Blobs.put", "Blobs.get", "Blobs.list", "Blobs.delete"]
+    assert Call(Producer, "send.delivered") in calls_of(Producer)
+    assert Fault.FULL in faults_of(Call(Producer, "send"))
+    assert Fault.FULL not in faults_of(Call(Blobs, "put"))
+
+
+def is_caught(name: str, method: str) -> bool:
+    """Say whether some cell of this call fails."""
+    row = BY_NAME[name]
+    call = next(call for call in row.rows() if str(call) == method)
+    try:
+        for cell in cells_of(row, call, middle):
+            check_cell(row, cell)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_planted_a_commit_that_swallows_what_nobody_expected_is_caught(monkeypatch: pytest.MonkeyPatch):
+    told = SinkStage._commit
+
+    async def swallows(self, *what):
+        await told(self, *what)
+        if isinstance(self._failure, MemoryError):
+            self._failure = None
+
+    monkeypatch.setattr(SinkStage, "_commit", swallows)
+    assert is_caught("sink", "LakeWriter.append")
+
+
+def test_planted_a_refused_record_that_counts_as_delivered_is_caught(monkeypatch: pytest.MonkeyPatch):
+    def counts(self, number, _error, _offset):
+        self._without_receipt.pop(number)
+
+    monkeypatch.setattr(DurableState, "_on_delivered", counts)
+    assert is_caught("stream", "Producer.send.delivered")
+
+
+def test_planted_a_wait_without_a_bound_is_caught(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Waits, "check", lambda self: None)
+    assert is_caught("aggregate", "Blobs.put")
+
+
+def test_planted_a_state_that_is_stored_before_its_samples_is_caught(monkeypatch: pytest.MonkeyPatch):
+    async def at_once(self, _sent):
+        return
+
+    monkeypatch.setattr(DurableState, "_await_receipts", at_once)
+    assert is_caught("stream", "Producer.send.delivered")
+
+
+def test_planted_a_stage_that_goes_on_after_a_failure_is_caught(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(AggregateStage, "fail", lambda self, error: None)
+    monkeypatch.setattr(DurableState, "_fail", lambda self, error: self._owner.fail(error))
+    assert is_caught("aggregate", "Blobs.put")
+
+
+def test_planted_a_join_that_skips_a_record_is_caught(monkeypatch: pytest.MonkeyPatch):
+    told = JoinState.take_all
+    monkeypatch.setattr(JoinState, "take_all", lambda self, records: told(self, records[:-1] or records))
+    assert is_caught("stream", "Blobs.put")
