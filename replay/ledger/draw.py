@@ -15,8 +15,8 @@ Legend: N expected samples, in (partition, position) order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -31,9 +31,13 @@ from headrace.contract.formats.steps import Step
 from headrace.contract.recipe import Recipe
 from headrace.replay.ledger.keys import compare, covers, highest, sample_ids
 from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
-from headrace.replay.ledger.taken import StoredKeys, taken
+from headrace.replay.ledger.taken import recipe_of_ranges, taken
 from headrace.trainer.model.calibration import left_out
 from headrace.trainer.source.batch import sample_hashes
+
+StoredKeysOfRun = Callable[[int, tuple[str, ...], Sequence[Step]], pa.Table | None]
+"""Gives KEYS of the lake at a version, of these tasks, in total order; None where the version is no more and the steps
+of the run do not tell either what it held."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Found:
     """KEYS of the lake, as many rows as it has."""
     lake_positions: Positions
     steps: Sequence[Step]
-    stored_keys: StoredKeys
+    stored_keys: StoredKeysOfRun
     letters: Sequence[DeadLetter]
     tags: frozenset[str]
     """Declared tags: a dead letter of another tag is no declared event, and left out of the totals."""
@@ -69,11 +73,18 @@ class Found:
     """Those of `letters` that were offered again, with what came of it."""
     retained_before_ms: int = 0
     """Rows of event time before this are in the lake no more, or late and still there, as retention left them."""
+    refused: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
+    """Ids of stored samples that no learner takes."""
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    """By run, where it is known."""
 
 
 def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
-    """Return the ledger. Samples of tasks that the recipe doesn't have, and negatives that its `negative_share` leaves
-    out, count as sampled out.
+    """Return the ledger. Samples of tasks that a run's recipe doesn't have, and negatives that its `negative_share`
+    leaves out, count as sampled out.
+
+    Args:
+        recipe: of the project as it is now; taken for a run whose own is not known and whose ranges fit it.
     """
     ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0))
     reasons = Counter(letter.reason for letter in found.letters)
@@ -94,9 +105,11 @@ def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
         ledger.models[counts.run] = counts
         for name in ("learnt", "refused", "sampled_out", "in_flight"):
             setattr(ledger, name, getattr(counts, name))
-        ledger.lost_where["model"] = counts.lost
-        ledger.twice_where["model"] = counts.twice
-    if not ledger.models:
+    if ledger.models:
+        ledger.lost_where["model"] = sum(counts.lost for counts in ledger.models.values())
+        ledger.twice_where["model"] = sum(counts.twice for counts in ledger.models.values())
+        ledger.unaccounted = list(ledger.models.values())[-1].unaccounted
+    else:
         ledger.in_flight = ledger.samples
     ledger.lost, ledger.twice = sum(ledger.lost_where.values()), sum(ledger.twice_where.values())
     ledger.closes = _closes(ledger)
@@ -110,7 +123,7 @@ def _closes(ledger: Ledger) -> bool:
         and ledger.samples == ledger.learnt + ledger.refused + ledger.sampled_out + ledger.in_flight
         and all(counts.closes() for counts in ledger.tasks.values())
         and all(counts.closes() for counts in ledger.models.values())
-        and ledger.lost == ledger.twice == 0
+        and ledger.lost == ledger.twice == ledger.unaccounted == 0
     )
 
 
@@ -174,23 +187,42 @@ def _draw_lake(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array
 
 def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, recipe: Recipe) -> ModelCounts:
     """Count how often the run's steps took each expected sample, by their ranges alone."""
-    times_N = taken(expected.samples, ids_N, run, found.stored_keys)
     last = run[-1]
-    positions = Positions.from_json(found.lake_positions.generation, last.positions)
-    covered_N = covers(expected.samples, positions)
-    ours_N = pc.is_in(expected.samples["task"], value_set=pa.array(recipe.heads)).to_numpy()
-    learnt_N = ours_N & ~_left_out(expected.samples, recipe)
-    topic_N = pc.is_in(ids_N, value_set=sample_ids(found.topic)).to_numpy(zero_copy_only=False)
+    recipe = found.recipes.get(last.run) or recipe_of_ranges(expected.samples, run, recipe)
+    read: dict[int, pa.Table | None] = {}
+
+    def stored_keys(version: int) -> pa.Table | None:
+        read[version] = found.stored_keys(version, recipe.heads, run)
+        return read[version]
+
+    ours_N = pc.is_in(expected.samples["task"], value_set=pa.array(recipe.heads)).to_numpy(zero_copy_only=False)
+    times_N = taken(expected.samples, ids_N, run, stored_keys)
+    # A live range passes samples of other tasks by and counts them in none of its rows.
+    ours_taken = int(times_N[ours_N].sum())
+    covered_N = covers(expected.samples, Positions.from_json(found.lake_positions.generation, last.positions))
+    refused_N = ours_N & _is_in(ids_N, found.refused)
+    learnt_N = ours_N & ~refused_N & ~_left_out(expected.samples, recipe)
+    topic_N = _is_in(ids_N, sample_ids(found.topic))
     took_N = times_N > 0
-    named = sum(r.rows for step in run for r in step.ranges)
+    ranges = [r for step in run for r in step.ranges]
+    named, unknown = sum(r.rows for r in ranges), {version for version, keys in read.items() if keys is None}
     counts = ModelCounts(model=last.model, run=last.run, steps=len(run))
+    counts.unaccounted = sum(r.rows for r in ranges if r.kind == "stored" and r.version in unknown)
+    named -= counts.unaccounted
     counts.learnt = int((took_N & learnt_N).sum())
-    counts.sampled_out = int((took_N & ~learnt_N).sum())
-    counts.in_flight = int((topic_N & ~took_N).sum())
-    counts.samples = int((topic_N | took_N).sum())
-    counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, int(times_N.sum()) - named)
-    counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - int(times_N.sum()))
+    counts.refused = int((took_N & refused_N).sum())
+    counts.sampled_out = int(took_N.sum()) - counts.learnt - counts.refused
+    counts.in_flight = max(0, int((topic_N & ~took_N).sum()) - counts.unaccounted)
+    counts.samples = int(took_N.sum()) + counts.in_flight
+    if not unknown:
+        counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, ours_taken - named)
+    counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - ours_taken)
     return counts
+
+
+def _is_in(ids_N: pa.Array, known: pa.Array) -> npt.NDArray[np.bool_]:
+    found_N: npt.NDArray[np.bool_] = pc.is_in(ids_N, value_set=known).to_numpy(zero_copy_only=False)
+    return found_N
 
 
 def _left_out(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
@@ -202,8 +234,10 @@ def _left_out(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
 
 
 def _runs(steps: Sequence[Step]) -> list[list[Step]]:
-    """Return the steps by run, the newest run last; a step that was written again counts once."""
+    """Return the steps by run, the one that was written last at the end; a step that was written again counts once."""
     runs: dict[str, dict[int, Step]] = {}
     for step in steps:
-        runs.setdefault(step.run, {})[step.step] = step
+        run = runs.pop(step.run, {})
+        run[step.step] = step
+        runs[step.run] = run
     return [[run[n] for n in sorted(run)] for run in runs.values()]
