@@ -24,16 +24,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.contract.config import LedgerConfig
 from headrace.contract.formats.dead_letters import DeadLetter, Fate
 from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.steps import Step
 from headrace.contract.recipe import Recipe
+from headrace.replay.ledger.behind import oldest
 from headrace.replay.ledger.keys import compare, covers, highest, sample_ids
 from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
 from headrace.replay.ledger.taken import recipe_of_ranges, taken
+from headrace.stream.join.watermark import NO_TIME
 from headrace.trainer.model.calibration import left_out
 from headrace.trainer.source.batch import sample_hashes
+
+BEHIND_MAX_MS = LedgerConfig().behind_max_ms
 
 StoredKeysOfRun = Callable[[int, tuple[str, ...], Sequence[Step]], pa.Table | None]
 """Gives KEYS of the lake at a version, of these tasks, in total order; None where the version is no more and the steps
@@ -52,6 +57,10 @@ class Expected:
     tasks: dict[str, TaskCounts]
     impressions: int
     feedback: int
+    resolved_ms_N: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The watermark at which each sample was resolved."""
+    newest_ms: int = NO_TIME
+    """The newest watermark of a partition; without one nothing is old."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +88,15 @@ class Found:
     """By run, where it is known."""
 
 
-def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
+def draw(expected: Expected, found: Found, *, recipe: Recipe, behind_max_ms: int = BEHIND_MAX_MS) -> Ledger:
     """Return the ledger. Samples of tasks that a run's recipe doesn't have, and negatives that its `negative_share`
     leaves out, count as sampled out.
 
     Args:
         recipe: of the project as it is now; taken for a run whose own is not known and whose ranges fit it.
+        behind_max_ms: how old the oldest sample may be that is not stored, or not learnt.
     """
-    ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0))
+    ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0), behind_max_ms=behind_max_ms)
     reasons = Counter(letter.reason for letter in found.letters)
     reasons.subtract(letter.reason for letter, _ in found.retried)
     ledger.dead_letters = {reason: count for reason, count in reasons.items() if count}
@@ -100,8 +110,12 @@ def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
     ids_N = sample_ids(expected.samples)
     _draw_topic(ledger, expected, found, ids_N)
     _draw_lake(ledger, expected, found, ids_N)
+    ours_N = _of_tasks(expected.samples, recipe)
+    _draw_behind(ledger, expected, "lake", ~covers(expected.samples, found.lake_positions))
+    _draw_behind(ledger, expected, "model", ours_N)
     for run in _runs(found.steps):
-        counts = _draw_model(expected, found, run, ids_N, recipe)
+        counts, left_N = _draw_model(expected, found, run, ids_N, recipe)
+        _draw_behind(ledger, expected, "model", left_N)
         ledger.models[counts.run] = counts
         for name in ("learnt", "refused", "sampled_out", "in_flight"):
             setattr(ledger, name, getattr(counts, name))
@@ -112,6 +126,7 @@ def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
     else:
         ledger.in_flight = ledger.samples
     ledger.lost, ledger.twice = sum(ledger.lost_where.values()), sum(ledger.twice_where.values())
+    ledger.overdue = sorted(where for where, ms in ledger.behind_ms.items() if ms > behind_max_ms)
     ledger.closes = _closes(ledger)
     return ledger
 
@@ -185,8 +200,17 @@ def _draw_lake(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array
     ledger.lost_where["lake"], ledger.twice_where["lake"] = lost - ledger.retained, twice
 
 
-def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, recipe: Recipe) -> ModelCounts:
-    """Count how often the run's steps took each expected sample, by their ranges alone."""
+def _draw_behind(ledger: Ledger, expected: Expected, where: str, left_N: npt.NDArray[np.bool_]) -> None:
+    """Say how old the oldest sample is that has not got there; a later call for the same place stands."""
+    if expected.newest_ms != NO_TIME:
+        ledger.behind_ms[where] = oldest(expected.resolved_ms_N, expected.newest_ms, left_N)
+
+
+def _draw_model(
+    expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, recipe: Recipe
+) -> tuple[ModelCounts, npt.NDArray[np.bool_]]:
+    """Count how often the run's steps took each expected sample, by their ranges alone, and say which it has still to
+    learn: bool [N]."""
     last = run[-1]
     recipe = found.recipes.get(last.run) or recipe_of_ranges(expected.samples, run, recipe)
     read: dict[int, pa.Table | None] = {}
@@ -195,7 +219,7 @@ def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa
         read[version] = found.stored_keys(version, recipe.heads, run)
         return read[version]
 
-    ours_N = pc.is_in(expected.samples["task"], value_set=pa.array(recipe.heads)).to_numpy(zero_copy_only=False)
+    ours_N = _of_tasks(expected.samples, recipe)
     times_N = taken(expected.samples, ids_N, run, stored_keys)
     # A live range passes samples of other tasks by and counts them in none of its rows.
     ours_taken = int(times_N[ours_N].sum())
@@ -217,10 +241,15 @@ def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa
     if not unknown:
         counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, ours_taken - named)
     counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - ours_taken)
-    return counts
+    return counts, ours_N & ~took_N & ~covered_N
 
 
-def _is_in(ids_N: pa.Array, known: pa.Array) -> npt.NDArray[np.bool_]:
+def _of_tasks(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
+    """Say which samples are of the recipe's tasks: bool [N]."""
+    return _is_in(samples["task"], pa.array(recipe.heads))
+
+
+def _is_in(ids_N: pa.Array | pa.ChunkedArray, known: pa.Array) -> npt.NDArray[np.bool_]:
     found_N: npt.NDArray[np.bool_] = pc.is_in(ids_N, value_set=known).to_numpy(zero_copy_only=False)
     return found_N
 

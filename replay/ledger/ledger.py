@@ -100,6 +100,12 @@ class Ledger(msgspec.Struct, kw_only=True):
     """By reason, undeclared ones included."""
     unaccounted: int = 0
     """Rows of the newest run that can't be accounted for, see `ModelCounts`."""
+    behind_ms: dict[str, int] = {}
+    """How old the oldest sample is that is not there yet, in the log's own time: `lake`, `model` (the newest run)."""
+    behind_max_ms: int = 0
+    """`ledger.behind_max_ms`."""
+    overdue: list[str] = []
+    """Where `behind_ms` is above it."""
     retained: int = 0
     """Rows that were stored and that `lake.retention_ms` dropped since: no loss."""
 
@@ -114,7 +120,24 @@ def table(ledger: Ledger) -> str:
     lines += [_run_line(counts) for counts in ledger.models.values()]
     where = [f"lost in {w}: {n:,}" for w, n in ledger.lost_where.items() if n]
     where += [f"twice in {w}: {n:,}" for w, n in ledger.twice_where.items() if n]
+    where += [_behind_line(ledger, w, ms) for w, ms in ledger.behind_ms.items()]
     return "\n".join([*lines, *where, "the ledger closes" if ledger.closes else "THE LEDGER DOES NOT CLOSE"])
+
+
+def is_sound(ledger: Ledger) -> bool:
+    """Say whether nothing is lost, counted twice, overdue or past accounting for: the verb's exit code."""
+    return not (ledger.lost or ledger.twice or ledger.overdue or ledger.unaccounted)
+
+
+def _behind_line(ledger: Ledger, where: str, behind_ms: int) -> str:
+    line = f"behind in {where}: {behind_ms / 1000:,.1f} s"
+    if where not in ledger.overdue:
+        return line
+    stage = {"lake": "sink", "model": "train"}[where]
+    return (
+        f"{line}: OVERDUE, ledger.behind_max_ms is {ledger.behind_max_ms / 1000:,.1f} s. "
+        f"Does `{stage}` run, and `stream` before it? `headrace logs {stage}` has its last words."
+    )
 
 
 def _run_line(counts: ModelCounts) -> str:

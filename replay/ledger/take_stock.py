@@ -76,7 +76,7 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
         refused=refused_ids(pa.concat_tables([stored, topic]), project.features),
         recipes=_recipes(project, steps, manifests),
     )
-    return draw(expected, found, recipe=project.recipe)
+    return draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)
 
 
 def _recipes(project: Project, steps: Sequence[Step], manifests: Sequence[Manifest]) -> dict[str, Recipe]:

@@ -19,7 +19,7 @@ from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec, Numeric
 from headrace.replay.ledger.draw import Expected, Found, draw
 from headrace.replay.ledger.keys import JOINED, KEYS, covers, sample_ids
-from headrace.replay.ledger.ledger import Ledger, TaskCounts, table
+from headrace.replay.ledger.ledger import Ledger, TaskCounts, is_sound, table
 from headrace.replay.ledger.refused import JUDGED, refused_ids
 from headrace.replay.ledger.taken import stored_by_log
 
@@ -297,3 +297,46 @@ def test_rows_of_a_version_that_is_no_more_are_named_and_not_lost():
     assert "run old: 1 steps, 0 learnt, 2 rows of a version of the lake that is no more" in table(ledger)
     ledger = eager(steps=[now, old], stored_keys=lambda *_: None)
     assert (ledger.unaccounted, ledger.in_flight, ledger.closes) == (2, 1, False)
+
+
+def aged(**found: object) -> Ledger:
+    """Draw a ledger of 40 samples, one resolved every second, while the newest watermark is at 60 s."""
+    order = np.argsort(SAMPLES["offset"].to_numpy() * 10 + SAMPLES["rank"].to_numpy(), kind="stable")
+    resolved = np.zeros(ROWS, np.int64)
+    resolved[order] = np.arange(ROWS) * 1_000
+    expected = Expected(**{**EXPECTED.__dict__, "resolved_ms_N": resolved, "newest_ms": 60_000})
+    return draw(expected, change(sound(), **found), recipe=RECIPE, behind_max_ms=30_000)
+
+
+def test_nothing_is_behind_where_all_is_stored_and_learnt():
+    ledger = aged()
+    assert (ledger.behind_ms, ledger.overdue, is_sound(ledger)) == ({"lake": 0, "model": 0}, [], True)
+
+
+def test_a_sink_that_stands_still_is_overdue_though_nothing_is_lost():
+    """Case: the sink waited for its group for ever; nothing was stored for the rest of the run."""
+    stood = change(sound(), lake=SAMPLES.filter(pa.compute.field("offset") <= 7))
+    found = {"lake": stood.lake, "lake_positions": Positions.from_json(1, {"0": [7, 1], "1": [7, 1]})}
+    ledger = aged(**found)
+    assert (ledger.lost, ledger.closes, ledger.behind_ms["lake"]) == (0, True, 60_000 - 20_000)
+    assert ledger.overdue == ["lake"] and not is_sound(ledger)
+    assert "behind in lake: 40.0 s: OVERDUE" in table(ledger) and "`sink`" in table(ledger)
+    nothing = {"lake": SAMPLES.slice(0, 0), "lake_positions": Positions(1)}
+    assert aged(**nothing).behind_ms["lake"] == 60_000
+
+
+def test_a_trainer_that_stands_still_or_never_came_is_overdue():
+    stood = msgspec.structs.replace(sound().steps[2], positions={"0": [12, 1], "1": [7, 1]})
+    ledger = aged(steps=[*sound().steps[:2], stood])
+    assert ledger.behind_ms == {"lake": 0, "model": 60_000 - 20_000 - 1_000} and ledger.overdue == ["model"]
+    assert aged(steps=[]).overdue == ["model"]
+
+
+def test_what_a_run_has_still_to_learn_of_the_lake_is_told_by_its_ranges():
+    """The positions of a run that learns the lake say nothing yet."""
+    begun = [msgspec.structs.replace(sound().steps[0], positions={})]
+    assert aged(steps=begun).behind_ms["model"] == 60_000 - 1_000, "partition 1's first sample"
+
+
+def test_a_log_without_a_promise_has_no_age():
+    assert draw(EXPECTED, change(sound(), steps=[]), recipe=RECIPE).behind_ms == {}

@@ -95,6 +95,25 @@ def test_identities_are_those_of_the_real_join():
     assert said and max(p.time_ms for p in said) <= START_MS + 10 * 380 - 1_000
 
 
+def test_a_sample_is_as_old_as_the_watermark_that_resolved_it():
+    """Each record's own watermark, though the ledger joins many records at once."""
+    records = log()
+    expected, _ = rejoin(PROJECT, Config(), records)
+    states = [JoinState(PROJECT, Config().join, silent_ms=10_000, partition=p) for p in range(2)]
+    resolved: dict[tuple[int, int, int], int] = {}
+    for record in records:
+        state = states[record.partition]
+        emitted = state.take(record)
+        for row in emitted.batch.to_pylist() if emitted is not None else ():
+            at_ms = state.watermark.time_ms
+            place = (row["partition"], row["offset"], row["rank"])
+            resolved[place] = at_ms if at_ms >= 0 else row["event_time_ms"]
+    keys = expected.samples.select(["partition", "offset", "rank"]).to_pylist()
+    assert expected.resolved_ms_N.tolist() == [resolved[tuple(key.values())] for key in keys]
+    assert expected.newest_ms == max(state.watermark.time_ms for state in states) == START_MS + 10 * 380
+    assert len(set(resolved.values())) > 10
+
+
 def test_a_log_whose_beginning_is_gone_is_refused():
     first = msgspec.structs.replace(log(40)[0], offset=7)
     with pytest.raises(InvariantBroken, match="begins at offset 7"):
