@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Positions, order_of, orders, position_of
 from headrace.contract.formats.sample_order import SampleOrder
+from headrace.contract.formats.sample_record import Unreadable, read_samples
 from headrace.contract.interfaces.log import Record
 
 KEYS = pa.schema(
@@ -36,14 +37,19 @@ JOINED = TIMED_KEYS.append(pa.field("label", pa.float32()))
 
 
 def sample_keys(records: Iterable[Record], schema: pa.Schema = KEYS) -> pa.Table:
-    """Return KEYS of the samples (or the columns of `schema`), by partition, as `SampleOrder` takes them."""
+    """Return KEYS of the samples (or the columns of `schema`), by partition, as `SampleOrder` takes them.
+
+    A record that is foreign or damaged is left out: samples that were in it are missing.
+    """
     partitions: dict[int, SampleOrder] = {}
     taken: dict[int, list[pa.RecordBatch]] = {}
     for record in records:
-        if record.value is not None:
-            for each in partitions.setdefault(record.partition, SampleOrder()).offer(record) or ():
-                rows = each.new_rows(decode_batch(each.record.value or b"", schema))
-                taken.setdefault(record.partition, []).append(rows)
+        found = read_samples(record, schema)
+        if isinstance(found, Unreadable):
+            continue
+        for each in partitions.setdefault(record.partition, SampleOrder()).offer(record) or ():
+            whole = found.rows if each.record is record else decode_batch(each.record.value or b"", schema)
+            taken.setdefault(record.partition, []).append(each.new_rows(whole))
     tables = [pa.Table.from_batches(batches) for batches in taken.values()]
     return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
 

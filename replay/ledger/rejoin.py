@@ -6,6 +6,7 @@ was declared for.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -75,9 +76,11 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
         for record in run:
             kind, newest_ms = record.headers.get("kind", ""), max(newest_ms, record.timestamp_ms)
             if record.value is not None and kind == PUNCTUATION:
-                promise = decode_punctuation(record.value)
-                watermarks.take(record.partition, record.offset, promise)
-                said.append((record.timestamp_ms, promise))
+                # One that is not ours the join counts, and nobody promised anything.
+                with contextlib.suppress(msgspec.DecodeError):
+                    promise = decode_punctuation(record.value)
+                    watermarks.take(record.partition, record.offset, promise)
+                    said.append((record.timestamp_ms, promise))
             elif record.value is not None and kind in rows:
                 rows[kind] += _row_count(record.value)
     samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else JOINED.empty_table()

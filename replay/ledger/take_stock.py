@@ -13,7 +13,7 @@ from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.dead_letters import decode_dead_letter, decode_retry_mark
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.snapshot import Manifest
-from headrace.contract.formats.steps import Step, decode_step
+from headrace.contract.formats.steps import Step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Reader, read_range
@@ -26,6 +26,7 @@ from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.refused import JUDGED, refused_ids
 from headrace.replay.ledger.rejoin import rejoin
 from headrace.replay.ledger.taken import stored_by_log
+from headrace.replay.recorded import recorded, recorded_steps
 from headrace.stream.rule_changes import first_rules
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
@@ -37,19 +38,15 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
     """
-    steps = [decode_step(r.value) for r in read_range(reader, topics.steps) if r.value is not None]
+    steps = recorded_steps(reader, topics)
     state = lake.state()
     stored = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
     topic = sample_keys(read_range(reader, topics.samples), JUDGED)
     manifests = read_manifests(reader, topics, project.name)
-    marks = [decode_retry_mark(r.value) for r in read_range(reader, topics.retries) if r.value is not None]
+    marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
     began = first_rules(project, list(read_range(reader, topics.rules)))
     expected, punctuations = rejoin(began, config, read_range(reader, topics.events))
-    letters = [
-        Letter(r.offset, decode_dead_letter(r.value))
-        for r in read_range(reader, topics.dead_letters)
-        if r.value is not None
-    ]
+    letters = [Letter(offset, letter) for offset, letter in recorded(reader, topics.dead_letters, decode_dead_letter)]
     reader.close()
 
     steps = [step for step in steps if step.model == project.name]
