@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -31,7 +31,7 @@ from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.steps import Step
 from headrace.contract.recipe import Recipe
 from headrace.replay.ledger.behind import oldest
-from headrace.replay.ledger.keys import compare, covers, highest, sample_ids
+from headrace.replay.ledger.keys import KEYS, compare, covers, highest, sample_ids
 from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
 from headrace.replay.ledger.taken import recipe_of_ranges, taken
 from headrace.stream.join.watermark import NO_TIME
@@ -84,6 +84,8 @@ class Found:
     """Rows of event time before this are in the lake no more, or late and still there, as retention left them."""
     refused: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
     """Ids of stored samples that no learner takes."""
+    topic_begins: Positions = field(default_factory=lambda: Positions(0))
+    """Where the samples topic begins whose first records retention took; what lay there before is not looked for."""
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     """By run, where it is known."""
 
@@ -108,6 +110,9 @@ def draw(expected: Expected, found: Found, *, recipe: Recipe, behind_max_ms: int
     for name in ("positives", "negatives", "waiting", "matched", "duplicate", "late", "orphans", "pending"):
         setattr(ledger, name, sum(getattr(counts, name) for counts in expected.tasks.values()))
     ids_N = sample_ids(expected.samples)
+    if found.topic_begins.by_partition:
+        forgotten = expected.samples.filter(pa.array(covers(expected.samples, found.topic_begins)))
+        found = replace(found, topic=pa.concat_tables([found.topic, forgotten.select(KEYS.names)]))
     _draw_topic(ledger, expected, found, ids_N)
     _draw_lake(ledger, expected, found, ids_N)
     ours_N = _of_tasks(expected.samples, recipe)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.formats.events import decode_batch
-from headrace.contract.formats.positions import START, Positions, order_of, orders, position_of
+from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
 from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.formats.sample_record import Unreadable, read_samples
 from headrace.contract.interfaces.log import Record
@@ -36,22 +36,31 @@ JOINED = TIMED_KEYS.append(pa.field("label", pa.float32()))
 """The same with its label, by which a recipe may leave samples out."""
 
 
-def sample_keys(records: Iterable[Record], schema: pa.Schema = KEYS) -> pa.Table:
-    """Return KEYS of the samples (or the columns of `schema`), by partition, as `SampleOrder` takes them.
+def sample_keys(records: Iterable[Record], schema: pa.Schema = KEYS) -> tuple[pa.Table, dict[int, Position]]:
+    """Return KEYS of the samples (or the columns of `schema`), by partition, as `SampleOrder` takes them; and the
+    position after which each partition begins whose first records retention took.
 
     A record that is foreign or damaged is left out: samples that were in it are missing.
     """
     partitions: dict[int, SampleOrder] = {}
+    begins: dict[int, Position] = {}
+    whole: set[int] = set()
     taken: dict[int, list[pa.RecordBatch]] = {}
     for record in records:
+        if record.offset == 0:
+            whole.add(record.partition)
         found = read_samples(record, schema)
         if isinstance(found, Unreadable):
             continue
-        for each in partitions.setdefault(record.partition, SampleOrder()).offer(record) or ():
-            whole = found.rows if each.record is record else decode_batch(each.record.value or b"", schema)
-            taken.setdefault(record.partition, []).append(each.new_rows(whole))
+        if record.partition not in partitions:
+            if record.offset > 0 and found.after > START and record.partition not in whole:
+                begins[record.partition] = found.after
+            partitions[record.partition] = SampleOrder(begins.get(record.partition, START))
+        for each in partitions[record.partition].offer(record) or ():
+            rows = found.rows if each.record is record else decode_batch(each.record.value or b"", schema)
+            taken.setdefault(record.partition, []).append(each.new_rows(rows))
     tables = [pa.Table.from_batches(batches) for batches in taken.values()]
-    return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table()
+    return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table(), begins
 
 
 def sample_ids(keys: pa.Table) -> pa.Array:

@@ -41,7 +41,7 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
     steps = recorded_steps(reader, topics)
     state = lake.state()
     stored = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
-    topic = sample_keys(read_range(reader, topics.samples), JUDGED)
+    topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
     manifests = read_manifests(reader, topics, project.name)
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
     began = first_rules(project, list(read_range(reader, topics.rules)))
@@ -61,6 +61,7 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
 
     found = Found(
         topic=topic.select(KEYS.names),
+        topic_begins=Positions(topics.generation, begins),
         lake=stored.select(KEYS.names),
         lake_positions=state.positions if state is not None else Positions(topics.generation),
         steps=steps,

@@ -340,3 +340,13 @@ def test_what_a_run_has_still_to_learn_of_the_lake_is_told_by_its_ranges():
 
 def test_a_log_without_a_promise_has_no_age():
     assert draw(EXPECTED, change(sound(), steps=[]), recipe=RECIPE).behind_ms == {}
+
+
+def test_samples_that_the_topic_has_forgotten_are_not_lost():
+    """Retention took the topic's first records; the lake and the steps have them."""
+    begins = Positions.from_json(1, {"0": [6, 1], "1": [5, 0]})
+    left = SAMPLES.filter(pa.array(~covers(SAMPLES, begins)))
+    ledger = draw(EXPECTED, change(sound(), topic=left, topic_begins=begins), recipe=RECIPE)
+    assert (ledger.samples, ledger.learnt, ledger.lost, ledger.twice, ledger.closes) == (ROWS, ROWS, 0, 0, True)
+    ledger = draw(EXPECTED, change(sound(), topic=left.slice(1), topic_begins=begins), recipe=RECIPE)
+    assert (ledger.lost_where["topic"], ledger.lost) == (1, 1)
