@@ -106,6 +106,9 @@ class Ledger(msgspec.Struct, kw_only=True):
     """`ledger.behind_max_ms`."""
     overdue: list[str] = []
     """Where `behind_ms` is above it."""
+    events_begin: dict[str, int] = {}
+    """First offset of each partition of `events` whose beginning retention took. Then nothing accounts for what came
+    before the samples, `read` to `pending`; `lost` is what the topic, the lake and the steps lack of each other."""
     retained: int = 0
     """Rows that were stored and that `lake.retention_ms` dropped since: no loss."""
 
@@ -120,6 +123,12 @@ def table(ledger: Ledger) -> str:
     lines += [_run_line(counts) for counts in ledger.models.values()]
     where = [f"lost in {w}: {n:,}" for w, n in ledger.lost_where.items() if n]
     where += [f"twice in {w}: {n:,}" for w, n in ledger.twice_where.items() if n]
+    if ledger.events_begin:
+        begins = ", ".join(f"{partition} at offset {offset}" for partition, offset in ledger.events_begin.items())
+        where.append(
+            f"events begins in partition {begins}: retention took what was before. What the gateways read and the join "
+            "made of it is not accounted for; the topic, the lake and the steps are held against each other."
+        )
     where += [_behind_line(ledger, w, ms) for w, ms in ledger.behind_ms.items()]
     return "\n".join([*lines, *where, "the ledger closes" if ledger.closes else "THE LEDGER DOES NOT CLOSE"])
 

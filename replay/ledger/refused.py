@@ -13,20 +13,19 @@ import pyarrow.compute as pc
 
 from headrace.contract.formats.sample import matrix
 from headrace.contract.spec import FeatureSpec
-from headrace.replay.ledger.keys import KEYS, sample_ids
+from headrace.replay.ledger.keys import JOINED, sample_ids
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import acceptable
 
 JUDGED = pa.schema(
     [
-        *KEYS,
-        pa.field("label", pa.float32()),
+        *JOINED,
         pa.field("weight", pa.float32()),
         pa.field("numeric", pa.list_(pa.float32())),
         pa.field("spec", pa.string()),
     ]
 )
-"""KEYS and what a learner looks at before it takes a sample."""
+"""JOINED and what a learner looks at before it takes a sample."""
 
 
 def refused_ids(rows: pa.Table, spec: FeatureSpec) -> pa.Array:

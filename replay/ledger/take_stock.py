@@ -11,6 +11,7 @@ import pyarrow as pa
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.dead_letters import decode_dead_letter, decode_retry_mark
+from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step
@@ -21,6 +22,7 @@ from headrace.contract.project import Project
 from headrace.contract.recipe import Recipe
 from headrace.ingest.dead_letters.letters import Letter, superseded
 from headrace.replay.ledger.draw import Found, draw
+from headrace.replay.ledger.kept import expected_of_kept
 from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, sample_keys
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.refused import JUDGED, refused_ids
@@ -45,7 +47,13 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
     manifests = read_manifests(reader, topics, project.name)
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
     began = first_rules(project, list(read_range(reader, topics.rules)))
-    expected, punctuations = rejoin(began, config, read_range(reader, topics.events))
+    trimmed = {str(p): offset for p, offset in sorted(reader.begin_offsets(topics.events).items()) if offset > 0}
+    events = read_range(reader, topics.events)
+    punctuations: list[Punctuation] = []
+    if trimmed:
+        expected = expected_of_kept(stored, topic, events, silent_ms=config.ingest.silent_ms)
+    else:
+        expected, punctuations = rejoin(began, config, events)
     letters = [Letter(offset, letter) for offset, letter in recorded(reader, topics.dead_letters, decode_dead_letter)]
     reader.close()
 
@@ -74,7 +82,9 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
         refused=refused_ids(pa.concat_tables([stored, topic]), project.features),
         recipes=_recipes(project, steps, manifests),
     )
-    return draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)
+    ledger = draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)
+    ledger.events_begin = trimmed
+    return ledger
 
 
 def _recipes(project: Project, steps: Sequence[Step], manifests: Sequence[Manifest]) -> dict[str, Recipe]:
