@@ -20,12 +20,13 @@ from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.formats.positions import Position, Positions, orders
 from headrace.contract.formats.sample import sample_schema
-from headrace.contract.formats.steps import Step, StepRange, decode_step
+from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
+from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.model.learner import learner_for
@@ -122,7 +123,7 @@ def _is_in_lake(taken: StepRange, in_lake: Positions) -> bool:
 
 def read_steps(reader: Reader, topics: Topics, model: str, run: str, upto: int) -> list[Step]:
     """Return steps 1..`upto` of a run. Raises `InvariantBroken` where one is missing."""
-    steps = [decode_step(r.value) for r in read_range(reader, topics.steps) if r.value is not None]
+    steps = recorded_steps(reader, topics)
     steps = [s for s in steps if s.model == model and s.run == run and s.step <= upto]
     if [s.step for s in steps] != list(range(1, upto + 1)):
         raise InvariantBroken(

@@ -303,6 +303,14 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     the next one takes its model over. Unit: ms."""
 
 
+class LedgerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[ledger]"""
+
+    behind_max_ms: Count = 600_000
+    """How old the oldest sample may be that is not in the lake, or not learnt, in the log's own time: `headrace ledger`
+    exits with 1 beyond it. It must be longer than a restart of `sink` and of `train` takes. 10 minutes. Unit: ms."""
+
+
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -319,6 +327,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     crawl: CrawlConfig = CrawlConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
+    ledger: LedgerConfig = LedgerConfig()
 
 
 def decode_config(text: bytes, *, where: str = "headrace.toml") -> Config:

@@ -95,6 +95,7 @@ Name = Literal[
     "label_rate_score",
     "label_rate_jumps_total",
     "samples_left_out_total",
+    "records_unreadable_total",
     "samples_per_second",
     "lag_samples",
     "lag_seconds",
@@ -385,6 +386,13 @@ METRICS: Mapping[Name, MetricDoc] = {
     ),
     "samples_left_out_total": MetricDoc(
         "counter", "samples", ("train",), "Negatives that the recipe's `negative_share` left out."
+    ),
+    "records_unreadable_total": MetricDoc(
+        "counter",
+        "records",
+        ("sink", "train", "serve"),
+        "Records of a topic that are not ours (`kind` foreign) or can't be read (damaged), skipped; must stay 0.",
+        labels=("topic", "kind"),
     ),
     "samples_per_second": MetricDoc("gauge", "samples/s", ("train",), "Samples learnt a second, over the last second."),
     "lag_samples": MetricDoc("gauge", "samples", ("train",), "Samples that were read and wait to be learnt."),

@@ -15,8 +15,8 @@ Legend: N expected samples, in (partition, position) order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -24,16 +24,25 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.contract.config import LedgerConfig
 from headrace.contract.formats.dead_letters import DeadLetter, Fate
 from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.steps import Step
 from headrace.contract.recipe import Recipe
-from headrace.replay.ledger.keys import compare, covers, highest, sample_ids
+from headrace.replay.ledger.behind import oldest
+from headrace.replay.ledger.keys import KEYS, compare, covers, highest, sample_ids
 from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
-from headrace.replay.ledger.taken import StoredKeys, taken
+from headrace.replay.ledger.taken import recipe_of_ranges, taken
+from headrace.stream.join.watermark import NO_TIME
 from headrace.trainer.model.calibration import left_out
 from headrace.trainer.source.batch import sample_hashes
+
+BEHIND_MAX_MS = LedgerConfig().behind_max_ms
+
+StoredKeysOfRun = Callable[[int, tuple[str, ...], Sequence[Step]], pa.Table | None]
+"""Gives KEYS of the lake at a version, of these tasks, in total order; None where the version is no more and the steps
+of the run do not tell either what it held."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,10 @@ class Expected:
     tasks: dict[str, TaskCounts]
     impressions: int
     feedback: int
+    resolved_ms_N: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The watermark at which each sample was resolved."""
+    newest_ms: int = NO_TIME
+    """The newest watermark of a partition; without one nothing is old."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Found:
     """KEYS of the lake, as many rows as it has."""
     lake_positions: Positions
     steps: Sequence[Step]
-    stored_keys: StoredKeys
+    stored_keys: StoredKeysOfRun
     letters: Sequence[DeadLetter]
     tags: frozenset[str]
     """Declared tags: a dead letter of another tag is no declared event, and left out of the totals."""
@@ -69,13 +82,23 @@ class Found:
     """Those of `letters` that were offered again, with what came of it."""
     retained_before_ms: int = 0
     """Rows of event time before this are in the lake no more, or late and still there, as retention left them."""
+    refused: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
+    """Ids of stored samples that no learner takes."""
+    topic_begins: Positions = field(default_factory=lambda: Positions(0))
+    """Where the samples topic begins whose first records retention took; what lay there before is not looked for."""
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    """By run, where it is known."""
 
 
-def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
-    """Return the ledger. Samples of tasks that the recipe doesn't have, and negatives that its `negative_share` leaves
-    out, count as sampled out.
+def draw(expected: Expected, found: Found, *, recipe: Recipe, behind_max_ms: int = BEHIND_MAX_MS) -> Ledger:
+    """Return the ledger. Samples of tasks that a run's recipe doesn't have, and negatives that its `negative_share`
+    leaves out, count as sampled out.
+
+    Args:
+        recipe: of the project as it is now; taken for a run whose own is not known and whose ranges fit it.
+        behind_max_ms: how old the oldest sample may be that is not stored, or not learnt.
     """
-    ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0))
+    ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0), behind_max_ms=behind_max_ms)
     reasons = Counter(letter.reason for letter in found.letters)
     reasons.subtract(letter.reason for letter, _ in found.retried)
     ledger.dead_letters = {reason: count for reason, count in reasons.items() if count}
@@ -87,18 +110,28 @@ def draw(expected: Expected, found: Found, *, recipe: Recipe) -> Ledger:
     for name in ("positives", "negatives", "waiting", "matched", "duplicate", "late", "orphans", "pending"):
         setattr(ledger, name, sum(getattr(counts, name) for counts in expected.tasks.values()))
     ids_N = sample_ids(expected.samples)
+    if found.topic_begins.by_partition:
+        forgotten = expected.samples.filter(pa.array(covers(expected.samples, found.topic_begins)))
+        found = replace(found, topic=pa.concat_tables([found.topic, forgotten.select(KEYS.names)]))
     _draw_topic(ledger, expected, found, ids_N)
     _draw_lake(ledger, expected, found, ids_N)
+    ours_N = _of_tasks(expected.samples, recipe)
+    _draw_behind(ledger, expected, "lake", ~covers(expected.samples, found.lake_positions))
+    _draw_behind(ledger, expected, "model", ours_N)
     for run in _runs(found.steps):
-        counts = _draw_model(expected, found, run, ids_N, recipe)
+        counts, left_N = _draw_model(expected, found, run, ids_N, recipe)
+        _draw_behind(ledger, expected, "model", left_N)
         ledger.models[counts.run] = counts
         for name in ("learnt", "refused", "sampled_out", "in_flight"):
             setattr(ledger, name, getattr(counts, name))
-        ledger.lost_where["model"] = counts.lost
-        ledger.twice_where["model"] = counts.twice
-    if not ledger.models:
+    if ledger.models:
+        ledger.lost_where["model"] = sum(counts.lost for counts in ledger.models.values())
+        ledger.twice_where["model"] = sum(counts.twice for counts in ledger.models.values())
+        ledger.unaccounted = list(ledger.models.values())[-1].unaccounted
+    else:
         ledger.in_flight = ledger.samples
     ledger.lost, ledger.twice = sum(ledger.lost_where.values()), sum(ledger.twice_where.values())
+    ledger.overdue = sorted(where for where, ms in ledger.behind_ms.items() if ms > behind_max_ms)
     ledger.closes = _closes(ledger)
     return ledger
 
@@ -110,7 +143,7 @@ def _closes(ledger: Ledger) -> bool:
         and ledger.samples == ledger.learnt + ledger.refused + ledger.sampled_out + ledger.in_flight
         and all(counts.closes() for counts in ledger.tasks.values())
         and all(counts.closes() for counts in ledger.models.values())
-        and ledger.lost == ledger.twice == 0
+        and ledger.lost == ledger.twice == ledger.unaccounted == 0
     )
 
 
@@ -172,25 +205,58 @@ def _draw_lake(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array
     ledger.lost_where["lake"], ledger.twice_where["lake"] = lost - ledger.retained, twice
 
 
-def _draw_model(expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, recipe: Recipe) -> ModelCounts:
-    """Count how often the run's steps took each expected sample, by their ranges alone."""
-    times_N = taken(expected.samples, ids_N, run, found.stored_keys)
+def _draw_behind(ledger: Ledger, expected: Expected, where: str, left_N: npt.NDArray[np.bool_]) -> None:
+    """Say how old the oldest sample is that has not got there; a later call for the same place stands."""
+    if expected.newest_ms != NO_TIME:
+        ledger.behind_ms[where] = oldest(expected.resolved_ms_N, expected.newest_ms, left_N)
+
+
+def _draw_model(
+    expected: Expected, found: Found, run: Sequence[Step], ids_N: pa.Array, recipe: Recipe
+) -> tuple[ModelCounts, npt.NDArray[np.bool_]]:
+    """Count how often the run's steps took each expected sample, by their ranges alone, and say which it has still to
+    learn: bool [N]."""
     last = run[-1]
-    positions = Positions.from_json(found.lake_positions.generation, last.positions)
-    covered_N = covers(expected.samples, positions)
-    ours_N = pc.is_in(expected.samples["task"], value_set=pa.array(recipe.heads)).to_numpy()
-    learnt_N = ours_N & ~_left_out(expected.samples, recipe)
-    topic_N = pc.is_in(ids_N, value_set=sample_ids(found.topic)).to_numpy(zero_copy_only=False)
+    recipe = found.recipes.get(last.run) or recipe_of_ranges(expected.samples, run, recipe)
+    read: dict[int, pa.Table | None] = {}
+
+    def stored_keys(version: int) -> pa.Table | None:
+        read[version] = found.stored_keys(version, recipe.heads, run)
+        return read[version]
+
+    ours_N = _of_tasks(expected.samples, recipe)
+    times_N = taken(expected.samples, ids_N, run, stored_keys)
+    # A live range passes samples of other tasks by and counts them in none of its rows.
+    ours_taken = int(times_N[ours_N].sum())
+    covered_N = covers(expected.samples, Positions.from_json(found.lake_positions.generation, last.positions))
+    refused_N = ours_N & _is_in(ids_N, found.refused)
+    learnt_N = ours_N & ~refused_N & ~_left_out(expected.samples, recipe)
+    topic_N = _is_in(ids_N, sample_ids(found.topic))
     took_N = times_N > 0
-    named = sum(r.rows for step in run for r in step.ranges)
+    ranges = [r for step in run for r in step.ranges]
+    named, unknown = sum(r.rows for r in ranges), {version for version, keys in read.items() if keys is None}
     counts = ModelCounts(model=last.model, run=last.run, steps=len(run))
+    counts.unaccounted = sum(r.rows for r in ranges if r.kind == "stored" and r.version in unknown)
+    named -= counts.unaccounted
     counts.learnt = int((took_N & learnt_N).sum())
-    counts.sampled_out = int((took_N & ~learnt_N).sum())
-    counts.in_flight = int((topic_N & ~took_N).sum())
-    counts.samples = int((topic_N | took_N).sum())
-    counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, int(times_N.sum()) - named)
-    counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - int(times_N.sum()))
-    return counts
+    counts.refused = int((took_N & refused_N).sum())
+    counts.sampled_out = int(took_N.sum()) - counts.learnt - counts.refused
+    counts.in_flight = max(0, int((topic_N & ~took_N).sum()) - counts.unaccounted)
+    counts.samples = int(took_N.sum()) + counts.in_flight
+    if not unknown:
+        counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, ours_taken - named)
+    counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - ours_taken)
+    return counts, ours_N & ~took_N & ~covered_N
+
+
+def _of_tasks(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
+    """Say which samples are of the recipe's tasks: bool [N]."""
+    return _is_in(samples["task"], pa.array(recipe.heads))
+
+
+def _is_in(ids_N: pa.Array | pa.ChunkedArray, known: pa.Array) -> npt.NDArray[np.bool_]:
+    found_N: npt.NDArray[np.bool_] = pc.is_in(ids_N, value_set=known).to_numpy(zero_copy_only=False)
+    return found_N
 
 
 def _left_out(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
@@ -202,8 +268,10 @@ def _left_out(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
 
 
 def _runs(steps: Sequence[Step]) -> list[list[Step]]:
-    """Return the steps by run, the newest run last; a step that was written again counts once."""
+    """Return the steps by run, the one that was written last at the end; a step that was written again counts once."""
     runs: dict[str, dict[int, Step]] = {}
     for step in steps:
-        runs.setdefault(step.run, {})[step.step] = step
+        run = runs.pop(step.run, {})
+        run[step.step] = step
+        runs[step.run] = run
     return [[run[n] for n in sorted(run)] for run in runs.values()]

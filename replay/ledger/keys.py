@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.formats.events import decode_batch
-from headrace.contract.formats.positions import START, Positions, order_of, orders, position_of
+from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
 from headrace.contract.formats.sample_order import SampleOrder
+from headrace.contract.formats.sample_record import Unreadable, read_samples
 from headrace.contract.interfaces.log import Record
 
 KEYS = pa.schema(
@@ -24,31 +25,50 @@ KEYS = pa.schema(
         pa.field("rank", pa.int32()),
         pa.field("event_id", pa.string()),
         pa.field("task", pa.string()),
+        pa.field("correction", pa.bool_()),
     ]
 )
-"""What identifies a sample and says where it lies."""
+"""What identifies a sample and says where it lies. An impression and a task can have two samples: a negative, and the
+positive that corrects it."""
 TIMED_KEYS = KEYS.append(pa.field("event_time_ms", pa.int64()))
 """The same with its impression's event time, by which the lake orders, parts and drops rows."""
 JOINED = TIMED_KEYS.append(pa.field("label", pa.float32()))
 """The same with its label, by which a recipe may leave samples out."""
 
 
-def sample_keys(records: Iterable[Record]) -> pa.Table:
-    """Return KEYS of the samples, by partition, as `SampleOrder` takes them."""
+def sample_keys(records: Iterable[Record], schema: pa.Schema = KEYS) -> tuple[pa.Table, dict[int, Position]]:
+    """Return KEYS of the samples (or the columns of `schema`), by partition, as `SampleOrder` takes them; and the
+    position after which each partition begins whose first records retention took.
+
+    A record that is foreign or damaged is left out: samples that were in it are missing.
+    """
     partitions: dict[int, SampleOrder] = {}
+    begins: dict[int, Position] = {}
+    whole: set[int] = set()
     taken: dict[int, list[pa.RecordBatch]] = {}
     for record in records:
-        if record.value is not None:
-            for each in partitions.setdefault(record.partition, SampleOrder()).offer(record) or ():
-                rows = each.new_rows(decode_batch(each.record.value or b"", KEYS))
-                taken.setdefault(record.partition, []).append(rows)
+        if record.offset == 0:
+            whole.add(record.partition)
+        found = read_samples(record, schema)
+        if isinstance(found, Unreadable):
+            continue
+        if record.partition not in partitions:
+            if record.offset > 0 and found.after > START and record.partition not in whole:
+                begins[record.partition] = found.after
+            partitions[record.partition] = SampleOrder(begins.get(record.partition, START))
+        for each in partitions[record.partition].offer(record) or ():
+            rows = found.rows if each.record is record else decode_batch(each.record.value or b"", schema)
+            taken.setdefault(record.partition, []).append(each.new_rows(rows))
     tables = [pa.Table.from_batches(batches) for batches in taken.values()]
-    return pa.concat_tables(tables).combine_chunks() if tables else KEYS.empty_table()
+    return pa.concat_tables(tables).combine_chunks() if tables else schema.empty_table(), begins
 
 
 def sample_ids(keys: pa.Table) -> pa.Array:
-    """Return one string a row that identifies the sample: event id and task."""
-    joined = pc.binary_join_element_wise(keys["event_id"].cast(pa.string()), keys["task"].cast(pa.string()), "\x00")
+    """Return one string a row that identifies the sample: event id, task, and whether it corrects another sample."""
+    kind = pc.if_else(pc.fill_null(keys["correction"], False), "correction", "")
+    joined = pc.binary_join_element_wise(
+        keys["event_id"].cast(pa.string()), keys["task"].cast(pa.string()), kind, "\x00"
+    )
     return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
 
 
@@ -83,8 +103,7 @@ def highest(keys: pa.Table) -> Positions:
 def compare(samples: pa.Table, ids_N: pa.Array, there: pa.Array, positions: Positions) -> tuple[int, int]:
     """Return (lost, twice): how often `there` lacks an id at or below `positions`, and how often it has one too much.
 
-    An eager task has two samples of an id where feedback came. An id that should not be there at all counts as twice:
-    something made it up.
+    An id that should not be there at all counts as twice: something made it up.
     """
     due = _counts_in(there, ids_N.filter(pa.array(covers(samples, positions))))
     right = _counts_in(ids_N, there)

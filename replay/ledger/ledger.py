@@ -37,7 +37,7 @@ class TaskCounts(msgspec.Struct, kw_only=True):
 
 
 class ModelCounts(msgspec.Struct, kw_only=True):
-    """One run of one model: samples = learnt + refused + sampled_out + in_flight."""
+    """One run of one model: samples = learnt + refused + sampled_out + in_flight, of what can be accounted for."""
 
     model: str = ""
     run: str = ""
@@ -49,6 +49,9 @@ class ModelCounts(msgspec.Struct, kw_only=True):
     in_flight: int = 0
     lost: int = 0
     twice: int = 0
+    unaccounted: int = 0
+    """Rows that the run learnt of a version of the lake that is no more: which ones is not known any more, and they are
+    in none of the other figures. Then `lost` is not known either, and is 0."""
 
     def closes(self) -> bool:
         """Say whether the sum holds."""
@@ -56,7 +59,10 @@ class ModelCounts(msgspec.Struct, kw_only=True):
 
 
 class Ledger(msgspec.Struct, kw_only=True):
-    """All totals, integers. `read` counts events that have their outcome; what a gateway still holds is in none."""
+    """All totals, integers. `read` counts events that have their outcome; what a gateway still holds is in none.
+
+    `samples` to `in_flight` are those of the newest run; `lost` and `twice` are of all.
+    """
 
     read: int = 0
     appended: int = 0
@@ -92,6 +98,17 @@ class Ledger(msgspec.Struct, kw_only=True):
     twice_where: dict[str, int] = {}
     dead_letters: dict[str, int] = {}
     """By reason, undeclared ones included."""
+    unaccounted: int = 0
+    """Rows of the newest run that can't be accounted for, see `ModelCounts`."""
+    behind_ms: dict[str, int] = {}
+    """How old the oldest sample is that is not there yet, in the log's own time: `lake`, `model` (the newest run)."""
+    behind_max_ms: int = 0
+    """`ledger.behind_max_ms`."""
+    overdue: list[str] = []
+    """Where `behind_ms` is above it."""
+    events_begin: dict[str, int] = {}
+    """First offset of each partition of `events` whose beginning retention took. Then nothing accounts for what came
+    before the samples, `read` to `pending`; `lost` is what the topic, the lake and the steps lack of each other."""
     retained: int = 0
     """Rows that were stored and that `lake.retention_ms` dropped since: no loss."""
 
@@ -103,7 +120,38 @@ def table(ledger: Ledger) -> str:
         for title, names in ROWS
     ]
     lines += [f"  {reason:<20} {count:,}" for reason, count in sorted(ledger.dead_letters.items())]
-    lines += [f"run {m.run}: {m.steps:,} steps, {m.learnt:,} learnt" for m in ledger.models.values()]
+    lines += [_run_line(counts) for counts in ledger.models.values()]
     where = [f"lost in {w}: {n:,}" for w, n in ledger.lost_where.items() if n]
     where += [f"twice in {w}: {n:,}" for w, n in ledger.twice_where.items() if n]
+    if ledger.events_begin:
+        begins = ", ".join(f"{partition} at offset {offset}" for partition, offset in ledger.events_begin.items())
+        where.append(
+            f"events begins in partition {begins}: retention took what was before. What the gateways read and the join "
+            "made of it is not accounted for; the topic, the lake and the steps are held against each other."
+        )
+    where += [_behind_line(ledger, w, ms) for w, ms in ledger.behind_ms.items()]
     return "\n".join([*lines, *where, "the ledger closes" if ledger.closes else "THE LEDGER DOES NOT CLOSE"])
+
+
+def is_sound(ledger: Ledger) -> bool:
+    """Say whether nothing is lost, counted twice, overdue or past accounting for: the verb's exit code."""
+    return not (ledger.lost or ledger.twice or ledger.overdue or ledger.unaccounted)
+
+
+def _behind_line(ledger: Ledger, where: str, behind_ms: int) -> str:
+    line = f"behind in {where}: {behind_ms / 1000:,.1f} s"
+    if where not in ledger.overdue:
+        return line
+    stage = {"lake": "sink", "model": "train"}[where]
+    return (
+        f"{line}: OVERDUE, ledger.behind_max_ms is {ledger.behind_max_ms / 1000:,.1f} s. "
+        f"Does `{stage}` run, and `stream` before it? `headrace logs {stage}` has its last words."
+    )
+
+
+def _run_line(counts: ModelCounts) -> str:
+    line = f"run {counts.run}: {counts.steps:,} steps, {counts.learnt:,} learnt"
+    wrong = [f"{name} {getattr(counts, name):,}" for name in ("lost", "twice") if getattr(counts, name)]
+    if counts.unaccounted:
+        wrong.append(f"{counts.unaccounted:,} rows of a version of the lake that is no more can't be accounted for")
+    return ", ".join([line, *wrong])

@@ -6,6 +6,7 @@ was declared for.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -25,6 +26,7 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import FeatureSpec
+from headrace.replay.ledger.behind import Watermarks
 from headrace.replay.ledger.draw import Expected
 from headrace.replay.ledger.keys import JOINED, in_order
 from headrace.replay.ledger.ledger import TaskCounts
@@ -49,7 +51,7 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
     tables: list[pa.Table] = []
     said: list[tuple[int, Punctuation]] = []
     answers = Counter[tuple[int, str]]()
-    newest_ms = 0
+    newest_ms, watermarks = 0, Watermarks(config.ingest.silent_ms)
     for run, answered in _runs(records):
         first = run[0]
         state = states.get(first.partition)
@@ -74,12 +76,16 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
         for record in run:
             kind, newest_ms = record.headers.get("kind", ""), max(newest_ms, record.timestamp_ms)
             if record.value is not None and kind == PUNCTUATION:
-                said.append((record.timestamp_ms, decode_punctuation(record.value)))
+                # One that is not ours the join counts, and nobody promised anything.
+                with contextlib.suppress(msgspec.DecodeError):
+                    promise = decode_punctuation(record.value)
+                    watermarks.take(record.partition, record.offset, promise)
+                    said.append((record.timestamp_ms, promise))
             elif record.value is not None and kind in rows:
                 rows[kind] += _row_count(record.value)
     samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else JOINED.empty_table()
     settled = [p for at, p in said if at <= newest_ms - SETTLED_MS or p.bye]
-    return _expected(samples, rows, answers, list(states.values())), settled
+    return _expected(samples, rows, answers, list(states.values()), watermarks), settled
 
 
 def _runs(records: Iterable[Record]) -> Iterator[tuple[list[Record], str]]:
@@ -100,7 +106,11 @@ def _runs(records: Iterable[Record]) -> Iterator[tuple[list[Record], str]]:
 
 
 def _expected(
-    samples: pa.Table, rows: dict[str, int], answers: Counter[tuple[int, str]], states: list[JoinState]
+    samples: pa.Table,
+    rows: dict[str, int],
+    answers: Counter[tuple[int, str]],
+    states: list[JoinState],
+    watermarks: Watermarks,
 ) -> Expected:
     tasks: dict[str, TaskCounts] = {}
     for state in states:
@@ -119,6 +129,8 @@ def _expected(
         tasks=tasks,
         impressions=sum(state.totals.impressions for state in states),
         feedback=sum(state.totals.feedback for state in states),
+        resolved_ms_N=watermarks.resolved(samples),
+        newest_ms=watermarks.newest_ms,
     )
 
 

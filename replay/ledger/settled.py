@@ -134,18 +134,18 @@ def _read(project: Project, config: Config, records: Iterable[Record], upto_ms: 
         if record.value is None:
             continue
         watermark = watermarks.setdefault(partition, Watermark(config.ingest.silent_ms))
-        if kind == PUNCTUATION:
-            reached_ms = watermark.take(decode_punctuation(record.value))
-            if record.timestamp_ms <= upto_ms:
-                log.reached[partition] = reached_ms
-        elif kind == AGGREGATE:
-            _keep_values(log, partition, decode_batch(record.value, AGGREGATE_SCHEMA))
-        elif kind in (IMPRESSION, FEEDBACK):
+        try:
+            if kind == PUNCTUATION:
+                reached_ms = watermark.take(decode_punctuation(record.value))
+                if record.timestamp_ms <= upto_ms:
+                    log.reached[partition] = reached_ms
+            elif kind == AGGREGATE:
+                _keep_values(log, partition, decode_batch(record.value, AGGREGATE_SCHEMA))
+            batch = decode_batch(record.value) if kind in (IMPRESSION, FEEDBACK) else None
+        except (EventRejected, msgspec.DecodeError):
+            continue  # The join counts it.
+        if batch is not None:
             name = record.headers.get("type", kind)
-            try:
-                batch = decode_batch(record.value)
-            except EventRejected:
-                continue  # The join counts it.
             fresh = list(_fresh(batch, partition, name, seen))
             for counter in others:
                 _keep_events(log, counter, name, batch, fresh, watermark.time_ms // grid_ms, grid_ms)

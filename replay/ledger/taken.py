@@ -5,24 +5,33 @@ Legend: N expected samples, in (partition, position) order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.formats.positions import Position, Positions, order_of
-from headrace.contract.formats.steps import Step
+from headrace.contract.formats.steps import Step, StepRange
+from headrace.contract.recipe import Recipe
 from headrace.replay.ledger.keys import KEYS, covers, order, sample_ids
 from headrace.trainer.source.stored import stored_order
 
-StoredKeys = Callable[[int], pa.Table]
-"""Gives KEYS of the lake at a version, in total order (event time, partition, offset, rank)."""
+StoredKeys = Callable[[int], pa.Table | None]
+"""Gives KEYS of the lake at a version, in total order (event time, partition, offset, rank); None where the version is
+no more and nothing tells what it held."""
+CHOSEN_OF_MAX = 8
+"""Most tasks among which those of a run are looked for: 2^8 choices."""
 
 
 def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys: StoredKeys) -> npt.NDArray[np.int64]:
-    """Return how often the steps' ranges took each expected sample, int64 [N]."""
+    """Return how often the steps' ranges took each expected sample, int64 [N].
+
+    What ranges took of a version that is no more is not in it.
+    """
     live: dict[int, list[tuple[Position, Position]]] = {}
     stored: dict[int, list[tuple[int, int]]] = {}
     for step in steps:
@@ -41,12 +50,51 @@ def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys
         times_N[rows] += _overlaps(starts, stops, len(rows))
     for version, cuts in stored.items():
         keys = stored_keys(version)
+        if keys is None:
+            continue
         starts, stops = (np.array([c[i] for c in cuts], np.int64) for i in (0, 1))
         times_K = _overlaps(starts, stops, keys.num_rows)
         at_K = pc.index_in(sample_ids(keys), value_set=ids_N)
         known_K = at_K.is_valid().to_numpy(zero_copy_only=False)
         np.add.at(times_N, at_K.drop_null().to_numpy(), times_K[known_K])
     return times_N
+
+
+def recipe_of_ranges(samples: pa.Table, steps: Iterable[Step], recipe: Recipe) -> Recipe:
+    """Return the recipe by which a run's live ranges hold as many rows as they say: `recipe`, or `recipe` with the
+    fewest other tasks that fit; `recipe` where none does.
+    """
+    live = [r for step in steps for r in step.ranges if r.kind == "live"]
+    names = sorted(samples["task"].unique().to_pylist())
+    counts_RT = np.stack([_rows_of(samples, live, name) for name in names], axis=1) if names and live else None
+    if counts_RT is None:
+        return recipe
+    rows_R = np.array([r.rows for r in live], np.int64)
+    choices = [recipe.heads]
+    if len(names) <= CHOSEN_OF_MAX:
+        choices += [some for size in range(1, len(names) + 1) for some in combinations(names, size)]
+    for tasks in choices:
+        if (counts_RT[:, [name in tasks for name in names]].sum(axis=1) == rows_R).all():
+            return recipe if tasks == recipe.heads else msgspec.structs.replace(recipe, task=tasks[0], tasks=tasks)
+    return recipe
+
+
+def _rows_of(samples: pa.Table, live: Sequence[StepRange], task: str) -> npt.NDArray[np.int64]:
+    """Return how many samples of a task each range holds."""
+    ours = samples.filter(pc.equal(samples["task"], task))
+    partition_N, order_N = ours["partition"].to_numpy(), order(ours)
+    found_R = np.zeros(len(live), np.int64)
+    for partition in {r.partition for r in live}:
+        here_R = np.array([r.partition == partition for r in live])
+        sorted_K = np.sort(order_N[partition_N == partition])
+        afters, uptos = (np.array([order_of(each) for each in ends], np.int64) for ends in _ends(live, here_R))
+        found_R[here_R] = np.searchsorted(sorted_K, uptos, "right") - np.searchsorted(sorted_K, afters, "right")
+    return found_R
+
+
+def _ends(live: Sequence[StepRange], here_R: npt.NDArray[np.bool_]) -> tuple[list[tuple[int, int]], ...]:
+    ours = [r for r, here in zip(live, here_R, strict=True) if here]
+    return [r.after for r in ours], [r.upto for r in ours]
 
 
 def stored_by_log(

@@ -4,6 +4,9 @@ Each partition keeps two positions: up to where its rows were given out, and up 
 out once; a record that is out of turn is held back, with an alarm, until the rows before it have come. Where retention
 deleted what lies before the first record, nothing can come: a run that begins there says so and goes on behind the
 hole, any other run is refused.
+
+A record that is not ours, or damaged, is counted and skipped. Where samples of ours were in it, the record behind it
+begins after them: then reading stops, unless they come again before the end that the topic had when reading began.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position, order_of, orders, position_of
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.sample_order import SampleOrder
+from headrace.contract.formats.sample_record import Unreadable, read_samples
 from headrace.contract.formats.steps import StepRange
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
@@ -31,6 +35,8 @@ logger = logging.getLogger("headrace.train")
 
 HELD_MAX = 10_000
 """Most records that wait for a gap before them to close."""
+DAMAGED_MAX = 256
+"""Most damaged records a partition that are remembered, the newest ones; a gap of an older one is a gap like others."""
 
 
 @dataclass
@@ -54,6 +60,8 @@ class LivePartition:
     order: SampleOrder = field(default_factory=SampleOrder)
     """Which records come next; its position is the last that was read."""
     chunks: deque[_Chunk] = field(default_factory=deque)
+    damaged: deque[Unreadable] = field(default_factory=lambda: deque(maxlen=DAMAGED_MAX))
+    """Records with our headers that could not be read."""
     is_fresh: bool = False
     """True until the first record comes to a run that begins with this partition."""
     is_cut: bool = False
@@ -79,7 +87,15 @@ class LivePartition:
     def resume_offset(self) -> int:
         """The first record that holds rows which are not taken: where a restart reads on."""
         records = [chunk.record for chunk in self.chunks] + [held.record.offset for held in self.order.held]
-        return min([self.next_offset, *records])
+        # What a damaged record held is missed by the record behind it, perhaps only after the restart.
+        damaged = [each.offset for each in self.damaged if each.after == self.order.position or each is self.hole]
+        return min([self.next_offset, *records, *damaged])
+
+    @property
+    def hole(self) -> Unreadable | None:
+        """The damaged record whose samples are missing before those that wait."""
+        position, waiting = self.order.position, {held.after for held in self.order.held}
+        return next((d for d in self.damaged for after in waiting if d.is_hole(position, after)), None)
 
     def upto(self, rows_max: int) -> tuple[Position, int]:
         """Return the position that takes at most `rows_max` rows, and how many rows that is."""
@@ -137,7 +153,9 @@ class LiveRows:
         """
         partition = self.partitions[record.partition]
         partition.next_offset = record.offset + 1
-        if record.value is None:
+        found = read_samples(record, self._schema)
+        if isinstance(found, Unreadable):
+            self._skip(record, found)
             return
         if partition.is_cut:
             self._begin_late(partition, record)
@@ -148,8 +166,22 @@ class LiveRows:
             self._tell_gap(record, order)
             return
         for each in following:
-            rows = each.new_rows(decode_batch(each.record.value or b"", self._schema))
-            self._append(partition, rows, each.record.offset, each.last)
+            whole = found.rows if each.record is record else decode_batch(each.record.value or b"", self._schema)
+            self._append(partition, each.new_rows(whole), each.record.offset, each.last)
+
+    def refuse_holes(self, topic: str, ends: Mapping[int, int]) -> None:
+        """Raise `InvariantBroken` where samples lay in a damaged record and did not come again below `ends`."""
+        for number, partition in self.partitions.items():
+            if not partition.damaged or not partition.order.held or partition.next_offset < ends.get(number, 0):
+                continue
+            hole = partition.hole
+            if hole is not None:
+                raise InvariantBroken(
+                    f"{topic}/{number} offset {hole.offset} is damaged ({hole.detail}), and the samples after "
+                    f"{tuple(hole.after)} up to {tuple(hole.last)} are nowhere else in the topic. Restart `stream`: "
+                    "it writes again what its newest state does not hold. Else keep the topic and begin a new "
+                    "generation; `headrace ledger` shows what is missing."
+                )
 
     def seed(self, number: int, rows: pa.Table, upto: Position) -> None:
         """Put rows of the lake before the records of a partition, which then go on behind `upto`.
@@ -215,6 +247,17 @@ class LiveRows:
             if self._metrics is not None:
                 self._metrics.add("gap_total", topic=record.topic)
         partition.taken, partition.order = after, SampleOrder(after)
+
+    def _skip(self, record: Record, found: Unreadable) -> None:
+        partition = self.partitions[record.partition]
+        if found.kind == "damaged" and found.last > partition.order.position:
+            partition.damaged.append(found)
+        if self._metrics is not None:
+            self._metrics.add("records_unreadable_total", topic="samples", kind=found.kind)
+        logger.error(
+            "%s/%d offset %d is %s and skipped: %s. Find out who writes into the topic besides `stream`.",
+            *(record.topic, record.partition, record.offset, found.kind, found.detail),
+        )
 
     def _tell_gap(self, record: Record, order: SampleOrder) -> None:
         if self._metrics is not None:

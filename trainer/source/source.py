@@ -142,6 +142,7 @@ class Source:
             )
 
     def _read(self, timeout_s: float) -> Sequence[Record]:
+        """Read what comes. Raises `InvariantBroken` where samples lay in a damaged record and did not come again."""
         if not self._assigned:
             self._assign(self._live.partitions)
             self._assigned = True
@@ -152,6 +153,7 @@ class Source:
             raise
         for record in records:
             self._live.intake(record)
+        self._live.refuse_holes(self._topic, self._ends)
         return records
 
     def _assign(self, partitions: Iterable[int]) -> None:

@@ -1,7 +1,8 @@
 """Account for every event: read, joined, stored, learnt, lost, twice.
 
 The events log is joined once more and held, id by id, against the lake and the steps, up to the positions that each has
-committed. It reads only; traffic may flow meanwhile. Exit code 1 when something is lost or counted twice.
+committed. It reads only; traffic may flow meanwhile. Exit code 1 when something is lost or counted twice, or when what
+is not stored or not learnt is older than `ledger.behind_max_ms`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import msgspec
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
-from headrace.replay.ledger.ledger import table
+from headrace.replay.ledger.ledger import is_sound, table
 from headrace.replay.ledger.take_stock import take_stock
 
 
@@ -34,4 +35,4 @@ def main(args: argparse.Namespace) -> int:
     else:
         print(table(ledger))
     sys.stdout.flush()
-    return 1 if ledger.lost or ledger.twice else 0
+    return 0 if is_sound(ledger) else 1

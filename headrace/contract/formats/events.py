@@ -153,12 +153,21 @@ def decode_batch(data: bytes, schema: pa.Schema | None = None) -> pa.RecordBatch
     """
     try:
         with pa.ipc.open_stream(pa.py_buffer(data), options=_READ) as reader:
-            table = reader.read_all().combine_chunks()
-    except (pa.ArrowInvalid, OSError) as error:
+            batches = list(reader)
+            batch = batches[0] if len(batches) == 1 else _one(pa.Table.from_batches(batches, reader.schema))
+            _ = batch.schema.names  # Only now are they decoded, and found to be no text.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, MemoryError):
+            raise
         raise EventRejected("bad_batch", f"no Arrow IPC stream of {len(data)} bytes: {error}") from error
-    batches = table.to_batches()
-    batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
     return batch if schema is None else fit(batch, schema)
+
+
+def _one(table: pa.Table) -> pa.RecordBatch:
+    """Return a table as one batch. What is not sound must not be copied: Arrow would read beyond its buffers."""
+    table.validate(full=True)
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
 
 
 def fit(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

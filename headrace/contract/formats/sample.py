@@ -63,6 +63,8 @@ LAKE_HOURS = (
     pa.field("event_hour", pa.int32(), nullable=False),
 )
 """What the lake adds: the UTC date and hour of `event_time_ms`, by which its files lie apart."""
+IDENTITY = tuple(field for field in LEAD if field.name in ("partition", "offset", "rank", "event_id", "task"))
+"""What every reader of samples needs, and every record of them has had from the beginning."""
 
 
 def sample_schema(project: Project) -> pa.Schema:

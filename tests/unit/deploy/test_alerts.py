@@ -161,6 +161,25 @@ tests:
               summary: "The project file of a is not what events are read by"
               description: "Change 3 is in force. `headrace spec` shows what the file would change, `headrace spec
                 apply` puts it in force; or deploy the file that was applied."
+  - name: foreign records, the first of a series that begins with it
+    interval: 1m
+    input_series:
+      - series: "headrace_train_records_unreadable_total{instance='t',topic='samples',kind='foreign'}"
+        values: "_x29 1x60"
+      - series: "headrace_serve_records_unreadable_total{instance='s',topic='features',kind='foreign'}"
+        values: "3x90"
+    alert_rule_test:
+      - {eval_time: 25m, alertname: HeadraceRecordsUnreadable, exp_alerts: []}
+      - eval_time: 35m
+        alertname: HeadraceRecordsUnreadable
+        exp_alerts:
+          - exp_labels: {severity: critical, instance: t, topic: samples, kind: foreign}
+            exp_annotations:
+              summary: "Records that are foreign in the topic samples: 1 in 15 minutes, skipped"
+              description: "Someone besides Headrace writes into its topics, or a writer is broken. The stage's log
+                names partition and offset. A foreign record costs nothing; behind a damaged one the stage stops where
+                samples were in it."
+      - {eval_time: 50m, alertname: HeadraceRecordsUnreadable, exp_alerts: []}
 """
 
 

@@ -16,9 +16,11 @@ from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.recipe import Recipe
+from headrace.contract.spec import FeatureSpec, Numeric
 from headrace.replay.ledger.draw import Expected, Found, draw
-from headrace.replay.ledger.keys import JOINED, KEYS, covers
-from headrace.replay.ledger.ledger import TaskCounts
+from headrace.replay.ledger.keys import JOINED, KEYS, covers, sample_ids
+from headrace.replay.ledger.ledger import Ledger, TaskCounts, is_sound, table
+from headrace.replay.ledger.refused import JUDGED, refused_ids
 from headrace.replay.ledger.taken import stored_by_log
 
 ROWS = 40
@@ -70,7 +72,8 @@ def sound() -> Found:
         for r, t in (("future", "a"), ("bad_type", "b"), ("undeclared", "c"))
     ]
     positions = Positions.from_json(1, ALL)
-    return Found(SAMPLES, SAMPLES, positions, steps, {3: stored}.__getitem__, letters, frozenset("ab"), [said])
+    lake = {3: stored}
+    return Found(SAMPLES, SAMPLES, positions, steps, lambda v, *_: lake[v], letters, frozenset("ab"), [said])
 
 
 def change(found: Found, **changes: object) -> Found:
@@ -185,3 +188,165 @@ def test_a_version_that_is_no_more_is_told_by_the_step_that_went_on_from_it(drop
     assert held.num_rows == 20 and found == held.slice(dropped).select(KEYS.names)
     assert stored_by_log(timed, steps[:3], 3, ("click",), retained=False) is None
     assert stored_by_log(timed, steps, 4, ("click",), retained=False) is None
+
+
+def of_kinds(*kinds: tuple[int, str, str, bool]) -> pa.Table:
+    """Return samples of one partition at these offsets: (offset, event id, task, correction)."""
+    rows = [
+        {"partition": 0, "offset": o, "rank": 0, "event_id": e, "task": t, "correction": c or None, "event_time_ms": o}
+        | {"label": float(c)}
+        for o, e, t, c in kinds
+    ]
+    return pa.Table.from_pylist(rows, schema=JOINED)
+
+
+EAGER = of_kinds((1, "i1", "click", False), (2, "i2", "click", False), (9, "i1", "click", True))
+"""An impression that was a negative at once and corrected later, and one that was not."""
+
+
+def eager(samples: pa.Table = EAGER, *, model: str = "shop", run: str = "r1", **found: object) -> Ledger:
+    """Draw a ledger of a run that took all of `samples` from version 3 of the lake, or of what is `found`."""
+    took = StepRange("stored", version=3, stop=samples.num_rows, rows=samples.num_rows)
+    keys, positions = samples.select(KEYS.names), {"0": [9, 0]}
+    steps = [Step(model=model, run=run, step=1, ranges=(took,), positions=positions)]
+    there = Positions.from_json(1, positions)
+    sound = Found(keys, keys, there, steps, lambda *_: keys, [], frozenset(), [])
+    return draw(Expected(samples, {}, 0, {}, 0, 0), change(sound, **found), recipe=RECIPE)
+
+
+def test_a_correction_learnt_from_the_lake_is_not_its_negative():
+    ledger = eager()
+    assert (ledger.learnt, ledger.lost, ledger.twice, ledger.closes) == (3, 0, 0, True)
+
+
+@pytest.mark.parametrize("where", ["topic", "lake"])
+def test_a_correction_in_place_of_its_negative_is_found(where: str):
+    """As many rows, and of the same impression and task: one is missing, one there twice."""
+    wrong = EAGER.select(KEYS.names).take([1, 2, 2])
+    ledger = eager(**{where: wrong})
+    assert (ledger.lost_where[where], ledger.twice_where[where], ledger.closes) == (1, 1, False)
+
+
+def test_what_a_learner_refuses_is_told_apart():
+    ids = sample_ids(EAGER)
+    ledger = eager(refused=ids.slice(1, 1))
+    assert (ledger.learnt, ledger.refused, ledger.samples, ledger.closes) == (2, 1, 3, True)
+
+
+def test_samples_that_no_learner_takes():
+    spec = FeatureSpec(features=(Numeric(field="price"),))
+    rows = [
+        {"event_id": f"e{i}", "task": "click", "label": label, "weight": weight, "numeric": [number], "spec": digest}
+        for i, (label, weight, number, digest) in enumerate(
+            [
+                (1.0, 1.0, 0.5, spec.digest()),
+                (0.0, 1.0, float("nan"), spec.digest()),
+                (0.0, -1.0, 0.5, spec.digest()),
+                (2.0, 1.0, 0.5, spec.digest()),
+                (0.0, 1.0, float("nan"), "another"),
+                (0.0, float("inf"), 0.5, "another"),
+            ]
+        )
+    ]
+    table = pa.Table.from_pylist(rows, schema=JUDGED)
+    refused = refused_ids(table, spec)
+    assert pa.compute.is_in(sample_ids(table), value_set=refused).to_pylist() == [False, True, True, True, False, True]
+    assert len(refused_ids(JUDGED.empty_table(), spec)) == 0
+
+
+def test_every_run_is_held_against_its_own_steps():
+    """Run r1 lost a row and r2, which is newer, took all; r1 goes on then and is the newest again."""
+    took = StepRange("stored", version=3, stop=3, rows=3)
+    short = live(0, (1, 0), (9, 0), 2)
+    steps = [
+        Step(model="shop", run="r1", step=1, ranges=(short,), positions={"0": [9, 0]}),
+        Step(model="shop", run="r2", step=1, ranges=(took,), positions={"0": [9, 0]}),
+    ]
+    ledger = eager(steps=steps)
+    assert [(m.run, m.learnt, m.lost, m.twice) for m in ledger.models.values()] == [("r1", 2, 1, 0), ("r2", 3, 0, 0)]
+    assert (ledger.learnt, ledger.lost, ledger.lost_where["model"], ledger.closes) == (3, 1, 1, False)
+    assert "run r1: 1 steps, 2 learnt, lost 1" in table(ledger)
+    again = Step(model="shop", run="r1", step=2, ranges=(), positions={"0": [9, 0]})
+    ledger = eager(steps=[*steps, again])
+    assert (list(ledger.models), ledger.learnt, ledger.lost) == (["r2", "r1"], 2, 1)
+
+
+MIXED = of_kinds(*((i, f"i{i}", task, False) for i, task in enumerate(("click", "order", "click", "like"), 1)))
+
+
+@pytest.mark.parametrize("tasks", [("click",), ("order", "like"), ("click", "like", "order"), ("order",)])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_run_of_another_recipe_is_counted_by_its_own_tasks(tasks: tuple[str, ...], is_known: bool):
+    """A recipe of other tasks: told by a snapshot, or found by how many rows the live ranges hold."""
+    ours = MIXED.filter(pa.compute.is_in(MIXED["task"], value_set=pa.array(tasks)))
+    upto = ours["offset"].to_pylist()
+    ranges = (live(0, (-1, -1), (2, 0), sum(o <= 2 for o in upto)), live(0, (2, 0), (9, 0), sum(o > 2 for o in upto)))
+    steps = [Step(model="shop", run="old", step=1, ranges=ranges, positions={"0": [9, 0]})]
+    recipes = {"old": Recipe(task=tasks[0], tasks=tasks)} if is_known else {}
+    ledger = eager(MIXED, steps=steps, recipes=recipes)
+    run = ledger.models["old"]
+    assert (run.learnt, run.sampled_out, run.lost, run.twice) == (len(upto), 4 - len(upto), 0, 0)
+
+
+def test_rows_of_a_version_that_is_no_more_are_named_and_not_lost():
+    took = StepRange("stored", version=2, stop=2, rows=2)
+    old = Step(model="shop", run="old", step=1, ranges=(took,), positions={"0": [2, 0]})
+    now = Step(model="shop", run="now", step=1, ranges=(live(0, (-1, -1), (9, 0), 3),), positions={"0": [9, 0]})
+    ledger = eager(steps=[old, now], stored_keys=lambda *_: None)
+    assert (ledger.models["old"].unaccounted, ledger.models["old"].lost, ledger.closes) == (2, 0, True)
+    assert "run old: 1 steps, 0 learnt, 2 rows of a version of the lake that is no more" in table(ledger)
+    ledger = eager(steps=[now, old], stored_keys=lambda *_: None)
+    assert (ledger.unaccounted, ledger.in_flight, ledger.closes) == (2, 1, False)
+
+
+def aged(**found: object) -> Ledger:
+    """Draw a ledger of 40 samples, one resolved every second, while the newest watermark is at 60 s."""
+    order = np.argsort(SAMPLES["offset"].to_numpy() * 10 + SAMPLES["rank"].to_numpy(), kind="stable")
+    resolved = np.zeros(ROWS, np.int64)
+    resolved[order] = np.arange(ROWS) * 1_000
+    expected = Expected(**{**EXPECTED.__dict__, "resolved_ms_N": resolved, "newest_ms": 60_000})
+    return draw(expected, change(sound(), **found), recipe=RECIPE, behind_max_ms=30_000)
+
+
+def test_nothing_is_behind_where_all_is_stored_and_learnt():
+    ledger = aged()
+    assert (ledger.behind_ms, ledger.overdue, is_sound(ledger)) == ({"lake": 0, "model": 0}, [], True)
+
+
+def test_a_sink_that_stands_still_is_overdue_though_nothing_is_lost():
+    """Case: the sink waited for its group for ever; nothing was stored for the rest of the run."""
+    stood = change(sound(), lake=SAMPLES.filter(pa.compute.field("offset") <= 7))
+    found = {"lake": stood.lake, "lake_positions": Positions.from_json(1, {"0": [7, 1], "1": [7, 1]})}
+    ledger = aged(**found)
+    assert (ledger.lost, ledger.closes, ledger.behind_ms["lake"]) == (0, True, 60_000 - 20_000)
+    assert ledger.overdue == ["lake"] and not is_sound(ledger)
+    assert "behind in lake: 40.0 s: OVERDUE" in table(ledger) and "`sink`" in table(ledger)
+    nothing = {"lake": SAMPLES.slice(0, 0), "lake_positions": Positions(1)}
+    assert aged(**nothing).behind_ms["lake"] == 60_000
+
+
+def test_a_trainer_that_stands_still_or_never_came_is_overdue():
+    stood = msgspec.structs.replace(sound().steps[2], positions={"0": [12, 1], "1": [7, 1]})
+    ledger = aged(steps=[*sound().steps[:2], stood])
+    assert ledger.behind_ms == {"lake": 0, "model": 60_000 - 20_000 - 1_000} and ledger.overdue == ["model"]
+    assert aged(steps=[]).overdue == ["model"]
+
+
+def test_what_a_run_has_still_to_learn_of_the_lake_is_told_by_its_ranges():
+    """The positions of a run that learns the lake say nothing yet."""
+    begun = [msgspec.structs.replace(sound().steps[0], positions={})]
+    assert aged(steps=begun).behind_ms["model"] == 60_000 - 1_000, "partition 1's first sample"
+
+
+def test_a_log_without_a_promise_has_no_age():
+    assert draw(EXPECTED, change(sound(), steps=[]), recipe=RECIPE).behind_ms == {}
+
+
+def test_samples_that_the_topic_has_forgotten_are_not_lost():
+    """Retention took the topic's first records; the lake and the steps have them."""
+    begins = Positions.from_json(1, {"0": [6, 1], "1": [5, 0]})
+    left = SAMPLES.filter(pa.array(~covers(SAMPLES, begins)))
+    ledger = draw(EXPECTED, change(sound(), topic=left, topic_begins=begins), recipe=RECIPE)
+    assert (ledger.samples, ledger.learnt, ledger.lost, ledger.twice, ledger.closes) == (ROWS, ROWS, 0, 0, True)
+    ledger = draw(EXPECTED, change(sound(), topic=left.slice(1), topic_begins=begins), recipe=RECIPE)
+    assert (ledger.lost_where["topic"], ledger.lost) == (1, 1)

@@ -95,6 +95,25 @@ def test_identities_are_those_of_the_real_join():
     assert said and max(p.time_ms for p in said) <= START_MS + 10 * 380 - 1_000
 
 
+def test_a_sample_is_as_old_as_the_watermark_that_resolved_it():
+    """Each record's own watermark, though the ledger joins many records at once."""
+    records = log()
+    expected, _ = rejoin(PROJECT, Config(), records)
+    states = [JoinState(PROJECT, Config().join, silent_ms=10_000, partition=p) for p in range(2)]
+    resolved: dict[tuple[int, int, int], int] = {}
+    for record in records:
+        state = states[record.partition]
+        emitted = state.take(record)
+        for row in emitted.batch.to_pylist() if emitted is not None else ():
+            at_ms = state.watermark.time_ms
+            place = (row["partition"], row["offset"], row["rank"])
+            resolved[place] = at_ms if at_ms >= 0 else row["event_time_ms"]
+    keys = expected.samples.select(["partition", "offset", "rank"]).to_pylist()
+    assert expected.resolved_ms_N.tolist() == [resolved[tuple(key.values())] for key in keys]
+    assert expected.newest_ms == max(state.watermark.time_ms for state in states) == START_MS + 10 * 380
+    assert len(set(resolved.values())) > 10
+
+
 def test_a_log_whose_beginning_is_gone_is_refused():
     first = msgspec.structs.replace(log(40)[0], offset=7)
     with pytest.raises(InvariantBroken, match="begins at offset 7"):
@@ -131,6 +150,35 @@ def test_stock_of_a_whole_loop_closes_and_a_row_taken_twice_does_not(tmp_path: P
     ledger = take_stock(PROJECT, Config(), topics, memory.reader(), lake)
     assert (ledger.twice_where["model"], ledger.closes) == (3, False)
     assert "twice in model: 3" in table(ledger)
+
+
+def test_a_log_past_its_retention_is_drawn_from_what_is_kept(tmp_path: Path):
+    """Topic, lake and steps are held against each other; what came before the samples is named."""
+    topics, memory, lake = Topics(), MemoryLog(), DeltaLake(str(tmp_path / "lake"))
+    MemoryAdmin(memory).ensure_topics(topics.specs(2))
+    states = [JoinState(PROJECT, Config().join, silent_ms=10_000, partition=p) for p in range(2)]
+    batches, positions, ranges = [], {}, []
+    for record in log():
+        memory.append(topics.events, record.partition, record.value, None, record.headers)
+        if (emitted := states[record.partition].take(record)) is None:
+            continue
+        batches.append(emitted.batch)
+        headers = {"after": format_position(emitted.after), "last": format_position(emitted.last)}
+        memory.append(topics.samples, record.partition, encode_batch(emitted.batch), None, headers)
+        positions[record.partition] = emitted.last
+        rows = emitted.batch.num_rows
+        ranges.append(StepRange("live", 0, record.partition, emitted.after, emitted.last, rows=rows))
+    known = Positions(1, positions).to_json()
+    made = Step(model="shop", run="r", step=1, ranges=tuple(ranges), positions=known)
+    memory.append(topics.steps, 0, encode_step(made), None, {})
+    lake.append([batches[0].slice(1), *batches[1:]], {0: 1, 1: 1}, positions)  # one row is really lost
+    memory.trim(topics.events, 0, 7)
+    ledger = take_stock(PROJECT, Config(), topics, memory.reader(), lake)
+    assert (ledger.events_begin, ledger.read, ledger.tasks) == ({"0": 7}, 0, {})
+    assert (ledger.lost_where["lake"], ledger.lost, ledger.twice, ledger.closes) == (1, 1, 0, False)
+    assert ledger.samples == ledger.learnt == ledger.stored + 1 > 250
+    assert ledger.behind_ms == {"lake": 0, "model": 0}
+    assert "events begins in partition 0 at offset 7" in table(ledger)
 
 
 HOUR_MS = 3_600_000

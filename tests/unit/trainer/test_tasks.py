@@ -77,12 +77,13 @@ def test_the_ledger_counts_what_the_trainer_left_out():
     joined = pa.Table.from_batches([batch.select(JOINED.names) for batch in rows]).cast(JOINED)
     steps = read_steps(world.log.reader(), TOPICS, MANY.name, trainer.run_id, trainer.learner.step)
     nothing = KEYS.empty_table()
-    found = Found(joined.select(KEYS.names), nothing, Positions(1), steps, lambda _: nothing, [], frozenset(), [])
+    found = Found(joined.select(KEYS.names), nothing, Positions(1), steps, lambda *_: nothing, [], frozenset(), [])
     ledger = draw(Expected(joined, {}, 0, {}, 0, 0), found, recipe=MANY.recipe)
     left_out = int(metrics.counters["samples_left_out_total", ""])
     negatives = pa.compute.sum(pa.compute.equal(of_heads(joined)["label"], 0)).as_py()
     assert 0 < left_out < negatives
     assert (ledger.learnt, ledger.sampled_out) == (80 - left_out, 40 + left_out)
+    assert (ledger.lost, ledger.twice) == (0, 0)
     assert ledger.samples == 120 and ledger.models[trainer.run_id].closes()
 
 
