@@ -65,6 +65,7 @@ class Consumer:
             generation=self.runtime.topics.generation,
             partitions=self.runtime.config.log.partitions,
             folder=self.runtime.home / "faust" / stage.name,
+            open_reader=self.runtime.reader,
             stop=self.stop,
             ready=self.metrics.ready,
             begin_afresh=self.begin_afresh,

@@ -201,9 +201,7 @@ METRICS: Mapping[Name, MetricDoc] = {
     "rows_stored_total": MetricDoc("counter", "rows", ("sink",), "Rows that were committed to the lake."),
     "lake_version": MetricDoc("gauge", "version", ("sink",), "The lake's version after the newest commit."),
     "commit_seconds": MetricDoc("histogram", "seconds", ("sink",), "Time that a commit to the lake took."),
-    "behind_ms": MetricDoc(
-        "gauge", "milliseconds", ("sink",), "Age of the oldest sample that was read and is not in the lake."
-    ),
+    "behind_ms": MetricDoc("gauge", "milliseconds", ("sink",), "Age of the oldest sample that is not in the lake."),
     "lake_files": MetricDoc("gauge", "files", ("sink",), "Files of the lake's newest version, as of the last upkeep."),
     "lake_bytes": MetricDoc("gauge", "bytes", ("sink",), "Bytes of the lake's newest version, as of the last upkeep."),
     "lake_files_compacted_total": MetricDoc(

@@ -24,8 +24,9 @@ import faust.transport.drivers.aiokafka as aiokafka_driver
 from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
-from headrace.contract.interfaces.log import Record
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.stream.shell.group_watch import GroupWatch
+from headrace.stream.shell.log_ends import LogEnds
 from headrace.stream.shell.watchdog import Watchdog
 
 log = logging.getLogger("headrace.engine")
@@ -86,9 +87,19 @@ class Engine:
     """One Faust app over one topic, run until `stop` is set."""
 
     def __init__(
-        self, name: str, brokers: str, topic: str, partitions: int, datadir: Path, *, begin_afresh: bool = False
+        self,
+        name: str,
+        brokers: str,
+        topic: str,
+        partitions: int,
+        datadir: Path,
+        *,
+        open_reader: Callable[[], Reader],
+        begin_afresh: bool = False,
     ) -> None:
-        """`begin_afresh` takes a partition without a state from its beginning, whatever was acknowledged."""
+        """`open_reader` makes the reader that tells how far the log goes. `begin_afresh` takes a partition without a
+        state from its beginning, whatever was acknowledged.
+        """
         datadir.mkdir(parents=True, exist_ok=True)
         for noisy in ("faust", "aiokafka", "mode"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -122,7 +133,9 @@ class Engine:
         self._taken = asyncio.Event()
         self._failure: BaseException | None = None
         self._group = GroupWatch()
+        self._ends = LogEnds(topic, open_reader, self._standing)
         self._look_due_s = 0.0
+        self._beginning = False
         self._watchdog = Watchdog()
 
     def acknowledge(self, partition: int, upto: int) -> None:
@@ -133,16 +146,22 @@ class Engine:
 
     def lag(self) -> int:
         """Return how many records lie in the log beyond what was taken, over all partitions."""
-        total = 0
-        for partition, following in list(self.next.items()):
-            high = self.app.consumer.highwater(TP(self.topic, partition))
-            total += max(0, (high or 0) - following)
-        return total
+        return self._ends.lag(dict(self.next))
+
+    def oldest_unread_ms(self) -> int | None:
+        """Return when the oldest record was written that the stage stands still before; None while it moves."""
+        return self._ends.oldest_ms
+
+    def _standing(self) -> dict[int, int]:
+        """Return where the stage waits for records; nowhere while some wait for it, or a partition begins."""
+        return {} if self._waiting or self._beginning else dict(self.next)
 
     def run(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may mend."""
         self._watchdog.start()
+        self._ends.start()
         status = asyncio.run(self._main(stage, stop, ready))
+        self._ends.stop()
         if status == 0:
             self._watchdog.stop()
         # Else it stays: a thread of a client that failed may not end, and the process must.
@@ -209,6 +228,10 @@ class Engine:
         ready(False, "stopping")
         handing.cancel()
         await asyncio.wait([handing])
+        return await self._end(stage, starting)
+
+    async def _end(self, stage: Stage, starting: asyncio.Future[Any]) -> int:
+        """Make durable what is possible unless something failed, and end Faust; return the exit status."""
         if self._failure is None:
             self._failure = await _bounded(stage.finish(), "durable state")
         if self._failure is not None:
@@ -219,7 +242,7 @@ class Engine:
                 exc_info=None if isinstance(self._failure, HeadraceError) else self._failure,
             )
         starting.cancel()
-        if (unstopped := await _bounded(app.stop(), "Faust")) is not None:
+        if (unstopped := await _bounded(self.app.stop(), "Faust")) is not None:
             log.warning("Faust: %s", unstopped)
         return 0 if self._failure is None else 1
 
@@ -230,6 +253,7 @@ class Engine:
             self._look_due_s = now_s + LOOK_S
             consumer: Any = self.app.consumer
             self._group.look(consumer._thread)
+            self._ends.look()
 
     def _forget(self, stage: Stage, partitions: set[int]) -> None:
         stage.drop(partitions)
@@ -243,7 +267,9 @@ class Engine:
         message = event.message
         partition, offset = message.partition, message.offset
         if partition not in self.next:
+            self._beginning = True
             self.next[partition] = await self._begin(stage, partition, offset)
+            self._beginning = False
         following = self.next[partition]
         if offset < following:
             message.ack(self.app.consumer)

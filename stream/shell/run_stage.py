@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from headrace.contract.interfaces.log import Reader
 from headrace.stream.shell.engine import Engine, Stage
 
 
@@ -29,6 +30,7 @@ class StageProcess:
     partitions: int
     folder: Path
     """Where Faust may keep files."""
+    open_reader: Callable[[], Reader]
     stop: threading.Event
     ready: Callable[[bool, str], None]
     begin_afresh: bool = False
@@ -39,6 +41,12 @@ def run_stage(stage: RunnableStage, process: StageProcess) -> int:
     """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may mend."""
     group = f"headrace-{stage.name}-g{process.generation}"
     stage.engine = Engine(
-        group, process.brokers, stage.topic, process.partitions, process.folder, begin_afresh=process.begin_afresh
+        group,
+        process.brokers,
+        stage.topic,
+        process.partitions,
+        process.folder,
+        open_reader=process.open_reader,
+        begin_afresh=process.begin_afresh,
     )
     return stage.engine.run(stage, process.stop, process.ready)

@@ -7,8 +7,8 @@
 4. Then let Faust commit. Whatever fails, in a commit or after it, the stage stops and commits no more: everything since
    the last commit is read again after a restart, and no later commit moves the positions past it.
 
-`behind_ms` is the age of the oldest record that is not in the lake. Beyond half of what the topic keeps it is an alarm:
-what the topic forgets before it is stored is lost.
+`behind_ms` is the age of the oldest record that is not in the lake, read or not. Beyond half of what the topic keeps it
+is an alarm: what the topic forgets before it is stored is lost.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ class SinkStage:
     def look_behind(self) -> None:
         """Tell how far the lake is behind, and raise the alarm where the topic may forget what is not stored yet."""
         waiting = [*self._since_ms.values(), *self._since_committing_ms.values()]
+        if self.engine is not None and (unread_ms := self.engine.oldest_unread_ms()) is not None:
+            waiting.append(unread_ms)
         behind_ms = max(0, self.clock.now_ms() - min(waiting)) if waiting else 0
         self.metrics.set("behind_ms", behind_ms)
         if 0 <= self.kept_ms < 2 * behind_ms and self.clock.monotonic() >= self._alarm_due_s:

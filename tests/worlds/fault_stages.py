@@ -66,6 +66,9 @@ class GroupPositions(Protocol):
     def lag(self) -> int:
         """Return how many records lie beyond what was taken."""
 
+    def oldest_unread_ms(self) -> int | None:
+        """Return when the oldest record was written that nobody takes."""
+
 
 class MemoryGroup:
     """The group's positions, which outlive a process."""
@@ -80,6 +83,10 @@ class MemoryGroup:
     def lag(self) -> int:
         """Nothing hangs on it here."""
         return 0
+
+    def oldest_unread_ms(self) -> int | None:
+        """Everything is taken here."""
+        return None
 
 
 class MemorySpill:
@@ -289,6 +296,7 @@ def read_samples(log: MemoryLog, partition: int, schema: pa.Schema) -> pa.Table:
 _CLOSED: dict[str, str] = {
     "Producer.flush": "the process flushes by closing",
     "Producer.close": "the command closes it when the stage has ended",
+    "GroupPositions.oldest_unread_ms": "the sink alone tells an age",
 }
 ROWS = (
     StageRow("stream", (Producer, Blobs, Spill, GroupPositions), StreamWorld, _CLOSED),

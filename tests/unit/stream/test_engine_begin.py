@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.interfaces.log import Record
 from headrace.stream.shell.engine import Engine
@@ -68,7 +69,15 @@ def offer(
     """Offer the first record that comes, at `offset`; return it, what waits to be handed on, and the next offset."""
 
     async def run() -> tuple[Message, list[Record], int]:
-        engine = Engine("headrace-join-g1", "127.0.0.1:1", "events", 1, folder, begin_afresh=begin_afresh)
+        engine = Engine(
+            "headrace-join-g1",
+            "127.0.0.1:1",
+            "events",
+            1,
+            folder,
+            open_reader=MemoryLog().reader,
+            begin_afresh=begin_afresh,
+        )
         engine.app.consumer = Consumer(earliest, end)
         message = Message(offset)
         await engine._take(Stage(wanted), SimpleNamespace(message=message))  # type: ignore[arg-type]

@@ -1,0 +1,75 @@
+"""Goal: lag and age come from the log itself, so that a stage that stands still shows. Method: a log in memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.backends.clock import VirtualClock
+from headrace.backends.log.memory import MemoryLog
+from headrace.contract.errors import Unavailable
+from headrace.contract.interfaces.log import TopicSpec
+from headrace.stream.shell.log_ends import STILL_LOOKS_MAX, LogEnds
+
+T = "samples"
+
+
+class World:
+    def __init__(self) -> None:
+        self.clock = VirtualClock(1_000)
+        self.log = MemoryLog(self.clock.now_ms)
+        self.log.admin().ensure_topics([TopicSpec(T, 2)])
+        self.taken = {0: 0, 1: 0}
+        self.reader = self.log.reader()
+        self.ends = LogEnds(T, self.log.reader, lambda: self.taken)
+
+    def append(self, partition: int) -> None:
+        self.log.append(T, partition, b"", None, {})
+        self.clock.advance(1.0)
+
+    def look(self) -> tuple[int, int | None]:
+        self.ends.read(self.reader)
+        self.ends.look()
+        return self.ends.lag(self.taken), self.ends.oldest_ms
+
+
+def test_what_nobody_takes_is_counted_and_has_an_age() -> None:
+    world = World()
+    assert world.look() == (0, None)
+    world.append(1)
+    world.append(1)
+    world.append(0)
+    assert world.look() == (3, 1_000)
+    world.taken[1] = 1
+    assert world.look() == (2, 3_000), "partition 1 moves, partition 0 stands before its first record"
+    world.taken = {0: 1, 1: 2}
+    assert world.look() == (0, None)
+
+
+def test_a_partition_that_stands_still_before_a_record_stops_the_stage_after_a_bound() -> None:
+    world = World()
+    world.look()
+    world.append(0)
+    for _ in range(STILL_LOOKS_MAX):
+        world.look()
+    with pytest.raises(Unavailable, match=r"samples/0 has been at offset 0 for 305 s and the log goes on to 1"):
+        world.look()
+    world.taken[0] = 1
+    assert world.look() == (0, None)
+
+
+def test_the_marker_of_a_transaction_is_nothing_that_waits() -> None:
+    world = World()
+    world.look()
+    world.log.mark(T, 0)
+    for _ in range(STILL_LOOKS_MAX + 2):
+        assert world.look()[1] is None
+
+
+def test_a_reader_that_cannot_be_opened_stops_the_stage() -> None:
+    def refuses() -> None:
+        raise MemoryError("malloc")
+
+    ends = LogEnds(T, refuses, dict)
+    ends._run()
+    with pytest.raises(MemoryError):
+        ends.look()
