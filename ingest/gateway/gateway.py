@@ -38,6 +38,7 @@ from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
 from headrace.ingest.gateway.send_queue import Outgoing, SendQueue
+from headrace.ingest.gateway.steady_time import SteadyTime
 from headrace.ingest.sources.access_log_events import acked_together, mappers_of
 from headrace.kernels.hashes import hash64_texts
 
@@ -79,8 +80,11 @@ class Gateway:
             batch_rows=config.batch_rows,
             batch_bytes=config.batch_bytes,
         )
-        self.epoch = deps.clock.now_ms()
-        self._punctuator = Punctuator(name, self.epoch, partitions, config.punctuate_ms, config.grace_ms)
+        self.epoch = deps.start.epoch
+        self._instance, self._broker_ms, self._time = deps.instance, deps.broker_ms, SteadyTime()
+        self._punctuator = Punctuator(
+            name, self.epoch, partitions, config.punctuate_ms, config.grace_ms, deps.start.promised
+        )
         self._chunks_done = Repeats(config.repeat_horizon_ms, CHUNKS_REMEMBERED)
         self._chunks_open: dict[bytes, OpenChunk] = {}
         self._ids = EventIds(config.repeat_horizon_ms, IDS_REMEMBERED)
@@ -92,6 +96,10 @@ class Gateway:
         self.counts: dict[str, int] = {READ: 0, APPENDED: 0, DEAD: 0, REPEATED: 0}
         self.buffer_bytes = 0
         self.open_chunks = 0
+
+    def now_ms(self) -> int:
+        """Return the gateway's time, which no step of the wall clock moves."""
+        return self._time.now_ms(self._clock.now_ms(), self._clock.monotonic())
 
     # -- 1. offer
 
@@ -124,7 +132,7 @@ class Gateway:
             return True
         if refusable and key not in self._chunks_open:
             events = len(starts)
-            if not self.ceiling.allows(message.tag, events, self._clock.now_ms()):
+            if not self.ceiling.allows(message.tag, events, self.now_ms()):
                 self._metrics.add("events_refused_total", events, tag=self.ceiling.name(message.tag))
                 return False
         self._taken += 1
@@ -160,7 +168,7 @@ class Gateway:
         """Return the chunk's key in memory, empty where it has no id, and the prefix of ids for events without one."""
         if message.chunk is None:
             self._anonymous += 1
-            prefix = f"{self._name}/{self.epoch}/{self._anonymous}"
+            prefix = "/".join(filter(None, (self._name, str(self.epoch), self._instance, str(self._anonymous))))
             return b"", prefix
         # fluent-bit's chunk id is a hash of the payload without the tag, so the tag belongs to the identity.
         nth = peer.occurrences.next(digest(message.tag, message.chunk))
@@ -198,9 +206,9 @@ class Gateway:
         self, waiting: Waiting, data: npt.NDArray[np.uint8], starts_N: I64s, chunk_N: I64s, nth_N: I64s
     ) -> None:
         declared, chunks = waiting.layout.declared, waiting.chunks
-        now_ms = self._clock.now_ms()
-        latest_ms = now_ms + self._config.skew_ms
-        decoded = decode(waiting.layout, data, starts_N, waiting.prefixes, chunk_N, nth_N, latest_ms)
+        now_ms = self.now_ms()
+        taken_ms = range(self._config.past_ms, now_ms + self._config.skew_ms + 1)
+        decoded = decode(waiting.layout, data, starts_N, waiting.prefixes, chunk_N, nth_N, taken_ms)
         batch, own_N = decoded.batch, decoded.own
         if len(decoded.left):
             entries = [read_entry(data, int(starts_N[row])) for row in decoded.left]
@@ -210,8 +218,7 @@ class Gateway:
                 [entry.record for entry in entries],
                 [entry.time_ns for entry in entries],
                 derived,
-                now_ms=now_ms,
-                skew_ms=self._config.skew_ms,
+                taken_ms=taken_ms,
             )
             for at, (reason, detail) in checked.rejected.items():
                 chunk = chunks[chunk_N[decoded.left[at]]]
@@ -230,7 +237,8 @@ class Gateway:
             batch = batch.take(pa.array(keep))
             chunk_N, first_N, second_N = chunk_N[keep], first_N[keep], second_N[keep]
         limit = self._config.batch_bytes
-        for piece in cut(batch, chunk_N, self._partitions, rows_max=self._config.batch_rows, bytes_max=limit):
+        promised = [self._punctuator.promised(partition) for partition in range(self._partitions)]
+        for piece in cut(batch, chunk_N, promised, rows_max=self._config.batch_rows, bytes_max=limit):
             if isinstance(piece, Cut):
                 self._append(piece, [(chunks[i], rows) for i, rows in piece.chunk_rows.items()], declared)
                 continue
@@ -254,7 +262,7 @@ class Gateway:
             self._settled(chunk, events)
 
     def _append(self, piece: Cut, chunks: list[tuple[OpenChunk, int]], declared: Declared) -> None:
-        self.ceiling.note(declared.tag, self._clock.now_ms(), appended=piece.rows)
+        self.ceiling.note(declared.tag, self.now_ms(), appended=piece.rows)
         headers = self._headers(piece.partition, declared.kind)
         if declared.kind != declared.name:
             headers["type"] = declared.name
@@ -308,7 +316,7 @@ class Gateway:
             raw=whole[:most],
             raw_truncated=hidden or len(whole) > most,
             gateway=self._name,
-            seen_ms=self._clock.now_ms(),
+            seen_ms=self.now_ms(),
         )
         self.ceiling.note(chunk.tag, letter.seen_ms, dead=1, reason=reason)
         if counted:
@@ -333,6 +341,7 @@ class Gateway:
         """Run receipts, cut what is due, send, punctuate. Never blocks."""
         self._producer.poll(0.0)
         now_s = self._clock.monotonic()
+        self._time.heard(self._broker_ms(), now_s)
         if self._batcher.due(now_s):
             self._cut_all()
         self._queue.send_again(now_s)
@@ -358,13 +367,14 @@ class Gateway:
         # What waits is cut first. Then the oldest event is known, and it is sent before the promise.
         self._cut_all()
         self._queue.send()
-        oldest_ms = self._queue.oldest_ms()
+        oldest_ms, now_ms = self._queue.oldest_ms(), self.now_ms()
+        self._metrics.set("clock_apart_ms", self._time.apart_ms)
         for partition in range(self._partitions):
             # A promise must not overtake events that the local queue refused.
             if self._queue.is_held_back and not bye:
                 return
             oldest = oldest_ms.get(partition)
-            promise = self._punctuator.promise(partition, self._clock.now_ms(), oldest, self.counts, bye=bye)
+            promise = self._punctuator.promise(partition, now_ms, oldest, self.counts, bye=bye)
             if promise is None:
                 continue
             try:
@@ -391,7 +401,7 @@ class Gateway:
             one.waiting -= outcomes
             if one.waiting:
                 continue
-            now_ms = self._clock.now_ms()
+            now_ms = self.now_ms()
             if self._chunks_open.get(one.key) is one:
                 del self._chunks_open[one.key]
                 self._chunks_done.add(one.key, now_ms)

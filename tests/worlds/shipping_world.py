@@ -21,9 +21,10 @@ from headrace.contract.formats.dead_letters import decode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
-from headrace.contract.interfaces.log import Delivered, Producer
+from headrace.contract.interfaces.log import Delivered, Producer, Record
 from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.log_start import LogStart
 
 PARTITIONS = 2
 IMPRESSION_TAG, CLICK_TAG = "shop.impression", "shop.click"
@@ -101,6 +102,14 @@ class Broker:
                 self._ids.add((partition, kind, event_id))
                 self.found[request] += 1
         return len(self.records) - 1
+
+    def start(self, gateway: str) -> LogStart:
+        """Return what a gateway of this name finds in the log when it starts."""
+        start, topic = LogStart(), Topics().events
+        for name, partition, value, headers in self.records:
+            if name == topic:
+                start = start.after(Record(topic, partition, 0, None, value, headers, 0), gateway)
+        return start
 
 
 class Line:
@@ -180,7 +189,16 @@ class Process:
         producer: Producer = world.wrap(watched) if world.wrap else watched
         config = IngestConfig(punctuate_ms=50, grace_ms=world.random.choice((0, 200)))
         self.gateway: Gateway = world.kind(
-            dependencies(producer, Counts(), world.clock, project=PROJECT, config=config, partitions=PARTITIONS), name
+            dependencies(
+                producer,
+                Counts(),
+                world.clock,
+                project=PROJECT,
+                config=config,
+                partitions=PARTITIONS,
+                start=world.broker.start(name),
+            ),
+            name,
         )
         self.open: dict[int, Chunk] = {}
         self.alive, self.draining, self.stalled = True, False, 0
