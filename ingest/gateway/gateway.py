@@ -27,6 +27,7 @@ import pyarrow as pa
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.dead_letters import DeadLetter, encode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, encode_punctuation
+from headrace.contract.hashing import hash_text
 from headrace.contract.privacy import Privacy
 from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.decode.fluent_chunk import decode, layout
@@ -34,6 +35,7 @@ from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_re
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
+from headrace.ingest.gateway.chunk_hashes import kind_of
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
@@ -50,7 +52,7 @@ _SLICE_ROWS = 20_000
 """Most rows that are decoded at once: 20,000 rows of 30 columns take 10 MB while they are columns of numbers."""
 _ENTRY_BYTES = 128
 """What an entry adds to `buffer_bytes` beside its own bytes: each may become a dead letter."""
-_SECOND_SEED = 1
+_SALTS = (0, 1)
 
 READ, APPENDED, DEAD, REPEATED = "read", "appended", "dead_lettered", "repeated"
 
@@ -170,10 +172,15 @@ class Gateway:
             self._anonymous += 1
             prefix = "/".join(filter(None, (self._name, str(self.epoch), self._instance, str(self._anonymous))))
             return b"", prefix
-        # fluent-bit's chunk id is a hash of the payload without the tag, so the tag belongs to the identity.
-        nth = peer.occurrences.next(digest(message.tag, message.chunk))
-        prefix = f"{peer.origin}/{chunk_text(message.tag)}/{chunk_text(message.chunk)}/{nth}"
-        return digest(peer.origin, message.tag, message.chunk, str(nth)), prefix
+        name = f"{chunk_text(message.tag)}/{chunk_text(message.chunk)}"
+        # A hash is one of the payload without the tag, so the tag belongs to the identity.
+        kind = "hash" if message.per_origin else kind_of(message.chunk, message.body)
+        nth = 0 if kind == "unique" else peer.occurrences.next(digest(message.tag, message.chunk))
+        if kind == "hash":
+            return digest(peer.origin, message.tag, message.chunk, str(nth)), f"{peer.origin}/{name}/{nth}"
+        # The id decides, wherever it comes from. The content is in it for clients that only count: 1, 2, 3.
+        content = digest(message.body, message.raw)
+        return digest(message.tag, message.chunk, content, str(nth)), f"{name}/{content.hex()}/{nth}"
 
     def _repeated(self, chunk: OpenChunk, events: int, declared: bool) -> None:
         chunk.repeated += events
@@ -228,7 +235,8 @@ class Gateway:
             own_N, chunk_N = own_N[rows_M], chunk_N[rows_M]
         batch = self._privacy.batch(batch, declared.tag, declared.key)
         ids = batch.column("event_id")
-        first_N, second_N = hash64_texts(ids), hash64_texts(ids, _SECOND_SEED)
+        # An event type and id decide: an impression, a click and an order may all have id 17.
+        first_N, second_N = (hash64_texts(ids, hash_text(declared.name, salt=salt)) for salt in _SALTS)
         numbers = np.array([chunk.number for chunk in chunks], np.int64)
         found_N = self._ids.take(first_N, second_N, own_N, numbers[chunk_N], now_ms)
         if found_N.any():
