@@ -132,7 +132,7 @@ class Gateway:
             if acked is not None:
                 acked(Outcome(0, 0, len(starts)))
             return True
-        if refusable and key not in self._chunks_open:
+        if refusable and not (key and key in self._chunks_open):
             events = len(starts)
             if not self.ceiling.allows(message.tag, events, self.now_ms()):
                 self._metrics.add("events_refused_total", events, tag=self.ceiling.name(message.tag))
@@ -150,7 +150,8 @@ class Gateway:
             self._repeated(chunk, len(starts), made is not None)
             self._follow(chunk, first)
         else:
-            self._chunks_open[key] = chunk
+            if key:
+                self._chunks_open[key] = chunk
             if message.problem and message.body:
                 for nth, entry in enumerate(message.entries):
                     self._dead_letter(chunk, message.reason, problem, entry, event_id=f"{prefix}/{nth}")
@@ -410,7 +411,7 @@ class Gateway:
             if one.waiting:
                 continue
             now_ms = self.now_ms()
-            if self._chunks_open.get(one.key) is one:
+            if one.key and self._chunks_open.get(one.key) is one:
                 del self._chunks_open[one.key]
                 self._chunks_done.add(one.key, now_ms)
             del self._open[one.number]

@@ -267,3 +267,13 @@ def test_punctuation_waits_for_the_oldest_event_and_ends_with_a_goodbye() -> Non
     assert sorted(last) == list(range(P))
     assert all(p.bye and p.time_ms == world.clock.ms for p in last.values())
     assert last[0].counts == {"read": 1, "appended": 1, "dead_lettered": 0, "repeated": 0}
+
+
+def test_a_shut_tag_stays_shut_for_http_while_another_anonymous_chunk_is_open() -> None:
+    world = World(dead_letter_events_min=10, dead_letter_probe_ms=60_000)
+    world.offer(message("shop.click", [{"request_id": "r", "user_id": "x"}] * 20))
+    world.settle()
+    world.log.away = True
+    world.offer(message("shop.impression", [impression(1)]))
+    without_key = message("shop.click", [{"request_id": "r", "user_id": 1}])
+    assert not world.gateway.offer(without_key, 100, Peer("a"), None, refusable=True)
