@@ -95,6 +95,8 @@ def type_text(info: Any) -> str:
             if info.max_length is None:
                 return "text"
             return f"text of {info.min_length or 0} to {info.max_length:,} characters"
+        case types.DateType():
+            return "date"
         case types.LiteralType():
             return "one of " + ", ".join(f"`{value}`" for value in info.values)
         case types.VarTupleType() if isinstance(info.item_type, types.StructType):

@@ -7,6 +7,7 @@ PORT_BASE, HEADRACE_HOME (where local state lies, `.headrace`).
 
 from __future__ import annotations
 
+from datetime import UTC, date, datetime, time
 from typing import Annotated, Literal
 
 import msgspec
@@ -129,6 +130,9 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     before the watermark passes the outage. More than the longest back-off of `headrace.sender`, 2 s. Unit: ms."""
     skew_ms: Millis = 60_000
     """An event whose time is further ahead of the gateway's clock becomes a dead letter (`future`). Unit: ms."""
+    past: date = date(2000, 1, 1)
+    """An event whose time lies before this day, in UTC, becomes a dead letter (`past`): most are times in seconds that
+    were sent as milliseconds."""
     silent_ms: Millis = 10_000
     """A gateway no longer holds the watermark when its promise stood still while another's went on by this much.
     Unit: ms."""
@@ -178,6 +182,11 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     origin."""
     sources: tuple[SourceConfig, ...] = ()
     """Topics that shippers write and gateways read into `events`. Each is a table of its own."""
+
+    @property
+    def past_ms(self) -> int:
+        """The earliest event time that is taken."""
+        return max(0, int(datetime.combine(self.past, time(), UTC).timestamp()) * 1_000)
 
 
 class JoinConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -21,6 +21,7 @@ Name = Literal[
     "connections_open",
     "connections_refused_total",
     "buffer_bytes",
+    "clock_apart_ms",
     "records_read_total",
     "samples_emitted_total",
     "positives_total",
@@ -143,6 +144,12 @@ METRICS: Mapping[Name, MetricDoc] = {
     ),
     "buffer_bytes": MetricDoc(
         "gauge", "bytes", ("ingest",), "Bytes that were read and that Kafka has not confirmed yet."
+    ),
+    "clock_apart_ms": MetricDoc(
+        "gauge",
+        "milliseconds",
+        ("ingest",),
+        "How far the gateway's clock is ahead of the broker's. Beyond 30,000 either way one of them is wrong.",
     ),
     "records_read_total": MetricDoc(
         "counter", "records", ("stream", "sink", "aggregate"), "Kafka records that were read."

@@ -54,12 +54,15 @@ from headrace.ingest.dead_letters.letters import (
     why_not_retried,
 )
 from headrace.ingest.decode.message import message_of
+from headrace.ingest.decode.validate import declared_types
 from headrace.ingest.gateway.batcher import Outcome
-from headrace.ingest.gateway.dry_run import DryRunProducer, event_ids
+from headrace.ingest.gateway.dry_run import DryRunProducer, events_in
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.repeats import digest
 
+Event = tuple[str, str]
+"""A type's name and an event id."""
 LEASE_MS = 30_000
 """How long a batch may take before another retry takes its holder for dead. A batch takes well under a second."""
 BATCH_LETTERS, BATCH_BYTES = 200, 1_048_576
@@ -207,8 +210,8 @@ class Retry:
         }
         found: dict[int, Fate] = {}
         for mark in {(mark.run, mark.at_ms): mark for mark in doubtful.values()}.values():
-            wanted = {o: self._ids_of(held[o]) for o in mark.letters if doubtful.get(o) == mark and o in held}
-            there = self._ids_in_log(mark, set().union(*wanted.values()))
+            wanted = {o: self._events_of(held[o]) for o in mark.letters if doubtful.get(o) == mark and o in held}
+            there = self._in_log(mark, set().union(*wanted.values()))
             for offset, names in wanted.items():
                 found[offset] = "unknown" if there is None else "appended" if names & there else "open"
         if not found:
@@ -221,24 +224,29 @@ class Retry:
             if fate == "appended":
                 self._taken.add(self._identity(held[offset]))
 
-    def _ids_of(self, letter: Letter) -> set[str]:
-        """Return the event ids under which the letter's event may be in the log: a mapping may take one of the line."""
+    def _events_of(self, letter: Letter) -> set[Event]:
+        """Return the types and ids under which the letter's event may be in the log: a mapping may give them.
+
+        Where no type has the letter's tag now, the type is empty: an event of any type with the id may be it.
+        """
         trial = DryRunProducer()
         self._offer([letter], trial, self._clock.monotonic() + _NEVER_MS / 1000)
-        return {self._id(letter), *trial.event_ids}
+        declared = declared_types(self._gateway.project).get(letter.content.tag)
+        return {("" if declared is None else declared.name, self._id(letter)), *trial.events}
 
-    def _ids_in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
-        """Return which event ids are in the log behind a mark; None where the log no longer reaches back so far."""
+    def _in_log(self, mark: RetryMark, wanted: set[Event]) -> set[Event] | None:
+        """Return which of the events are in the log behind a mark; None where the log no longer reaches back so far."""
         topic = self._topics.events
         begins, ends = self._reader.begin_offsets(topic), self._reader.end_offsets(topic)
         if any(begins[p] > mark.ends.get(p, 0) for p in begins):
             return None
-        found: set[str] = set()
+        found: set[Event] = set()
         latest_ms = mark.at_ms + SCAN_MS
         marked = {p: mark.ends.get(p, 0) for p in ends}
         for record in read_range(self._reader, topic, begins=marked, ends=ends, latest_ms=latest_ms):
             if record.value is not None and record.headers.get("kind") in (IMPRESSION, FEEDBACK):
-                found.update(wanted.intersection(event_ids(record.value)))
+                there = events_in(record.value, record.headers)
+                found.update(wanted.intersection([*there, *(("", event_id) for _, event_id in there)]))
         return found
 
     # -- 3. mark

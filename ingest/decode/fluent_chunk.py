@@ -252,7 +252,7 @@ class Columns(msgspec.Struct, frozen=True):
 
 
 def decode(
-    made: Layout, data: U8s, starts_N: I64s, prefixes: Sequence[str], chunk_N: I64s, nth_N: I64s, latest_ms: int
+    made: Layout, data: U8s, starts_N: I64s, prefixes: Sequence[str], chunk_N: I64s, nth_N: I64s, taken_ms: range
 ) -> Columns:
     """Return the columns of the entries that begin at `starts_N`.
 
@@ -262,7 +262,7 @@ def decode(
         starts_N: where each entry begins, as `entry_starts` found it, shifted by its body's place.
         prefixes: one a chunk; how the ids begin of events that bring none.
         chunk_N, nth_N: which chunk a row belongs to, and its number there.
-        latest_ms: latest event time that is accepted.
+        taken_ms: the event times that are accepted, none below 0.
     """
     rows, columns = len(starts_N), len(made.kinds)
     ints = np.zeros((columns, rows), np.int64)
@@ -289,7 +289,7 @@ def decode(
         missing |= short & ((lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX))
     elif key_kind != _INT:
         missing[:] = True
-    missing |= (event_times < 0) | (event_times > latest_ms)
+    missing |= (event_times < taken_ms.start) | (event_times >= taken_ms.stop)
     left |= missing.astype(np.uint8)
     if left.any():
         # What a row left behind must not be read: 1e300 is no float32.

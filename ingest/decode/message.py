@@ -49,6 +49,8 @@ class Message(msgspec.Struct, frozen=True):
     raw: bytes = b""
     json: bool = False
     """Sent as a bare JSON array; its ack is JSON too."""
+    per_origin: bool = False
+    """The chunk's id is good for its sender's address alone, as an Idempotency-Key is."""
     reason: str = "bad_chunk"
     """What dead letters say that `problem` makes: of the body where there is none, else of each entry in it."""
 

@@ -8,6 +8,7 @@ What is refused is named row by row with a stable reason; it becomes a dead lett
 | `unknown_field` | a field that the type does not declare, where the type says `unknown="refuse"` |
 | `no_partition_key`, `no_request_id` | the field is missing, null or empty |
 | `future` | the event time is further ahead of the gateway's clock than `ingest.skew_ms` |
+| `past` | the event time lies before `ingest.past` |
 """
 
 from __future__ import annotations
@@ -95,12 +96,12 @@ def check(
     times_ns: Sequence[int | None],
     derived_ids: Sequence[str],
     *,
-    now_ms: int,
-    skew_ms: int,
+    taken_ms: range,
 ) -> Checked:
     """Return the good rows as one batch of `declared.schema` and why the others are not in it.
 
     `derived_ids` and `times_ns` stand in where a record has no `event_id` or `event_time_ms` of its own.
+    Event times in `taken_ms` are accepted.
     """
     rejected: dict[int, tuple[str, str]] = {}
 
@@ -127,7 +128,7 @@ def check(
     columns["event_id"] = _ids([r.get("event_id") for r in rows], "event_id", derived_ids, reject)
     columns["request_id"] = _ids([r.get("request_id") for r in rows], "request_id", None, reject)
     columns["place"] = _places([r.get("place") for r in rows], reject)
-    columns["event_time_ms"] = _times([r.get("event_time_ms") for r in rows], times_ns, now_ms + skew_ms, reject)
+    columns["event_time_ms"] = _times([r.get("event_time_ms") for r in rows], times_ns, taken_ms, reject)
     good = [at for at in range(len(rows)) if at not in rejected]
     arrays = [columns[field.name] for field in declared.schema]
     if rejected:
@@ -333,7 +334,8 @@ def event_time_ms(value: Any, time_ns: int | None) -> int | None:
     return int(value) if -_EXACT_FLOAT < value < _EXACT_FLOAT else None
 
 
-def _times(values: list[Any], times_ns: Sequence[int | None], latest_ms: int, reject: Reject) -> pa.Array:
+def _times(values: list[Any], times_ns: Sequence[int | None], taken_ms: range, reject: Reject) -> pa.Array:
+    earliest_ms, latest_ms = taken_ms.start, taken_ms.stop - 1
     times = []
     for at, (value, time_ns) in enumerate(zip(values, times_ns, strict=True)):
         time_ms = event_time_ms(value, time_ns)
@@ -341,7 +343,25 @@ def _times(values: list[Any], times_ns: Sequence[int | None], latest_ms: int, re
             reject(at, "bad_type", "event_time_ms is no Unix time in milliseconds")
             time_ms = 0
         elif time_ms > latest_ms:
-            reject(at, "future", f"event time {time_ms} ms is {time_ms - latest_ms} ms beyond clock + skew_ms")
+            unit = _other_unit(time_ms, earliest_ms, latest_ms)
+            reject(at, "future", f"event time {time_ms} ms is {time_ms - latest_ms} ms beyond clock + skew_ms{unit}")
+            time_ms = 0
+        elif time_ms < earliest_ms:
+            unit = _other_unit(time_ms, earliest_ms, latest_ms) or "; mend it, or set ingest.past to an earlier day"
+            reject(at, "past", f"event time {time_ms} ms is before ingest.past, {earliest_ms} ms{unit}")
             time_ms = 0
         times.append(time_ms)
     return pa.array(times, pa.int64())
+
+
+def _other_unit(time_ms: int, earliest_ms: int, latest_ms: int) -> str:
+    """Return the remedy where a time would be good in another unit, else nothing.
+
+    >>> _other_unit(1_700_000_000, 946_684_800_000, 1_700_000_060_000)
+    '; it reads as seconds: multiply event_time_ms by 1,000'
+    """
+    if earliest_ms <= time_ms * 1_000 <= latest_ms:
+        return "; it reads as seconds: multiply event_time_ms by 1,000"
+    if earliest_ms <= time_ms // 1_000 <= latest_ms:
+        return "; it reads as microseconds: divide event_time_ms by 1,000"
+    return ""

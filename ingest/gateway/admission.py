@@ -21,6 +21,9 @@ class Admission(Protocol):
     def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
         """Take a message, as `Gateway.offer` does; False where a `refusable` one is beyond the ceiling."""
 
+    def now_ms(self) -> int:
+        """Return the gateway's time, which no step of the wall clock moves."""
+
     def is_open(self) -> bool:
         """Say whether more may be read and offered: not while the gateway holds too much, nor once it drains."""
 

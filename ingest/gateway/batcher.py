@@ -6,7 +6,7 @@ together, impressions first, so that a click does not overtake the impression th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -93,7 +93,8 @@ class Cut(msgspec.Struct, frozen=True):
     partition: int
     value: bytes
     rows: int
-    oldest_ms: int
+    oldest_ms: int | None
+    """Of the events that are newer than the partition's last promise; None where there are none."""
     chunk_rows: dict[int, int]
     """Rows by the chunk's place in the batch."""
 
@@ -130,35 +131,41 @@ class Batcher:
         return [waiting[m.declared.name] for m in self._layouts if m.declared.name in waiting]
 
 
-def cut(batch: pa.RecordBatch, chunk_N: I64s, partitions: int, *, rows_max: int, bytes_max: int) -> Iterator[Cut | int]:
+def cut(
+    batch: pa.RecordBatch, chunk_N: I64s, promised: Sequence[int], *, rows_max: int, bytes_max: int
+) -> Iterator[Cut | int]:
     """Yield records of at most `rows_max` rows for each partition in `batch`, halved until they fit `bytes_max`.
 
-    `chunk_N` says which chunk a row came from. Yields the row's number instead where one row alone is too large.
+    `chunk_N` says which chunk a row came from, `promised` has the last promise to each partition. Yields the row's
+    number instead where one row alone is too large.
     """
+    partitions = len(promised)
     parts_N = hash64_texts(batch.column("key")) % np.uint64(partitions)
     order = np.argsort(parts_N, kind="stable")
     bounds = np.searchsorted(parts_N[order], np.arange(partitions + 1, dtype=np.uint64))
     for partition in range(partitions):
         rows = order[bounds[partition] : bounds[partition + 1]]
         for at in range(0, len(rows), rows_max):
-            yield from _fit(batch, chunk_N, partition, rows[at : at + rows_max], bytes_max)
+            yield from _fit(batch, chunk_N, partition, promised[partition], rows[at : at + rows_max], bytes_max)
 
 
 def _fit(
-    batch: pa.RecordBatch, chunk_N: I64s, partition: int, rows: npt.NDArray[np.int64], bytes_max: int
+    batch: pa.RecordBatch, chunk_N: I64s, partition: int, promised_ms: int, rows: npt.NDArray[np.int64], bytes_max: int
 ) -> Iterator[Cut | int]:
     whole = batch if len(rows) == batch.num_rows else batch.take(pa.array(rows))
     value = encode_batch(whole)
     if len(value) <= bytes_max:
-        oldest = int(whole.column("event_time_ms").to_numpy().min())
+        times = whole.column("event_time_ms").to_numpy()
+        newer = times[times > promised_ms]
+        oldest = int(newer.min()) if len(newer) else None
         chunks, counts = np.unique(chunk_N[rows], return_counts=True)
         yield Cut(partition, value, len(rows), oldest, dict(zip(chunks.tolist(), counts.tolist(), strict=True)))
     elif len(rows) == 1:
         yield int(rows[0])
     else:
         middle = len(rows) // 2
-        yield from _fit(batch, chunk_N, partition, rows[:middle], bytes_max)
-        yield from _fit(batch, chunk_N, partition, rows[middle:], bytes_max)
+        yield from _fit(batch, chunk_N, partition, promised_ms, rows[:middle], bytes_max)
+        yield from _fit(batch, chunk_N, partition, promised_ms, rows[middle:], bytes_max)
 
 
 def merge(ordinary: pa.RecordBatch, left: I64s, checked: pa.RecordBatch, rows: I64s) -> tuple[pa.RecordBatch, I64s]:

@@ -8,10 +8,10 @@ from headrace.contract.formats.events import FEEDBACK, IMPRESSION, decode_batch
 from headrace.contract.interfaces.log import Delivered
 
 
-def event_ids(value: bytes) -> list[str]:
-    """Return the ids of the events in one record of `events`."""
-    ids: list[str] = decode_batch(value).column("event_id").to_pylist()
-    return ids
+def events_in(value: bytes, headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the types and ids of the events in one record of `events`."""
+    name = headers.get("type") or headers.get("kind", "")
+    return [(name, event_id) for event_id in decode_batch(value).column("event_id").to_pylist()]
 
 
 class DryRunProducer:
@@ -19,8 +19,8 @@ class DryRunProducer:
 
     def __init__(self) -> None:
         self._receipts: list[Delivered] = []
-        self.event_ids: list[str] = []
-        """Of the events that were sent."""
+        self.events: list[tuple[str, str]] = []
+        """Types and ids of the events that were sent."""
 
     def send(
         self,
@@ -32,9 +32,9 @@ class DryRunProducer:
         headers: Mapping[str, str] | None = None,
         delivered: Delivered | None = None,
     ) -> None:
-        """Take a record and keep its event ids."""
+        """Take a record and keep the types and ids of its events."""
         if value is not None and headers is not None and headers.get("kind") in (IMPRESSION, FEEDBACK):
-            self.event_ids += event_ids(value)
+            self.events += events_in(value, headers)
         if delivered is not None:
             self._receipts.append(delivered)
 

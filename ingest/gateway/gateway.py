@@ -27,6 +27,7 @@ import pyarrow as pa
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.dead_letters import DeadLetter, encode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, encode_punctuation
+from headrace.contract.hashing import hash_text
 from headrace.contract.privacy import Privacy
 from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.decode.fluent_chunk import decode, layout
@@ -34,10 +35,12 @@ from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_re
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
+from headrace.ingest.gateway.chunk_hashes import kind_of
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
 from headrace.ingest.gateway.send_queue import Outgoing, SendQueue
+from headrace.ingest.gateway.steady_time import SteadyTime
 from headrace.ingest.sources.access_log_events import acked_together, mappers_of
 from headrace.kernels.hashes import hash64_texts
 
@@ -49,7 +52,7 @@ _SLICE_ROWS = 20_000
 """Most rows that are decoded at once: 20,000 rows of 30 columns take 10 MB while they are columns of numbers."""
 _ENTRY_BYTES = 128
 """What an entry adds to `buffer_bytes` beside its own bytes: each may become a dead letter."""
-_SECOND_SEED = 1
+_SALTS = (0, 1)
 
 READ, APPENDED, DEAD, REPEATED = "read", "appended", "dead_lettered", "repeated"
 
@@ -79,8 +82,11 @@ class Gateway:
             batch_rows=config.batch_rows,
             batch_bytes=config.batch_bytes,
         )
-        self.epoch = deps.clock.now_ms()
-        self._punctuator = Punctuator(name, self.epoch, partitions, config.punctuate_ms, config.grace_ms)
+        self.epoch = deps.start.epoch
+        self._instance, self._broker_ms, self._time = deps.instance, deps.broker_ms, SteadyTime()
+        self._punctuator = Punctuator(
+            name, self.epoch, partitions, config.punctuate_ms, config.grace_ms, deps.start.promised
+        )
         self._chunks_done = Repeats(config.repeat_horizon_ms, CHUNKS_REMEMBERED)
         self._chunks_open: dict[bytes, OpenChunk] = {}
         self._ids = EventIds(config.repeat_horizon_ms, IDS_REMEMBERED)
@@ -92,6 +98,10 @@ class Gateway:
         self.counts: dict[str, int] = {READ: 0, APPENDED: 0, DEAD: 0, REPEATED: 0}
         self.buffer_bytes = 0
         self.open_chunks = 0
+
+    def now_ms(self) -> int:
+        """Return the gateway's time, which no step of the wall clock moves."""
+        return self._time.now_ms(self._clock.now_ms(), self._clock.monotonic())
 
     # -- 1. offer
 
@@ -122,9 +132,9 @@ class Gateway:
             if acked is not None:
                 acked(Outcome(0, 0, len(starts)))
             return True
-        if refusable and key not in self._chunks_open:
+        if refusable and not (key and key in self._chunks_open):
             events = len(starts)
-            if not self.ceiling.allows(message.tag, events, self._clock.now_ms()):
+            if not self.ceiling.allows(message.tag, events, self.now_ms()):
                 self._metrics.add("events_refused_total", events, tag=self.ceiling.name(message.tag))
                 return False
         self._taken += 1
@@ -140,7 +150,8 @@ class Gateway:
             self._repeated(chunk, len(starts), made is not None)
             self._follow(chunk, first)
         else:
-            self._chunks_open[key] = chunk
+            if key:
+                self._chunks_open[key] = chunk
             if message.problem and message.body:
                 for nth, entry in enumerate(message.entries):
                     self._dead_letter(chunk, message.reason, problem, entry, event_id=f"{prefix}/{nth}")
@@ -160,12 +171,17 @@ class Gateway:
         """Return the chunk's key in memory, empty where it has no id, and the prefix of ids for events without one."""
         if message.chunk is None:
             self._anonymous += 1
-            prefix = f"{self._name}/{self.epoch}/{self._anonymous}"
+            prefix = "/".join(filter(None, (self._name, str(self.epoch), self._instance, str(self._anonymous))))
             return b"", prefix
-        # fluent-bit's chunk id is a hash of the payload without the tag, so the tag belongs to the identity.
-        nth = peer.occurrences.next(digest(message.tag, message.chunk))
-        prefix = f"{peer.origin}/{chunk_text(message.tag)}/{chunk_text(message.chunk)}/{nth}"
-        return digest(peer.origin, message.tag, message.chunk, str(nth)), prefix
+        name = f"{chunk_text(message.tag)}/{chunk_text(message.chunk)}"
+        # A hash is one of the payload without the tag, so the tag belongs to the identity.
+        kind = "hash" if message.per_origin else kind_of(message.chunk, message.body)
+        nth = 0 if kind == "unique" else peer.occurrences.next(digest(message.tag, message.chunk))
+        if kind == "hash":
+            return digest(peer.origin, message.tag, message.chunk, str(nth)), f"{peer.origin}/{name}/{nth}"
+        # The id decides, wherever it comes from. The content is in it for clients that only count: 1, 2, 3.
+        content = digest(message.body, message.raw)
+        return digest(message.tag, message.chunk, content, str(nth)), f"{name}/{content.hex()}/{nth}"
 
     def _repeated(self, chunk: OpenChunk, events: int, declared: bool) -> None:
         chunk.repeated += events
@@ -198,9 +214,9 @@ class Gateway:
         self, waiting: Waiting, data: npt.NDArray[np.uint8], starts_N: I64s, chunk_N: I64s, nth_N: I64s
     ) -> None:
         declared, chunks = waiting.layout.declared, waiting.chunks
-        now_ms = self._clock.now_ms()
-        latest_ms = now_ms + self._config.skew_ms
-        decoded = decode(waiting.layout, data, starts_N, waiting.prefixes, chunk_N, nth_N, latest_ms)
+        now_ms = self.now_ms()
+        taken_ms = range(self._config.past_ms, now_ms + self._config.skew_ms + 1)
+        decoded = decode(waiting.layout, data, starts_N, waiting.prefixes, chunk_N, nth_N, taken_ms)
         batch, own_N = decoded.batch, decoded.own
         if len(decoded.left):
             entries = [read_entry(data, int(starts_N[row])) for row in decoded.left]
@@ -210,8 +226,7 @@ class Gateway:
                 [entry.record for entry in entries],
                 [entry.time_ns for entry in entries],
                 derived,
-                now_ms=now_ms,
-                skew_ms=self._config.skew_ms,
+                taken_ms=taken_ms,
             )
             for at, (reason, detail) in checked.rejected.items():
                 chunk = chunks[chunk_N[decoded.left[at]]]
@@ -221,7 +236,8 @@ class Gateway:
             own_N, chunk_N = own_N[rows_M], chunk_N[rows_M]
         batch = self._privacy.batch(batch, declared.tag, declared.key)
         ids = batch.column("event_id")
-        first_N, second_N = hash64_texts(ids), hash64_texts(ids, _SECOND_SEED)
+        # An event type and id decide: an impression, a click and an order may all have id 17.
+        first_N, second_N = (hash64_texts(ids, hash_text(declared.name, salt=salt)) for salt in _SALTS)
         numbers = np.array([chunk.number for chunk in chunks], np.int64)
         found_N = self._ids.take(first_N, second_N, own_N, numbers[chunk_N], now_ms)
         if found_N.any():
@@ -230,7 +246,8 @@ class Gateway:
             batch = batch.take(pa.array(keep))
             chunk_N, first_N, second_N = chunk_N[keep], first_N[keep], second_N[keep]
         limit = self._config.batch_bytes
-        for piece in cut(batch, chunk_N, self._partitions, rows_max=self._config.batch_rows, bytes_max=limit):
+        promised = [self._punctuator.promised(partition) for partition in range(self._partitions)]
+        for piece in cut(batch, chunk_N, promised, rows_max=self._config.batch_rows, bytes_max=limit):
             if isinstance(piece, Cut):
                 self._append(piece, [(chunks[i], rows) for i, rows in piece.chunk_rows.items()], declared)
                 continue
@@ -254,7 +271,7 @@ class Gateway:
             self._settled(chunk, events)
 
     def _append(self, piece: Cut, chunks: list[tuple[OpenChunk, int]], declared: Declared) -> None:
-        self.ceiling.note(declared.tag, self._clock.now_ms(), appended=piece.rows)
+        self.ceiling.note(declared.tag, self.now_ms(), appended=piece.rows)
         headers = self._headers(piece.partition, declared.kind)
         if declared.kind != declared.name:
             headers["type"] = declared.name
@@ -308,7 +325,7 @@ class Gateway:
             raw=whole[:most],
             raw_truncated=hidden or len(whole) > most,
             gateway=self._name,
-            seen_ms=self._clock.now_ms(),
+            seen_ms=self.now_ms(),
         )
         self.ceiling.note(chunk.tag, letter.seen_ms, dead=1, reason=reason)
         if counted:
@@ -333,6 +350,7 @@ class Gateway:
         """Run receipts, cut what is due, send, punctuate. Never blocks."""
         self._producer.poll(0.0)
         now_s = self._clock.monotonic()
+        self._time.heard(self._broker_ms(), now_s)
         if self._batcher.due(now_s):
             self._cut_all()
         self._queue.send_again(now_s)
@@ -358,13 +376,14 @@ class Gateway:
         # What waits is cut first. Then the oldest event is known, and it is sent before the promise.
         self._cut_all()
         self._queue.send()
-        oldest_ms = self._queue.oldest_ms()
+        oldest_ms, now_ms = self._queue.oldest_ms(), self.now_ms()
+        self._metrics.set("clock_apart_ms", self._time.apart_ms)
         for partition in range(self._partitions):
             # A promise must not overtake events that the local queue refused.
             if self._queue.is_held_back and not bye:
                 return
             oldest = oldest_ms.get(partition)
-            promise = self._punctuator.promise(partition, self._clock.now_ms(), oldest, self.counts, bye=bye)
+            promise = self._punctuator.promise(partition, now_ms, oldest, self.counts, bye=bye)
             if promise is None:
                 continue
             try:
@@ -391,8 +410,8 @@ class Gateway:
             one.waiting -= outcomes
             if one.waiting:
                 continue
-            now_ms = self._clock.now_ms()
-            if self._chunks_open.get(one.key) is one:
+            now_ms = self.now_ms()
+            if one.key and self._chunks_open.get(one.key) is one:
                 del self._chunks_open[one.key]
                 self._chunks_done.add(one.key, now_ms)
             del self._open[one.number]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
@@ -11,6 +12,7 @@ from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
+from headrace.ingest.gateway.log_start import LogStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +28,9 @@ class GatewayDependencies:
     clock: Clock
     privacy: Privacy | None = None
     """None where the project hashes no field; else with the key that the environment holds."""
+    start: LogStart = field(default_factory=LogStart)
+    """What the log says of this gateway's time before."""
+    instance: str = ""
+    """Names this process and no other: part of the ids of events that come without an id and a chunk."""
+    broker_ms: Callable[[], int] = lambda: 0
+    """Returns the broker's time at the producer's newest receipt; 0 where it is not known."""

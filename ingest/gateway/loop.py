@@ -77,6 +77,10 @@ class GatewayLoop:
         """Take a message, as `Gateway.offer` does."""
         return self._gateway.offer(message, size, peer, acked, refusable=refusable)
 
+    def now_ms(self) -> int:
+        """Return the gateway's time."""
+        return self._gateway.now_ms()
+
     def is_open(self) -> bool:
         """Say whether more may be read and offered."""
         return not self._paused

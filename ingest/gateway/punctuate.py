@@ -1,6 +1,7 @@
 """Punctuation: what a gateway promises each partition, and when. Pure.
 
-1. A promise's time is min(clock, event time of the oldest event that Kafka has not confirmed).
+1. A promise's time is min(the gateway's time, event time of the oldest event that Kafka has not confirmed and that is
+   newer than the last promise). An event that is older than it is late already, and holds nothing back.
 2. It is queued after every event it speaks of, and the producer keeps the order within a partition.
 3. It never goes back within an epoch: an event that comes later and is older than the last promise is late, and the
    stream's rule (expiry counts from the watermark when it was read) keeps it whole.
@@ -26,7 +27,16 @@ window in which anybody clicks."""
 class Punctuator:
     """When punctuation is due, and what was promised, over all partitions of one gateway's epoch."""
 
-    def __init__(self, gateway: str, epoch: int, partitions: int, every_ms: int, grace_ms: int = 0) -> None:
+    def __init__(
+        self,
+        gateway: str,
+        epoch: int,
+        partitions: int,
+        every_ms: int,
+        grace_ms: int = 0,
+        before: Mapping[int, int] | None = None,
+    ) -> None:
+        """Begin an epoch; `before` has the gateway's last promise of an older one, by partition."""
         self._gateway = gateway
         self._epoch = epoch
         self._every_s = every_ms / 1000
@@ -34,6 +44,7 @@ class Punctuator:
         self._due = self._seen_s = -1.0
         self._promised = [0] * partitions
         self._before = [0] * partitions
+        self._former = [(before or {}).get(partition, 0) for partition in range(partitions)]
         self._unconfirmed = [False] * partitions
         self._sent_s = [0.0] * partitions
         self._silent = False
@@ -48,6 +59,10 @@ class Punctuator:
         self._due = monotonic_s + self._every_s
         return True
 
+    def promised(self, partition: int) -> int:
+        """Return the last promise to `partition`: only events that are newer hold the next one back."""
+        return self._promised[partition] or self._former[partition]
+
     def promise(
         self, partition: int, now_ms: int, oldest_ms: int | None, counts: Mapping[str, int], *, bye: bool = False
     ) -> Punctuation | None:
@@ -60,7 +75,7 @@ class Punctuator:
         self._before[partition], self._promised[partition] = self._promised[partition], time_ms
         self._unconfirmed[partition] = True
         self._sent_s[partition] = self._seen_s
-        return Punctuation(self._gateway, self._epoch, time_ms, bye=bye, counts=dict(counts))
+        return Punctuation(self._gateway, self._epoch, time_ms, bye=bye, counts=dict(counts), by_record=True)
 
     def confirmed(self, partition: int) -> None:
         """Note the receipt, good or bad: the next promise replaces this one anyway."""

@@ -31,6 +31,7 @@ class Outgoing(msgspec.Struct, kw_only=True):
     rows: int
     reason: str = ""
     oldest_ms: int | None = None
+    """Event time of its oldest event that holds promises back."""
     wait_s: float = 0.0
     """Before it is sent again; longer after each refusal."""
 
@@ -60,7 +61,8 @@ class SendQueue:
         return not (self._unsent or self._resend or self._unconfirmed)
 
     def oldest_ms(self) -> dict[int, int]:
-        """Return, by partition, the event time of the oldest event that Kafka has not confirmed."""
+        """Return, by partition, the event time of the oldest event that Kafka has not confirmed and that holds promises
+        back."""
         oldest: dict[int, int] = {}
         for item in (*(one for _, one in self._resend), *self._unsent, *self._unconfirmed.values()):
             if item.oldest_ms is not None:

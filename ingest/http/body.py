@@ -4,7 +4,13 @@ An event is a map with a `tag` and the fields of its record. `time` is optional;
 
     {"tag": "shop.click", "time": "2026-03-01T12:00:00.25Z", "event_id": "...", "request_id": "...", "item_id": 7}
 
-A record whose own fields are called `tag` or `time` goes whole under `record`, beside nothing but `tag` and `time`.
+With `sent_at`, the sender's clock when it sent the request, a wrong clock is corrected: what it differs from the time
+of arrival is added to the times that the event brings, if that is more than `TRANSFER_MS`. It stands in the request's
+query for all events, or beside an event's `tag`, and is taken out of the record. An event that brings no time has the
+time of arrival anyway.
+
+A record whose own fields are called `tag` or `time` goes whole under `record`, beside nothing but `tag`, `time` and
+`sent_at`.
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ from headrace.ingest.decode.validate import brings_id
 EVENTS_MAX = 10_000
 """Most events in one request: 10 ms of packing, in which no other connection is served."""
 TAG_CHARS_MAX = 512
+TRANSFER_MS = 2_000
+"""Up to so much a right clock differs by the request's own way: a phone's upload takes a second."""
 _SHOWN_CHARS = 64
 
 Events = list[Any]
@@ -50,20 +58,22 @@ def read_events(body: bytes, content_type: str, encoding: str, bytes_max: int) -
     return events
 
 
-def messages_of(events: Events, key: str, now_ms: int) -> list[Message]:
+def messages_of(events: Events, key: str, now_ms: int, sent_at: str = "") -> list[Message]:
     """Return one message a tag, in order of first appearance. Raises `BadRequest` where one event has not the form.
 
     With an idempotency key, an event without an id gets one from the key and its place, so that the same request
-    through another gateway or from another address is a repeat too.
+    through another gateway or from another address is a repeat too. `sent_at` is the query's, empty where it has none.
     """
+    whole_ns = _sent_ns(float(sent_at) if _NUMBER.fullmatch(sent_at) else sent_at, "the query") if sent_at else None
     entries: defaultdict[str, list[tuple[int | None, Any]]] = defaultdict(list)
     for at, event in enumerate(events):
-        tag, time_ns, record = _entry(event, at, now_ms)
+        tag, time_ns, record = _entry(event, at, now_ms, whole_ns)
         if key and not brings_id(record):
             record = {**record, "event_id": f"http/{key}/{at}"}
         entries[tag].append((time_ns, record))
     try:
-        return [message_of(tag, found, key or None) for tag, found in entries.items()]
+        made = [message_of(tag, found, key or None) for tag, found in entries.items()]
+        return [msgspec.structs.replace(message, per_origin=bool(key)) for message in made]
     except (ValueError, OverflowError, RecursionError) as error:
         raise BadRequest(400, "a record is nested too deeply", "nest less") from error
 
@@ -71,7 +81,7 @@ def messages_of(events: Events, key: str, now_ms: int) -> list[Message]:
 # -- one event
 
 
-def _entry(event: Any, at: int, now_ms: int) -> tuple[str, int, dict[Any, Any]]:
+def _entry(event: Any, at: int, now_ms: int, sent_ns: int | None) -> tuple[str, int, dict[Any, Any]]:
     if not isinstance(event, dict):
         raise BadRequest(400, f"event {at} is {_kind(event)}, not a map", 'send maps: {"tag": "shop.click", ...}')
     tag = event.get("tag")
@@ -79,13 +89,20 @@ def _entry(event: Any, at: int, now_ms: int) -> tuple[str, int, dict[Any, Any]]:
         what = "no tag" if tag is None else f"a tag that is no text of 1 to {TAG_CHARS_MAX} characters"
         raise BadRequest(400, f"event {at} has {what}", 'give each event the tag of its declared type: "tag": "..."')
     inner = event.get("record")
-    if isinstance(inner, dict) and event.keys() <= {"tag", "time", "record"}:
+    if isinstance(inner, dict) and event.keys() <= {"tag", "time", "sent_at", "record"}:
         record = inner
     else:
-        record = {name: value for name, value in event.items() if name not in ("tag", "time")}
+        record = {name: value for name, value in event.items() if name not in ("tag", "time", "sent_at")}
+    if event.get("sent_at") is not None:
+        sent_ns = _sent_ns(event["sent_at"], f"event {at}")
+    wrong_ms = 0 if sent_ns is None else now_ms - sent_ns // 1_000_000
+    wrong_ms = wrong_ms if abs(wrong_ms) > TRANSFER_MS else 0
+    own = record.get("event_time_ms")
+    if wrong_ms and isinstance(own, int | float) and not isinstance(own, bool):
+        own += wrong_ms
+        record = {**record, "event_time_ms": own}
     time = event.get("time")
     if time is None:
-        own = record.get("event_time_ms")
         if not isinstance(own, int) or isinstance(own, bool) or not 0 <= own < 2**53:
             own = now_ms
         return tag, own * 1_000_000, record
@@ -96,7 +113,17 @@ def _entry(event: Any, at: int, now_ms: int) -> tuple[str, int, dict[Any, Any]]:
             f"event {at} has a time that cannot be read",
             "send Unix seconds, milliseconds, microseconds or nanoseconds, or RFC 3339 with Z or an offset",
         )
-    return tag, time_ns, record
+    return tag, time_ns + wrong_ms * 1_000_000, record
+
+
+_NUMBER = re.compile(r"\d{1,20}(\.\d{1,20})?", re.ASCII)
+
+
+def _sent_ns(value: Any, where: str) -> int:
+    time_ns = any_unix_ns(value)
+    if time_ns is None:
+        raise BadRequest(400, f"{where} has a sent_at that cannot be read", "send the clock's Unix milliseconds then")
+    return time_ns
 
 
 def _kind(value: Any) -> str:

@@ -245,7 +245,7 @@ class Collector:
             request.headers.get("content-encoding", "").strip().lower(),
             most,
         )
-        return messages_of(events, key, self._clock.now_ms())
+        return messages_of(events, key, self._admission.now_ms(), request.query_params.get("sent_at", ""))
 
     def _check_bodies(self) -> None:
         if self._bodies_bytes > self._bodies_bytes_max:

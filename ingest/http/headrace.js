@@ -10,6 +10,8 @@
  * 3. settle: a 2xx takes the events out of localStorage. Anything else, a beacon too, leaves them there, and they are
  *    sent again with the same ids, by this page or the next one of this origin: the gateway drops repeats by id.
  *
+ * Each request says this clock's time (sent_at), by which the collector corrects the events' times where it is wrong.
+ *
  * Several tabs share the store: each sends its own events, and after ADOPT_MS those that another tab left behind.
  */
 (function () {
@@ -21,7 +23,7 @@
 
   var options = (script && script.dataset) || {};
   var endpoint = options.endpoint || new URL("events", (script && script.src) || location.href).href;
-  var url = endpoint + (options.token ? "?token=" + encodeURIComponent(options.token) : "");
+  var url = endpoint + (options.token ? "?token=" + encodeURIComponent(options.token) + "&" : "?") + "sent_at=";
   var FLUSH_MS = number(options.flushMs, 1000);
   var BACKOFF_MS = number(options.backoffMs, 1000);
   var QUEUE_MAX = number(options.queueMax, 2000); /* events that wait, over all tabs of this origin */
@@ -189,7 +191,7 @@
     var abort = (sending = new AbortController());
     var limit = setTimeout(function () { abort.abort(); }, TIMEOUT_MS);
     /* text/plain and the token in the URL: a simple request, which costs no preflight. */
-    fetch(url, {
+    fetch(url + Date.now(), {
       method: "POST",
       body: text,
       headers: { "Content-Type": "text/plain" },
@@ -246,7 +248,7 @@
     if (!navigator.sendBeacon) return;
     for (var at = 0; at < waiting.length; ) {
       var items = batch(at);
-      if (!items.length || !navigator.sendBeacon(url, new Blob([body(items)], { type: "text/plain" }))) return;
+      if (!items.length || !navigator.sendBeacon(url + Date.now(), new Blob([body(items)], { type: "text/plain" }))) return;
       at += items.length;
     }
   }

@@ -136,7 +136,7 @@ def _read(project: Project, config: Config, records: Iterable[Record], upto_ms: 
         watermark = watermarks.setdefault(partition, Watermark(config.ingest.silent_ms))
         try:
             if kind == PUNCTUATION:
-                reached_ms = watermark.take(decode_punctuation(record.value))
+                reached_ms = watermark.take(decode_punctuation(record.value), record.timestamp_ms)
                 if record.timestamp_ms <= upto_ms:
                     log.reached[partition] = reached_ms
             elif kind == AGGREGATE:

@@ -108,7 +108,8 @@ class AggregatorState:
         kind = record.headers.get("kind", "")
         try:
             if kind == PUNCTUATION:
-                watermark_ms = self.watermarks[partition].take(decode_punctuation(record.value))
+                told = decode_punctuation(record.value)
+                watermark_ms = self.watermarks[partition].take(told, record.timestamp_ms)
                 self.seen[partition].advance(watermark_ms)
                 return self._settle()
             if kind == IMPRESSION:

@@ -271,7 +271,8 @@ class JoinState:
     def _take(self, record: Record, value: bytes, gathered: Gathered) -> None:
         kind, name = record.headers.get("kind", ""), record.headers.get("type", "")
         if kind == PUNCTUATION:
-            self._take_time(self.watermark.take(decode_punctuation(value)), record.offset, gathered)
+            reached_ms = self.watermark.take(decode_punctuation(value), record.timestamp_ms)
+            self._take_time(reached_ms, record.offset, gathered)
         elif kind == IMPRESSION:
             self._take_impressions(checked(decode_batch(value, self.rules.impression_schema)), record.offset, gathered)
         elif kind == FEEDBACK and name in self._feedback_schemas:

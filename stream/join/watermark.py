@@ -4,6 +4,9 @@ Each gateway promises now and then: "I will append nothing older than t here". T
 leaves out gateways that said goodbye, those whose promise stood still while another's went on by `silent_ms`, and
 those that speak of times more than `silent_ms` before the watermark. It never goes back.
 
+No promise reaches beyond the time that the broker wrote on its record: a gateway whose clock is ahead runs nothing
+ahead. Punctuation of release 0.1 does not say `by_record` and is taken as it is, so that old logs give what they gave.
+
 How far another went on is the sum of its steps since the gateway's last one, each counted as a quarter of `silent_ms`
 at most, and not the difference of their times: two clocks that differ by more than `silent_ms` both count, and after an
 outage of a day the first gateway that is back does not take the others, which are seconds behind it, for silent.
@@ -31,8 +34,8 @@ class Watermark:
         self._passed_by: dict[str, dict[str, int]] = {}
         """Gateway to speaker to how far the speaker went on since the gateway's own last step."""
 
-    def take(self, punctuation: Punctuation) -> int:
-        """Apply one promise and return the watermark.
+    def take(self, punctuation: Punctuation, record_ms: int = 0) -> int:
+        """Apply one promise, whose record has the time `record_ms` (0: it has none), and return the watermark.
 
         A promise of an older epoch is ignored: the gateway has restarted since. A newer epoch replaces what the
         gateway said before. A goodbye counts once more, as the gateway's last promise; then the gateway is left out.
@@ -43,7 +46,10 @@ class Watermark:
             return self.time_ms
         if punctuation.epoch > epoch:
             before = NO_TIME
-        promise = max(before, punctuation.time_ms)
+        said = punctuation.time_ms
+        if punctuation.by_record and record_ms > 0:
+            said = min(said, record_ms)
+        promise = max(before, said)
         if before == NO_TIME and promise < self.time_ms - self.silent_ms:
             # It comes, or comes back, with times that are long past. The watermark never waits for such a gateway.
             self._leave_out(speaker)

@@ -321,3 +321,21 @@ def test_a_topic_just_made_tells_its_offsets(world: World) -> None:
         topic = world.topic(64)
         assert set(reader.end_offsets(topic).values()) == {0}
     reader.close()
+
+
+@pytest.mark.real
+def test_the_broker_dates_records_of_a_topic_that_asks_for_it_later_too(stack: Layout) -> None:
+    brokers, name = stack.brokers, f"dated-{time.time_ns()}"
+    admin, producer, reader = KafkaAdmin(brokers), KafkaProducer(brokers), KafkaReader(brokers)
+    try:
+        for dated in (False, True, True):
+            admin.ensure_topics([TopicSpec(name, 1, append_time=dated)])
+            begun_ms = time.time_ns() // 10**6
+            producer.send(name, 0, b"x")
+            assert producer.flush(10.0) == 0
+            assert (producer.broker_ms() >= begun_ms) is dated
+        *_, last = read_range(reader, name)
+        assert last.timestamp_ms == producer.broker_ms()
+    finally:
+        producer.close()
+        reader.close()

@@ -74,9 +74,9 @@ class DropsWhenBusy(Gateway):
 class NamesEventsAfterItself(Gateway):
     """Derives ids that another gateway process would not derive."""
 
-    def offer(self, message: Any, size: int, peer: Peer, acked: Any) -> None:
-        own = msgspec.structs.replace(peer, origin=f"{peer.origin} by {self.epoch}")
-        super().offer(message, size, own, acked)
+    def _identify(self, message: Any, peer: Peer) -> tuple[bytes, str]:
+        key, prefix = super()._identify(message, peer)
+        return key, f"{prefix} by {id(self)}"
 
 
 class TakesEqualsForRepeats(Gateway):

@@ -64,7 +64,16 @@ class Process:
         self.name, self.cable = name, Cable(world, world.random)
         self.stalled_until, self.alive = 0, True
         self.gateway = Gateway(
-            dependencies(self.cable, Counts(), world.clock, project=PROJECT, config=CONFIG, partitions=PARTITIONS), name
+            dependencies(
+                self.cable,
+                Counts(),
+                world.clock,
+                project=PROJECT,
+                config=CONFIG,
+                partitions=PARTITIONS,
+                start=world.broker.start(name),
+            ),
+            name,
         )
 
 

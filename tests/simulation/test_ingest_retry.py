@@ -87,14 +87,14 @@ class MarksNothing(Retry):
 class FindsNothing(Retry):
     """Planted: step 2 takes the log's word for nothing."""
 
-    def _ids_in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
+    def _in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
         return set()
 
 
 class TrustsTheMark(Retry):
     """Planted: what a mark names counts as done."""
 
-    def _ids_in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
+    def _in_log(self, mark: RetryMark, wanted: set[str]) -> set[str] | None:
         return wanted
 
 

@@ -250,7 +250,8 @@ class PlainJoin:
         kind = record.headers.get("kind", "")
         try:
             if kind == PUNCTUATION:
-                self._take_time(self.watermark.take(decode_punctuation(record.value)), labels)
+                promise = decode_punctuation(record.value)
+                self._take_time(self.watermark.take(promise, record.timestamp_ms), labels)
             elif kind == IMPRESSION:
                 self._take_impressions(decode_batch(record.value, self._impression_schema), record.offset, labels)
             elif kind == FEEDBACK and record.headers.get("type", "") in self._feedback_schemas:

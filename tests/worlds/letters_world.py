@@ -43,17 +43,25 @@ class World:
         self.log = MemoryLog(self.clock.now_ms)
         self.log.admin().ensure_topics(TOPICS.specs(P))
         self.epochs = WriterEpochs()
-        self.runs = 0
+        self.runs = self.starts = 0
 
     def offer(self, tag: str, records: list[Any], chunk: str | None = None, at_s: int = START_MS // 1000 - 50) -> None:
         """Let a gateway of the project as it was take a chunk."""
         # Two epochs of one gateway never begin in the same millisecond.
         self.clock.advance(0.001)
+        self.starts += 1
         producer = self.log.producer()
         config = IngestConfig(grace_ms=600_000)
         gateway = Gateway(
             dependencies(
-                producer, MemoryMetrics(), self.clock, project=PROJECT, config=config, topics=TOPICS, partitions=P
+                producer,
+                MemoryMetrics(),
+                self.clock,
+                project=PROJECT,
+                config=config,
+                topics=TOPICS,
+                partitions=P,
+                instance=f"start-{self.starts}",
             ),
             "g1",
         )

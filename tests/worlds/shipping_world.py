@@ -7,6 +7,7 @@ checkers know is only what shippers offered, what was acked and what lies in the
 
 from __future__ import annotations
 
+import base64
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from headrace.contract.formats.dead_letters import decode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
-from headrace.contract.interfaces.log import Delivered, Producer
+from headrace.contract.interfaces.log import Delivered, Producer, Record
 from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.log_start import LogStart
+from headrace.ingest.gateway.repeats import digest
 
 PARTITIONS = 2
 IMPRESSION_TAG, CLICK_TAG = "shop.impression", "shop.click"
@@ -101,6 +104,14 @@ class Broker:
                 self._ids.add((partition, kind, event_id))
                 self.found[request] += 1
         return len(self.records) - 1
+
+    def start(self, gateway: str) -> LogStart:
+        """Return what a gateway of this name finds in the log when it starts."""
+        start, topic = LogStart(), Topics().events
+        for name, partition, value, headers in self.records:
+            if name == topic:
+                start = start.after(Record(topic, partition, 0, None, value, headers, 0), gateway)
+        return start
 
 
 class Line:
@@ -180,11 +191,22 @@ class Process:
         producer: Producer = world.wrap(watched) if world.wrap else watched
         config = IngestConfig(punctuate_ms=50, grace_ms=world.random.choice((0, 200)))
         self.gateway: Gateway = world.kind(
-            dependencies(producer, Counts(), world.clock, project=PROJECT, config=config, partitions=PARTITIONS), name
+            dependencies(
+                producer,
+                Counts(),
+                world.clock,
+                project=PROJECT,
+                config=config,
+                partitions=PARTITIONS,
+                start=world.broker.start(name),
+            ),
+            name,
         )
         self.open: dict[int, Chunk] = {}
         self.alive, self.draining, self.stalled = True, False, 0
-        self._promises = [0] * PARTITIONS
+        start = world.broker.start(name)
+        self._has_promised = [False] * PARTITIONS
+        self._promises = [start.promised.get(partition, 0) for partition in range(PARTITIONS)]
 
     def offer(self, chunk: Chunk, peer: Peer, heard: Callable[[], None]) -> None:
         """Hand a chunk over; `heard` is called when its ack is written."""
@@ -204,16 +226,20 @@ class Process:
         self.gateway.offer(chunk.message, chunk.size, peer, acked)
 
     def promised(self, partition: int, time_ms: int) -> None:
-        """Check a promise that is being made: it may stay behind, it must not pass an event that is held."""
+        """Check a promise that is being made: it may stay behind, it must not pass an event that is held.
+
+        An event that was older than a promise when it came is late already, and is not held.
+        """
         before, self._promises[partition] = self._promises[partition], time_ms
-        if time_ms < before:
+        if time_ms < before and self._has_promised[partition]:
             self.world.complaints["a promise went back"] += 1
+        self._has_promised[partition] = True
         if time_ms <= before:
             return
         for chunk in self.open.values():
             for request, event_ms in chunk.requests.items():
                 held = partition_of(str(chunk.users[request]), PARTITIONS) == partition
-                if held and 0 <= event_ms < time_ms and not self.world.broker.found[request]:
+                if held and before < event_ms < time_ms and not self.world.broker.found[request]:
                     self.world.complaints["promised beyond a held event"] += 1
 
     def step(self) -> None:
@@ -411,11 +437,13 @@ class World:
         again: list[dict[str, Any]] = []
         for at in range(self.chunks):
             first = number * 100_000 + at * 100
-            made.append(self._chunk(first, f"hash-{number}-{at}" if hashed else f"{number}/{at}\n", hashed, again))
+            # The form of fluent-bit's ids, not computed from what is sent: it writes times as integers here.
+            like = base64.b64encode(digest(f"hash-{number}-{at}")).decode()
+            made.append(self._chunk(first, like if hashed else f"{number}/{at}\n", hashed, again))
             if hashed and self.random.random() < 0.2:
                 # The same bytes under another tag have the same id and are other events.
                 other = CLICK_TAG if made[-1].message.tag == IMPRESSION_TAG else IMPRESSION_TAG
-                made.append(self._chunk(first + 50, f"hash-{number}-{at}", hashed, [], other))
+                made.append(self._chunk(first + 50, like, hashed, [], other))
         return Shipper(self, origin, made, in_order=self.random.random() < 0.5)
 
     def _chunk(self, first: int, name: str, hashed: bool, again: list[dict[str, Any]], tag: str = "") -> Chunk:

@@ -12,7 +12,7 @@ from typing import Any
 
 import confluent_kafka as ck
 from confluent_kafka.admin import AdminClient
-from confluent_kafka.admin._config import ConfigResource
+from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.cimpl import NewTopic
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
@@ -33,6 +33,8 @@ _CLIENT: dict[str, Any] = {
     "log_level": 2,
     "message.max.bytes": RECORD_BYTES_MAX,
 }
+
+_TIMES, _APPEND = "message.timestamp.type", "LogAppendTime"
 
 # A broker shows a topic a moment before it leads its partitions, and loses and regains that lead in a restart.
 _LEADERLESS = frozenset(
@@ -76,6 +78,7 @@ class KafkaProducer:
 
     def __init__(self, brokers: str, *, linger_ms: float = 2.0, queue_max: int = 100_000) -> None:
         self._link = _Link("producer")
+        self._broker_ms = 0
         self._producer = ck.Producer(
             {
                 **_CLIENT,
@@ -127,6 +130,10 @@ class KafkaProducer:
         """Wait for receipts; return how many records still have none after `timeout_s`."""
         return int(self._producer.flush(timeout_s))
 
+    def broker_ms(self) -> int:
+        """Return the broker's time at the newest receipt of a topic with `append_time`; 0 before the first."""
+        return self._broker_ms
+
     def close(self) -> None:
         """Flush for at most 2 s, so that a clean stop stays under 5 s; records beyond are lost with a warning."""
         left = self._producer.flush(2.0)
@@ -137,6 +144,9 @@ class KafkaProducer:
         def on_delivery(error: Any, message: Any) -> None:
             if error is None:
                 self._link.back()
+                kind, time_ms = message.timestamp()
+                if kind == ck.TIMESTAMP_LOG_APPEND_TIME:
+                    self._broker_ms = time_ms
             if delivered is None:
                 if error is not None:
                     log.error("a record of %s was not delivered: %s", message.topic(), error)
@@ -323,6 +333,25 @@ class KafkaAdmin:
                 )
         if topics:
             self._check_copies([spec.name for spec in topics], replication, min_insync)
+        self._set_append_time([spec.name for spec in topics if spec.append_time])
+
+    def _set_append_time(self, names: Sequence[str]) -> None:
+        """Let the broker date the records of topics that were made before they asked for it."""
+        told = self._told(names) if names else {}
+        for name in [name for name in names if told[name][_TIMES] != _APPEND]:
+            entry = ConfigEntry(_TIMES, _APPEND, incremental_operation=AlterConfigOpType.SET)
+            wanted = ConfigResource(ConfigResource.Type.TOPIC, name, incremental_configs=[entry])
+            try:
+                set_by = self._admin.incremental_alter_configs([wanted], request_timeout=self._timeout_s)
+                set_by[wanted].result()
+            except ck.KafkaException as error:
+                raise ConfigRejected(
+                    f"topic {name!r} has {_TIMES} {told[name][_TIMES]}, and it cannot be set ({error}): a wrong clock "
+                    "of a gateway could run the watermark ahead. Run kafka-configs.sh --bootstrap-server "
+                    f"{self._brokers} --alter --entity-type topics --entity-name {name} --add-config "
+                    f"{_TIMES}={_APPEND}, then start again."
+                ) from error
+            log.info("topic %s: %s is %s from now on", name, _TIMES, _APPEND)
 
     def topic_id(self, topic: str) -> str:
         """Return the id of a topic; "" where the broker (before Kafka 2.8) tells none. Raises `Unavailable`."""
@@ -422,6 +451,8 @@ def copies(brokers: int, replication: int, min_insync: int) -> tuple[int, int]:
 
 def _settings(spec: TopicSpec, min_insync: int) -> dict[str, str]:
     settings = {"max.message.bytes": str(RECORD_BYTES_MAX), "min.insync.replicas": str(min_insync)}
+    if spec.append_time:
+        settings[_TIMES] = _APPEND
     if spec.compacted:
         return settings | {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "3600000"}
     return settings | {"cleanup.policy": "delete", "retention.ms": str(spec.retention_ms)}

@@ -15,8 +15,11 @@ import logging
 import os
 import socket
 import threading
+import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -33,6 +36,7 @@ from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
 from headrace.ingest.forward.endpoint import Endpoint, read_users
 from headrace.ingest.gateway.admission import Companion
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
+from headrace.ingest.gateway.log_start import LogStart, read_start
 from headrace.ingest.http.access import read_tokens
 from headrace.ingest.http.collector import Collector, CollectorEndpoint
 from headrace.ingest.run import run
@@ -44,6 +48,7 @@ _ADMIN_S = 2.0
 """One question to a broker that may be away: shorter than the 5 s in which a stage must stop."""
 
 log = logging.getLogger("headrace.ingest")
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +89,9 @@ def main(args: argparse.Namespace) -> int:
     partitions = runtime.config.log.partitions
     if not _topics_exist(runtime.admin(timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop):
         return 0
+    start = _log_start(runtime, endpoint.name, stop)
+    if start is None:
+        return 0
     producer = runtime.producer()
     deps = GatewayDependencies(
         project=runtime.project,
@@ -94,6 +102,9 @@ def main(args: argparse.Namespace) -> int:
         metrics=metrics,
         clock=runtime.clock,
         privacy=privacy,
+        start=start,
+        instance=uuid.uuid4().hex[:12],
+        broker_ms=producer.broker_ms,
     )
     try:
         companions: list[Companion] = [CeilingWatch(metrics, metrics.ready)]
@@ -151,15 +162,32 @@ def _open_group(source: SourceConfig, own_brokers: str, client: dict[str, str]) 
 
 def _topics_exist(admin: KafkaAdmin, specs: tuple[TopicSpec, ...], stop: threading.Event) -> bool:
     """Create the topics as soon as a broker answers; False when told to stop before."""
+
+    def ensured() -> bool:
+        admin.ensure_topics(specs)
+        return True
+
+    return _once_kafka_answers(ensured, stop) is True
+
+
+def _log_start(runtime: Runtime, name: str, stop: threading.Event) -> LogStart | None:
+    """Return what the log says of this gateway's time before; None when told to stop first."""
+    reader = runtime.reader()
+    try:
+        return _once_kafka_answers(lambda: read_start(reader, runtime.topics.events, name), stop)
+    finally:
+        reader.close()
+
+
+def _once_kafka_answers(ask: Callable[[], T], stop: threading.Event) -> T | None:
+    """Ask until Kafka answers; None when told to stop before."""
     wait_s = _RETRY_FIRST_S
     while not stop.is_set():
         try:
-            admin.ensure_topics(specs)
+            return ask()
         except Unavailable as error:
             if wait_s == _RETRY_FIRST_S:
                 log.warning("waiting for Kafka: %s", error)
             stop.wait(wait_s)
             wait_s = min(_RETRY_MAX_S, wait_s * 2)
-        else:
-            return True
-    return False
+    return None

@@ -129,6 +129,7 @@ class Punctuation(msgspec.Struct, frozen=True):
     """A gateway's promise for one partition: it will append no event older than `time_ms` there after this record.
 
     `counts` are the gateway's totals of this epoch (declared events): read, appended, dead_lettered, repeated.
+    `by_record`: the promise reaches no further than its record's own time, which the broker wrote.
     """
 
     gateway: str
@@ -136,6 +137,7 @@ class Punctuation(msgspec.Struct, frozen=True):
     time_ms: int
     bye: bool = False
     counts: dict[str, int] = {}
+    by_record: bool = False
 
 
 def encode_batch(batch: pa.RecordBatch) -> bytes:

@@ -65,7 +65,7 @@ class Topics(msgspec.Struct, frozen=True):
     def specs(self, partitions: int) -> tuple[TopicSpec, ...]:
         """Return every topic as it is created."""
         return (
-            TopicSpec(self.events, partitions, retention_ms=7 * DAY_MS),
+            TopicSpec(self.events, partitions, retention_ms=7 * DAY_MS, append_time=True),
             TopicSpec(self.samples, partitions, retention_ms=7 * DAY_MS),
             TopicSpec(self.features, 1, compacted=True),
             TopicSpec(self.steps, 1),

@@ -23,12 +23,16 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class TopicSpec(msgspec.Struct, frozen=True):
-    """A topic as `ensure_topics` creates it. `retention_ms` -1 keeps for ever; it is ignored when compacted."""
+    """A topic as `ensure_topics` creates it. `retention_ms` -1 keeps for ever; it is ignored when compacted.
+
+    `append_time`: a record's time is the broker's own when it appended the record, not what its writer says.
+    """
 
     name: str
     partitions: int
     compacted: bool = False
     retention_ms: int = -1
+    append_time: bool = False
 
 
 Delivered = Callable[[Exception | None, int], None]
@@ -92,7 +96,10 @@ class Admin(Protocol):
     """Creates topics; never deletes one."""
 
     def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
-        """Create what is missing; raise `ConfigRejected` where a topic exists with another partition count."""
+        """Create what is missing, and set `append_time` where an older topic lacks it.
+
+        Raises `ConfigRejected` where a topic exists with another partition count, or may not be set.
+        """
 
     def topic_id(self, topic: str) -> str:
         """Return the id that a topic of this name got when it was made; "" where the log tells none.

@@ -122,6 +122,31 @@ def test_time_comes_in_the_forms_that_apps_have(open_site: Site, time_value: Any
     assert row["event_time_ms"] == expected_ms
 
 
+@pytest.mark.parametrize("off_ms", [300_000, -300_000, -86_400_000, 1_000])
+@pytest.mark.parametrize("where", ["query", "event", "time"])
+def test_a_wrong_clock_is_corrected_by_sent_at(open_site: Site, off_ms: int, where: str) -> None:
+    true_ms = time.time_ns() // 10**6
+    happened = {"event_time_ms": true_ms - 700 + off_ms}
+    sent_at = true_ms + off_ms
+    if where == "time":
+        happened = {"time": happened["event_time_ms"] / 1000}
+    beside = {} if where == "query" else {"sent_at": sent_at}
+    one = event(**happened, **beside)
+    query = f"?sent_at={sent_at}" if where == "query" else ""
+    assert send(open_site, json.dumps(one), query=query).json() == outcome(appended=1)
+    (row,) = [row for row in open_site.log.rows() if row["event_id"] == one["event_id"]]
+    late_ms = row["event_time_ms"] - (true_ms - 700)
+    # Up to 2 s may be the request's way: nothing is corrected then.
+    assert abs(late_ms - off_ms) <= 1 if abs(off_ms) < 1_500 else -1 <= late_ms < 20_000
+
+
+def test_a_sent_at_that_cannot_be_read_is_told(open_site: Site) -> None:
+    for query, more in (("?sent_at=noon", {}), ("", {"sent_at": True}), ("", {"sent_at": -1})):
+        answer = send(open_site, json.dumps(event(**more)), query=query)
+        assert answer.status_code == 400
+        assert "sent_at" in answer.json()["error"]
+
+
 def test_fields_called_tag_or_time_go_under_record(open_site: Site) -> None:
     sent = {"tag": "shop.cart", "time": 1_700_000_000.5, "record": {"tag": "red", "time": "noon", "record": {"a": 1}}}
     assert send(open_site, json.dumps(sent)).json() == outcome(dead_lettered=1)

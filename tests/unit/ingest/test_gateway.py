@@ -3,6 +3,8 @@ sockets on a log and a clock in memory."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from random import Random
 from typing import Any
 
@@ -16,6 +18,12 @@ from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 P = 4
+
+
+def content_hash(content: list[dict[str, object]]) -> str:
+    """Return the chunk id that fluent-bit gives to these records."""
+    data = message("any", content).body
+    return base64.b64encode(hashlib.sha512(data).digest()[:16]).decode()
 
 
 class World:
@@ -131,19 +139,49 @@ def test_no_ack_before_the_receipt_and_a_broker_away_loses_nothing() -> None:
 def test_a_chunk_again_on_a_new_connection_counts_once_and_on_the_same_one_twice() -> None:
     world = World()
     content = [{"request_id": "r", "user_id": 1, "item_id": 1}]
+    same = message("shop.impression", content, content_hash(content))
     first, second = Peer("10.0.0.1"), Peer("10.0.0.1")
-    world.offer(message("shop.impression", content, "hash"), first)
-    world.offer(message("shop.impression", content, "hash"), second)
+    world.offer(same, first)
+    world.offer(same, second)
     assert world.acks == [], "a repeat of what is still on its way waits for it"
     world.settle()
-    world.offer(message("shop.impression", content, "hash"), Peer("10.0.0.1"))
-    assert world.acks == ["hash"] * 3
+    world.offer(same, Peer("10.0.0.1"))
+    assert world.acks == [same.chunk] * 3
     assert len(world.log.rows()) == 1
-    world.offer(message("shop.impression", content, "hash"), first)
-    world.offer(message("shop.impression", content, "hash"), Peer("10.0.0.2"))
+    world.offer(same, first)
+    world.offer(same, Peer("10.0.0.2"))
     world.settle()
     assert len({r["event_id"] for r in world.log.rows()}) == 3
     assert world.gateway.counts == {"read": 5, "appended": 3, "dead_lettered": 0, "repeated": 2}
+
+
+@pytest.mark.parametrize("chunk", ["chunk-A", "Zg+vYFXGZf9M/05Q4Ck/4A==\n", "AAAAAAAAAAAAAAAAAAAAAA=="])
+def test_a_chunk_again_from_a_new_address_counts_once(chunk: str) -> None:
+    world = World()
+    content = [{"request_id": "r", "user_id": 1, "item_id": 1}]
+    for origin in ("10.0.0.1", "10.0.0.2"):
+        world.offer(message("shop.impression", content, chunk), Peer(origin))
+        world.settle()
+    # A client that only counts its chunks: the same id, and other events.
+    world.offer(message("shop.impression", [*content, *content], chunk), Peer("10.0.0.3"))
+    world.settle()
+    assert world.acks == [chunk] * 3
+    assert world.gateway.counts == {"read": 4, "appended": 3, "dead_lettered": 0, "repeated": 1}
+    assert len({r["event_id"] for r in world.log.rows()}) == 3
+
+
+def test_events_of_several_types_may_have_one_id() -> None:
+    world = World()
+    one = {"event_id": 17, "request_id": "r", "user_id": 7}
+    for tag in ("shop.impression", "shop.click", "shop.order") * 2:
+        world.offer(message(tag, [one]))
+        world.settle()
+    assert [(r["_type"] or r["_kind"], r["event_id"]) for r in world.log.rows()] == [
+        ("impression", "17"),
+        ("click", "17"),
+        ("order", "17"),
+    ]
+    assert world.gateway.counts["repeated"] == 3
 
 
 def test_the_same_chunk_id_under_another_tag_is_another_chunk() -> None:
@@ -229,3 +267,13 @@ def test_punctuation_waits_for_the_oldest_event_and_ends_with_a_goodbye() -> Non
     assert sorted(last) == list(range(P))
     assert all(p.bye and p.time_ms == world.clock.ms for p in last.values())
     assert last[0].counts == {"read": 1, "appended": 1, "dead_lettered": 0, "repeated": 0}
+
+
+def test_a_shut_tag_stays_shut_for_http_while_another_anonymous_chunk_is_open() -> None:
+    world = World(dead_letter_events_min=10, dead_letter_probe_ms=60_000)
+    world.offer(message("shop.click", [{"request_id": "r", "user_id": "x"}] * 20))
+    world.settle()
+    world.log.away = True
+    world.offer(message("shop.impression", [impression(1)]))
+    without_key = message("shop.click", [{"request_id": "r", "user_id": 1}])
+    assert not world.gateway.offer(without_key, 100, Peer("a"), None, refusable=True)

@@ -93,8 +93,8 @@ def test_a_retry_counts_once_and_an_equal_chunk_counts_twice() -> None:
     world.settle()
     assert world.outcomes == [Outcome(3, 2, 0), Outcome(0, 0, 5)]
     same = Peer("10.0.0.2")
-    world.offer(LINES[:2], "d", same)
-    world.offer(LINES[:2], "d", same)
+    for _ in range(2):
+        world.offer(LINES[:2], "AAAAAAAAAAAAAAAAAAAAAA==", same)
     world.settle()
     assert world.outcomes[2:] == [Outcome(2, 0, 0), Outcome(2, 0, 0)]
     ids = [row["event_id"] for row in world.log.rows()]
