@@ -36,7 +36,7 @@ from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 
 pytestmark = pytest.mark.real
-WORLDS = Path(__file__).resolve().parents[1] / "worlds"
+WORLDS = Path(__file__).resolve().parents[1] / "worlds" / "ingest"
 CARTS = [{"request_id": f"r{n}", "user_id": n, "item_id": n} for n in range(6)]
 
 

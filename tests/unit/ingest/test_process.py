@@ -23,7 +23,7 @@ import pytest
 from gateway_world import NEVER_S, ended, eventually, frame, read_value, read_values
 from ingest_world import impression
 
-SCRIPT = Path(__file__).resolve().parents[2] / "worlds" / "gateway_process.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "worlds" / "ingest" / "gateway_process.py"
 
 
 class Process:
