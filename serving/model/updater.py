@@ -121,7 +121,7 @@ class Updater:
             records = self.reader.poll(200, timeout_s)
         except InvariantBroken as error:
             logger.warning("reading begins again: %s", error)
-            self.metrics.add("gap_total")
+            self.metrics.add("gap_total", topic=self.topics.deltas)
             self._begun = False
             return
         self.take(records)

@@ -97,7 +97,7 @@ class SinkStage:
         order = self.orders[partition]
         following = order.offer(record)
         if following is None:
-            self.metrics.add("gap_total")
+            self.metrics.add("gap_total", topic=record.topic)
             log.error(
                 "samples/%d offset %d begins after %s, the lake is at %s: written out of turn and left out; its "
                 "owner sends it again. If this repeats, compare `headrace ledger`.",

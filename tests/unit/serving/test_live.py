@@ -122,7 +122,7 @@ def test_deltas_that_retention_took_begin_reading_again(world: World):
     trainer.delta(trainer.learn(rng))
     world.follow()
     assert world.version == trainer.version
-    assert world.metrics.counters["gap_total", ""] == 1
+    assert world.metrics.counters["gap_total", "deltas"] == 1
 
 
 class AwayAtTimes(MemoryReader):
