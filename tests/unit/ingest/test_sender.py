@@ -285,7 +285,7 @@ def test_reading_stops_at_the_bound_and_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["s3cret", "wrong", None])
 def test_a_shared_key_is_asked_for_before_anything_is_taken(key: str | None) -> None:
     running = Running(shared_key="s3cret")
-    event = msgpack.packb(["shop.impression", [[1, _record(1)]], {"chunk": "c"}])
+    event = msgpack.packb(["shop.impression", [[int(time.time()), _record(1)]], {"chunk": "c"}])
     with socket.create_connection(("127.0.0.1", running.port)) as sock, sock.makefile("rb") as stream:
         sock.settimeout(5)
         incoming = msgpack.Unpacker(stream, read_size=1)
