@@ -13,6 +13,8 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import Project
 
 SHOP = "headrace.examples.shop"
+DEMO_FILE = "shop.py"
+"""What declares the demo shop."""
 
 
 def find_project(named: str) -> Path:
@@ -29,8 +31,11 @@ def find_project(named: str) -> Path:
 
 
 def is_demo(folder: Path) -> bool:
-    """Say whether this is the demo shop's folder, the one that `find_project` takes when none is named."""
-    return folder.resolve() == find_project("").resolve()
+    """Say whether this is the demo shop's folder, or a copy of it with settings of its own: the same declarations."""
+    demo = find_project("")
+    if folder.resolve() == demo.resolve():
+        return True
+    return (folder / DEMO_FILE).is_file() and (folder / DEMO_FILE).read_bytes() == (demo / DEMO_FILE).read_bytes()
 
 
 def load_project(folder: Path) -> tuple[Config, Project]:

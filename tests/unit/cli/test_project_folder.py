@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_without_a_checkout_the_demo_is_the_installed_one(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     assert (find_project("") / "headrace.toml").exists()
     assert project_folder.is_demo(find_project("")) and not project_folder.is_demo(tmp_path)
+
+
+def test_a_copy_of_the_demo_is_the_demo_until_its_declarations_change(shop_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shop_dir, copy)
+    (copy / "headrace.toml").write_text('module = "shop.py"\n[ingest]\nbatch_ms = 5\n')
+    assert project_folder.is_demo(copy)
+    with (copy / "shop.py").open("a") as file:
+        file.write("# mine\n")
+    assert not project_folder.is_demo(copy)
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
