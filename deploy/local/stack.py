@@ -36,6 +36,7 @@ from headrace.deploy.local.servers import cephfs, hdfs, kafka
 from headrace.deploy.local.servers.jars import ensure_jars
 from headrace.deploy.local.servers.java import find_java
 from headrace.deploy.local.supervise import Program, Supervisor, end_orphans, orphans
+from headrace.serving.model.region_file import region_in_memory
 
 INFRASTRUCTURE = ("kafka", "namenode", "datanode", *cephfs.SUPERVISED)
 STAGES = ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop")
@@ -127,6 +128,8 @@ def stop(layout: Layout, say: Say) -> None:
         say(f"ended {left} processes that no supervisor answered for")
     if layout.own_cephfs:
         own_cephfs(layout).stop()
+    # A stage that dies leaves its model to the next one; a stack that is put down gives the memory back.
+    region_in_memory(layout.home).unlink(missing_ok=True)
 
 
 def restart(layout: Layout, names: Sequence[str], say: Say) -> None:

@@ -27,6 +27,7 @@ from headrace.deploy.local.servers import java
 from headrace.deploy.local.servers.jars import Bundle, read_pins, wrong_jars
 from headrace.deploy.local.status_line import StatusLine
 from headrace.deploy.local.supervise import Program, configuration
+from headrace.serving.model.region_file import region_in_memory
 
 NAMES = ("HEADRACE_BROKERS", "HEADRACE_STORE", "HEADRACE_WEBHDFS", "HEADRACE_HOME", "HEADRACE_PROJECT", "PORT_BASE")
 
@@ -173,6 +174,13 @@ def test_supervisor_configuration_survives_spaces_and_percent_signs(tmp_path: Pa
     assert shlex.split(parsed["program:x"]["command"] % {}) == command
     assert parsed["supervisord"]["logfile"] % {} == str(home / "log" / "supervisor.log")
     assert parsed["inet_http_server"]["port"].startswith("127.0.0.1:")
+
+
+def test_down_gives_the_memory_of_the_model_back(tmp_path: Path) -> None:
+    region = region_in_memory(tmp_path)
+    region.write_bytes(b"model")
+    stack.stop(local.new_layout(flags(tmp_path)), print)
+    assert not region.exists()
 
 
 def test_clean_says_what_goes_and_needs_a_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
