@@ -16,15 +16,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from join_world import PROJECT, records, traffic
-from stream_world import Blobs, LaggingProducer
+from stream_world import Blobs, LaggingProducer, read_samples
 
 from headrace.backends.clock import VirtualClock
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import AggregateConfig, Config, IngestConfig, JoinConfig, LogConfig
 from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, Punctuation, decode_batch
-from headrace.contract.formats.positions import START, Position
-from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.replay.ledger.settled import check_settled
@@ -240,20 +238,6 @@ class World:
         return unread or any(worker.producer.held for worker in workers)
 
 
-def read(log: MemoryLog, partition: int, schema: pa.Schema) -> pa.Table:
-    """Return what a reader takes of `samples`, by the rule that all readers follow."""
-    position, taken = START, list[pa.RecordBatch]()
-    for record in log.partitions(TOPICS.samples)[partition]:
-        after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
-        if after > position or last <= position:
-            continue
-        batch = decode_batch(record.value or b"")
-        places = zip(batch["offset"].to_pylist(), batch["rank"].to_pylist(), strict=True)
-        taken.append(batch.filter(pa.array([Position(*place) > position for place in places])))
-        position = last
-    return pa.Table.from_batches(taken, schema=schema)
-
-
 def trouble(world: World) -> str:
     """Return what the checkers find, "" when all is as it should be."""
     for partition in range(PARTITIONS):
@@ -264,7 +248,7 @@ def trouble(world: World) -> str:
             return f"partition {partition} has {expected.num_rows} samples to find"
         if join.totals.tasks[0].waiting:
             return f"partition {partition}: {join.totals.tasks[0].waiting} impressions wait in the end"
-        if not read(world.log, partition, join.schema).equals(expected):
+        if not read_samples(world.log, partition, join.schema).equals(expected):
             return f"samples of partition {partition} differ"
     counts = check_settled(PROJECT, CONFIG, [r for p in range(PARTITIONS) for r in world.events(p)])
     if not counts.closes() or counts.values < 100:
@@ -317,7 +301,8 @@ def test_a_partition_that_says_nothing_holds_up_the_aggregates_and_no_other_join
         join = JoinState(PROJECT, JOIN, silent_ms=300, partition=partition)
         emitted = [e.batch for record in world.events(partition) if (e := join.take(record)) is not None]
         assert not join.totals.tasks[0].waiting
-        assert read(world.log, partition, join.schema).equals(pa.Table.from_batches(emitted, schema=join.schema))
+        wanted = pa.Table.from_batches(emitted, schema=join.schema)
+        assert read_samples(world.log, partition, join.schema).equals(wanted)
         assert join.watermark.time_ms == 18_000
     assert any(any(counts) for counts in newest_values(world.events(0)).values())
     world.coming[IDLE] = late

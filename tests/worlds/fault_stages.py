@@ -17,15 +17,14 @@ import trainer_world
 from fault_matrix import Process, StageRow, in_thread
 from join_world import PROJECT, records, traffic
 from stream_world import Blobs as MemoryBlobs
+from stream_world import read_samples
 
 from headrace.backends.clock import VirtualClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import AggregateConfig, Config, IngestConfig, JoinConfig, LogConfig, SinkConfig
-from headrace.contract.formats.events import Punctuation, decode_batch
-from headrace.contract.formats.positions import START, Position
-from headrace.contract.formats.sample import parse_position
+from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeWriter
@@ -277,20 +276,6 @@ def expected_samples() -> list[pa.Table]:
         emitted = [e.batch for record in coming if (e := join.take(record)) is not None]
         _EXPECTED.append(pa.Table.from_batches(emitted, schema=join.schema))
     return _EXPECTED
-
-
-def read_samples(log: MemoryLog, partition: int, schema: pa.Schema) -> pa.Table:
-    """Return what a reader takes of `samples`, by the rule that all readers follow."""
-    position, taken = START, list[pa.RecordBatch]()
-    for record in log.partitions(TOPICS.samples)[partition]:
-        after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
-        if after > position or last <= position:
-            continue
-        batch = decode_batch(record.value or b"")
-        at = zip(batch["offset"].to_pylist(), batch["rank"].to_pylist(), strict=True)
-        taken.append(batch.filter(pa.array([Position(*place) > position for place in at])))
-        position = last
-    return pa.Table.from_batches(taken, schema=schema)
 
 
 _CLOSED: dict[str, str] = {

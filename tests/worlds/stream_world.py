@@ -177,3 +177,17 @@ class World:
         join = JoinState(PROJECT, JOIN, silent_ms=300, partition=0)
         emitted = [e.batch for record in self.events if (e := join.take(record)) is not None]
         return pa.Table.from_batches(emitted, schema=join.schema)
+
+
+def read_samples(log: MemoryLog, partition: int, schema: pa.Schema) -> pa.Table:
+    """Return what a reader takes of `samples`, by the rule that all readers follow."""
+    position, taken = START, list[pa.RecordBatch]()
+    for record in log.partitions(Topics().samples)[partition]:
+        after, last = parse_position(record.headers["after"]), parse_position(record.headers["last"])
+        if after > position or last <= position:
+            continue
+        batch = decode_batch(record.value or b"")
+        at = zip(batch["offset"].to_pylist(), batch["rank"].to_pylist(), strict=True)
+        taken.append(batch.filter(pa.array([Position(*place) > position for place in at])))
+        position = last
+    return pa.Table.from_batches(taken, schema=schema)
