@@ -16,6 +16,7 @@ was already appended.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -123,19 +124,14 @@ class Gateway:
             return all(taken)
         key, prefix = self._identify(message, peer)
         made = self._types.get(message.tag)
-        try:
-            starts, problem, raw = entry_starts(as_bytes(message.body)), message.problem, message.raw
-        except ValueError as error:
-            starts, problem, raw = _NONE, str(error), message.body
+        starts, problem, raw = _starts_of(message)
         if key and key in self._chunks_done:
             self._count(REPEATED, len(starts), made is not None)
             if acked is not None:
                 acked(Outcome(0, 0, len(starts)))
             return True
         if refusable and not (key and key in self._chunks_open):
-            events = len(starts)
-            if not self.ceiling.allows(message.tag, events, self.now_ms()):
-                self._metrics.add("events_refused_total", events, tag=self.ceiling.name(message.tag))
+            if not self._allowed(message.tag, peer.origin, len(starts)):
                 return False
         self._taken += 1
         held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)
@@ -166,6 +162,24 @@ class Gateway:
                     self._dead_letter(chunk, "undeclared", "no declared event has this tag", entry, event_id=derived)
         self._settled(chunk, 1)
         return True
+
+    def refuses(self, message: Message, origin: str) -> bool:
+        """Say whether a refusable message would be beyond the ceiling now, and nothing of it was taken before.
+
+        For who offers several messages of which all are to be taken, or none. A probe is given by the asking.
+        """
+        if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
+            return any(self.refuses(part, origin) for part in mapper.map_message(message).messages)
+        key, _ = self._identify(message, Peer(origin))
+        if message.signal or (key and (key in self._chunks_done or key in self._chunks_open)):
+            return False
+        return not self._allowed(message.tag, origin, len(_starts_of(message)[0]))
+
+    def _allowed(self, tag: str, origin: str, events: int) -> bool:
+        allowed = self.ceiling.allows(tag, origin, events, self.now_ms())
+        if not allowed:
+            self._metrics.add("events_refused_total", events, tag=self.ceiling.name(tag))
+        return allowed
 
     def _identify(self, message: Message, peer: Peer) -> tuple[bytes, str]:
         """Return the chunk's key in memory, empty where it has no id, and the prefix of ids for events without one."""
@@ -271,7 +285,11 @@ class Gateway:
             self._settled(chunk, events)
 
     def _append(self, piece: Cut, chunks: list[tuple[OpenChunk, int]], declared: Declared) -> None:
-        self.ceiling.note(declared.tag, self.now_ms(), appended=piece.rows)
+        rows_of = Counter[str]()
+        for chunk, rows in chunks:
+            rows_of[chunk.origin] += rows
+        for origin, rows in rows_of.items():
+            self.ceiling.note(declared.tag, origin, self.now_ms(), appended=rows)
         headers = self._headers(piece.partition, declared.kind)
         if declared.kind != declared.name:
             headers["type"] = declared.name
@@ -327,7 +345,7 @@ class Gateway:
             gateway=self._name,
             seen_ms=self.now_ms(),
         )
-        self.ceiling.note(chunk.tag, letter.seen_ms, dead=1, reason=reason)
+        self.ceiling.note(chunk.tag, chunk.origin, letter.seen_ms, dead=1, reason=reason)
         if counted:
             chunk.waiting += 1
         self._queue.add(
@@ -449,6 +467,14 @@ class Gateway:
 
 
 _NONE = np.empty(0, np.int64)
+
+
+def _starts_of(message: Message) -> tuple[I64s, str, bytes]:
+    """Return where a message's entries begin, what is wrong with it and the bytes that cannot be read."""
+    try:
+        return entry_starts(as_bytes(message.body)), message.problem, message.raw
+    except ValueError as error:
+        return _NONE, str(error), message.body
 
 
 def peer_of(address: Any) -> Peer:

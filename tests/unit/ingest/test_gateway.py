@@ -276,4 +276,5 @@ def test_a_shut_tag_stays_shut_for_http_while_another_anonymous_chunk_is_open() 
     world.log.away = True
     world.offer(message("shop.impression", [impression(1)]))
     without_key = message("shop.click", [{"request_id": "r", "user_id": 1}])
-    assert not world.gateway.offer(without_key, 100, Peer("a"), None, refusable=True)
+    assert not world.gateway.offer(without_key, 100, Peer("10.0.0.1"), None, refusable=True)
+    assert world.gateway.offer(without_key, 100, Peer("10.0.0.2"), None, refusable=True), "another origin passes"
