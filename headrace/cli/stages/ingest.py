@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
             companions.append(Collector(config, collector_endpoint, metrics, runtime.clock, identity))
         for source in runtime.config.ingest.sources:
             open_group = partial(_open_group, source, runtime.brokers, _client(source))
-            companions.append(KafkaSource(source, open_group, metrics))
+            companions.append(KafkaSource(source, open_group, metrics, runtime.clock))
         run(deps, endpoint, stop, ready=lambda _: metrics.ready(True), companions=companions, identity=identity)
     finally:
         metrics.ready(False, "stopping")
