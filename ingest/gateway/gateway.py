@@ -32,8 +32,8 @@ from headrace.contract.hashing import hash_text
 from headrace.contract.privacy import Privacy
 from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.decode.fluent_chunk import decode, layout
-from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_record, read_entry
-from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
+from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_record, read_entry, starts_of
+from headrace.ingest.decode.msgpack_scan import I64s, as_bytes
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
 from headrace.ingest.gateway.chunk_hashes import kind_of
@@ -124,7 +124,7 @@ class Gateway:
             return all(taken)
         key, prefix = self._identify(message, peer)
         made = self._types.get(message.tag)
-        starts, problem, raw = _starts_of(message)
+        starts, problem, raw = starts_of(message)
         if key and key in self._chunks_done:
             self._count(REPEATED, len(starts), made is not None)
             if acked is not None:
@@ -140,6 +140,18 @@ class Gateway:
         self._open[chunk.number] = chunk
         self.buffer_bytes += chunk.size
         self.open_chunks += 1
+        try:
+            self._begin(chunk, message, prefix, starts, problem, raw)
+        except Exception:
+            self._abandon(chunk)
+            raise
+        return True
+
+    def _begin(
+        self, chunk: OpenChunk, message: Message, prefix: str, starts: I64s, problem: str, raw: bytes
+    ) -> None:
+        """Let a chunk's events join their batch, or become dead letters, or follow the chunk that has them already."""
+        key, made = chunk.key, self._types.get(chunk.tag)
         chunk.waiting = 1
         first = self._chunks_open.get(key) if key else None
         if first is not None:
@@ -161,7 +173,17 @@ class Gateway:
                     derived = f"{prefix}/{nth}"
                     self._dead_letter(chunk, "undeclared", "no declared event has this tag", entry, event_id=derived)
         self._settled(chunk, 1)
-        return True
+
+    def _abandon(self, chunk: OpenChunk) -> None:
+        """Forget a chunk in which a fault of ours was met, so that it does not wait for its own end when it comes again.
+
+        It is never acked: one of what it waits for never comes.
+        """
+        if self._open.pop(chunk.number, None) is not None:
+            self.buffer_bytes -= chunk.size
+            self.open_chunks -= 1
+        if chunk.key and self._chunks_open.get(chunk.key) is chunk:
+            del self._chunks_open[chunk.key]
 
     def refuses(self, message: Message, origin: str) -> bool:
         """Say whether a refusable message would be beyond the ceiling now, and nothing of it was taken before.
@@ -173,7 +195,7 @@ class Gateway:
         key, _ = self._identify(message, Peer(origin))
         if message.signal or (key and (key in self._chunks_done or key in self._chunks_open)):
             return False
-        return not self._allowed(message.tag, origin, len(_starts_of(message)[0]))
+        return not self._allowed(message.tag, origin, len(starts_of(message)[0]))
 
     def _allowed(self, tag: str, origin: str, events: int) -> bool:
         allowed = self.ceiling.allows(tag, origin, events, self.now_ms())
@@ -373,6 +395,7 @@ class Gateway:
             self._cut_all()
         self._queue.send_again(now_s)
         self._queue.send()
+        self._queue.receipts.check(now_s)
         if self._punctuator.due(now_s):
             self._punctuate()
         self._metrics.set("buffer_bytes", self.buffer_bytes)
@@ -412,10 +435,12 @@ class Gateway:
                     headers=self._headers(partition, PUNCTUATION),
                     delivered=partial(self._promised, partition),
                 )
+                self._queue.receipts.owe(("promise", partition))
             except Overloaded:
                 self._punctuator.refused(partition)
 
     def _promised(self, partition: int, _error: Exception | None, _offset: int) -> None:
+        self._queue.receipts.came(("promise", partition))
         self._punctuator.confirmed(partition)
 
     # -- 4. settle
@@ -464,17 +489,6 @@ class Gateway:
     def goodbye(self) -> None:
         """Queue the last punctuation of this epoch; only after `drained` it says `bye`."""
         self._punctuate(bye=True)
-
-
-_NONE = np.empty(0, np.int64)
-
-
-def _starts_of(message: Message) -> tuple[I64s, str, bytes]:
-    """Return where a message's entries begin, what is wrong with it and the bytes that cannot be read."""
-    try:
-        return entry_starts(as_bytes(message.body)), message.problem, message.raw
-    except ValueError as error:
-        return _NONE, str(error), message.body
 
 
 def peer_of(address: Any) -> Peer:
