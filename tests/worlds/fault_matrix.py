@@ -447,11 +447,21 @@ def calls_made(row: StageRow, *, goes_on: bool = False) -> Counter[Call]:
         world.close()
 
 
+_MADE: dict[tuple[str, bool], Counter[Call]] = {}
+
+
+def _made(row: StageRow, goes_on: bool) -> Counter[Call]:
+    """Return `calls_made`, found out once."""
+    if (row.name, goes_on) not in _MADE:
+        _MADE[row.name, goes_on] = calls_made(row, goes_on=goes_on)
+    return _MADE[row.name, goes_on]
+
+
 def cells_of(row: StageRow, call: Call, which: Callable[[int], Sequence[int]]) -> Iterator[Cell]:
     """Yield a row's cells: all faults of the calls that `which` names, of so many that are made."""
-    begins = calls_made(row)
+    begins = _made(row, False)
     goes_on = not begins[call]
-    made = calls_made(row, goes_on=True)[call] if goes_on else begins[call]
+    made = _made(row, True)[call] if goes_on else begins[call]
     if not made:
         raise AssertionError(
             f"{row.name} never calls {call}: give its world a reason to, or say in not_called who does"
