@@ -320,7 +320,11 @@ METRICS: Mapping[Name, MetricDoc] = {
         labels=("tag",),
     ),
     "dead_letter_ceiling_shut": MetricDoc(
-        "gauge", "0 or 1", ("ingest",), "1 while the ceiling of dead letters holds chunks of a tag back.", labels=("tag",)
+        "gauge",
+        "0 or 1",
+        ("ingest",),
+        "1 while the ceiling of dead letters holds chunks of a tag back.",
+        labels=("tag",),
     ),
     "dead_letter_origins_shut": MetricDoc(
         "gauge",

@@ -147,9 +147,7 @@ class Gateway:
             raise
         return True
 
-    def _begin(
-        self, chunk: OpenChunk, message: Message, prefix: str, starts: I64s, problem: str, raw: bytes
-    ) -> None:
+    def _begin(self, chunk: OpenChunk, message: Message, prefix: str, starts: I64s, problem: str, raw: bytes) -> None:
         """Let a chunk's events join their batch, or become dead letters, or follow the chunk that has them already."""
         key, made = chunk.key, self._types.get(chunk.tag)
         chunk.waiting = 1

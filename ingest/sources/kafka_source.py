@@ -119,9 +119,7 @@ class _Offer(msgspec.Struct, frozen=True):
 class KafkaSource:
     """One topic, read by one gateway: a companion of its loop."""
 
-    def __init__(
-        self, config: SourceConfig, open_group: Callable[[], Group], metrics: Metrics, clock: Clock
-    ) -> None:
+    def __init__(self, config: SourceConfig, open_group: Callable[[], Group], metrics: Metrics, clock: Clock) -> None:
         self._config, self._open_group, self._metrics, self._clock = config, open_group, metrics, clock
         self._positions = Positions()
         self._refused: list[_Offer] = []

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import fault_gateway
 import fault_matrix
 import pytest
+from fault_gateway import GATEWAY
 from fault_matrix import (
     Call,
     Fault,
@@ -22,7 +23,6 @@ from fault_matrix import (
     contract_interfaces,
     faults_of,
 )
-from fault_gateway import GATEWAY
 from fault_retry import RETRY
 from fault_stages import ROWS as STREAM_ROWS
 from fault_stages import no_threads

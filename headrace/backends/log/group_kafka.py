@@ -183,8 +183,10 @@ class KafkaGroup:
         self._consumer.close()
 
     def _hold(self, full: bool) -> bool:
-        """Stop fetching, or go on, and say whether anything is held; polling goes on either way, so that the group keeps
-        this member."""
+        """Stop fetching, or go on, and say whether anything is held.
+
+        Polling goes on either way, so that the group keeps this member.
+        """
         with self._lock:
             paused = {claim.partition for claim in self._paused if self._claims.get(claim.partition) == claim}
             again = {p: at for p, at in self._again.items() if p not in paused}

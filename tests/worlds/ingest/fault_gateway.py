@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgpack
-from fault_matrix import Killed, Process, StageRow
+from fault_matrix import Process, StageRow
 from fault_stages import LaggingProducer
 from ingest_world import PROJECT, START_MS, impression
 
@@ -23,7 +23,6 @@ from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.stages.ingest import once_kafka_answers
 from headrace.contract.config import IngestConfig, SourceConfig
-from headrace.contract.errors import Unavailable
 from headrace.contract.formats.dead_letters import decode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.contract.formats.topics import Topics
