@@ -130,9 +130,9 @@ class Gateway:
             if acked is not None:
                 acked(Outcome(0, 0, len(starts)))
             return True
-        if refusable and not (key and key in self._chunks_open):
-            if not self._allowed(message.tag, peer.origin, len(starts)):
-                return False
+        follows = bool(key) and key in self._chunks_open
+        if refusable and not follows and not self._allowed(message.tag, peer.origin, len(starts)):
+            return False
         self._taken += 1
         held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)
         chunk = OpenChunk(self._taken, key, message.tag, peer.origin, held)
@@ -173,7 +173,7 @@ class Gateway:
         self._settled(chunk, 1)
 
     def _abandon(self, chunk: OpenChunk) -> None:
-        """Forget a chunk in which a fault of ours was met, so that it does not wait for its own end when it comes again.
+        """Forget a chunk in which a fault of ours was met: it must not wait for its own end when it comes again.
 
         It is never acked: one of what it waits for never comes.
         """

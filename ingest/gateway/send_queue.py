@@ -72,7 +72,7 @@ class Receipts:
         if self._awake_s - since_s > RECEIPT_MAX_S:
             owed = _ROOM if what == _ROOM else "a receipt of Kafka's client, good or bad"
             raise Unavailable(
-                f"stopping: {owed} has not come for {self._awake_s - since_s:.0f} s, {RECEIPT_MAX_S:.0f} s are allowed. "
+                f"stopping: {owed} has not come for {self._awake_s - since_s:.0f} s, {RECEIPT_MAX_S:.0f} are allowed. "
                 "Shippers keep what has no ack and send it to the next start, or to another gateway."
             )
 

@@ -71,7 +71,7 @@ def several(made: int) -> list[int]:
 
 @pytest.mark.parametrize(("row", "call"), PAIRS)
 def test_faults_of_each_call_end_well(row: StageRow, call: Call):
-    """A third of the cells: another third in each row, so that every fault is met. A retry's cost half a second each."""
+    """A third of the cells: another third in each row, so that every fault is met. A retry's take long."""
     cells = list(cells_of(row, call, middle))
     every = len(cells) if row is RETRY else 3
     for cell in cells[[pair.values for pair in PAIRS].index((row, call)) % every :: every]:

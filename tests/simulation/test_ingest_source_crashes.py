@@ -27,6 +27,7 @@ from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.sources.kafka_source import KafkaSource, Run
 
 SOURCE = SourceConfig(topic="weblogs", tag="shop.impression", in_flight_max=40)
+USUAL = IngestConfig()
 MIXED = SourceConfig(topic="weblogs", tag="shop.impression", tag_field="tag", in_flight_max=40)
 LOW = IngestConfig(dead_letter_events_min=20, dead_letter_probe_ms=500, dead_letter_window_ms=3_000)
 FAULT = 0.2
@@ -64,7 +65,7 @@ class World:
         make: Callable[..., KafkaSource],
         *,
         source: SourceConfig = SOURCE,
-        ceiling: IngestConfig = IngestConfig(),
+        ceiling: IngestConfig = USUAL,
         bad: float = 0.1,
     ) -> None:
         self.random, self.clock, self.make = Random(seed), HandClock(), make

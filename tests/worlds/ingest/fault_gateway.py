@@ -1,4 +1,4 @@
-"""The gateway in the fault matrix: a shipper on connections in memory, a Kafka source, and who checks them from outside.
+"""The gateway in the fault matrix: a shipper on connections in memory, a Kafka source, and their outside checker.
 
 The loop, the forward connections, the Kafka source and the start are those of the real stage. In place of sockets stand
 transports whose calls are rows of the matrix; what a client sends comes in between the turns, as from a socket.
