@@ -35,6 +35,8 @@ NOT_AFTER_A_COMMIT = {
 }
 FAILURES = ("unavailable", "unexpected", "no memory", "effect, then unavailable", "effect, then unexpected", "dies",
             "effect, then dies")  # fmt: skip
+USUAL = ("unavailable", "unexpected", "effect, then unexpected", "effect, then dies")
+"""In every run; the others go the same ways through the code and belong to the long ones."""
 ERRORS: dict[str, type[BaseException]] = {
     "unavailable": Unavailable,
     "unexpected": RuntimeError,
@@ -152,7 +154,7 @@ def check(world: World, trainer: Trainer, digest: str, steps: int) -> None:
     assert again.learner.digest() == digest
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure", [f if f in USUAL else pytest.param(f, marks=pytest.mark.long) for f in FAILURES])
 @pytest.mark.parametrize(("room", "method"), CELLS, ids=[f"{room}.{name}" for room, name in CELLS])
 def test_a_call_that_fails_after_the_commit_of_the_lakes_last_step(room, method, failure, undisturbed):
     digest, steps, stored = undisturbed
