@@ -195,6 +195,27 @@ def test_no_call_of_a_contract_is_left_out():
         assert "__protocol_attrs__" not in vars(contract) or set(methods(contract)) == contract.__protocol_attrs__
 
 
+def test_no_step_is_applied_before_its_record_was_read_back():
+    """Whenever the trainer asks the log for the record that it wrote, the model is still without that step."""
+    world = whole_world()
+    seen: list[tuple[int, int]] = []
+
+    class Watched(FencedMemory):
+        def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
+            found = super().read(offset, wait_s)
+            if found and trainer is not None:
+                seen.append((decode_step(found[-1][1]).step, trainer.learner.step))
+            return found
+
+    trainer: Trainer | None = None
+    writer = Watched(world.log, TOPICS.steps, f"steps-{PROJECT.name}", world.epochs)
+    trainer = Trainer(world.deps(steps_writer=writer))
+    trainer.recover()
+    world.drain(trainer)
+    assert [step for step, _ in seen] == [s.step for s in recorded(world)] and len(seen) > 5
+    assert all(applied == step - 1 for step, applied in seen)
+
+
 def test_a_step_that_was_not_learnt_is_followed_by_none():
     """Even where its failure is swallowed, the trainer takes no other step and stores nothing."""
     world = whole_world()
