@@ -28,6 +28,7 @@ import pyarrow as pa
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.formats.events import ExternalValue
+from headrace.contract.formats.json_record import decode_json
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
@@ -103,7 +104,7 @@ class FeatureMemory:
         if record.value is None:
             self._rows.pop(name, None)
             return
-        entry = msgspec.json.decode(record.value, type=_Entry)
+        entry: _Entry = decode_json(record.value, _Entry)
         if entry.epoch < self._fence[0]:
             return
         row = _Row({int(b): counts for b, counts in entry.buckets.items()})
@@ -119,7 +120,7 @@ class FeatureMemory:
         if record.value is None:
             self._entities.pop((source, key), None)
             return
-        entity = msgspec.json.decode(record.value, type=ExternalValue)
+        entity: ExternalValue = decode_json(record.value, ExternalValue)
         if entity.epoch < self._crawl_epoch:
             return
         values = values_of(bytes(entity.values), crawl)
@@ -203,4 +204,4 @@ class FeatureMemory:
                 self.take(record)
             except _FOREIGN as error:
                 logger.error("record %d of %s is left out: %s", record.offset, record.topic, error)
-                metrics.add("errors_total", kind="features")
+                metrics.add("records_unreadable_total", topic="features", kind="foreign")

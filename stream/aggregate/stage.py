@@ -37,6 +37,7 @@ from headrace.stream.shell.durable_state import (
     check_topic,
 )
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.unreadable_events import tell_unreadable
 from headrace.stream.shell.waits import Waits
 
 RECORD_ROWS = 5_000
@@ -74,8 +75,10 @@ class AggregateStage:
 
     async def take_all(self, records: Sequence[Record]) -> None:
         """Take records of one partition, in order."""
+        bad = 0 if self.state is None else self.state.bad_records
         for record in records:
             await self.take(record)
+        tell_unreadable(records, 0 if self.state is None else self.state.bad_records - bad, self.deps.metrics)
 
     async def take(self, record: Record) -> None:
         """Count one record and write what it settled."""

@@ -392,4 +392,5 @@ async def _bounded(work: Any, what: str) -> Exception | None:
 def _headers(message: Any) -> dict[str, str]:
     headers = message.headers or ()
     pairs = headers.items() if hasattr(headers, "items") else headers
-    return {name: value.decode() if isinstance(value, bytes) else str(value) for name, value in pairs}
+    # Whoever wrote it: a header that is no text must not end the stage. `headrace.backends.log.kafka` does the same.
+    return {str(name): (value or b"").decode("utf-8", "replace") for name, value in pairs}

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
+from headrace.contract.formats.json_record import decode_json
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,5 +150,5 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(data: bytes) -> Manifest:
-    """Read what `encode_manifest` wrote; unknown fields are ignored (growth rule)."""
-    return msgspec.json.decode(data, type=Manifest)
+    """Read what `encode_manifest` wrote. Raises as `decode_json`."""
+    return decode_json(data, Manifest)
