@@ -108,7 +108,7 @@ class States:
 
 
 def read_letters(reader: Reader, topic: str, end: int, *, begin: int = 0) -> Iterator[Letter]:
-    """Yield the topic's letters below offset `end`, oldest first. What is no letter is named in the log and left out."""
+    """Yield the topic's letters below offset `end`, oldest first. What is no letter is logged and left out."""
     first = max(begin, reader.begin_offsets(topic)[0])
     for record in read_range(reader, topic, begins={0: first}, ends={0: end}):
         if record.value is None:

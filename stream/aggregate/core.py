@@ -118,11 +118,11 @@ class AggregatorState:
                 watermark_ms = self.watermarks[partition].take(told, record.timestamp_ms)
                 self.seen[partition].advance(watermark_ms)
                 return self._settle()
+            reading, name = self.readings[partition], record.headers.get("type", "")
             if kind == IMPRESSION:
-                self._stage(partition, IMPRESSION, checked(decode_batch(record.value, self.readings[partition].impressions)))
-            elif kind == FEEDBACK and record.headers.get("type", "") in self.readings[partition].feedback:
-                name = record.headers["type"]
-                self._stage(partition, name, checked(decode_batch(record.value, self.readings[partition].feedback[name])))
+                self._stage(partition, IMPRESSION, checked(decode_batch(record.value, reading.impressions)))
+            elif kind == FEEDBACK and name in reading.feedback:
+                self._stage(partition, name, checked(decode_batch(record.value, reading.feedback[name])))
             elif kind == SPEC:
                 self._change(record, record.value)
         except (EventRejected, msgspec.DecodeError):

@@ -148,6 +148,10 @@ class Engine:
         """Return how many records lie in the log beyond what was taken, over all partitions."""
         return self._ends.lag(dict(self.next))
 
+    def end(self, partition: int) -> int | None:
+        """Return the partition's end as of the last look, which is seconds old; None before the first."""
+        return self._ends.ends.get(partition)
+
     def oldest_unread_ms(self) -> int | None:
         """Return when the oldest record was written that the stage stands still before; None while it moves."""
         return self._ends.oldest_ms
