@@ -23,7 +23,7 @@ def values_of(text: str | bytes | None, crawl: Crawl) -> dict[str, Any]:
     if text is None:
         return dict.fromkeys(crawl.fields)
     try:
-        plain = decode_json(text, Any)
+        plain: Any = decode_json(text, Any)
     except msgspec.DecodeError:
         plain = None
     plain = plain if isinstance(plain, dict) else {}

@@ -86,6 +86,7 @@ class StreamStage:
     """The shell around `JoinState`; see the module for the protocol."""
 
     name = "stream"
+    has_one_owner = False
     durable_state = DurableState
 
     def __init__(self, deps: StageDependencies, *, spill: Spill | None = None, declared: Rules | None = None) -> None:

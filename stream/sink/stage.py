@@ -45,6 +45,7 @@ class SinkStage:
     """The shell around the lake; see the module for the protocol."""
 
     name = "sink"
+    has_one_owner = False
 
     def __init__(
         self, config: Config, lake: LakeWriter, metrics: Metrics, clock: Clock, *, kept_ms: int | None = None

@@ -28,7 +28,7 @@ from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeWriter
-from headrace.contract.interfaces.log import Producer, Record
+from headrace.contract.interfaces.log import Producer, Reader, Record
 from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join import payload
@@ -178,6 +178,7 @@ class _World:
             blobs=process.wrap(Blobs, self.blobs),
             metrics=MemoryMetrics(),
             clock=self.clock,
+            open_reader=lambda: process.wrap(Reader, self.log.reader()),
         )
         return deps, producer
 
@@ -294,7 +295,7 @@ _CLOSED: dict[str, str] = {
 }
 ROWS = (
     StageRow("stream", (Producer, Blobs, Spill, GroupPositions), StreamWorld, _CLOSED),
-    StageRow("aggregate", (Producer, Blobs, GroupPositions), AggregateWorld, _CLOSED),
+    StageRow("aggregate", (Producer, Blobs, GroupPositions, Reader), AggregateWorld, _CLOSED),
     StageRow("sink", (LakeWriter, GroupPositions), SinkWorld, _UNDAMAGED),
 )
 

@@ -8,6 +8,7 @@ fills a column that is missing with null and ignores one that it does not know.
 |---|---|---|
 | `kind` | all | `impression`, `feedback`, `aggregate`, `external`, `spec`, `punctuation` |
 | `type` | feedback | the feedback event type's name |
+| `epoch` | aggregate | that of its rows; what release 0.1 wrote has none |
 | `gateway`, `epoch`, `seq` | from ingest | who wrote it; `seq` counts its records of this epoch and partition |
 """
 
