@@ -166,7 +166,8 @@ class SinkStage:
         if left_out:
             self._left_out[partition] = left_out
         damaged = self.damaged.get(partition)
-        return min([self.next[partition], *(damaged.offsets(position, left_out) if damaged else ())])
+        kept = damaged.offsets(position, left_out) if damaged else []
+        return min(self.next[partition], *kept) if kept else self.next[partition]
 
     def look_behind(self) -> None:
         """Tell how far the lake is behind, and raise the alarm where the topic may forget what is not stored yet."""
