@@ -41,7 +41,7 @@ from headrace.contract.spec import Categorical, Counter, FeatureSpec
 
 PROJECT = Project(
     impression=ImpressionType(tag="i", key="user", fields={"user": "int64", "item": "int64"}),
-    feedback=(FeedbackType(name="click", tag="c"),),
+    feedback=(FeedbackType(name="click", tag="c", fields={"item": "int64"}),),
     tasks=(Task(name="click", feedback="click", window_ms=3_000),),
     features=FeatureSpec(
         counters=(Counter(name="m", key="item", window_ms=60_000),), features=(Categorical(field="item"),)

@@ -69,7 +69,7 @@ VALUES: dict[str, bytes | None] = {
 }
 KINDS = ("impression", "feedback", "aggregate", "external", "spec", "punctuation", "\ufffd", "")
 EVENT_HEADERS: list[dict[str, str]] = [{}, *({"kind": kind, "type": "click", "epoch": "x"} for kind in KINDS)]
-BY_GATEWAY = [each | {"gateway": "g", "epoch": epoch} for each in EVENT_HEADERS for epoch in ("", "x", "٣", "-1")]
+BY_GATEWAY = [each | {"gateway": "g", "epoch": epoch} for each in EVENT_HEADERS for epoch in ("", "x", "٣", "-1", "5")]
 SAMPLE_HEADERS: list[dict[str, str]] = [
     {}, {"after": "", "last": ""}, {"after": "-1:-1"}, {"after": "x:y", "last": "1:2:3"},
     {"after": "-1:-1", "last": "999999:0", "spec": "x"}, {"after": "-1:-1", "last": f"{10**40}:0"},
