@@ -376,9 +376,7 @@ class Trainer:
     def _tell(self) -> None:
         if self.report.is_due():
             ends = self.deps.reader.end_offsets(self.deps.topics.samples)
-            following = self.source.cursor().next_offsets
-            lag = sum(max(0, end - following.get(str(p), end)) for p, end in ends.items())
-            self.report.tell(self.learner, self.evaluation, self.source, lag)
+            self.report.tell(self.learner, self.evaluation, self.source, self.source.lag(ends))
 
     def _await_rows(self, ranges: tuple[StepRange, ...]) -> None:
         while not self.source.has(ranges):
