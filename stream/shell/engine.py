@@ -25,9 +25,9 @@ from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.interfaces.log import Reader, Record
+from headrace.process.watchdog import Watchdog
 from headrace.stream.shell.group_watch import GroupWatch
 from headrace.stream.shell.log_ends import LogEnds
-from headrace.stream.shell.watchdog import Watchdog
 
 log = logging.getLogger("headrace.engine")
 

@@ -22,7 +22,9 @@ STILL_LOOKS_MAX = 60
 class LogEnds:
     """The ends of one topic, and what waits before them."""
 
-    def __init__(self, topic: str, open_reader: Callable[[], Reader], taken: Callable[[], Mapping[int, int | None]]) -> None:
+    def __init__(
+        self, topic: str, open_reader: Callable[[], Reader], taken: Callable[[], Mapping[int, int | None]]
+    ) -> None:
         """`taken` says, from any thread, the next offset of each partition that the stage takes; None for the first."""
         self.topic, self._open_reader, self._taken = topic, open_reader, taken
         self.begins: Mapping[int, int] = {}

@@ -25,10 +25,10 @@ from fault_stages import ROWS, no_threads
 
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Producer
+from headrace.process.waits import Waits
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState
 from headrace.stream.shell.durable_state import DurableState
-from headrace.stream.shell.waits import Waits
 from headrace.stream.sink.stage import SinkStage
 
 BY_NAME = {row.name: row for row in ROWS}

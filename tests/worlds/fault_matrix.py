@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from headrace.backends.clock import VirtualClock
 from headrace.contract import interfaces
 from headrace.contract.errors import Overloaded, Unavailable
-from headrace.stream.shell.watchdog import STILL_MAX_S, Watchdog
+from headrace.process.watchdog import STILL_MAX_S, Watchdog
 
 BEFORE_STEPS = 6
 """Steps of the process that is killed before: some of its work is stored then."""
