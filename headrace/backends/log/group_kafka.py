@@ -83,7 +83,7 @@ class KafkaGroup:
         """Where the reading of a partition began: an offset, or librdkafka's number for the log's begin or end."""
         self._claimed = 0
         self._lag = self._gap = self._bytes = 0
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
         self._away_since: float | None = None
         self._told: set[str] = set()
         self._stop = threading.Event()
@@ -141,7 +141,7 @@ class KafkaGroup:
     def _run(self) -> None:
         try:
             self._poll()
-        except Exception as error:
+        except BaseException as error:
             # Nothing else would report it: `take` raises it where the source runs.
             self._failed = error
             log.exception("source %s ended", self._topic)
