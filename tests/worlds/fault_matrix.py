@@ -309,6 +309,8 @@ class StageRow:
     world: Callable[[], StageWorld]
     not_called: dict[str, str]
     """Methods of its interfaces that the stage itself never calls, by "Interface.method", and who does."""
+    share: int = 3
+    """One in how many cells is run in every test run."""
 
     def rows(self) -> Iterator[Call]:
         """Yield the calls that this stage makes."""

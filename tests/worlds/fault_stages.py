@@ -29,6 +29,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeWriter
 from headrace.contract.interfaces.log import Producer, Record
+from headrace.ingest.crawl import spider
 from headrace.process import waits
 from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.stage import AggregateStage
@@ -302,4 +303,5 @@ def no_threads() -> Iterator[None]:
         patch.setattr(asyncio, "sleep", sleep)
         patch.setattr(payload, "PIECE_ROWS", 8)
         patch.setattr(waits, "in_thread", in_thread)
+        patch.setattr(spider, "_IDLE_S", 0.0)
         yield
