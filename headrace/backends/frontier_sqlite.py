@@ -338,7 +338,7 @@ def _whole(path: Path) -> sqlite3.Connection:
     try:
         (found,) = db.execute("pragma quick_check(1)").fetchone()
         if found != "ok":
-            raise sqlite3.DatabaseError(found)
+            raise sqlite3.DatabaseError(" ".join(found.split()))
         db.execute("pragma journal_mode=wal")
         db.execute("pragma synchronous=normal")
         db.executescript(_SCHEMA)

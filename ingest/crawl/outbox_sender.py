@@ -2,12 +2,15 @@
 
 One producer sends in the order of the outbox, so that every partition has the versions in one order. What has its
 receipts from all of them leaves the outbox; after a crash the rest is sent again under a higher epoch. A receipt that
-says no ends the sending, as does one that does not come: the next process sends the rest.
+says no ends the sending, as does one that does not come: the next process sends the rest. Of one entity the next
+version waits for the receipts of the one before: sent again behind it, the older one would be a version that nobody
+reads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -42,6 +45,7 @@ class _Sent(msgspec.Struct):
     number: int
     open: int
     since_s: float
+    entities: set[tuple[str, str]]
 
 
 class _Record(NamedTuple):
@@ -94,17 +98,22 @@ class OutboxSender:
             return True
         if len(self._unsettled) >= _IN_FLIGHT_MAX:
             return False
-        versions = _bounded(self._frontier.outbox(self._taken, RECORD_ROWS))
+        versions = self._ready(_bounded(self._frontier.outbox(self._taken, RECORD_ROWS)))
         if not versions:
             return False
         self._frontier.make_safe()
         self._taken = versions[-1].number
-        group = _Sent(self._taken, 1, self._clock.monotonic())
+        group = _Sent(self._taken, 1, self._clock.monotonic(), {(v.source, v.key) for v in versions})
         self._unsettled.append(group)
         self._send(versions, group)
         # One more than the records: receipts that come at once must not settle a group that is half sent.
         group.open -= 1
         return True
+
+    def _ready(self, versions: list[Version]) -> list[Version]:
+        """Return those before the first one of an entity that is on its way."""
+        on_the_way = set[tuple[str, str]]().union(*(group.entities for group in self._unsettled))
+        return list(itertools.takewhile(lambda one: (one.source, one.key) not in on_the_way, versions))
 
     def _send(self, versions: Sequence[Version], group: _Sent) -> None:
         value = encode_batch(_batch(versions, self._epoch))

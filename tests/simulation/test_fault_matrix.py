@@ -30,7 +30,6 @@ from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Producer
 from headrace.ingest.crawl import outbox_sender
 from headrace.ingest.crawl.outbox_sender import OutboxSender
-from headrace.ingest.crawl.spider import Shutdown
 from headrace.process.background import Background
 from headrace.process.waits import Waits
 from headrace.stream.aggregate.stage import AggregateStage
@@ -183,12 +182,6 @@ def test_planted_a_sender_that_takes_a_refused_record_for_sent_is_caught(monkeyp
 def test_planted_a_receipt_that_is_waited_for_without_a_bound_is_caught(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(outbox_sender, "RECEIPT_MAX_S", 1e9)
     assert is_caught("crawl", "Producer.send.delivered")
-
-
-def test_planted_a_spider_whose_failure_only_scrapy_sees_is_caught(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Shutdown, "fail", lambda self, error: None)
-    assert is_caught("crawl", "Frontier.failed")
-    assert is_caught("crawl", "Frontier.due")
 
 
 def test_planted_a_sender_that_dies_alone_is_caught(monkeypatch: pytest.MonkeyPatch):

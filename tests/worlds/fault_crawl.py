@@ -2,7 +2,7 @@
 
 The memory was lost before: values of a crawler whose clock was ahead are served, and somebody decided to begin afresh.
 The checker reads every partition by the rule that the join follows, and compares it with what the memory settled, which
-SQLite itself notes, in the same transactions. "Appended once" is meant so: a version that is sent again is the same one.
+SQLite itself notes, in the same transactions. Readers take a version that is sent again for the one that they have.
 """
 
 from __future__ import annotations
@@ -328,6 +328,7 @@ class AgainWorld(CrawlWorld):
 
 _AGAIN = "`headrace crawl --extract-again` asks it: the row crawl-again"
 _ONLY_CRAWL = "extraction of stored bodies asks no site, and notes nothing of addresses"
+_OF_ADDRESSES = ("due", "next_due_ms", "settle", "not_modified", "failed", "gone", "wait_for", "pages", "has_body")
 _CLOSED = {
     "Producer.flush": "the process flushes by closing",
     "Producer.close": "the command closes it when the stage has ended",
@@ -354,20 +355,7 @@ ROWS = (
         {
             **_CLOSED,
             "Frontier.take_over": "its memory is there",
-            **{
-                f"Frontier.{name}": _ONLY_CRAWL
-                for name in [
-                    "due",
-                    "next_due_ms",
-                    "settle",
-                    "not_modified",
-                    "failed",
-                    "gone",
-                    "wait_for",
-                    "pages",
-                    "has_body",
-                ]
-            },
+            **{f"Frontier.{name}": _ONLY_CRAWL for name in _OF_ADDRESSES},
             "Blobs.put": _ONLY_CRAWL,
             "Blobs.delete": _ONLY_CRAWL,
         },
