@@ -5,7 +5,9 @@
    that leaves a tag unacked (the ceiling of dead letters) closes the connection 2 s later, whoever else is on it.
 3. Where the gateway acked others meanwhile, the held tag also waits, longer each time: it must not end the others'
    connection again and again.
-4. A chunk that saw `_SUSPECT` connections end goes behind the others of its tag: one that nobody can take stops none.
+4. Where it acked nobody on two connections, held tags take turns, one chunk of one tag at a time: a chunk that makes
+   the gateway close at once would be first on every connection, and the others would never be read.
+5. A chunk that saw `_SUSPECT` connections end goes behind the others of its tag: one that nobody can take stops none.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from headrace.sender.segment import Segment
 
 _BACKOFF_FIRST_S, _BACKOFF_MAX_S = 0.5, 5.0
 _SUSPECT = 3
+_FRUITLESS = 2
 
 
 class Chunk:
@@ -68,6 +71,8 @@ class Lane:
         self.not_before_s = 0.0
         self.was_acked = False
         """On this connection."""
+        self.tried = 0
+        """When it last had its turn."""
         self._backoff_s = 0.0
 
     @property
@@ -101,7 +106,9 @@ class Lanes:
     def __init__(self, window: int) -> None:
         self._window = window
         self._lanes: dict[str, Lane] = {}
-        self._numbers = 0
+        self._numbers = self._turns = 0
+        self._fruitless = 0
+        """Connections in a row on which something was sent and nothing acked."""
 
     def __iter__(self) -> Iterator[Lane]:
         return iter(list(self._lanes.values()))
@@ -128,14 +135,21 @@ class Lanes:
 
     def may_send(self, lane: Lane, now_s: float) -> bool:
         """Say whether a further chunk of this tag may be on its way."""
-        return len(lane.sent) < (1 if lane.is_held else self._window) and now_s >= lane.not_before_s
+        if not lane.is_held:
+            return len(lane.sent) < self._window
+        if self._fruitless >= _FRUITLESS and any(other.is_held and other.sent for other in self._lanes.values()):
+            return False
+        return not lane.sent and now_s >= lane.not_before_s
 
     def take(self, now_s: float) -> Chunk | None:
         """Return the chunk that goes next, which is on its way then; None where nothing may go."""
         able = [lane for lane in self._lanes.values() if lane.ready and self.may_send(lane, now_s)]
         if not able:
             return None
-        lane = min(able, key=lambda lane: lane.ready[0].number)
+        takes_turns = self._fruitless >= _FRUITLESS
+        lane = min(able, key=lambda lane: (lane.is_held and takes_turns and lane.tried, lane.ready[0].number))
+        self._turns += 1
+        lane.tried = self._turns
         chunk = lane.ready.popleft()
         chunk.sent_s = now_s
         lane.sent[chunk.id] = chunk
@@ -146,12 +160,15 @@ class Lanes:
         for lane in self._lanes.values():
             if (chunk := lane.sent.pop(name, None)) is not None:
                 lane.acked()
+                self._fruitless = 0
                 return chunk
         return None
 
     def ended(self, now_s: float) -> None:
         """Take back what was on its way: the connection has ended."""
         others_acked = any(lane.was_acked for lane in self._lanes.values())
+        if not others_acked and any(lane.sent for lane in self._lanes.values()):
+            self._fruitless += 1
         for lane in self._lanes.values():
             lane.ended(now_s, others_acked=others_acked)
 
