@@ -2,7 +2,7 @@
 
 Method: neither shipper is here, so each file is read by a port of its program's own rules (`fluentd_rules`,
 `fluent_bit_rules`), and what is checked is the meaning: seconds, bytes, truth. The gateway's side, which stands in
-their comments, is decoded by the gateway's own reader. The bounds along the way come from code and configuration, and the
+their comments, is decoded by the gateway's own reader. The bounds along the way come from code and files, and the
 table in docs/ingest.md must say the same.
 """
 
