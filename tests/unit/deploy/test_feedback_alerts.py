@@ -1,5 +1,8 @@
-"""Goal: a ledger that closes while every label is negative is told by an alert. Method: Prometheus' own promtool evaluates
-the rules over series as the failures make them: a shipper that holds clicks back, a service that stops logging them."""
+"""Goal: a ledger that closes while every label is negative is told by an alert.
+
+Method: Prometheus' own promtool evaluates the rules over series as the failures make them: a shipper that holds clicks
+back, a service that stops logging them.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +42,16 @@ tests:
           - exp_labels: {severity: warning, task: click}
             exp_annotations:
               summary: "4.5k feedbacks of click came after their window in 15 minutes, more than 5% of all"
-              description: "Their impressions are negatives already. If headrace_ingest_feedback_delay_seconds is high, a
-                shipper holds them back; if not, the window is too short for what people do."
+              description: "Their impressions are negatives already. If headrace_ingest_feedback_delay_seconds is high,
+                a shipper holds them back; if not, the window is too short for what people do."
       - eval_time: 30m
         alertname: HeadraceFeedbackDelayed
         exp_alerts:
           - exp_labels: {severity: warning, instance: g, type: click}
             exp_annotations:
               summary: "Half of the click reaches g more than 50m 0s after it happened"
-              description: "Look at the flush interval of its shippers (fluentd reads 100ms as 6,000 s), at their backlog,
-                and at the clocks of their hosts. Delays beyond the task's window become negatives."
+              description: "Look at the flush interval of its shippers (fluentd reads 100ms as 6,000 s), at their
+                backlog, and at the clocks of their hosts. Delays beyond the task's window become negatives."
   - name: a service that stops logging clicks at 8 h, while likes go on
     interval: 1m
     input_series:
@@ -66,10 +69,10 @@ tests:
         exp_alerts:
           - exp_labels: {severity: critical, task: click}
             exp_annotations:
-              summary: "click has 0 positives in 15 minutes, less than a tenth of what it had for as many negatives in the
-                six hours before"
-              description: "Look for a service that no longer logs its feedback, a shipper that holds it back, or a changed
-                key."
+              summary: "click has 0 positives in 15 minutes, less than a tenth of what it had for as many negatives
+                in the six hours before"
+              description: "Look for a service that no longer logs its feedback, a shipper that holds it back, or a
+                changed key."
   - name: a quiet night, and a task whose positives are rare
     interval: 1m
     input_series:
