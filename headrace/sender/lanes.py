@@ -174,7 +174,9 @@ class Lanes:
 
     def oldest_sent_s(self) -> float | None:
         """Return when the chunk was sent that has waited longest for its ack."""
-        return min((chunk.sent_s for lane in self._lanes.values() for chunk in lane.sent.values()), default=None)
+        # The first of each lane, which were sent in this order.
+        firsts = (next(iter(lane.sent.values())) for lane in self._lanes.values() if lane.sent)
+        return min((chunk.sent_s for chunk in firsts), default=None)
 
     def next_s(self, now_s: float, flush_s: float) -> float | None:
         """Return when something is due: a chunk to be closed, or a held tag's next try."""

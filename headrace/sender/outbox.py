@@ -13,8 +13,8 @@ from pathlib import Path
 from headrace.contract.errors import Overloaded
 from headrace.sender.lanes import Chunk, Lane, Lanes
 from headrace.sender.rejects import Rejects
-from headrace.sender.segment import HEAD, Segment
-from headrace.sender.spool import Spool, entry_payload
+from headrace.sender.segment import Segment
+from headrace.sender.spool import Spool, entry_cost
 
 log = logging.getLogger("headrace.sender")
 
@@ -51,7 +51,7 @@ class Outbox:
         Raises `Overloaded` where the spool or the disk is full; nothing was taken then.
         """
         lane = self.lanes.of(tag)
-        size = HEAD.size + len(entry_payload(tag, entry))
+        size = entry_cost(tag) + len(entry)
         if not self.spool.fits(size, lane.bytes):
             raise Overloaded(
                 f"{self.unacked} events wait in a spool of {self.spool.bytes} bytes, bound {self.spool.bytes_max}; "
@@ -176,4 +176,4 @@ class Outbox:
 
 def _cost(chunk: Chunk) -> int:
     """Return what a chunk's events take in the spool."""
-    return chunk.size + len(chunk.body) * (HEAD.size + 2 + len(chunk.tag.encode()))
+    return chunk.size + len(chunk.body) * entry_cost(chunk.tag)

@@ -298,9 +298,15 @@ class Sender(FluentSender):  # type: ignore[misc]
         if time.monotonic() - self._adopted_s < _ADOPT_S:
             return
         self._adopted_s = time.monotonic()
-        if found := self._outbox.spool.adopt():
-            with self._lock:
-                self._outbox.requeue(self._outbox.spool.read(found))
+        try:
+            if found := self._outbox.spool.adopt():
+                with self._lock:
+                    self._outbox.requeue(self._outbox.spool.read(found))
+        except OSError as error:
+            # Such as a slot of another user. What is ours goes on.
+            if repr(error) != repr(self._failure):
+                log.warning("what dead processes left in %s cannot be taken over: %s", self._folder, error)
+            self._failure = error
 
     def _wait_away(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -333,7 +339,8 @@ class Sender(FluentSender):  # type: ignore[misc]
                     # What the gateway said before it closed is still to be read.
                     while True:
                         self._hear(sock, words)
-            oldest_s = self._outbox.lanes.oldest_sent_s()
+            with self._lock:
+                oldest_s = self._outbox.lanes.oldest_sent_s()
             if oldest_s is not None and time.monotonic() - oldest_s > self._ack_timeout_s:
                 raise OSError(f"no ack for {self._ack_timeout_s} s")
 

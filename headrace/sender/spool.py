@@ -10,7 +10,6 @@ import fcntl
 import itertools
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +38,7 @@ class Spool:
         self.folder, self.bytes_max, self._fsync = folder, bytes_max, fsync
         self._slot, self._slot_fd = _take_slot(folder)
         self._numbers = itertools.count(1 + max((int(path.stem) for path in self._slot.glob("*.seg")), default=0))
-        self._open: OrderedDict[Segment, None] = OrderedDict()
+        self._open: dict[Segment, None] = {}
         self._segment_max = max(4_096, min(_SEGMENT_MAX, bytes_max // 64))
         self.bytes = 0
         """On disk."""
@@ -60,11 +59,14 @@ class Spool:
         return max(0, self.bytes_max * 3 // 4 - 1_024)
 
     def begin(self) -> Segment:
-        """Return a new segment."""
+        """Return a new segment. Raises `Overloaded` where none can be made."""
         segment = Segment(self._next_path())
         if self._fsync:
-            segment.path.touch(0o600)
-            _sync_folder(self._slot)
+            try:
+                segment.path.touch(0o600)
+                _sync_folder(self._slot)
+            except OSError as error:
+                raise Overloaded(f"the spool {self._slot} takes no new file: {error}; free the disk.") from error
         return segment
 
     def _next_path(self) -> Path:
@@ -72,15 +74,18 @@ class Spool:
 
     def append(self, segment: Segment, kind: int, payload: bytes) -> None:
         """Append a record. Raises `Overloaded` when the disk is full; nothing was written then."""
+        if segment not in self._open:
+            self._open[segment] = None
+            if len(self._open) > _OPEN_FILES:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                oldest.close(sync=self._fsync)
         self.bytes += segment.append(kind, payload)
-        self._open[segment] = None
-        self._open.move_to_end(segment)
-        if len(self._open) > _OPEN_FILES:
-            self._open.popitem(last=False)[0].close(sync=self._fsync)
 
     def append_entry(self, segment: Segment, tag: str, entry: bytes) -> None:
         """Append an event."""
-        self.append(segment, ENTRY, entry_payload(tag, entry))
+        name = tag.encode()
+        self.append(segment, ENTRY, len(name).to_bytes(2, "little") + name + entry)
 
     def note_chunk(self, chunk: Chunk) -> None:
         """Note which id the events before it have: a chunk sent under an id that nobody remembers would count twice."""
@@ -179,10 +184,9 @@ class Spool:
         return records
 
 
-def entry_payload(tag: str, entry: bytes) -> bytes:
-    """Return the payload of an event's record."""
-    name = tag.encode()
-    return len(name).to_bytes(2, "little") + name + entry
+def entry_cost(tag: str) -> int:
+    """Return what an event of this tag takes beside its entry."""
+    return HEAD.size + 2 + len(tag.encode())
 
 
 def sync(descriptors: list[int]) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,32 +58,42 @@ print(len(told), *codes)
 """
 
 
+@pytest.fixture
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A gateway that has taken an event already: on a machine's first run that is when it has compiled everything."""
+    with Running() as running:
+        with Sender("shop", port=running.port, spool_dir=tmp_path_factory.mktemp("warm")) as sender:
+            sender.emit("click", {"request_id": "warm", "user_id": 1, "event_id": "warm"})
+            sender.emit("impression", {"request_id": "warm", "user_id": 1, "item_id": 1, "event_id": "warm"})
+            assert sender.flush(200)
+        yield running
+
+
 def _run(gateway: Running, folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", _HEAD + code, str(gateway.port), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def _requests(gateway: Running) -> Counter[str]:
-    return Counter(row["request_id"] for row in gateway.log.rows())
+    return Counter(row["request_id"] for row in gateway.log.rows() if row["request_id"] != "warm")
 
 
-def test_children_of_a_process_with_a_sender_have_their_own(tmp_path: Path) -> None:
-    with Running() as gateway:
-        done = _run(gateway, tmp_path, _PRELOAD)
-        assert done.returncode == 0, done.stderr
-        told, *codes = map(int, done.stdout.split())
-        assert codes == [0, 0, 0], done.stderr
-        names = ["child0", "child1", "child2", "grandchild"]
-        wanted = [f"{name}-{number}" for name in names for number in range(20)]
-        assert _requests(gateway) == Counter(wanted + [f"parent{number}" for number in range(told)])
-        assert gateway.counts.totals["events_repeated_total"] == 0
+def test_children_of_a_process_with_a_sender_have_their_own(gateway: Running, tmp_path: Path) -> None:
+    done = _run(gateway, tmp_path, _PRELOAD)
+    assert done.returncode == 0, done.stderr
+    told, *codes = map(int, done.stdout.split())
+    assert codes == [0, 0, 0], done.stderr
+    names = ["child0", "child1", "child2", "grandchild"]
+    wanted = [f"{name}-{number}" for name in names for number in range(20)]
+    assert _requests(gateway) == Counter(wanted + [f"parent{number}" for number in range(told)])
+    assert gateway.counts.totals["events_repeated_total"] == 0
     # A child that ends without `close` leaves a file, and nothing in it that has no ack.
     with Sender("shop", port=1, spool_dir=tmp_path) as sender:
         eventually(lambda: list(tmp_path.rglob("*.seg")) == [], "the next one removes it")
         assert sender.unacked == 0
 
 
-def test_what_a_child_left_goes_through_the_living(tmp_path: Path) -> None:
+def test_what_a_child_left_goes_through_the_living(gateway: Running, tmp_path: Path) -> None:
     code = """
 pid = os.fork()
 if pid == 0:
@@ -95,13 +106,12 @@ while time.monotonic() < until and any("slot-00" not in str(p) for p in sender._
 time.sleep(0.2)
 print(sender.flush(60))
 """
-    with Running() as gateway:
-        done = _run(gateway, tmp_path, code)
-        assert done.stdout == "True\n", done.stderr
-        eventually(lambda: _requests(gateway) == {"child": 1}, "adopted")
+    done = _run(gateway, tmp_path, code)
+    assert done.stdout == "True\n", done.stderr
+    eventually(lambda: _requests(gateway) == {"child": 1}, "adopted")
 
 
-def test_a_child_that_emits_nothing_touches_nothing(tmp_path: Path) -> None:
+def test_a_child_that_emits_nothing_touches_nothing(gateway: Running, tmp_path: Path) -> None:
     code = """
 sender.emit("impression", record("a"))
 for end in (os._exit, sys.exit):
@@ -112,28 +122,27 @@ sender.emit("impression", record("b"))
 assert sender.flush(60) and not sender.last_error
 print(sorted(p.name for p in sender._folder.iterdir()))
 """
-    with Running() as gateway:
-        done = _run(gateway, tmp_path, code)
-        assert done.stdout == "['slot-00']\n", done.stderr
-        assert _requests(gateway) == {"a": 1, "b": 1}
+    done = _run(gateway, tmp_path, code)
+    assert done.stdout == "['slot-00']\n", done.stderr
+    assert _requests(gateway) == {"a": 1, "b": 1}
 
 
-def test_the_interpreters_end_sends_what_was_emitted(tmp_path: Path) -> None:
-    with Running() as gateway:
-        done = _run(gateway, tmp_path, "for n in range(100): sender.emit('impression', record(str(n)))")
-        assert done.returncode == 0, done.stderr
-        assert _requests(gateway) == Counter(map(str, range(100)))
+def test_the_interpreters_end_sends_what_was_emitted(gateway: Running, tmp_path: Path) -> None:
+    done = _run(gateway, tmp_path, "for n in range(100): sender.emit('impression', record(str(n)))")
+    assert done.returncode == 0, done.stderr
+    assert _requests(gateway) == Counter(map(str, range(100)))
     assert list(tmp_path.rglob("*.seg")) == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_what_a_killed_process_had_taken_goes_with_the_next_start(tmp_path: Path, how: signal.Signals) -> None:
+def test_what_a_killed_process_had_taken_goes_with_the_next_start(
+    gateway: Running, tmp_path: Path, how: signal.Signals
+) -> None:
     code = "sender._closing = sender.emit('impression', record('a')); os.kill(os.getpid(), int(sys.argv[3]))"
-    with Running() as gateway:
-        # Nobody listens on port 1: the event cannot be on its way already.
-        command = [sys.executable, "-c", _HEAD + code, "1", str(tmp_path), str(int(how))]
-        assert subprocess.run(command, capture_output=True, timeout=120).returncode == -how
-        with Sender("shop", port=gateway.port, spool_dir=tmp_path) as sender:
-            assert sender.unacked == 1
-            assert sender.flush(20)
-        assert _requests(gateway) == {"a": 1}
+    # Nobody listens on port 1: the event cannot be on its way already.
+    command = [sys.executable, "-c", _HEAD + code, "1", str(tmp_path), str(int(how))]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -how
+    with Sender("shop", port=gateway.port, spool_dir=tmp_path) as sender:
+        assert sender.unacked == 1
+        assert sender.flush(20)
+    assert _requests(gateway) == {"a": 1}

@@ -12,7 +12,7 @@ from acking_gateway import AckingGateway
 
 from headrace.sender import Sender
 from headrace.sender.segment import ACK, CHUNK, ENTRY, HEAD
-from headrace.sender.spool import Spool, entry_payload
+from headrace.sender.spool import Spool
 
 
 def _file(path: Path, *records: tuple[int, bytes]) -> None:
@@ -21,7 +21,8 @@ def _file(path: Path, *records: tuple[int, bytes]) -> None:
 
 
 def _event(tag: str, name: str) -> tuple[int, bytes]:
-    return ENTRY, entry_payload(tag, b"\x92\xd7\x00" + bytes(8) + msgpack.packb({"event_id": name}))
+    entry = b"\x92\xd7\x00" + bytes(8) + msgpack.packb({"event_id": name})
+    return ENTRY, len(tag).to_bytes(2, "little") + tag.encode() + entry
 
 
 def _chunk(tag: str, name: str) -> tuple[int, bytes]:
@@ -60,6 +61,16 @@ def test_what_follows_a_damaged_record_is_kept_aside(tmp_path: Path, caplog: pyt
         assert gateway.ids("a") == {f"a{number}" for number in range(5)}
     (kept,) = tmp_path.glob("*.damaged")
     assert kept.read_bytes() == bytes(data[middle:]) and "damaged" in caplog.text
+
+
+def test_a_slot_of_somebody_else_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(_spool: Spool) -> list[object]:
+        raise PermissionError(13, "somebody else's")
+
+    monkeypatch.setattr(Spool, "adopt", denied)
+    with AckingGateway() as gateway, Sender("", port=gateway.port, spool_dir=tmp_path) as sender:
+        sender.emit("a", {"event_id": 1})
+        assert sender.flush(20) and isinstance(sender.last_error, PermissionError)
 
 
 def test_a_torn_tail_is_no_damage_and_nothing_is_appended_behind_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,22 @@ def test_a_tag_that_is_not_taken_neither_delays_others_nor_fills_their_spool(tmp
         assert gateway.ids("shop.bad") == set(range(bad)) and sender.held_tags == []
         assert max(gateway.got.values()) == 1
         sender.close()
+    assert list(tmp_path.rglob("*.seg")) == []
+
+
+def test_any_thread_may_emit(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        for nth in range(250):
+            sender.emit(f"tag{nth % 3}", {"event_id": f"{number}-{nth}"})
+            if nth % 100 == 99:
+                assert sender.flush(20)
+
+    with AckingGateway() as gateway:
+        sender = Sender("", port=gateway.port, spool_dir=tmp_path, chunk_bytes=500)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+        sender.close(timeout=20)
+        assert len(gateway.got) == 8 * 250 and set(gateway.got.values()) == {1} and sender.last_error is None
     assert list(tmp_path.rglob("*.seg")) == []
 
 
