@@ -19,7 +19,7 @@ from typing import Any
 import msgpack
 from fluent.sender import EventTime, FluentSender
 
-from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded
+from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded, Unavailable
 from headrace.sender.lanes import Chunk
 from headrace.sender.outbox import Outbox
 from headrace.sender.segment import Segment
@@ -153,8 +153,8 @@ class Sender(FluentSender):  # type: ignore[misc]
         """Keep one event until the gateway has it; its time is now.
 
         Raises `EventRejected` on an event that the gateway could not take (too large, a number or a time beyond 64
-        bits), `TypeError` on a type that msgpack cannot write, `Overloaded` when the spool is full. Nothing was taken
-        then.
+        bits), `TypeError` on a type that msgpack cannot write, `Overloaded` when the spool is full, `Unavailable`
+        when the thread died. Nothing was taken then.
         """
         return self._keep(label, time.time_ns(), data)
 
@@ -179,6 +179,10 @@ class Sender(FluentSender):  # type: ignore[misc]
         try:
             if self._stop:
                 return False
+            if not self._thread.is_alive():
+                raise Unavailable(
+                    "this sender sends nothing: its thread died. Make a new one; it sends what is in the spool."
+                )
             wake = self._outbox.add(tag, entry)
         finally:
             self._lock.release()
