@@ -1,12 +1,11 @@
 """All that a sender keeps: the lanes in memory, the spool that mirrors them on disk, and the file of rejects.
 
-Not thread-safe: the sender's lock is held around every call.
+Not thread-safe: the sender's lock is held around every call. The time comes in.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Outbox:
         """Return the largest body of a chunk of this tag."""
         return self.message_max - 4 * len(tag) - _ENVELOPE
 
-    def add(self, tag: str, entry: bytes) -> bool:
+    def add(self, tag: str, entry: bytes, now_s: float) -> bool:
         """Append an event to the spool and to its tag's chunk; return whether the thread has something new to do.
 
         Raises `Overloaded` where the spool or the disk is full; nothing was taken then.
@@ -61,7 +60,7 @@ class Outbox:
         if lane.open is not None and lane.open.size + len(entry) > self.body_max(tag):
             self._close_chunk(lane)
         is_new = lane.open is None
-        chunk = lane.open or Chunk(tag, self._segment(lane), time.monotonic())
+        chunk = lane.open or Chunk(tag, self._segment(lane), now_s)
         self.spool.append_entry(chunk.segment, tag, entry)
         if is_new:
             lane.open = chunk

@@ -183,7 +183,7 @@ class Sender(FluentSender):  # type: ignore[misc]
                 raise Unavailable(
                     "this sender sends nothing: its thread died. Make a new one; it sends what is in the spool."
                 )
-            wake = self._outbox.add(tag, entry)
+            wake = self._outbox.add(tag, entry, time.monotonic())
         finally:
             self._lock.release()
         if wake:
