@@ -97,5 +97,6 @@ def test_one_that_cannot_be_rejected_waits_alone(tmp_path: Path, monkeypatch: py
         sender.emit("impression", _big(1, 120_000))
         sender.emit("click", {"request_id": "r1", "user_id": 1, "event_id": "c"})
         eventually(lambda: gateway.ids() == ["c"], "the other tag goes on")
-        assert sender.unacked == 1 and isinstance(sender.last_error, Overloaded | OSError)
+        eventually(lambda: sender.unacked == 1, "and is acked")
+        eventually(lambda: isinstance(sender.last_error, Overloaded | OSError), "why the first one waits is known")
         sender.close(timeout=0)
