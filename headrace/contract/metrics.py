@@ -22,6 +22,7 @@ Name = Literal[
     "connections_refused_total",
     "buffer_bytes",
     "clock_apart_ms",
+    "feedback_delay_seconds",
     "records_read_total",
     "samples_emitted_total",
     "positives_total",
@@ -152,6 +153,14 @@ METRICS: Mapping[Name, MetricDoc] = {
         "milliseconds",
         ("ingest",),
         "How far the gateway's clock is ahead of the broker's. Beyond 30,000 either way one of them is wrong.",
+    ),
+    "feedback_delay_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("ingest",),
+        "Median time from the moment of a feedback to its arrival at the gateway, of the newest 1,024. A shipper that "
+        "holds it back beyond the window makes negatives.",
+        labels=("type",),
     ),
     "records_read_total": MetricDoc(
         "counter", "records", ("stream", "sink", "aggregate"), "Kafka records that were read."
