@@ -36,16 +36,16 @@ def lacking(folder: str, room_bytes: int = ROOM_BYTES) -> str:
 def main(argv: Sequence[str]) -> int:
     """Become the command once there is room; 1 after `PATIENCE_S` without."""
     folder, *command = argv
-    begin, told = time.monotonic(), False
-    while reason := lacking(folder):
-        if not told:
-            print(f"waiting: {reason}", file=sys.stderr, flush=True)
-            told = True
-        if time.monotonic() - begin > PATIENCE_S:
-            print(f"gave up for now: {reason}", file=sys.stderr, flush=True)
-            return 1
+    until = time.monotonic() + PATIENCE_S
+    if reason := lacking(folder):
+        print(f"waiting: {reason}", file=sys.stderr, flush=True)
+    while reason and time.monotonic() < until:
         time.sleep(LOOK_S)
-    os.execvp(command[0], command)
+        reason = lacking(folder)
+    if not reason:
+        os.execvp(command[0], command)
+    print(f"gave up for now: {reason}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import cast
@@ -78,7 +79,7 @@ def test_every_process_is_killed_and_both_servers_are_taken_away_and_the_disk_is
 def test_absences_do_not_overlap_and_nobody_is_killed_who_is_away(seed: int, kills: int) -> None:
     faults = draw_faults(Random(seed), kills, fills=True)
     spells = [f for f in faults if f.target in ("broker", "store", "disk")]
-    assert all(first.at_s + first.for_s <= then.at_s for first, then in zip(spells, spells[1:], strict=False))
+    assert all(first.at_s + first.for_s <= then.at_s for first, then in pairwise(spells))
     for kill in (f for f in faults if f.kind == "kill"):
         away = [s for s in spells if s.at_s <= kill.at_s <= s.at_s + s.for_s]
         assert not any(kill.target in spell.processes() for spell in away)
