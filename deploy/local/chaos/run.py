@@ -33,7 +33,7 @@ from headrace.deploy.local.chaos.own_stack import READY_S, Say, own_stack
 from headrace.deploy.local.chaos.plan import ALL, needed
 from headrace.deploy.local.chaos.small_disk import SmallDisk, mounted
 from headrace.deploy.local.chaos.strikes import Strikes
-from headrace.deploy.local.chaos.whole import Backlog, await_still, model_account
+from headrace.deploy.local.chaos.whole import Backlog, await_steady, await_still, model_account
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
 from headrace.replay.ledger.ledger import Ledger
@@ -86,6 +86,8 @@ class ChaosRun:
                 self._break(layout, account, disk)
                 if crawl:
                     account.crawl = crawl.settled(layout, QUIET_S, self.say)
+                if is_whole:
+                    await_steady(layout, self.say)
                 if is_whole and not await_still(layout, self.config, self.say):
                     self.say("samples, lake and steps never stood still; drawing the account as they are")
                 if set(stages) - {"ingest", "kafka"}:

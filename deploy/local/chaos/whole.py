@@ -1,6 +1,6 @@
 """What `chaos --stage all` adds to the account of ids: the stack is whole again by itself, and its model is exact.
 
-1. Every process runs and says that it is ready, without a hand.
+1. Every process says that it is ready, and goes on to run, without a hand.
 2. Samples, lake and steps stand still: all that was acked is joined, stored and learnt. A wait ends when nothing has
    moved for `STALLED_S`, and says every few seconds what it waits for.
 3. The newest snapshot holds the newest step, and serving answers with it.
@@ -13,13 +13,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import msgspec
 
 from headrace.backends.log.kafka import KafkaReader
 from headrace.contract.config import Config
+from headrace.contract.errors import Unavailable
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import Project
 from headrace.deploy.local.chaos.crawl_run import lake_of
@@ -28,11 +29,13 @@ from headrace.deploy.local.chaos.own_stack import Say
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.metrics_text import parse
 from headrace.deploy.local.readiness import http_get
+from headrace.deploy.local.supervise import Process, Supervisor
 from headrace.replay.as_trained import Result
 from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.publish import read_manifests
 
 STALLED_S = 180.0
+STEADY_S = 20
 AT_MOST_S = 2_400.0
 REPLAY_S = 1_800.0
 LOOK_S = 3.0
@@ -112,6 +115,32 @@ class Backlog:
                 self._load.wait.set()
             elif all(lag < BEHIND_MAX // 2 for lag in found.values()):
                 self._load.wait.clear()
+
+
+def await_steady(layout: Layout, say: Say) -> None:
+    """Return when every process has run for `STEADY_S` without an end: what ends again and again is ready in between.
+
+    Raises `Unavailable` with those that are not after `STALLED_S`.
+    """
+    begin = told_s = time.monotonic()
+    while loose := [f"{p.name} {p.state} for {p.uptime_s} s" for p in _processes(layout) if not _is_steady(p)]:
+        if time.monotonic() - begin > STALLED_S:
+            raise Unavailable(f"not steady after {STALLED_S:.0f} s: {', '.join(loose)}; see {layout.logs}.")
+        if time.monotonic() - told_s > TELL_S:
+            say(f"not steady yet: {', '.join(loose)}")
+            told_s = time.monotonic()
+        time.sleep(1.0)
+
+
+def _processes(layout: Layout) -> Sequence[Process]:
+    found = Supervisor(layout).processes()
+    if not found:
+        raise Unavailable(f"the supervisor of {layout.home} does not answer; see {layout.logs}.")
+    return found
+
+
+def _is_steady(process: Process) -> bool:
+    return process.state == "running" and process.uptime_s >= STEADY_S
 
 
 def await_still(layout: Layout, config: Config, say: Say) -> bool:
