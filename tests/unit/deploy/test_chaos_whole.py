@@ -20,20 +20,26 @@ import psutil
 import pytest
 
 from headrace.cli.main import main
+from headrace.contract.errors import Unavailable
 from headrace.deploy.local.chaos import load as load_module
+from headrace.deploy.local.chaos import whole as whole_module
 from headrace.deploy.local.chaos.account import Account, all_there, closes, wrong
 from headrace.deploy.local.chaos.faults import FULL_S, SERVE_WORKER, VICTIMS, Fault, draw_faults
 from headrace.deploy.local.chaos.load import Load
 from headrace.deploy.local.chaos.plan import ALL, needed
 from headrace.deploy.local.chaos.small_disk import SmallDisk, lacking
 from headrace.deploy.local.chaos.strikes import Strikes
-from headrace.deploy.local.chaos.whole import ModelAccount
-from headrace.deploy.local.supervise import Supervisor
+from headrace.deploy.local.chaos.whole import ModelAccount, await_steady
+from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.supervise import Process, Supervisor
 from headrace.replay.ledger.ledger import Ledger
 
 MODEL = ModelAccount(
     run="r", step=9, newest_step=9, live_digest="d", replayed_digest="d", replayed_rows=1, published="r-9", served="r-9"
 )
+
+
+LAYOUT = {"port_base": 1, "brokers": "", "store": "", "webhdfs": None, "own_kafka": True, "own_hdfs": True}
 
 
 def whole(**other: object) -> Account:
@@ -143,6 +149,20 @@ def test_samples_need_be_learnt_only_where_a_trainer_is_in_the_run() -> None:
 
 def test_a_fault_that_was_not_carried_out_is_told() -> None:
     assert "not carried out: train" in wrong(whole(faults=[Fault(1.0, "kill", "train")]))[0]
+
+
+@pytest.mark.parametrize(("state", "uptime_s"), [("backoff", 0), ("running", 3)], ids=["ended", "started again"])
+def test_a_process_that_ends_again_and_again_is_named_though_it_is_ready_in_between(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, uptime_s: int
+) -> None:
+    rows = [Process("sink", "running", 1, 1, 1, "", 60), Process("stream", state, 2, 1, 1, "", uptime_s)]
+    monkeypatch.setattr(whole_module, "_processes", lambda layout: rows)
+    monkeypatch.setattr(whole_module, "STALLED_S", -1.0)
+    layout = Layout(**LAYOUT, home=tmp_path, project=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(Unavailable, match=f"stream {state} for {uptime_s} s"):
+        await_steady(layout, lambda _: None)
+    rows.pop()
+    await_steady(layout, lambda _: None)
 
 
 # -- the strikes
