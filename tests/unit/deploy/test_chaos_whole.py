@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from headrace.cli.main import main
+from headrace.cli.tools import chaos as chaos_verb
 from headrace.contract.errors import Unavailable
 from headrace.deploy.local.chaos import load as load_module
 from headrace.deploy.local.chaos import whole as whole_module
@@ -96,7 +97,12 @@ def test_what_cannot_be_filled_or_does_not_run_is_left_out() -> None:
     assert not [f for f in faults if f.kind == "fill" or f.target in ("crawl", "ingest-2")]
 
 
-def test_all_runs_every_stage_and_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_runs_every_stage_and_stands_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both are of the whole process, which is the tests'.
+    monkeypatch.setattr(chaos_verb, "quiet_clients", lambda: None)
+    monkeypatch.setattr(chaos_verb.signal, "signal", lambda *_: None)
     assert needed([ALL]) == {"ingest", "stream", "aggregate", "sink", "train", "serve", "crawl", "tensorboard"}
     assert main(["chaos", "--stage", "all,ingest"]) == 2
     assert "leave the others out" in capsys.readouterr().err
