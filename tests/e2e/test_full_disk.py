@@ -19,7 +19,7 @@ import pytest
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.contract.config import Config
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.log import read_range
+from headrace.contract.interfaces.log import TopicSpec, read_range
 from headrace.deploy.local import readiness
 from headrace.deploy.local.chaos.own_stack import own_stack
 from headrace.deploy.local.chaos.small_disk import SmallDisk, lacking
@@ -27,16 +27,18 @@ from headrace.deploy.local.supervise import Supervisor
 
 pytestmark = [pytest.mark.real, pytest.mark.long, pytest.mark.timeout(1_500)]
 
+SIZE_BYTES = 4 << 30
 FULL_S = 6.0
 READY_S = 90.0
 RECORDS = 50
+MORE_TOPICS = 40
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    if reason := lacking(tmp_path, 1 << 30):
+    if reason := lacking(tmp_path, SIZE_BYTES):
         pytest.skip(reason)
-    one = SmallDisk(tmp_path, 1 << 30)
+    one = SmallDisk(tmp_path, SIZE_BYTES)
     yield one
     one.unmount()
 
@@ -45,6 +47,9 @@ def test_a_kafka_killed_on_a_full_disk_has_its_topics_when_there_is_room_again(d
     topics = Topics()
     with own_stack(Path(), Config(), [], lambda _: None, home=disk.mount / "home") as layout:
         admin, producer = KafkaAdmin(layout.brokers), KafkaProducer(layout.brokers)
+        # Recovery writes an index entry for every 4 KiB of KRaft's own topic: without some there is nothing to damage.
+        for number in range(MORE_TOPICS):
+            admin.ensure_topics([TopicSpec(name=f"more-{number}", partitions=2)])
         before = {name: admin.topic_id(name) for name in (topics.events, topics.samples, topics.steps)}
         for number in range(RECORDS):
             producer.send(topics.steps, 0, f"{number}".encode())

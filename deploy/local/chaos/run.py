@@ -33,7 +33,7 @@ from headrace.deploy.local.chaos.own_stack import READY_S, Say, own_stack
 from headrace.deploy.local.chaos.plan import ALL, needed
 from headrace.deploy.local.chaos.small_disk import SmallDisk, mounted
 from headrace.deploy.local.chaos.strikes import Strikes
-from headrace.deploy.local.chaos.whole import Backlog, await_steady, await_still, model_account
+from headrace.deploy.local.chaos.whole import Backlog, await_steady, await_still, broker_is_settled, model_account
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
 from headrace.replay.ledger.ledger import Ledger
@@ -110,7 +110,8 @@ class ChaosRun:
 
         def strike(load: Load) -> None:
             with Backlog(layout, load, self.say) as backlog:
-                Strikes(Supervisor(layout), disk, self.say).run(account.faults, backlog.told)
+                strikes = Strikes(Supervisor(layout), disk, self.say, is_settled=lambda: broker_is_settled(layout))
+                strikes.run(account.faults, backlog.told)
 
         breaks, ready_s = (strike, WHOLE_READY_S) if ALL in account.stages else (kill, READY_S)
         load_and_break(layout, self.project, self.config, account, self.say, breaks=breaks, ready_s=ready_s)

@@ -35,8 +35,11 @@ FILLS_S = 8.0
 class Strikes:
     """The faults of one run. `run` returns when the last one has ended."""
 
-    def __init__(self, supervisor: Supervisor, disk: SmallDisk | None, say: Say) -> None:
-        self._supervisor, self._disk, self._say = supervisor, disk, say
+    def __init__(
+        self, supervisor: Supervisor, disk: SmallDisk | None, say: Say, *, is_settled: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`is_settled` says whether the broker works, or is not started for want of room."""
+        self._supervisor, self._disk, self._say, self._is_settled = supervisor, disk, say, is_settled
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._open: list[Fault] = []
@@ -76,7 +79,7 @@ class Strikes:
             if self._disk is not None:
                 # Disks fill by and by: what has just been started is over with its recovery when the last byte goes.
                 self._disk.fill_but(ROOM_BYTES // 2)
-                self._at(self._now() + min(FILLS_S, fault.for_s / 2), self._disk.fill)
+                self._at(self._now() + min(FILLS_S, fault.for_s / 2), lambda: self._fill(fault))
         elif fault.kind == "stop":
             self._open.append(fault)
             self._supervisor.end(fault.processes())
@@ -88,8 +91,18 @@ class Strikes:
         fault.done = True
         spell = f" for {fault.for_s:.1f} s" if fault.for_s else ""
         self._say(f"fault {number}: {_WORDS[fault.kind]} {_names(fault)}{spell}; {told()}")
-        if fault.for_s:
+        if fault.for_s and fault.kind != "fill":
             self._at(self._now() + fault.for_s, lambda: self._end(fault))
+
+    def _fill(self, fault: Fault) -> None:
+        """Take the last byte as soon as no broker is in the middle of its recovery, for as long as was planned."""
+        if not self._is_settled() and self._now() < fault.at_s + ABSENT_S:
+            self._at(self._now() + AGAIN_S, lambda: self._fill(fault))
+            return
+        if self._disk is not None:
+            self._disk.fill()
+        self._say(f"      the disk is full; {'the broker works' if self._is_settled() else 'the broker recovers'}")
+        self._at(self._now() + max(1.0, fault.for_s - FILLS_S), lambda: self._end(fault))
 
     def _signal(self, fault: Fault) -> bool:
         """Send the signal; return False where a process is not there."""

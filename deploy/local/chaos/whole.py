@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 import msgspec
+import psutil
 
 from headrace.backends.log.kafka import KafkaReader
 from headrace.contract.config import Config
@@ -28,7 +30,8 @@ from headrace.deploy.local.chaos.load import Load
 from headrace.deploy.local.chaos.own_stack import Say
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.metrics_text import parse
-from headrace.deploy.local.readiness import http_get
+from headrace.deploy.local.readiness import http_get, kafka_trouble
+from headrace.deploy.local.servers import room
 from headrace.deploy.local.supervise import Process, Supervisor
 from headrace.replay.as_trained import Result
 from headrace.replay.recorded import recorded_steps
@@ -130,6 +133,15 @@ def await_steady(layout: Layout, say: Say) -> None:
             say(f"not steady yet: {', '.join(loose)}")
             told_s = time.monotonic()
         time.sleep(1.0)
+
+
+def broker_is_settled(layout: Layout) -> bool:
+    """Say whether the broker answers, or waits for room before it begins: it is not in the middle of its recovery."""
+    pid = Supervisor(layout).pids().get("kafka", 0)
+    with contextlib.suppress(psutil.Error):
+        if pid and room.__name__ in psutil.Process(pid).cmdline():
+            return bool(room.lacking(str(layout.home)))
+    return bool(pid) and not kafka_trouble(layout.brokers, 1.0)
 
 
 def _processes(layout: Layout) -> Sequence[Process]:

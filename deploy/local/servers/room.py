@@ -1,8 +1,9 @@
 """Starts a server once its disk has room: `python -m headrace.deploy.local.servers.room FOLDER COMMAND...`.
 
-A server that died is recovered from what lies on its disk, and recovery writes. Kafka 4.1 that recovers on a full disk
-takes the segment that it cannot index for a damaged one, deletes it, and with KRaft's own segment all topics are gone.
-So none is started while less than `ROOM_BYTES` are free. This program becomes the server: its id is the server's.
+A server that died is recovered from what lies on its disk, and recovery writes. Kafka 4.1 whose disk becomes full while
+it recovers takes the segment that it cannot index for a damaged one, deletes it, and with KRaft's own segment all
+topics are gone. So none is started while less than `ROOM_BYTES` are free: that lasts for a recovery. This program
+becomes the server: its id is the server's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-ROOM_BYTES = 256 << 20
-"""What recovery of a node writes at most, ten times over: indices of 20 topics in pieces of 10 MiB that stay sparse."""
+ROOM_BYTES = 1 << 30
+"""Recovery of a small node takes seconds, and disks that are written to at 100 MB/s take ten to fill this."""
 PATIENCE_S = 60.0
 """Then it ends, and the supervisor starts it again: `status` and the log show that it waits."""
 LOOK_S = 0.5
