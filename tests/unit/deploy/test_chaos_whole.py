@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import cast
+from typing import ClassVar, cast
 
 import psutil
 import pytest
@@ -247,6 +247,30 @@ def test_a_worker_of_serving_is_a_child_of_the_first_process(own: OwnProcesses) 
     Strikes(cast(Supervisor, own), None, lambda _: None).run([fault], lambda: "")
     assert fault.pids == [child.pid]
     assert parent.wait(5) == 0, "the parent outlives it"
+
+
+def test_the_last_byte_goes_when_no_broker_recovers_and_comes_back(own: OwnProcesses) -> None:
+    class Disk:
+        told: ClassVar[list[str]] = []
+
+        def fill_but(self, left_bytes: int) -> None:
+            self.told.append(f"but {left_bytes >> 20} MiB")
+
+        def fill(self) -> None:
+            self.told.append("full")
+
+        def free(self) -> None:
+            self.told.append("free")
+
+    answers = iter([False, False, True, True])
+
+    def is_settled() -> bool:
+        Disk.told.append("asked")
+        return next(answers)
+
+    strikes = Strikes(cast(Supervisor, own), cast(SmallDisk, Disk()), lambda _: None, is_settled=is_settled)
+    strikes.run([Fault(0.0, "fill", "disk", 0.1)], lambda: "")
+    assert Disk.told == ["but 512 MiB", "asked", "asked", "asked", "full", "asked", "free"]
 
 
 # -- the load and the disk
