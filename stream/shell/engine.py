@@ -132,6 +132,8 @@ class Engine:
         self.next: dict[int, int] = {}
         self._unbegun: dict[int, int | None] = {}
         """Where the group stands in the partitions from which no record came yet; None: at the topic's first."""
+        self._durable: dict[int, int] = {}
+        self._revoked: set[int] = set()
         self._held: dict[int, deque[Any]] = {}
         self._seeking: dict[int, float] = {}
         self._waiting: deque[Record] = deque()
@@ -146,6 +148,8 @@ class Engine:
 
     def acknowledge(self, partition: int, upto: int) -> None:
         """Let Faust commit the partition's records up to offset `upto`, whose effects are durable."""
+        if partition in self._durable:
+            self._durable[partition] = max(self._durable[partition], upto + 1)
         held = self._held.get(partition)
         while held and held[0].offset <= upto:
             held.popleft().ack(self.app.consumer)
@@ -271,9 +275,11 @@ class Engine:
     def _forget(self, stage: Stage, partitions: set[int]) -> None:
         stage.drop(partitions)
         self._waiting = deque(record for record in self._waiting if record.partition not in partitions)
+        self._revoked |= partitions
         for partition in partitions:
             self.next.pop(partition, None)
             self._unbegun.pop(partition, None)
+            self._durable.pop(partition, None)
             self._held.pop(partition, None)
             self._seeking.pop(partition, None)
 
@@ -282,11 +288,19 @@ class Engine:
         partition, offset = message.partition, message.offset
         if partition not in self.next:
             self._beginning = True
-            self.next[partition] = await self._begin(stage, partition, offset)
+            self._revoked.discard(partition)
+            wanted = await self._begin(stage, partition, offset)
             self._beginning = False
+            if partition in self._revoked:
+                # It was taken away meanwhile. This record is of an assignment that is no more; it comes again.
+                stage.drop({partition})
+                return
+            self.next[partition] = self._durable[partition] = wanted
         following = self.next[partition]
         if offset < following:
-            message.ack(self.app.consumer)
+            # A repeat of what was taken and is not durable yet is acknowledged with it: the group must not be ahead.
+            if offset < self._durable[partition]:
+                message.ack(self.app.consumer)
             return
         if offset > following:
             await self._seek(partition, offset, following)

@@ -28,6 +28,8 @@ Name = tuple[str, str]
 
 AGAIN_EVERY, BAD_EVERY, FEEDBACK_EVERY = 101, 97, 5
 """Of so many events, one is sent twice, one breaks its schema, one impression is answered."""
+IN_FLIGHT_S = 20
+"""The load pauses while it has no acks for as many events as it emits in so many seconds."""
 TURN_S = 0.02
 _ACK_TIMEOUT_S = 20.0
 _RETRY_S = 0.2
@@ -169,6 +171,10 @@ class Load(Emitted):
         self._sender = Sender("", port=port, spool_dir=spool, spool_bytes_max=1 << 30)
         self._raw = [RawShipper(port, Random(seed + n)) for n in range(2)]
         self.count = 0
+        self.held_s = 0.0
+        """For how long it paused."""
+        self.wait = threading.Event()
+        """While this is set it pauses: whoever looks on says that the stages are too far behind."""
         self._stop = threading.Event()
         self._background = Background()
         self._thread: threading.Thread | None = None
@@ -202,9 +208,16 @@ class Load(Emitted):
         return done
 
     def _drive(self) -> None:
-        begin = time.monotonic()
+        begin, emitted = time.monotonic(), 0
         while not self._stop.is_set():
-            due = int((time.monotonic() - begin) * self._rate)
+            if self.wait.is_set() or self.unacked > IN_FLIGHT_S * self._rate:
+                # What was not emitted meanwhile is not owed: the rate that was held says how much that was.
+                paused = time.monotonic()
+                self._stop.wait(5 * TURN_S)
+                self.held_s += time.monotonic() - paused
+                begin, emitted = time.monotonic(), self.count
+                continue
+            due = emitted + int((time.monotonic() - begin) * self._rate)
             while self.count < due and not self._stop.is_set():
                 self._emit()
             self._stop.wait(TURN_S)

@@ -23,6 +23,7 @@ Settings: [train] in headrace.toml. Which model, rates, sizes: the project's Rec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import logging
 import os
@@ -103,7 +104,8 @@ def lock_home(home: Path, model: str) -> IO[str]:
         raise ConfigRejected(
             f"process {holder} trains model {model!r} from {home} already; stop it, or give this one another --home."
         ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    # The name is for people; the lock holds without it, on a full disk too.
+    with contextlib.suppress(OSError):
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"{os.getpid()}\n".encode())
     return file

@@ -147,3 +147,47 @@ def test_a_partition_from_which_no_record_came_yet_has_a_lag(tmp_path: Path) -> 
         assert engine.lag() == 2
 
     asyncio.run(run())
+
+
+def test_a_repeat_is_acknowledged_when_what_it_repeats_is_durable_and_not_before(tmp_path: Path) -> None:
+    async def run() -> list[bool]:
+        engine = Engine("headrace-join-g1", "127.0.0.1:1", "events", 1, tmp_path, open_reader=MemoryLog().reader)
+        engine.app.consumer = Consumer(0, 100)
+        messages = [Message(0), Message(0), Message(0)]
+        for message in messages[:2]:
+            await engine._take(Stage(None), SimpleNamespace(message=message))  # type: ignore[arg-type]
+        before = [message.acked for message in messages]
+        engine.acknowledge(0, 0)
+        await engine._take(Stage(None), SimpleNamespace(message=messages[2]))  # type: ignore[arg-type]
+        return [*before, *(message.acked for message in messages)]
+
+    assert asyncio.run(run()) == [False, False, False, True, False, True]
+
+
+def test_what_is_taken_away_while_it_begins_is_not_gone_on_with(tmp_path: Path) -> None:
+    """The store is slow, and the group gives the partition to another one meanwhile, or anew to this one."""
+
+    async def run() -> tuple[Message, Engine, set[int]]:
+        engine = Engine("headrace-join-g1", "127.0.0.1:1", "events", 1, tmp_path, open_reader=MemoryLog().reader)
+        engine.app.consumer = Consumer(0, 100)
+        dropped: set[int] = set()
+
+        class Slow(Stage):
+            async def begin(self, partition: int) -> int | None:
+                engine._forget(self, {partition})
+                dropped.clear()
+                return await super().begin(partition)
+
+            def drop(self, partitions: set[int]) -> None:
+                dropped.update(partitions)
+
+        message = Message(0)
+        await engine._take(Slow(None), SimpleNamespace(message=message))  # type: ignore[arg-type]
+        again = Message(0)
+        assert (engine.next, list(engine._waiting), dropped) == ({}, [], {0})
+        await engine._take(Stage(None), SimpleNamespace(message=again))  # type: ignore[arg-type]
+        assert [record.offset for record in engine._waiting] == [0]
+        return message, engine, dropped
+
+    message, engine, _ = asyncio.run(run())
+    assert not message.acked and engine.next == {0: 1}
