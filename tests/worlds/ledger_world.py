@@ -165,9 +165,13 @@ class World:
             found, upto = self.between(partition, after, rows)
             if upto == after:
                 continue
-            ours = change(found.filter(pc.is_in(found["task"], value_set=pa.array(list(heads)))))
             if shift and not ranges:
                 after = Position(after.offset + shift, after.rank)
+                shifted, _ = self.between(partition, after, 10**6)
+                found = shifted.filter(
+                    pa.array(orders(shifted["offset"].to_numpy(), shifted["rank"].to_numpy()) <= order_of(upto))
+                )
+            ours = change(found.filter(pc.is_in(found["task"], value_set=pa.array(list(heads)))))
             ranges.append(_range(ours, kind="live", partition=partition, after=_pair(after), upto=_pair(upto)))
             at[partition] = upto
         self.write_step(run, tuple(ranges))
