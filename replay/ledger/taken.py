@@ -62,9 +62,10 @@ def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys
 
 
 def recipe_of_ranges(samples: pa.Table, steps: Iterable[Step], recipe: Recipe) -> Recipe:
-    """Return the recipe by which a run's live ranges hold as many rows as they say: `recipe`, or `recipe` with the
-    fewest other tasks that fit; `recipe` where none does.
+    """Return the recipe by which a run's live ranges hold as many rows as they say, and the same: `recipe`, or `recipe`
+    with the fewest other tasks that fit; `recipe` where none does. Where only the numbers fit, those.
     """
+    steps = list(steps)
     live = [r for step in steps for r in step.ranges if r.kind == "live"]
     names = sorted(samples["task"].unique().to_pylist())
     counts_RT = np.stack([_rows_of(samples, live, name) for name in names], axis=1) if names and live else None
@@ -74,10 +75,14 @@ def recipe_of_ranges(samples: pa.Table, steps: Iterable[Step], recipe: Recipe) -
     choices = [recipe.heads]
     if len(names) <= CHOSEN_OF_MAX:
         choices += [some for size in range(1, len(names) + 1) for some in combinations(names, size)]
-    for tasks in choices:
-        if (counts_RT[:, [name in tasks for name in names]].sum(axis=1) == rows_R).all():
-            return recipe if tasks == recipe.heads else msgspec.structs.replace(recipe, task=tasks[0], tasks=tasks)
-    return recipe
+    fitting = [t for t in choices if (counts_RT[:, [name in t for name in names]].sum(axis=1) == rows_R).all()]
+    for tasks in fitting:
+        ours_N = pc.is_in(samples["task"], value_set=pa.array(tasks)).to_numpy()
+        if not swapped(samples, ours_N, steps, {}):
+            break
+    else:
+        tasks = fitting[0] if fitting else recipe.heads
+    return recipe if tasks == recipe.heads else msgspec.structs.replace(recipe, task=tasks[0], tasks=tasks)
 
 
 def _rows_of(samples: pa.Table, live: Sequence[StepRange], task: str) -> npt.NDArray[np.int64]:
