@@ -9,6 +9,7 @@ Legend: N samples, T tasks, 2 whether it corrects.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
@@ -21,7 +22,8 @@ from headrace.contract.hashing import hash_text
 from headrace.kernels.arrays import I32s, I64s, U8s, U64s
 from headrace.kernels.hashes import hash64_texts, mix
 
-Rows = pa.RecordBatch | pa.Table
+Rows: TypeAlias = Any
+"""A record batch or a table."""
 
 
 def id_hashes(rows: Rows) -> U64s:

@@ -133,7 +133,7 @@ class SealedStock:
             except msgspec.DecodeError:
                 continue
 
-    def _lake(self) -> tuple[dict[int, PartitionSeal], int, int]:
+    def _lake(self) -> tuple[Mapping[int, PartitionSeal], int, int]:
         """Return the lake's seals, its rows, and before which event time retention has dropped some: of one version."""
         while True:
             state = self.lake.state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
@@ -30,6 +31,7 @@ from headrace.replay.ledger.draw import Found, draw, finish
 from headrace.replay.ledger.from_seals import SealedStock, tags_of
 from headrace.replay.ledger.joined import read_joined, wrong_accounts
 from headrace.replay.ledger.kept import expected_of_kept
+from headrace.replay.ledger.kept_account import KeptAccount
 from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, order, sample_keys
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.refused import JUDGED, refused_ids
@@ -41,6 +43,8 @@ from headrace.stream.rule_changes import first_rules
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.source.stored import stored_order
+
+logger = logging.getLogger("headrace.ledger")
 
 Mode = Literal["auto", "full", "seals"]
 
@@ -79,12 +83,19 @@ def take_stock(
     try:
         ledger, account = stock.draw({run: recipe.heads for run, recipe in recipes.items()}, letters)
         if ledger.closes:
-            stock.keep(account)
+            _keep(stock, account)
     except NotSealed as error:
         ledger = _from_log(project, config, topics, reader, lake, blobs)
         ledger.not_sealed = str(error)
     reader.close()
     return ledger
+
+
+def _keep(stock: SealedStock, account: KeptAccount) -> None:
+    try:
+        stock.keep(account)
+    except Unavailable as error:
+        logger.warning("the next drawing begins where this one began: %s", error)
 
 
 def _is_small(reader: Reader, topics: Topics, config: Config) -> bool:
