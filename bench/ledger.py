@@ -215,7 +215,7 @@ class Day:
             position=self.position_of,
         )
         lake = SimpleNamespace(state=self.state_of_lake, seals=self.seals)
-        config = Config(log=LogConfig(partitions=PARTITIONS), ledger=LedgerConfig(full_records_max=0))
+        config = Config(log=LogConfig(partitions=PARTITIONS), ledger=LedgerConfig(full_records_max=1))
         memory, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         ledger = take_stock(PROJECT, config, TOPICS, reader, lake, blobs=self, mode="seals")  # type: ignore[arg-type]
         took_s = time.process_time() - begun

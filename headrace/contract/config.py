@@ -320,7 +320,7 @@ class LedgerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     exits with 1 beyond it. It must be longer than a restart of `sink` and of `train` takes. 10 minutes. Unit: ms."""
     full_records_max: Count = 20_000
     """Most records of `events` that `headrace ledger` joins once more by itself; beyond that, or where retention took
-    the first of them, it draws from seals. 0 draws from seals always. Unit: records."""
+    the first of them, it draws from seals. Unit: records."""
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -44,7 +44,7 @@ PROJECT = msgspec.structs.replace(SHOP, tasks=(*SHOP.tasks[:2], EAGER)).checked(
 CONFIG = Config(
     join=JoinConfig(early_feedback_ms=400, resolved_ms=1_600, repeat_horizon_ms=3_200),
     ingest=IngestConfig(silent_ms=300_000),
-    ledger=LedgerConfig(full_records_max=0, behind_max_ms=3_600_000),
+    ledger=LedgerConfig(full_records_max=1, behind_max_ms=3_600_000),
     log=LogConfig(partitions=PARTITIONS),
 )
 TOPICS = Topics()

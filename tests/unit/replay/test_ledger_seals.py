@@ -6,6 +6,7 @@ Method: a whole pipeline in memory, pieces of any size, one fault in one place, 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -151,6 +152,17 @@ def test_rows_that_no_commit_tells_are_counted_by_id(tmp_path: Path):
     ledger = world.draw()
     assert ledger.drawn_from == "log" and "rows were committed to the lake and its files hold" in ledger.not_sealed
     assert ledger.lost_where["lake"] >= 1 and not ledger.closes
+
+
+def test_rows_that_retention_dropped_are_no_loss(tmp_path: Path, monkeypatch):
+    world = made(tmp_path)
+    stored, state = world.lake.read(), world.lake.state
+    DeltaTable(world.lake.uri).delete(f"event_id = '{stored['event_id'][3].as_py()}'")
+    dropped = stored.num_rows - world.lake.read().num_rows
+    monkeypatch.setattr(world.lake, "state", lambda: dataclasses.replace(state(), retained_before_ms=1))
+    ledger = world.draw()
+    assert dropped and (ledger.retained, ledger.lost, ledger.closes) == (dropped, 0, True)
+    assert ledger.drawn_from == "seals" and ledger.stored == stored.num_rows - dropped
 
 
 def test_several_runs_are_each_held_against_their_own_tasks(tmp_path: Path):
