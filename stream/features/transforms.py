@@ -303,8 +303,10 @@ def _quantile(feature: Quantile, inputs: Inputs) -> F64s:
     value_N = np.clip(inputs.numbers(feature.field), edges_K[0], edges_K[-1])
     index_N = np.clip(np.searchsorted(edges_K, value_N, side="right") - 1, 0, last)
     low_N, high_N = edges_K[index_N], edges_K[index_N + 1]
-    # Halves, because the width of an interval of large numbers may be more than the largest float.
-    share_N = (value_N / 2 - low_N / 2) / (high_N / 2 - low_N / 2)
+    # Halves, because the width of an interval of large numbers may be more than the largest float. Between the two
+    # smallest floats halves are equal: there nothing lies between, and the whole is taken.
+    half_N = np.where(high_N / 2 > low_N / 2, 0.5, 1.0)
+    share_N = (value_N * half_N - low_N * half_N) / (high_N * half_N - low_N * half_N)
     place_N = (index_N + share_N) / (last + 1)
     column = inputs.column(feature.field)
     missing_N = column.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)

@@ -45,6 +45,7 @@ from headrace.stream.shell.durable_state import (
     check_topic,
 )
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.unreadable_events import tell_unreadable
 from headrace.stream.shell.waits import Waits
 
 log = logging.getLogger("headrace.stream")
@@ -89,6 +90,7 @@ class StreamStage:
     """The shell around `JoinState`; see the module for the protocol."""
 
     name = "stream"
+    has_one_owner = False
     durable_state = DurableState
 
     def __init__(self, deps: StageDependencies, *, spill: Spill | None = None, declared: Rules | None = None) -> None:
@@ -136,10 +138,12 @@ class StreamStage:
         """Join records of one partition, in order, and send what they resolved."""
         partition = self.partitions[records[0].partition]
         before, above = partition.state.rules, partition.state.offset
+        bad = partition.state.row_totals()[-1]
         emitted = partition.state.take_all(records)
         if partition.state.rules.number != before.number:
             self._tell_rules(partition.number, partition.state, before.declared)
         self.deps.metrics.add("records_read_total", len(records))
+        tell_unreadable(records, partition.state.row_totals()[-1] - bad, self.deps.metrics)
         partition.account.take_records(records, above)
         if emitted is not None:
             pieces = _pieces(emitted)

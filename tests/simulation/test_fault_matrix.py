@@ -42,7 +42,6 @@ NOT_YET = {
     "LakeReader": "the trainer's and replay's",
     "LakeState": "a value, not a call",
     "Progress": "shows only",
-    "Reader": "the trainer's, the updater's and the tools'",
 }
 """Interfaces that no stage of the matrix calls, and whose they are: each is for the one who adds that stage."""
 

@@ -19,11 +19,12 @@ from headrace.contract.formats.events import PUNCTUATION, decode_punctuation, en
 from headrace.contract.interfaces.log import Producer
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
+SEEDS = [*range(160), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(160, 320))]
 LONG_SEEDS = 1_000
 PLANTED_SEEDS = range(30)
 
 
-@pytest.mark.parametrize("seed", range(320))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_faults_lose_nothing_and_double_nothing(seed: int) -> None:
     assert World(seed).run() == {}
 

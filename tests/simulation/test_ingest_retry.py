@@ -46,7 +46,7 @@ def wrong(world: World, wanted: dict[str, int]) -> list[str]:
     return [f"{name}: {have[name]} times, {times} wanted" for name, times in wanted.items() if have[name] != times]
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", [*range(75), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(75, 150))])
 def test_a_killed_retry_loses_nothing_and_doubles_nothing(seed: int) -> None:
     world, wanted = drained(seed)
     assert wrong(world, wanted) == []
@@ -118,7 +118,7 @@ class TakenOver(Dying):
         do()
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", [*range(50), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(50, 100))])
 def test_two_retries_at_once_offer_a_letter_once(seed: int) -> None:
     random = Random(seed)
     world = World()

@@ -142,7 +142,7 @@ def run(seed: int, make: Callable[..., KafkaSource] = KafkaSource) -> None:
     world.check()
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", [*range(30), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(30, 60))])
 def test_crashes_and_rebalances_change_nothing(seed: int) -> None:
     run(seed)
 

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pytest
 from join_world import LONG, POSITION_COLUMNS, PROJECT, drain, records, state, traffic
 
+SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 8))]
 
-@pytest.mark.parametrize("seed", range(8))
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_cuts_change_positions_and_never_content(seed):
     items = traffic(seed)
     one, first = drain(records(items, None))
@@ -23,7 +25,7 @@ def test_cuts_change_positions_and_never_content(seed):
     assert first.totals == second.totals
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_crash_and_restore_changes_no_bit(seed):
     log = records(traffic(seed), Random(seed))
     expected, calm = drain(log)

@@ -36,7 +36,7 @@ def samples(join: JoinState | PlainJoin, log: list[Record], gather: Random | Non
 
 @pytest.mark.parametrize("config", [CONFIG, LONG], ids=["forgets", "remembers"])
 @pytest.mark.parametrize("project", [PROJECT, EAGER], ids=["window", "eager"])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 12))])
 def test_equal_samples_and_totals(seed, project, config):
     log = records(traffic(seed), Random(seed))
     plain, compiled, gathered = (
@@ -51,7 +51,7 @@ def test_equal_samples_and_totals(seed, project, config):
     assert len(compiled.early) == plain.early_rows
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 10))])
 def test_a_thousand_ways_to_cut_give_equal_samples(block):
     for seed in range(100 * block, 100 * block + 100):
         items = traffic(seed, 60)

@@ -16,6 +16,8 @@ from headrace.contract.interfaces.log import Record
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import encode_state, load_state
 
+SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 8))]
+
 
 def join_of(config: JoinConfig = CONFIG, project: int = 0) -> JoinState:
     return JoinState(PROJECTS[project], config, silent_ms=300, partition=0)
@@ -42,7 +44,7 @@ def present(batch: pa.RecordBatch) -> list[dict]:
 
 
 @pytest.mark.parametrize("config", [CONFIG, LONG], ids=["forgets", "remembers"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_equal_samples_and_totals_across_changes(seed, config):
     log = records(changing(seed), Random(seed), SCHEMAS)
     plain = PlainJoin(PROJECT, config, silent_ms=300, partition=0)
@@ -57,7 +59,7 @@ def test_equal_samples_and_totals_across_changes(seed, config):
     assert compiled.rules.number == 4
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 3))])
 def test_cuts_across_a_change_give_equal_samples(block):
     for seed in range(10 * block, 10 * block + 10):
         items = changing(seed, 80, 2)
@@ -70,7 +72,7 @@ def test_cuts_across_a_change_give_equal_samples(block):
         assert whole.totals == cut.totals
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_crash_anywhere_around_a_change_changes_no_bit(seed):
     log = records(changing(seed), Random(seed), SCHEMAS)
     calm = join_of()

@@ -35,6 +35,8 @@ NOT_AFTER_A_COMMIT = {
 }
 FAILURES = ("unavailable", "unexpected", "no memory", "effect, then unavailable", "effect, then unexpected", "dies",
             "effect, then dies")  # fmt: skip
+USUAL = ("unavailable", "unexpected", "effect, then unexpected", "effect, then dies")
+"""In every run; the others go the same ways through the code and belong to the long ones."""
 ERRORS: dict[str, type[BaseException]] = {
     "unavailable": Unavailable,
     "unexpected": RuntimeError,
@@ -152,7 +154,7 @@ def check(world: World, trainer: Trainer, digest: str, steps: int) -> None:
     assert again.learner.digest() == digest
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure", [f if f in USUAL else pytest.param(f, marks=pytest.mark.long) for f in FAILURES])
 @pytest.mark.parametrize(("room", "method"), CELLS, ids=[f"{room}.{name}" for room, name in CELLS])
 def test_a_call_that_fails_after_the_commit_of_the_lakes_last_step(room, method, failure, undisturbed):
     digest, steps, stored = undisturbed
@@ -191,6 +193,27 @@ def test_no_call_of_a_contract_is_left_out():
     assert len(CALLS) == sum(len(methods(contract)) for contract in CONTRACTS.values())
     for contract in CONTRACTS.values():
         assert "__protocol_attrs__" not in vars(contract) or set(methods(contract)) == contract.__protocol_attrs__
+
+
+def test_no_step_is_applied_before_its_record_was_read_back():
+    """Whenever the trainer asks the log for the record that it wrote, the model is still without that step."""
+    world = whole_world()
+    seen: list[tuple[int, int]] = []
+
+    class Watched(FencedMemory):
+        def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
+            found = super().read(offset, wait_s)
+            if found and trainer is not None:
+                seen.append((decode_step(found[-1][1]).step, trainer.learner.step))
+            return found
+
+    trainer: Trainer | None = None
+    writer = Watched(world.log, TOPICS.steps, f"steps-{PROJECT.name}", world.epochs)
+    trainer = Trainer(world.deps(steps_writer=writer))
+    trainer.recover()
+    world.drain(trainer)
+    assert [step for step, _ in seen] == [s.step for s in recorded(world)] and len(seen) > 5
+    assert all(applied == step - 1 for step, applied in seen)
 
 
 def test_a_step_that_was_not_learnt_is_followed_by_none():

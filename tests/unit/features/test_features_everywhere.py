@@ -126,6 +126,22 @@ def test_the_join_counts_sums_recencies_and_decay(samples):
     assert faded[0] == 0 and faded[1] in (1.0, pytest.approx(0.5**0.5)) and faded[2] < faded[1]
 
 
+def test_counters_are_learnt_as_they_were_served_and_else_as_the_join_knows_them():
+    """A served answer saw another moment than the join does: what the model saw is what it learns."""
+    schema = impression_schema(PROJECT)
+    lead = {"request_id": "r", "place": 0, "key": "7", "event_time_ms": T0} | FIELDS
+    served = {"counter.u.buy": 41.0, "counter.u.sum:buy.value": 82.0}
+    told = [lead | {"event_id": "served"} | served, lead | {"event_id": "said nothing", "place": 1}]
+    state = JoinState(PROJECT, JoinConfig(), silent_ms=10_000, partition=0)
+    state.take(Record("events", 0, 0, None, encode_batch(batch_from_rows(told, schema)), {"kind": "impression"}, 0))
+    emitted = state.take(Record("events", 0, 1, None, _time(T0 + 1_000_000), {"kind": "punctuation"}, 0))
+    rows = {row["event_id"]: row for row in emitted.batch.to_pylist()}
+    assert (rows["served"]["counter.u.buy"], rows["said nothing"]["counter.u.buy"]) == (41.0, 0.0)
+    # What was not served of the same impression is what the join knows; features are made of what stands there.
+    assert rows["served"]["counter.u.last:buy"] == 0.0
+    assert rows["served"]["numeric"] != rows["said nothing"]["numeric"]
+
+
 def test_a_counter_over_two_fields_is_the_same_in_join_aggregator_and_serving(samples):
     """The join counts by itself what has the partition key; serving takes it from the aggregator, by its own text."""
     assert samples["counter.ut.buy"].to_pylist() == [0, 1, 0] and samples["counter.ut.impression"][1].as_py() == 1
