@@ -22,7 +22,7 @@ from headrace.replay.ledger.topic_seals import NotSealed, TopicSeals
 SAMPLES = Topics().samples
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_every_position_has_the_seal_of_what_lies_up_to_it(seed: int):
     """Records come twice and out of turn, and the last ones are not ours."""
     world = World(seed)
