@@ -21,6 +21,7 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.source.batch import to_batch
+from headrace.trainer.source.judged import judge_of
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
 from headrace.trainer.source.stored import StoredRows
@@ -47,8 +48,9 @@ class Source:
         self._project, self._reader, self._topic, self._lake = project, reader, topic, lake
         self._generation = generation
         schema, tasks = sample_schema(project), project.recipe.heads
-        self._stored = StoredRows(lake, schema, tasks, f"train-{project.name}")
-        self._live = LiveRows(schema, tasks, metrics)
+        judge = judge_of(project)
+        self._stored = StoredRows(lake, schema, tasks, f"train-{project.name}", judge=judge)
+        self._live = LiveRows(schema, tasks, metrics, judge=judge)
         self._ranges = RangeReader(self._stored, self._live, schema)
         self._assigned = False
         self._lease_is_due = False

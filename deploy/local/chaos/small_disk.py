@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from headrace.contract.errors import Unavailable
+from headrace.process.background import Background
 
 SIZE_BYTES = 8 << 30
 SPARE_BYTES = 4 << 30
@@ -45,6 +46,7 @@ class SmallDisk:
         self._image, self.mount = folder / "disk.img", folder / "disk"
         self._filling: threading.Thread | None = None
         self._enough = threading.Event()
+        self._background = Background()
         self.mount.mkdir()
         with self._image.open("wb") as file:
             file.truncate(size_bytes)
@@ -67,16 +69,16 @@ class SmallDisk:
         if self._filling is None:
             self._enough.clear()
             self._take_all()
-            self._filling = threading.Thread(target=self._top_up, name="full-disk", daemon=True)
-            self._filling.start()
+            self._filling = self._background.thread("full-disk", self._top_up)
 
     def free(self) -> None:
-        """Give back all that `fill` took."""
+        """Give back all that `fill` took. Raises what ended the filling before its time."""
         if self._filling is not None:
             self._enough.set()
             self._filling.join()
             self._filling = None
         (self.mount / "fill").unlink(missing_ok=True)
+        self._background.check()
 
     def unmount(self) -> None:
         """Give the device back and delete the image. Raises `Unavailable` while a process has a file open there."""

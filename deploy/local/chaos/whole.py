@@ -33,6 +33,7 @@ from headrace.deploy.local.metrics_text import parse
 from headrace.deploy.local.readiness import http_get, kafka_trouble
 from headrace.deploy.local.servers import room
 from headrace.deploy.local.supervise import Process, Supervisor
+from headrace.process.background import Background
 from headrace.replay.as_trained import Result
 from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.publish import read_manifests
@@ -89,15 +90,18 @@ class Backlog:
         self._load, self._say = load, say
         self._lags: dict[str, int] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="backlog", daemon=True)
+        self._background = Background()
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._thread = self._background.thread("backlog", self._look)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Look on no more. Raises what ended the looking before its time: the load may have waited for nothing."""
         self._stop.set()
         self._thread.join()
+        if kind is None:
+            self._background.check()
 
     def told(self) -> str:
         """Return a phrase on the load and on how far behind the stages are."""
