@@ -60,15 +60,19 @@ class LookUp:
     ) -> None:
         """`pause` is called every few hundred records; what it raises ends the look-up."""
         self._topics, self._reader, self._stored, self._pause = topics, reader, stored, pause
+        self._at_work: Callable[[], None] = lambda: None
         self._earlier_ms = EARLIER_MS + skew_ms
         self._windows_ms = max((task.window_ms + task.correct_ms for task in project.tasks), default=-1)
 
-    def verdicts(self, letters: Sequence[Letter]) -> dict[int, Verdict]:
+    def verdicts(self, letters: Sequence[Letter], at_work: Callable[[], None] = lambda: None) -> dict[int, Verdict]:
         """Return a verdict by each letter's offset; none for those that only a later look-up can tell.
+
+        `at_work` is called as often as `pause`.
 
         Raises `Unavailable` where the log cannot be read, `InvariantBroken` where retention deletes what is being read.
         """
         found: dict[int, Verdict] = {}
+        self._at_work = at_work
         begins, ends = self._reader.begin_offsets(self._topics.events), self._reader.end_offsets(self._topics.events)
         by_partition: defaultdict[int, list[Letter]] = defaultdict(list)
         for letter in letters:
@@ -88,6 +92,10 @@ class LookUp:
         if left:
             self._look_in_lake(left, spans, found)
         return found
+
+    def _turn(self) -> None:
+        self._pause()
+        self._at_work()
 
     def _since_ms(self, letter: Letter) -> int:
         return letter.content.event_time_ms - self._earlier_ms
@@ -115,7 +123,7 @@ class LookUp:
                 ids.setdefault(letter.content.event_id, []).append(letter.offset)
         for number, record in enumerate(read_range(self._reader, self._topics.events, begins=firsts, ends=ends)):
             if number % _PAUSE_RECORDS == 0:
-                self._pause()
+                self._turn()
             kind = record.headers.get("kind", "")
             if record.value is None or kind not in (IMPRESSION, FEEDBACK):
                 continue
@@ -139,7 +147,7 @@ class LookUp:
 
     def _first_at(self, partition: int, offset: int, end: int) -> Record | None:
         """Return the first record from `offset` on and before `end`."""
-        self._pause()
+        self._turn()
         topic = self._topics.events
         return next(iter(read_range(self._reader, topic, begins={partition: offset}, ends={partition: end})), None)
 
@@ -155,7 +163,7 @@ class LookUp:
             for letter in letters:
                 by_hour[letter.content.event_time_ms // _HOUR_MS].append(letter)
             for hour, ours in sorted(by_hour.items()):
-                self._pause()
+                self._turn()
                 self._look_in_hour(hour, ours, spans, found)
         except Unavailable:
             return

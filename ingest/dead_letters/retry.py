@@ -23,7 +23,7 @@ one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -144,6 +144,7 @@ class Retry:
         )
         self._lease_ms, self._look_up = lease_ms, look_up
         self._verdicts: dict[int, Verdict] = {}
+        self._marked_s = float("-inf")
         self._taken: set[bytes] = set()
         """Digests of (tag, event id) of every letter whose event is in the log."""
 
@@ -160,7 +161,7 @@ class Retry:
         ends = self._reader.end_offsets(self._topics.dead_letters)[0]
         states = self._survey(ends, chosen)
         self._find_out(states, ends, report)
-        self._judge(states, chosen, ends, decide)
+        self._judge(states, chosen, ends, decide, self._at_work)
         is_first = True
         for batch in self._batches(states, chosen, ends, report):
             if is_first:
@@ -177,7 +178,7 @@ class Retry:
         states = self._survey(ends, chosen)
         for offset in list(states.doubtful):
             states.fates[offset] = "open"
-        self._judge(states, chosen, ends, decide)
+        self._judge(states, chosen, ends, decide, lambda: None)
         for batch in self._batches(states, chosen, ends, report):
             until_s = self._clock.monotonic() + _NEVER_MS / 1000
             self._tell(batch, *self._offer(batch, DryRunProducer(), until_s), report)
@@ -283,7 +284,7 @@ class Retry:
 
     # -- 3. look up
 
-    def _judge(self, states: States, chosen: Filter, end: int, decide: Decision) -> None:
+    def _judge(self, states: States, chosen: Filter, end: int, decide: Decision, at_work: Callable[[], None]) -> None:
         """Find out of what is too late, or unknown, whether it is new; at most `LOOKED_UP_MAX` letters."""
         late: list[Letter] = []
         for letter in read_letters(self._reader, self._topics.dead_letters, end):
@@ -298,9 +299,15 @@ class Retry:
             elif state == "open" and letter.content.reason == TOO_LATE:
                 late.append(msgspec.structs.replace(letter, content=msgspec.structs.replace(letter.content, raw=b"")))
         if late and self._look_up is not None:
-            for offset, verdict in self._look_up.verdicts(late).items():
+            at_work()
+            for offset, verdict in self._look_up.verdicts(late, at_work).items():
                 decided: Verdict = "new" if decide == "take" else "repeated"
                 self._verdicts[offset] = decided if verdict == "unknown" and decide else verdict
+
+    def _at_work(self) -> None:
+        """Tell the settlers of other gateways, now and then, that this one looks up: a long log takes minutes."""
+        if self._clock.monotonic() - self._marked_s >= self._lease_ms / 3000:
+            self._append(RetryMark(step="retrying", run=self._run, at_ms=self._clock.now_ms()))
 
     # -- 4. mark
 
@@ -335,6 +342,7 @@ class Retry:
 
     def _append(self, mark: RetryMark) -> None:
         self._writer.append(encode_retry_mark(mark))
+        self._marked_s = self._clock.monotonic()
 
     def _take(self, batch: list[Letter], report: Report) -> None:
         """Mark, offer and settle one batch."""

@@ -57,7 +57,10 @@ def outage(seed: int, kills: int) -> tuple[LateWorld, int]:
     newest = max(decode_punctuation(r.value).time_ms for r in world.records() if r.headers["kind"] == PUNCTUATION)
     assert newest > world.clock.now_ms() - 60_000, "nobody waits for late events"
     world.settle_with_kills(kills)
-    world.pass_time(60)
+    for _ in range(2):
+        # The last windows end.
+        world.clock.advance(30.0)
+        world.turn()
     return world, delivered
 
 

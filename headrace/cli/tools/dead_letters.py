@@ -26,7 +26,7 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.cli.stored_ids import IdsOfLake
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.formats.dead_letters import decode_retry_mark
+from headrace.contract.formats.dead_letters import TOO_LATE, decode_retry_mark
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.display import ADVICE, ADVICE_ELSE, row, summary, title, view
@@ -236,6 +236,8 @@ def _lines(report: Report) -> list[str]:
     lines += [f"  {report.unknown:>9,}  nobody can tell: --take or --drop decides"] if report.unknown else []
     lines += [f"  {report.skipped_lines:>9,}  no event by the mapping"] if report.skipped_lines else []
     lines += [f"  {count:>9,}  {would}refused again: {why}" for why, count in sorted(report.refused.items())]
+    if TOO_LATE in report.refused:
+        lines.append("             too_late: they are newer letters now, and the gateways look them up by themselves")
     lines += [f"  {count:>9,}  not offered: {why}" for why, count in sorted(report.skipped.items())]
     lines += [f"  {count:>9,}  left by a killed retry: {fate}" for fate, count in sorted(report.found_out.items())]
     return lines

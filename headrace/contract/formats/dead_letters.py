@@ -46,7 +46,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RetryMark(msgspec.Struct, frozen=True, kw_only=True):
-    """What a retry is about to do (`retrying`: `letters`, `ends`), or what came of it (`retried`: `outcomes`)."""
+    """What a retry is about to do (`retrying`: `letters`, `ends`), or what came of it (`retried`: `outcomes`). A
+    `retrying` mark without letters says that its run is at work, looking letters up."""
 
     step: Literal["retrying", "retried"]
     run: str
