@@ -7,14 +7,25 @@ the log is joined from its beginning, in several cuts: every impression is one s
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from itertools import pairwise
+from typing import cast
+
 import pytest
-from late_world import LateWorld, outcome, wrong
+from ingest_world import PROJECT
+from late_world import CONFIG, LateWorld, P, outcome, wrong
 from letters_world import TOPICS
 
-from headrace.contract.formats.dead_letters import TOO_LATE, decode_retry_mark
+from headrace.backends.clock import SystemClock
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.formats.dead_letters import TOO_LATE, RetryMark, decode_retry_mark, encode_retry_mark
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.ingest.dead_letters.letters import read_letters, superseded
 from headrace.ingest.dead_letters.look_up import LookUp
+from headrace.ingest.dead_letters.retry import LEASE_MS
+from headrace.ingest.dead_letters.settler import Clients, Settler
+from headrace.ingest.gateway.admission import Admission
 from headrace.replay.ledger.draw import draw_gateways
 from headrace.replay.ledger.ledger import Ledger
 
@@ -121,3 +132,97 @@ def test_without_looking_up_what_came_through_before_counts_twice(monkeypatch: p
     with pytest.raises(AssertionError):
         for seed in range(3):
             check(seed, kills=0)
+
+
+class Waiting:
+    """The gateway as a companion sees it, of which the settler needs nothing."""
+
+
+def companion(world: LateWorld, clients: Callable[[], Clients]) -> Settler:
+    return Settler(
+        PROJECT,
+        CONFIG,
+        TOPICS,
+        P,
+        open_clients=clients,
+        metrics=world.counts,
+        clock=SystemClock(),
+        late=world.late,
+    )
+
+
+async def run_until(settler: Settler, done: Callable[[], bool]) -> None:
+    stopping = asyncio.Event()
+    task = asyncio.create_task(settler.run(cast(Admission, Waiting()), stopping))
+    while not done() and not task.done():
+        await asyncio.sleep(0.01)
+    stopping.set()
+    await task
+
+
+def test_a_companion_of_the_gateway_settles_and_ends_with_it() -> None:
+    world = LateWorld(1)
+    chunk = world.visit()[0]
+    world.clock.advance(4 * 3_600.0)
+    world.send(chunk)
+    world.turn()
+    settler = companion(world, world.clients)
+    asyncio.run(run_until(settler, lambda: world.counts.totals["late_settled_total:new"] > 0))
+    assert [decode_batch(r.value or b"").num_rows for r in world.records() if r.headers["kind"] != PUNCTUATION] == [1]
+
+
+def test_what_nobody_expected_of_a_settler_ends_its_gateway_and_an_outage_does_not() -> None:
+    world, tries = LateWorld(1), []
+
+    def away() -> Clients:
+        tries.append(1)
+        raise Unavailable("no broker")
+
+    asyncio.run(run_until(companion(world, away), lambda: world.counts.totals["errors_total:settler"] > 0))
+    assert tries
+
+    def broken() -> Clients:
+        raise ValueError("nobody expected this")
+
+    with pytest.raises(ValueError, match="nobody expected this"):
+        asyncio.run(run_until(companion(world, broken), lambda: False))
+
+
+def test_two_settlers_do_not_take_each_others_place() -> None:
+    world = LateWorld(1)
+    chunks = [world.visit()[0] for _ in range(3)]
+    world.clock.advance(4 * 3_600.0)
+    for chunk in chunks:
+        world.send(chunk)
+    world.turn()
+    first, second = world.clients(), world.clients()
+    first.writer.open()
+    mark = RetryMark(step="retrying", run="settler-other", at_ms=world.clock.now_ms())
+    first.writer.append(encode_retry_mark(mark))
+    assert world.settler().turn(second), "the other one is at work: later"
+    first.writer.append(encode_retry_mark(mark))
+    world.clock.advance(LEASE_MS / 1000)
+    world.settler().turn(second)
+    assert world.counts.totals["late_settled_total:new"] == 3
+    with pytest.raises(InvariantBroken):
+        first.writer.append(encode_retry_mark(mark))
+
+
+def test_a_long_look_up_says_that_it_goes_on() -> None:
+    world = LateWorld(1)
+    world.send(world.visit()[0])
+    late = world.visit()[0]
+    world.pass_time(4 * 3_600.0)
+    world.send(late)
+    world.turn()
+    clients, settler = world.clients(), world.settler()
+
+    def slowly() -> None:
+        world.clock.advance(LEASE_MS / 2000)
+
+    settler._pause = slowly  # type: ignore[method-assign]
+    settler.turn(clients)
+    marks = [decode_retry_mark(value) for _, value in clients.writer.read(0)]
+    times = [mark.at_ms for mark in marks]
+    assert len([mark for mark in marks if not mark.letters and not mark.outcomes]) > 2
+    assert max(later - before for before, later in pairwise(times)) < LEASE_MS
