@@ -160,8 +160,9 @@ class JoinState:
         return [rows.impressions, rows.feedback, rows.repeated_in_log, rows.bad_records, rows.too_late]
 
     def load_totals(self, totals: Sequence[int]) -> None:
-        """Take over what `row_totals` gave."""
-        self._rows = Totals(*totals)
+        """Take over what `row_totals` gave; a state of before has no last one."""
+        impressions, feedback, repeated_in_log, bad_records, too_late = [*totals, 0][:5]
+        self._rows = Totals(impressions, feedback, repeated_in_log, bad_records, too_late)
 
     # Rules
 

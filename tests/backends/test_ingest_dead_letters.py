@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from ingest_world import PROJECT, impression, message
+from ingest_world import NOT_LATE, PROJECT, impression, message
 from letters_world import P
 from retry_process import Turn, retry
 
 from headrace.backends.clock import SystemClock
+from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
@@ -32,8 +34,10 @@ from headrace.contract.interfaces.log import read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import Layout
 from headrace.ingest.dead_letters.letters import read_letters
+from headrace.ingest.dead_letters.settler import Clients, Settler
 from headrace.ingest.gateway.gateway import Gateway, Peer
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
+from headrace.ingest.gateway.late_events import LateEvents
 
 pytestmark = pytest.mark.real
 WORLDS = Path(__file__).resolve().parents[1] / "worlds" / "ingest"
@@ -51,7 +55,9 @@ class World:
         self.topics = Topics(self.generation)
         KafkaAdmin(self.brokers).ensure_topics(self.topics.specs(P))
 
-    def take(self, *chunks: tuple[str, list[Any]], project: Project = PROJECT, name: str = "g1") -> None:
+    def take(
+        self, *chunks: tuple[str, list[Any]], project: Project = PROJECT, name: str = "g1", late: LateEvents = NOT_LATE
+    ) -> None:
         """Let a gateway take chunks and say goodbye."""
         producer, clock = KafkaProducer(self.brokers), SystemClock()
         config = IngestConfig(grace_ms=0)
@@ -63,6 +69,7 @@ class World:
             producer=producer,
             metrics=MemoryMetrics(),
             clock=clock,
+            late=late,
         )
         gateway = Gateway(deps, name)
         for number, (tag, found) in enumerate(chunks):
@@ -88,6 +95,10 @@ class World:
         found = list(read_letters(reader, self.topics.dead_letters, reader.end_offsets(self.topics.dead_letters)[0]))
         reader.close()
         return found
+
+    def clients(self) -> Clients:
+        writer = FencedKafka(self.brokers, self.topics.retries, f"headrace-{self.topics.retries}")
+        return Clients(KafkaProducer(self.brokers), KafkaReader(self.brokers), writer, None)
 
     def process(self, effect: int = 0, when: str = "after") -> subprocess.Popen[str]:
         words = [
@@ -203,3 +214,35 @@ def test_an_operators_way_from_the_list_to_a_closed_ledger(
     gateway = {name: ledger[name] for name in ("read", "appended", "dead_lettered", "repeated", "retried", "lost")}
     assert gateway == {"read": 11, "appended": 9, "dead_lettered": 2, "repeated": 0, "retried": 8, "lost": 0}
     assert ledger["dead_letters"] == {"undeclared": 1, "bad_type": 1}
+
+
+@pytest.mark.long
+def test_late_events_are_looked_up_in_the_log_and_settled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The broker's clock is the gateway's, and the topic is a moment old.
+    monkeypatch.setattr("headrace.ingest.dead_letters.look_up.EARLIER_MS", 0)
+    world.take(("shop.impression", [impression(1)]))
+    time.sleep(3.0)
+    now_ms, late = SystemClock().now_ms(), LateEvents(1_000)
+    again = [impression(1), *(impression(n, event_time_ms=now_ms - 1_500) for n in (2, 3, 2))]
+    world.take(("shop.impression", again), name="g2", late=late)
+    assert [letter.content.reason for letter in world.letters()] == ["too_late"] * 3 and late.written == 3
+    metrics = MemoryMetrics()
+    settler = Settler(
+        PROJECT,
+        IngestConfig(skew_ms=1),
+        world.topics,
+        P,
+        open_clients=world.clients,
+        metrics=metrics,
+        clock=SystemClock(),
+        late=late,
+    )
+    clients = world.clients()
+    while settler.turn(clients):
+        pass
+    assert sorted(row["event_id"] for row in world.rows()) == ["e1", "e2", "e3"]
+    assert (
+        metrics.counters["late_settled_total", "new"] == 2 and metrics.counters["late_settled_total", "repeated"] == 1
+    )
+    assert not settler.turn(clients), "nothing waits"
+    clients.close()
