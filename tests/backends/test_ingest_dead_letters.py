@@ -8,18 +8,23 @@ record; the command line in a project folder of its own.
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import msgspec
 import pytest
 from ingest_world import NOT_LATE, PROJECT, impression, message
 from letters_world import P
+from local_world import free_base
 from retry_process import Turn, retry
 
 from headrace.backends.clock import SystemClock
@@ -27,7 +32,7 @@ from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
-from headrace.contract.config import IngestConfig
+from headrace.contract.config import IngestConfig, port
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import read_range
@@ -246,3 +251,62 @@ def test_late_events_are_looked_up_in_the_log_and_settled(world: World, monkeypa
     )
     assert not settler.turn(clients), "nothing waits"
     clients.close()
+
+
+@pytest.mark.long
+def test_a_running_gateway_settles_late_events(
+    world: World, project_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = "[join]\nrepeat_horizon_ms = 4000\n[ingest]\nrepeat_horizon_ms = 1\n"
+    toml = project_dir / "headrace.toml"
+    toml.write_text(toml.read_text() + config)
+    base = free_base()
+    words = [sys.executable, "-m", "headrace.cli.main", "ingest", "--port-base", str(base), "--collector-port", "0"]
+    env = os.environ | {"PYTHONPATH": str(WORLDS)}
+    with subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) as gateway:
+        try:
+            with connected(port("forward", base), gateway) as sock:
+                now_ms = SystemClock().now_ms()
+                for number in (1, 9):
+                    # With the second one the gateway itself has forgotten the first.
+                    send(sock, f"c{number}", impression(number, event_time_ms=now_ms))
+                    time.sleep(2.5)
+                old_ms = SystemClock().now_ms() - 4_500
+                send(sock, "c2", impression(1, event_time_ms=old_ms))
+                send(sock, "c3", impression(2, event_time_ms=old_ms))
+            until = time.monotonic() + 60.0
+            while (told := settled(port("metrics_ingest", base))) != {"repeated": 1.0, "unknown": 1.0}:
+                assert time.monotonic() < until, told
+                time.sleep(0.2)
+            gateway.terminate()
+            _, error = gateway.communicate(timeout=30)
+            assert gateway.returncode == 0, error
+        finally:
+            gateway.kill()
+    assert sorted(row["event_id"] for row in world.rows()) == ["e1", "e9"]
+    listed = [msgspec.json.decode(line) for line in run(capsys, "dead-letters", "list", "--json").splitlines()]
+    assert Counter(one["state"] for one in listed) == {"retried": 1, "unknown": 1}
+    run(capsys, "dead-letters", "retry", "--reason", "too_late", "--take")
+    assert sorted(row["event_id"] for row in world.rows()) == ["e1", "e2", "e9"]
+
+
+def connected(number: int, process: subprocess.Popen[str]) -> socket.socket:
+    while process.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", number), 30.0)
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    raise AssertionError(process.communicate()[1])
+
+
+def send(sock: socket.socket, chunk: str, record: dict[str, Any]) -> None:
+    """Send one event and wait for its ack."""
+    sock.sendall(msgpack.packb(["shop.impression", [[int(time.time()), record]], {"chunk": chunk}]))
+    assert msgpack.unpackb(sock.recv(4_096)) == {"ack": chunk}
+
+
+def settled(number: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{number}/metrics", timeout=5.0) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'late_settled_total\{fate="(\w+)"\} (\S+)', text)
+    return {fate: float(count) for fate, count in found if float(count)}
