@@ -154,7 +154,11 @@ class Connection(asyncio.Protocol):
 
     def _close_unacked(self) -> None:
         if self._transport is not None:
-            self.refuse("dead_letter_ceiling", "too many events of a tag are dead letters; /readyz says which and why")
+            self.refuse(
+                "dead_letter_ceiling",
+                "too many events of a tag are dead letters (/readyz says which and why), or too many late ones wait to "
+                "be looked up (late_waiting)",
+            )
 
     def _answer_ping(self, ping: Ping) -> None:
         if self._handshake is None or self._transport is None:

@@ -19,7 +19,7 @@ class Admission(Protocol):
     """Offers are made from the loop's own thread, and none of these calls blocks."""
 
     def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
-        """Take a message, as `Gateway.offer` does; False where a `refusable` one is beyond the ceiling."""
+        """Take a message, as `Gateway.offer` does; False where a `refusable` one is beyond a ceiling."""
 
     def now_ms(self) -> int:
         """Return the gateway's time, which no step of the wall clock moves."""
