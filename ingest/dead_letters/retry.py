@@ -299,7 +299,6 @@ class Retry:
             elif state == "open" and letter.content.reason == TOO_LATE:
                 late.append(msgspec.structs.replace(letter, content=msgspec.structs.replace(letter.content, raw=b"")))
         if late and self._look_up is not None:
-            at_work()
             for offset, verdict in self._look_up.verdicts(late, at_work).items():
                 decided: Verdict = "new" if decide == "take" else "repeated"
                 self._verdicts[offset] = decided if verdict == "unknown" and decide else verdict

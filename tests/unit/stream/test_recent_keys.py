@@ -16,6 +16,7 @@ from msgspec import structs
 
 from headrace.contract.formats.events import Punctuation
 from headrace.kernels.hashes import hash128_texts
+from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.outcome import Totals
 from headrace.stream.join.recent_keys import SLICES, RecentKeys
@@ -105,3 +106,14 @@ def test_a_state_that_counted_nothing_too_late_is_read() -> None:
     join = JoinState(PROJECT, CONFIG, silent_ms=300, partition=0)
     join.load_totals([1, 2, 3, 4])
     assert join.totals.bad_records == 4 and join.row_totals() == [1, 2, 3, 4, 0]
+
+
+def test_the_aggregator_counts_what_the_join_counts() -> None:
+    impression = {"event_id": "e", "request_id": "r", "place": 0, "key": "1", "event_time_ms": 10_000, "user": 1}
+    items = [("impression", {**impression, "item": 1, "price": 1.0, "version": "v"})]
+    log = records([("time", Punctuation("g", 1, 20_000)), *items], None)
+    for late, counted in (("set-aside", False), ("looked-up", True)):
+        state = AggregatorState(PROJECT, 1, grid_ms=100, silent_ms=300, horizon_ms=CONFIG.repeat_horizon_ms)
+        for record in log:
+            state.take(structs.replace(record, headers={**record.headers, "gateway": "g", "late": late}))
+        assert any(state.staged) is counted
