@@ -11,19 +11,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from headrace.contract.metrics import Name
 from headrace.ingest.decode.message import encode_record, message_of
 from headrace.ingest.decode.validate import declared_types
 from headrace.ingest.forward.protocol import Decoder
-from headrace.ingest.gateway.dry_run import DryRunProducer
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.dry_run import DryRunProducer, NoMetrics
+from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 
 
 def compile_decoders(deps: GatewayDependencies) -> None:
     """Send one event of each declared type through a gateway of which nothing is kept."""
     producer, clock = DryRunProducer(), deps.clock
-    gateway = Gateway(replace(deps, producer=producer, metrics=_NoMetrics()), "compile")
+    gateway = Gateway(replace(deps, producer=producer, metrics=NoMetrics()), "compile")
     for tag, declared in declared_types(deps.project).items():
         record = {field.name: _value(field.type) for field in declared.schema if field.name != "event_time_ms"}
         # Twice: its own bytes, and one whose id and chunk were there before.
@@ -44,16 +44,3 @@ def _value(kind: pa.DataType) -> Any:
     if pa.types.is_floating(kind):
         return 1.0
     return 1 if pa.types.is_integer(kind) else None
-
-
-class _NoMetrics:
-    """Counts and shows nothing."""
-
-    def add(self, name: Name, amount: float = 1.0, **labels: str) -> None:
-        """Count nothing."""
-
-    def set(self, name: Name, value: float, **labels: str) -> None:
-        """Show nothing."""
-
-    def observe(self, name: Name, value: float) -> None:
-        """Observe nothing."""

@@ -30,6 +30,7 @@ Name = Literal[
     "feedback_duplicate_total",
     "feedback_late_total",
     "feedback_orphan_total",
+    "events_too_late_total",
     "pending_impressions",
     "pending_feedback",
     "watermark_ms",
@@ -76,6 +77,10 @@ Name = Literal[
     "events_refused_total",
     "dead_letter_ceiling_shut",
     "dead_letter_origins_shut",
+    "late_waiting",
+    "late_oldest_seconds",
+    "late_unknown",
+    "late_settled_total",
     "pages_total",
     "page_seconds",
     "body_bytes_total",
@@ -180,6 +185,12 @@ METRICS: Mapping[Name, MetricDoc] = {
     ),
     "feedback_orphan_total": MetricDoc(
         "counter", "events", ("stream",), "Feedback whose impression never came.", labels=("task",)
+    ),
+    "events_too_late_total": MetricDoc(
+        "counter",
+        "events",
+        ("stream",),
+        "Events that the join dropped, because they are older than its memory of repeats and nobody looked them up.",
     ),
     "pending_impressions": MetricDoc(
         "gauge", "events", ("stream",), "Impressions that wait for feedback or for the end of their window."
@@ -348,6 +359,22 @@ METRICS: Mapping[Name, MetricDoc] = {
         ("ingest",),
         "Origins whose chunks of a tag the ceiling of dead letters holds back; the unknown ones of a network are one.",
         labels=("tag",),
+    ),
+    "late_waiting": MetricDoc(
+        "gauge",
+        "events",
+        ("ingest",),
+        "Events that are older than the stream's memory of repeats and wait to be looked up, of all gateways.",
+    ),
+    "late_oldest_seconds": MetricDoc("gauge", "seconds", ("ingest",), "How long the oldest of them has waited."),
+    "late_unknown": MetricDoc(
+        "gauge",
+        "events",
+        ("ingest",),
+        "Late events of which log and lake cannot tell whether they were taken: they wait for a decision.",
+    ),
+    "late_settled_total": MetricDoc(
+        "counter", "events", ("ingest",), "Late events that this gateway's settler has settled.", labels=("fate",)
     ),
     "pages_total": MetricDoc(
         "counter",

@@ -19,6 +19,8 @@ ADVICE: dict[str, str] = {
     "bad_type": "Correct the service, or declare the field with the type that it logs, restart the gateways, retry.",
     "unknown_field": "Declare the field, or set unknown='drop' for this event, restart the gateways, retry.",
     "future": "A clock runs ahead: correct it (NTP) on the host of `origin`. Once the event's time is past, retry.",
+    "too_late": "It is older than the stream's memory of repeats. The gateways look it up by themselves; in the state "
+    "`unknown` log and lake cannot tell whether it was taken: retry it with --take, or with --drop if it was.",
     "too_large": "One event is larger than ingest.batch_bytes: log less, or raise it (the broker's limit is 1 MB).",
     "bad_line": "The line is not of the log format that the mapping names: correct `format`, restart the gateways, "
     "retry.",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from headrace.contract.errors import Unavailable
-from headrace.contract.formats.dead_letters import decode_dead_letter, encode_dead_letter
+from headrace.contract.formats.dead_letters import TOO_LATE, decode_dead_letter, encode_dead_letter
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Delivered, Producer
 from headrace.ingest.dead_letters.letters import Letter
@@ -48,17 +48,14 @@ class LeasedProducer:
             offset = int(told.origin)
             before = self._offered[offset].content
             self.reasons[offset] = told.reason
-            value = encode_dead_letter(
-                msgspec.structs.replace(
-                    before,
-                    reason=told.reason,
-                    detail=told.detail,
-                    gateway=told.gateway,
-                    seen_ms=told.seen_ms,
-                    retry_of=offset,
-                    attempts=before.attempts + 1,
-                )
-            )
+            again = {"retry_of": offset, "attempts": before.attempts + 1}
+            if told.reason == TOO_LATE:
+                # The event as it was decoded now, under the id by which it is looked up.
+                letter = msgspec.structs.replace(told, origin=before.origin, **again)
+            else:
+                new = {"reason": told.reason, "detail": told.detail, "gateway": told.gateway, "seen_ms": told.seen_ms}
+                letter = msgspec.structs.replace(before, **new, **again)
+            value = encode_dead_letter(letter)
             key = before.origin.encode()
         self._inner.send(topic, partition, value, key=key, headers=headers, delivered=delivered)
 

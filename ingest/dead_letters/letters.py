@@ -8,7 +8,7 @@ A letter's state follows from the letters and the marks of retries alone:
 | `retrying` | a retry works on it, or was killed; the next retry finds out what came of it |
 | `retried` | offered again, and its event is in the log, or its line is no event by the corrected mapping |
 | `refused` | offered again and refused again: a newer letter with `retry_of` tells why |
-| `unknown` | a retry was killed at it, and the log no longer reaches back far enough to tell; never offered again |
+| `unknown` | log and lake no longer reach back far enough to tell whether its event was taken; the user decides |
 """
 
 from __future__ import annotations

@@ -6,12 +6,15 @@ The protocol, in the words that the tests use:
 2. *Find out.* Letters that a `retrying` mark names, and whose fate is not known, are looked for: their event ids in
    `events` from the offsets that the mark holds, and newer letters that name them. A `retried` mark says what was
    found; the others are open again. A mark younger than its lease is waited for: its retry may still be at work.
-3. *Mark.* A `retrying` mark with the batch's letters and the end offsets of `events` is committed.
-4. *Offer.* Each letter's record goes through a gateway in this process, under its own event id or the one that the
+3. *Look up.* A `too_late` letter's event is looked up in log and lake (`look_up.py`). A repeat is settled as one, and
+   what nobody can tell as `unknown`; the user may decide that (`retry --take`, `retry --drop`). What is new is offered
+   as looked up: no age is too late then.
+4. *Mark.* A `retrying` mark with the batch's letters and the end offsets of `events` is committed.
+5. *Offer.* Each letter's record goes through a gateway in this process, under its own event id or the one that the
    letter holds, and with its own time. What is refused again becomes a newer letter that names this one.
-5. *Settle.* When Kafka has receipts for the whole batch, a `retried` mark holds each letter's fate.
+6. *Settle.* When Kafka has receipts for the whole batch, a `retried` mark holds each letter's fate.
 
-Killed before 3, nothing happened. Killed between 3 and 5, the next retry finds out. A holder that was paused, and was
+Killed before 4, nothing happened. Killed between 4 and 6, the next retry finds out. A holder that was paused, and was
 fenced meanwhile, appends nothing once half its lease is over; the one record that may be under way then has the id
 under which the new holder appends, in the same partition and within the join's `repeat_horizon_ms`: the stream counts
 one.
@@ -20,15 +23,17 @@ one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import msgspec
 
-from headrace.contract.config import IngestConfig
+from headrace.contract.config import IngestConfig, JoinConfig
 from headrace.contract.errors import EventRejected, Overloaded
 from headrace.contract.formats.dead_letters import (
+    TOO_LATE,
     Fate,
     RetryMark,
     encode_retry_mark,
@@ -53,14 +58,23 @@ from headrace.ingest.dead_letters.letters import (
     time_ns_of,
     why_not_retried,
 )
+from headrace.ingest.dead_letters.look_up import LookUp, Verdict
 from headrace.ingest.decode.message import message_of
 from headrace.ingest.decode.validate import declared_types
 from headrace.ingest.gateway.batcher import Outcome
+from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.ingest.gateway.dry_run import DryRunProducer, events_in
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
+from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.gateway.repeats import digest
 
+Decision = Literal["", "take", "drop"]
+"""What becomes of letters of which log and lake cannot tell whether their events were taken: they stay, by default."""
+SETTLER = "settler-"
+"""How the runs of the gateways' own retries are named."""
+LOOKED_UP_MAX = 50_000
+"""Most letters that one run looks up, 20 MB of ids: the next run takes the others."""
 Event = tuple[str, str]
 """A type's name and an event id."""
 LEASE_MS = 30_000
@@ -75,7 +89,7 @@ _NEVER_MS = 600_000
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What a retry did. `offered` = appended + repeated + skipped_lines + the sum of `refused`."""
+    """What a retry did. `offered` = appended + repeated + skipped_lines + unknown + the sum of `refused`."""
 
     offered: int = 0
     appended: int = 0
@@ -85,6 +99,8 @@ class Report(msgspec.Struct, kw_only=True):
     """Lines that are no events by the corrected mapping."""
     refused: dict[str, int] = {}
     """Refused again, by reason."""
+    unknown: int = 0
+    """Log and lake cannot tell whether the event was taken; the user decides."""
     skipped: dict[str, int] = {}
     """Chosen and not offered, by why."""
     found_out: dict[str, int] = {}
@@ -110,7 +126,10 @@ class Retry:
         run: str,
         privacy: Privacy | None = None,
         lease_ms: int = LEASE_MS,
+        look_up: LookUp | None = None,
+        late: LateEvents | None = None,
     ) -> None:
+        """`look_up` judges `too_late` letters, which stay open without one."""
         self._topics, self._producer, self._reader, self._writer = topics, producer, reader, writer
         self._clock, self._run = clock, run
         self._gateway = GatewayDependencies(
@@ -122,21 +141,28 @@ class Retry:
             metrics=metrics,
             clock=clock,
             privacy=privacy,
+            late=late or LateEvents(JoinConfig().repeat_horizon_ms),
         )
-        self._lease_ms = lease_ms
+        self._lease_ms, self._look_up = lease_ms, look_up
+        self._verdicts: dict[int, Verdict] = {}
+        self._marked_s = float("-inf")
         self._taken: set[bytes] = set()
         """Digests of (tag, event id) of every letter whose event is in the log."""
 
-    def retry(self, chosen: Filter) -> Report:
-        """Offer the chosen open letters again. Raises `Overloaded` where another retry is at work, `Unavailable` where
-        Kafka is away and `InvariantBroken` where another retry took over; run it again then, nothing is lost."""
+    def retry(self, chosen: Filter, decide: Decision = "") -> Report:
+        """Offer the chosen open letters again; those of which nobody can tell as the user decides.
+
+        Raises `Overloaded` where another retry is at work, `Unavailable` where Kafka is away and `InvariantBroken`
+        where another retry took over; run it again then, nothing is lost.
+        """
         report = Report()
         self._wait_for_others()
         self._writer.open()
-        self._wait_for_others()
+        self._wait_for_others(is_writer=True)
         ends = self._reader.end_offsets(self._topics.dead_letters)[0]
-        states = self._survey(ends)
+        states = self._survey(ends, chosen)
         self._find_out(states, ends, report)
+        self._judge(states, chosen, ends, decide, self._at_work)
         is_first = True
         for batch in self._batches(states, chosen, ends, report):
             if is_first:
@@ -146,13 +172,14 @@ class Retry:
             self._take(batch, report)
         return report
 
-    def dry_run(self, chosen: Filter) -> Report:
+    def dry_run(self, chosen: Filter, decide: Decision = "") -> Report:
         """Say what a retry would do now, by this project; nothing is written."""
         report = Report(dry_run=True)
         ends = self._reader.end_offsets(self._topics.dead_letters)[0]
-        states = self._survey(ends)
+        states = self._survey(ends, chosen)
         for offset in list(states.doubtful):
             states.fates[offset] = "open"
+        self._judge(states, chosen, ends, decide, lambda: None)
         for batch in self._batches(states, chosen, ends, report):
             until_s = self._clock.monotonic() + _NEVER_MS / 1000
             self._tell(batch, *self._offer(batch, DryRunProducer(), until_s), report)
@@ -163,13 +190,18 @@ class Retry:
     def _marks(self) -> list[RetryMark]:
         return read_marks(self._writer)
 
-    def _wait_for_others(self) -> None:
-        """Return when no mark of another retry is younger than its lease and open."""
+    def _wait_for_others(self, *, is_writer: bool = False) -> None:
+        """Return when no mark of another retry is younger than its lease and open.
+
+        Before this is the writer, the gateways' settlers are not waited for: the user's retry takes over from them.
+        """
         first: RetryMark | None = None
         until_s = self._clock.monotonic() + self._lease_ms / 1000
         while True:
             open_marks = list(States(self._marks()).doubtful.values())
             newest = max(open_marks, key=lambda mark: mark.at_ms, default=None)
+            if newest is not None and newest.run.startswith(SETTLER) and not is_writer:
+                return
             if newest is None or self._clock.now_ms() - newest.at_ms >= self._lease_ms:
                 return
             if first is not None and newest != first:
@@ -181,13 +213,15 @@ class Retry:
 
     # -- 2. find out
 
-    def _survey(self, end: int) -> States:
+    def _survey(self, end: int, chosen: Filter) -> States:
         """Return each letter's state by the marks and by newer letters."""
         states = States(self._marks())
         if states.fates or states.doubtful:
             for letter in read_letters(self._reader, self._topics.dead_letters, end):
                 states.note(letter)
-            for letter in read_letters(self._reader, self._topics.dead_letters, end):
+            # What is looked up is found in the log.
+            again = () if chosen.reason == TOO_LATE else read_letters(self._reader, self._topics.dead_letters, end)
+            for letter in again:
                 if states.fate(letter.offset) in ("appended", "repeated"):
                     self._taken.add(self._identity(letter))
         return states
@@ -252,7 +286,33 @@ class Retry:
                 found.update(wanted.intersection([*there, *(("", event_id) for _, event_id in there)]))
         return found
 
-    # -- 3. mark
+    # -- 3. look up
+
+    def _judge(self, states: States, chosen: Filter, end: int, decide: Decision, at_work: Callable[[], None]) -> None:
+        """Find out of what is too late, or unknown, whether it is new; at most `LOOKED_UP_MAX` letters."""
+        late: list[Letter] = []
+        for letter in read_letters(self._reader, self._topics.dead_letters, end):
+            if len(late) == LOOKED_UP_MAX:
+                break
+            state = states.of(letter.offset)
+            if not chosen.takes(letter) or why_not_retried(letter):
+                continue
+            if state == "unknown" and decide:
+                self._verdicts[letter.offset] = "new" if decide == "take" else "repeated"
+                states.fates[letter.offset] = "open"
+            elif state == "open" and letter.content.reason == TOO_LATE:
+                late.append(msgspec.structs.replace(letter, content=msgspec.structs.replace(letter.content, raw=b"")))
+        if late and self._look_up is not None:
+            for offset, verdict in self._look_up.verdicts(late, at_work).items():
+                decided: Verdict = "new" if decide == "take" else "repeated"
+                self._verdicts[offset] = decided if verdict == "unknown" and decide else verdict
+
+    def _at_work(self) -> None:
+        """Tell the settlers of other gateways, now and then, that this one looks up: a long log takes minutes."""
+        if self._clock.monotonic() - self._marked_s >= self._lease_ms / 3000:
+            self._append(RetryMark(step="retrying", run=self._run, at_ms=self._clock.now_ms()))
+
+    # -- 4. mark
 
     def _batches(self, states: States, chosen: Filter, end: int, report: Report) -> Iterator[list[Letter]]:
         """Yield the chosen open letters that can be offered, in their order, in batches."""
@@ -264,11 +324,18 @@ class Retry:
                 continue
             state = states.of(letter.offset)
             why = f"{state} before" if state != "open" else why_not_retried(letter)
+            looked_up = letter.offset in self._verdicts
+            if not why and letter.content.reason == TOO_LATE and not looked_up:
+                why = "too late, and not looked up yet: the lake is away or behind, or very many wait"
             if why:
                 skipped[why] += 1
                 report.skipped = dict(skipped)
                 continue
-            if batch and (len(batch) >= BATCH_LETTERS or size + len(letter.content.raw) > BATCH_BYTES):
+            if batch and (
+                len(batch) >= BATCH_LETTERS
+                or size + len(letter.content.raw) > BATCH_BYTES
+                or looked_up != (batch[0].offset in self._verdicts)
+            ):
                 yield batch
                 batch, size = [], 0
             batch.append(letter)
@@ -278,6 +345,7 @@ class Retry:
 
     def _append(self, mark: RetryMark) -> None:
         self._writer.append(encode_retry_mark(mark))
+        self._marked_s = self._clock.monotonic()
 
     def _take(self, batch: list[Letter], report: Report) -> None:
         """Mark, offer and settle one batch."""
@@ -289,7 +357,7 @@ class Retry:
         self._append(RetryMark(step="retried", run=self._run, at_ms=self._clock.now_ms(), outcomes=fates))
         self._tell(batch, fates, reasons, report)
 
-    # -- 4. offer
+    # -- 5. offer
 
     def _offer(
         self, batch: list[Letter], producer: Producer, until_s: float
@@ -300,10 +368,15 @@ class Retry:
             producer, self._clock, until_s, self._topics.dead_letters, {one.offset: one for one in batch}
         )
         name = f"retry-{self._run}"
-        gateway = Gateway(replace(self._gateway, producer=leased), name)
+        looked_up = batch[0].offset in self._verdicts
+        gateway = Gateway(replace(self._gateway, producer=leased, looked_up=looked_up), name)
         for letter in batch:
-            if self._identity(letter) in self._taken:
+            verdict = self._verdicts.get(letter.offset)
+            if self._identity(letter) in self._taken or verdict == "repeated":
                 fates[letter.offset] = "repeated"
+                continue
+            if verdict == "unknown":
+                fates[letter.offset] = "unknown"
                 continue
             record = record_of(letter.content)[0]
             if isinstance(record, dict):
@@ -319,7 +392,7 @@ class Retry:
                 self._clock.sleep(_TICK_S)
         return fates, leased.reasons
 
-    # -- 5. settle
+    # -- 6. settle
 
     def _tell(self, batch: list[Letter], fates: Mapping[int, Fate], reasons: Mapping[int, str], report: Report) -> None:
         report.offered += len(batch)
@@ -329,9 +402,10 @@ class Retry:
             report.appended += fate == "appended"
             report.repeated += fate == "repeated"
             report.skipped_lines += fate == "skipped"
+            report.unknown += fate == "unknown"
             if fate == "refused":
                 refused[reasons.get(letter.offset, letter.content.reason)] += 1
-            else:
+            elif fate != "unknown":
                 self._taken.add(self._identity(letter))
         report.refused = dict(refused)
 

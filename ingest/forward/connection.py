@@ -20,7 +20,7 @@ from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.forward.fluent_handshake import Handshake
 from headrace.ingest.forward.protocol import Decoder, Ping, Refused, encode_ack
 from headrace.ingest.gateway.batcher import Outcome
-from headrace.ingest.gateway.gateway import Peer, peer_of
+from headrace.ingest.gateway.chunk_identity import Peer, peer_of
 
 if TYPE_CHECKING:
     from headrace.ingest.forward.forward_server import ForwardServer
@@ -157,7 +157,11 @@ class Connection(asyncio.Protocol):
 
     def _close_unacked(self) -> None:
         if self._transport is not None:
-            self.refuse("dead_letter_ceiling", "too many events of a tag are dead letters; /readyz says which and why")
+            self.refuse(
+                "dead_letter_ceiling",
+                "too many events of a tag are dead letters (/readyz says which and why), or too many late ones wait to "
+                "be looked up (late_waiting)",
+            )
 
     def _answer_ping(self, ping: Ping) -> None:
         if self._handshake is None or self._transport is None:

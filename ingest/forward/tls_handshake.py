@@ -11,7 +11,7 @@ import ssl
 from typing import TYPE_CHECKING
 
 from headrace.contract.config import IngestConfig
-from headrace.ingest.gateway.gateway import peer_of
+from headrace.ingest.gateway.chunk_identity import peer_of
 
 if TYPE_CHECKING:
     from headrace.ingest.forward.forward_server import ForwardServer

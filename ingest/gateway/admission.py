@@ -12,14 +12,14 @@ from typing import Protocol
 from headrace.ingest.dead_letters.ceiling import Alert
 from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.batcher import Acked
-from headrace.ingest.gateway.gateway import Peer
+from headrace.ingest.gateway.chunk_identity import Peer
 
 
 class Admission(Protocol):
     """Offers are made from the loop's own thread, and none of these calls blocks."""
 
     def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
-        """Take a message, as `Gateway.offer` does; False where a `refusable` one is beyond the ceiling."""
+        """Take a message, as `Gateway.offer` does; False where a `refusable` one is beyond a ceiling."""
 
     def refuses(self, message: Message, origin: str) -> bool:
         """Say whether a refusable message would be beyond the ceiling, as `Gateway.refuses` does."""

@@ -95,6 +95,8 @@ class Cut(msgspec.Struct, frozen=True):
     rows: int
     oldest_ms: int | None
     """Of the events that are newer than the partition's last promise; None where there are none."""
+    earliest_ms: int
+    """Of all events."""
     chunk_rows: dict[int, int]
     """Rows by the chunk's place in the batch."""
 
@@ -159,7 +161,8 @@ def _fit(
         newer = times[times > promised_ms]
         oldest = int(newer.min()) if len(newer) else None
         chunks, counts = np.unique(chunk_N[rows], return_counts=True)
-        yield Cut(partition, value, len(rows), oldest, dict(zip(chunks.tolist(), counts.tolist(), strict=True)))
+        by_chunk = dict(zip(chunks.tolist(), counts.tolist(), strict=True))
+        yield Cut(partition, value, len(rows), oldest, int(times.min()), by_chunk)
     elif len(rows) == 1:
         yield int(rows[0])
     else:

@@ -1,4 +1,4 @@
-"""A producer that takes everything and writes nothing: what a gateway offers to when nothing may come of it."""
+"""What a gateway works with when nothing may come of it: a producer that writes nothing, metrics that show nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION, decode_batch
 from headrace.contract.interfaces.log import Delivered
+from headrace.contract.metrics import Name
 
 
 def events_in(value: bytes, headers: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -51,3 +52,16 @@ class DryRunProducer:
 
     def close(self) -> None:
         """Hold nothing."""
+
+
+class NoMetrics:
+    """Counts and shows nothing."""
+
+    def add(self, name: Name, amount: float = 1.0, **labels: str) -> None:
+        """Count nothing."""
+
+    def set(self, name: Name, value: float, **labels: str) -> None:
+        """Show nothing."""
+
+    def observe(self, name: Name, value: float) -> None:
+        """Observe nothing."""

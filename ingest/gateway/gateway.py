@@ -5,9 +5,11 @@ The way of a chunk, in the words that the tests use:
 1. *offer*: its body joins the batch of its type, not decoded yet. A chunk that was taken before counts as `repeated`;
    where it is still on its way, this chunk follows it: it is settled when the first one is.
 2. *cut*: a due batch is decoded and checked by column and becomes one record a (partition, type); bad rows become dead
-   letters, events whose id was taken before count as `repeated`.
+   letters, events whose id was taken before count as `repeated`. What is older than the stream's memory of repeats
+   becomes a dead letter too (`too_late`), and is looked up before it is taken.
 3. *send*: records go out in order. A full local queue holds them back; a record that Kafka refuses is sent again
-   until it is taken, because nothing was acked and the promise of punctuation still counts it.
+   until it is taken, because nothing was acked and the promise of punctuation still counts it. One that has waited
+   until its events are too late is set aside as they are in step 2.
 4. *settle*: a chunk whose every event has a receipt (dead letters included) is remembered, then acked.
 
 A crash anywhere before 4 leaves the chunk unacked: its sender sends it again, and the stream drops by event id what
@@ -18,29 +20,29 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.errors import Overloaded
-from headrace.contract.formats.dead_letters import DeadLetter, encode_dead_letter
-from headrace.contract.formats.events import PUNCTUATION, encode_punctuation
-from headrace.contract.hashing import hash_text
+from headrace.contract.formats.dead_letters import TOO_LATE, encode_dead_letter
+from headrace.contract.formats.events import LATE, LOOKED_UP, PUNCTUATION, SET_ASIDE, decode_batch, encode_punctuation
+from headrace.contract.hashing import hash_text, partition_of
 from headrace.contract.privacy import Privacy
 from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.decode.fluent_chunk import decode, layout
-from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_record, read_entry, starts_of
+from headrace.ingest.decode.message import Entry, Message, read_entry, starts_of
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
-from headrace.ingest.gateway.chunk_hashes import kind_of
-from headrace.ingest.gateway.feedback_delay import FeedbackDelay
+from headrace.ingest.gateway.chunk_identity import Peer, identify
+from headrace.ingest.gateway.counts import APPENDED, DEAD, REPEATED, Counts
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
+from headrace.ingest.gateway.late_events import record_of_row
+from headrace.ingest.gateway.letter_writer import LetterWriter, TooLate
 from headrace.ingest.gateway.punctuate import Punctuator
-from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
+from headrace.ingest.gateway.repeats import EventIds, Repeats
 from headrace.ingest.gateway.send_queue import Outgoing, SendQueue
 from headrace.ingest.gateway.steady_time import SteadyTime
 from headrace.ingest.sources.access_log_events import acked_together, mappers_of
@@ -56,16 +58,6 @@ _ENTRY_BYTES = 128
 """What an entry adds to `buffer_bytes` beside its own bytes: each may become a dead letter."""
 _SALTS = (0, 1)
 
-READ, APPENDED, DEAD, REPEATED = "read", "appended", "dead_lettered", "repeated"
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """One connection as the gateway sees it."""
-
-    origin: str
-    """The sender's address without its port, which changes with every connection."""
-    occurrences: Occurrences = msgspec.field(default_factory=Occurrences)
-
 
 class Gateway:
     """One gateway's epoch. Not thread-safe; `loop.GatewayLoop` calls `offer` and, every few milliseconds, `tick`."""
@@ -77,6 +69,7 @@ class Gateway:
         self._types = {tag: layout(declared) for tag, declared in declared_types(deps.project).items()}
         self._privacy = deps.privacy or Privacy(deps.project)
         self._mappers = mappers_of(deps.project)
+        self._letters = LetterWriter(config, self._privacy, name)
         self.ceiling = Ceiling(config, [*self._types, *self._mappers])
         self._batcher = Batcher(
             list(self._types.values()),
@@ -94,11 +87,11 @@ class Gateway:
         self._ids = EventIds(config.repeat_horizon_ms, IDS_REMEMBERED)
         self._open: dict[int, OpenChunk] = {}
         self._taken = 0
-        self._feedback_delay = FeedbackDelay()
-        self._queue = SendQueue(deps.producer, deps.metrics, deps.clock, self._delivered)
+        self._queue = SendQueue(deps.producer, deps.metrics, deps.clock, self._delivered, self._set_aside)
+        self._late, self._looked_up = deps.late, deps.looked_up
         self._numbers = [0] * partitions
         self._anonymous = 0
-        self.counts: dict[str, int] = {READ: 0, APPENDED: 0, DEAD: 0, REPEATED: 0}
+        self._counts = Counts(deps.metrics)
         self.buffer_bytes = 0
         self.open_chunks = 0
 
@@ -128,12 +121,14 @@ class Gateway:
         made = self._types.get(message.tag)
         starts, problem, raw = starts_of(message)
         if key and key in self._chunks_done:
-            self._count(REPEATED, len(starts), made is not None)
+            self._counts.note(REPEATED, len(starts), made is not None)
             if acked is not None:
                 acked(Outcome(0, 0, len(starts)))
             return True
         follows = bool(key) and key in self._chunks_open
         if refusable and not follows and not self._allowed(message.tag, peer.origin, len(starts)):
+            return False
+        if refusable and not follows and made is not None and self._no_room_for_late(message, starts):
             return False
         self._taken += 1
         held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)
@@ -203,25 +198,26 @@ class Gateway:
             self._metrics.add("events_refused_total", events, tag=self.ceiling.name(tag))
         return allowed
 
+    def _no_room_for_late(self, message: Message, starts: I64s) -> bool:
+        """Say whether a message begins late while as many late events wait as may, and count it as refused."""
+        if not (len(starts) and self._late.is_full()):
+            return False
+        if not self._late.begins_late(message, int(starts[0]), self.now_ms()):
+            return False
+        self._metrics.add("events_refused_total", len(starts), tag=message.tag)
+        return True
+
     def _identify(self, message: Message, peer: Peer) -> tuple[bytes, str]:
         """Return the chunk's key in memory, empty where it has no id, and the prefix of ids for events without one."""
         if message.chunk is None:
             self._anonymous += 1
             prefix = "/".join(filter(None, (self._name, str(self.epoch), self._instance, str(self._anonymous))))
             return b"", prefix
-        name = f"{chunk_text(message.tag)}/{chunk_text(message.chunk)}"
-        # A hash is one of the payload without the tag, so the tag belongs to the identity.
-        kind = "hash" if message.per_origin else kind_of(message.chunk, message.body)
-        nth = 0 if kind == "unique" else peer.occurrences.next(digest(message.tag, message.chunk))
-        if kind == "hash":
-            return digest(peer.origin, message.tag, message.chunk, str(nth)), f"{peer.origin}/{name}/{nth}"
-        # The id decides, wherever it comes from. The content is in it for clients that only count: 1, 2, 3.
-        content = digest(message.body, message.raw)
-        return digest(message.tag, message.chunk, content, str(nth)), f"{name}/{content.hex()}/{nth}"
+        return identify(message, message.chunk, peer)
 
     def _repeated(self, chunk: OpenChunk, events: int, declared: bool) -> None:
         chunk.repeated += events
-        self._count(REPEATED, events, declared)
+        self._counts.note(REPEATED, events, declared)
 
     @staticmethod
     def _follow(chunk: OpenChunk, first: OpenChunk) -> None:
@@ -254,6 +250,7 @@ class Gateway:
         taken_ms = range(self._config.past_ms, now_ms + self._config.skew_ms + 1)
         decoded = decode(waiting.layout, data, starts_N, waiting.prefixes, chunk_N, nth_N, taken_ms)
         batch, own_N = decoded.batch, decoded.own
+        at_N = np.arange(len(starts_N))
         if len(decoded.left):
             entries = [read_entry(data, int(starts_N[row])) for row in decoded.left]
             derived = [f"{waiting.prefixes[chunk_N[row]]}/{nth_N[row]}" for row in decoded.left]
@@ -269,21 +266,26 @@ class Gateway:
                 self._dead_letter(chunk, reason, detail, entries[at], event_id=derived[at], counted=False)
             own_N[decoded.left] = [brings_id(entry.record) for entry in entries]
             batch, rows_M = merge(batch, decoded.left, checked.batch, decoded.left[checked.rows])
-            own_N, chunk_N = own_N[rows_M], chunk_N[rows_M]
+            own_N, chunk_N, at_N = own_N[rows_M], chunk_N[rows_M], at_N[rows_M]
         batch = self._privacy.batch(batch, declared.tag, declared.key)
         ids = batch.column("event_id")
         # An event type and id decide: an impression, a click and an order may all have id 17.
         first_N, second_N = (hash64_texts(ids, hash_text(declared.name, salt=salt)) for salt in _SALTS)
         numbers = np.array([chunk.number for chunk in chunks], np.int64)
         found_N = self._ids.take(first_N, second_N, own_N, numbers[chunk_N], now_ms)
-        if found_N.any():
+        late_before_ms = 0 if self._looked_up else self._late.before_ms(now_ms)
+        late_N = (found_N == 0) & (batch["event_time_ms"].to_numpy() < late_before_ms)
+        for row in np.flatnonzero(late_N).tolist():
+            # Its id stays in memory: when it comes again, its letter stands for it.
+            entry = read_entry(data, int(starts_N[at_N[row]]))
+            self._set_row_aside(chunks[chunk_N[row]], declared, batch, row, entry)
+        if found_N.any() or late_N.any():
             self._drop_repeats(chunks, chunk_N, found_N)
-            keep = np.flatnonzero(found_N == 0)
+            keep = np.flatnonzero((found_N == 0) & ~late_N)
             batch = batch.take(pa.array(keep))
             chunk_N, first_N, second_N = chunk_N[keep], first_N[keep], second_N[keep]
         if declared.kind == "feedback" and batch.num_rows:
-            delay_s = self._feedback_delay.note(declared.name, batch.column("event_time_ms").to_numpy(), now_ms)
-            self._metrics.set("feedback_delay_seconds", delay_s, type=declared.name)
+            self._counts.note_feedback(declared.name, batch.column("event_time_ms").to_numpy(), now_ms)
         limit = self._config.batch_bytes
         promised = [self._punctuator.promised(partition) for partition in range(self._partitions)]
         for piece in cut(batch, chunk_N, promised, rows_max=self._config.batch_rows, bytes_max=limit):
@@ -296,6 +298,15 @@ class Gateway:
             row = batch.slice(piece, 1).to_pylist()[0]
             entry = Entry(row["event_time_ms"] * 1_000_000, row)
             self._dead_letter(chunks[chunk_N[piece]], "too_large", detail, entry, counted=False)
+
+    def _set_row_aside(
+        self, chunk: OpenChunk, declared: Declared, batch: pa.RecordBatch, row: int, entry: Entry
+    ) -> None:
+        """Queue the dead letter of an event that is too late; `entry` is the one that became this row."""
+        key, event_id, time_ms = (batch[name][row].as_py() for name in ("key", "event_id", "event_time_ms"))
+        detail = f"event time {time_ms} ms is older than the stream's memory of repeats: it is looked up first"
+        late = TooLate(declared.name, time_ms, partition_of(key, self._partitions))
+        self._dead_letter(chunk, TOO_LATE, detail, entry, event_id=event_id, late=late, counted=False)
 
     def _drop_repeats(self, chunks: list[OpenChunk], chunk_N: I64s, found_N: I64s) -> None:
         """Give every repeated event its outcome; where the chunk that brought it first is still open, follow that."""
@@ -316,6 +327,7 @@ class Gateway:
         for origin, rows in rows_of.items():
             self.ceiling.note(declared.tag, origin, self.now_ms(), appended=rows)
         headers = self._headers(piece.partition, declared.kind)
+        headers[LATE] = LOOKED_UP if self._looked_up else SET_ASIDE
         if declared.kind != declared.name:
             headers["type"] = declared.name
         self._queue.add(
@@ -328,6 +340,7 @@ class Gateway:
                 outcome=APPENDED,
                 rows=piece.rows,
                 oldest_ms=piece.oldest_ms,
+                earliest_ms=None if self._looked_up else piece.earliest_ms,
             )
         )
 
@@ -349,28 +362,18 @@ class Gateway:
         *,
         event_id: str = "",
         raw: bytes | None = None,
+        late: TooLate | None = None,
         counted: bool = True,
     ) -> None:
         """Queue a dead letter; `counted` where `chunk.waiting` does not know of the event yet."""
-        most = self._config.dead_letter_bytes
-        record = self._privacy.record(entry.record, chunk.tag)
-        # Bytes that nobody can read may hold what is private: where a project has such fields they are not kept.
-        hidden = raw is not None and bool(self._privacy.everywhere)
-        whole = encode_record(record) if raw is None else b"" if hidden else raw
-        own = record.get("event_id") if isinstance(record, dict) else None
-        letter = DeadLetter(
-            reason=reason,
-            detail=detail,
-            origin=chunk.origin,
-            tag=chunk_text(chunk.tag),
-            event_id=chunk_text(own) if isinstance(own, str) and own else event_id,
-            time_ns=entry.time_ns or 0,
-            raw=whole[:most],
-            raw_truncated=hidden or len(whole) > most,
-            gateway=self._name,
-            seen_ms=self.now_ms(),
-        )
-        self.ceiling.note(chunk.tag, chunk.origin, letter.seen_ms, dead=1, reason=reason)
+        letter = self._letters.letter(
+            chunk, reason, detail, entry, self.now_ms(), event_id=event_id, raw=raw, late=late
+        )  # fmt: skip
+        if late is None:
+            self.ceiling.note(chunk.tag, chunk.origin, letter.seen_ms, dead=1, reason=reason)
+        else:
+            # It says nothing against its tag.
+            self._late.written += 1
         if counted:
             chunk.waiting += 1
         self._queue.add(
@@ -397,18 +400,30 @@ class Gateway:
         if self._batcher.due(now_s):
             self._cut_all()
         self._queue.send_again(now_s)
-        self._queue.send()
+        self._send()
         self._queue.receipts.check(now_s)
         if self._punctuator.due(now_s):
             self._punctuate()
         self._metrics.set("buffer_bytes", self.buffer_bytes)
 
+    def _send(self) -> None:
+        self._queue.send(self._late.held_before_ms(self.now_ms()))
+
+    def _set_aside(self, item: Outgoing) -> None:
+        """Make dead letters of a record's events, which have waited for Kafka until they are too late."""
+        name = item.headers.get("type", item.headers["kind"])
+        declared = next(one.declared for one in self._types.values() if one.declared.name == name)
+        batch = decode_batch(item.value)
+        for row, chunk in enumerate(chunk for chunk, rows in item.chunks for _ in range(rows)):
+            record = record_of_row(batch, row, keeps_unknown=declared.unknown == "keep")
+            self._set_row_aside(chunk, declared, batch, row, Entry(record["event_time_ms"] * 1_000_000, record))
+
     def _delivered(self, item: Outgoing) -> None:
         """Take a record's receipt."""
         if item.outcome == APPENDED:
-            self._count(APPENDED, item.rows, True)
+            self._counts.note(APPENDED, item.rows, True)
         else:
-            self._count(DEAD, 1, item.chunks[0][0].tag in self._types, reason=item.reason)
+            self._counts.note(DEAD, 1, item.chunks[0][0].tag in self._types, reason=item.reason)
         for chunk, rows in item.chunks:
             if item.outcome == APPENDED:
                 chunk.appended += rows
@@ -419,7 +434,7 @@ class Gateway:
     def _punctuate(self, *, bye: bool = False) -> None:
         # What waits is cut first. Then the oldest event is known, and it is sent before the promise.
         self._cut_all()
-        self._queue.send()
+        self._send()
         oldest_ms, now_ms = self._queue.oldest_ms(), self.now_ms()
         self._metrics.set("clock_apart_ms", self._time.apart_ms)
         for partition in range(self._partitions):
@@ -427,7 +442,7 @@ class Gateway:
             if self._queue.is_held_back and not bye:
                 return
             oldest = oldest_ms.get(partition)
-            promise = self._punctuator.promise(partition, now_ms, oldest, self.counts, bye=bye)
+            promise = self._punctuator.promise(partition, now_ms, oldest, self._counts.declared, bye=bye)
             if promise is None:
                 continue
             try:
@@ -468,32 +483,14 @@ class Gateway:
             ready.extend((follower, 1) for follower in one.followers)
             one.followers = []
 
-    def _count(self, outcome: str, events: int, declared: bool, *, reason: str = "") -> None:
-        if outcome == DEAD:
-            self._metrics.add("events_dead_lettered_total", events, reason=reason)
-        if not declared:
-            return
-        self.counts[READ] += events
-        self.counts[outcome] += events
-        self._metrics.add("events_read_total", events)
-        if outcome == APPENDED:
-            self._metrics.add("events_appended_total", events)
-        elif outcome == REPEATED:
-            self._metrics.add("events_repeated_total", events)
-
     # -- clean shutdown
 
     def drained(self) -> bool:
         """Cut what waits and say whether every chunk has its receipts; call between ticks until it is true."""
         self._cut_all()
-        self._queue.send()
+        self._send()
         return self._queue.is_empty
 
     def goodbye(self) -> None:
         """Queue the last punctuation of this epoch; only after `drained` it says `bye`."""
         self._punctuate(bye=True)
-
-
-def peer_of(address: Any) -> Peer:
-    """Return the peer of a socket's remote address."""
-    return Peer(str(address[0]) if isinstance(address, tuple) and address else "local")

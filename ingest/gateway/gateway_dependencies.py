@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from headrace.contract.config import IngestConfig
+from headrace.contract.config import IngestConfig, JoinConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
+from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.gateway.log_start import LogStart
 
 
@@ -34,3 +35,7 @@ class GatewayDependencies:
     """Names this process and no other: part of the ids of events that come without an id and a chunk."""
     broker_ms: Callable[[], int] = lambda: 0
     """Returns the broker's time at the producer's newest receipt; 0 where it is not known."""
+    late: LateEvents = field(default_factory=lambda: LateEvents(JoinConfig().repeat_horizon_ms))
+    """Which events are too late to be told from repeats."""
+    looked_up: bool = False
+    """Every event that is offered was looked up and is new: none is too late."""

@@ -20,8 +20,9 @@ from headrace.ingest.dead_letters.ceiling import Alert
 from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.admission import Admission, Companion
 from headrace.ingest.gateway.batcher import Acked
-from headrace.ingest.gateway.gateway import Gateway, Peer
-from headrace.ingest.gateway.refusals import Refusals
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.counts import Refusals
+from headrace.ingest.gateway.gateway import Gateway
 
 log = logging.getLogger("headrace.ingest")
 

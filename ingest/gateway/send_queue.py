@@ -41,6 +41,8 @@ class Outgoing(msgspec.Struct, kw_only=True):
     reason: str = ""
     oldest_ms: int | None = None
     """Event time of its oldest event that holds promises back."""
+    earliest_ms: int | None = None
+    """Event time of its oldest event that is too late if it is not sent soon; None where none can be."""
     wait_s: float = 0.0
     """Before it is sent again; longer after each refusal."""
 
@@ -80,9 +82,17 @@ class Receipts:
 class SendQueue:
     """A full local queue holds it back; what Kafka refuses is sent again after a while, however often."""
 
-    def __init__(self, producer: Producer, metrics: Metrics, clock: Clock, taken: Callable[[Outgoing], None]) -> None:
-        """Tell `taken` of every record that Kafka has."""
-        self._producer, self._metrics, self._clock, self._taken = producer, metrics, clock, taken
+    def __init__(
+        self,
+        producer: Producer,
+        metrics: Metrics,
+        clock: Clock,
+        taken: Callable[[Outgoing], None],
+        set_aside: Callable[[Outgoing], None],
+    ) -> None:
+        """Tell `taken` of every record that Kafka has; give `set_aside` those that have waited until they are late."""
+        self._producer, self._metrics, self._clock = producer, metrics, clock
+        self._taken, self._set_aside = taken, set_aside
         self._unsent: deque[Outgoing] = deque()
         self._resend: list[tuple[float, Outgoing]] = []
         self._unconfirmed: dict[int, Outgoing] = {}
@@ -118,10 +128,13 @@ class SendQueue:
             self._resend = [(at, item) for at, item in self._resend if at > now_s]
             self._unsent.extendleft(reversed(ready))
 
-    def send(self) -> None:
-        """Send in order, as much as the local queue takes."""
+    def send(self, late_before_ms: int) -> None:
+        """Send in order, as much as the local queue takes; set aside what has an event from before `late_before_ms`."""
         while self._unsent:
             item = self._unsent[0]
+            if item.earliest_ms is not None and item.earliest_ms < late_before_ms:
+                self._set_aside(self._unsent.popleft())
+                continue
             self._unconfirmed[id(item)] = item
             try:
                 self._producer.send(

@@ -35,7 +35,7 @@ from headrace.contract.metrics import Metrics
 from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.batcher import Outcome
-from headrace.ingest.gateway.gateway import Peer, peer_of
+from headrace.ingest.gateway.chunk_identity import Peer, peer_of
 from headrace.ingest.http.access import Origins, Tokens, is_loopback
 from headrace.ingest.http.body import BadRequest, messages_of, read_events
 from headrace.ingest.http.page import page_routes

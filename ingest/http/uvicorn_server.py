@@ -18,7 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from headrace.contract.errors import ConfigRejected
-from headrace.ingest.gateway.gateway import peer_of
+from headrace.ingest.gateway.chunk_identity import peer_of
 from headrace.ingest.tls_identity import TlsIdentity
 
 KEEP_ALIVE_S = 15

@@ -45,7 +45,7 @@ from headrace.ingest.decode.message import Message, message_of
 from headrace.ingest.decode.validate import brings_id
 from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.batcher import Acked, Outcome
-from headrace.ingest.gateway.gateway import Peer
+from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.ingest.sources.foreign_formats import Foreign, read_foreign
 
 log = logging.getLogger("headrace.ingest")

@@ -34,6 +34,7 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.spec import Counter
 from headrace.stream.features.counters import amounts, bucket_ms, feeds, key_strings, weights
+from headrace.stream.join.late_rows import counted_from_ms
 from headrace.stream.join.watermark import Watermark
 
 I64s = npt.NDArray[np.int64]
@@ -146,15 +147,19 @@ def _read(project: Project, config: Config, records: Iterable[Record], upto_ms: 
             continue  # The join counts it.
         if batch is not None:
             name = record.headers.get("type", kind)
-            fresh = list(_fresh(batch, partition, name, seen))
+            from_ms = counted_from_ms(record.headers, watermark.time_ms, config.join.repeat_horizon_ms)
+            fresh = list(_fresh(batch, partition, name, seen, from_ms))
             for counter in others:
                 _keep_events(log, counter, name, batch, fresh, watermark.time_ms // grid_ms, grid_ms)
     return log
 
 
-def _fresh(batch: pa.RecordBatch, partition: int, name: str, seen: set[tuple[int, str, str]]) -> Iterator[int]:
+def _fresh(
+    batch: pa.RecordBatch, partition: int, name: str, seen: set[tuple[int, str, str]], from_ms: int
+) -> Iterator[int]:
+    times = batch.column("event_time_ms").to_pylist()
     for row, event_id in enumerate(batch.column("event_id").to_pylist()):
-        if (partition, name, event_id) not in seen:
+        if (partition, name, event_id) not in seen and times[row] >= from_ms:
             seen.add((partition, name, event_id))
             yield row
 

@@ -11,7 +11,7 @@ dropped counts no more, is settled while its windows empty, and then is gone. Ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from headrace.contract.spec import Counter
 from headrace.kernels.arrays import U64s
 from headrace.kernels.hashes import hash128_texts
 from headrace.stream.features.counters import CounterState, amounts, feeds, key_strings, value_as_of
+from headrace.stream.join.late_rows import counted_from_ms
 from headrace.stream.join.recent_keys import RecentKeys
 from headrace.stream.join.record_columns import checked
 from headrace.stream.join.watermark import Watermark
@@ -79,7 +80,7 @@ class AggregatorState:
     """Counters of every key, and per partition what its watermark has not settled yet."""
 
     def __init__(self, project: Project, partitions: int, *, grid_ms: int, silent_ms: int, horizon_ms: int) -> None:
-        self.project, self.grid_ms = project, grid_ms
+        self.project, self.grid_ms, self.horizon_ms = project, grid_ms, horizon_ms
         self.counters: dict[int, CounterState] = {}
         self._begins: dict[int, list[int]] = {}
         """Of each counter, by partition, the first grid point that its rows count for."""
@@ -120,9 +121,11 @@ class AggregatorState:
                 return self._settle()
             reading, name = self.readings[partition], record.headers.get("type", "")
             if kind == IMPRESSION:
-                self._stage(partition, IMPRESSION, checked(decode_batch(record.value, reading.impressions)))
+                batch = checked(decode_batch(record.value, reading.impressions))
+                self._stage(partition, IMPRESSION, batch, record.headers)
             elif kind == FEEDBACK and name in reading.feedback:
-                self._stage(partition, name, checked(decode_batch(record.value, reading.feedback[name])))
+                batch = checked(decode_batch(record.value, reading.feedback[name]))
+                self._stage(partition, name, batch, record.headers)
             elif kind == SPEC:
                 self._change(record, record.value)
         except (EventRejected, msgspec.DecodeError):
@@ -159,10 +162,13 @@ class AggregatorState:
         self._begins[number] = [NOT_YET] * len(self.offsets)
         return number
 
-    def _stage(self, partition: int, name: str, batch: Any) -> None:
+    def _stage(self, partition: int, name: str, batch: Any, headers: Mapping[str, str]) -> None:
         reached = self.watermarks[partition].time_ms // self.grid_ms
-        fresh = _unseen(self.seen[partition], hash128_texts(batch.column("event_id"), hash_text(name)))
         times = batch.column("event_time_ms").to_pylist()
+        # What the join drops is counted nowhere.
+        from_ms = counted_from_ms(headers, self.watermarks[partition].time_ms, self.horizon_ms)
+        keys_N2 = hash128_texts(batch.column("event_id"), hash_text(name))
+        fresh = _unseen(self.seen[partition], keys_N2, [time_ms >= from_ms for time_ms in times])
         for index, state in self.counters.items():
             if self._begins[index][partition] < 0:
                 continue
@@ -282,11 +288,11 @@ class AggregatorState:
         self.settled_ms, self.epoch_seen = plain["settled_ms"], plain["epoch_seen"]
 
 
-def _unseen(seen: RecentKeys, keys_N2: U64s) -> list[int]:
-    """Return the rows whose keys were not seen before, here or earlier in the batch, and remember these."""
+def _unseen(seen: RecentKeys, keys_N2: U64s, counted_N: Sequence[bool]) -> list[int]:
+    """Return the rows that count and were not seen before, here or earlier in the batch, and remember these."""
     fresh: dict[bytes, int] = {}
     for row, known in enumerate(seen.get(keys_N2)):
-        if known is None:
+        if known is None and counted_N[row]:
             fresh.setdefault(keys_N2[row].tobytes(), row)
     rows = list(fresh.values())
     seen.put(keys_N2[rows], np.zeros(len(rows), np.uint8))

@@ -1,7 +1,8 @@
 """The join: impressions and feedback of one partition to samples. Pure: a function of the partition's order.
 
 1. A record that was taken already (offset at or below the state's) is ignored.
-2. Rows whose event id was seen within the horizon are dropped (`repeated_in_log`).
+2. Rows whose event id was seen within the horizon are dropped (`repeated_in_log`), and older ones that nobody looked
+   up (`late_rows`).
 3. An impression is featurized from what precedes it, then waits for each task's feedback until
    max(its time, the watermark when it was read) + the task's window.
 4. Feedback in time makes a positive at once; feedback that comes first waits for its impression.
@@ -56,6 +57,7 @@ from headrace.stream.features.featurize import featurize
 from headrace.stream.join.aggregate_lookup import AggregateLookup
 from headrace.stream.join.early_feedback import EarlyFeedback
 from headrace.stream.join.external_lookup import ExternalLookup
+from headrace.stream.join.late_rows import counted_from_ms
 from headrace.stream.join.local_counters import LocalCounter
 from headrace.stream.join.matching import (
     CODE,
@@ -155,12 +157,12 @@ class JoinState:
     def row_totals(self) -> list[int]:
         """Return the totals that no task has, for a snapshot."""
         rows = self._rows
-        return [rows.impressions, rows.feedback, rows.repeated_in_log, rows.bad_records]
+        return [rows.impressions, rows.feedback, rows.repeated_in_log, rows.bad_records, rows.too_late]
 
     def load_totals(self, totals: Sequence[int]) -> None:
-        """Take over what `row_totals` gave."""
-        impressions, feedback, repeated_in_log, bad_records = totals
-        self._rows = Totals(impressions, feedback, repeated_in_log, bad_records)
+        """Take over what `row_totals` gave; a state of before has no last one."""
+        impressions, feedback, repeated_in_log, bad_records, too_late = [*totals, 0][:5]
+        self._rows = Totals(impressions, feedback, repeated_in_log, bad_records, too_late)
 
     # Rules
 
@@ -274,7 +276,7 @@ class JoinState:
             reached_ms = self.watermark.take(decode_punctuation(value), record.timestamp_ms)
             self._take_time(reached_ms, record.offset, gathered)
         elif kind == IMPRESSION:
-            self._take_impressions(checked(decode_batch(value, self.rules.impression_schema)), record.offset, gathered)
+            self._take_impressions(checked(decode_batch(value, self.rules.impression_schema)), record, gathered)
         elif kind == FEEDBACK and name in self._feedback_schemas:
             self._take_feedback(name, checked(decode_batch(value, self._feedback_schemas[name])), record, gathered)
         elif kind == AGGREGATE:
@@ -328,17 +330,21 @@ class JoinState:
 
     # Impressions
 
-    def _take_impressions(self, batch: pa.RecordBatch, offset: int, gathered: Gathered) -> None:
+    def _from_ms(self, record: Record) -> int:
+        return counted_from_ms(record.headers, self.watermark.time_ms, self.config.repeat_horizon_ms)
+
+    def _take_impressions(self, batch: pa.RecordBatch, record: Record, gathered: Gathered) -> None:
         rows, rules = batch.num_rows, self.rules
         for table in (self.seen, rules.pending, self.resolved):
             table.reserve(rows)
         # A negative of an eager task, a positive, and one for late feedback that came early.
         fresh_N, labels_L5 = np.empty(rows, np.int32), np.empty((3 * rows * len(self.lanes), 5), np.int64)
         seen_N2, keys_N2 = keys_of(batch, IMPRESSION)
-        fresh, labels = take_impressions(
+        fresh, labels, late = take_impressions(
             self._tables(rules), seen_N2, keys_N2, numbers_of(batch, 4), self._elsewhere(keys_N2),
-            self.watermark.time_ms, fresh_N, labels_L5,
+            self.watermark.time_ms, self._from_ms(record), fresh_N, labels_L5,
         )  # fmt: skip
+        self._rows.too_late += late
         self._rows.repeated_in_log += rows - fresh
         self._rows.impressions += fresh
         if not fresh:
@@ -351,9 +357,9 @@ class JoinState:
             )
         fresh_N = fresh_N[:fresh]
         kept = batch if fresh == rows else batch.take(pa.array(fresh_N))
-        gathered.impressions.append(self._counted(kept, offset, fresh_N))
+        gathered.impressions.append(self._counted(kept, record.offset, fresh_N))
         if labels:
-            gathered.label(labels_L5[:labels], offset, None)
+            gathered.label(labels_L5[:labels], record.offset, None)
 
     def _counted(self, batch: pa.RecordBatch, offset: int, record_rows_N: npt.NDArray[Any]) -> pa.RecordBatch:
         """Return the batch with its counters, as served or else as known here and now, and count it, row after row."""
@@ -403,10 +409,11 @@ class JoinState:
             rules = self.rules_in_force[int(mark_N[start]) - 1]
             fresh_R, early_R = np.empty(end - start, np.int32), np.empty(end - start, np.int64)
             labels_L5 = np.empty(((end - start) * len(self.lanes), 5), np.int64)
-            fresh, count = take_feedback(
+            fresh, count, late = take_feedback(
                 self._tables(rules), kind, seen_N2[start:end], keys_N2[start:end], times_N[start:end],
-                self.watermark.time_ms, self.config.pending_max, fresh_R, labels_L5, early_R,
+                self.watermark.time_ms, self._from_ms(record), self.config.pending_max, fresh_R, labels_L5, early_R,
             )  # fmt: skip
+            self._rows.too_late += late
             labels_L5[:count, ID] += start
             labels.append(labels_L5[:count])
             fresh_N.append(fresh_R[:fresh].astype(np.int64) + start)

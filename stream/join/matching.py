@@ -98,17 +98,19 @@ def take_impressions(
     times_N: I64s,
     elsewhere_N: U8s,
     watermark_ms: Int,
+    from_ms: Int,
     fresh_N: I32s,
     labels_L5: I64s,
-) -> tuple[Int, Int]:
-    """Let what is new wait, answered by what came before; return how many rows are new and how many labels there are.
+) -> tuple[Int, Int, Int]:
+    """Let what is new wait, answered by what came before; return how many rows are new, how many labels there are, and
+    how many rows are unknown and before `from_ms`.
 
     Args:
         elsewhere_N: 0 where the key does not wait under older rules.
         fresh_N: receives the rows that are new.
         labels_L5: receives the labels; 2 * N * T fit.
     """
-    count = fresh = 0
+    count = fresh = late = 0
     w = tables.waiting
     for i in range(times_N.shape[0]):
         low, high = keys_N2[i, 0], keys_N2[i, 1]
@@ -118,6 +120,9 @@ def take_impressions(
             or find(w.ring, low, high) >= 0
             or recall(tables.resolved, low, high) >= 0
         ):
+            continue
+        if times_N[i] < from_ms:
+            late += 1
             continue
         remember(tables.seen, seen_N2[i, 0], seen_N2[i, 1], 0)
         fresh_N[fresh] = i
@@ -134,7 +139,7 @@ def take_impressions(
         for j in range(found.shape[0]):
             time_ms = tables.early.facts_C3[row_of(tables.early.ring, found[j, 0]), TIME_MS]
             count = _answer(tables, row, found[j, 1], -2 - found[j, 0], time_ms, labels_L5, count)
-    return fresh, count
+    return fresh, count, late
 
 
 @numba.njit(cache=True)
@@ -145,23 +150,28 @@ def take_feedback(
     keys_N2: U64s,
     times_N: I64s,
     watermark_ms: Int,
+    from_ms: Int,
     early_max: Int,
     fresh_N: I32s,
     labels_L5: I64s,
     early_N: I64s,
-) -> tuple[Int, Int]:
-    """Match feedback of one kind; return how many rows are new and how many labels there are.
+) -> tuple[Int, Int, Int]:
+    """Match feedback of one kind; return how many rows are new, how many labels there are, and how many rows are
+    unknown and before `from_ms`.
 
     Args:
         fresh_N: receives the rows that are new.
         labels_L5: receives the labels; N * T fit.
         early_N: receives, a row, the sequence number under which it waits for its impression, or -1.
     """
-    count = fresh = 0
+    count = fresh = late = 0
     w = tables.waiting
     for i in range(times_N.shape[0]):
         early_N[i] = -1
         if recall(tables.seen, seen_N2[i, 0], seen_N2[i, 1]) >= 0:
+            continue
+        if times_N[i] < from_ms:
+            late += 1
             continue
         remember(tables.seen, seen_N2[i, 0], seen_N2[i, 1], 0)
         fresh_N[fresh] = i
@@ -181,7 +191,7 @@ def take_feedback(
                 if tables.late_T[task] >= 0:
                     answered |= (remembered >> tables.late_T[task]) & 1
                 w.counts_T9[task, DUPLICATE if answered else LATE] += 1
-    return fresh, count
+    return fresh, count, late
 
 
 @numba.njit(cache=True)

@@ -38,6 +38,8 @@ class Totals:
     feedback: int = 0
     repeated_in_log: int = 0
     bad_records: int = 0
+    too_late: int = 0
+    """Those of `repeated_in_log` that are dropped because nobody can tell whether they came before."""
     tasks: list[TaskCounts] = field(default_factory=list)
 
 

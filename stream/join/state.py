@@ -382,9 +382,9 @@ def totals_of(plain: Mapping[str, Any]) -> tuple[Totals, list[Lane], dict[str, i
     """Return, of a manifest, what became of all rows so far, the tasks with their feedback in the order of
     `Totals.tasks`, and the rows of each type of feedback, repeats left out.
     """
-    impressions, feedback, repeated_in_log, bad_records = plain["totals"]
+    impressions, feedback, repeated_in_log, bad_records, too_late = [*plain["totals"], 0][:5]
     told = zip(_array(plain["counts"], np.int64, 9).tolist(), [tuple(lane) for lane in plain["lanes"]], strict=True)
     kept = [(TaskCounts(*row), lane) for row, lane in told if lane[1]]
-    totals = Totals(impressions, feedback, repeated_in_log, bad_records, [counts for counts, _ in kept])
+    totals = Totals(impressions, feedback, repeated_in_log, bad_records, too_late, [counts for counts, _ in kept])
     answers = {of["name"]: count for of, count in zip(plain["feedback"], plain["answers"], strict=True)}
     return totals, [lane for _, lane in kept], answers

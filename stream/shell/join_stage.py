@@ -71,6 +71,7 @@ class _Partition:
     """What the metrics have counted so far."""
     topic_id: str = ""
     account: Account = field(default_factory=fresh_account)
+    shown_too_late: int = 0
 
     def snapshot(self) -> None:
         """Begin a snapshot, unless the state has been stored as it is."""
@@ -128,7 +129,7 @@ class StreamStage:
         state, writer, account = restored
         durable.stored = {partition: state.offset}
         self.partitions[partition] = _Partition(
-            partition, state, writer, durable, state.totals.tasks, self.deps.topic_id, account
+            partition, state, writer, durable, state.totals.tasks, self.deps.topic_id, account, state.totals.too_late
         )
         self._tell_rules(partition, state, None)
         return state.offset + 1 if state.offset >= 0 else None
@@ -250,6 +251,9 @@ class StreamStage:
                     if grown:
                         metrics.add(name, grown, task=task)
             partition.shown = tasks
+            too_late = partition.state.totals.too_late
+            metrics.add("events_too_late_total", too_late - partition.shown_too_late)
+            partition.shown_too_late = too_late
         if self.engine is not None:
             metrics.set("lag_records", self.engine.lag())
 

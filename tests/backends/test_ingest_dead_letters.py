@@ -8,32 +8,42 @@ record; the command line in a project folder of its own.
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import msgspec
 import pytest
-from ingest_world import PROJECT, impression, message
+from ingest_world import NOT_LATE, PROJECT, impression, message
 from letters_world import P
+from local_world import free_base
 from retry_process import Turn, retry
 
 from headrace.backends.clock import SystemClock
+from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
-from headrace.contract.config import IngestConfig
+from headrace.contract.config import IngestConfig, port
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import Layout
 from headrace.ingest.dead_letters.letters import read_letters
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.dead_letters.settler import Clients, Settler
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
+from headrace.ingest.gateway.late_events import LateEvents
 
 pytestmark = pytest.mark.real
 WORLDS = Path(__file__).resolve().parents[1] / "worlds" / "ingest"
@@ -51,7 +61,9 @@ class World:
         self.topics = Topics(self.generation)
         KafkaAdmin(self.brokers).ensure_topics(self.topics.specs(P))
 
-    def take(self, *chunks: tuple[str, list[Any]], project: Project = PROJECT, name: str = "g1") -> None:
+    def take(
+        self, *chunks: tuple[str, list[Any]], project: Project = PROJECT, name: str = "g1", late: LateEvents = NOT_LATE
+    ) -> None:
         """Let a gateway take chunks and say goodbye."""
         producer, clock = KafkaProducer(self.brokers), SystemClock()
         config = IngestConfig(grace_ms=0)
@@ -63,6 +75,7 @@ class World:
             producer=producer,
             metrics=MemoryMetrics(),
             clock=clock,
+            late=late,
         )
         gateway = Gateway(deps, name)
         for number, (tag, found) in enumerate(chunks):
@@ -88,6 +101,10 @@ class World:
         found = list(read_letters(reader, self.topics.dead_letters, reader.end_offsets(self.topics.dead_letters)[0]))
         reader.close()
         return found
+
+    def clients(self) -> Clients:
+        writer = FencedKafka(self.brokers, self.topics.retries, f"headrace-{self.topics.retries}")
+        return Clients(KafkaProducer(self.brokers), KafkaReader(self.brokers), writer, None)
 
     def process(self, effect: int = 0, when: str = "after") -> subprocess.Popen[str]:
         words = [
@@ -203,3 +220,94 @@ def test_an_operators_way_from_the_list_to_a_closed_ledger(
     gateway = {name: ledger[name] for name in ("read", "appended", "dead_lettered", "repeated", "retried", "lost")}
     assert gateway == {"read": 11, "appended": 9, "dead_lettered": 2, "repeated": 0, "retried": 8, "lost": 0}
     assert ledger["dead_letters"] == {"undeclared": 1, "bad_type": 1}
+
+
+@pytest.mark.long
+def test_late_events_are_looked_up_in_the_log_and_settled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The broker's clock is the gateway's, and the topic is a moment old.
+    monkeypatch.setattr("headrace.ingest.dead_letters.look_up.EARLIER_MS", 0)
+    world.take(("shop.impression", [impression(1)]))
+    time.sleep(3.0)
+    now_ms, late = SystemClock().now_ms(), LateEvents(1_000)
+    again = [impression(1), *(impression(n, event_time_ms=now_ms - 1_500) for n in (2, 3, 2))]
+    world.take(("shop.impression", again), name="g2", late=late)
+    assert [letter.content.reason for letter in world.letters()] == ["too_late"] * 3 and late.written == 3
+    metrics = MemoryMetrics()
+    settler = Settler(
+        PROJECT,
+        IngestConfig(skew_ms=1),
+        world.topics,
+        P,
+        open_clients=world.clients,
+        metrics=metrics,
+        clock=SystemClock(),
+        late=late,
+    )
+    clients = world.clients()
+    while settler.turn(clients):
+        pass
+    assert sorted(row["event_id"] for row in world.rows()) == ["e1", "e2", "e3"]
+    assert (
+        metrics.counters["late_settled_total", "new"] == 2 and metrics.counters["late_settled_total", "repeated"] == 1
+    )
+    assert not settler.turn(clients), "nothing waits"
+    clients.close()
+
+
+@pytest.mark.long
+def test_a_running_gateway_settles_late_events(
+    world: World, project_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = "[join]\nrepeat_horizon_ms = 4000\n[ingest]\nrepeat_horizon_ms = 1\n"
+    toml = project_dir / "headrace.toml"
+    toml.write_text(toml.read_text() + config)
+    base = free_base()
+    words = [sys.executable, "-m", "headrace.cli.main", "ingest", "--port-base", str(base), "--collector-port", "0"]
+    env = os.environ | {"PYTHONPATH": str(WORLDS)}
+    with subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) as gateway:
+        try:
+            with connected(port("forward", base), gateway) as sock:
+                now_ms = SystemClock().now_ms()
+                for number in (1, 9):
+                    # With the second one the gateway itself has forgotten the first.
+                    send(sock, f"c{number}", impression(number, event_time_ms=now_ms))
+                    time.sleep(2.5)
+                old_ms = SystemClock().now_ms() - 4_500
+                send(sock, "c2", impression(1, event_time_ms=old_ms))
+                send(sock, "c3", impression(2, event_time_ms=old_ms))
+            until = time.monotonic() + 60.0
+            while (told := settled(port("metrics_ingest", base))) != {"repeated": 1.0, "unknown": 1.0}:
+                assert time.monotonic() < until, told
+                time.sleep(0.2)
+            gateway.terminate()
+            _, error = gateway.communicate(timeout=30)
+            assert gateway.returncode == 0, error
+        finally:
+            gateway.kill()
+    assert sorted(row["event_id"] for row in world.rows()) == ["e1", "e9"]
+    listed = [msgspec.json.decode(line) for line in run(capsys, "dead-letters", "list", "--json").splitlines()]
+    assert Counter(one["state"] for one in listed) == {"retried": 1, "unknown": 1}
+    run(capsys, "dead-letters", "retry", "--reason", "too_late", "--take")
+    assert sorted(row["event_id"] for row in world.rows()) == ["e1", "e2", "e9"]
+
+
+def connected(number: int, process: subprocess.Popen[str]) -> socket.socket:
+    while process.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", number), 30.0)
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    raise AssertionError(process.communicate()[1])
+
+
+def send(sock: socket.socket, chunk: str, record: dict[str, Any]) -> None:
+    """Send one event and wait for its ack."""
+    sock.sendall(msgpack.packb(["shop.impression", [[int(time.time()), record]], {"chunk": chunk}]))
+    assert msgpack.unpackb(sock.recv(4_096)) == {"ack": chunk}
+
+
+def settled(number: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{number}/metrics", timeout=5.0) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'late_settled_total\{fate="(\w+)"\} (\S+)', text)
+    return {fate: float(count) for fate, count in found if float(count)}

@@ -253,10 +253,10 @@ class PlainJoin:
                 promise = decode_punctuation(record.value)
                 self._take_time(self.watermark.take(promise, record.timestamp_ms), labels)
             elif kind == IMPRESSION:
-                self._take_impressions(decode_batch(record.value, self._impression_schema), record.offset, labels)
+                self._take_impressions(decode_batch(record.value, self._impression_schema), record, labels)
             elif kind == FEEDBACK and record.headers.get("type", "") in self._feedback_schemas:
                 name = record.headers["type"]
-                self._take_feedback(name, decode_batch(record.value, self._feedback_schemas[name]), labels)
+                self._take_feedback(name, decode_batch(record.value, self._feedback_schemas[name]), record, labels)
             elif kind == AGGREGATE:
                 self.aggregates.take(decode_batch(record.value, AGGREGATE_SCHEMA))
             elif kind == SPEC:
@@ -306,16 +306,29 @@ class PlainJoin:
 
     # Impressions
 
-    def _take_impressions(self, batch: pa.RecordBatch, offset: int, labels: list[_Label]) -> None:
+    def _is_too_late(self, record: Record, time_ms: int) -> bool:
+        """Say whether nobody knows if an event came before: its gateway would have set it aside."""
+        headers, watermark_ms = record.headers, self.watermark.time_ms
+        said = headers.get("late", "nothing, as in release 0.1" if "gateway" in headers else "")
+        return (
+            said in ("", "set-aside") and watermark_ms >= 0 and time_ms < watermark_ms - self.config.repeat_horizon_ms
+        )
+
+    def _take_impressions(self, batch: pa.RecordBatch, record: Record, labels: list[_Label]) -> None:
         fresh: list[int] = []
         keys: list[bytes] = []
-        ids, requests, places = (batch.column(i).to_pylist() for i in range(3))
+        offset = record.offset
+        ids, requests, places, _, times = (batch.column(i).to_pylist() for i in range(5))
         new: set[bytes] = set()
         for row, (event_id, request, place) in enumerate(zip(ids, requests, places, strict=True)):
             seen, key = key_of(IMPRESSION, event_id), key_of(request, str(place))
             known = key in new or key in self.waiting or self.resolved.get(key) is not None
             if known or self.seen.get(seen) is not None:
                 self.rows.repeated_in_log += 1
+                continue
+            if self._is_too_late(record, times[row]):
+                self.rows.repeated_in_log += 1
+                self.rows.too_late += 1
                 continue
             self.seen.put(seen)
             new.add(key)
@@ -396,7 +409,7 @@ class PlainJoin:
 
     # Feedback
 
-    def _take_feedback(self, name: str, batch: pa.RecordBatch, labels: list[_Label]) -> None:
+    def _take_feedback(self, name: str, batch: pa.RecordBatch, record: Record, labels: list[_Label]) -> None:
         counted = [
             (s, feed, amounts(feed, batch), _local_keys(s.counter, batch))
             for s in self.locals
@@ -405,7 +418,9 @@ class PlainJoin:
         rows = zip(*(batch.column(i).to_pylist() for i in range(5)), strict=True)
         for n, (event_id, request, place, _, time_ms) in enumerate(rows):
             seen = key_of(FEEDBACK, name, event_id)
-            if self.seen.get(seen) is not None:
+            late = self.seen.get(seen) is None and self._is_too_late(record, time_ms)
+            self.rows.too_late += late
+            if late or self.seen.get(seen) is not None:
                 self.rows.repeated_in_log += 1
                 continue
             self.seen.put(seen)

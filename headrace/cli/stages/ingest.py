@@ -25,19 +25,23 @@ from typing import TypeVar
 
 import msgspec
 
+from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.group_kafka import KafkaGroup
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
+from headrace.cli.stored_ids import IdsOfLake
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
+from headrace.ingest.dead_letters.settler import Clients, Settler
 from headrace.ingest.forward.endpoint import Endpoint, read_users
 from headrace.ingest.gateway.admission import Admission, Companion
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
+from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.gateway.log_start import LogStart, read_start
 from headrace.ingest.http.access import read_tokens
 from headrace.ingest.http.collector import Collector, CollectorEndpoint
@@ -99,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
     starting.stop()
     if start is None:
         return 0
-    producer = runtime.producer()
+    producer, late = runtime.producer(), LateEvents(runtime.config.join.repeat_horizon_ms)
     deps = GatewayDependencies(
         project=runtime.project,
         config=config,
@@ -112,9 +116,21 @@ def main(args: argparse.Namespace) -> int:
         start=start,
         instance=uuid.uuid4().hex[:12],
         broker_ms=producer.broker_ms,
+        late=late,
+    )
+    settler = Settler(
+        runtime.project,
+        config,
+        runtime.topics,
+        partitions,
+        open_clients=partial(_settler_clients, runtime),
+        metrics=metrics,
+        clock=runtime.clock,
+        late=late,
+        privacy=privacy,
     )
     try:
-        companions: list[Companion] = [LoopWatch(), CeilingWatch(metrics, metrics.ready)]
+        companions: list[Companion] = [LoopWatch(), CeilingWatch(metrics, metrics.ready), settler]
         if collector_endpoint is not None:
             companions.append(Collector(config, collector_endpoint, metrics, runtime.clock, identity))
         for source in runtime.config.ingest.sources:
@@ -184,6 +200,13 @@ def _open_group(source: SourceConfig, own_brokers: str, client: dict[str, str]) 
     """Join the source's consumer group."""
     group = source.group or f"headrace-{source.topic}"
     return KafkaGroup(source.brokers or own_brokers, source.topic, group, start=source.start, client=client)
+
+
+def _settler_clients(runtime: Runtime) -> Clients:
+    """Return what looks late events up and writes down what came of them."""
+    topic = runtime.topics.retries
+    writer = FencedKafka(runtime.brokers, topic, f"headrace-{topic}")
+    return Clients(runtime.producer(), runtime.reader(), writer, IdsOfLake(runtime.lake))
 
 
 def _topics_exist(

@@ -24,7 +24,9 @@ import msgspec
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.cli.stored_ids import IdsOfLake
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.dead_letters import TOO_LATE
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.display import ADVICE, ADVICE_ELSE, row, summary, title, view
@@ -40,7 +42,7 @@ from headrace.ingest.dead_letters.letters import (
 )
 
 if TYPE_CHECKING:
-    from headrace.ingest.dead_letters.retry import Report
+    from headrace.ingest.dead_letters.retry import Decision, Report
 
 ROWS_SHOWN = 50
 
@@ -63,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument("ids", nargs="*", metavar="ID", help="as `list` shows them, such as 0/17")
     _add_filters(again)
     again.add_argument("--all", action="store_true", help="every letter that nobody has retried yet")
+    decide = again.add_mutually_exclusive_group()
+    decide.add_argument("--take", action="store_true", help="take those that log and lake cannot tell from repeats")
+    decide.add_argument("--drop", action="store_true", help="settle those that log and lake cannot tell as repeats")
     again.add_argument("--dry-run", action="store_true", help="say what would be taken and refused; write nothing")
     again.add_argument("--json", action="store_true", help="print the counts as one JSON object")
     for each in (listing, showing, again):
@@ -187,7 +192,9 @@ def _printable(text: str) -> str:
 
 def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
     # Only here: the gateway's compiled decoder takes a second to load, and a list should not wait for it.
+    from headrace.ingest.dead_letters.look_up import LookUp
     from headrace.ingest.dead_letters.retry import Retry
+    from headrace.ingest.gateway.late_events import LateEvents
 
     producer, reader, writer = runtime.producer(), runtime.reader(), _retries(runtime)
     retry = Retry(
@@ -202,9 +209,18 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
         metrics=MemoryMetrics(),
         run=uuid.uuid4().hex[:12],
         privacy=Privacy(runtime.project, os.environ.get(KEY_NAME, "")),
+        look_up=LookUp(
+            runtime.project,
+            runtime.topics,
+            reader,
+            IdsOfLake(runtime.lake),
+            skew_ms=runtime.config.ingest.skew_ms,
+        ),
+        late=LateEvents(runtime.config.join.repeat_horizon_ms),
     )
+    decide: Decision = "take" if args.take else "drop" if args.drop else ""
     try:
-        report = retry.dry_run(chosen) if args.dry_run else retry.retry(chosen)
+        report = retry.dry_run(chosen, decide) if args.dry_run else retry.retry(chosen, decide)
     finally:
         producer.close()
         reader.close()
@@ -218,8 +234,11 @@ def _lines(report: Report) -> list[str]:
     lines = [f"{report.offered:,} letters {would}offered"]
     lines += [f"  {report.appended:>9,}  {would}taken"]
     lines += [f"  {report.repeated:>9,}  in the log before: counted once"] if report.repeated else []
+    lines += [f"  {report.unknown:>9,}  nobody can tell: --take or --drop decides"] if report.unknown else []
     lines += [f"  {report.skipped_lines:>9,}  no event by the mapping"] if report.skipped_lines else []
     lines += [f"  {count:>9,}  {would}refused again: {why}" for why, count in sorted(report.refused.items())]
+    if TOO_LATE in report.refused:
+        lines.append("             too_late: they are newer letters now, and the gateways look them up by themselves")
     lines += [f"  {count:>9,}  not offered: {why}" for why, count in sorted(report.skipped.items())]
     lines += [f"  {count:>9,}  left by a killed retry: {fate}" for fate, count in sorted(report.found_out.items())]
     return lines

@@ -16,15 +16,17 @@ from headrace.contract.formats.json_record import decode_json
 Fate = Literal["appended", "repeated", "skipped", "refused", "unknown", "open"]
 """What became of a letter that was offered again: its event is in the log (`appended`), was there already
 (`repeated`), is none by the corrected mapping (`skipped`), or was refused again, which a newer letter tells
-(`refused`). A retry that finds what a killed one left behind also writes `open`, nothing was appended, and `unknown`,
-the log no longer reaches back that far."""
+(`refused`). A retry that finds what a killed one left behind also writes `open`, nothing was appended. `unknown`: log
+and lake no longer reach back far enough to tell whether its event was taken."""
+TOO_LATE = "too_late"
+"""Reason of an event that is older than the stream's memory of repeats: it is looked up before it is taken."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """One refused event. `raw` is msgpack of the record, cut to the gateway's bound; `event_id` "" where unknown."""
 
     reason: str
-    """Stable code: `undeclared`, `no_partition_key`, `no_request_id`, `bad_type`, `unknown_field`, `future`, ..."""
+    """Stable code: `undeclared`, `no_partition_key`, `no_request_id`, `bad_type`, `too_late`, `future`, ..."""
     detail: str
     origin: str
     tag: str
@@ -38,10 +40,16 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """Offset of the letter that was offered again and became this one; -1 where there is none."""
     attempts: int = 0
     """How many times the event was offered again before this letter."""
+    event_type: str = ""
+    """Of a `too_late` event: its type's name; with `event_id`, time and partition it is looked up by."""
+    event_time_ms: int = 0
+    partition: int = -1
+    """Of `events`."""
 
 
 class RetryMark(msgspec.Struct, frozen=True, kw_only=True):
-    """What a retry is about to do (`retrying`: `letters`, `ends`), or what came of it (`retried`: `outcomes`)."""
+    """What a retry is about to do (`retrying`: `letters`, `ends`), or what came of it (`retried`: `outcomes`). A
+    `retrying` mark without letters says that its run is at work, looking letters up."""
 
     step: Literal["retrying", "retried"]
     run: str

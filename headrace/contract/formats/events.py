@@ -2,7 +2,7 @@
 
 One Kafka record holds one Arrow record batch of one kind, as an Arrow IPC stream; its headers say which. Growth rules
 of every schema here: a new column is nullable and comes last; a column never changes its type or meaning; a reader
-fills a column that is missing with null and ignores one that it does not know.
+fills a column that is missing with null and ignores one that it does not know. Gateways of before wrote no `late`.
 
 | header | on | meaning |
 |---|---|---|
@@ -10,6 +10,7 @@ fills a column that is missing with null and ignores one that it does not know.
 | `type` | feedback | the feedback event type's name |
 | `epoch` | aggregate | that of its rows; what release 0.1 wrote has none |
 | `gateway`, `epoch`, `seq` | from ingest | who wrote it; `seq` counts its records of this epoch and partition |
+| `late` | from ingest | `set-aside`: nothing in it is too late; `looked-up`: each event is, and was found to be new |
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 IMPRESSION, FEEDBACK, AGGREGATE = "impression", "feedback", "aggregate"
 EXTERNAL, SPEC, PUNCTUATION = "external", "spec", "punctuation"
+LATE, SET_ASIDE, LOOKED_UP = "late", "set-aside", "looked-up"
 # One thread: a record holds a few rows of many columns, and handing each column to a pool costs ten times the work.
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
 _WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)

@@ -5,7 +5,7 @@ The Delta table on files, CephFS, HDFS and S3 implements it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import pyarrow as pa
@@ -63,3 +63,14 @@ class LakeWriter(Protocol):
 
     def state(self, version: int | None = None) -> LakeState | None:
         """Return where the lake has got to; None while there is none."""
+
+
+class StoredIds(Protocol):
+    """What the lake can say of single events, without reading all of it."""
+
+    def state(self, version: int | None = None) -> LakeState | None:
+        """Return the newest version's state; None while there is no lake."""
+
+    def stored(self, ids: Collection[str], column: str, begin_ms: int, end_ms: int) -> frozenset[str]:
+        """Return which of `ids` are in `column` (`event_id` or `feedback_id`) of the newest version's samples whose
+        impressions have event times from `begin_ms` to before `end_ms`. Raises `Unavailable`."""

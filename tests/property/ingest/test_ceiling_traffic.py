@@ -15,7 +15,8 @@ from ingest_world import Counts, HandClock, ShakyLog, dependencies, impression, 
 
 from headrace.contract.config import IngestConfig
 from headrace.ingest.dead_letters.origins import NETWORKS_MAX, ORIGINS_MAX
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
 
 CONFIG = IngestConfig(
     dead_letter_events_min=50, dead_letter_probe_ms=2_000, dead_letter_window_ms=12_000, grace_ms=0, batch_ms=5

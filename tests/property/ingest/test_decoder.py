@@ -19,7 +19,8 @@ from headrace.contract.formats.topics import Topics
 from headrace.ingest.decode.compression import BodyTooLarge, decompress
 from headrace.ingest.decode.message import Message, chunk_text
 from headrace.ingest.forward.protocol import Decoder, Ping, Refused, encode_ack
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
 
 BOUND = 100_000
 

@@ -175,6 +175,43 @@ tests:
               summary: "The project file of a is not what events are read by"
               description: "Change 3 is in force. `headrace spec` shows what the file would change, `headrace spec
                 apply` puts it in force; or deploy the file that was applied."
+  - name: late events
+    interval: 1m
+    input_series:
+      - {series: "headrace_ingest_late_oldest_seconds{instance='a'}", values: "0+60x120"}
+      - {series: "headrace_ingest_late_oldest_seconds{instance='b'}", values: "0x120"}
+      - {series: "headrace_ingest_late_unknown{instance='a'}", values: "0x30 2x90"}
+      - {series: "headrace_ingest_late_unknown{instance='b'}", values: "0x30 2x90"}
+      - {series: "headrace_stream_events_too_late_total{instance='s'}", values: "0x30 3x90"}
+    alert_rule_test:
+      - {eval_time: 60m, alertname: HeadraceLateEventsWait, exp_alerts: []}
+      - eval_time: 70m
+        alertname: HeadraceLateEventsWait
+        exp_alerts:
+          - exp_labels: {severity: warning}
+            exp_annotations:
+              summary: "Late events have waited for 1h 10m 0s to be looked up"
+              description: "They are dead letters (too_late) meanwhile, and not lost. The gateways' logs say what is
+                away: Kafka, the store, or a lake that is behind."
+      - {eval_time: 20m, alertname: HeadraceLateEventsUnknown, exp_alerts: []}
+      - eval_time: 40m
+        alertname: HeadraceLateEventsUnknown
+        exp_alerts:
+          - exp_labels: {severity: warning}
+            exp_annotations:
+              summary: "2 late events wait for a decision"
+              description: "Log and lake no longer tell whether they were taken. `headrace dead-letters list --reason
+                too_late` shows them; `headrace dead-letters retry --reason too_late --take`, or --drop, decides."
+      - {eval_time: 20m, alertname: HeadraceLateEventsDropped, exp_alerts: []}
+      - eval_time: 40m
+        alertname: HeadraceLateEventsDropped
+        exp_alerts:
+          - exp_labels: {severity: warning, instance: s}
+            exp_annotations:
+              summary: "s dropped events that are older than its memory and that nobody had looked up"
+              description: "Gateways set such events aside. Look for another writer to the topic of events, or for a
+                gateway whose clock is far behind; the events lie in the topic."
+      - {eval_time: 110m, alertname: HeadraceLateEventsDropped, exp_alerts: []}
   - name: foreign records, the first of a series that begins with it
     interval: 1m
     input_series:

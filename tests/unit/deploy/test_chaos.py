@@ -18,7 +18,8 @@ from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.chaos.account import Account, all_there, closes, count
 from headrace.deploy.local.chaos.load import Emitted, Events
 from headrace.deploy.local.chaos.plan import LATE_S, SECOND, SECOND_WORKER, draw_kills, needed, victims_of
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
 from headrace.replay.ledger.ledger import Ledger
 
 TOPICS = Topics()

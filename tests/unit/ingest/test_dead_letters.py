@@ -141,7 +141,7 @@ def test_letters_and_marks_of_before_and_after_are_read() -> None:
 
 def test_a_retry_keeps_the_events_own_id_time_and_fields() -> None:
     world = World()
-    at_s = START_MS // 1_000 - 3_600
+    at_s = START_MS // 1_000 - 1_800
     world.offer("shop.cart", [{"request_id": "a", "user_id": 1, "event_id": "own", "item_id": 5}], "c", at_s)
     world.offer("shop.cart", [{"request_id": "b", "user_id": 1}, {"request_id": "c", "user_id": 1}], "c2", at_s)
     world.offer("shop.cart", [{"request_id": "d", "user_id": 1, "event_id": 12, "event_time_ms": START_MS - 7}], "c3")

@@ -17,8 +17,9 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.hashing import partition_of
 from headrace.ingest.decode.message import Message
-from headrace.ingest.gateway.feedback_delay import FeedbackDelay
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.counts import FeedbackDelay
+from headrace.ingest.gateway.gateway import Gateway
 
 P = 4
 

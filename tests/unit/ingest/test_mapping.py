@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from access_log_world import CLF, ITEM, LOG, project
-from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, dependencies, message
+from ingest_world import NOT_LATE, PROJECT, START_MS, Counts, HandClock, ShakyLog, dependencies, message
 
 from headrace.contract.config import SourceConfig
 from headrace.contract.errors import ConfigRejected
@@ -21,7 +21,8 @@ from headrace.contract.mapping import AccessLog, Route
 from headrace.contract.project import Project
 from headrace.ingest.decode.message import message_of
 from headrace.ingest.gateway.batcher import Outcome
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.sources.access_log_events import Mapper
 from headrace.ingest.sources.kafka_source import messages_of
 
@@ -39,7 +40,9 @@ class World:
 
     def __init__(self, made: Project | None = None) -> None:
         self.clock, self.counts, self.log = HandClock(), Counts(), ShakyLog(Random(1))
-        self.gateway = Gateway(dependencies(self.log, self.counts, self.clock, project=made or project()), "g")
+        self.gateway = Gateway(
+            dependencies(self.log, self.counts, self.clock, project=made or project(), late=NOT_LATE), "g"
+        )
         self.outcomes: list[Outcome] = []
 
     def offer(self, records: list[Any], chunk: str | None = "c", peer: Peer | None = None) -> None:

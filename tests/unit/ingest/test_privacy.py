@@ -18,7 +18,8 @@ from headrace.contract.project import FeedbackType, ImpressionType, Project, Tas
 from headrace.contract.spec import FeatureSpec
 from headrace.ingest.compile_decoders import compile_decoders
 from headrace.ingest.decode.message import Message
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
 from headrace.serving.model.scorer import merge
 
 KEY = "sixteen bytes or more"

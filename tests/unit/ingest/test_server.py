@@ -25,7 +25,7 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.ingest.forward.endpoint import Endpoint, read_users
 from headrace.ingest.gateway.admission import Admission
-from headrace.ingest.gateway.gateway import Peer
+from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.ingest.gateway.loop import _raise_failed
 from headrace.ingest.tls_identity import TlsIdentity
 
@@ -50,7 +50,7 @@ def test_bytes_that_come_one_by_one_make_the_same_messages() -> None:
 
 def test_a_json_array_is_acked_in_json_on_the_same_port() -> None:
     with Running() as gateway, gateway.connect() as sock:
-        sock.sendall(b'["shop.impression",1700000000,{"request_id":"r","user_id":1,"item_id":2},{"chunk":"c"}]')
+        sock.sendall(b'["shop.impression",%d,{"request_id":"r","user_id":1,"item_id":2},{"chunk":"c"}]' % time.time())
         assert sock.recv(4_096) == b'{"ack":"c"}'
         assert len(gateway.log.rows()) == 1
 

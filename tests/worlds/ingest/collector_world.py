@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from random import Random
 from typing import Any
 
-from ingest_world import ShakyLog, dependencies
+from ingest_world import NOT_LATE, ShakyLog, dependencies
 
 from headrace.backends.clock import SystemClock
 from headrace.backends.metrics_memory import MemoryMetrics
@@ -54,7 +54,7 @@ class Site:
     def _run(self, settings: IngestConfig) -> None:
         try:
             run(
-                dependencies(self.log, self.metrics, SystemClock(), config=settings),
+                dependencies(self.log, self.metrics, SystemClock(), config=settings, late=NOT_LATE),
                 Endpoint(port=free_port()),
                 self.stop,
                 ready=lambda _port: self._ready.set(),

@@ -21,6 +21,7 @@ from headrace.contract.spec import FeatureSpec
 from headrace.ingest.decode.message import Message
 from headrace.ingest.forward.protocol import read_message
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
+from headrace.ingest.gateway.late_events import LateEvents
 
 PROJECT = Project(
     impression=ImpressionType(
@@ -36,6 +37,8 @@ PROJECT = Project(
     features=FeatureSpec(counters=(Windowed(name="user", key="user_id"),)),
 ).checked()
 START_MS = 1_700_000_000_000
+NOT_LATE = LateEvents(2**50)
+"""For tests whose events are of other years than their clocks."""
 
 
 def dependencies(producer: Any, metrics: Any, clock: Any, **changes: Any) -> GatewayDependencies:

@@ -22,8 +22,10 @@ from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Delivered, Producer, Reader
 from headrace.contract.project import FeedbackType, Project
 from headrace.ingest.dead_letters.letters import Letter, States, read_letters
+from headrace.ingest.dead_letters.look_up import LookUp
 from headrace.ingest.dead_letters.retry import Retry
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
 
 P = 3
 TOPICS = Topics()
@@ -80,6 +82,7 @@ class World:
         reader: Reader | None = None,
         writer: FencedWriter | None = None,
         clock: Any = None,
+        look_up: LookUp | None = None,
     ) -> Retry:
         """Return a retry that has not begun."""
         self.runs += 1
@@ -94,6 +97,7 @@ class World:
             clock=clock or self.clock,
             metrics=MemoryMetrics(),
             run=f"r{self.runs}",
+            look_up=look_up,
         )
 
     def rows(self) -> list[dict[str, Any]]:

@@ -14,17 +14,20 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from ingest_world import PROJECT, START_MS, Counts, HandClock, dependencies, impression, message
+import msgpack
+from ingest_world import NOT_LATE, PROJECT, START_MS, Counts, HandClock, dependencies, impression, message
 
-from headrace.contract.config import IngestConfig
+from headrace.contract.config import IngestConfig, JoinConfig
 from headrace.contract.errors import Overloaded
-from headrace.contract.formats.dead_letters import decode_dead_letter
+from headrace.contract.formats.dead_letters import TOO_LATE, decode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.hashing import partition_of
 from headrace.contract.interfaces.log import Delivered, Producer, Record
 from headrace.ingest.decode.message import Message
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
+from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.gateway.log_start import LogStart
 from headrace.ingest.gateway.repeats import digest
 
@@ -92,18 +95,26 @@ class Broker:
         self.records.append((topic, partition, value, headers))
         if topic == Topics().dead_letters:
             letter = decode_dead_letter(value)
-            self.letters[letter.event_id] += 1
-            self.reasons[letter.reason] += 1
+            if letter.reason == TOO_LATE:
+                # It stands for its event, and is looked up before it is taken.
+                request = msgpack.unpackb(letter.raw)["request_id"]
+                self._find(letter.partition, letter.event_type, letter.event_id, request)
+            else:
+                self.letters[letter.event_id] += 1
+                self.reasons[letter.reason] += 1
         elif headers["kind"] != PUNCTUATION:
             batch = decode_batch(value)
             kind = headers.get("type", headers["kind"])
             for event_id, request in zip(batch["event_id"].to_pylist(), batch["request_id"].to_pylist(), strict=True):
-                if (partition, kind, event_id) in self._ids:
-                    self.repeated += 1
-                    continue
-                self._ids.add((partition, kind, event_id))
-                self.found[request] += 1
+                self._find(partition, kind, event_id, request)
         return len(self.records) - 1
+
+    def _find(self, partition: int, kind: str, event_id: str, request: str) -> None:
+        if (partition, kind, event_id) in self._ids:
+            self.repeated += 1
+            return
+        self._ids.add((partition, kind, event_id))
+        self.found[request] += 1
 
     def start(self, gateway: str) -> LogStart:
         """Return what a gateway of this name finds in the log when it starts."""
@@ -199,6 +210,7 @@ class Process:
                 config=config,
                 partitions=PARTITIONS,
                 start=world.broker.start(name),
+                late=world.late,
             ),
             name,
         )
@@ -228,7 +240,8 @@ class Process:
     def promised(self, partition: int, time_ms: int) -> None:
         """Check a promise that is being made: it may stay behind, it must not pass an event that is held.
 
-        An event that was older than a promise when it came is late already, and is not held.
+        An event that was older than a promise when it came is late already, and is not held. Neither is one that is
+        too late, which becomes a letter.
         """
         before, self._promises[partition] = self._promises[partition], time_ms
         if time_ms < before and self._has_promised[partition]:
@@ -239,6 +252,8 @@ class Process:
         for chunk in self.open.values():
             for request, event_ms in chunk.requests.items():
                 held = partition_of(str(chunk.users[request]), PARTITIONS) == partition
+                if event_ms < self.world.late.before_ms(self.world.clock.ms):
+                    continue
                 if held and before < event_ms < time_ms and not self.world.broker.found[request]:
                     self.world.complaints["promised beyond a held event"] += 1
 
@@ -328,6 +343,8 @@ class World:
 
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
+        # In every other world the stream forgets, and events of an hour ago are set aside.
+        self.late = LateEvents(JoinConfig().repeat_horizon_ms) if self.seed % 2 else NOT_LATE
         if self.faults is NO_FAULTS:
             self.faults = Faults.drawn(self.random)
         self.clock, self.broker = HandClock(), Broker()

@@ -21,7 +21,8 @@ from headrace.contract.config import IngestConfig, JoinConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.ingest.gateway import punctuate
-from headrace.ingest.gateway.gateway import Gateway, Peer
+from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.gateway.gateway import Gateway
 from headrace.stream.join.join import JoinState
 
 SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 20))]

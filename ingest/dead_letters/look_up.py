@@ -1,0 +1,209 @@
+"""Looks late events up: whether their ids were taken before. Reads the log, and the lake where the log begins too late.
+
+1. An event is in no record that is older than its time, less `EARLIER_MS` and `skew_ms` for clocks that differ. The
+   partition is read from the first record of that time on, to its end. One pass answers for all letters of a call.
+2. Where the partition does not reach back so far, samples of the event's hours are asked for its id.
+   a. There it is: a repeat.
+   b. It is not there, it is an impression, and the lake holds every sample of what the log no longer has: it is new.
+      Every impression has a sample once its windows are over.
+   c. Anything else is unknown: feedback that was late, a duplicate or an orphan is in no sample.
+
+Found is a repeat even where the rest could not be read. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import pyarrow as pa
+
+from headrace.contract.errors import Unavailable
+from headrace.contract.formats.events import FEEDBACK, IMPRESSION
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.lake import StoredIds
+from headrace.contract.interfaces.log import Reader, Record, read_range
+from headrace.contract.project import Project
+from headrace.ingest.dead_letters.letters import Letter
+
+Verdict = Literal["new", "repeated", "unknown"]
+EARLIER_MS = 600_000
+"""How much older a record's time may be than its events', beside `ingest.skew_ms`: clocks that differ, and a watermark
+that was behind."""
+_PAUSE_RECORDS = 500
+_HOUR_MS = 3_600_000
+_ID_ONLY = pa.ipc.IpcReadOptions(included_fields=[0], use_threads=False)
+
+
+class _Span(NamedTuple):
+    """What the log has of a partition."""
+
+    begin: int
+    end: int
+    begin_ms: int
+    """Time of its first record, 0 where nothing was ever deleted before it."""
+
+
+class LookUp:
+    """Looks up letters of `too_late` events. For one thread."""
+
+    def __init__(
+        self,
+        project: Project,
+        topics: Topics,
+        reader: Reader,
+        stored: StoredIds | None,
+        *,
+        skew_ms: int,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`pause` is called every few hundred records; what it raises ends the look-up."""
+        self._topics, self._reader, self._stored, self._pause = topics, reader, stored, pause
+        self._at_work: Callable[[], None] = lambda: None
+        self._earlier_ms = EARLIER_MS + skew_ms
+        self._windows_ms = max((task.window_ms + task.correct_ms for task in project.tasks), default=-1)
+
+    def verdicts(self, letters: Sequence[Letter], at_work: Callable[[], None] = lambda: None) -> dict[int, Verdict]:
+        """Return a verdict by each letter's offset; none for those that only a later look-up can tell.
+
+        `at_work` is called as often as `pause`.
+
+        Raises `Unavailable` where the log cannot be read, `InvariantBroken` where retention deletes what is being read.
+        """
+        found: dict[int, Verdict] = {}
+        self._at_work = at_work
+        begins, ends = self._reader.begin_offsets(self._topics.events), self._reader.end_offsets(self._topics.events)
+        by_partition: defaultdict[int, list[Letter]] = defaultdict(list)
+        for letter in letters:
+            by_partition[letter.content.partition].append(letter)
+        spans = {p: self._span(p, begins[p], ends[p]) for p in by_partition if p in begins}
+        self._look_in_log({p: by_partition[p] for p in spans}, spans, found)
+        left = []
+        for letter in letters:
+            span = spans.get(letter.content.partition)
+            if span is None:
+                found[letter.offset] = "unknown"
+            elif letter.offset not in found:
+                if self._since_ms(letter) >= span.begin_ms:
+                    found[letter.offset] = "new"
+                else:
+                    left.append(letter)
+        if left:
+            self._look_in_lake(left, spans, found)
+        return found
+
+    def _turn(self) -> None:
+        self._pause()
+        self._at_work()
+
+    def _since_ms(self, letter: Letter) -> int:
+        return letter.content.event_time_ms - self._earlier_ms
+
+    # -- 1. the log
+
+    def _span(self, partition: int, begin: int, end: int) -> _Span:
+        if begin == 0 and self._topics.generation == 1:
+            return _Span(begin, end, 0)
+        first = self._first_at(partition, begin, end)
+        # An empty partition says nothing of any time.
+        return _Span(begin, end, first.timestamp_ms if first is not None else 2**62)
+
+    def _look_in_log(
+        self, by_partition: Mapping[int, list[Letter]], spans: Mapping[int, _Span], found: dict[int, Verdict]
+    ) -> None:
+        wanted: dict[tuple[int, str], dict[str, list[int]]] = {}
+        firsts, ends = {}, {}
+        for partition, letters in by_partition.items():
+            span = spans[partition]
+            firsts[partition] = self._offset_at(partition, min(map(self._since_ms, letters)), span)
+            ends[partition] = span.end
+            for letter in letters:
+                ids = wanted.setdefault((partition, letter.content.event_type), {})
+                ids.setdefault(letter.content.event_id, []).append(letter.offset)
+        for number, record in enumerate(read_range(self._reader, self._topics.events, begins=firsts, ends=ends)):
+            if number % _PAUSE_RECORDS == 0:
+                self._turn()
+            kind = record.headers.get("kind", "")
+            if record.value is None or kind not in (IMPRESSION, FEEDBACK):
+                continue
+            ids = wanted.get((record.partition, record.headers.get("type") or kind), {})
+            if ids:
+                for event_id in ids.keys() & set(_ids_of(record.value)):
+                    found.update(dict.fromkeys(ids[event_id], "repeated"))
+
+    def _offset_at(self, partition: int, time_ms: int, span: _Span) -> int:
+        """Return an offset before which no record is of `time_ms` or later. The broker's times grow along a partition;
+        a record without a time counts as one of 0."""
+        low, high = span.begin, span.end
+        while low < high:
+            middle = (low + high) // 2
+            record = self._first_at(partition, middle, high)
+            if record is None or record.timestamp_ms >= time_ms:
+                high = middle
+            else:
+                low = record.offset + 1
+        return low
+
+    def _first_at(self, partition: int, offset: int, end: int) -> Record | None:
+        """Return the first record from `offset` on and before `end`."""
+        self._turn()
+        topic = self._topics.events
+        return next(iter(read_range(self._reader, topic, begins={partition: offset}, ends={partition: end})), None)
+
+    # -- 2. the lake
+
+    def _look_in_lake(self, letters: Iterable[Letter], spans: Mapping[int, _Span], found: dict[int, Verdict]) -> None:
+        """Judge what the log cannot tell; where the lake is away, or has not got so far, it is left for later."""
+        if self._stored is None or self._windows_ms < 0:
+            found.update((letter.offset, "unknown") for letter in letters)
+            return
+        try:
+            by_hour: defaultdict[int, list[Letter]] = defaultdict(list)
+            for letter in letters:
+                by_hour[letter.content.event_time_ms // _HOUR_MS].append(letter)
+            for hour, ours in sorted(by_hour.items()):
+                self._turn()
+                self._look_in_hour(hour, ours, spans, found)
+        except Unavailable:
+            return
+
+    def _look_in_hour(
+        self, hour: int, letters: list[Letter], spans: Mapping[int, _Span], found: dict[int, Verdict]
+    ) -> None:
+        assert self._stored is not None
+        # Before the rows: what a later version stores as well is no matter, what its positions promise would be.
+        state = self._stored.state()
+        begin_ms, end_ms = hour * _HOUR_MS, (hour + 1) * _HOUR_MS
+        impressions = [one for one in letters if one.content.event_type == IMPRESSION]
+        feedback = [one for one in letters if one.content.event_type != IMPRESSION]
+        # An impression that a feedback answers may be as much older as its windows are long.
+        for ours, earlier_ms, column in (
+            (impressions, 0, "event_id"),
+            (feedback, self._windows_ms + self._earlier_ms, "feedback_id"),
+        ):
+            ids = {one.content.event_id for one in ours}
+            there = self._stored.stored(ids, column, begin_ms - earlier_ms, end_ms) if ids else frozenset[str]()
+            found.update((one.offset, "repeated") for one in ours if one.content.event_id in there)
+        found.update((one.offset, "unknown") for one in feedback if one.offset not in found)
+        for one in impressions:
+            if one.offset in found:
+                continue
+            if state is None or one.content.event_time_ms < state.retained_before_ms:
+                found[one.offset] = "unknown"
+                continue
+            span = spans[one.content.partition]
+            position = state.positions.at(one.content.partition)
+            # All that was deleted was read by the watermark of the first record that is left.
+            over_ms = span.begin_ms + self._windows_ms + self._earlier_ms
+            if span.begin_ms < 2**62 and position.offset >= self._offset_at(one.content.partition, over_ms, span):
+                found[one.offset] = "new"
+
+
+def _ids_of(value: bytes) -> list[str]:
+    """Return the ids of a record's events; none where it is no batch, which the stream takes nothing of either."""
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(value), options=_ID_ONLY) as reader:
+            return [event_id for batch in reader for event_id in batch.column(0).to_pylist()]
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return []

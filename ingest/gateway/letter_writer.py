@@ -1,0 +1,67 @@
+"""What a dead letter of the gateway holds: what was refused, cut to a bound, without what is private."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from headrace.contract.config import IngestConfig
+from headrace.contract.formats.dead_letters import DeadLetter
+from headrace.contract.privacy import Privacy
+from headrace.ingest.decode.message import Entry, chunk_text, encode_record
+from headrace.ingest.gateway.batcher import OpenChunk
+
+_LATE_BYTES_MAX = 650_000
+"""Most raw bytes of an event that is too late: in base64 they fit the broker's 1 MB."""
+
+
+class TooLate(NamedTuple):
+    """What an event that is too late is looked up by, beside its id."""
+
+    event_type: str
+    event_time_ms: int
+    partition: int
+
+
+class LetterWriter:
+    """Writes the letters of one gateway."""
+
+    def __init__(self, config: IngestConfig, privacy: Privacy, gateway: str) -> None:
+        self._config, self._privacy, self._gateway = config, privacy, gateway
+
+    def letter(
+        self,
+        chunk: OpenChunk,
+        reason: str,
+        detail: str,
+        entry: Entry,
+        seen_ms: int,
+        *,
+        event_id: str = "",
+        raw: bytes | None = None,
+        late: TooLate | None = None,
+    ) -> DeadLetter:
+        """Return the letter of an entry, or of `raw` bytes that are none. `event_id` is told where the entry has none.
+
+        An event that is too `late` is kept whole: it is taken once it is found to be new.
+        """
+        most = self._config.dead_letter_bytes if late is None else _LATE_BYTES_MAX
+        record = self._privacy.record(entry.record, chunk.tag)
+        # Bytes that nobody can read may hold what is private: where a project has such fields they are not kept.
+        hidden = raw is not None and bool(self._privacy.everywhere)
+        whole = encode_record(record) if raw is None else b"" if hidden else raw
+        own = record.get("event_id") if isinstance(record, dict) else None
+        letter = DeadLetter(
+            reason=reason,
+            detail=detail,
+            origin=chunk.origin,
+            tag=chunk_text(chunk.tag),
+            event_id=chunk_text(own) if isinstance(own, str) and own else event_id,
+            time_ns=entry.time_ns or 0,
+            raw=whole[:most],
+            raw_truncated=hidden or len(whole) > most,
+            gateway=self._gateway,
+            seen_ms=seen_ms,
+        )
+        return letter if late is None else msgspec.structs.replace(letter, **late._asdict())

@@ -1,0 +1,174 @@
+"""What is looked up of a late event, and what is said where the log no longer reaches back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pytest
+from ingest_world import PROJECT, START_MS, impression
+from letters_world import CORRECTED, TOPICS, P, World
+
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.lake.stored_ids import LakeIds
+from headrace.contract.errors import Unavailable
+from headrace.contract.formats.dead_letters import TOO_LATE, DeadLetter
+from headrace.contract.formats.events import PUNCTUATION
+from headrace.contract.formats.positions import Position, Positions
+from headrace.contract.hashing import partition_of
+from headrace.contract.interfaces.lake import LakeState
+from headrace.ingest.dead_letters.letters import Filter, Letter
+from headrace.ingest.dead_letters.look_up import LookUp, Verdict
+
+HOUR_MS = 3_600_000
+
+
+class State:
+    """One version of a lake that holds everything up to an offset."""
+
+    def __init__(self, offset: int, retained_before_ms: int = 0) -> None:
+        self.version, self.next_offsets, self.retained_before_ms = 1, dict[int, int](), retained_before_ms
+        self.positions = Positions(1, {partition: Position(offset, 0) for partition in range(P)})
+
+
+class Ids:
+    """A lake that has these ids, or is away."""
+
+    def __init__(self, ids: set[str], state: State | None, *, away: bool = False) -> None:
+        self.ids, self.newest, self.away = ids, state, away
+        self.asked: list[tuple[str, int, int]] = []
+
+    def state(self, version: int | None = None) -> LakeState | None:
+        if self.away:
+            raise Unavailable("away")
+        return self.newest
+
+    def stored(self, ids: Collection[str], column: str, begin_ms: int, end_ms: int) -> frozenset[str]:
+        self.asked.append((column, begin_ms, end_ms))
+        return frozenset(ids) & self.ids
+
+
+def letter(event_id: str, event_type: str = "impression", *, user: int = 1, at_ms: int = START_MS) -> Letter:
+    told = DeadLetter(
+        reason=TOO_LATE,
+        detail="",
+        origin="a",
+        tag="shop.impression",
+        event_id=event_id,
+        event_type=event_type,
+        event_time_ms=at_ms,
+        partition=partition_of(str(user), P),
+    )
+    return Letter(hash(event_id) % 10**6, told)
+
+
+def grown(trim: bool) -> World:
+    """Return a log of ten hours, with an event at the first and the fifth; the first three may be deleted."""
+    world = World()
+    for hour in range(10):
+        if hour in (0, 5):
+            at_s = world.clock.now_ms() // 1000
+            world.offer("shop.impression", [impression(hour, user_id=1)], f"c{hour}", at_s)
+        for partition in range(P):
+            for _ in range(4):
+                world.clock.advance(HOUR_MS / 4000 / P)
+                world.log.append(TOPICS.events, partition, b"{}", None, {"kind": PUNCTUATION})
+    if trim:
+        for partition in range(P):
+            world.log.trim(TOPICS.events, partition, 13)
+    return world
+
+
+def judge(world: World, one: Letter, stored: Ids | None = None) -> Verdict | None:
+    look_up = LookUp(PROJECT, TOPICS, world.log.reader(), stored, skew_ms=60_000)
+    return look_up.verdicts([one]).get(one.offset)
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_the_log_tells_as_far_as_it_reaches(trim: bool) -> None:
+    world = grown(trim)
+    fifth_ms = START_MS + 5 * HOUR_MS
+    assert judge(world, letter("e5", at_ms=fifth_ms)) == "repeated"
+    assert judge(world, letter("e5", "click", at_ms=fifth_ms)) == "new", "another type is another event"
+    assert judge(world, letter("e6", at_ms=fifth_ms)) == "new"
+    assert judge(world, letter("e0")) == ("unknown" if trim else "repeated")
+    assert judge(world, letter("e7")) == ("unknown" if trim else "new")
+
+
+def test_the_lake_tells_what_the_log_has_no_longer() -> None:
+    world = grown(trim=True)
+    whole = State(world.log.reader().end_offsets(TOPICS.events)[0])
+    assert judge(world, letter("e0"), Ids({"e0"}, whole)) == "repeated"
+    assert judge(world, letter("e7"), Ids({"e0"}, whole)) == "new"
+    assert judge(world, letter("k0", "click"), Ids({"k0"}, whole)) == "repeated"
+    assert judge(world, letter("k7", "click"), Ids({"k0"}, whole)) == "unknown", "a late click is in no sample"
+    assert judge(world, letter("e7"), Ids(set(), State(whole.positions.at(0).offset, START_MS + 1))) == "unknown"
+    assert judge(world, letter("e7"), Ids(set(), None)) == "unknown"
+    assert judge(world, letter("e7"), Ids(set(), State(14))) is None, "the lake is behind"
+    assert judge(world, letter("e7"), Ids(set(), whole, away=True)) is None
+    asked = Ids(set(), whole)
+    judge(world, letter("e7", at_ms=START_MS + 5), asked)
+    begin_ms = START_MS - START_MS % HOUR_MS
+    assert asked.asked == [("event_id", begin_ms, begin_ms + HOUR_MS)], "its hour alone"
+
+
+def test_what_nobody_can_tell_is_the_users_to_decide() -> None:
+    for decide, rows in (("take", 1), ("drop", 0)):
+        world = World()
+        world.offer("shop.impression", [impression(1)], "c", START_MS // 1000 - 7_200)
+        assert [one.content.reason for one in world.letters()] == [TOO_LATE]
+        for partition in range(P):
+            for _ in range(3):
+                world.log.append(TOPICS.events, partition, b"{}", None, {"kind": PUNCTUATION})
+            world.log.trim(TOPICS.events, partition, 2)
+        look_up = LookUp(CORRECTED, TOPICS, world.log.reader(), None, skew_ms=60_000)
+        report = world.retry(look_up=look_up).retry(Filter())
+        assert (report.unknown, report.appended, world.states()) == (1, 0, {0: "unknown"})
+        assert world.retry(look_up=look_up).retry(Filter()).skipped == {"unknown before": 1}
+        world.retry(look_up=look_up).retry(Filter(), decide)
+        assert (len(world.rows()), world.states()) == (rows, {0: "retried"})
+        assert world.retry(look_up=look_up).retry(Filter(), decide).offered == 0
+
+
+def test_a_letter_that_is_old_by_the_time_of_its_retry_is_looked_up() -> None:
+    world = World()
+    world.offer("shop.cart", [{"request_id": "r", "user_id": 1, "event_id": "k"}], "c")
+    world.clock.advance(10_000.0)
+    report = world.retry().retry(Filter())
+    assert report.refused == {TOO_LATE: 1}
+    newer = world.letters()[1].content
+    assert (newer.retry_of, newer.attempts, newer.event_id, newer.origin) == (0, 1, "k", "10.0.0.1")
+    for wanted in ({"appended": 1}, {"offered": 0}):
+        look_up = LookUp(CORRECTED, TOPICS, world.log.reader(), None, skew_ms=60_000)
+        report = world.retry(look_up=look_up).retry(Filter())
+        assert {name: getattr(report, name) for name in wanted} == wanted
+    assert [row["event_id"] for row in world.rows()] == ["k"]
+    assert world.states() == {0: "refused", 1: "retried"}
+
+
+def sample(event_id: str, at_ms: int, feedback_id: str | None) -> dict[str, Any]:
+    return {"event_id": event_id, "event_time_ms": at_ms, "feedback_id": feedback_id}
+
+
+def test_a_lake_on_disk_is_asked_for_single_hours(tmp_path: Path) -> None:
+    lake = DeltaLake(str(tmp_path / "lake"))
+    ids = LakeIds(lake)
+    assert ids.state() is None and ids.stored({"a"}, "event_id", 0, 10) == frozenset()
+    schema = pa.schema([("event_id", pa.string()), ("event_time_ms", pa.int64()), ("feedback_id", pa.string())])
+    rows = [sample("a", START_MS, None), sample("b", START_MS + HOUR_MS, "k"), sample("c", START_MS + HOUR_MS, None)]
+    lake.append([pa.RecordBatch.from_pylist(rows, schema=schema)], {0: 3}, {0: Position(3, 0)})
+    begin_ms = START_MS - START_MS % HOUR_MS
+    assert ids.stored({"a", "b", "d"}, "event_id", begin_ms, begin_ms + HOUR_MS) == {"a"}
+    assert ids.stored({"a", "b", "d"}, "event_id", begin_ms, begin_ms + 2 * HOUR_MS) == {"a", "b"}
+    assert ids.stored({"k", "b"}, "feedback_id", begin_ms, begin_ms + 2_000 * HOUR_MS) == {"k"}
+    state = ids.state()
+    assert state is not None and state.positions.at(0) == Position(3, 0)
+
+
+def test_marks_of_before_and_after_are_one_format() -> None:
+    old = b'{"reason":"bad_type","detail":"d","origin":"o","tag":"t"}'
+    told = msgspec.json.decode(old, type=DeadLetter)
+    assert (told.event_type, told.event_time_ms, told.partition) == ("", 0, -1)
