@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import logging
 import os
 import select
 import socket
@@ -36,7 +37,9 @@ import msgpack
 import xxhash
 from fluent.sender import EventTime, FluentSender
 
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, Unavailable
+
+log = logging.getLogger("headrace.sender")
 
 _HEAD = struct.Struct("<IIB")
 _TIME = struct.Struct(">II")
@@ -182,7 +185,8 @@ class Sender(FluentSender):  # type: ignore[misc]
     def emit(self, label: str | None, data: dict[str, Any]) -> bool:
         """Keep one event until the gateway has it; its time is now.
 
-        Raises `Overloaded` when the spool is full (nothing was taken), `TypeError` on what msgpack cannot write.
+        Raises `Overloaded` when the spool is full (nothing was taken), `TypeError` on what msgpack cannot write,
+        `Unavailable` in a process that was forked after the sender was made.
         """
         return self._keep(label, time.time_ns(), data)
 
@@ -203,6 +207,11 @@ class Sender(FluentSender):  # type: ignore[misc]
         try:
             if self._stop:
                 return False
+            if not self._thread.is_alive():
+                raise Unavailable(
+                    "this sender sends nothing: its thread is not in this process, or died. Make a Sender in each "
+                    "process, after a fork; what is in the spool is sent by the next one that starts."
+                )
             if self._spool_bytes + len(payload) + _HEAD.size > self._spool_max:
                 raise Overloaded(
                     f"{self._unacked} events wait in a spool of {self._spool_bytes} bytes, bound {self._spool_max}. "
@@ -336,8 +345,11 @@ class Sender(FluentSender):  # type: ignore[misc]
             try:
                 self._reconnect()
                 self._converse(self.socket)
-            except (OSError, ValueError, msgpack.UnpackException) as error:
+            except Exception as error:
+                # Whatever it is: a thread that ended would leave the spool to fill. What waits is sent again.
                 self.last_error = error
+                if not isinstance(error, OSError | ValueError | msgpack.UnpackException):
+                    log.exception("the sender begins its connection again")
             self._close()
             with self._lock:
                 # On the next connection under the same ids, before anything newer.

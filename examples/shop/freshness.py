@@ -7,6 +7,7 @@ older than the bounds is forgotten and not measured.
 
 from __future__ import annotations
 
+import logging
 import threading
 from bisect import bisect_left
 from collections import OrderedDict, deque
@@ -16,14 +17,16 @@ from functools import partial
 import msgspec
 import pyarrow as pa
 
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import EventRejected, Unavailable
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import Position
-from headrace.contract.formats.steps import decode_step
+from headrace.contract.formats.steps import Step, decode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
+
+logger = logging.getLogger("headrace.shop")
 
 # 20,000 clicks are more than a minute of them at 300 impressions/s; 2,000 versions are more than 6 minutes of deltas.
 CLICKS_MAX = 20_000
@@ -89,16 +92,23 @@ class Freshness:
             for record in records:
                 if record.value is None:
                     continue
-                if record.topic == self._topics.steps:
-                    step = decode_step(record.value)
-                    self._steps[f"{step.run}-{step.step}"] = step.positions
-                    if len(self._steps) > VERSIONS_MAX:
-                        self._steps.popitem(last=False)
-                else:
-                    self._resolve(record.partition, decode_batch(record.value))
+                try:
+                    if record.topic == self._topics.steps:
+                        self._note(decode_step(record.value))
+                    else:
+                        self._resolve(record.partition, decode_batch(record.value))
+                except (EventRejected, msgspec.MsgspecError, KeyError) as error:
+                    # Somebody else's record: the stages that must not miss one tell it, too.
+                    self._metrics.add("errors_total", kind="freshness")
+                    logger.warning("%s/%d offset %d: %s", record.topic, record.partition, record.offset, error)
             for version in [v for v in self._first if v in self._steps]:
                 self._seen.append(_Seen(self._first.pop(version), self._steps[version]))
             self._measure()
+
+    def _note(self, step: Step) -> None:
+        self._steps[f"{step.run}-{step.step}"] = step.positions
+        if len(self._steps) > VERSIONS_MAX:
+            self._steps.popitem(last=False)
 
     def _resolve(self, partition: int, batch: pa.RecordBatch) -> None:
         columns = (batch[name].to_pylist() for name in ("feedback_id", "offset", "rank"))

@@ -57,6 +57,7 @@ Name = Literal[
     "table_rows",
     "deltas_published_total",
     "snapshots_published_total",
+    "upload_age_seconds",
     "requests_total",
     "requests_open",
     "request_seconds",
@@ -248,6 +249,12 @@ METRICS: Mapping[Name, MetricDoc] = {
     ),
     "deltas_published_total": MetricDoc("counter", "deltas", ("train",), "Deltas that were published."),
     "snapshots_published_total": MetricDoc("counter", "snapshots", ("train",), "Snapshots that were published."),
+    "upload_age_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("train",),
+        "How long the upload of a snapshot and a checkpoint that is under way has taken; 0 while none is.",
+    ),
     "requests_total": MetricDoc(
         "counter",
         "requests",

@@ -24,7 +24,8 @@ import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, encode_batch
-from headrace.contract.interfaces.log import Record
+from headrace.contract.interfaces.log import Record, check_topic
+from headrace.process.waits import Waits
 from headrace.stream.aggregate.core import AggregatorState, Settled
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
@@ -34,10 +35,8 @@ from headrace.stream.shell.durable_state import (
     StateSnapshot,
     StateStore,
     await_stored,
-    check_topic,
 )
 from headrace.stream.shell.engine import Engine
-from headrace.stream.shell.waits import Waits
 
 RECORD_ROWS = 5_000
 

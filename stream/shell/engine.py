@@ -25,9 +25,9 @@ from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.interfaces.log import Reader, Record
+from headrace.process.watchdog import Watchdog
 from headrace.stream.shell.group_watch import GroupWatch
 from headrace.stream.shell.log_ends import LogEnds
-from headrace.stream.shell.watchdog import Watchdog
 
 log = logging.getLogger("headrace.engine")
 
@@ -126,6 +126,8 @@ class Engine:
         self.topic, self.begin_afresh = topic, begin_afresh
         self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)
         self.next: dict[int, int] = {}
+        self._unbegun: dict[int, int | None] = {}
+        """Where the group stands in the partitions from which no record came yet; None: at the topic's first."""
         self._held: dict[int, deque[Any]] = {}
         self._seeking: dict[int, float] = {}
         self._waiting: deque[Record] = deque()
@@ -146,15 +148,15 @@ class Engine:
 
     def lag(self) -> int:
         """Return how many records lie in the log beyond what was taken, over all partitions."""
-        return self._ends.lag(dict(self.next))
+        return self._ends.lag({**self._unbegun, **self.next})
 
     def oldest_unread_ms(self) -> int | None:
         """Return when the oldest record was written that the stage stands still before; None while it moves."""
         return self._ends.oldest_ms
 
-    def _standing(self) -> dict[int, int]:
+    def _standing(self) -> dict[int, int | None]:
         """Return where the stage waits for records; nowhere while some wait for it, or a partition begins."""
-        return {} if self._waiting or self._beginning else dict(self.next)
+        return {} if self._waiting or self._beginning else {**self._unbegun, **self.next}
 
     def run(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may cure."""
@@ -253,6 +255,9 @@ class Engine:
             self._look_due_s = now_s + LOOK_S
             consumer: Any = self.app.consumer
             self._group.look(consumer._thread)
+            # Faust knows where a partition's reading begins once it has asked the group.
+            mine = [tp for tp in list(consumer._read_offset) if tp.topic == self.topic]
+            self._unbegun = {tp.partition: consumer._committed_offset.get(tp) for tp in mine}
             self._ends.look()
 
     def _forget(self, stage: Stage, partitions: set[int]) -> None:
@@ -260,6 +265,7 @@ class Engine:
         self._waiting = deque(record for record in self._waiting if record.partition not in partitions)
         for partition in partitions:
             self.next.pop(partition, None)
+            self._unbegun.pop(partition, None)
             self._held.pop(partition, None)
             self._seeking.pop(partition, None)
 

@@ -26,9 +26,10 @@ import pyarrow.compute as pc
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.sample import format_position
-from headrace.contract.interfaces.log import Record
+from headrace.contract.interfaces.log import Record, check_topic
 from headrace.contract.metrics import Name
 from headrace.contract.rules import Rules, differences, rules_of
+from headrace.process.waits import Waits
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.outcome import Emitted, TaskCounts
 from headrace.stream.join.payload import Spill
@@ -40,10 +41,8 @@ from headrace.stream.shell.durable_state import (
     StateSnapshot,
     StateStore,
     await_stored,
-    check_topic,
 )
 from headrace.stream.shell.engine import Engine
-from headrace.stream.shell.waits import Waits
 
 log = logging.getLogger("headrace.stream")
 

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from headrace.backends.clock import VirtualClock
 from headrace.contract import interfaces
 from headrace.contract.errors import Overloaded, Unavailable
-from headrace.stream.shell.watchdog import STILL_MAX_S, Watchdog
+from headrace.process.watchdog import STILL_MAX_S, Watchdog
 
 BEFORE_STEPS = 6
 """Steps of the process that is killed before: some of its work is stored then."""
@@ -309,6 +309,8 @@ class StageRow:
     world: Callable[[], StageWorld]
     not_called: dict[str, str]
     """Methods of its interfaces that the stage itself never calls, by "Interface.method", and who does."""
+    share: int = 3
+    """One in how many cells is run in every test run."""
 
     def rows(self) -> Iterator[Call]:
         """Yield the calls that this stage makes."""

@@ -7,7 +7,7 @@ nobody outside: what the hand-over from lake to topic needs is read when the lak
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -78,7 +78,7 @@ class Source:
             self._began.setdefault(each.partition, Position(*each.after))
 
     def _begin(self, cursor: Cursor) -> None:
-        begins = self._reader.begin_offsets(self._topic)
+        begins = self._begins = self._reader.begin_offsets(self._topic)
         positions = Positions.from_json(self._generation, cursor.positions)
         self._stored.close()
         self._live.partitions, self._live.stored = {}, {}
@@ -178,6 +178,12 @@ class Source:
             not each.chunks and max(each.next_offset, self._begins.get(p, 0)) < self._ends.get(p, 0)
             for p, each in partitions
         )
+
+    def lag(self, ends: Mapping[int, int]) -> int:
+        """Return how many of the topic's records, which ends at `ends`, hold samples that are not learnt."""
+        following = {p: each.resume_offset for p, each in self._live.partitions.items()}
+        # What retention deleted is no record any more; a partition from which none came yet is read from its begin.
+        return sum(max(0, end - max(following.get(p, 0), self._begins.get(p, 0))) for p, end in ends.items())
 
     @property
     def is_stored(self) -> bool:

@@ -20,6 +20,7 @@ import msgpack
 
 from headrace.contract.errors import Overloaded
 from headrace.contract.project import FieldType, Project
+from headrace.process.background import Background
 from headrace.sender import Sender
 
 Name = tuple[str, str]
@@ -81,8 +82,8 @@ class RawShipper:
         self._sent: dict[str, tuple[bytes, int]] = {}
         self._stop = False
         self.unacked = 0
-        self._thread = threading.Thread(target=self._work, name="raw-shipper", daemon=True)
-        self._thread.start()
+        self.background = Background()
+        self._thread = self.background.thread("raw-shipper", self._work)
 
     def emit(self, tag: str, record: dict[str, Any]) -> None:
         """Take one event."""
@@ -169,16 +170,20 @@ class Load(Emitted):
         self._raw = [RawShipper(port, Random(seed + n)) for n in range(2)]
         self.count = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._drive, name="load", daemon=True)
+        self._background = Background()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin."""
-        self._thread.start()
+        self._thread = self._background.thread("load", self._drive)
 
     def stop(self) -> None:
-        """Emit no more."""
+        """Emit no more. Raises what ended the load before: less was emitted than was asked for."""
         self._stop.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+        for background in (self._background, *(raw.background for raw in self._raw)):
+            background.check()
 
     @property
     def unacked(self) -> int:

@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
     metrics = runtime.metrics("train")
     admin = runtime.admin()
     admin.ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    samples_id = admin.topic_id(runtime.topics.samples)
     producer = runtime.producer()
     with lock:
         train(
@@ -73,7 +74,9 @@ def main(args: argparse.Namespace) -> int:
                 metrics=metrics,
                 clock=runtime.clock,
                 stop=stop,
-                lake=runtime.lake(samples_id=admin.topic_id(runtime.topics.samples)),
+                lake=runtime.lake(samples_id=samples_id),
+                samples_id=samples_id,
+                steps_id=admin.topic_id(runtime.topics.steps),
                 board=Board(runtime.tensorboard_dir / "train"),
                 progress=show_progress(logging.getLogger("headrace.train")),
                 name=f"{socket.gethostname()}:{runtime.home.resolve()}",

@@ -39,6 +39,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     recipe: str = ""
     """Digest of recipe and spec."""
     seed: int = 0
+    samples_id: str = ""
+    """The id of the `samples` topic; "" in steps that were written before ids were noted."""
 
 
 def encode_step(step: Step) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 from ingest_world import Counts, ShakyLog, dependencies
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, Unavailable
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.run import run
 from headrace.sender import Sender
@@ -198,6 +199,41 @@ def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
         assert sender.flush(5)
     running.stop()
     assert running.ids() == [f"e{n:06d}" for n in range(9)]
+
+
+def test_whatever_the_thread_meets_it_goes_on(
+    gateway: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, met = Sender._next_messages, [MemoryError("injected"), KeyError("injected")]
+
+    def next_messages(self: Sender) -> bytes:
+        made = told(self)
+        if made and met:
+            raise met.pop()
+        return made
+
+    monkeypatch.setattr(Sender, "_next_messages", next_messages)
+    sender = Sender("shop", port=gateway.port, spool_dir=tmp_path)
+    sender.emit("impression", _record(0))
+    assert sender.flush(10) and not met
+    sender.close()
+    assert gateway.ids() == ["e000000"]
+
+
+def test_a_sender_whose_thread_is_not_in_this_process_says_so(tmp_path: Path) -> None:
+    sender = Sender("shop", port=1, spool_dir=tmp_path)
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            sender.emit("impression", _record(0))
+        except Unavailable as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert b"Make a Sender in each process" in os.read(read, 4_096)
+    sender.close(0.0)
 
 
 def test_two_senders_share_a_folder_and_the_dead_one_is_inherited(gateway: Running, tmp_path: Path) -> None:

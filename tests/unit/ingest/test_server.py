@@ -484,6 +484,16 @@ def test_a_companion_that_fails_ends_the_gateway() -> None:
     assert "the source is gone" in str(running.failure)
 
 
+def test_a_companion_that_ends_by_itself_ends_the_gateway() -> None:
+    class Ends:
+        async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
+            return
+
+    running = Running(companions=[Ends()])
+    eventually(lambda: running.failure is not None, "it ends")
+    assert "Ends has ended by itself" in str(running.failure)
+
+
 def test_a_storm_of_refusals_is_counted_in_full_and_logged_in_part(caplog: pytest.LogCaptureFixture) -> None:
     with Running() as gateway:
 
