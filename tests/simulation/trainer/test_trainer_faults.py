@@ -2,7 +2,8 @@
 
 Method: a matrix. One axis is every method of the contracts that a trainer calls, the other every way to fail. A process
 learns the lake and then the topic; once the step that ends the lake is recorded, the first call of the method fails.
-Processes that end are started again, as a supervisor does. Checked from outside: the recorded steps, a replay of them,
+Processes that end are started again, as a supervisor does. A call that never returns is one for which time goes on
+until the watch of the calls ends the process. Checked from outside: the recorded steps, a replay of them,
 and the digest of a run that nothing disturbed.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, Lake, World, cut, lake_of, send
+from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, Lake, World, cut, ended, lake_of, send
 
 from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.contract.config import TrainConfig
@@ -22,6 +23,7 @@ from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Producer, Reader
+from headrace.process.call_watch import LAKE_MAX_S, CallWatch
 from headrace.replay.as_trained import as_trained
 from headrace.trainer.run import Trainer
 
@@ -34,8 +36,8 @@ NOT_AFTER_A_COMMIT = {
     **{(room, "close"): "the process ends" for room in ("steps_writer", "reader", "producer")},
 }
 FAILURES = ("unavailable", "unexpected", "no memory", "effect, then unavailable", "effect, then unexpected", "dies",
-            "effect, then dies")  # fmt: skip
-USUAL = ("unavailable", "unexpected", "effect, then unexpected", "effect, then dies")
+            "effect, then dies", "never returns", "effect, then never returns")  # fmt: skip
+USUAL = ("unavailable", "unexpected", "effect, then unexpected", "effect, then dies", "effect, then never returns")
 """In every run; the others go the same ways through the code and belong to the long ones."""
 ERRORS: dict[str, type[BaseException]] = {
     "unavailable": Unavailable,
@@ -60,6 +62,8 @@ class Fault:
     def __init__(self, world: World, room: str, method: str, failure: str, *, after_steps: int) -> None:
         self.world, self.room, self.method, self.failure, self.after_steps = world, room, method, failure, after_steps
         self.done = False
+        self.calls: CallWatch | None = None
+        """The watch of the process that runs now."""
 
     def around(self, room: str, inner: Any) -> Any:
         return Faulty(inner, self) if room == self.room else inner
@@ -70,7 +74,13 @@ class Fault:
         self.done = True
         if self.failure.startswith("effect"):
             act(*args, **named)
-        raise ERRORS[self.failure.removeprefix("effect, then ")](f"{self.room}.{self.method}")
+        failure = self.failure.removeprefix("effect, then ")
+        if failure == "never returns":
+            assert self.calls is not None
+            self.world.clock.advance(LAKE_MAX_S + 1.0)
+            self.calls.look()
+            raise AssertionError(f"{self.room}.{self.method} does not return and nobody ends the process")
+        raise ERRORS[failure](f"{self.room}.{self.method}")
 
 
 class Faulty:
@@ -126,7 +136,10 @@ def live(world: World, fault: Fault | None = None) -> tuple[Trainer, int]:
         }
         changes = {room: fault.around(room, each) if fault else each for room, each in inner.items()}
         config = TrainConfig(wait_ms=20, publish_ms=20, snapshot_ms=100)
-        trainer = Trainer(world.deps(config=config, stop=Process(world), **changes))
+        calls = CallWatch(world.clock.monotonic, ended, by_itself=False)
+        if fault:
+            fault.calls = calls
+        trainer = Trainer(world.deps(config=config, stop=Process(world), calls=calls, **changes))
         try:
             trainer.run()
             return trainer, deaths
@@ -175,8 +188,19 @@ def test_what_is_said_not_to_be_called_after_a_commit_is_not(room, method, undis
     assert not fault.done and deaths == 0
 
 
+@pytest.mark.parametrize(("room", "method"), CALLS, ids=[f"{room}.{name}" for room, name in CALLS])
+def test_a_call_of_the_start_that_never_returns_ends_the_process(room, method, undisturbed):
+    """Among these are the claim, the checkpoints, the steps and the lake, and, of `close`, the end."""
+    digest, steps, _ = undisturbed
+    world = whole_world()
+    fault = Fault(world, room, method, "never returns", after_steps=0)
+    trainer, deaths = live(world, fault)
+    assert deaths == fault.done
+    check(world, trainer, digest, steps)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("after", range(1, 8))
+@pytest.mark.parametrize("after", range(8))
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize(("room", "method"), CALLS, ids=[f"{room}.{name}" for room, name in CALLS])
 def test_a_call_that_fails_after_any_step(room, method, failure, after, undisturbed):

@@ -41,9 +41,11 @@ REGION = {"check_fits", "load_snapshot", "apply_delta", "note_refusal", "meta"}
 ONCE = {"meta", "end_offsets", "position"}
 """What the story calls once in each stage."""
 FAILURES: dict[str, type[BaseException]] = {
-    "unavailable": Unavailable, "runtime": RuntimeError, "memory": MemoryError, "dies": Died,
+    "unavailable": Unavailable, "runtime": RuntimeError, "memory": MemoryError, "dies": Died, "never returns": Died,
 }  # fmt: skip
-WAYS = [*(f"{name}, {when}" for name in FAILURES for when in ("before", "after")), "never returns"]
+NEVER = "never returns"
+"""What hangs is killed by who watches it."""
+WAYS = [*(f"{name}, {when}" for name in FAILURES if name != NEVER for when in ("before", "after")), NEVER]
 
 
 def methods(contract: type) -> set[str]:
@@ -74,7 +76,7 @@ class Watched:
         self.calls += name == self.fails
         if name != self.fails or self.calls != self.at:
             return found(*given, **named)
-        if self.way == "never returns":
+        if self.way == NEVER:
             self.blocked.set()
             assert self.released.wait(30)
             raise Died
@@ -190,7 +192,7 @@ def cell(folder: Path, part: str, method: str, way: str, at: int) -> bool:
         watched = getattr(stage.updater, part)
     watched.fails, watched.way, watched.at = method, way, at
     for _ in story:
-        if way == "never returns" and not stage.stops:
+        if way == NEVER and not stage.stops:
             hung_turn(stage, watched)
         else:
             stage.turn()
