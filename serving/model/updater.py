@@ -11,7 +11,8 @@
    snapshot comes. Where it was refused because it does not fit, serving is not ready: a person must make room.
 5. While Kafka or the store is away the served version stays, and reading goes on from where it was.
 6. Any other exception ends the stage, and so does a call that stands still for `serve.stuck_ms` (`watch`); a big blob
-   that is read piece by piece does not. The next stage takes over the region with the version that is served. A write that failed is never written on.
+   that is read piece by piece does not. The next stage takes over the region with the version that is served. A write
+   that failed is never written on.
 """
 
 from __future__ import annotations
