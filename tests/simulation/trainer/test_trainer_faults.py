@@ -16,6 +16,7 @@ import pytest
 from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, Lake, World, cut, ended, lake_of, send
 
 from headrace.backends.log.fenced_memory import FencedMemory
+from headrace.backends.log.memory import MemoryReader
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.steps import Step, decode_step
@@ -25,6 +26,7 @@ from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Producer, Reader
 from headrace.process.call_watch import LAKE_MAX_S, CallWatch
 from headrace.replay.as_trained import as_trained
+from headrace.trainer.bounds import WORK_MAX_S
 from headrace.trainer.run import Trainer
 
 SEED, STORED, COUNT = 2, 2, 80
@@ -271,6 +273,40 @@ def test_what_the_snapshot_thread_meets_ends_the_trainer(error):
     trainer = Trainer(world.deps(background=True, stop=Process(world)))
     with pytest.raises(error, match="from the thread"):
         trainer.run()
+
+
+def test_learning_that_stands_still_ends_the_process():
+    """Not a call of the outside: the learner itself does not come back."""
+    world = whole_world()
+    calls = CallWatch(world.clock.monotonic, ended, by_itself=False)
+    trainer = Trainer(world.deps(stop=Process(world), calls=calls))
+
+    def learn(_: object) -> None:
+        world.clock.advance(WORK_MAX_S + 1.0)
+        calls.look()
+
+    trainer.learner.learn = learn  # type: ignore[method-assign, assignment]
+    with pytest.raises(Killed, match=r"learning after step 0 has not come back for 1801 s"):
+        trainer.run()
+
+
+def test_a_log_that_answers_and_sends_nothing_of_a_recorded_step_ends_the_process():
+    """An open transaction keeps the samples back: the end of what a reader sees lies before them, and nothing fails."""
+
+    class Mute(MemoryReader):
+        def poll(self, records_max: int, timeout_s: float) -> list[Any]:
+            return []
+
+    world = World()
+    for rows, after in cut(SEED, 0, COUNT):
+        send(world.log, rows, after=after)
+    trainer = Trainer(world.deps())
+    trainer.recover()
+    world.drain(trainer)
+    world.blobs.objects.clear()
+    again = Trainer(world.deps(reader=Mute(world.log)))
+    with pytest.raises(Unavailable, match=r"did not come in 330 s, though the broker answers; .* offsets \{0: 0"):
+        again.recover()
 
 
 def test_a_lake_that_is_away_at_the_hand_over_delays_nothing():

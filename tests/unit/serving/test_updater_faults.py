@@ -25,6 +25,7 @@ from headrace.contract.errors import Unavailable
 from headrace.contract.formats.snapshot import Weights
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Reader
+from headrace.process.moved import moved
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.model.region_file import open_region
 from headrace.serving.model.updater import Updater
@@ -221,6 +222,26 @@ def hung_turn(stage: Stage, watched: Watched) -> None:
             stage.updater.watch()
         watched.released.set()
     hung.join(30)
+
+
+def test_a_big_blob_that_comes_piece_by_piece_is_no_call_that_hangs(tmp_path: Path):
+    """It takes ten times `stuck_ms`; a piece of it takes less."""
+    stage = Stage(tmp_path)
+    blobs, updater = stage.world.blobs, stage.updater
+
+    class Slow:
+        def get(self, name: str) -> bytes | None:
+            for _ in range(20):
+                stage.world.clock.advance(updater.stuck_ms / 2_000)
+                updater.watch()
+                moved()
+            return blobs.get(name)
+
+    updater.blobs = Slow()  # type: ignore[assignment]
+    stage.trainer.learn(stage.rng)
+    stage.trainer.snapshot()
+    stage.turn()
+    assert stage.world.version == stage.trainer.version and not stage.stops
 
 
 @pytest.mark.parametrize("way", WAYS)
