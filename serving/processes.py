@@ -64,8 +64,10 @@ class Workers:
                 os.kill(pid, signal.SIGTERM)
 
     def end(self, patience_s: float = 3.0) -> None:
-        """Ask the workers to stop, wait for them for at most `patience_s`, all together, and kill what is left: a worker
-        that hangs would answer on the port of the next stage."""
+        """Ask the workers to stop, wait for them for at most `patience_s`, all together, and kill what is left.
+
+        A worker that hangs would keep the port of the next stage.
+        """
         self.ask_to_end()
         until = time.monotonic() + patience_s
         for pid in self._pids:

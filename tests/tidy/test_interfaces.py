@@ -1,8 +1,8 @@
 """Goal: no method of the contract's interfaces is seen by no fault matrix without anyone noticing.
 
 Method: every method of every interface is found in the code. It is one of an interface that a matrix makes its rows of,
-or it is listed here with what happens where it fails or never returns. A new one is in neither, and a listed one that is
-no more is noticed.
+or it is listed here with what happens where it fails or never returns. A new one is in neither, and a listed one that
+is no more is noticed.
 """
 
 from __future__ import annotations
