@@ -28,6 +28,7 @@ import pyarrow as pa
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.formats.events import ExternalValue
+from headrace.contract.formats.json_record import decode_json
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
@@ -44,6 +45,9 @@ _FOREIGN = (msgspec.MsgspecError, HeadraceError, ValueError, TypeError, LookupEr
 """What a record raises that another program wrote into the topic, or that is damaged."""
 
 
+_NEWEST = (1 << 63, 0)
+
+
 class _Entry(msgspec.Struct):
     as_of_ms: int
     epoch: int
@@ -53,10 +57,10 @@ class _Entry(msgspec.Struct):
 class _Row:
     """One key's buckets, which never change, and the values that were computed of them last: (step of time, values)."""
 
-    __slots__ = ("buckets", "value")
+    __slots__ = ("buckets", "said", "value")
 
-    def __init__(self, buckets: dict[int, list[int]]) -> None:
-        self.buckets = buckets
+    def __init__(self, buckets: dict[int, list[int]], said: tuple[int, int]) -> None:
+        self.buckets, self.said = buckets, said
         self.value: tuple[int, list[float]] | None = None
 
 
@@ -68,7 +72,8 @@ class FeatureMemory:
 
     def __init__(self, crawls: Sequence[Crawl] = ()) -> None:
         self._rows: dict[str, _Row] = {}
-        self._fence: tuple[int, int] = (0, 0)
+        self._said = (0, 0)
+        """(epoch, as of) of the newest value; the rows of one time share it."""
         self._crawls = {crawl.name: crawl for crawl in crawls}
         self._entities: dict[tuple[str, str], dict[str, Any]] = {}
         self._crawl_epoch = 0
@@ -92,7 +97,8 @@ class FeatureMemory:
         return "behind" if self.away_since_s is None and now_s - self.current_s > bound_s else "current"
 
     def take(self, record: Record) -> None:
-        """Take one record. One of a lower epoch was written by an aggregator that has been replaced, and is dropped.
+        """Take one record. A key's value of a lower (epoch, as of) than it has was written by an aggregator that has
+        been replaced, and is dropped. It is judged by key: compaction may have left nothing else of one.
 
         Raises one of `_FOREIGN` for a record that is neither a counter nor a crawled entity; nothing has changed then.
         """
@@ -101,13 +107,15 @@ class FeatureMemory:
             self._take_entity(name, record)
             return
         if record.value is None:
-            self._rows.pop(name, None)
+            if name in self._rows and _said(record) >= self._rows[name].said:
+                del self._rows[name]
             return
-        entry = msgspec.json.decode(record.value, type=_Entry)
-        if entry.epoch < self._fence[0]:
+        entry: _Entry = decode_json(record.value, _Entry)
+        said, known = (entry.epoch, entry.as_of_ms), self._rows.get(name)
+        if known is not None and said < known.said:
             return
-        row = _Row({int(b): counts for b, counts in entry.buckets.items()})
-        self._fence = max(self._fence, (entry.epoch, entry.as_of_ms))
+        self._said = self._said if said == self._said else said
+        row = _Row({int(b): counts for b, counts in entry.buckets.items()}, self._said)
         self.watermark_ms = max(self.watermark_ms, entry.as_of_ms)
         self._rows[name] = row
 
@@ -119,7 +127,7 @@ class FeatureMemory:
         if record.value is None:
             self._entities.pop((source, key), None)
             return
-        entity = msgspec.json.decode(record.value, type=ExternalValue)
+        entity: ExternalValue = decode_json(record.value, ExternalValue)
         if entity.epoch < self._crawl_epoch:
             return
         values = values_of(bytes(entity.values), crawl)
@@ -203,4 +211,12 @@ class FeatureMemory:
                 self.take(record)
             except _FOREIGN as error:
                 logger.error("record %d of %s is left out: %s", record.offset, record.topic, error)
-                metrics.add("errors_total", kind="features")
+                metrics.add("records_unreadable_total", topic="features", kind="foreign")
+
+
+def _said(gone: Record) -> tuple[int, int]:
+    """Return of when it is that a key is gone; what release 0.1 wrote does not say, and counts."""
+    try:
+        return int(gone.headers["epoch"]), int(gone.headers["as_of_ms"])
+    except (LookupError, ValueError):
+        return _NEWEST

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
+from headrace.contract.errors import ConfigRejected, EventRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.events import SPEC
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Producer, Record
@@ -64,14 +64,26 @@ class History:
 
 
 def history_of(values: list[bytes]) -> History:
-    """Return the history that the records of `rules` tell."""
+    """Return the history that the records of `rules` tell. What is none of ours is named in the log and left out.
+
+    Raises `InvariantBroken` where one of ours can't be read, or a change is missing before another.
+    """
     history = History()
     for number, value in enumerate(values):
-        entry = decode_entry(value, where=f"record {number} of rules")
+        try:
+            entry = decode_entry(value, where=f"record {number} of rules")
+        except EventRejected as error:
+            log.error("%s, and is left out. Find out who writes into the topic besides `headrace`.", error)
+            continue
         if isinstance(entry, Written):
             history.written[entry.number] = entry.offsets
-        else:
-            history.changes.append(entry)
+            continue
+        if entry.number != len(history.changes) + 1:
+            raise InvariantBroken(
+                f"record {number} of rules is change {entry.number}, and change {len(history.changes) + 1} is not "
+                "before it: it was damaged or lost. Keep the topic; `headrace spec history` shows what is left."
+            )
+        history.changes.append(entry)
     return history
 
 

@@ -144,7 +144,8 @@ class Trainer:
         deps, model = self.deps, self.project.name
         self._retrying("claim the model", lambda: take_claim(deps.blobs, model, deps.name, by_force=deps.take_over))
         manifests = self._retrying(
-            "read which run is served", lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.name)
+            "read which run is served",
+            lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.name, self.deps.metrics),
         )
         checkpoint = self._retrying(
             "read checkpoints",

@@ -2,7 +2,7 @@
 
 The shop tells when it logged a click and when an answer came from which version; the `samples` topic tells at which
 position a click was resolved, the `steps` topic which positions a version contains. All memory is bounded: what is
-older than the bounds is forgotten and not measured.
+older than the bounds is forgotten and not measured. A record that is not ours, or damaged, is counted and skipped.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from functools import partial
 import msgspec
 import pyarrow as pa
 
-from headrace.contract.errors import EventRejected, Unavailable
-from headrace.contract.formats.events import decode_batch
-from headrace.contract.formats.positions import Position
-from headrace.contract.formats.steps import Step, decode_step
+from headrace.contract.errors import Unavailable
+from headrace.contract.formats.positions import START, Position
+from headrace.contract.formats.sample_record import Unreadable, read_samples
+from headrace.contract.formats.steps import decode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
@@ -39,7 +39,7 @@ class _Seen(msgspec.Struct):
     """The first answer of a version, and what that version contains."""
 
     at: float
-    positions: dict[str, list[int]]
+    positions: dict[str, Position]
 
 
 class Freshness:
@@ -49,7 +49,7 @@ class Freshness:
         self._topics, self._metrics, self._clock = topics, metrics, clock
         self._clicks: OrderedDict[str, float] = OrderedDict()
         self._resolved: deque[tuple[float, int, Position]] = deque(maxlen=CLICKS_MAX)
-        self._steps: OrderedDict[str, dict[str, list[int]]] = OrderedDict()
+        self._steps: OrderedDict[str, dict[str, Position]] = OrderedDict()
         self._first: OrderedDict[str, float] = OrderedDict()
         self._seen: deque[_Seen] = deque(maxlen=VERSIONS_MAX)
         self._version = ""
@@ -90,25 +90,39 @@ class Freshness:
         """Take records of both topics and measure every click that an answer is now known to contain."""
         with self._lock:
             for record in records:
-                if record.value is None:
-                    continue
-                try:
-                    if record.topic == self._topics.steps:
-                        self._note(decode_step(record.value))
-                    else:
-                        self._resolve(record.partition, decode_batch(record.value))
-                except (EventRejected, msgspec.MsgspecError, KeyError) as error:
-                    # Somebody else's record: the stages that must not miss one tell it, too.
-                    self._metrics.add("errors_total", kind="freshness")
-                    logger.warning("%s/%d offset %d: %s", record.topic, record.partition, record.offset, error)
+                if record.topic == self._topics.steps:
+                    self._take_step(record)
+                else:
+                    self._take_samples(record)
             for version in [v for v in self._first if v in self._steps]:
                 self._seen.append(_Seen(self._first.pop(version), self._steps[version]))
             self._measure()
 
-    def _note(self, step: Step) -> None:
-        self._steps[f"{step.run}-{step.step}"] = step.positions
+    def _take_step(self, record: Record) -> None:
+        try:
+            step = decode_step(record.value or b"")
+            positions = {p: Position(*position) for p, position in step.positions.items()}
+        except (msgspec.DecodeError, TypeError) as error:
+            self._skip(record, "steps", "foreign", str(error))
+            return
+        self._steps[f"{step.run}-{step.step}"] = positions
         if len(self._steps) > VERSIONS_MAX:
             self._steps.popitem(last=False)
+
+    def _take_samples(self, record: Record) -> None:
+        found = read_samples(record)
+        if isinstance(found, Unreadable):
+            self._skip(record, "samples", found.kind, found.detail)
+            return
+        rows = found.rows
+        if "feedback_id" not in rows.schema.names or rows.schema.field("feedback_id").type != pa.string():
+            self._skip(record, "samples", "damaged", "it has no feedback ids")
+            return
+        self._resolve(record.partition, rows)
+
+    def _skip(self, record: Record, topic: str, kind: str, why: str) -> None:
+        logger.error("%s/%d offset %d is skipped: %s", record.topic, record.partition, record.offset, why)
+        self._metrics.add("records_unreadable_total", topic=topic, kind=kind)
 
     def _resolve(self, partition: int, batch: pa.RecordBatch) -> None:
         columns = (batch[name].to_pylist() for name in ("feedback_id", "offset", "rank"))
@@ -129,4 +143,4 @@ class Freshness:
 
 
 def _contained(partition: int, seen: _Seen) -> Position:
-    return Position(*seen.positions.get(str(partition), (-1, -1)))
+    return seen.positions.get(str(partition), START)

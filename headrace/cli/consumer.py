@@ -52,6 +52,7 @@ class Consumer:
             blobs=self.runtime.blobs(),
             metrics=self.metrics,
             clock=self.runtime.clock,
+            open_reader=self.runtime.reader,
             begin_afresh=self.begin_afresh,
             topic_id=self.runtime.admin().topic_id(self.runtime.topics.events),
         )

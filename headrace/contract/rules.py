@@ -25,7 +25,8 @@ from typing import Any
 import msgspec
 
 from headrace.contract.crawl import Crawl, Extract, ExtractType
-from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.errors import ConfigRejected, EventRejected, InvariantBroken
+from headrace.contract.formats.json_record import decode_json
 from headrace.contract.functions import function_of
 from headrace.contract.project import LANES_MAX, FeedbackType, FieldType, Project, Task
 from headrace.contract.spec import Counter, Custom, FeatureSpec
@@ -103,6 +104,13 @@ class _Wire(msgspec.Struct, frozen=True, kw_only=True, tag="change"):
     applied_ms: int = 0
 
 
+class _Ours(msgspec.Struct, frozen=True, kw_only=True):
+    """What every record of `rules` is, whichever build wrote it."""
+
+    type: str
+    number: int
+
+
 class Written(msgspec.Struct, frozen=True, kw_only=True, tag="written"):
     """In `rules`: change `number` lies in every partition of `events`, at these offsets or before."""
 
@@ -147,8 +155,9 @@ def encode_change(change: Change | Written) -> bytes:
 def decode_change(data: bytes, *, where: str) -> Change:
     """Read one change.
 
-    Raises `InvariantBroken` when this build can't read it, or its rules are not those of its digest: going on under
-    the old rules would not be what the log says.
+    Raises `EventRejected` (`foreign`) for a value that is none of ours: skip it. Raises `InvariantBroken` when this
+    build can't read it, or its rules are not those of its digest: going on under the old rules would not be what the
+    log says.
     """
     found = decode_entry(data, where=where)
     if not isinstance(found, Change):
@@ -159,11 +168,15 @@ def decode_change(data: bytes, *, where: str) -> Change:
 def decode_entry(data: bytes, *, where: str) -> Change | Written:
     """Read one record of the `rules` topic; see `decode_change`."""
     try:
-        found: _Wire | Written = msgspec.json.decode(data, type=_Wire | Written)
+        decode_json(data, _Ours)
+    except msgspec.DecodeError as error:
+        raise EventRejected("foreign", f"{where} is neither a change of rules nor a note of one") from error
+    try:
+        found: _Wire | Written = decode_json(data, _Wire | Written)
         if isinstance(found, Written):
             return found
         raw = bytes(found.rules)
-        rules = msgspec.json.decode(raw, type=Rules)
+        rules: Rules = decode_json(raw, Rules)
     except msgspec.MsgspecError as error:
         raise InvariantBroken(
             f"{where} holds a change of rules that this build can't read ({error}). Run the build that wrote it."

@@ -13,6 +13,7 @@ A letter's state follows from the letters and the marks of retries alone:
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -21,8 +22,11 @@ import msgpack
 import msgspec
 
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.formats.dead_letters import DeadLetter, Fate, RetryMark, decode_dead_letter
+from headrace.contract.formats.dead_letters import DeadLetter, Fate, RetryMark, decode_dead_letter, decode_retry_mark
+from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Reader, read_range
+
+logger = logging.getLogger("headrace.dead_letters")
 
 NO_EVENT = frozenset({"bad_chunk"})
 """Reasons whose raw bytes are no record."""
@@ -104,11 +108,31 @@ class States:
 
 
 def read_letters(reader: Reader, topic: str, end: int, *, begin: int = 0) -> Iterator[Letter]:
-    """Yield the topic's letters below offset `end`, oldest first."""
+    """Yield the topic's letters below offset `end`, oldest first. What is no letter is logged and left out."""
     first = max(begin, reader.begin_offsets(topic)[0])
     for record in read_range(reader, topic, begins={0: first}, ends={0: end}):
-        if record.value is not None:
-            yield Letter(record.offset, decode_dead_letter(record.value))
+        if record.value is None:
+            continue
+        try:
+            content = decode_dead_letter(record.value)
+        except msgspec.DecodeError as error:
+            logger.error("record %d of %s is no dead letter and is left out: %s", record.offset, topic, error)
+            continue
+        yield Letter(record.offset, content)
+
+
+def read_marks(writer: FencedWriter) -> list[RetryMark]:
+    """Return the marks of all retries, oldest first. What is no mark is named in the log and left out.
+
+    Raises as `FencedWriter.read`.
+    """
+    marks = list[RetryMark]()
+    for offset, value in writer.read(0):
+        try:
+            marks.append(decode_retry_mark(value))
+        except msgspec.DecodeError as error:
+            logger.error("record %d of the retries is no mark and is left out: %s", offset, error)
+    return marks
 
 
 def superseded(letters: Sequence[Letter], marks: Iterable[RetryMark]) -> list[tuple[DeadLetter, Fate]]:

@@ -27,11 +27,10 @@ from functools import partial
 import msgspec
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import EventRejected, Overloaded
 from headrace.contract.formats.dead_letters import (
     Fate,
     RetryMark,
-    decode_retry_mark,
     encode_retry_mark,
 )
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION
@@ -49,6 +48,7 @@ from headrace.ingest.dead_letters.letters import (
     States,
     id_of,
     read_letters,
+    read_marks,
     record_of,
     time_ns_of,
     why_not_retried,
@@ -161,7 +161,7 @@ class Retry:
     # -- 1. claim
 
     def _marks(self) -> list[RetryMark]:
-        return [decode_retry_mark(value) for _, value in self._writer.read(0)]
+        return read_marks(self._writer)
 
     def _wait_for_others(self) -> None:
         """Return when no mark of another retry is younger than its lease and open."""
@@ -245,7 +245,10 @@ class Retry:
         marked = {p: mark.ends.get(p, 0) for p in ends}
         for record in read_range(self._reader, topic, begins=marked, ends=ends, latest_ms=latest_ms):
             if record.value is not None and record.headers.get("kind") in (IMPRESSION, FEEDBACK):
-                there = events_in(record.value, record.headers)
+                try:
+                    there = events_in(record.value, record.headers)
+                except (EventRejected, LookupError):
+                    continue  # No events of ours: the join counts it.
                 found.update(wanted.intersection([*there, *(("", event_id) for _, event_id in there)]))
         return found
 

@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.formats.json_record import decode_json
 from headrace.contract.formats.snapshot import Manifest, Weights, decode_weights
 from headrace.contract.project import Project, Recipe
 from headrace.contract.spec import FeatureSpec
@@ -71,11 +72,11 @@ def servable(version: str, spec_json: str, recipe_json: str, project: Project) -
     Raises `Refused`.
     """
     try:
-        recipe = msgspec.json.decode(recipe_json, type=Recipe)
+        recipe: Recipe = decode_json(recipe_json, Recipe)
     except msgspec.MsgspecError as error:
         raise Refused("recipe", f"{version} was trained by a recipe that is not known here: {error}") from error
     try:
-        spec = msgspec.json.decode(spec_json, type=FeatureSpec)
+        spec: FeatureSpec = decode_json(spec_json, FeatureSpec)
         msgspec.structs.replace(project, features=spec).checked()
     except (msgspec.MsgspecError, ConfigRejected) as error:
         raise Refused("spec", f"{version} cannot be served by this project: {error}") from error

@@ -38,6 +38,7 @@ from headrace.kernels.arrays import U64s
 from headrace.kernels.hashes import hash128_texts
 from headrace.stream.features.counters import CounterState, amounts, feeds, key_strings, value_as_of
 from headrace.stream.join.recent_keys import RecentKeys
+from headrace.stream.join.record_columns import checked
 from headrace.stream.join.watermark import Watermark
 
 VERSION = 3
@@ -92,6 +93,8 @@ class AggregatorState:
         """Per partition the rows that a grid point, or the first one after it, takes in."""
         self.settled_ms = -1
         self.epoch_seen = -1
+        self.bad_records = 0
+        """Since this object was made; no part of the state."""
         first = _Reading(project, 1, rules_of(project), ())
         self.readings = [first] * partitions
         for counter in first.counters:
@@ -100,7 +103,10 @@ class AggregatorState:
             self._live.add(number)
 
     def take(self, record: Record) -> list[Settled]:
-        """Apply one record and return what it settled; one at or below the partition's offset is ignored."""
+        """Apply one record and return what it settled; one at or below the partition's offset is ignored.
+
+        One that can't be decoded is counted (`bad_records`) and changes nothing else, in the join and here alike.
+        """
         partition = record.partition
         if record.offset <= self.offsets[partition] or record.value is None:
             return []
@@ -112,15 +118,15 @@ class AggregatorState:
                 watermark_ms = self.watermarks[partition].take(told, record.timestamp_ms)
                 self.seen[partition].advance(watermark_ms)
                 return self._settle()
+            reading, name = self.readings[partition], record.headers.get("type", "")
             if kind == IMPRESSION:
-                self._stage(partition, IMPRESSION, decode_batch(record.value, self.readings[partition].impressions))
-            elif kind == FEEDBACK and record.headers.get("type", "") in self.readings[partition].feedback:
-                name = record.headers["type"]
-                self._stage(partition, name, decode_batch(record.value, self.readings[partition].feedback[name]))
+                self._stage(partition, IMPRESSION, checked(decode_batch(record.value, reading.impressions)))
+            elif kind == FEEDBACK and name in reading.feedback:
+                self._stage(partition, name, checked(decode_batch(record.value, reading.feedback[name])))
             elif kind == SPEC:
                 self._change(record, record.value)
-        except EventRejected:
-            pass  # The join counts it.
+        except (EventRejected, msgspec.DecodeError):
+            self.bad_records += 1
         return []
 
     def _change(self, record: Record, value: bytes) -> None:

@@ -6,11 +6,13 @@ keys than the partition's to every partition of `events` (epoch first, then time
 `aggregate.snapshot_ms`, as `headrace.stream.shell.durable_state` says; it has no parts:
 
 1. Snapshot: take the state at its offsets, and count the records that were sent up to then.
-2. Deliver: wait until all of these records have their receipts.
+2. Deliver: wait until all of these records have their receipts, and make sure that no other aggregator took over.
 3. Store: put the snapshot's manifest, which makes it whole.
 4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete manifests beyond the three newest.
 
-A restart settles the points after its state once more, under a higher epoch and with equal values.
+A restart settles the points after its state once more, under a higher epoch and with equal values. Of several
+aggregators one owns all partitions and the others wait (`headrace.stream.shell.one_owner`); one that was declared dead
+and writes on has a lower epoch (`headrace.stream.aggregate.epochs`), and is ignored.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, encode
 from headrace.contract.interfaces.log import Record, check_topic
 from headrace.process.waits import Waits
 from headrace.stream.aggregate.core import AggregatorState, Settled
+from headrace.stream.aggregate.epochs import Epochs, epoch_of, headers_of
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import (
@@ -37,6 +40,7 @@ from headrace.stream.shell.durable_state import (
     await_stored,
 )
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.unreadable_events import tell_unreadable
 
 RECORD_ROWS = 5_000
 
@@ -45,6 +49,7 @@ class AggregateStage:
     """The shell around `AggregatorState`; see the module for the protocol."""
 
     name = "aggregate"
+    has_one_owner = True
     durable_state = DurableState
 
     def __init__(self, deps: StageDependencies) -> None:
@@ -53,6 +58,7 @@ class AggregateStage:
         self.engine: Engine | None = None
         self.state: AggregatorState | None = None
         self.epoch = 0
+        self._epochs: Epochs | None = None
         self._waits = Waits(deps.clock)
         self.durable = self.durable_state(
             deps,
@@ -60,6 +66,7 @@ class AggregateStage:
             self,
             folder=f"state/aggregate/g{deps.topics.generation}",
             every_ms=deps.config.aggregate.snapshot_ms,
+            confirm=self._confirm,
         )
         self._metrics_due_s = 0.0
         self._failure: BaseException | None = None
@@ -73,8 +80,10 @@ class AggregateStage:
 
     async def take_all(self, records: Sequence[Record]) -> None:
         """Take records of one partition, in order."""
+        bad = 0 if self.state is None else self.state.bad_records
         for record in records:
             await self.take(record)
+        tell_unreadable(records, 0 if self.state is None else self.state.bad_records - bad, self.deps.metrics)
 
     async def take(self, record: Record) -> None:
         """Count one record and write what it settled."""
@@ -82,6 +91,8 @@ class AggregateStage:
             raise InvariantBroken("a partition was taken away while others stay: restart, state is restored.")
         self.deps.metrics.add("records_read_total")
         if record.headers.get("kind") == AGGREGATE:
+            if self._epochs is not None:
+                self._epochs.check(epoch_of(record))
             self.state.offsets[record.partition] = record.offset
             return
         settled = self.state.take(record)
@@ -108,6 +119,11 @@ class AggregateStage:
         """Forget the state: it is restored with the next assignment."""
         if partitions:
             self.state = None
+            self.durable.cancel()
+
+    async def _confirm(self) -> None:
+        if self._epochs is not None:
+            await self._epochs.confirm()
 
     async def finish(self) -> None:
         """Store the state. Raises what stopped the stage: nothing is stored then."""
@@ -133,7 +149,12 @@ class AggregateStage:
         state = await self.durable.restore(_read, self._load)
         if state is None:
             state = self._new_state()
-        self.epoch = state.epoch_seen = max(self.deps.clock.now_ms(), state.epoch_seen + 1)
+        epoch = state.epoch_seen + 1
+        if self.deps.open_reader is not None:
+            self._epochs = Epochs(self.deps.producer, self.deps.open_reader, self.topic, self._waits)
+            await self._epochs.claim(state.epoch_seen, state.offsets)
+            epoch = self._epochs.epoch
+        self.epoch = state.epoch_seen = epoch
         self.durable.stored = dict(enumerate(state.offsets))
         return state
 
@@ -184,8 +205,9 @@ class AggregateStage:
                 pa.array([s.counts for s in rows], pa.list_(pa.float32())),
             ]
             value = encode_batch(pa.RecordBatch.from_arrays(columns, schema=AGGREGATE_SCHEMA))
+            headers = headers_of(self.epoch)
             for partition in partitions:
-                yield Outgoing(self.deps.topics.events, partition, value, headers={"kind": AGGREGATE})
+                yield Outgoing(self.deps.topics.events, partition, value, headers=headers)
         for item in settled:
             body = {
                 "counter": item.counter,
@@ -197,7 +219,9 @@ class AggregateStage:
             }
             value_or_gone = msgspec.json.encode(body) if item.buckets else None
             key = f"{item.counter}/{item.key}".encode()
-            yield Outgoing(self.deps.topics.features, 0, value_or_gone, key=key)
+            # A deleted key has no value to say it in.
+            said = {"epoch": str(self.epoch), "as_of_ms": str(item.as_of_ms)}
+            yield Outgoing(self.deps.topics.features, 0, value_or_gone, key=key, headers=said)
 
 
 def _read(data: bytes) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from headrace.contract.crawl import Crawl
+from headrace.contract.formats.json_record import decode_json
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int64": (int,),
@@ -22,7 +23,7 @@ def values_of(text: str | bytes | None, crawl: Crawl) -> dict[str, Any]:
     if text is None:
         return dict.fromkeys(crawl.fields)
     try:
-        plain = msgspec.json.decode(text)
+        plain: Any = decode_json(text, Any)
     except msgspec.DecodeError:
         plain = None
     plain = plain if isinstance(plain, dict) else {}

@@ -278,9 +278,9 @@ class JoinState:
         elif kind == FEEDBACK and name in self._feedback_schemas:
             self._take_feedback(name, checked(decode_batch(value, self._feedback_schemas[name])), record, gathered)
         elif kind == AGGREGATE:
-            self.aggregates.take(decode_batch(value, AGGREGATE_SCHEMA))
+            self.aggregates.take(checked(decode_batch(value, AGGREGATE_SCHEMA)))
         elif kind == EXTERNAL:
-            self.external.take(decode_batch(value, EXTERNAL_SCHEMA))
+            self.external.take(checked(decode_batch(value, EXTERNAL_SCHEMA)))
         elif kind == SPEC:
             self._take_change(record, value, gathered)
 

@@ -22,7 +22,10 @@ from headrace.stream.features.counters import key_texts
 
 
 def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the batch, or raise `EventRejected` when its envelope has nulls."""
+    """Return the batch, or raise `EventRejected` when one of its first five columns has nulls.
+
+    They are the envelope of an event, or what every row of an aggregate and of a crawled version has.
+    """
     for i in range(5):
         if batch.column(i).null_count:
             raise EventRejected("bad_batch", f"column {batch.schema.names[i]!r} has nulls")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.contract.config import Config
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.log import Producer
+from headrace.contract.interfaces.log import Producer, Reader
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 
@@ -26,6 +27,9 @@ class StageDependencies:
     """Where states are stored."""
     metrics: Metrics
     clock: Clock
+    open_reader: Callable[[], Reader] | None = None
+    """Makes the reader with which the aggregator finds the newest epoch in the log. Without one its state alone tells
+    it: for those that read nothing of the aggregates."""
     begin_afresh: bool = False
     """Begin at the log's beginning where states are stored and none can be read: a person has decided it."""
     topic_id: str = ""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -113,15 +113,17 @@ class DurableState:
         parts_folder: str = "",
         every_ms: int,
         first_ms: float = 0.0,
+        confirm: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Keep manifests in `folder` and their parts, if there are any, in `parts_folder`.
 
-        A snapshot is due after `first_ms`, then every `every_ms`.
+        A snapshot is due after `first_ms`, then every `every_ms`. `confirm` is asked once its records are delivered,
+        and raises where it must not be stored.
         """
         self._producer, self._metrics, self._clock = deps.producer, deps.metrics, deps.clock
         self._store, self._owner, self._begin_afresh = store, owner, deps.begin_afresh
         self._folder, self._parts_folder = folder, parts_folder
-        self._every_s = every_ms / 1000
+        self._every_s, self._confirm = every_ms / 1000, confirm
         self._due_s = self._clock.monotonic() + first_ms / 1000
         self.sent = 0
         self._without_receipt: dict[int, None] = {}
@@ -223,6 +225,8 @@ class DurableState:
         try:
             # 2. Deliver.
             await self._await_receipts(sent)
+            if self._confirm is not None:
+                await self._confirm()
             # 3. Store.
             await self._put(snapshot)
             # 4. Acknowledge.

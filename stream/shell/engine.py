@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import faust
 import faust.transport.drivers.aiokafka as aiokafka_driver
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
@@ -28,6 +29,7 @@ from headrace.contract.interfaces.log import Reader, Record
 from headrace.process.watchdog import Watchdog
 from headrace.stream.shell.group_watch import GroupWatch
 from headrace.stream.shell.log_ends import LogEnds
+from headrace.stream.shell.one_owner import OneOwner
 
 log = logging.getLogger("headrace.engine")
 
@@ -96,9 +98,10 @@ class Engine:
         *,
         open_reader: Callable[[], Reader],
         begin_afresh: bool = False,
+        has_one_owner: bool = False,
     ) -> None:
         """`open_reader` makes the reader that tells how far the log goes. `begin_afresh` takes a partition without a
-        state from its beginning, whatever was acknowledged.
+        state from its beginning, whatever was acknowledged. `has_one_owner` gives all partitions to one member.
         """
         datadir.mkdir(parents=True, exist_ok=True)
         for noisy in ("faust", "aiokafka", "mode"):
@@ -122,6 +125,7 @@ class Engine:
             consumer_auto_offset_reset="earliest",
             consumer_max_fetch_size=8 * 1024 * 1024,
             web_enabled=False,
+            PartitionAssignor=OneOwner if has_one_owner else PartitionAssignor,
         )
         self.topic, self.begin_afresh = topic, begin_afresh
         self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)
@@ -149,6 +153,10 @@ class Engine:
     def lag(self) -> int:
         """Return how many records lie in the log beyond what was taken, over all partitions."""
         return self._ends.lag({**self._unbegun, **self.next})
+
+    def end(self, partition: int) -> int | None:
+        """Return the partition's end as of the last look, which is seconds old; None before the first."""
+        return self._ends.ends.get(partition)
 
     def oldest_unread_ms(self) -> int | None:
         """Return when the oldest record was written that the stage stands still before; None while it moves."""
@@ -398,4 +406,5 @@ async def _bounded(work: Any, what: str) -> Exception | None:
 def _headers(message: Any) -> dict[str, str]:
     headers = message.headers or ()
     pairs = headers.items() if hasattr(headers, "items") else headers
-    return {name: value.decode() if isinstance(value, bytes) else str(value) for name, value in pairs}
+    # Whoever wrote it: a header that is no text must not end the stage. `headrace.backends.log.kafka` does the same.
+    return {str(name): (value or b"").decode("utf-8", "replace") for name, value in pairs}

@@ -43,6 +43,7 @@ from headrace.stream.shell.durable_state import (
     await_stored,
 )
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.unreadable_events import tell_unreadable
 
 log = logging.getLogger("headrace.stream")
 
@@ -84,6 +85,7 @@ class StreamStage:
     """The shell around `JoinState`; see the module for the protocol."""
 
     name = "stream"
+    has_one_owner = False
     durable_state = DurableState
 
     def __init__(self, deps: StageDependencies, *, spill: Spill | None = None, declared: Rules | None = None) -> None:
@@ -130,11 +132,12 @@ class StreamStage:
     async def take_all(self, records: Sequence[Record]) -> None:
         """Join records of one partition, in order, and send what they resolved."""
         partition = self.partitions[records[0].partition]
-        before = partition.state.rules
+        before, bad = partition.state.rules, partition.state.row_totals()[-1]
         emitted = partition.state.take_all(records)
         if partition.state.rules.number != before.number:
             self._tell_rules(partition.number, partition.state, before.declared)
         self.deps.metrics.add("records_read_total", len(records))
+        tell_unreadable(records, partition.state.row_totals()[-1] - bad, self.deps.metrics)
         if emitted is not None:
             pieces = _pieces(emitted)
             await partition.durable.send(len(pieces), self._outgoing(partition.number, pieces))

@@ -17,6 +17,8 @@ class RunnableStage(Stage, Protocol):
 
     name: str
     topic: str
+    has_one_owner: bool
+    """True where its state is of all partitions together: one member of the group reads, others wait."""
     engine: Engine | None
     """Set before the stage begins; None in tests that hand records to it themselves."""
 
@@ -48,5 +50,6 @@ def run_stage(stage: RunnableStage, process: StageProcess) -> int:
         process.folder,
         open_reader=process.open_reader,
         begin_afresh=process.begin_afresh,
+        has_one_owner=stage.has_one_owner,
     )
     return stage.engine.run(stage, process.stop, process.ready)

@@ -2,7 +2,9 @@
 
 1. At an assignment ask the lake's newest version: the offset to go on from and the last position it holds.
 2. Drop rows that are not beyond the partition's position. A record that begins after a position not reached yet was
-   written out of turn: it is left out, counted (`gap_total`) and comes again from the partition's owner.
+   written out of turn: it is left out, counted (`gap_total`) and comes again from the partition's owner. A record that
+   is not ours, or damaged, is counted and skipped (`headrace.contract.formats.sample_record`); where samples were in it
+   that have not come again by the topic's end, the stage stops and names it.
 3. Every `sink.commit_ms`, or `sink.commit_rows`, commit rows, offsets and positions in one Delta commit.
 4. Then let Faust commit. Whatever fails, in a commit or after it, the stage stops and commits no more: everything since
    the last commit is read again after a restart, and no later commit moves the positions past it.
@@ -22,10 +24,10 @@ import pyarrow as pa
 
 from headrace.contract.config import Config
 from headrace.contract.errors import Unavailable
-from headrace.contract.formats.events import decode_batch, fit
+from headrace.contract.formats.events import fit
 from headrace.contract.formats.positions import START, Position
-from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.sample_order import SampleOrder
+from headrace.contract.formats.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.lake import LakeState, LakeWriter
@@ -43,6 +45,7 @@ class SinkStage:
     """The shell around the lake; see the module for the protocol."""
 
     name = "sink"
+    has_one_owner = False
 
     def __init__(
         self, config: Config, lake: LakeWriter, metrics: Metrics, clock: Clock, *, kept_ms: int | None = None
@@ -57,6 +60,9 @@ class SinkStage:
         self.orders: dict[int, SampleOrder] = {}
         """How far each partition was taken. What is out of turn is left out, not held: its owner sends it again."""
         self.next: dict[int, int] = {}
+        self.damaged: dict[int, DamagedRecords] = {}
+        self._left_out: dict[int, set[Position]] = {}
+        """Where the records begin that were out of turn, behind a damaged one alone: else nothing is kept."""
         self.batches: list[tuple[int, pa.RecordBatch]] = []
         self.rows = 0
         self._moved: set[int] = set()
@@ -92,7 +98,9 @@ class SinkStage:
         self._moved.add(partition)
         self._since_ms.setdefault(partition, record.timestamp_ms)
         self.metrics.add("records_read_total")
-        if record.value is None:
+        found = read_samples(record)
+        if isinstance(found, Unreadable):
+            self._skip(record, found)
             return
         order = self.orders[partition]
         following = order.offer(record)
@@ -103,15 +111,17 @@ class SinkStage:
                 "owner sends it again. If this repeats, compare `headrace ledger`.",
                 partition,
                 record.offset,
-                parse_position(record.headers["after"]),
+                found.after,
                 order.position,
             )
+            if (damaged := self.damaged.get(partition)) and damaged.hole(order.position, [found.after]) is not None:
+                self._left_out.setdefault(partition, set()).add(found.after)
             return
         if not following:
             return
-        # As it came: a batch of other rules has other columns, and the lake's schema grows by them.
+        # As it came: a batch of other rules has other columns, and the lake's schema grows by them. None was held back.
         for each in following:
-            fresh = each.new_rows(decode_batch(each.record.value or b""))
+            fresh = each.new_rows(found.rows)
             self.batches.append((partition, fresh))
             self.rows += fresh.num_rows
         while self.rows >= 2 * self.config.commit_rows and self._failure is None:
@@ -122,6 +132,7 @@ class SinkStage:
         if self._failure is not None:
             raise self._failure
         self._waits.check()
+        self._refuse_holes()
         now_s = self.clock.monotonic()
         if self._committing is None and self.batches and (now_s >= self._due_s or self.rows >= self.config.commit_rows):
             self._begin_commit()
@@ -129,6 +140,34 @@ class SinkStage:
             self._metrics_due_s = now_s + 1.0
             self.metrics.set("lag_records", self.engine.lag())
             self.look_behind()
+
+    def _skip(self, record: Record, found: Unreadable) -> None:
+        self.damaged.setdefault(record.partition, DamagedRecords()).note(found, self.orders[record.partition].position)
+        self.metrics.add("records_unreadable_total", topic="samples", kind=found.kind)
+        log.error(
+            "%s/%d offset %d is %s and skipped: %s. Find out who writes into the topic besides `stream`.",
+            *(record.topic, record.partition, record.offset, found.kind, found.detail),
+        )
+
+    def _refuse_holes(self) -> None:
+        """Raise `InvariantBroken` where a damaged record held samples and the topic, read to its end, has no others."""
+        for partition, damaged in self.damaged.items():
+            if not damaged or not self._left_out.get(partition):
+                continue
+            end = None if self.engine is None else self.engine.end(partition)
+            hole = damaged.hole(self.orders[partition].position, self._left_out[partition])
+            if hole is not None and end is not None and self.next[partition] >= end:
+                raise samples_lost(self.topic, partition, hole)
+
+    def _resume(self, partition: int) -> int:
+        """Return the record to read first after a restart, and forget which are no longer out of turn."""
+        position = self.orders[partition].position
+        left_out = {after for after in self._left_out.pop(partition, ()) if after > position}
+        if left_out:
+            self._left_out[partition] = left_out
+        damaged = self.damaged.get(partition)
+        kept = damaged.offsets(position, left_out) if damaged else []
+        return min(self.next[partition], *kept) if kept else self.next[partition]
 
     def look_behind(self) -> None:
         """Tell how far the lake is behind, and raise the alarm where the topic may forget what is not stored yet."""
@@ -154,6 +193,8 @@ class SinkStage:
         self._moved -= partitions
         for partition in partitions:
             self.orders.pop(partition, None)
+            self.damaged.pop(partition, None)
+            self._left_out.pop(partition, None)
             self.next.pop(partition, None)
             self._since_ms.pop(partition, None)
 
@@ -171,7 +212,7 @@ class SinkStage:
     def _begin_commit(self) -> None:
         self._due_s = self.clock.monotonic() + self.config.commit_ms / 1000
         batches, moved = _alike([b for _, b in self.batches]), sorted(self._moved)
-        offsets = {p: self.next[p] for p in moved}
+        offsets = {p: self._resume(p) for p in moved}
         positions = {p: self.orders[p].position for p in moved}
         self.batches, self.rows, self._moved = [], 0, set()
         self._since_committing_ms, self._since_ms = self._since_ms, {}

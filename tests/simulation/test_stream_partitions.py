@@ -22,6 +22,7 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import AggregateConfig, Config, IngestConfig, JoinConfig, LogConfig
+from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, Punctuation, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
@@ -157,6 +158,7 @@ class World:
             blobs=self.blobs,
             metrics=MemoryMetrics(),
             clock=self.clock,
+            open_reader=self.log.reader,
         )
         return deps, producer
 
@@ -174,7 +176,7 @@ class World:
             self.arrive([p for p in range(PARTITIONS) if p != held or turn >= until])
             for worker in (*self.workers, self.aggregator, *self.ghosts):
                 if worker.owned:
-                    await worker.step(self.random.choice(sorted(worker.owned)))
+                    await self.step(worker, self.random.choice(sorted(worker.owned)))
             self.fault()
         self.arrive(list(range(PARTITIONS)), everything=True)
         for ghost in self.ghosts:
@@ -184,10 +186,22 @@ class World:
             self.clock.advance(0.05)
             for worker in (self.aggregator, *self.workers):
                 for partition in sorted(worker.owned):
-                    await worker.step(partition)
+                    await self.step(worker, partition)
         for worker in (self.aggregator, *self.workers):
             worker.kill()
         await asyncio.sleep(0)
+
+    async def step(self, worker: Worker, partition: int) -> None:
+        """Let somebody work; an aggregator that was replaced stops, and starts anew where it is the one to go on."""
+        try:
+            await worker.step(partition)
+        except Unavailable as error:
+            assert "another aggregator took over" in str(error)
+            worker.kill()
+            if worker is self.aggregator:
+                self.aggregator = self.counting()
+            else:
+                self.ghosts.remove(worker)
 
     def arrive(self, partitions: list[int], *, everything: bool = False) -> None:
         """Append some records of these partitions, which take turns at random."""

@@ -45,7 +45,8 @@ WHAT_HAPPENS = {
     "headrace/process/waits.py": ("Thread", "who waits for the call gets it"),
     "headrace/process/watchdog.py": ("Thread", "it has nothing to raise; what it finds ends the process"),
     "headrace/sender.py": ("Thread", "it goes on after every exception; without it `emit` raises"),
-    "ingest/crawl/crawl_stage.py": ("ensure_future", "the work that Twisted's reactor runs: what it raises is raised"),
+    "ingest/crawl/crawl_stage.py": ("ensure_future", "Scrapy's end, which is waited for a second and then left"),
+    "ingest/crawl/scrapy_run.py": ("ensure_future", "the work that Twisted's reactor runs: what it raises is raised"),
     "ingest/forward/listeners.py": ("to_thread", "awaited at once"),
     "ingest/forward/tls_handshake.py": ("create_task", "one connection, which is closed; a shipper comes again"),
     "ingest/gateway/loop.py": (

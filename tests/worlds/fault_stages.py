@@ -28,7 +28,7 @@ from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeWriter
-from headrace.contract.interfaces.log import Producer, Record
+from headrace.contract.interfaces.log import Producer, Reader, Record
 from headrace.ingest.crawl import spider
 from headrace.process import waits
 from headrace.replay.ledger.settled import check_settled
@@ -66,6 +66,9 @@ class GroupPositions(Protocol):
     def lag(self) -> int:
         """Return how many records lie beyond what was taken."""
 
+    def end(self, partition: int) -> int | None:
+        """Return the partition's end as of the last look."""
+
     def oldest_unread_ms(self) -> int | None:
         """Return when the oldest record was written that nobody takes."""
 
@@ -83,6 +86,10 @@ class MemoryGroup:
     def lag(self) -> int:
         """Nothing hangs on it here."""
         return 0
+
+    def end(self, partition: int) -> int | None:
+        """Nobody has looked."""
+        return None
 
     def oldest_unread_ms(self) -> int | None:
         """Everything is taken here."""
@@ -172,6 +179,7 @@ class _World:
             blobs=process.wrap(Blobs, self.blobs),
             metrics=MemoryMetrics(),
             clock=self.clock,
+            open_reader=lambda: process.wrap(Reader, self.log.reader()),
         )
         return deps, producer
 
@@ -279,15 +287,17 @@ def expected_samples() -> list[pa.Table]:
     return _EXPECTED
 
 
+_UNDAMAGED = {"GroupPositions.end": "asked behind a damaged record alone"}
 _CLOSED: dict[str, str] = {
     "Producer.flush": "the process flushes by closing",
     "Producer.close": "the command closes it when the stage has ended",
     "GroupPositions.oldest_unread_ms": "the sink alone tells an age",
+    **_UNDAMAGED,
 }
 ROWS = (
     StageRow("stream", (Producer, Blobs, Spill, GroupPositions), StreamWorld, _CLOSED),
-    StageRow("aggregate", (Producer, Blobs, GroupPositions), AggregateWorld, _CLOSED),
-    StageRow("sink", (LakeWriter, GroupPositions), SinkWorld, {}),
+    StageRow("aggregate", (Producer, Blobs, GroupPositions, Reader), AggregateWorld, _CLOSED),
+    StageRow("sink", (LakeWriter, GroupPositions), SinkWorld, _UNDAMAGED),
 )
 
 

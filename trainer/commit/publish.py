@@ -290,8 +290,19 @@ def named_blobs(manifests: Sequence[Manifest], *, but: str) -> frozenset[str]:
     return frozenset(last.values())
 
 
-def read_manifests(reader: Reader, topics: Topics, model: str) -> list[Manifest]:
-    """Return the snapshot manifests of `model` that the topic still holds, oldest first. Raises as `read_range`."""
-    key = f"{model}/snapshot".encode()
-    found = [decode_manifest(r.value) for r in read_range(reader, topics.model) if r.key == key and r.value is not None]
+def read_manifests(reader: Reader, topics: Topics, model: str, metrics: Metrics | None = None) -> list[Manifest]:
+    """Return the snapshot manifests of `model` that the topic still holds, oldest first. Raises as `read_range`.
+
+    What is no manifest is counted in `metrics`, named in the log, and left out.
+    """
+    key, found = f"{model}/snapshot".encode(), list[Manifest]()
+    for record in read_range(reader, topics.model):
+        if record.key != key or record.value is None:
+            continue
+        try:
+            found.append(decode_manifest(record.value))
+        except msgspec.DecodeError as error:
+            logger.error("record %d of %s is no manifest and is left out: %s", record.offset, record.topic, error)
+            if metrics is not None:
+                metrics.add("records_unreadable_total", topic="model", kind="foreign")
     return [m for m in found if m.kind == "snapshot" and m.digest]

@@ -101,10 +101,10 @@ class StepsLog:
         for offset, value in records:
             try:
                 step = decode_step(value)
-            except msgspec.MsgspecError as error:
-                # Not silent: where it was a step of this model, the next one's number shows the hole.
-                logger.warning("record %d of the steps is no step and is passed over: %s", offset, error)
-                self._metrics.add("errors_total", kind="steps")
+            except msgspec.DecodeError as error:
+                # Where it was a step of this model, the next one's number shows the hole.
+                logger.error("record %d of the steps is no step and is passed over: %s", offset, error)
+                self._metrics.add("records_unreadable_total", topic="steps", kind="foreign")
                 continue
             if step.model == self._model:
                 found.append((offset, step))

@@ -26,7 +26,7 @@ from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position, order_of, orders, position_of
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.sample_order import SampleOrder
-from headrace.contract.formats.sample_record import Unreadable, read_samples
+from headrace.contract.formats.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
 from headrace.contract.formats.steps import StepRange
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
@@ -35,8 +35,6 @@ logger = logging.getLogger("headrace.train")
 
 HELD_MAX = 10_000
 """Most records that wait for a gap before them to close."""
-DAMAGED_MAX = 256
-"""Most damaged records a partition that are remembered, the newest ones; a gap of an older one is a gap like others."""
 
 
 @dataclass
@@ -60,7 +58,7 @@ class LivePartition:
     order: SampleOrder = field(default_factory=SampleOrder)
     """Which records come next; its position is the last that was read."""
     chunks: deque[_Chunk] = field(default_factory=deque)
-    damaged: deque[Unreadable] = field(default_factory=lambda: deque(maxlen=DAMAGED_MAX))
+    damaged: DamagedRecords = field(default_factory=DamagedRecords)
     """Records with our headers that could not be read."""
     is_fresh: bool = False
     """True until the first record comes to a run that begins with this partition."""
@@ -87,15 +85,16 @@ class LivePartition:
     def resume_offset(self) -> int:
         """The first record that holds rows which are not taken: where a restart reads on."""
         records = [chunk.record for chunk in self.chunks] + [held.record.offset for held in self.order.held]
-        # What a damaged record held is missed by the record behind it, perhaps only after the restart.
-        damaged = [each.offset for each in self.damaged if each.after == self.order.position or each is self.hole]
-        return min([self.next_offset, *records, *damaged])
+        return min([self.next_offset, *records, *self.damaged.offsets(self.order.position, self._waiting)])
 
     @property
     def hole(self) -> Unreadable | None:
         """The damaged record whose samples are missing before those that wait."""
-        position, waiting = self.order.position, {held.after for held in self.order.held}
-        return next((d for d in self.damaged for after in waiting if d.is_hole(position, after)), None)
+        return self.damaged.hole(self.order.position, self._waiting)
+
+    @property
+    def _waiting(self) -> set[Position]:
+        return {held.after for held in self.order.held}
 
     def upto(self, rows_max: int) -> tuple[Position, int]:
         """Return the position that takes at most `rows_max` rows, and how many rows that is."""
@@ -176,12 +175,7 @@ class LiveRows:
                 continue
             hole = partition.hole
             if hole is not None:
-                raise InvariantBroken(
-                    f"{topic}/{number} offset {hole.offset} is damaged ({hole.detail}), and the samples after "
-                    f"{tuple(hole.after)} up to {tuple(hole.last)} are nowhere else in the topic. Restart `stream`: "
-                    "it writes again what its newest state does not hold. Else keep the topic and begin a new "
-                    "generation; `headrace ledger` shows what is missing."
-                )
+                raise samples_lost(topic, number, hole)
 
     def seed(self, number: int, rows: pa.Table, upto: Position) -> None:
         """Put rows of the lake before the records of a partition, which then go on behind `upto`.
@@ -250,8 +244,7 @@ class LiveRows:
 
     def _skip(self, record: Record, found: Unreadable) -> None:
         partition = self.partitions[record.partition]
-        if found.kind == "damaged" and found.last > partition.order.position:
-            partition.damaged.append(found)
+        partition.damaged.note(found, partition.order.position)
         if self._metrics is not None:
             self._metrics.add("records_unreadable_total", topic="samples", kind=found.kind)
         logger.error(

@@ -25,7 +25,6 @@ from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.formats.dead_letters import decode_retry_mark
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.display import ADVICE, ADVICE_ELSE, row, summary, title, view
@@ -36,6 +35,7 @@ from headrace.ingest.dead_letters.letters import (
     parse_age_ms,
     parse_id,
     read_letters,
+    read_marks,
     why_not_retried,
 )
 
@@ -105,7 +105,7 @@ def _filter(args: argparse.Namespace, now_ms: int) -> Filter:
 def _read(runtime: Runtime, reader: Reader) -> tuple[States, Iterator[Letter]]:
     """Return what became of the letters, and the letters."""
     writer = _retries(runtime)
-    states = States(decode_retry_mark(value) for _, value in writer.read(0))
+    states = States(read_marks(writer))
     writer.close()
     topic = runtime.topics.dead_letters
     end = reader.end_offsets(topic)[0]

@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from headrace.contract.formats.json_record import decode_json
+
 Fate = Literal["appended", "repeated", "skipped", "refused", "unknown", "open"]
 """What became of a letter that was offered again: its event is in the log (`appended`), was there already
 (`repeated`), is none by the corrected mapping (`skipped`), or was refused again, which a newer letter tells
@@ -57,8 +59,8 @@ def encode_dead_letter(letter: DeadLetter) -> bytes:
 
 
 def decode_dead_letter(data: bytes) -> DeadLetter:
-    """Read what `encode_dead_letter` wrote."""
-    return msgspec.json.decode(data, type=DeadLetter)
+    """Read what `encode_dead_letter` wrote. Raises as `decode_json`."""
+    return decode_json(data, DeadLetter)
 
 
 def encode_retry_mark(mark: RetryMark) -> bytes:
@@ -67,5 +69,5 @@ def encode_retry_mark(mark: RetryMark) -> bytes:
 
 
 def decode_retry_mark(data: bytes) -> RetryMark:
-    """Read what `encode_retry_mark` wrote."""
-    return msgspec.json.decode(data, type=RetryMark)
+    """Read what `encode_retry_mark` wrote. Raises as `decode_json`."""
+    return decode_json(data, RetryMark)

@@ -8,6 +8,7 @@ fills a column that is missing with null and ignores one that it does not know.
 |---|---|---|
 | `kind` | all | `impression`, `feedback`, `aggregate`, `external`, `spec`, `punctuation` |
 | `type` | feedback | the feedback event type's name |
+| `epoch` | aggregate | that of its rows; what release 0.1 wrote has none |
 | `gateway`, `epoch`, `seq` | from ingest | who wrote it; `seq` counts its records of this epoch and partition |
 """
 
@@ -21,6 +22,7 @@ import pyarrow as pa
 
 from headrace.contract.crawl import external_columns
 from headrace.contract.errors import EventRejected
+from headrace.contract.formats.json_record import decode_json
 
 if TYPE_CHECKING:
     from headrace.contract.project import FeedbackType, FieldType, Project
@@ -31,6 +33,8 @@ EXTERNAL, SPEC, PUNCTUATION = "external", "spec", "punctuation"
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
 _WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 ENCODINGS = frozenset({IMPRESSION, FEEDBACK, AGGREGATE, EXTERNAL})
+KINDS = frozenset({IMPRESSION, FEEDBACK, AGGREGATE, EXTERNAL, SPEC, PUNCTUATION})
+"""A record of `events` with another `kind`, or with none, is not ours."""
 
 ARROW_TYPES: dict[FieldType, pa.DataType] = {
     "int64": pa.int64(),
@@ -195,8 +199,11 @@ def encode_punctuation(punctuation: Punctuation) -> bytes:
 
 
 def decode_punctuation(data: bytes) -> Punctuation:
-    """Read what `encode_punctuation` wrote; unknown fields are ignored (growth rule)."""
-    return msgspec.json.decode(data, type=Punctuation)
+    """Read what `encode_punctuation` wrote. Raises as `decode_json`, for numbers of more than 63 bits too."""
+    found: Punctuation = decode_json(data, Punctuation)
+    if max(abs(found.time_ms), abs(found.epoch)) >= 1 << 62:
+        raise msgspec.ValidationError("a time or an epoch is out of range")
+    return found
 
 
 def batch_from_rows(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:

@@ -11,13 +11,15 @@ A console producer, a mirror tool or another team may write into an internal top
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from headrace.contract.errors import EventRejected
+from headrace.contract.errors import EventRejected, InvariantBroken
 from headrace.contract.formats.events import decode_batch, fit
 from headrace.contract.formats.positions import START, Position, order_of, orders
 from headrace.contract.formats.sample import IDENTITY, parse_position
@@ -48,6 +50,45 @@ class Unreadable:
         """Say whether its samples are all that is missing between a reader's position and the `after` of a later
         record."""
         return self.kind == "damaged" and self.after <= position < self.last == following
+
+
+DAMAGED_MAX = 256
+"""Most damaged records a partition that are remembered, the newest ones; a gap of an older one is a gap like others."""
+
+
+class DamagedRecords:
+    """The damaged records of one partition that a reader skipped, while their samples may be missing."""
+
+    def __init__(self) -> None:
+        self._records: deque[Unreadable] = deque(maxlen=DAMAGED_MAX)
+
+    def __bool__(self) -> bool:
+        return bool(self._records)
+
+    def note(self, found: Unreadable, position: Position) -> None:
+        """Remember a record that was skipped, where it promised samples beyond `position`."""
+        if found.kind == "damaged" and found.last > position:
+            self._records.append(found)
+
+    def hole(self, position: Position, following: Iterable[Position]) -> Unreadable | None:
+        """Return the damaged record whose samples are missing between `position` and the `after` of later records."""
+        return next((d for after in following for d in self._records if d.is_hole(position, after)), None)
+
+    def offsets(self, position: Position, following: Iterable[Position]) -> list[int]:
+        """Return the offsets that a restart must not read on behind: what such a record held is missed by the record
+        after it, which perhaps comes only after the restart."""
+        hole = self.hole(position, following)
+        return [each.offset for each in self._records if each.after == position or each is hole]
+
+
+def samples_lost(topic: str, partition: int, hole: Unreadable) -> InvariantBroken:
+    """Return what a reader raises when the samples of a damaged record did not come again before the topic's end."""
+    return InvariantBroken(
+        f"{topic}/{partition} offset {hole.offset} is damaged ({hole.detail}), and the samples after "
+        f"{tuple(hole.after)} up to {tuple(hole.last)} are nowhere else in the topic. Restart `stream`: it writes "
+        "again what its newest state does not hold. Else keep the topic and begin a new generation; `headrace ledger` "
+        "shows what is missing."
+    )
 
 
 def read_samples(record: Record, schema: pa.Schema | None = None) -> SampleRecord | Unreadable:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
+from headrace.contract.formats.json_record import decode_json
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,13 +107,14 @@ def _decoded(data: bytes) -> tuple[Weights, Manifest]:
             raise InvariantBroken(f"weights have the columns {schema.names} of other types than key and values.")
         table = reader.read_all().combine_chunks()
     table.validate(full=True)
-    manifest = msgspec.json.decode(meta[b"manifest"], type=Manifest)
+    manifest = decode_manifest(meta[b"manifest"])
     raw = meta[b"dense"]
     if hashlib.sha256(raw).hexdigest().encode() != meta[b"dense_sha256"]:
         raise InvariantBroken(f"dense weights of {manifest.version} do not match their digest; do not serve them.")
+    shapes: dict[str, list[int]] = decode_json(meta[b"shapes"], dict[str, list[int]])
     dense: dict[str, npt.NDArray[np.float32]] = {}
     flat, at = np.frombuffer(raw, dtype="<f4"), 0
-    for name, shape in msgspec.json.decode(meta[b"shapes"], type=dict[str, list[int]]).items():
+    for name, shape in shapes.items():
         count = math.prod(shape)
         dense[name] = flat[at : at + count].reshape(shape)
         at += count
@@ -149,5 +151,5 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(data: bytes) -> Manifest:
-    """Read what `encode_manifest` wrote; unknown fields are ignored (growth rule)."""
-    return msgspec.json.decode(data, type=Manifest)
+    """Read what `encode_manifest` wrote. Raises as `decode_json`."""
+    return decode_json(data, Manifest)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from headrace.contract.formats.json_record import decode_json
+
 
 class StepRange(msgspec.Struct, frozen=True):
     """What one worker took in one step.
@@ -49,5 +51,5 @@ def encode_step(step: Step) -> bytes:
 
 
 def decode_step(data: bytes) -> Step:
-    """Read what `encode_step` wrote; unknown fields are ignored (growth rule)."""
-    return msgspec.json.decode(data, type=Step)
+    """Read what `encode_step` wrote. Raises as `decode_json`."""
+    return decode_json(data, Step)

@@ -103,4 +103,4 @@ def test_a_foreign_record_is_counted_skipped_and_changes_nothing(key: bytes | No
     log.append("features", 0, b'{"as_of_ms": 7, "epoch": 1, "buckets": {}}', b"clicks/1", {})
     reader = Timed(log, memory, clock, "rr")
     memory.follow(reader, "features", reader.stop, clock=clock, metrics=metrics)
-    assert memory.watermark_ms == 7 and metrics.counters["errors_total", "features"] == 1
+    assert memory.watermark_ms == 7 and metrics.counters["records_unreadable_total", "features foreign"] == 1

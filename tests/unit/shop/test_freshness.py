@@ -12,6 +12,7 @@ import pytest
 from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.sample import IDENTITY
 from headrace.contract.formats.steps import Step, encode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
@@ -19,10 +20,10 @@ from headrace.examples.shop.freshness import Freshness
 
 
 def sample(offset: int, feedback: str | None) -> Record:
-    row = {"feedback_id": feedback, "offset": offset, "rank": 0}
-    schema = pa.schema([("feedback_id", pa.string()), ("offset", pa.int64()), ("rank", pa.int32())])
+    row = {"partition": 1, "offset": offset, "rank": 0, "event_id": f"i{offset}", "task": "t", "feedback_id": feedback}
+    schema = pa.schema([*IDENTITY, pa.field("feedback_id", pa.string())])
     value = encode_batch(pa.RecordBatch.from_pylist([row], schema=schema))
-    return Record("samples", 1, offset, None, value, {}, 0)
+    return Record("samples", 1, offset, None, value, {"after": f"{offset - 1}:0", "last": f"{offset}:0"}, 0)
 
 
 def step(number: int, offset: int) -> Record:
@@ -68,5 +69,5 @@ def test_a_record_that_is_not_ours_is_counted_and_the_next_one_measured():
     freshness.take([Record("steps", 0, 0, None, b"no step", {}, 0), step(1, 12)])
     freshness.answered("r-1")
     freshness.take([sample(10, "c")])
-    assert metrics.counters["errors_total", "freshness"] == 4
+    assert metrics.total("records_unreadable_total") == 4
     assert metrics.observations["freshness_seconds"] == [0.0]
