@@ -1,4 +1,4 @@
-"""Reads rows of an open table batch by batch, each of which says `moved`: a big table is told from a store that hangs."""
+"""Reads rows of an open table batch by batch; each says `moved`: a big table is told from a store that hangs."""
 
 from __future__ import annotations
 
