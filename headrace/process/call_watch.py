@@ -31,8 +31,8 @@ ANSWER_MAX_S = 240.0
 """Longest that a call of a log, a store or a lake may stand still: the clients give up by themselves within 45 s, and a
 stage with an event loop gives a call up after 180 s (`headrace.process.waits`), in better order."""
 LAKE_MAX_S = 1_800.0
-"""Longest that a call of the lake may stand still: between two batches lie the table's log and a filter of all rows."""
-LAKE_CALLS = ("append", "hold", "open", "read", "settle", "state")
+"""Longest that a read of the lake may stand still: between two batches lie the table's log and a filter of all rows."""
+LAKE_CALLS = ("read",)
 LOOK_S = 1.0
 TOLD_S = 30.0
 """A call that has stood still for this long is logged, once."""

@@ -28,8 +28,6 @@ VERBS = [
     ["dead-letters", "list"],
     ["spec", "show"],
     ["lake", "history"],
-    ["lake", "read"],
-    ["quantiles", "--field", "price"],
     ["train"],
     ["train", "--take-over"],
 ]
