@@ -4,8 +4,8 @@
    worker opens the region for itself.
 2. Each process answers requests in its main thread; the other jobs of a process are threads beside it.
 3. A job that fails ends its process. A worker that ends ends the stage: the supervisor starts all of it again.
-4. At the end the first process asks the workers to stop and waits for them for at most 3 s. The region stays, so that
-   the next stage serves at once. A worker also ends when the first process dies.
+4. At the end the first process asks the workers to stop, waits for at most 3 s, and kills those that are left. The
+   region stays, so that the next stage serves at once. A worker also ends when the first process dies.
 """
 
 from __future__ import annotations
@@ -64,13 +64,19 @@ class Workers:
                 os.kill(pid, signal.SIGTERM)
 
     def end(self, patience_s: float = 3.0) -> None:
-        """Ask the workers to stop, and wait for them for at most `patience_s`, all together."""
+        """Ask the workers to stop, wait for them for at most `patience_s`, all together, and kill what is left.
+
+        A worker that hangs would keep the port of the next stage.
+        """
         self.ask_to_end()
         until = time.monotonic() + patience_s
         for pid in self._pids:
-            with suppress(ChildProcessError):
-                while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < until:
+            with suppress(ChildProcessError, ProcessLookupError):
+                while (is_left := os.waitpid(pid, os.WNOHANG) == (0, 0)) and time.monotonic() < until:
                     time.sleep(0.02)
+                if is_left:
+                    logger.error("worker %d did not end in %.0f s and is killed", pid, patience_s)
+                    os.kill(pid, signal.SIGKILL)
 
     def __len__(self) -> int:
         return len(self._pids)

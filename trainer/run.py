@@ -10,6 +10,8 @@ Protocol of one step:
 Whatever fails between 2 and the end of 3 ends the process, also what would be retried elsewhere: the step is recorded,
 and the next process redoes it. No step follows one that was not learnt.
 
+A call that never returns ends the process too (`trainer.bounds`).
+
 Recovery: the newest checkpoint of this recipe; redo exactly the steps recorded after it; go on with 1. A run that has
 steps but no checkpoint yet is redone from step 1. The steps of another recipe are another run's, and are left alone.
 """
@@ -17,7 +19,7 @@ steps but no checkpoint yet is redone from step 1. The steps of another recipe a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -35,6 +37,9 @@ from headrace.contract.interfaces.log import Producer, Reader, check_topic
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
+from headrace.process.call_watch import CallWatch
+from headrace.process.moved import moved
+from headrace.trainer.bounds import WORK_MAX_S, poll_until, watched
 from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of
 from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
@@ -86,6 +91,8 @@ class Dependencies:
     metrics: StageMetrics
     clock: Clock
     stop: Stop
+    calls: CallWatch
+    """Ends the process where a call does not come back."""
     lake: LakeReader | None = None
     board: Board | None = None
     progress: Progress = field(default_factory=Silent)
@@ -104,7 +111,8 @@ class Trainer:
     """One worker's loop. `recover` once, then `turn` again and again."""
 
     def __init__(self, deps: Dependencies) -> None:
-        self.deps, self.project = deps, deps.project
+        self.deps = deps = watched(deps)
+        self.project = deps.project
         self.source = Source(
             self.project,
             deps.reader,
@@ -190,18 +198,21 @@ class Trainer:
     def run(self) -> None:
         """Recover and turn until `stop`; what is published last is a snapshot and a checkpoint."""
         self.deps.metrics.ready(False, "recovering")
-        self.recover()
+        with self.deps.calls.named("the recovery", WORK_MAX_S):
+            self.recover()
         while not self.deps.stop.is_set():
             try:
-                self._show_progress()
-                self.turn()
-                self._tell()
+                with self.deps.calls.named(f"learning after step {self.learner.step}", WORK_MAX_S):
+                    self._show_progress()
+                    self.turn()
+                    self._tell()
                 if self.publisher and not self.publisher.wants_snapshot and not self.publisher.is_busy:
                     self.deps.metrics.ready(True)
             except Unavailable as error:
                 logger.warning("Kafka or the store is away: %s", error)
                 self._pause(0.5)
-        self.close()
+        with self.deps.calls.named("the end", WORK_MAX_S):
+            self.close()
 
     def close(self) -> None:
         """Leave a checkpoint of the last step, within 3 s, and let go of the model."""
@@ -343,6 +354,7 @@ class Trainer:
         closed = self.evaluation.after(self.learner, batch, rows, score_B, item_B, known_B)
         self.report.learnt(report, batch, rows)
         self.report.closed(closed, step=self.learner.step)
+        moved()
 
     def _publish(self) -> None:
         publisher, now, config = self.publisher, self.deps.clock.monotonic(), self.deps.config
@@ -397,9 +409,12 @@ class Trainer:
             self.report.tell(self.learner, self.evaluation, self.source, self.source.lag(ends))
 
     def _await_rows(self, ranges: tuple[StepRange, ...]) -> None:
-        while not self.source.has(ranges):
-            self._retrying("read recorded samples", lambda: self.source.poll_for(ranges, 0.2))
+        def poll(wait_s: float) -> Mapping[int, int]:
+            self._retrying("read recorded samples", lambda: self.source.poll_for(ranges, wait_s))
             self._check()
+            return self.source.next_offsets
+
+        poll_until(lambda: self.source.has(ranges), poll, "the samples of a recorded step")
 
     def _retrying(self, what: str, attempt: Callable[[], T]) -> T:
         delay = 0.1

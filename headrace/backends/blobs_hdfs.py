@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import io
 import logging
 import os
 import time
@@ -20,9 +21,11 @@ from urllib.parse import quote
 
 import requests
 from hdfs import HdfsError, InsecureClient
+from urllib3.exceptions import HTTPError
 
-from headrace.backends.blobs_file import UNFINISHED, checked_name
+from headrace.backends.blobs_file import UNFINISHED, checked_name, read_in_pieces
 from headrace.contract.errors import Unavailable
+from headrace.process.moved import moved
 
 log = logging.getLogger("headrace.hdfs")
 
@@ -31,6 +34,14 @@ Names = list[str]
 
 _ABSENT = ("FileNotFoundException", "NoSuchFileException")
 _REFUSED = ("AccessControlException", "QuotaExceededException", "SecurityException")
+
+
+class _Pieces(io.BytesIO):
+    """What is written, of which `requests` takes piece after piece: a slow store is told from one that hangs."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        moved()
+        return super().read(size)
 
 
 class HdfsBlobs:
@@ -85,7 +96,7 @@ class HdfsBlobs:
             self._client.makedirs(folder)
             self._folders.add(folder)
         try:
-            self._client.write(part, data=data, overwrite=True)
+            self._client.write(part, data=_Pieces(data), overwrite=True)
             self._rename_over(part, target)
         except HdfsError:
             # The folder may have been removed by somebody else since; make it again on the next try.
@@ -108,7 +119,7 @@ class HdfsBlobs:
         if status is None or status["type"] != "FILE":
             return None
         with self._client.read(target) as stream:
-            data = bytes(stream.read())
+            data = read_in_pieces(stream.read)
         after = self._client.status(target, strict=False)
         if after is not None and after["length"] != len(data):
             # Cut short by a DataNode that died, or replaced while it was read: read it again.
@@ -138,7 +149,7 @@ class HdfsBlobs:
         while True:
             try:
                 result = call()
-            except (HdfsError, requests.RequestException, OSError) as error:
+            except (HdfsError, requests.RequestException, HTTPError, OSError) as error:
                 kind = getattr(error, "exception", None) or ""
                 if kind in _ABSENT:
                     # The object went between two of our own requests: the next try sees it gone.

@@ -8,12 +8,14 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.backends.clock import SystemClock
+from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import CEPHFS, find_addresses, find_home
@@ -25,6 +27,7 @@ from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.metrics import Stage
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import cephfs_store
+from headrace.process.call_watch import LAKE_CALLS, LAKE_MAX_S, CallWatch
 
 if TYPE_CHECKING:
     from headrace.backends.lake.delta import DeltaLake
@@ -48,6 +51,8 @@ class Runtime:
     port_base: int | None
     project_dir: Path
     clock: SystemClock = field(default_factory=SystemClock)
+    calls: CallWatch = field(default_factory=CallWatch)
+    """Ends the process where a call of what is opened here never returns."""
 
     def port(self, name: str) -> int:
         """Return the port of `name` from the table of `headrace.contract.config`."""
@@ -55,7 +60,9 @@ class Runtime:
 
     def metrics(self, stage: Stage) -> PrometheusMetrics:
         """Start the stage's /metrics, /readyz and /healthz."""
-        return PrometheusMetrics(stage, self.port(f"metrics_{stage}"))
+        metrics = PrometheusMetrics(stage, self.port(f"metrics_{stage}"))
+        self.calls.tell = partial(metrics.set, "call_age_seconds")
+        return metrics
 
     def producer(self, *, linger_ms: float = 2.0) -> KafkaProducer:
         """Return a producer of these brokers."""
@@ -63,38 +70,44 @@ class Runtime:
 
     def reader(self) -> KafkaReader:
         """Return a reader of these brokers."""
-        return KafkaReader(self.brokers)
+        return self.calls.wrap("reader", KafkaReader(self.brokers))
+
+    def fenced(self, topic: str, writer_id: str) -> FencedKafka:
+        """Return the fenced writer of a topic, which fences nobody before it is opened."""
+        return self.calls.wrap(topic, FencedKafka(self.brokers, topic, writer_id))
 
     def admin(self, *, timeout_s: float = 20.0) -> KafkaAdmin:
         """Return an admin of these brokers that creates topics as `[log]` says."""
         log = self.config.log
-        return KafkaAdmin(
+        admin = KafkaAdmin(
             self.brokers,
             replication=log.replication,
             min_insync_replicas=log.min_insync_replicas,
             timeout_s=timeout_s,
         )
+        return self.calls.wrap("admin", admin)
 
     def blobs(self) -> Blobs:
         """Return the store's blobs, below `<store>/blobs`."""
-        return open_blobs(self.store, self.webhdfs)
+        return self.calls.wrap("blobs", open_blobs(self.store, self.webhdfs))
 
-    def lake(self, *, samples_id: str = "") -> DeltaLake:
+    def lake(self, *, samples_id: str = "", with_leases: bool = True) -> DeltaLake:
         """Return the store's lake, with the leases of its readers beside it; see `DeltaLake` for `samples_id`."""
         # Here, since most verbs have no lake and the library takes half a second to load.
         from headrace.backends.lake.delta import DeltaLake
         from headrace.backends.lake.leases import Leases
         from headrace.kernels.sample_ids import id_hashes
 
-        return DeltaLake(
+        lake = DeltaLake(
             self.lake_uri,
             generation=self.topics.generation,
             partitions=self.config.log.partitions,
             config=self.config.lake,
             samples_id=samples_id,
             hash_ids=id_hashes,
-            leases=Leases(self.blobs(), self.clock, lease_ms=self.config.lake.lease_ms),
+            leases=Leases(self.blobs(), self.clock, lease_ms=self.config.lake.lease_ms) if with_leases else None,
         )
+        return self.calls.wrap("lake", lake, dict.fromkeys(LAKE_CALLS, LAKE_MAX_S))
 
     @property
     def lake_uri(self) -> str:

@@ -72,6 +72,7 @@ Name = Literal[
     "counters_behind_seconds",
     "freshness_seconds",
     "errors_total",
+    "call_age_seconds",
     "source_settled_total",
     "lines_skipped_total",
     "events_refused_total",
@@ -325,6 +326,12 @@ METRICS: Mapping[Name, MetricDoc] = {
         "seconds",
         ("shop",),
         "Time from a click that was logged to the first answer whose version contains it.",
+    ),
+    "call_age_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("ingest", "stream", "sink", "aggregate", "crawl", "train", "serve", "shop"),
+        "How long the call of a log, a store or a lake that has stood still longest has done so; 0 while none is made.",
     ),
     "errors_total": MetricDoc(
         "counter",

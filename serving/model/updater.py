@@ -10,8 +10,9 @@
 4. What the gate refuses (`serving/gate/admit.py`) changes nothing: the version that is served stays until a good
    snapshot comes. Where it was refused because it does not fit, serving is not ready: a person must make room.
 5. While Kafka or the store is away the served version stays, and reading goes on from where it was.
-6. Any other exception ends the stage, and so does a call that does not return within `serve.stuck_ms` (`watch`): the
-   next stage takes over the region with the version that is served. A write that failed is never written on.
+6. Any other exception ends the stage, and so does a call that stands still for `serve.stuck_ms` (`watch`); a big blob
+   that is read piece by piece does not. The next stage takes over the region with the version that is served. A write
+   that failed is never written on.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
+from headrace.process.moved import followed
 from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot
 from headrace.serving.model.row_table import split_initial
 from headrace.serving.model.scorer import recipe_of
@@ -88,6 +90,9 @@ class Updater:
                 f"the updater has waited {waited_ms} ms for {self.waits_for}; serve.stuck_ms allows {self.stuck_ms}. "
                 "The stage ends, and the next one takes its model over."
             )
+
+    def _went_on(self) -> None:
+        self._turned_s = self.clock.monotonic()
 
     def _begins(self, what: str) -> None:
         self.waits_for, self._turned_s = what, self.clock.monotonic()
@@ -197,7 +202,8 @@ class Updater:
         if manifest is None or manifest.version == self._tried or not self._leads_further(manifest):
             return
         self._begins(f"blob {manifest.blob}")
-        data = self.blobs.get(manifest.blob)  # While the store is away this raises, and is tried again.
+        with followed(self._went_on):
+            data = self.blobs.get(manifest.blob)  # While the store is away this raises, and is tried again.
         self._tried = manifest.version
         try:
             if data is None:

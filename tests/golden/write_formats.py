@@ -43,6 +43,7 @@ from headrace.contract.formats.sample import parse_position, sample_schema  # no
 from headrace.contract.formats.topics import Topics  # noqa: E402
 from headrace.contract.interfaces.frontier import Body, Found, Settled  # noqa: E402
 from headrace.contract.project import Recipe  # noqa: E402
+from headrace.process.call_watch import CallWatch  # noqa: E402
 from headrace.sender import Sender  # noqa: E402
 from headrace.stream.aggregate.stage import AggregateStage  # noqa: E402
 from headrace.stream.join import state  # noqa: E402
@@ -96,6 +97,7 @@ def trainer_dependencies(
         metrics=MemoryMetrics(),
         clock=clock,
         stop=stop,
+        calls=CallWatch(clock.monotonic, by_itself=False),
         lake=lake,
         background=False,
     )

@@ -42,6 +42,7 @@ WHAT_HAPPENS = {
     "headrace/backends/log/group_kafka.py": ("Thread", "`take` raises it, and the gateway ends"),
     "headrace/backends/metrics_prometheus.py": ("Thread", "/metrics answers no more: Prometheus' `up` is 0"),
     "headrace/process/background.py": ("Thread create_task", "the stage's `check` raises it"),
+    "headrace/process/call_watch.py": ("Thread", "it logs what a look raises and looks again; a hang ends the process"),
     "headrace/process/waits.py": ("Thread", "who waits for the call gets it"),
     "headrace/process/watchdog.py": ("Thread", "it has nothing to raise; what it finds ends the process"),
     "headrace/sender/sender.py": ("Thread", "it goes on after every exception; without it `emit` raises"),

@@ -22,7 +22,8 @@ ANY = {
 RECEIPT = {"UNAVAILABLE", "AWAY", "DONE_UNAVAILABLE", "NEVER", "NEVER_DONE", "DIES_BEFORE", "DIES_AFTER"}
 TRAINER = {"unavailable", "unexpected", "no memory", "dies"}
 TRAINER |= {"effect, then unavailable", "effect, then unexpected", "effect, then dies"}
-UPDATER = {"unavailable", "runtime", "memory", "dies"}
+TRAINER |= {"never returns", "effect, then never returns"}
+UPDATER = {"unavailable", "runtime", "memory", "dies", "never returns"}
 
 
 @pytest.mark.parametrize(

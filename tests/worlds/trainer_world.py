@@ -21,6 +21,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
+from headrace.process.call_watch import CallWatch
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.run import Dependencies, Trainer
 
@@ -42,6 +43,11 @@ TOPICS = Topics()
 
 class Killed(BaseException):
     """The process died here: nothing that it had in memory remains."""
+
+
+def ended(why: str) -> None:
+    """End the process that a call did not come back to, as `end_process` does."""
+    raise Killed(why)
 
 
 class FaultyBlobs:
@@ -193,6 +199,7 @@ class World:
             "metrics": MemoryMetrics(),
             "clock": self.clock,
             "stop": self,
+            "calls": CallWatch(self.clock.monotonic, ended, by_itself=False),
             "lake": self.lake,
             "background": False,
         }

@@ -188,6 +188,11 @@ class Source:
         return sum(max(0, end - max(following.get(p, 0), self._begins.get(p, 0))) for p, end in ends.items())
 
     @property
+    def next_offsets(self) -> dict[int, int]:
+        """The offset, a partition, that the topic is read to."""
+        return {p: each.next_offset for p, each in self._live.partitions.items()}
+
+    @property
     def is_stored(self) -> bool:
         """True while rows come from the lake."""
         return self._stored.is_open

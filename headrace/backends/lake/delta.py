@@ -60,6 +60,7 @@ from headrace.backends.lake.hour_files import (
 )
 from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
 from headrace.backends.lake.leases import Leases
+from headrace.backends.lake.scan import scan
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
@@ -446,13 +447,13 @@ def read_rows(table: Any, columns: Sequence[str] | None, day: date | None) -> pa
         columns = [f.name for f in table.schema().fields if f.name not in (DATE, HOUR)]
     store = local_store(table)
     if day is None:
-        return table.to_pyarrow_table(columns=list(columns), filesystem=store)
+        return scan(table, columns, store)
     if partition_columns(table):
-        return table.to_pyarrow_table(columns=list(columns), filters=[(DATE, "=", day)], filesystem=store)
+        return scan(table, columns, store, pc.field(DATE) == day)
     begin = hour_ms(day, 0)
     end = hour_ms(day + timedelta(days=1), 0)
     wanted = [*(c for c in columns if c != "event_time_ms"), "event_time_ms"]
-    rows = table.to_pyarrow_table(columns=wanted, filesystem=store)
+    rows = scan(table, wanted, store)
     times = rows["event_time_ms"]
     return rows.filter(pc.and_(pc.greater_equal(times, begin), pc.less(times, end))).select(list(columns))
 

@@ -31,7 +31,6 @@ import socket
 from pathlib import Path
 from typing import IO
 
-from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.cli.progress_bar import show_progress
 from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected
@@ -68,13 +67,14 @@ def main(args: argparse.Namespace) -> int:
                 topics=runtime.topics,
                 reader=runtime.reader(),
                 producer=producer,
-                steps_writer=FencedKafka(
-                    runtime.brokers, runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"
+                steps_writer=runtime.fenced(
+                    runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"
                 ),
                 blobs=runtime.blobs(),
                 metrics=metrics,
                 clock=runtime.clock,
                 stop=stop,
+                calls=runtime.calls,
                 lake=runtime.lake(samples_id=samples_id),
                 samples_id=samples_id,
                 steps_id=admin.topic_id(runtime.topics.steps),

@@ -123,7 +123,7 @@ def _read(runtime: Runtime, reader: Reader) -> tuple[States, Iterator[Letter]]:
 def _retries(runtime: Runtime) -> FencedKafka:
     """Return the fenced writer of the topic that says what was retried."""
     topic = runtime.topics.retries
-    return FencedKafka(runtime.brokers, topic, f"headrace-{topic}")
+    return runtime.fenced(topic, f"headrace-{topic}")
 
 
 def _list(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ import msgspec
 
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.errors import Unavailable
+from headrace.process.call_watch import LAKE_MAX_S
 
 if TYPE_CHECKING:
     from headrace.backends.lake.upkeep import Done
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 10
 # Below everything else on the machine: upkeep has time, the sink's commits have not.
 NICENESS = 10
+KEEP_MAX_S = 21_600.0
+"""Longest upkeep that a person starts; the sink kills the one that it starts after 1,800 s."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +81,14 @@ def pinned_versions(runtime: Runtime) -> set[int]:
 
 
 def _keep(runtime: Runtime, args: argparse.Namespace) -> int:
+    os.nice(NICENESS)
+    with runtime.calls.named("the upkeep of the lake", KEEP_MAX_S):
+        return _keep_in_time(runtime, args)
+
+
+def _keep_in_time(runtime: Runtime, args: argparse.Namespace) -> int:
     from headrace.backends.lake.upkeep import Done, Upkeep
 
-    os.nice(NICENESS)
     lake = runtime.lake()
     keeper, done = Upkeep(lake), Done()
     if lake.open() is None:
@@ -144,7 +152,10 @@ def _read(runtime: Runtime, args: argparse.Namespace) -> int:
     if version is None:
         raise Unavailable(f"there is no lake at {lake.uri} yet; the sink makes it with its first commit.")
     columns = args.columns.split(",") if args.columns else None
-    with lake.leased(version, f"read-{socket.gethostname()}-{os.getpid()}"):
+    with (
+        runtime.calls.named("the lake", LAKE_MAX_S),
+        lake.leased(version, f"read-{socket.gethostname()}-{os.getpid()}"),
+    ):
         rows = lake.read(version, columns, day=args.day)
     total = rows.num_rows
     limit = args.limit if args.limit is not None else None if args.out else ROWS_SHOWN

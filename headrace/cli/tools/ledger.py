@@ -13,7 +13,6 @@ import sys
 
 import msgspec
 
-from headrace.backends.lake.delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.replay.ledger.ledger import is_sound, table
 from headrace.replay.ledger.take_stock import take_stock
@@ -30,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     """Draw the ledger of the running stack and print it."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
-    lake = DeltaLake(runtime.lake_uri, generation=runtime.topics.generation, partitions=runtime.config.log.partitions)
+    lake = runtime.lake(with_leases=False)
     topics, admin = runtime.topics, runtime.admin()
     ledger = take_stock(
         runtime.project,

@@ -10,7 +10,6 @@ import json
 
 import pyarrow.compute as pc
 
-from headrace.backends.lake.delta import DeltaLake
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.contract.crawl import external_columns
 from headrace.contract.errors import ConfigRejected
@@ -43,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.bins < 2:
         raise ConfigRejected(f"--bins is {args.bins}; two parts are the least.")
-    lake = DeltaLake(runtime.lake_uri, generation=runtime.topics.generation)
+    lake = runtime.lake(with_leases=False)
     rows = lake.read(columns=[args.field, "task"])
     sketch = Sketch()
     # An impression is in the lake once a task.

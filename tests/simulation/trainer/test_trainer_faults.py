@@ -2,7 +2,8 @@
 
 Method: a matrix. One axis is every method of the contracts that a trainer calls, the other every way to fail. A process
 learns the lake and then the topic; once the step that ends the lake is recorded, the first call of the method fails.
-Processes that end are started again, as a supervisor does. Checked from outside: the recorded steps, a replay of them,
+Processes that end are started again, as a supervisor does. A call that never returns is one for which time goes on
+until the watch of the calls ends the process. Checked from outside: the recorded steps, a replay of them,
 and the digest of a run that nothing disturbed.
 """
 
@@ -12,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, Lake, World, cut, lake_of, send
+from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, Lake, World, cut, ended, lake_of, send
 
 from headrace.backends.log.fenced_memory import FencedMemory
+from headrace.backends.log.memory import MemoryReader
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.steps import Step, decode_step
@@ -22,7 +24,9 @@ from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Producer, Reader
+from headrace.process.call_watch import LAKE_MAX_S, CallWatch
 from headrace.replay.as_trained import as_trained
+from headrace.trainer.bounds import WORK_MAX_S
 from headrace.trainer.run import Trainer
 
 SEED, STORED, COUNT = 2, 2, 80
@@ -34,8 +38,8 @@ NOT_AFTER_A_COMMIT = {
     **{(room, "close"): "the process ends" for room in ("steps_writer", "reader", "producer")},
 }
 FAILURES = ("unavailable", "unexpected", "no memory", "effect, then unavailable", "effect, then unexpected", "dies",
-            "effect, then dies")  # fmt: skip
-USUAL = ("unavailable", "unexpected", "effect, then unexpected", "effect, then dies")
+            "effect, then dies", "never returns", "effect, then never returns")  # fmt: skip
+USUAL = ("unavailable", "unexpected", "effect, then unexpected", "effect, then dies", "effect, then never returns")
 """In every run; the others go the same ways through the code and belong to the long ones."""
 ERRORS: dict[str, type[BaseException]] = {
     "unavailable": Unavailable,
@@ -60,6 +64,8 @@ class Fault:
     def __init__(self, world: World, room: str, method: str, failure: str, *, after_steps: int) -> None:
         self.world, self.room, self.method, self.failure, self.after_steps = world, room, method, failure, after_steps
         self.done = False
+        self.calls: CallWatch | None = None
+        """The watch of the process that runs now."""
 
     def around(self, room: str, inner: Any) -> Any:
         return Faulty(inner, self) if room == self.room else inner
@@ -70,7 +76,13 @@ class Fault:
         self.done = True
         if self.failure.startswith("effect"):
             act(*args, **named)
-        raise ERRORS[self.failure.removeprefix("effect, then ")](f"{self.room}.{self.method}")
+        failure = self.failure.removeprefix("effect, then ")
+        if failure == "never returns":
+            assert self.calls is not None
+            self.world.clock.advance(LAKE_MAX_S + 1.0)
+            self.calls.look()
+            raise AssertionError(f"{self.room}.{self.method} does not return and nobody ends the process")
+        raise ERRORS[failure](f"{self.room}.{self.method}")
 
 
 class Faulty:
@@ -126,7 +138,10 @@ def live(world: World, fault: Fault | None = None) -> tuple[Trainer, int]:
         }
         changes = {room: fault.around(room, each) if fault else each for room, each in inner.items()}
         config = TrainConfig(wait_ms=20, publish_ms=20, snapshot_ms=100)
-        trainer = Trainer(world.deps(config=config, stop=Process(world), **changes))
+        calls = CallWatch(world.clock.monotonic, ended, by_itself=False)
+        if fault:
+            fault.calls = calls
+        trainer = Trainer(world.deps(config=config, stop=Process(world), calls=calls, **changes))
         try:
             trainer.run()
             return trainer, deaths
@@ -175,8 +190,19 @@ def test_what_is_said_not_to_be_called_after_a_commit_is_not(room, method, undis
     assert not fault.done and deaths == 0
 
 
+@pytest.mark.parametrize(("room", "method"), CALLS, ids=[f"{room}.{name}" for room, name in CALLS])
+def test_a_call_of_the_start_that_never_returns_ends_the_process(room, method, undisturbed):
+    """Among these are the claim, the checkpoints, the steps and the lake, and, of `close`, the end."""
+    digest, steps, _ = undisturbed
+    world = whole_world()
+    fault = Fault(world, room, method, "never returns", after_steps=0)
+    trainer, deaths = live(world, fault)
+    assert deaths == fault.done
+    check(world, trainer, digest, steps)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("after", range(1, 8))
+@pytest.mark.parametrize("after", range(8))
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize(("room", "method"), CALLS, ids=[f"{room}.{name}" for room, name in CALLS])
 def test_a_call_that_fails_after_any_step(room, method, failure, after, undisturbed):
@@ -247,6 +273,40 @@ def test_what_the_snapshot_thread_meets_ends_the_trainer(error):
     trainer = Trainer(world.deps(background=True, stop=Process(world)))
     with pytest.raises(error, match="from the thread"):
         trainer.run()
+
+
+def test_learning_that_stands_still_ends_the_process():
+    """Not a call of the outside: the learner itself does not come back."""
+    world = whole_world()
+    calls = CallWatch(world.clock.monotonic, ended, by_itself=False)
+    trainer = Trainer(world.deps(stop=Process(world), calls=calls))
+
+    def learn(_: object) -> None:
+        world.clock.advance(WORK_MAX_S + 1.0)
+        calls.look()
+
+    trainer.learner.learn = learn  # type: ignore[method-assign, assignment]
+    with pytest.raises(Killed, match=r"learning after step 0 has not come back for 1801 s"):
+        trainer.run()
+
+
+def test_a_log_that_answers_and_sends_nothing_of_a_recorded_step_ends_the_process():
+    """An open transaction keeps the samples back: the end of what a reader sees lies before them, and nothing fails."""
+
+    class Mute(MemoryReader):
+        def poll(self, records_max: int, timeout_s: float) -> list[Any]:
+            return []
+
+    world = World()
+    for rows, after in cut(SEED, 0, COUNT):
+        send(world.log, rows, after=after)
+    trainer = Trainer(world.deps())
+    trainer.recover()
+    world.drain(trainer)
+    world.blobs.objects.clear()
+    again = Trainer(world.deps(reader=Mute(world.log)))
+    with pytest.raises(Unavailable, match=r"did not come in 330 s, though the broker answers; .* offsets \{0: 0"):
+        again.recover()
 
 
 def test_a_lake_that_is_away_at_the_hand_over_delays_nothing():

@@ -25,6 +25,7 @@ from headrace.contract.errors import Unavailable
 from headrace.contract.formats.snapshot import Weights
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Reader
+from headrace.process.moved import moved
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.model.region_file import open_region
 from headrace.serving.model.updater import Updater
@@ -41,9 +42,11 @@ REGION = {"check_fits", "load_snapshot", "apply_delta", "note_refusal", "meta"}
 ONCE = {"meta", "end_offsets", "position"}
 """What the story calls once in each stage."""
 FAILURES: dict[str, type[BaseException]] = {
-    "unavailable": Unavailable, "runtime": RuntimeError, "memory": MemoryError, "dies": Died,
+    "unavailable": Unavailable, "runtime": RuntimeError, "memory": MemoryError, "dies": Died, "never returns": Died,
 }  # fmt: skip
-WAYS = [*(f"{name}, {when}" for name in FAILURES for when in ("before", "after")), "never returns"]
+NEVER = "never returns"
+"""What hangs is killed by who watches it."""
+WAYS = [*(f"{name}, {when}" for name in FAILURES if name != NEVER for when in ("before", "after")), NEVER]
 
 
 def methods(contract: type) -> set[str]:
@@ -74,7 +77,7 @@ class Watched:
         self.calls += name == self.fails
         if name != self.fails or self.calls != self.at:
             return found(*given, **named)
-        if self.way == "never returns":
+        if self.way == NEVER:
             self.blocked.set()
             assert self.released.wait(30)
             raise Died
@@ -190,7 +193,7 @@ def cell(folder: Path, part: str, method: str, way: str, at: int) -> bool:
         watched = getattr(stage.updater, part)
     watched.fails, watched.way, watched.at = method, way, at
     for _ in story:
-        if way == "never returns" and not stage.stops:
+        if way == NEVER and not stage.stops:
             hung_turn(stage, watched)
         else:
             stage.turn()
@@ -219,6 +222,26 @@ def hung_turn(stage: Stage, watched: Watched) -> None:
             stage.updater.watch()
         watched.released.set()
     hung.join(30)
+
+
+def test_a_big_blob_that_comes_piece_by_piece_is_no_call_that_hangs(tmp_path: Path):
+    """It takes ten times `stuck_ms`; a piece of it takes less."""
+    stage = Stage(tmp_path)
+    blobs, updater = stage.world.blobs, stage.updater
+
+    class Slow:
+        def get(self, name: str) -> bytes | None:
+            for _ in range(20):
+                stage.world.clock.advance(updater.stuck_ms / 2_000)
+                updater.watch()
+                moved()
+            return blobs.get(name)
+
+    updater.blobs = Slow()  # type: ignore[assignment]
+    stage.trainer.learn(stage.rng)
+    stage.trainer.snapshot()
+    stage.turn()
+    assert stage.world.version == stage.trainer.version and not stage.stops
 
 
 @pytest.mark.parametrize("way", WAYS)
