@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from msgspec import Struct
 
 from headrace.contract.errors import InvariantBroken
 
-Stage = Literal["ingest", "stream", "sink", "aggregate", "crawl", "train", "serve", "shop"]
+Stage = Literal["ingest", "stream", "sink", "aggregate", "crawl", "train", "serve", "shop", "watch"]
 Kind = Literal["counter", "gauge", "histogram"]
 
 Name = Literal[
@@ -100,6 +100,15 @@ Name = Literal[
     "samples_per_second",
     "lag_samples",
     "lag_seconds",
+    "receipts_refused_total",
+    "ready",
+    "no_sign_seconds",
+    "process_up",
+    "process_crashes_total",
+    "process_crashes_in_row",
+    "next_start_seconds",
+    "unhealthy_restarts_total",
+    "disk_free_ratio",
 ]
 
 
@@ -405,6 +414,51 @@ METRICS: Mapping[Name, MetricDoc] = {
     "lag_samples": MetricDoc("gauge", "samples", ("train",), "Samples that were read and wait to be learnt."),
     "lag_seconds": MetricDoc(
         "gauge", "seconds", ("train",), "Now minus the event time of the newest impression that was learnt."
+    ),
+    "receipts_refused_total": MetricDoc(
+        "counter",
+        "records",
+        ("ingest", "stream", "aggregate", "crawl", "train"),
+        "Records that Kafka refused, or did not confirm in 5 minutes; must stay 0. The log has partition and error.",
+        labels=("topic",),
+    ),
+    "ready": MetricDoc("gauge", "0 or 1", get_args(Stage), "1 while /readyz is green, at the moment of the scrape."),
+    "no_sign_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("ingest", "stream", "sink", "aggregate", "crawl", "train", "serve"),
+        "Time since the last sign that the loop turns, Kafka or the store answers, receipts come, the gateway reads.",
+        labels=("what",),
+    ),
+    "process_up": MetricDoc(
+        "gauge", "0 or 1", ("watch",), "1 while a process of the local stack runs.", labels=("process",)
+    ),
+    "process_crashes_total": MetricDoc(
+        "counter",
+        "crashes",
+        ("watch",),
+        "Ends of a process that nobody asked for; the supervisor starts it again.",
+        labels=("process",),
+    ),
+    "process_crashes_in_row": MetricDoc(
+        "gauge", "crashes", ("watch",), "Crashes since the process last ran for 5 minutes.", labels=("process",)
+    ),
+    "next_start_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("watch",),
+        "How long a process that crashed still waits for its next start; 0 while it waits for none.",
+        labels=("process",),
+    ),
+    "unhealthy_restarts_total": MetricDoc(
+        "counter",
+        "restarts",
+        ("watch",),
+        "Stages that ran and did not work, and were killed to be started again.",
+        labels=("process",),
+    ),
+    "disk_free_ratio": MetricDoc(
+        "gauge", "share of 1", ("watch",), "Free share of the disk that holds the local state, HEADRACE_HOME."
     ),
 }
 

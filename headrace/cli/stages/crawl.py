@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         runtime.home / "crawl" / f"g{runtime.config.log.generation}.sqlite",
         bodies_per_page=runtime.config.crawl.bodies_per_page,
     )
-    producer = runtime.producer(linger_ms=5.0)
+    producer = runtime.producer(metrics, linger_ms=5.0)
     try:
         stage = CrawlStage(
             CrawlDependencies(
@@ -76,7 +76,9 @@ def main(args: argparse.Namespace) -> int:
             print(f"{stage.extract_again()} versions changed")
             return 0
         _quiet_scrapy()
-        stage.run(stop, metrics.ready, once=args.once)
+        stop.attach(metrics.health)
+        with runtime.reachable(metrics.health):
+            stage.run(stop, metrics.ready, once=args.once)
     finally:
         metrics.ready(False, "stopping")
         producer.close()

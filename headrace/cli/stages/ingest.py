@@ -23,6 +23,7 @@ from typing import TypeVar
 
 import msgspec
 
+from headrace.backends.health import READING, Health
 from headrace.backends.log.group_kafka import KafkaGroup
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
@@ -39,6 +40,7 @@ from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.log_start import LogStart, read_start
 from headrace.ingest.http.access import read_tokens
 from headrace.ingest.http.collector import Collector, CollectorEndpoint
+from headrace.ingest.reading_watch import ReadingWatch
 from headrace.ingest.run import run
 from headrace.ingest.sources.kafka_source import KafkaSource
 from headrace.ingest.tls_identity import TlsIdentity
@@ -46,6 +48,9 @@ from headrace.ingest.tls_identity import TlsIdentity
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 _ADMIN_S = 2.0
 """One question to a broker that may be away: shorter than the 5 s in which a stage must stop."""
+
+_PAUSED_S = 5.0
+"""Longest pause of reading that leaves /readyz green: Kafka confirms what a full buffer holds within a second."""
 
 log = logging.getLogger("headrace.ingest")
 T = TypeVar("T")
@@ -92,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
     start = _log_start(runtime, endpoint.name, stop)
     if start is None:
         return 0
-    producer = runtime.producer()
+    producer = runtime.producer(metrics)
     deps = GatewayDependencies(
         project=runtime.project,
         config=config,
@@ -107,18 +112,26 @@ def main(args: argparse.Namespace) -> int:
         broker_ms=producer.broker_ms,
     )
     try:
-        companions: list[Companion] = [CeilingWatch(metrics, metrics.ready)]
+        companions: list[Companion] = [CeilingWatch(metrics, metrics.ready), _reading_watch(metrics.health)]
         if collector_endpoint is not None:
             companions.append(Collector(config, collector_endpoint, metrics, runtime.clock, identity))
         for source in runtime.config.ingest.sources:
             open_group = partial(_open_group, source, runtime.brokers, _client(source))
             companions.append(KafkaSource(source, open_group, metrics))
-        run(deps, endpoint, stop, ready=lambda _: metrics.ready(True), companions=companions, identity=identity)
+        stop.attach(metrics.health)
+        with runtime.reachable(metrics.health, store=False):
+            run(deps, endpoint, stop, ready=lambda _: metrics.ready(True), companions=companions, identity=identity)
     finally:
         metrics.ready(False, "stopping")
         producer.close()
         metrics.close()
     return 0
+
+
+def _reading_watch(health: Health) -> ReadingWatch:
+    """Make /readyz red while the gateway does not read, which is for longer than a moment."""
+    health.expect(READING, ready_s=_PAUSED_S)
+    return ReadingWatch(lambda: health.seen(READING))
 
 
 def _with_tls(config: IngestConfig, args: argparse.Namespace, project_dir: Path) -> IngestConfig:
