@@ -60,7 +60,7 @@ class Health:
     def forget(self, what: str) -> None:
         """Expect no more signs of `what`: it has ended in good order."""
         for kept in (self._signs, self._measured, self._threads):
-            kept.pop(what, None)  # type: ignore[attr-defined]
+            kept.pop(what, None)
 
     def measure(self, what: str, still_s: Callable[[], float], *, ready_s: float) -> None:
         """Let `still_s` say, when a probe is asked, for how long there has been no sign of `what`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from headrace.backends.blobs_file import FileBlobs
-from headrace.backends.blobs_hdfs import HdfsBlobs
+from headrace.backends.blobs_hdfs import PATIENCE_S, HdfsBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.health import RECEIPTS, BeatingStop, Health
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
@@ -143,7 +143,7 @@ class Runtime:
         return self.home / "tensorboard"
 
 
-def open_blobs(store: str, webhdfs: str | None, *, patience_s: float | None = None) -> Blobs:
+def open_blobs(store: str, webhdfs: str | None, *, patience_s: float = PATIENCE_S) -> Blobs:
     """Return the blobs of a store; `patience_s` bounds how long one that is away is asked.
 
     Raises `ConfigRejected` for an address of another kind.
@@ -152,8 +152,8 @@ def open_blobs(store: str, webhdfs: str | None, *, patience_s: float | None = No
         return FileBlobs(Path(store.removeprefix("file:")) / "blobs")
     if store.startswith("hdfs://"):
         host, _, path = store.removeprefix("hdfs://").partition("/")
-        bound = {} if patience_s is None else {"patience_s": patience_s}
-        return HdfsBlobs(webhdfs or f"http://{host.partition(':')[0]}:9870", f"{path}/blobs", **bound)
+        at = webhdfs or f"http://{host.partition(':')[0]}:9870"
+        return HdfsBlobs(at, f"{path}/blobs", patience_s=patience_s)
     raise ConfigRejected(f"STORE is {store!r}; it is file:/absolute/path or hdfs://host:port/path.")
 
 

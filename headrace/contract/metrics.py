@@ -428,7 +428,7 @@ METRICS: Mapping[Name, MetricDoc] = {
         "seconds",
         ("ingest", "stream", "sink", "aggregate", "crawl", "train", "serve"),
         "Time since the last sign that the loop turns, Kafka or the store answers, receipts come, the gateway reads.",
-        labels=("what",),
+        labels=("sign",),
     ),
     "process_up": MetricDoc(
         "gauge", "0 or 1", ("watch",), "1 while a process of the local stack runs.", labels=("process",)
