@@ -52,7 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
     )
     try:
         os.environ["RATE"] = "20"
-        local_stack.start(layout, Topics().specs(4), print, stages=STAGES)
+        local_stack.start(layout, Topics().specs(2), print, stages=STAGES)
         yield layout
     finally:
         os.environ.pop("RATE")
