@@ -23,7 +23,8 @@ from prometheus_client.registry import Collector
 
 from headrace.backends.health import Health
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.metrics import METRICS, Kind, Name, Stage, joined, label_values
+from headrace.contract.interfaces.labels import joined, label_values
+from headrace.contract.metrics import METRICS, Kind, Name, Stage
 
 # 1 ms to 60 s, four steps a decade: fine enough to read a p99 of the 1 s freshness budget.
 BUCKETS = (

@@ -159,6 +159,7 @@ def test_each_refused_receipt_counts_and_the_log_says_where_and_why(
 ) -> None:
     counted: list[str] = []
     receipts = Receipts(counted.append, hand)
+    caplog.set_level(logging.ERROR, "headrace.kafka")
     for _ in range(1_000):
         receipts.refuse("events", 3, "MSG_SIZE_TOO_LARGE")
     receipts.refuse("events", 2, "MSG_SIZE_TOO_LARGE")
