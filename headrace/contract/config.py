@@ -164,8 +164,8 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Most raw bytes that are kept of a refused event. Unit: bytes."""
     dead_letter_share_max: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5
     """Largest share of a tag's events that may become dead letters (of all events, for tags that nobody declares).
-    Beyond it the gateway does not ack the tag's chunks, and shippers keep them. 1 takes everything. Unit: share of
-    events."""
+    Beyond it the gateway does not ack the tag's chunks of those origins whose own share is larger, and shippers keep
+    them. 1 takes everything. Unit: share of events."""
     dead_letter_window_ms: Millis = 60_000
     """Time over which the share is counted. Unit: ms."""
     dead_letter_events_min: Count = 5_000

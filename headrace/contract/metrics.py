@@ -71,6 +71,7 @@ Name = Literal[
     "lines_skipped_total",
     "events_refused_total",
     "dead_letter_ceiling_shut",
+    "dead_letter_origins_shut",
     "pages_total",
     "page_seconds",
     "body_bytes_total",
@@ -326,7 +327,18 @@ METRICS: Mapping[Name, MetricDoc] = {
         labels=("tag",),
     ),
     "dead_letter_ceiling_shut": MetricDoc(
-        "gauge", "0 or 1", ("ingest",), "1 while the ceiling of dead letters holds a tag back.", labels=("tag",)
+        "gauge",
+        "0 or 1",
+        ("ingest",),
+        "1 while the ceiling of dead letters holds chunks of a tag back.",
+        labels=("tag",),
+    ),
+    "dead_letter_origins_shut": MetricDoc(
+        "gauge",
+        "origins",
+        ("ingest",),
+        "Origins whose chunks of a tag the ceiling of dead letters holds back; the unknown ones of a network are one.",
+        labels=("tag",),
     ),
     "pages_total": MetricDoc(
         "counter",

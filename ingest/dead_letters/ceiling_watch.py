@@ -21,8 +21,9 @@ _REMIND_LOOKS = 120
 class CeilingWatch:
     """A companion of the gateway. `ready` is the stage's readiness: (is ready, why or what else there is to know).
 
-    It goes red for a declared tag, whose events the pipeline waits for. Tags that nobody declares leave it green, with
-    the same text: one misconfigured shipper must not take a gateway out of everybody's load balancer.
+    It goes red for a declared tag of which nobody sends good events: the pipeline waits for them. Where others send
+    good ones, and for tags that nobody declares, it stays green, with the same text: one shipper must not take a
+    gateway out of everybody's load balancer.
     """
 
     def __init__(self, metrics: Metrics, ready: Callable[[bool, str], None]) -> None:
@@ -44,10 +45,14 @@ class CeilingWatch:
         self._looks = 0 if fresh else self._looks + 1
         for name in opened:
             self._metrics.set("dead_letter_ceiling_shut", 0, tag=name)
+            self._metrics.set("dead_letter_origins_shut", 0, tag=name)
             log.info("dead letters of %s are below the ceiling again: its chunks are taken", name)
+        for name, alert in shut.items():
+            self._metrics.set("dead_letter_origins_shut", alert.origins, tag=name)
         for name in fresh if self._looks % _REMIND_LOOKS else shut:
             self._metrics.set("dead_letter_ceiling_shut", 1, tag=name)
             log.error("%s (%d events refused so far)", shut[name].text, shut[name].refused_events)
         if shut or opened:
-            self._ready(not shut.keys() - {UNDECLARED}, " ".join(alert.text for alert in alerts))
+            red = any(alert.tag != UNDECLARED and not alert.has_good for alert in alerts)
+            self._ready(not red, " ".join(alert.text for alert in alerts))
         self._shut = shut

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import msgpack
 import msgspec
+import numpy as np
 
-from headrace.ingest.decode.msgpack_scan import Buffer, as_bytes, entry_starts, skip
+from headrace.ingest.decode.msgpack_scan import Buffer, I64s, as_bytes, entry_starts, skip
 from headrace.ingest.decode.times import EventTime, entry_ns, event_time_of
 
 
@@ -67,6 +68,14 @@ def message_of(tag: str, entries: Iterable[tuple[int | None, Any]], chunk: str |
     """
     body = b"".join(pack([_event_time(time_ns), record]) for time_ns, record in entries)
     return Message(tag, body, chunk, plain_bytes=len(body))
+
+
+def starts_of(message: Message) -> tuple[I64s, str, bytes]:
+    """Return where a message's entries begin, what is wrong with it ("": nothing) and the bytes that cannot be read."""
+    try:
+        return entry_starts(as_bytes(message.body)), message.problem, message.raw
+    except ValueError as error:
+        return np.empty(0, np.int64), str(error), message.body
 
 
 def read_entries(body: bytes) -> Iterator[Entry]:

@@ -224,7 +224,12 @@ class Connection(asyncio.Protocol):
         self._unacked -= 1
         if self._transport is None or self._transport.is_closing():
             return
-        self._transport.write(data)
+        try:
+            self._transport.write(data)
+        except Exception as error:
+            # It must cost this connection only, not the turn in which others are acked. Its shipper sends again.
+            self.refuse("internal", f"{type(error).__name__} while an ack was written")
+            return
         self._metrics.add("chunks_acked_total")
         if self._transport.get_write_buffer_size() > _ACK_BYTES_MAX:
             self.refuse("slow_reader", "acks stay unread")

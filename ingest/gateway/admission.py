@@ -21,6 +21,9 @@ class Admission(Protocol):
     def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
         """Take a message, as `Gateway.offer` does; False where a `refusable` one is beyond the ceiling."""
 
+    def refuses(self, message: Message, origin: str) -> bool:
+        """Say whether a refusable message would be beyond the ceiling, as `Gateway.refuses` does."""
+
     def now_ms(self) -> int:
         """Return the gateway's time, which no step of the wall clock moves."""
 

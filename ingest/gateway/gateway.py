@@ -16,6 +16,7 @@ was already appended.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -31,8 +32,8 @@ from headrace.contract.hashing import hash_text
 from headrace.contract.privacy import Privacy
 from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.decode.fluent_chunk import decode, layout
-from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_record, read_entry
-from headrace.ingest.decode.msgpack_scan import I64s, as_bytes, entry_starts
+from headrace.ingest.decode.message import Entry, Message, chunk_text, encode_record, read_entry, starts_of
+from headrace.ingest.decode.msgpack_scan import I64s, as_bytes
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
 from headrace.ingest.gateway.chunk_hashes import kind_of
@@ -123,20 +124,15 @@ class Gateway:
             return all(taken)
         key, prefix = self._identify(message, peer)
         made = self._types.get(message.tag)
-        try:
-            starts, problem, raw = entry_starts(as_bytes(message.body)), message.problem, message.raw
-        except ValueError as error:
-            starts, problem, raw = _NONE, str(error), message.body
+        starts, problem, raw = starts_of(message)
         if key and key in self._chunks_done:
             self._count(REPEATED, len(starts), made is not None)
             if acked is not None:
                 acked(Outcome(0, 0, len(starts)))
             return True
-        if refusable and not (key and key in self._chunks_open):
-            events = len(starts)
-            if not self.ceiling.allows(message.tag, events, self.now_ms()):
-                self._metrics.add("events_refused_total", events, tag=self.ceiling.name(message.tag))
-                return False
+        follows = bool(key) and key in self._chunks_open
+        if refusable and not follows and not self._allowed(message.tag, peer.origin, len(starts)):
+            return False
         self._taken += 1
         held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)
         chunk = OpenChunk(self._taken, key, message.tag, peer.origin, held)
@@ -144,6 +140,16 @@ class Gateway:
         self._open[chunk.number] = chunk
         self.buffer_bytes += chunk.size
         self.open_chunks += 1
+        try:
+            self._begin(chunk, message, prefix, starts, problem, raw)
+        except Exception:
+            self._abandon(chunk)
+            raise
+        return True
+
+    def _begin(self, chunk: OpenChunk, message: Message, prefix: str, starts: I64s, problem: str, raw: bytes) -> None:
+        """Let a chunk's events join their batch, or become dead letters, or follow the chunk that has them already."""
+        key, made = chunk.key, self._types.get(chunk.tag)
         chunk.waiting = 1
         first = self._chunks_open.get(key) if key else None
         if first is not None:
@@ -165,7 +171,35 @@ class Gateway:
                     derived = f"{prefix}/{nth}"
                     self._dead_letter(chunk, "undeclared", "no declared event has this tag", entry, event_id=derived)
         self._settled(chunk, 1)
-        return True
+
+    def _abandon(self, chunk: OpenChunk) -> None:
+        """Forget a chunk in which a fault of ours was met: it must not wait for its own end when it comes again.
+
+        It is never acked: one of what it waits for never comes.
+        """
+        if self._open.pop(chunk.number, None) is not None:
+            self.buffer_bytes -= chunk.size
+            self.open_chunks -= 1
+        if chunk.key and self._chunks_open.get(chunk.key) is chunk:
+            del self._chunks_open[chunk.key]
+
+    def refuses(self, message: Message, origin: str) -> bool:
+        """Say whether a refusable message would be beyond the ceiling now, and nothing of it was taken before.
+
+        For who offers several messages of which all are to be taken, or none. A probe is given by the asking.
+        """
+        if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
+            return any(self.refuses(part, origin) for part in mapper.map_message(message).messages)
+        key, _ = self._identify(message, Peer(origin))
+        if message.signal or (key and (key in self._chunks_done or key in self._chunks_open)):
+            return False
+        return not self._allowed(message.tag, origin, len(starts_of(message)[0]))
+
+    def _allowed(self, tag: str, origin: str, events: int) -> bool:
+        allowed = self.ceiling.allows(tag, origin, events, self.now_ms())
+        if not allowed:
+            self._metrics.add("events_refused_total", events, tag=self.ceiling.name(tag))
+        return allowed
 
     def _identify(self, message: Message, peer: Peer) -> tuple[bytes, str]:
         """Return the chunk's key in memory, empty where it has no id, and the prefix of ids for events without one."""
@@ -271,7 +305,11 @@ class Gateway:
             self._settled(chunk, events)
 
     def _append(self, piece: Cut, chunks: list[tuple[OpenChunk, int]], declared: Declared) -> None:
-        self.ceiling.note(declared.tag, self.now_ms(), appended=piece.rows)
+        rows_of = Counter[str]()
+        for chunk, rows in chunks:
+            rows_of[chunk.origin] += rows
+        for origin, rows in rows_of.items():
+            self.ceiling.note(declared.tag, origin, self.now_ms(), appended=rows)
         headers = self._headers(piece.partition, declared.kind)
         if declared.kind != declared.name:
             headers["type"] = declared.name
@@ -327,7 +365,7 @@ class Gateway:
             gateway=self._name,
             seen_ms=self.now_ms(),
         )
-        self.ceiling.note(chunk.tag, letter.seen_ms, dead=1, reason=reason)
+        self.ceiling.note(chunk.tag, chunk.origin, letter.seen_ms, dead=1, reason=reason)
         if counted:
             chunk.waiting += 1
         self._queue.add(
@@ -355,6 +393,7 @@ class Gateway:
             self._cut_all()
         self._queue.send_again(now_s)
         self._queue.send()
+        self._queue.receipts.check(now_s)
         if self._punctuator.due(now_s):
             self._punctuate()
         self._metrics.set("buffer_bytes", self.buffer_bytes)
@@ -394,10 +433,12 @@ class Gateway:
                     headers=self._headers(partition, PUNCTUATION),
                     delivered=partial(self._promised, partition),
                 )
+                self._queue.receipts.owe(("promise", partition))
             except Overloaded:
                 self._punctuator.refused(partition)
 
     def _promised(self, partition: int, _error: Exception | None, _offset: int) -> None:
+        self._queue.receipts.came(("promise", partition))
         self._punctuator.confirmed(partition)
 
     # -- 4. settle
@@ -446,9 +487,6 @@ class Gateway:
     def goodbye(self) -> None:
         """Queue the last punctuation of this epoch; only after `drained` it says `bye`."""
         self._punctuate(bye=True)
-
-
-_NONE = np.empty(0, np.int64)
 
 
 def peer_of(address: Any) -> Peer:

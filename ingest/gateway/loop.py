@@ -77,6 +77,10 @@ class GatewayLoop:
         """Take a message, as `Gateway.offer` does."""
         return self._gateway.offer(message, size, peer, acked, refusable=refusable)
 
+    def refuses(self, message: Message, origin: str) -> bool:
+        """Say whether a refusable message would be beyond the ceiling."""
+        return self._gateway.refuses(message, origin)
+
     def now_ms(self) -> int:
         """Return the gateway's time."""
         return self._gateway.now_ms()
@@ -102,7 +106,7 @@ class GatewayLoop:
 
     def alerts(self) -> Sequence[Alert]:
         """Return what the ceiling of dead letters has shut."""
-        return self._gateway.ceiling.alerts()
+        return self._gateway.ceiling.alerts(self.now_ms())
 
     # -- the bound
 

@@ -1,20 +1,29 @@
-"""Records on their way to Kafka: in order, sent again until they are taken. Step 3 of the gateway's protocol."""
+"""Records on their way to Kafka: in order, sent again until they are taken. Step 3 of the gateway's protocol.
+
+A broker that is away is waited for, however long: what has no ack is lost with the process, and shippers keep the rest.
+A client that gives no receipt at all, good or bad, is broken, and the gateway stops: `Receipts`.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import msgspec
 
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.ingest.gateway.batcher import OpenChunk
 
 _RESEND_FIRST_S, _RESEND_MAX_S = 0.1, 5.0
+RECEIPT_MAX_S = 330.0
+"""Longest wait for a receipt, or for room in the producer's queue: Kafka's client gives a record up after 300 s."""
+_TURN_MAX_S = 5.0
+"""A longer turn is a process that was stopped: its client was, too."""
+_ROOM = "room in the producer's queue"
 
 
 class Outgoing(msgspec.Struct, kw_only=True):
@@ -36,6 +45,38 @@ class Outgoing(msgspec.Struct, kw_only=True):
     """Before it is sent again; longer after each refusal."""
 
 
+class Receipts:
+    """What the producer owes, since when; in time that the gateway was awake for."""
+
+    def __init__(self) -> None:
+        self._awake_s, self._turned_s = 0.0, -1.0
+        self._owed: dict[Hashable, float] = {}
+        """The oldest first."""
+
+    def owe(self, what: Hashable) -> None:
+        """Note that a receipt is due from now on; where it is noted already, since then."""
+        self._owed.setdefault(what, self._awake_s)
+
+    def came(self, what: Hashable) -> None:
+        """Note that it came."""
+        self._owed.pop(what, None)
+
+    def check(self, now_s: float) -> None:
+        """Raise `Unavailable` where one is overdue. Called at every turn."""
+        if self._turned_s >= 0:
+            self._awake_s += min(now_s - self._turned_s, _TURN_MAX_S)
+        self._turned_s = now_s
+        if not self._owed:
+            return
+        what, since_s = next(iter(self._owed.items()))
+        if self._awake_s - since_s > RECEIPT_MAX_S:
+            owed = _ROOM if what == _ROOM else "a receipt of Kafka's client, good or bad"
+            raise Unavailable(
+                f"stopping: {owed} has not come for {self._awake_s - since_s:.0f} s, {RECEIPT_MAX_S:.0f} are allowed. "
+                "Shippers keep what has no ack and send it to the next start, or to another gateway."
+            )
+
+
 class SendQueue:
     """A full local queue holds it back; what Kafka refuses is sent again after a while, however often."""
 
@@ -45,6 +86,7 @@ class SendQueue:
         self._unsent: deque[Outgoing] = deque()
         self._resend: list[tuple[float, Outgoing]] = []
         self._unconfirmed: dict[int, Outgoing] = {}
+        self.receipts = Receipts()
 
     def add(self, item: Outgoing) -> None:
         """Queue a record behind all others."""
@@ -92,11 +134,16 @@ class SendQueue:
                 )
             except Overloaded:
                 del self._unconfirmed[id(item)]
+                self.receipts.owe(_ROOM)
                 return
+            self.receipts.came(_ROOM)
+            if id(item) in self._unconfirmed:
+                self.receipts.owe(id(item))
             self._unsent.popleft()
 
     def _delivered(self, item: Outgoing, error: Exception | None, _offset: int) -> None:
         self._unconfirmed.pop(id(item), None)
+        self.receipts.came(id(item))
         if error is None:
             self._taken(item)
             return

@@ -254,15 +254,16 @@ class Collector:
     # -- 3. offer, 4. answer
 
     async def _offer(self, messages: Sequence[Message], peer: Peer) -> Response:
-        # One more than the messages: outcomes that come at once must not end the wait early.
-        waiting = _Answer(len(messages) + 1)
-        taken = [self._admission.offer(message, 0, peer, waiting.acked, refusable=True) for message in messages]
-        waiting.acked(Outcome(0, 0, 0))
-        if not all(taken):
-            tags = [each.tag for each, was in zip(messages, taken, strict=True) if not was]
+        # All or none: what was taken of a request that is sent again would count twice where it brings no ids.
+        if tags := [message.tag for message in messages if self._admission.refuses(message, peer.origin)]:
             error = f"too many events of {', '.join(tags[:3])} become dead letters (ingest.dead_letter_share_max)"
             step = f"see headrace dead-letters list, correct events or types; {_SAME}"
             return problem(503, error, step, retry_s=max(1, self._config.dead_letter_probe_ms // 1000))
+        # One more than the messages: outcomes that come at once must not end the wait early.
+        waiting = _Answer(len(messages) + 1)
+        for message in messages:
+            self._admission.offer(message, 0, peer, waiting.acked)
+        waiting.acked(Outcome(0, 0, 0))
         stopping = asyncio.ensure_future(self._stopping.wait())
         either: set[asyncio.Future[Any]] = {waiting.done, stopping}
         try:

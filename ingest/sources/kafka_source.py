@@ -3,12 +3,17 @@
 How nothing is lost and nothing counts twice, in the words that the tests use:
 
 1. *take*: records of the partitions held are taken in order, at most `in_flight_max` without their receipts, and none
-   while the gateway holds too much; the group's member stops fetching then.
+   while the gateway holds too much; the group's member stops fetching then. What is held back (3) leaves room for the
+   rest.
 2. *name*: an event without an id gets `topic/partition/offset/timestamp` of its record, so that reading a record again
    is a repeat. The timestamp tells a topic from another of its name, made anew or in another cluster.
 3. *offer*: the records of one partition go to the gateway as one message a tag, named by its first and last offset;
    what cannot be read goes as a dead letter, `bad_chunk`, with its bytes. A message that the gateway refuses, because
-   too many of its kind became dead letters, is offered again until it is taken; its topic keeps it meanwhile.
+   too many of its kind became dead letters, is held back and offered again until it is taken; its topic keeps it.
+   Where all records of the topic have one tag, its partition is not read on meanwhile; others are. Where tags mix
+   within partitions, records of other tags behind it go on, until what is held back takes half of `in_flight_max`: then
+   the oldest is taken after all, and its bad events become dead letters. For a position is one number: to hold one
+   record for longer would stop every tag, and in the end the topic's retention would delete unread what is good.
 4. *settle*: when every event of a run of records has its receipt, dead letters included, and so have all runs before
    it, the group's position of the partition moves behind it.
 
@@ -33,6 +38,7 @@ from typing import Any
 import msgspec
 
 from headrace.contract.config import SourceConfig
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.group import Claim, Fetched, Group
 from headrace.contract.metrics import Metrics
 from headrace.ingest.decode.message import Message, message_of
@@ -61,6 +67,8 @@ class Run(msgspec.Struct):
     """Offset of the first record behind it."""
     records: int
     open: int
+    refused: int = 0
+    """Those of the open ones that the gateway refused."""
 
 
 class Positions:
@@ -75,6 +83,16 @@ class Positions:
         """Note a run, before any receipt of it comes."""
         self._runs[claim].append(run)
         self.in_flight += run.records
+
+    def held_back(self) -> int:
+        """Return the records of every run with a refused message, and of the runs behind it."""
+        held = 0
+        for runs in self._runs.values():
+            waits = False
+            for run in runs:
+                waits = waits or run.refused > 0
+                held += run.records if waits else 0
+        return held
 
     def settled(self, claim: Claim) -> int | None:
         """Drop the claim's finished runs from its front; return the position behind them, None where it stays."""
@@ -94,34 +112,37 @@ class _Offer(msgspec.Struct, frozen=True):
     message: Message
     peer: Peer
     claim: Claim
+    run: Run
     acked: Acked
 
 
 class KafkaSource:
     """One topic, read by one gateway: a companion of its loop."""
 
-    def __init__(self, config: SourceConfig, open_group: Callable[[], Group], metrics: Metrics) -> None:
-        self._config, self._open_group, self._metrics = config, open_group, metrics
+    def __init__(self, config: SourceConfig, open_group: Callable[[], Group], metrics: Metrics, clock: Clock) -> None:
+        self._config, self._open_group, self._metrics, self._clock = config, open_group, metrics, clock
         self._positions = Positions()
         self._refused: list[_Offer] = []
+        self._paused: frozenset[Claim] = frozenset()
+        self._told = False
         self._again_s = 0.0
         self._gap = 0
 
     async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
         """Take, offer and settle until `stopping`; then wait for receipts, commit and leave the group, in 2 s."""
-        loop = asyncio.get_running_loop()
+        now_s = self._clock.monotonic
         group = self._open_group()
         closed = False
         try:
-            report_s = loop.time()
+            report_s = now_s()
             while not stopping.is_set():
-                busy = self.turn(admission, group, loop.time())
-                if loop.time() >= report_s:
-                    report_s = loop.time() + _REPORT_S
+                busy = self.turn(admission, group, now_s())
+                if now_s() >= report_s:
+                    report_s = now_s() + _REPORT_S
                     self._report(group)
                 await asyncio.sleep(_BUSY_S if busy else _IDLE_S)
-            until = loop.time() + _SETTLE_S
-            while self._positions.in_flight and loop.time() < until:
+            until = now_s() + _SETTLE_S
+            while self._positions.in_flight and now_s() < until:
                 await asyncio.sleep(_BUSY_S)
             closed = True
             await asyncio.to_thread(group.close, _LEAVE_S)
@@ -134,7 +155,7 @@ class KafkaSource:
         if self._refused and now_s >= self._again_s and admission.is_open():
             self._again_s = now_s + _AGAIN_S
             self._offer_again(admission, group)
-        most = self._config.in_flight_max - self._positions.in_flight
+        most = self._make_room(admission, group)
         if most <= 0 or not admission.is_open():
             return False
         fetched = group.take(min(most, _TAKE_MAX))
@@ -150,18 +171,55 @@ class KafkaSource:
         self._positions.offered(claim, run)
         peer = Peer(f"kafka:{claim.topic}/{claim.partition}")
         for message in messages:
-            self._offer_one(admission, _Offer(message, peer, claim, partial(self._acked, group, claim, run)))
+            self._offer_one(admission, _Offer(message, peer, claim, run, partial(self._acked, group, claim, run)))
         # One more than the messages: receipts that come at once must not settle a run that is half offered.
         self._acked(group, claim, run, Outcome(0, 0, 0))
 
     def _offer_one(self, admission: Admission, one: _Offer) -> None:
         if not admission.offer(one.message, len(one.message.raw), one.peer, one.acked, refusable=True):
+            one.run.refused += 1
             self._refused.append(one)
+
+    def _make_room(self, admission: Admission, group: Group) -> int:
+        """Return how many records may be taken, beside those that are held back."""
+        most, in_flight = self._config.in_flight_max, self._positions.in_flight
+        if not self._config.tag_field:
+            paused = frozenset(one.claim for one in self._refused)
+            if paused != self._paused:
+                self._paused = paused
+                group.pause(paused)
+            # A paused partition has at most what one turn took.
+            return most - in_flight + (self._positions.held_back() if paused else 0)
+        # Only when little room is left: to count takes a while, and each time half of the room is made free.
+        if self._refused and most - in_flight <= most // 4:
+            while self._refused and self._positions.held_back() > most // 2:
+                self._take_oldest(admission, group)
+        return most - in_flight
+
+    def _take_oldest(self, admission: Admission, group: Group) -> None:
+        """Let the gateway take what is held back of the oldest run, whatever becomes of it."""
+        if not self._told:
+            self._told = True
+            log.error(
+                "source %s: events beyond the ceiling of dead letters hold back those of other tags in their partition,"
+                " and are taken now. Give each tag a topic of its own if they are to wait",
+                self._config.topic,
+            )
+        run = self._refused[0].run
+        oldest = [one for one in self._refused if one.run is run]
+        self._refused = [one for one in self._refused if one.run is not run]
+        for one in oldest:
+            run.refused -= 1
+            if group.held(one.claim):
+                admission.offer(one.message, len(one.message.raw), Peer(one.peer.origin), one.acked)
+            else:
+                one.acked(Outcome(0, 0, 0))
 
     def _offer_again(self, admission: Admission, group: Group) -> None:
         """Offer what was refused; what belongs to a partition given away is its next holder's."""
         refused, self._refused = self._refused, []
         for one in refused:
+            one.run.refused -= 1
             if group.held(one.claim):
                 # A peer of its own each time: the same chunk on the same connection would be a second one.
                 self._offer_one(admission, msgspec.structs.replace(one, peer=Peer(one.peer.origin)))

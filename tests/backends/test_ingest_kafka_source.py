@@ -303,6 +303,24 @@ def test_a_full_queue_pauses_and_loses_nothing(world: World) -> None:
     group.close(10)
 
 
+def test_a_paused_partition_stops_no_other_and_goes_on_where_it_stopped(world: World) -> None:
+    world.write([b"%d" % n for n in range(300)], partition=0)
+    group = KafkaGroup(world.brokers, world.foreign, "paused", queue_max=200)
+    first = group.take(5)
+    deadline = time.monotonic() + 30
+    while not first and time.monotonic() < deadline:
+        first = group.take(5)
+        time.sleep(0.02)
+    claim = first[0].claim
+    group.pause({claim})
+    world.write([b"other"] * 500, partition=1)
+    assert {one.claim.partition for one in take(group, 500)} == {1}
+    group.pause(())
+    rest = take(group, 300 - len(first))
+    assert [int(one.value or b"") for one in rest] == list(range(len(first), 300))
+    group.close(10)
+
+
 def test_a_topic_that_is_made_later_is_waited_for(world: World) -> None:
     world.foreign = f"later-{uuid.uuid4().hex[:8]}"
     group = KafkaGroup(world.brokers, world.foreign, "later")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from ingest_world import Counts, HandClock, ShakyLog, dependencies
 
@@ -26,6 +27,9 @@ from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.sources.kafka_source import KafkaSource, Run
 
 SOURCE = SourceConfig(topic="weblogs", tag="shop.impression", in_flight_max=40)
+USUAL = IngestConfig()
+MIXED = SourceConfig(topic="weblogs", tag="shop.impression", tag_field="tag", in_flight_max=40)
+LOW = IngestConfig(dead_letter_events_min=20, dead_letter_probe_ms=500, dead_letter_window_ms=3_000)
 FAULT = 0.2
 
 
@@ -35,9 +39,10 @@ class Process:
     def __init__(self, world: World, number: int) -> None:
         self.log = ShakyLog(world.random, fault=FAULT)
         self.counts = Counts()
-        self.gateway = Gateway(dependencies(self.log, self.counts, world.clock, partitions=2), f"g{number}")
+        deps = dependencies(self.log, self.counts, world.clock, partitions=2, config=world.ceiling)
+        self.gateway = Gateway(deps, f"g{number}")
         self.clock, self.is_paused = world.clock, False
-        self.source = world.make(SOURCE, None, self.counts)
+        self.source = world.make(world.source, None, self.counts, world.clock)
         self.group = world.groups.join()
 
     def offer(self, *what: Any, **how: Any) -> bool:
@@ -54,8 +59,17 @@ class Process:
 class World:
     """A foreign topic of three partitions and the processes that read it."""
 
-    def __init__(self, seed: int, make: Callable[..., KafkaSource]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        make: Callable[..., KafkaSource],
+        *,
+        source: SourceConfig = SOURCE,
+        ceiling: IngestConfig = USUAL,
+        bad: float = 0.1,
+    ) -> None:
         self.random, self.clock, self.make = Random(seed), HandClock(), make
+        self.source, self.ceiling, self.bad = source, ceiling, bad
         self.foreign = MemoryLog(self.clock.now_ms)
         self.foreign.admin().ensure_topics([TopicSpec("weblogs", 3)])
         self.groups = MemoryGroups(self.foreign, "weblogs")
@@ -71,7 +85,9 @@ class World:
     def write(self) -> None:
         for _ in range(self.random.randint(1, 30)):
             record: dict[str, Any] = {"request_id": f"r{self.written}", "user_id": 1, "item_id": self.written}
-            if self.random.random() < 0.1:
+            if self.source.tag_field and self.random.random() < 0.5:
+                record["tag"] = "shop.click"
+            if self.random.random() < (self.bad if "tag" in record or not self.source.tag_field else 0.1):
                 record["user_id"] = None
             value = json.dumps(record).encode() if self.random.random() < 0.95 else b"{%d" % self.written
             self.foreign.append("weblogs", self.random.randrange(3), value, None, {})
@@ -132,19 +148,30 @@ class World:
             assert process.source._positions.in_flight == 0
 
 
-def run(seed: int, make: Callable[..., KafkaSource] = KafkaSource) -> None:
+def run(seed: int, make: Callable[..., KafkaSource] = KafkaSource, **kind: Any) -> World:
     """Run one seed to its end."""
-    world = World(seed, make)
+    world = World(seed, make, **kind)
     for _ in range(300):
         world.step()
     world.write()
     world.settle()
     world.check()
+    return world
 
 
 @pytest.mark.parametrize("seed", [*range(30), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(30, 60))])
 def test_crashes_and_rebalances_change_nothing(seed: int) -> None:
     run(seed)
+
+
+@pytest.mark.parametrize("source", [SOURCE, MIXED], ids=["one-tag", "mixed"])
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.long) for n in range(4, 60))])
+def test_crashes_and_rebalances_change_nothing_while_a_tag_is_beyond_the_ceiling(
+    seed: int, source: SourceConfig
+) -> None:
+    world = run(seed, source=source, ceiling=LOW, bad=0.9)
+    refused = sum(n for p in world.all for name, n in p.counts.totals.items() if name.startswith("events_refused"))
+    assert refused > 0
 
 
 class Eager(KafkaSource):
@@ -206,3 +233,50 @@ def test_what_the_ceiling_refuses_is_offered_again_until_it_is_taken() -> None:
     assert process.counts.totals["events_refused_total:shop.impression"] > 0
     letters = {(x.event_id, x.reason) for x in process.log.letters()}
     assert len(letters) == 150 and len({row["item_id"] for row in process.log.rows()}) == 50
+
+
+def impression_of(user: int | None, number: int, **more: Any) -> bytes:
+    return json.dumps({"request_id": f"r{number}", "user_id": user, "item_id": number, **more}).encode()
+
+
+def undisturbed(world: World) -> Process:
+    """Return the world's process, over a log that fails no more."""
+    (process,) = world.alive
+    process.log = process.gateway._queue._producer = process.gateway._producer = ShakyLog(Random(0))
+    return process
+
+
+def test_a_shut_tag_stops_no_other_tag_of_its_partition() -> None:
+    world = World(1, KafkaSource, source=MIXED, ceiling=msgspec.structs.replace(LOW, dead_letter_probe_ms=60_000))
+    process = undisturbed(world)
+    for number in range(400):
+        bad = number % 2 == 0
+        more = {"tag": "shop.click"} if bad else {}
+        world.foreign.append("weblogs", 0, impression_of(None if bad else 1, number, **more), None, {})
+    for _ in range(300):
+        world.clock.ms += 10
+        process.turn()
+        assert process.source._positions.in_flight <= MIXED.in_flight_max
+    assert len(process.log.rows()) == 200, "all of the good tag, long before the next probe"
+    process.group.commit()
+    assert world.groups.committed[0] >= 400 - MIXED.in_flight_max
+    letters = {x.event_id for x in process.log.letters()}
+    assert len(letters) >= 200 - MIXED.in_flight_max, "what nobody may hold any longer is a dead letter, not lost"
+    assert process.counts.totals["events_refused_total:shop.click"] > 0
+
+
+def test_a_partition_that_is_held_back_stops_no_other_one_and_takes_no_memory() -> None:
+    world = World(1, KafkaSource, ceiling=msgspec.structs.replace(LOW, dead_letter_probe_ms=5_000))
+    process = undisturbed(world)
+    for number in range(600):
+        bad = number % 6 != 0
+        world.foreign.append("weblogs", int(bad), impression_of(None if bad else 1, number), None, {})
+    for _ in range(200):
+        world.clock.ms += 10
+        process.turn()
+        assert process.source._positions.in_flight <= 2 * SOURCE.in_flight_max
+    assert len(process.log.rows()) == 100 and process.source._positions.held_back() > 0
+    process.group.commit()
+    assert world.groups.committed[0] == 100 and world.groups.committed[1] < 500
+    world.settle()
+    world.check()

@@ -161,8 +161,10 @@ class Process:
 
     clock: VirtualClock
     cell: Cell | None = None
+    outage_s: float = float("inf")
     is_dead: bool = False
     met: bool = False
+    met_s: float | None = None
     in_thread: bool = False
     called: Counter[Call] = field(default_factory=Counter)
     late: list[Callable[[], Any]] = field(default_factory=list)
@@ -217,6 +219,10 @@ class Process:
         if cell is None or cell.call != call or number < cell.number:
             return None
         if number > cell.number and cell.fault not in LASTING:
+            return None
+        now_s = self.clock.monotonic()
+        self.met_s = now_s if self.met_s is None else self.met_s
+        if now_s - self.met_s > self.outage_s:
             return None
         self.met = True
         return cell.fault
@@ -309,6 +315,8 @@ class StageRow:
     world: Callable[[], StageWorld]
     not_called: dict[str, str]
     """Methods of its interfaces that the stage itself never calls, by "Interface.method", and who does."""
+    outage_s: float = float("inf")
+    """A fault from then on ends after this long: for a stage that waits for what is away, and never stops for it."""
 
     def rows(self) -> Iterator[Call]:
         """Yield the calls that this stage makes."""
@@ -379,10 +387,10 @@ async def _finish(stage: Stage, process: Process) -> BaseException | None:
 
 
 def _try(effect: Callable[[], Any]) -> None:
-    """Let a call take effect whose process is gone: the store may refuse it."""
+    """Let a call take effect whose process is gone: the store may refuse it, and nobody hears of its receipts."""
     try:
         effect()
-    except Exception:
+    except (Exception, Killed):
         return
 
 
@@ -395,7 +403,7 @@ def check_cell(row: StageRow, cell: Cell) -> bool:
         if cell.goes_on:
             before = CURRENT.process = Process(world.clock)
             await _live(world.start(before), before, killed_at=BEFORE_STEPS)
-        process = CURRENT.process = Process(world.clock, cell)
+        process = CURRENT.process = Process(world.clock, cell, row.outage_s)
         ended = await _live(world.start(process), process)
         if isinstance(ended, AssertionError):
             raise ended
@@ -439,11 +447,21 @@ def calls_made(row: StageRow, *, goes_on: bool = False) -> Counter[Call]:
         world.close()
 
 
+_MADE: dict[tuple[str, bool], Counter[Call]] = {}
+
+
+def _made(row: StageRow, goes_on: bool) -> Counter[Call]:
+    """Return `calls_made`, found out once."""
+    if (row.name, goes_on) not in _MADE:
+        _MADE[row.name, goes_on] = calls_made(row, goes_on=goes_on)
+    return _MADE[row.name, goes_on]
+
+
 def cells_of(row: StageRow, call: Call, which: Callable[[int], Sequence[int]]) -> Iterator[Cell]:
     """Yield a row's cells: all faults of the calls that `which` names, of so many that are made."""
-    begins = calls_made(row)
+    begins = _made(row, False)
     goes_on = not begins[call]
-    made = calls_made(row, goes_on=True)[call] if goes_on else begins[call]
+    made = _made(row, True)[call] if goes_on else begins[call]
     if not made:
         raise AssertionError(
             f"{row.name} never calls {call}: give its world a reason to, or say in not_called who does"

@@ -312,4 +312,5 @@ def no_threads() -> Iterator[None]:
         patch.setattr(asyncio, "sleep", sleep)
         patch.setattr(payload, "PIECE_ROWS", 8)
         patch.setattr(waits, "in_thread", in_thread)
+        patch.setattr(asyncio, "to_thread", lambda work, *args: in_thread("", lambda: work(*args)))
         yield

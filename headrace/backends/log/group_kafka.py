@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import confluent_kafka as ck
@@ -79,6 +79,9 @@ class KafkaGroup:
         self._claims: dict[int, Claim] = {}
         self._settled: dict[int, int] = {}
         self._committed: dict[int, int] = {}
+        self._paused: frozenset[Claim] = frozenset()
+        self._again: dict[int, int] = {}
+        """By partition, the first record that was read and dropped because its claim is paused."""
         self._claimed = 0
         self._lag = self._gap = self._bytes = 0
         self._failed: Exception | None = None
@@ -106,10 +109,22 @@ class KafkaGroup:
         """
         if self._failed is not None:
             raise Unavailable(f"source {self._topic!r}: the Kafka client stopped: {self._failed}") from self._failed
+        taken: list[Fetched] = []
         with self._lock:
-            taken = [self._queue.popleft() for _ in range(min(records_max, len(self._queue)))]
-            self._bytes -= sum(len(one.value or b"") for one in taken)
+            while self._queue and len(taken) < records_max:
+                one = self._queue.popleft()
+                self._bytes -= len(one.value or b"")
+                # Once a record of a partition was dropped, so are those behind it until it is read again from there.
+                if one.claim in self._paused or one.claim.partition in self._again:
+                    self._again.setdefault(one.claim.partition, one.offset)
+                else:
+                    taken.append(one)
         return taken
+
+    def pause(self, claims: Collection[Claim]) -> None:
+        """Return no more records of these claims; the thread stops fetching them, or goes on where `take` dropped."""
+        with self._lock:
+            self._paused = frozenset(claims)
 
     def settle(self, claim: Claim, offset: int) -> None:
         """Let the group's position be `offset`, committed by the thread; nothing for a claim that is not held."""
@@ -149,12 +164,12 @@ class KafkaGroup:
             [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         next_commit_s = next_lag_s = 0.0
-        paused = False
+        is_held = False
         while not self._stop.is_set():
             full = len(self._queue) >= self._queue_max or self._bytes >= _QUEUE_BYTES_MAX
-            # Again in every turn while it is full: a partition may have been added.
-            if full or paused:
-                paused = self._hold(full)
+            # Again in every turn while something is held: a partition may have been added.
+            if full or self._paused or self._again or is_held:
+                is_held = self._hold(full)
             before = dict(self._claims)
             self._read(self._consumer.consume(_RECORDS_ONCE, _POLL_S), before)
             now_s = time.monotonic()
@@ -168,12 +183,30 @@ class KafkaGroup:
         self._consumer.close()
 
     def _hold(self, full: bool) -> bool:
-        """Stop fetching, or go on; polling goes on either way, so that the group keeps this member."""
+        """Stop fetching, or go on, and say whether anything is held.
+
+        Polling goes on either way, so that the group keeps this member.
+        """
         with self._lock:
-            parts = [ck.TopicPartition(self._topic, p) for p in self._claims]
-        if parts:
-            (self._consumer.pause if full else self._consumer.resume)(parts)
-        return full
+            paused = {claim.partition for claim in self._paused if self._claims.get(claim.partition) == claim}
+            again = {p: at for p, at in self._again.items() if p not in paused}
+            for partition in again:
+                del self._again[partition]
+            if again:
+                self._queue = deque(one for one in self._queue if one.claim.partition not in again)
+                self._bytes = sum(len(one.value or b"") for one in self._queue)
+            parts = {p: ck.TopicPartition(self._topic, p) for p in self._claims}
+        for partition, at in again.items():
+            if partition in parts:
+                self._consumer.incremental_unassign([parts[partition]])
+                self._consumer.incremental_assign([ck.TopicPartition(self._topic, partition, at)])
+        held = [part for p, part in parts.items() if full or p in paused]
+        free = [part for p, part in parts.items() if not full and p not in paused]
+        if held:
+            self._consumer.pause(held)
+        if free:
+            self._consumer.resume(free)
+        return full or bool(paused)
 
     def _read(self, messages: Sequence[Any], before: dict[int, Claim]) -> None:
         """Queue what was fetched. `before` is what was held when the fetch began: a partition that was given away and
@@ -273,6 +306,7 @@ class KafkaGroup:
                 self._claims.pop(partition, None)
                 self._settled.pop(partition, None)
                 self._committed.pop(partition, None)
+                self._again.pop(partition, None)
             self._queue = deque(one for one in self._queue if one.claim.partition not in gone)
             self._bytes = sum(len(one.value or b"") for one in self._queue)
         log.info("source %s: %d partitions less, %d held", self._topic, len(gone), len(self._claims))

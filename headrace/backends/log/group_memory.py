@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.interfaces.group import Claim, Fetched, MemberStatus
@@ -52,6 +52,7 @@ class MemoryGroup:
         self.queue: deque[Fetched] = deque()
         self._settled: dict[int, int] = {}
         self._next: dict[int, int] = {}
+        self._paused: frozenset[Claim] = frozenset()
         self._gap = 0
 
     def hold(self, partition: int) -> None:
@@ -81,6 +82,8 @@ class MemoryGroup:
     def take(self, records_max: int) -> Sequence[Fetched]:
         """Return up to `records_max` records, in order within a claim."""
         for partition, claim in self.claims.items():
+            if claim in self._paused:
+                continue
             records = self._groups.log.partitions(self._groups.topic)[partition]
             begin = self._groups.log.begins[self._groups.topic, partition]
             for record in records[self._next[partition] - begin :]:
@@ -92,6 +95,14 @@ class MemoryGroup:
         """Let the group's position be `offset` with the next commit; nothing for a claim that is not held."""
         if self.held(claim):
             self._settled[claim.partition] = offset
+
+    def pause(self, claims: Collection[Claim]) -> None:
+        """Return no more records of these claims; what was read ahead of them is read again."""
+        self._paused = frozenset(claims)
+        for one in reversed(self.queue):
+            if one.claim in self._paused:
+                self._next[one.claim.partition] = one.offset
+        self.queue = deque(one for one in self.queue if one.claim not in self._paused)
 
     def held(self, claim: Claim) -> bool:
         """Say whether the claim is still held."""

@@ -11,12 +11,14 @@ headrace.toml, or the flags.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import socket
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +37,7 @@ from headrace.contract.interfaces.log import TopicSpec
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
 from headrace.ingest.forward.endpoint import Endpoint, read_users
-from headrace.ingest.gateway.admission import Companion
+from headrace.ingest.gateway.admission import Admission, Companion
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.log_start import LogStart, read_start
 from headrace.ingest.http.access import read_tokens
@@ -44,8 +46,10 @@ from headrace.ingest.reading_watch import ReadingWatch
 from headrace.ingest.run import run
 from headrace.ingest.sources.kafka_source import KafkaSource
 from headrace.ingest.tls_identity import TlsIdentity
+from headrace.stream.shell.watchdog import Watchdog
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
+_BEAT_S = 1.0
 _ADMIN_S = 2.0
 """One question to a broker that may be away: shorter than the 5 s in which a stage must stop."""
 
@@ -92,9 +96,12 @@ def main(args: argparse.Namespace) -> int:
     metrics = PrometheusMetrics("ingest", args.metrics_port or runtime.port("metrics_ingest"))
     metrics.ready(False, "waiting for Kafka")
     partitions = runtime.config.log.partitions
-    if not _topics_exist(runtime.admin(timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop):
+    starting = Watchdog()
+    starting.start()
+    if not _topics_exist(runtime.admin(timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop, starting.beat):
         return 0
-    start = _log_start(runtime, endpoint.name, stop)
+    start = _log_start(runtime, endpoint.name, stop, starting.beat)
+    starting.stop()
     if start is None:
         return 0
     producer = runtime.producer(metrics)
@@ -112,12 +119,13 @@ def main(args: argparse.Namespace) -> int:
         broker_ms=producer.broker_ms,
     )
     try:
-        companions: list[Companion] = [CeilingWatch(metrics, metrics.ready), _reading_watch(metrics.health)]
+        watches = LoopWatch(), CeilingWatch(metrics, metrics.ready), _reading_watch(metrics.health)
+        companions: list[Companion] = [*watches]
         if collector_endpoint is not None:
             companions.append(Collector(config, collector_endpoint, metrics, runtime.clock, identity))
         for source in runtime.config.ingest.sources:
             open_group = partial(_open_group, source, runtime.brokers, _client(source))
-            companions.append(KafkaSource(source, open_group, metrics))
+            companions.append(KafkaSource(source, open_group, metrics, runtime.clock))
         stop.attach(metrics.health)
         with runtime.reachable(metrics.health, store=False):
             run(deps, endpoint, stop, ready=lambda _: metrics.ready(True), companions=companions, identity=identity)
@@ -132,6 +140,25 @@ def _reading_watch(health: Health) -> ReadingWatch:
     """Make /readyz red while the gateway does not read, which is for longer than a moment."""
     health.expect(READING, ready_s=_PAUSED_S)
     return ReadingWatch(lambda: health.seen(READING))
+
+
+class LoopWatch:
+    """A companion that ends the process where the gateway's loop stands still, because a call on it does not return."""
+
+    def __init__(self) -> None:
+        self._watchdog = Watchdog()
+
+    async def run(self, admission: Admission, stopping: asyncio.Event) -> None:
+        """Beat until `stopping`; the end has bounds of its own."""
+        self._watchdog.beat()
+        self._watchdog.start()
+        try:
+            while not stopping.is_set():
+                self._watchdog.beat()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stopping.wait(), _BEAT_S)
+        finally:
+            self._watchdog.stop()
 
 
 def _with_tls(config: IngestConfig, args: argparse.Namespace, project_dir: Path) -> IngestConfig:
@@ -173,29 +200,32 @@ def _open_group(source: SourceConfig, own_brokers: str, client: dict[str, str]) 
     return KafkaGroup(source.brokers or own_brokers, source.topic, group, start=source.start, client=client)
 
 
-def _topics_exist(admin: KafkaAdmin, specs: tuple[TopicSpec, ...], stop: threading.Event) -> bool:
+def _topics_exist(
+    admin: KafkaAdmin, specs: tuple[TopicSpec, ...], stop: threading.Event, alive: Callable[[], None]
+) -> bool:
     """Create the topics as soon as a broker answers; False when told to stop before."""
 
     def ensured() -> bool:
         admin.ensure_topics(specs)
         return True
 
-    return _once_kafka_answers(ensured, stop) is True
+    return once_kafka_answers(ensured, stop, alive) is True
 
 
-def _log_start(runtime: Runtime, name: str, stop: threading.Event) -> LogStart | None:
+def _log_start(runtime: Runtime, name: str, stop: threading.Event, alive: Callable[[], None]) -> LogStart | None:
     """Return what the log says of this gateway's time before; None when told to stop first."""
     reader = runtime.reader()
     try:
-        return _once_kafka_answers(lambda: read_start(reader, runtime.topics.events, name), stop)
+        return once_kafka_answers(lambda: read_start(reader, runtime.topics.events, name), stop, alive)
     finally:
         reader.close()
 
 
-def _once_kafka_answers(ask: Callable[[], T], stop: threading.Event) -> T | None:
-    """Ask until Kafka answers; None when told to stop before."""
+def once_kafka_answers(ask: Callable[[], T], stop: threading.Event, alive: Callable[[], None]) -> T | None:
+    """Ask until Kafka answers; None when told to stop before. Before each question it says that it is `alive`."""
     wait_s = _RETRY_FIRST_S
     while not stop.is_set():
+        alive()
         try:
             return ask()
         except Unavailable as error:

@@ -6,7 +6,7 @@ the topic belongs to somebody else, and several gateways share its partitions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import msgspec
@@ -51,6 +51,12 @@ class Group(Protocol):
 
         It is committed soon, at the latest when the partition is given away or in `close`. Of a claim that is no
         longer held it does nothing: the next holder reads again from what was committed.
+        """
+
+    def pause(self, claims: Collection[Claim]) -> None:
+        """Return no more records of these claims, and go on with all others; replaces the former pause.
+
+        What was read ahead of a paused claim takes no room: it is read again when the claim goes on.
         """
 
     def held(self, claim: Claim) -> bool:

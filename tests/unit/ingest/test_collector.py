@@ -305,6 +305,7 @@ def test_beyond_the_ceiling_of_dead_letters_the_client_keeps_its_events() -> Non
         refused = send(made, json.dumps([event(), event(tag="shop.click")]))
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "60")
         assert "shop.impression" in refused.json()["error"]
+        assert made.ids() == [], "all of a request or nothing: it is sent again, perhaps without ids"
         assert send(made, json.dumps(event(tag="shop.click"))).json() == outcome(appended=1), "another tag goes on"
         assert made.ids("impression") == []
 

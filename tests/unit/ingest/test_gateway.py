@@ -13,6 +13,7 @@ import pytest
 from ingest_world import START_MS, Counts, HandClock, ShakyLog, dependencies, impression, message
 
 from headrace.contract.config import IngestConfig
+from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.hashing import partition_of
 from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.gateway import Gateway, Peer
@@ -276,4 +277,55 @@ def test_a_shut_tag_stays_shut_for_http_while_another_anonymous_chunk_is_open() 
     world.log.away = True
     world.offer(message("shop.impression", [impression(1)]))
     without_key = message("shop.click", [{"request_id": "r", "user_id": 1}])
-    assert not world.gateway.offer(without_key, 100, Peer("a"), None, refusable=True)
+    assert not world.gateway.offer(without_key, 100, Peer("10.0.0.1"), None, refusable=True)
+    assert world.gateway.offer(without_key, 100, Peer("10.0.0.2"), None, refusable=True), "another origin passes"
+
+
+def test_a_chunk_in_which_a_fault_of_ours_was_met_is_taken_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    told = world.gateway._dead_letter
+
+    def fails(*what: Any, **how: Any) -> None:
+        if how["event_id"].endswith("/1"):
+            raise MemoryError
+        told(*what, **how)
+
+    chunk = message("nobody.declares", [{"n": 0}, {"n": 1}], "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(world.gateway, "_dead_letter", fails)
+        with pytest.raises(MemoryError):
+            world.offer(chunk)
+    assert world.gateway.buffer_bytes == 0 and world.gateway.open_chunks == 0
+    world.settle()
+    assert world.acks == [], "half of it is no ack"
+    world.offer(chunk)
+    world.settle()
+    assert world.acks == ["c"] and len({letter.event_id for letter in world.log.letters()}) == 2
+
+
+def test_a_client_that_gives_no_receipt_stops_the_gateway_and_a_pause_of_the_process_does_not() -> None:
+    world = World()
+    world.log.away = True
+    world.offer(message("shop.impression", [impression(1)], "c"))
+    world.settle()
+    world.clock.ms += 3_600_000
+    world.settle()
+    with pytest.raises(Unavailable, match=r"a receipt of Kafka's client.* has not come for 33\d s"):
+        for _ in range(400):
+            world.clock.ms += 1_000
+            world.gateway.tick()
+    assert world.acks == []
+
+
+def test_a_queue_that_stays_full_stops_the_gateway() -> None:
+    world = World()
+    world.log.send = full  # type: ignore[method-assign]
+    world.offer(message("shop.impression", [impression(1)], "c"))
+    with pytest.raises(Unavailable, match="room in the producer's queue has not come"):
+        for _ in range(400):
+            world.clock.ms += 1_000
+            world.gateway.tick()
+
+
+def full(*_what: Any, **_how: Any) -> None:
+    raise Overloaded("full")
