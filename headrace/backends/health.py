@@ -27,6 +27,8 @@ class _Sign:
     ready_s: float
     healthy_s: float | None
     why: str = ""
+    is_first: bool = False
+    """True until the first sign, where the stage is not ready before it."""
 
 
 class Health:
@@ -43,14 +45,17 @@ class Health:
         """Say whether the stage does its work, and if not, what it waits for."""
         self._own = (is_ready, reason)
 
-    def expect(self, what: str, *, ready_s: float, healthy_s: float | None = None) -> None:
-        """Expect signs of `what` from now on: red without one for `ready_s`, to be restarted after `healthy_s`."""
-        self._signs[what] = _Sign(self._monotonic(), ready_s, healthy_s)
+    def expect(self, what: str, *, ready_s: float, healthy_s: float | None = None, from_first: bool = False) -> None:
+        """Expect signs of `what` from now on: red without one for `ready_s`, to be restarted after `healthy_s`.
+
+        With `from_first` it is red until the first sign, too: a stage that was started anew knows nothing of before.
+        """
+        self._signs[what] = _Sign(self._monotonic(), ready_s, healthy_s, is_first=from_first)
 
     def seen(self, what: str) -> None:
         """Note a sign of `what`."""
         if (sign := self._signs.get(what)) is not None:
-            sign.seen_s, sign.why = self._monotonic(), ""
+            sign.seen_s, sign.why, sign.is_first = self._monotonic(), "", False
 
     def missed(self, what: str, why: str) -> None:
         """Note why there is no sign of `what`; for the probe's text."""
@@ -73,7 +78,7 @@ class Health:
     def state(self) -> tuple[bool, str]:
         """Return what /readyz says: whether the stage works, and the reason or what else there is to know."""
         is_ready, reason = self._own
-        found = self._ended() + self._missing(lambda sign: sign.ready_s)
+        found = self._ended() + self._missing(lambda sign: -1.0 if sign.is_first else sign.ready_s)
         found += [_words(what, still_s()) for what, (still_s, most) in list(self._measured.items()) if still_s() > most]
         if not is_ready:
             found = [reason or "not ready", *found]

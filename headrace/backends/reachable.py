@@ -14,10 +14,11 @@ from headrace.backends.health import Health
 log = logging.getLogger("headrace.health")
 
 KAFKA, STORE = "kafka", "store"
-KAFKA_READY_S, STORE_READY_S = 15.0, 60.0
-"""Above a broker's restart as its clients see it, and above the 45 s for which a call of the store tries again."""
+KAFKA_READY_S, STORE_READY_S = 15.0, 30.0
+"""Above a broker's restart as its clients see it, and below the 45 s after which a stage gives a call of the store up
+and ends: its probe says why before that."""
 LOOK_S = 3.0
-STORE_LOOK_S = 10.0
+STORE_LOOK_S = 5.0
 
 
 class Reachable:
@@ -30,7 +31,7 @@ class Reachable:
         self._is_away = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"asks {what}", daemon=True)
-        health.expect(what, ready_s=ready_s)
+        health.expect(what, ready_s=ready_s, from_first=True)
 
     def start(self) -> None:
         """Ask from now on."""

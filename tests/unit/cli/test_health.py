@@ -111,7 +111,7 @@ def test_a_call_that_never_returns_is_red_too(hand: Hand, health: Health) -> Non
     let_go = threading.Event()
     store = Reachable("store", let_go.wait, health, ready_s=60.0)
     store.start()
-    assert health.state()[0]
+    assert health.state() == (False, "store: no sign for 0 s"), "nobody knows yet"
     hand.now_s += 61
     assert health.state() == (False, "store: no sign for 61 s")
     store.stop()
