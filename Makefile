@@ -79,7 +79,7 @@ doctor: $(VENV)/.installed ## what keeps it from running, and the remedy
 ledger: $(VENV)/.installed ## account for every event
 	@"$(BIN)/headrace" ledger
 
-chaos: $(VENV)/.installed ## kill under load, in a stack of its own: make chaos STAGE=ingest [SEED=] [KILLS=] [RATE=2000]
+chaos: $(VENV)/.installed ## kill under load, in a stack of its own: make chaos STAGE=ingest|all [SEED=] [KILLS=] [RATE=2000]
 	@"$(BIN)/headrace" chaos $(if $(STAGE),--stage $(STAGE)) $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS)) $(ARGS)
 
 replay: $(VENV)/.installed ## learn again as recorded and compare with the live model

@@ -121,6 +121,7 @@ def crawl(folder: Path, url: str, pages: int, delay_ms: int) -> None:
             producer=log.producer(),
             metrics=MemoryMetrics(),
             clock=SystemClock(),
+            open_reader=log.reader,
         )
     )
     stage.run(threading.Event(), lambda _: None, once=True)

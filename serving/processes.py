@@ -128,7 +128,9 @@ def answer_requests(
     def guarded(name: str, job: Callable[[], None]) -> None:
         try:
             job()
-        except Exception as error:
+            if not stop.is_set():
+                raise Unavailable(f"{name} has ended by itself")
+        except BaseException as error:
             logger.exception("%s failed; the stage ends", name)
             failures.append(f"{name}: {error}")
             server.should_exit = True

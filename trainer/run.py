@@ -31,7 +31,7 @@ from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.lake import LakeReader
-from headrace.contract.interfaces.log import Producer, Reader
+from headrace.contract.interfaces.log import Producer, Reader, check_topic
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
@@ -42,6 +42,7 @@ from headrace.trainer.commit.steps import StepsLog
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.source import Source
+from headrace.trainer.upload_watch import UploadWatch
 from headrace.trainer.validation.board import Board
 from headrace.trainer.validation.evaluate import known_times
 from headrace.trainer.validation.report import Report
@@ -89,6 +90,10 @@ class Dependencies:
     board: Board | None = None
     progress: Progress = field(default_factory=Silent)
     background: bool = True
+    samples_id: str = ""
+    """The id of the `samples` topic, as `Admin.topic_id`; "" asks nothing of what is stored."""
+    steps_id: str = ""
+    """The id of the `steps` topic, likewise."""
     name: str = "trainer"
     """Tells this trainer from others of the model, and stays when it is started anew."""
     take_over: bool = False
@@ -116,6 +121,7 @@ class Trainer:
         self.publisher: Publisher | None = None
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
+        self.uploads = UploadWatch(deps.metrics, deps.clock)
         self._waiting_since = -1.0
         self._unlearnt = 0
         """The step that is being committed or learnt; 0 between steps."""
@@ -125,7 +131,8 @@ class Trainer:
 
     def recover(self) -> None:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
-        run's model is served. Waits while Kafka or the store is away. Raises as `take_claim`."""
+        run's model is served. Waits while Kafka or the store is away. Raises as `take_claim`, and `InvariantBroken`
+        where the run is of a topic that was made anew."""
         deps, model = self.deps, self.project.name
         self._retrying("claim the model", lambda: take_claim(deps.blobs, model, deps.name, by_force=deps.take_over))
         manifests = self._retrying(
@@ -136,8 +143,13 @@ class Trainer:
             "read checkpoints",
             lambda: newest_checkpoint(self.deps.blobs, self.project.name, recipe=self.recipe),
         )
+        if checkpoint is not None:
+            check_topic(checkpoint.meta.steps_id, deps.steps_id, deps.topics.steps)
+            check_topic(checkpoint.meta.samples_id, deps.samples_id, deps.topics.samples)
         every = self.steps.recover(checkpoint.meta.steps_offset if checkpoint else 0)
         steps = [(at, s) for at, s in every if s.recipe == self.recipe]
+        if steps:
+            check_topic(steps[-1][1].samples_id, deps.samples_id, deps.topics.samples)
         newest = steps[-1][1].run if steps else (checkpoint.meta.run if checkpoint else "")
         learnt = checkpoint.meta.step if checkpoint is not None and newest == checkpoint.meta.run else 0
         redone = [s for _, s in steps if s.run == newest and s.step > learnt]
@@ -168,6 +180,7 @@ class Trainer:
     def turn(self) -> bool:
         """Do one step if rows wait, then publish what is due; return whether a step was done."""
         self.deps.producer.poll(0)
+        self._check_upload()
         step = self._propose()
         if step is not None:
             self._commit(step)
@@ -284,6 +297,7 @@ class Trainer:
             positions=self.source.positions_after(ranges).to_json(),
             recipe=self.recipe,
             seed=self.project.recipe.seed,
+            samples_id=self.deps.samples_id,
         )
 
     def _commit(self, step: Step) -> None:
@@ -358,9 +372,12 @@ class Trainer:
             recipe=self.recipe,
             cursor=self.source.cursor(),
             created_ms=self.deps.clock.now_ms(),
+            samples_id=self.deps.samples_id,
+            steps_id=self.deps.steps_id,
         )
         if publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
             self._snapshot_at = self.deps.clock.monotonic()
+            self.uploads.began()
 
     def _show_progress(self) -> None:
         if self.source.is_stored:
@@ -377,9 +394,7 @@ class Trainer:
     def _tell(self) -> None:
         if self.report.is_due():
             ends = self.deps.reader.end_offsets(self.deps.topics.samples)
-            following = self.source.cursor().next_offsets
-            lag = sum(max(0, end - following.get(str(p), end)) for p, end in ends.items())
-            self.report.tell(self.learner, self.evaluation, self.source, lag)
+            self.report.tell(self.learner, self.evaluation, self.source, self.source.lag(ends))
 
     def _await_rows(self, ranges: tuple[StepRange, ...]) -> None:
         while not self.source.has(ranges):
@@ -405,6 +420,10 @@ class Trainer:
     def _check(self) -> None:
         if self.deps.stop.is_set():
             raise Stopped
+        self._check_upload()
+
+    def _check_upload(self) -> None:
+        self.uploads.look(is_busy=self.publisher is not None and self.publisher.is_busy)
 
 
 def train(deps: Dependencies) -> None:

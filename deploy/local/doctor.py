@@ -207,8 +207,8 @@ def _hdfs(layout: Layout) -> Finding:
         return Finding("HDFS", f"takes writes at {layout.webhdfs}", "ok")
     if reason.startswith("HDFS is in safe mode"):
         remedy = (
-            "it leaves safe mode by itself when the DataNodes have reported their blocks; if it was entered by hand or "
-            "for want of disk, make room, then `hdfs dfsadmin -safemode leave` (own HDFS: make down, make up)"
+            "it leaves safe mode by itself when the DataNodes have reported their blocks, and when there is disk again "
+            "(Hadoop before 3.4, or entered by hand: `hdfs dfsadmin -safemode leave`)"
         )
         return Finding("HDFS", reason, "trouble", remedy)
     remedy = (

@@ -32,6 +32,7 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.project import FeedbackType, Project
 from headrace.examples.shop.freshness import Freshness
 from headrace.examples.shop.traffic import Given, Traffic, Visit
+from headrace.process.background import Background
 from headrace.sender import Sender
 
 logger = logging.getLogger("headrace.shop")
@@ -123,6 +124,7 @@ class Shop:
     port: int
     stop: threading.Event
     freshness: Freshness | None = None
+    background: Background = field(default_factory=Background)
     shown: queue.Queue[tuple[Visit, Answer | None]] = field(default_factory=lambda: queue.Queue(256))
     asked: queue.Queue[Visit | None] = field(default_factory=lambda: queue.Queue(64))
     coming: list[tuple[int, int, str, dict[str, Any]]] = field(default_factory=list)
@@ -138,11 +140,10 @@ class Shop:
         saved = load_progress(self.progress)
         self.run_id, self.next_row = saved.run, saved.row
         logger.info("run %s from row %d of %s at %g/s", saved.run, saved.row, self.traffic.label, self.rate)
-        threads = [threading.Thread(target=self._ask, name=f"ask-{i}", daemon=True) for i in range(THREADS)]
-        for thread in threads:
-            thread.start()
+        threads = [self.background.thread(f"ask-{i}", self._ask) for i in range(THREADS)]
         visits, due, saved_at, said = self.traffic.visits(saved.row), time.monotonic(), 0.0, False
         while not self.stop.is_set():
+            self.background.check()
             due = self._admit(visits, due)
             self._show()
             self._answer()

@@ -5,14 +5,19 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
+import logging
 import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.interfaces.frontier import GONE, Body, Found, Page, Settled, Version
 
+log = logging.getLogger("headrace.crawl")
+
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SCHEMA = """
 create table if not exists pages(
     source text not null, url text not null, host text not null, sitemap integer not null, depth integer not null,
@@ -39,7 +44,17 @@ create table if not exists epochs(epoch integer not null);
 class SqliteFrontier:
     """One crawler's file, locked: a second crawler on it is refused. For one thread."""
 
-    def __init__(self, path: Path, *, bodies_per_page: int = 5) -> None:
+    def __init__(self, path: Path, *, bodies_per_page: int = 5, begin_afresh: bool = False) -> None:
+        """Open the file, or make it.
+
+        Args:
+            begin_afresh: put a file that is damaged aside, and make a new one.
+
+        Raises:
+            ConfigRejected: another crawler has it.
+            InvariantBroken: it is damaged.
+            Unavailable: the disk does not give it.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = path.with_suffix(".lock").open("w")
         try:
@@ -48,10 +63,11 @@ class SqliteFrontier:
             self._lock.close()
             raise ConfigRejected(f"{path} belongs to a crawler that runs; one is enough, or give it --home.") from error
         self._bodies_per_page = bodies_per_page
-        self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute("pragma journal_mode=wal")
-        self._db.execute("pragma synchronous=normal")
-        self._db.executescript(_SCHEMA)
+        try:
+            self._db = _opened(path, begin_afresh=begin_afresh)
+        except BaseException:
+            self._lock.close()
+            raise
         self._pages = dict(self._db.execute("select source, count(*) from pages group by source").fetchall())
         self._entities = dict(self._db.execute("select source, count(*) from entities group by source").fetchall())
         self._unsafe = True
@@ -61,12 +77,24 @@ class SqliteFrontier:
         self._db.close()
         self._lock.close()
 
-    def next_epoch(self, now_ms: int) -> int:
-        """Return a number above that of every crawler before, of this file and, by the clock, of others."""
+    def is_new(self) -> bool:
+        """Say whether no crawler has begun with this file yet."""
+        return self._db.execute("select 1 from epochs").fetchone() is None
+
+    def take_over(self, entities: Iterable[tuple[str, str, int]]) -> None:
+        """Note entities of a file that is lost, as (source, key, crawl time): what comes is newer than these."""
+        with self._db:
+            self._db.executemany(
+                "insert or replace into entities values (?,?,'',?,'')", ((s, key, at_ms) for s, key, at_ms in entities)
+            )
+        self._entities = dict(self._db.execute("select source, count(*) from entities group by source").fetchall())
+
+    def next_epoch(self, now_ms: int, above: int = 0) -> int:
+        """Return a number above that of every crawler before, of this file, `above` and, by the clock, of others."""
         with self._db:
             self._db.execute("begin immediate")
             (before,) = self._db.execute("select coalesce(max(epoch), 0) from epochs").fetchone()
-            epoch = max(now_ms, int(before) + 1)
+            epoch = max(now_ms, int(before) + 1, above + 1)
             self._db.execute("delete from epochs")
             self._db.execute("insert into epochs values (?)", (epoch,))
         return epoch
@@ -280,6 +308,44 @@ class SqliteFrontier:
                 "delete from bodies where source=? and url=? and fetched_ms=?", (page.source, page.url, fetched_ms)
             )
         return [digest for _, digest in old if not self.has_body(digest)]
+
+
+def _opened(path: Path, *, begin_afresh: bool) -> sqlite3.Connection:
+    try:
+        return _whole(path)
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) not in _DAMAGED:
+            raise Unavailable(
+                f"{path}: {error}. See whether its disk is full and who may write there; then start again."
+            ) from error
+        if not begin_afresh:
+            raise InvariantBroken(
+                f"{path} is damaged ({error}). Bring it back from a copy. Where there is none, `headrace crawl "
+                "--begin-afresh` puts it aside and fetches everything again."
+            ) from error
+        log.warning("%s is damaged (%s) and is put aside, as --begin-afresh says", path, error)
+    number = next(n for n in itertools.count(1) if not path.with_suffix(f".damaged-{n}").exists())
+    for suffix in ("", "-wal", "-shm"):
+        found = path.with_name(path.name + suffix)
+        if found.exists():
+            found.rename(path.with_suffix(f".damaged-{number}{suffix}"))
+    return _whole(path)
+
+
+def _whole(path: Path) -> sqlite3.Connection:
+    """Return a connection to a file that was read from end to end. Raises `sqlite3.DatabaseError`."""
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        (found,) = db.execute("pragma quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(" ".join(found.split()))
+        db.execute("pragma journal_mode=wal")
+        db.execute("pragma synchronous=normal")
+        db.executescript(_SCHEMA)
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def host_of(url: str) -> str:

@@ -122,6 +122,7 @@ class Runtime:
         # Here, since most verbs have no lake and the library takes half a second to load.
         from headrace.backends.lake.delta import DeltaLake
         from headrace.backends.lake.leases import Leases
+        from headrace.kernels.sample_ids import id_hashes
 
         return DeltaLake(
             self.lake_uri,
@@ -129,6 +130,7 @@ class Runtime:
             partitions=self.config.log.partitions,
             config=self.config.lake,
             samples_id=samples_id,
+            hash_ids=id_hashes,
             leases=Leases(self.blobs(), self.clock, lease_ms=self.config.lake.lease_ms),
         )
 

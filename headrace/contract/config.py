@@ -319,6 +319,9 @@ class LedgerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     behind_max_ms: Count = 600_000
     """How old the oldest sample may be that is not in the lake, or not learnt, in the log's own time: `headrace ledger`
     exits with 1 beyond it. It must be longer than a restart of `sink` and of `train` takes. 10 minutes. Unit: ms."""
+    full_records_max: Count = 20_000
+    """Most records of `events` that `headrace ledger` joins once more by itself; beyond that, or where retention took
+    the first of them, it draws from seals. Unit: records."""
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

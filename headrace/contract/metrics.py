@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, Protocol, get_args
 
-from msgspec import Struct
+from headrace.contract.interfaces.metric_doc import Kind as Kind
+from headrace.contract.interfaces.metric_doc import MetricDoc as MetricDoc
+from headrace.contract.interfaces.metric_doc import Stage as Stage
 
-Stage = Literal["ingest", "stream", "sink", "aggregate", "crawl", "train", "serve", "shop", "watch"]
-Kind = Literal["counter", "gauge", "histogram"]
 
 Name = Literal[
     "events_read_total",
@@ -20,6 +20,7 @@ Name = Literal[
     "connections_refused_total",
     "buffer_bytes",
     "clock_apart_ms",
+    "feedback_delay_seconds",
     "records_read_total",
     "samples_emitted_total",
     "positives_total",
@@ -55,6 +56,7 @@ Name = Literal[
     "table_rows",
     "deltas_published_total",
     "snapshots_published_total",
+    "upload_age_seconds",
     "requests_total",
     "requests_open",
     "request_seconds",
@@ -111,19 +113,6 @@ Name = Literal[
 ]
 
 
-class MetricDoc(Struct, frozen=True):
-    """What one metric is."""
-
-    kind: Kind
-    unit: str
-    stages: tuple[Stage, ...]
-    """The stages that have it. The full name is `headrace_<stage>_<name>`."""
-    meaning: str
-    """One sentence."""
-    labels: tuple[str, ...] = ()
-    """Names of its labels. A stage that has nothing to say under a label leaves it out."""
-
-
 METRICS: Mapping[Name, MetricDoc] = {
     "events_read_total": MetricDoc(
         "counter", "events", ("ingest",), "Declared events whose fate is settled: appended, dead-lettered or repeated."
@@ -158,6 +147,14 @@ METRICS: Mapping[Name, MetricDoc] = {
         "milliseconds",
         ("ingest",),
         "How far the gateway's clock is ahead of the broker's. Beyond 30,000 either way one of them is wrong.",
+    ),
+    "feedback_delay_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("ingest",),
+        "Median time from the moment of a feedback to its arrival at the gateway, of the newest 1,024. A shipper that "
+        "holds it back beyond the window makes negatives.",
+        labels=("type",),
     ),
     "records_read_total": MetricDoc(
         "counter", "records", ("stream", "sink", "aggregate"), "Kafka records that were read."
@@ -256,6 +253,12 @@ METRICS: Mapping[Name, MetricDoc] = {
     ),
     "deltas_published_total": MetricDoc("counter", "deltas", ("train",), "Deltas that were published."),
     "snapshots_published_total": MetricDoc("counter", "snapshots", ("train",), "Snapshots that were published."),
+    "upload_age_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("train",),
+        "How long the upload of a snapshot and a checkpoint that is under way has taken; 0 while none is.",
+    ),
     "requests_total": MetricDoc(
         "counter",
         "requests",

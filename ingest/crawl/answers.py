@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import hashlib
 import logging
 from collections import Counter
 from email.utils import parsedate_to_datetime
+from functools import partial
 
 from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, IgnoreRequest
 from scrapy.http import Response
@@ -16,6 +16,7 @@ from headrace.contract.interfaces.frontier import Body, Found, Page, Settled
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.extract import Document, extract
 from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
+from headrace.process.waits import Waits
 
 log = logging.getLogger("headrace.crawl")
 
@@ -28,7 +29,8 @@ _COUNTED = frozenset({401, 403, 429, 500, 502, 503, 504})
 class Answers:
     """Notes in the frontier what answers bring, and stores their bodies."""
 
-    def __init__(self, deps: CrawlDependencies) -> None:
+    def __init__(self, deps: CrawlDependencies, waits: Waits) -> None:
+        self._waits = waits
         self._crawls = {crawl.name: crawl for crawl in deps.crawls}
         self._config, self._frontier, self._bodies = deps.config, deps.frontier, deps.bodies
         self._metrics, self._clock = deps.metrics, deps.clock
@@ -73,7 +75,7 @@ class Answers:
         content_type = (response.headers.get("Content-Type") or b"").decode("latin-1")
         document = Document(response.url, response.body, content_type, page.sitemap)
         # A body of megabytes takes a second: the loop goes on meanwhile.
-        found = await asyncio.to_thread(extract, document, crawl)
+        found = await self._waits.call(f"extraction of {page.url}", partial(extract, document, crawl))
         for reason, count in found.left_out.items():
             self._metrics.add("left_out_total", count, reason=reason)
         if found.left_out["wrong_type"]:
@@ -84,8 +86,9 @@ class Answers:
         self._being_settled[digest] += 1
         try:
             if not self._frontier.has_body(digest):
-                packed = await asyncio.to_thread(gzip.compress, response.body, 6, mtime=0)
-                await asyncio.to_thread(self._bodies.put, body_name(digest), packed)
+                await self._waits.call(
+                    f"write of {body_name(digest)}", partial(self._put, body_name(digest), response.body)
+                )
             settled = Settled(
                 at_ms=now_ms,
                 due_ms=now_ms + crawl.every_ms,
@@ -103,7 +106,10 @@ class Answers:
         self._count("broken" if found.left_out["broken"] else "taken")
         for old in unneeded:
             if not self._being_settled[old]:
-                await asyncio.to_thread(self._bodies.delete, body_name(old))
+                await self._waits.call(f"delete of {body_name(old)}", partial(self._bodies.delete, body_name(old)))
+
+    def _put(self, name: str, body: bytes) -> None:
+        self._bodies.put(name, gzip.compress(body, 6, mtime=0))
 
     def _back_off_ms(self, page: Page) -> int:
         return min(self._config.retry_max_ms, self._config.retry_first_ms << min(page.failures, 20))

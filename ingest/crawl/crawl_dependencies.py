@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace.contract.config import CrawlConfig
@@ -11,7 +11,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.frontier import Frontier
-from headrace.contract.interfaces.log import Producer
+from headrace.contract.interfaces.log import Producer, Reader
 from headrace.contract.metrics import Metrics
 
 
@@ -28,3 +28,7 @@ class CrawlDependencies:
     producer: Producer
     metrics: Metrics
     clock: Clock
+    open_reader: Callable[[], Reader]
+    """Makes the reader that tells a new memory from one that was lost."""
+    begin_afresh: bool = False
+    """Somebody has decided to begin without the memory that was lost."""

@@ -1,26 +1,34 @@
 """From the outbox to every partition of `events`, and to `features`: steps 3 and 4 of `contract.interfaces.frontier`.
 
 One producer sends in the order of the outbox, so that every partition has the versions in one order. What has its
-receipts from all of them leaves the outbox; after a crash the rest is sent again under a higher epoch.
+receipts from all of them leaves the outbox; after a crash the rest is sent again under a higher epoch. A receipt that
+says no ends the sending, as does one that does not come: the next process sends the rest. Of one entity the next
+version waits for the receipts of the one before: sent again behind it, the older one would be a version that nobody
+reads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
 
 from headrace.contract.crawl import PREFIX
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.events import EXTERNAL, EXTERNAL_SCHEMA, ExternalValue, encode_batch
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.frontier import Frontier, Version
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
+from headrace.process.waits import RECEIPT_MAX_S
 
 log = logging.getLogger("headrace.crawl")
 
@@ -32,84 +40,122 @@ _TURN_S = 0.03
 
 
 class _Sent(msgspec.Struct):
-    """Versions sent together, up to `number`; `open` records have no receipt yet."""
+    """Versions sent together, up to `number`, since `since_s`; `open` records have no receipt yet."""
 
     number: int
     open: int
+    since_s: float
+    entities: set[tuple[str, str]]
+
+
+class _Record(NamedTuple):
+    """A record that waits for room in the producer's queue."""
+
+    group: _Sent
+    topic: str
+    partition: int
+    value: bytes | None
+    key: bytes | None
 
 
 class OutboxSender:
-    """Sends versions until it is told to stop; `failure` says why it cannot go on."""
+    """Sends versions until it is told to stop, or cannot go on."""
 
     def __init__(
-        self, frontier: Frontier, producer: Producer, topics: Topics, partitions: int, metrics: Metrics, epoch: int
+        self,
+        frontier: Frontier,
+        producer: Producer,
+        topics: Topics,
+        partitions: int,
+        metrics: Metrics,
+        epoch: int,
+        clock: Clock,
     ) -> None:
         self._frontier, self._producer, self._topics = frontier, producer, topics
-        self._partitions, self._metrics, self._epoch = partitions, metrics, epoch
+        self._partitions, self._metrics, self._epoch, self._clock = partitions, metrics, epoch, clock
         self._taken = 0
         self._unsettled: deque[_Sent] = deque()
-        self.failure: Exception | None = None
+        self._unsent: deque[_Record] = deque()
+        self._refused: Exception | None = None
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Send until `stopping` and the outbox is empty, or a record is refused."""
-        while self.failure is None:
+        """Send until `stopping` and the outbox is empty. Raises as `turn`."""
+        while True:
             busy = self.turn()
             if stopping.is_set() and not self._unsettled and not busy and not self._frontier.waiting():
                 return
             await asyncio.sleep(_TURN_S)
 
     def turn(self) -> bool:
-        """Send what waits and take receipts; say whether anything was sent. Never blocks."""
+        """Send what waits and take receipts; say whether anything was sent, or waits for room. Never blocks.
+
+        Raises what a receipt said that refused a record, and `Unavailable` where one does not come in time.
+        """
         self._producer.poll(0.0)
         self._settle()
+        self._send_unsent()
+        if self._unsent:
+            return True
         if len(self._unsettled) >= _IN_FLIGHT_MAX:
             return False
-        versions = _bounded(self._frontier.outbox(self._taken, RECORD_ROWS))
+        versions = self._ready(_bounded(self._frontier.outbox(self._taken, RECORD_ROWS)))
         if not versions:
             return False
         self._frontier.make_safe()
         self._taken = versions[-1].number
-        group = _Sent(self._taken, 1)
+        group = _Sent(self._taken, 1, self._clock.monotonic(), {(v.source, v.key) for v in versions})
         self._unsettled.append(group)
         self._send(versions, group)
         # One more than the records: receipts that come at once must not settle a group that is half sent.
         group.open -= 1
         return True
 
+    def _ready(self, versions: list[Version]) -> list[Version]:
+        """Return those before the first one of an entity that is on its way."""
+        on_the_way = set[tuple[str, str]]().union(*(group.entities for group in self._unsettled))
+        return list(itertools.takewhile(lambda one: (one.source, one.key) not in on_the_way, versions))
+
     def _send(self, versions: Sequence[Version], group: _Sent) -> None:
         value = encode_batch(_batch(versions, self._epoch))
         for partition in range(self._partitions):
-            self._send_one(group, self._topics.events, partition, value, None)
+            self._unsent.append(_Record(group, self._topics.events, partition, value, None))
         for version in versions:
             self._metrics.add("versions_total", source=version.source)
             key = f"{PREFIX}/{version.source}/{version.key}".encode()
-            self._send_one(group, self._topics.features, 0, _served(version, self._epoch), key)
+            self._unsent.append(_Record(group, self._topics.features, 0, _served(version, self._epoch), key))
+        group.open += self._partitions + len(versions)
+        self._send_unsent()
 
-    def _send_one(self, group: _Sent, topic: str, partition: int, value: bytes | None, key: bytes | None) -> None:
-        headers = {"kind": EXTERNAL} if key is None else None
-
-        def delivered(error: Exception | None, _offset: int) -> None:
-            group.open -= 1
-            self.failure = self.failure or error
-
-        group.open += 1
-        while True:
+    def _send_unsent(self) -> None:
+        """Send in order what waits, until there is no room: receipts make some, before the next turn."""
+        while self._unsent:
+            group, topic, partition, value, key = self._unsent[0]
+            headers = {"kind": EXTERNAL} if key is None else None
+            told = partial(self._delivered, group)
             try:
-                self._producer.send(topic, partition, value, key=key, headers=headers, delivered=delivered)
+                self._producer.send(topic, partition, value, key=key, headers=headers, delivered=told)
             except Overloaded:
-                # Nothing else fills this producer's queue, and receipts empty it: wait for some. The order stays.
-                self._producer.poll(0.05)
-            else:
                 return
+            self._unsent.popleft()
+
+    def _delivered(self, group: _Sent, error: Exception | None, _offset: int) -> None:
+        group.open -= 1
+        self._refused = self._refused or error
 
     def _settle(self) -> None:
-        if self.failure is not None:
-            return
+        if self._refused is not None:
+            raise self._refused
         number = 0
         while self._unsettled and self._unsettled[0].open == 0:
             number = self._unsettled.popleft().number
         if number:
             self._frontier.sent(number)
+        waited_s = self._clock.monotonic() - self._unsettled[0].since_s if self._unsettled else 0.0
+        if waited_s > RECEIPT_MAX_S:
+            raise Unavailable(
+                f"no receipt of versions up to number {self._unsettled[0].number} in {waited_s:.0f} s, "
+                f"{RECEIPT_MAX_S:.0f} s are allowed. The stage stops, and the next start sends them again."
+            )
         self._metrics.set("outbox_rows", self._frontier.waiting())
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
+from headrace.contract.errors import Unavailable
 from headrace.contract.interfaces.frontier import Page
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 
+HOST_STILL_MAX_S = 2 * 3_600.0 + 6 * 600.0
+"""A host's queue moves within the longest delay, an hour, and a request within the longest timeout, 600 s, for itself
+and each of a few redirects; the delay twice, for robots.txt."""
 _GAUGES_S = 1.0
 
 
@@ -22,6 +26,8 @@ class Scheduler:
         self._in_flight_max = {host: 2 * crawl.parallel for crawl in deps.crawls for host in crawl.all_hosts()}
         self._in_flight: dict[tuple[str, str], str] = {}
         """(source, address) to host, of what was asked for and is not settled."""
+        self._moved_s: dict[str, float] = {}
+        """Of each host with something in flight, when something was asked for or settled last."""
         self._until_ms = deps.clock.now_ms() if once else None
         self._gauges_s = 0.0
         self.freed = asyncio.Event()
@@ -41,6 +47,7 @@ class Scheduler:
                 continue
             loads[page.host] += 1
             self._in_flight[page.source, page.url] = page.host
+            self._moved_s.setdefault(page.host, self._clock.monotonic())
             chosen.append(page)
             if len(chosen) == free:
                 break
@@ -49,7 +56,20 @@ class Scheduler:
     def settled(self, page: Page) -> None:
         """Note that a request is settled, well or not."""
         self._in_flight.pop((page.source, page.url), None)
+        self._moved_s[page.host] = self._clock.monotonic()
+        if page.host not in self._in_flight.values():
+            del self._moved_s[page.host]
         self.freed.set()
+
+    def check(self) -> None:
+        """Raise `Unavailable` where requests to a host stand still: no address of it would ever be asked for again."""
+        now_s = self._clock.monotonic()
+        for host, moved_s in self._moved_s.items():
+            if now_s - moved_s > HOST_STILL_MAX_S:
+                raise Unavailable(
+                    f"of the requests to {host} none was answered, and none was given up, in {now_s - moved_s:.0f} s; "
+                    f"{HOST_STILL_MAX_S:.0f} s are allowed. The stage stops, and the next start asks again."
+                )
 
     def is_done(self) -> bool:
         """Say whether a run that ends by itself has nothing left that is due."""

@@ -30,11 +30,11 @@ class Shutdown:
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
-    def fail(self, error: Exception) -> None:
-        """End because of an error."""
-        self.failure = error
+    def fail(self, error: BaseException) -> None:
+        """End because of an error: Scrapy would log what it meets in a spider, and go on."""
+        self.failure = self.failure or error
         self.asked.set()
 
 
@@ -54,13 +54,18 @@ class CrawlSpider(scrapy.Spider):
     async def start(self) -> AsyncIterator[Request]:
         """Yield requests until told to stop, or a single run is over."""
         scheduler = self._scheduler
-        while not self._shutdown.asked.is_set() and not scheduler.is_done():
-            scheduler.set_gauges()
-            for page in scheduler.choose():
-                yield self._request(page)
-            scheduler.freed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(scheduler.freed.wait(), _IDLE_S)
+        try:
+            while not self._shutdown.asked.is_set() and not scheduler.is_done():
+                scheduler.set_gauges()
+                for page in scheduler.choose():
+                    yield self._request(page)
+                scheduler.freed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(scheduler.freed.wait(), _IDLE_S)
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as error:
+            self._shutdown.fail(error)
 
     def _request(self, page: Page) -> Request:
         crawl = self._crawls[page.source]
@@ -85,7 +90,9 @@ class CrawlSpider(scrapy.Spider):
         latency_s = response.meta.get("download_latency")
         try:
             await self._answers.take(page, response, latency_s or self._clock.monotonic() - began_s)
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
             # The store or the disk: nothing was noted, so the address is due again after the restart.
             self._shutdown.fail(error)
         finally:
@@ -94,5 +101,7 @@ class CrawlSpider(scrapy.Spider):
     async def _failed(self, page: Page, failure: Failure) -> None:
         try:
             self._answers.take_failure(page, failure.value or RuntimeError("no reason was given"))
+        except BaseException as error:
+            self._shutdown.fail(error)
         finally:
             self._scheduler.settled(page)

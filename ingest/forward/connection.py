@@ -108,6 +108,9 @@ class Connection(asyncio.Protocol):
             if self._in_handshake and self._decoder.pending_bytes > _PING_BYTES_MAX:
                 raise Refused("too_large", f"more than {_PING_BYTES_MAX} bytes before the handshake's end")
         except Refused as refused:
+            if refused.reason == "too_large" and not self._in_handshake and self._transport is not None:
+                # Said, because no time will help: our sender cuts the chunk. Other shippers take it as no ack.
+                self._transport.write(self._decoder.too_large())
             self.refuse(refused.reason, str(refused))
             return
         except Exception as error:

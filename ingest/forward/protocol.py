@@ -66,6 +66,11 @@ class Decoder:
         """Bytes of a message that has not ended yet."""
         return len(self._held)
 
+    def too_large(self) -> bytes:
+        """Return what is said to a peer whose message is beyond the bound, in its own format."""
+        word = {"refused": "too_large", "bytes_max": self._bytes_max}
+        return msgspec.json.encode(word) if self._json else bytes(msgpack.packb(word))
+
     def feed(self, data: bytes) -> Iterator[tuple[Message | Ping, int]]:
         """Yield each message that `data` completes, with its size on the wire.
 

@@ -37,6 +37,7 @@ from headrace.ingest.decode.msgpack_scan import I64s, as_bytes
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
 from headrace.ingest.gateway.chunk_hashes import kind_of
+from headrace.ingest.gateway.feedback_delay import FeedbackDelay
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Occurrences, Repeats, digest
@@ -93,6 +94,7 @@ class Gateway:
         self._ids = EventIds(config.repeat_horizon_ms, IDS_REMEMBERED)
         self._open: dict[int, OpenChunk] = {}
         self._taken = 0
+        self._feedback_delay = FeedbackDelay()
         self._queue = SendQueue(deps.producer, deps.metrics, deps.clock, self._delivered)
         self._numbers = [0] * partitions
         self._anonymous = 0
@@ -279,6 +281,9 @@ class Gateway:
             keep = np.flatnonzero(found_N == 0)
             batch = batch.take(pa.array(keep))
             chunk_N, first_N, second_N = chunk_N[keep], first_N[keep], second_N[keep]
+        if declared.kind == "feedback" and batch.num_rows:
+            delay_s = self._feedback_delay.note(declared.name, batch.column("event_time_ms").to_numpy(), now_ms)
+            self._metrics.set("feedback_delay_seconds", delay_s, type=declared.name)
         limit = self._config.batch_bytes
         promised = [self._punctuator.promised(partition) for partition in range(self._partitions)]
         for piece in cut(batch, chunk_N, promised, rows_max=self._config.batch_rows, bytes_max=limit):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from headrace.contract.config import IngestConfig
+from headrace.contract.errors import Unavailable
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.ingest.dead_letters.ceiling import Alert
@@ -143,7 +144,7 @@ class GatewayLoop:
         port = await self._port.listen(self)
         log.info("gateway epoch %d", self._gateway.epoch)
         stopping = asyncio.Event()
-        tasks = [loop.create_task(companion.run(self, stopping)) for companion in companions]
+        tasks = [loop.create_task(each.run(self, stopping), name=type(each).__name__) for each in companions]
         # One turn of the loop: a companion that listens has its port when we say that we are ready.
         await asyncio.sleep(0)
         ready(port)
@@ -190,6 +191,7 @@ def _raise_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
         if task.done():
             task.result()
+            raise Unavailable(f"{task.get_name()} has ended by itself; the gateway stops, and starts anew.")
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -33,7 +33,7 @@ from headrace.contract.recipe import Recipe
 from headrace.replay.ledger.behind import oldest
 from headrace.replay.ledger.keys import KEYS, compare, covers, highest, sample_ids
 from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
-from headrace.replay.ledger.taken import recipe_of_ranges, taken
+from headrace.replay.ledger.taken import recipe_of_ranges, swapped, taken
 from headrace.stream.join.watermark import NO_TIME
 from headrace.trainer.model.calibration import left_out
 from headrace.trainer.source.batch import sample_hashes
@@ -99,16 +99,10 @@ def draw(expected: Expected, found: Found, *, recipe: Recipe, behind_max_ms: int
         behind_max_ms: how old the oldest sample may be that is not stored, or not learnt.
     """
     ledger = Ledger(tasks=expected.tasks, external=expected.rows.get("external", 0), behind_max_ms=behind_max_ms)
-    reasons = Counter(letter.reason for letter in found.letters)
-    reasons.subtract(letter.reason for letter, _ in found.retried)
-    ledger.dead_letters = {reason: count for reason, count in reasons.items() if count}
-    letters = sum(letter.tag in found.tags for letter in found.letters)
-    fates = Counter[str](fate for letter, fate in found.retried if letter.tag in found.tags)
+    letters, fates = count_letters(ledger, found.letters, found.retried, found.tags)
     draw_gateways(ledger, sum(expected.rows.values()), letters, found.punctuations, fates)
     ledger.impressions, ledger.feedback = expected.impressions, expected.feedback
     ledger.repeated_in_log = expected.repeated_in_log
-    for name in ("positives", "negatives", "waiting", "matched", "duplicate", "late", "orphans", "pending"):
-        setattr(ledger, name, sum(getattr(counts, name) for counts in expected.tasks.values()))
     ids_N = sample_ids(expected.samples)
     if found.topic_begins.by_partition:
         forgotten = expected.samples.filter(pa.array(covers(expected.samples, found.topic_begins)))
@@ -122,18 +116,36 @@ def draw(expected: Expected, found: Found, *, recipe: Recipe, behind_max_ms: int
         counts, left_N = _draw_model(expected, found, run, ids_N, recipe)
         _draw_behind(ledger, expected, "model", left_N)
         ledger.models[counts.run] = counts
-        for name in ("learnt", "refused", "sampled_out", "in_flight"):
-            setattr(ledger, name, getattr(counts, name))
+    return finish(ledger)
+
+
+def finish(ledger: Ledger) -> Ledger:
+    """Fill the totals of what is drawn by task, by model run and by place, and the verdict."""
+    for name in ("positives", "negatives", "waiting", "matched", "duplicate", "late", "orphans", "pending"):
+        setattr(ledger, name, sum(getattr(counts, name) for counts in ledger.tasks.values()))
     if ledger.models:
+        newest = list(ledger.models.values())[-1]
+        for name in ("learnt", "refused", "sampled_out", "in_flight", "unaccounted"):
+            setattr(ledger, name, getattr(newest, name))
         ledger.lost_where["model"] = sum(counts.lost for counts in ledger.models.values())
         ledger.twice_where["model"] = sum(counts.twice for counts in ledger.models.values())
-        ledger.unaccounted = list(ledger.models.values())[-1].unaccounted
     else:
         ledger.in_flight = ledger.samples
     ledger.lost, ledger.twice = sum(ledger.lost_where.values()), sum(ledger.twice_where.values())
-    ledger.overdue = sorted(where for where, ms in ledger.behind_ms.items() if ms > behind_max_ms)
+    ledger.overdue = sorted(where for where, ms in ledger.behind_ms.items() if ms > ledger.behind_max_ms)
     ledger.closes = _closes(ledger)
     return ledger
+
+
+def count_letters(
+    ledger: Ledger, letters: Sequence[DeadLetter], retried: Sequence[tuple[DeadLetter, Fate]], tags: frozenset[str]
+) -> tuple[int, Counter[str]]:
+    """Fill `dead_letters`; return how many are of declared events, and what came of those that were offered again."""
+    reasons = Counter(letter.reason for letter in letters)
+    reasons.subtract(letter.reason for letter, _ in retried)
+    ledger.dead_letters = {reason: count for reason, count in reasons.items() if count}
+    fates = Counter[str](fate for letter, fate in retried if letter.tag in tags)
+    return sum(letter.tag in tags for letter in letters), fates
 
 
 def _closes(ledger: Ledger) -> bool:
@@ -143,7 +155,7 @@ def _closes(ledger: Ledger) -> bool:
         and ledger.samples == ledger.learnt + ledger.refused + ledger.sampled_out + ledger.in_flight
         and all(counts.closes() for counts in ledger.tasks.values())
         and all(counts.closes() for counts in ledger.models.values())
-        and ledger.lost == ledger.twice == ledger.unaccounted == 0
+        and ledger.lost == ledger.twice == ledger.unaccounted == len(ledger.seals_wrong) == 0
     )
 
 
@@ -246,6 +258,9 @@ def _draw_model(
     if not unknown:
         counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, ours_taken - named)
     counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - ours_taken)
+    # As many, and not the same: at least one is missing, and one is there that should not be.
+    exchanged = swapped(expected.samples, ours_N, run, read)
+    counts.lost, counts.twice = counts.lost + exchanged, counts.twice + exchanged
     return counts, ours_N & ~took_N & ~covered_N
 
 

@@ -109,6 +109,17 @@ class Ledger(msgspec.Struct, kw_only=True):
     events_begin: dict[str, int] = {}
     """First offset of each partition of `events` whose beginning retention took. Then nothing accounts for what came
     before the samples, `read` to `pending`; `lost` is what the topic, the lake and the steps lack of each other."""
+    drawn_from: str = "log"
+    """`log`: everything was read and compared by id. `seals`: counts and sums of ids were compared, and what the join
+    made of `events` is its own word."""
+    sealed: dict[str, int] = {}
+    """Drawn from seals: up to which offset of each partition of `events` the figures from `read` to `pending` go."""
+    reread: list[str] = []
+    """Drawn from seals: which ranges were read by id all the same, and why."""
+    not_sealed: str = ""
+    """Why seals could not tell, where the ledger was drawn from the log instead."""
+    seals_wrong: list[str] = []
+    """Seals that are not those of what was read: the ledger does not close."""
     retained: int = 0
     """Rows that were stored and that `lake.retention_ms` dropped since: no loss."""
 
@@ -129,13 +140,28 @@ def table(ledger: Ledger) -> str:
             f"events begins in partition {begins}: retention took what was before. What the gateways read and the join "
             "made of it is not accounted for; the topic, the lake and the steps are held against each other."
         )
+    where += _seal_lines(ledger)
     where += [_behind_line(ledger, w, ms) for w, ms in ledger.behind_ms.items()]
     return "\n".join([*lines, *where, "the ledger closes" if ledger.closes else "THE LEDGER DOES NOT CLOSE"])
 
 
 def is_sound(ledger: Ledger) -> bool:
     """Say whether nothing is lost, counted twice, overdue or past accounting for: the verb's exit code."""
-    return not (ledger.lost or ledger.twice or ledger.overdue or ledger.unaccounted)
+    return not (ledger.lost or ledger.twice or ledger.overdue or ledger.unaccounted or ledger.seals_wrong)
+
+
+def _seal_lines(ledger: Ledger) -> list[str]:
+    lines = [f"WRONG SEAL: {wrong}" for wrong in ledger.seals_wrong]
+    if ledger.drawn_from == "seals":
+        upto = ", ".join(f"partition {partition} up to offset {offset}" for partition, offset in ledger.sealed.items())
+        lines.append(
+            f"drawn from seals: what the join made of events is its own word, {upto}. `headrace ledger --full` joins "
+            "once more what the log still has."
+        )
+    lines += [f"read by id: {what}" for what in ledger.reread]
+    if ledger.not_sealed:
+        lines.append(f"read in full, since seals do not tell: {ledger.not_sealed}")
+    return lines
 
 
 def _behind_line(ledger: Ledger, where: str, behind_ms: int) -> str:

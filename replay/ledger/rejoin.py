@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import msgspec
 import pyarrow as pa
@@ -31,6 +32,8 @@ from headrace.replay.ledger.draw import Expected
 from headrace.replay.ledger.keys import JOINED, in_order
 from headrace.replay.ledger.ledger import TaskCounts
 from headrace.stream.join.join import JoinState
+from headrace.stream.join.outcome import Totals
+from headrace.stream.join.rules_in_force import Lane
 
 # 1 s before the newest record: partitions are read to ends that were asked one after the other, and totals in one may
 # speak of appends beyond the end of another.
@@ -39,10 +42,22 @@ RUN_RECORDS = 64
 """Most records that are joined at once: a pass costs what some ten small records do."""
 
 
-def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple[Expected, list[Punctuation]]:
+Noted = dict[int, tuple[Totals, list[Lane]]]
+"""By partition: the join's totals and tasks after one record."""
+
+
+def rejoin(
+    project: Project,
+    config: Config,
+    records: Iterable[Record],
+    *,
+    cuts: Mapping[int, int] = MappingProxyType({}),
+    noted: Noted | None = None,
+) -> tuple[Expected, list[Punctuation]]:
     """Return what the join makes of `records`, and the gateways' punctuation that carries settled totals.
 
     `project` is read by the rules that were in force from the log's beginning (`stream.rule_changes.first_rules`).
+    What the join stands at after the record at `cuts[partition]` is put into `noted`.
 
     Raises `InvariantBroken` when the log no longer begins at offset 0: what came before it is not known any more.
     """
@@ -52,7 +67,7 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
     said: list[tuple[int, Punctuation]] = []
     answers = Counter[tuple[int, str]]()
     newest_ms, watermarks = 0, Watermarks(config.ingest.silent_ms)
-    for run, answered in _runs(records):
+    for run, answered in _runs(records, cuts):
         first = run[0]
         state = states.get(first.partition)
         if state is None:
@@ -70,6 +85,8 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
             )
         before = state.totals.feedback
         emitted = state.take_all(run)
+        if noted is not None and run[-1].offset == cuts.get(first.partition):
+            noted[first.partition] = state.totals, state.tasks
         answers[first.partition, answered] += state.totals.feedback - before
         if emitted is not None:
             tables.append(pa.Table.from_batches([emitted.batch.select(JOINED.names)]).cast(JOINED))
@@ -82,13 +99,13 @@ def rejoin(project: Project, config: Config, records: Iterable[Record]) -> tuple
                     watermarks.take(record.partition, record.offset, promise)
                     said.append((record.timestamp_ms, promise))
             elif record.value is not None and kind in rows:
-                rows[kind] += _row_count(record.value)
+                rows[kind] += row_count(record.value)
     samples = in_order(pa.concat_tables(tables)).combine_chunks() if tables else JOINED.empty_table()
     settled = [p for at, p in said if at <= newest_ms - SETTLED_MS or p.bye]
     return _expected(samples, rows, answers, list(states.values()), watermarks), settled
 
 
-def _runs(records: Iterable[Record]) -> Iterator[tuple[list[Record], str]]:
+def _runs(records: Iterable[Record], cuts: Mapping[int, int]) -> Iterator[tuple[list[Record], str]]:
     """Cut each partition into runs that the join takes at once: (records, the type of feedback among them or "")."""
     waiting: dict[int, list[Record]] = {}
     types: dict[int, str] = {}
@@ -101,8 +118,12 @@ def _runs(records: Iterable[Record]) -> Iterator[tuple[list[Record], str]]:
             waiting[partition] = run
         run.append(record)
         types[partition] = kind or before
+        if record.offset == cuts.get(partition):
+            yield run, types[partition]
+            waiting[partition], types[partition] = [], ""
     for partition, run in waiting.items():
-        yield run, types[partition]
+        if run:
+            yield run, types[partition]
 
 
 def _expected(
@@ -146,7 +167,7 @@ def _identities_only(project: Project) -> Project:
     )
 
 
-def _row_count(value: bytes) -> int:
+def row_count(value: bytes) -> int:
     """Return how many rows a record holds, decoding its first column only; 0 where it can't be decoded."""
     try:
         with pa.ipc.open_stream(

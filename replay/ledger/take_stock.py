@@ -3,39 +3,113 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal
 
 import msgspec
 import pyarrow as pa
 
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.formats.dead_letters import decode_dead_letter, decode_retry_mark
+from headrace.contract.formats.dead_letters import DeadLetter, Fate, decode_dead_letter, decode_retry_mark
 from headrace.contract.formats.events import Punctuation
-from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.positions import Positions, order_of
+from headrace.contract.formats.seals import whole
 from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.lake import LakeReader
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.lake import LakeReader, LakeState
 from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.project import Project
 from headrace.contract.recipe import Recipe
 from headrace.ingest.dead_letters.letters import Letter, superseded
-from headrace.replay.ledger.draw import Found, draw
+from headrace.kernels.sample_ids import seal_of
+from headrace.replay.ledger.draw import Found, draw, finish
+from headrace.replay.ledger.from_seals import SealedStock, tags_of
+from headrace.replay.ledger.joined import read_joined, wrong_accounts
 from headrace.replay.ledger.kept import expected_of_kept
-from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, sample_keys
+from headrace.replay.ledger.kept_account import KeptAccount
+from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, order, sample_keys
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.refused import JUDGED, refused_ids
-from headrace.replay.ledger.rejoin import rejoin
+from headrace.replay.ledger.rejoin import Noted, rejoin
 from headrace.replay.ledger.taken import stored_by_log
+from headrace.replay.ledger.topic_seals import NotSealed
 from headrace.replay.recorded import recorded, recorded_steps
 from headrace.stream.rule_changes import first_rules
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.source.stored import stored_order
 
+logger = logging.getLogger("headrace.ledger")
 
-def take_stock(project: Project, config: Config, topics: Topics, reader: Reader, lake: LakeReader) -> Ledger:
+Mode = Literal["auto", "full", "seals"]
+
+
+def take_stock(
+    project: Project,
+    config: Config,
+    topics: Topics,
+    reader: Reader,
+    lake: LakeReader,
+    *,
+    blobs: Blobs | None = None,
+    mode: Mode = "auto",
+    topic_ids: Mapping[str, str] = MappingProxyType({}),
+) -> Ledger:
+    """Return the ledger: from seals, or from the log where these do not tell.
+
+    Args:
+        blobs: the store; without it there are no seals.
+        mode: `full` reads everything and compares it with the seals; `auto` does where `events` is whole and has at
+            most `ledger.full_records_max` records.
+        topic_ids: of `events`, `samples` and `steps`, where the broker tells them.
+    """
+    if blobs is None or mode == "full" or (mode == "auto" and _is_small(reader, topics, config)):
+        ledger = _from_log(project, config, topics, reader, lake, blobs)
+        reader.close()
+        return ledger
+    stock = SealedStock(project, config, topics, reader, lake, blobs, dict(topic_ids))
+    recipes = _recipes(project, [], read_manifests(reader, topics, project.name))
+
+    def letters() -> tuple[list[DeadLetter], list[tuple[DeadLetter, Fate]]]:
+        marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
+        found = _letters(reader, topics)
+        return [letter.content for letter in found], superseded(found, marks)
+
+    try:
+        ledger, account = stock.draw({run: recipe.heads for run, recipe in recipes.items()}, letters)
+        if ledger.closes:
+            _keep(stock, account)
+    except NotSealed as error:
+        ledger = _from_log(project, config, topics, reader, lake, blobs)
+        ledger.not_sealed = str(error)
+    reader.close()
+    return ledger
+
+
+def _keep(stock: SealedStock, account: KeptAccount) -> None:
+    try:
+        stock.keep(account)
+    except Unavailable as error:
+        logger.warning("the next drawing begins where this one began: %s", error)
+
+
+def _is_small(reader: Reader, topics: Topics, config: Config) -> bool:
+    begins, ends = reader.begin_offsets(topics.events), reader.end_offsets(topics.events)
+    return not any(begins.values()) and sum(ends.values()) <= config.ledger.full_records_max
+
+
+def _letters(reader: Reader, topics: Topics) -> list[Letter]:
+    return [Letter(offset, letter) for offset, letter in recorded(reader, topics.dead_letters, decode_dead_letter)]
+
+
+def _from_log(
+    project: Project, config: Config, topics: Topics, reader: Reader, lake: LakeReader, blobs: Blobs | None
+) -> Ledger:
     """Read effects before causes (steps, lake, samples, events), so that what an effect contains is found in the log.
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
@@ -48,14 +122,16 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
     began = first_rules(project, list(read_range(reader, topics.rules)))
     trimmed = {str(p): offset for p, offset in sorted(reader.begin_offsets(topics.events).items()) if offset > 0}
+    joined = read_joined(blobs, topics.generation, reader.end_offsets(topics.events)) if blobs is not None else {}
     events = read_range(reader, topics.events)
     punctuations: list[Punctuation] = []
+    noted: Noted = {}
     if trimmed:
         expected = expected_of_kept(stored, topic, events, silent_ms=config.ingest.silent_ms)
     else:
-        expected, punctuations = rejoin(began, config, events)
-    letters = [Letter(offset, letter) for offset, letter in recorded(reader, topics.dead_letters, decode_dead_letter)]
-    reader.close()
+        cuts = {partition: one.offset for partition, one in joined.items()}
+        expected, punctuations = rejoin(began, config, events, cuts=cuts, noted=noted)
+    letters = _letters(reader, topics)
 
     steps = [step for step in steps if step.model == project.name]
     retained_before_ms = state.retained_before_ms if state is not None else 0
@@ -75,7 +151,7 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
         steps=steps,
         stored_keys=stored_keys,
         letters=[letter.content for letter in letters],
-        tags=frozenset({project.impression.tag, *(feedback.tag for feedback in project.feedback)}),
+        tags=tags_of(project),
         punctuations=punctuations,
         retried=superseded(letters, marks),
         retained_before_ms=retained_before_ms,
@@ -84,7 +160,26 @@ def take_stock(project: Project, config: Config, topics: Topics, reader: Reader,
     )
     ledger = draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)
     ledger.events_begin = trimmed
-    return ledger
+    ledger.seals_wrong = wrong_accounts(joined, noted, expected.samples)
+    if blobs is not None and state is not None and not retained_before_ms:
+        ledger.seals_wrong += _wrong_lake(lake, state, stored)
+    return finish(ledger)
+
+
+def _wrong_lake(lake: LakeReader, state: LakeState, stored: pa.Table) -> list[str]:
+    """Say of which partitions the lake's seal is not that of its rows."""
+    wrong: list[str] = []
+    for partition, sealed in sorted(lake.seals()[0].items()):
+        # One that moved on meanwhile is not judged.
+        if sealed.upto == state.positions.at(partition):
+            places_N = order(stored)
+            ours_N = (places_N > order_of(sealed.since)) & (places_N <= order_of(sealed.upto))
+            ours = stored.filter(pa.array(ours_N & (stored["partition"].to_numpy() == partition)))
+            if whole(seal_of(ours)) != sealed.seal:
+                wrong.append(
+                    f"lake, partition {partition} up to {tuple(sealed.upto)}: its seal is not that of its rows"
+                )
+    return wrong
 
 
 def _recipes(project: Project, steps: Sequence[Step], manifests: Sequence[Manifest]) -> dict[str, Recipe]:

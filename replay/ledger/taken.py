@@ -5,7 +5,7 @@ Legend: N expected samples, in (partition, position) order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 import msgspec
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from headrace.contract.formats.positions import Position, Positions, order_of
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.recipe import Recipe
+from headrace.kernels.sample_ids import id_hashes
 from headrace.replay.ledger.keys import KEYS, covers, order, sample_ids
 from headrace.trainer.source.stored import stored_order
 
@@ -61,9 +62,10 @@ def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys
 
 
 def recipe_of_ranges(samples: pa.Table, steps: Iterable[Step], recipe: Recipe) -> Recipe:
-    """Return the recipe by which a run's live ranges hold as many rows as they say: `recipe`, or `recipe` with the
-    fewest other tasks that fit; `recipe` where none does.
+    """Return the recipe by which a run's live ranges hold as many rows as they say, and the same: `recipe`, or `recipe`
+    with the fewest other tasks that fit; `recipe` where none does. Where only the numbers fit, those.
     """
+    steps = list(steps)
     live = [r for step in steps for r in step.ranges if r.kind == "live"]
     names = sorted(samples["task"].unique().to_pylist())
     counts_RT = np.stack([_rows_of(samples, live, name) for name in names], axis=1) if names and live else None
@@ -73,10 +75,14 @@ def recipe_of_ranges(samples: pa.Table, steps: Iterable[Step], recipe: Recipe) -
     choices = [recipe.heads]
     if len(names) <= CHOSEN_OF_MAX:
         choices += [some for size in range(1, len(names) + 1) for some in combinations(names, size)]
-    for tasks in choices:
-        if (counts_RT[:, [name in tasks for name in names]].sum(axis=1) == rows_R).all():
-            return recipe if tasks == recipe.heads else msgspec.structs.replace(recipe, task=tasks[0], tasks=tasks)
-    return recipe
+    fitting = [t for t in choices if (counts_RT[:, [name in t for name in names]].sum(axis=1) == rows_R).all()]
+    for tasks in fitting:
+        ours_N = pc.is_in(samples["task"], value_set=pa.array(tasks)).to_numpy()
+        if not swapped(samples, ours_N, steps, {}):
+            break
+    else:
+        tasks = fitting[0] if fitting else recipe.heads
+    return recipe if tasks == recipe.heads else msgspec.structs.replace(recipe, task=tasks[0], tasks=tasks)
 
 
 def _rows_of(samples: pa.Table, live: Sequence[StepRange], task: str) -> npt.NDArray[np.int64]:
@@ -119,6 +125,43 @@ def stored_by_log(
             found = stored_order(samples.filter(pa.array(held_N)), tasks)
             return (found.slice(max(0, found.num_rows - rows)) if retained else found).select(KEYS.names)
     return None
+
+
+def swapped(
+    samples: pa.Table, ours_N: npt.NDArray[np.bool_], steps: Iterable[Step], keys: Mapping[int, pa.Table | None]
+) -> int:
+    """Return how many ranges took as many samples as they should, and not the same: their sums of ids differ.
+
+    Args:
+        ours_N: which samples are of the run's tasks.
+        keys: KEYS of these tasks, in total order, by version of the lake.
+    """
+    told = [r for step in steps for r in step.ranges if r.sum is not None]
+    count = 0
+    ours = samples.filter(pa.array(ours_N))
+    for partition in {r.partition for r in told if r.kind == "live"}:
+        here = ours.filter(pc.equal(ours["partition"], partition))
+        live = [r for r in told if r.kind == "live" and r.partition == partition]
+        order_K = order(here)
+        ends = [np.searchsorted(order_K, [order_of(r.after) for r in live], "right")]
+        ends.append(np.searchsorted(order_K, [order_of(r.upto) for r in live], "right"))
+        count += _unlike(here, live, *ends)
+    for version, rows in keys.items():
+        cuts = [r for r in told if r.kind == "stored" and r.version == version]
+        if rows is not None and cuts:
+            ends = [np.minimum([r.start for r in cuts], len(rows)), np.minimum([r.stop for r in cuts], len(rows))]
+            count += _unlike(rows, cuts, *ends)
+    return count
+
+
+def _unlike(
+    rows: pa.Table, ranges: Sequence[StepRange], starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+) -> int:
+    sums_S = np.zeros(rows.num_rows + 1, np.uint64)
+    np.cumsum(id_hashes(rows), out=sums_S[1:])
+    there_R = (sums_S[stops] - sums_S[starts]).tolist()
+    triples = zip(ranges, (stops - starts).tolist(), there_R, strict=True)
+    return sum(each.rows == rows_ and each.sum != there for each, rows_, there in triples)
 
 
 def _overlaps(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:

@@ -33,9 +33,10 @@ import mmap
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -141,6 +142,9 @@ class SharedModel:
             if os.fstat(file.fileno()).st_size != size:
                 raise InvariantBroken(f"{path} has another size; the updater must make it anew: restart `serve`.")
             self._map = mmap.mmap(file.fileno(), size)
+            self._file = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._file)
+        self._reserved_rows = -1
         raw = np.frombuffer(self._map, np.uint8)
         self._head = raw[: _HEAD * 8].view(np.int64)
         at = _HEAD * 8
@@ -394,6 +398,29 @@ class SharedModel:
             raise Overloaded(f"more than {DENSE_MAX} dense weights do not fit.")
         if len(msgspec.json.encode(meta)) > META_BYTES:
             raise Overloaded(f"a feature spec of more than {META_BYTES} bytes does not fit.")
+        self._reserve(min(self.rows_max, rows + new))
+
+    def _reserve(self, rows: int) -> None:
+        """Take the memory that `rows` rows need in both copies, or raise `Overloaded` and leave both as they are.
+
+        A page that is first written when the filesystem is full ends the process with SIGBUS, and the next one too.
+        """
+        if rows <= self._reserved_rows:
+            return
+        parts: list[npt.NDArray[Any]] = [self._head, self._note, self._ring]
+        for copy in range(2):
+            parts += [self._meta[copy], self._dense[copy], self._index[copy]]
+            parts += [self._keys[copy][:rows], self._values[copy][:rows]]
+        origin = self._head.__array_interface__["data"][0]
+        try:
+            for part in parts:
+                os.posix_fallocate(self._file, part.__array_interface__["data"][0] - origin, max(1, part.nbytes))
+        except OSError as error:
+            raise Overloaded(
+                f"{self.path.parent} has no room for {rows} rows ({error.strerror}); make room: the next snapshot is "
+                "tried again."
+            ) from error
+        self._reserved_rows = rows
 
     def _rows_of(self, keys_K: Int64s) -> Int64s:
         rows_K = np.empty(len(keys_K), np.int64)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from headrace.contract.errors import EventRejected, Unavailable
 from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, decode_batch, encode_batch
 from headrace.contract.interfaces.log import Producer, Reader, Record, read_range
-from headrace.stream.shell.waits import LOAD_MAX_S, RECEIPT_MAX_S, Waits
+from headrace.process.waits import LOAD_MAX_S, RECEIPT_MAX_S, Waits
 
 _TAIL_RECORDS = 1_000
 _FURTHER = 8

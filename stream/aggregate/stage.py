@@ -26,7 +26,8 @@ import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, encode_batch
-from headrace.contract.interfaces.log import Record
+from headrace.contract.interfaces.log import Record, check_topic
+from headrace.process.waits import Waits
 from headrace.stream.aggregate.core import AggregatorState, Settled
 from headrace.stream.aggregate.epochs import Epochs, epoch_of, headers_of
 from headrace.stream.join.state import Damaged
@@ -37,11 +38,9 @@ from headrace.stream.shell.durable_state import (
     StateSnapshot,
     StateStore,
     await_stored,
-    check_topic,
 )
 from headrace.stream.shell.engine import Engine
 from headrace.stream.shell.unreadable_events import tell_unreadable
-from headrace.stream.shell.waits import Waits
 
 RECORD_ROWS = 5_000
 

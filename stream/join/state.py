@@ -36,9 +36,10 @@ from headrace.contract.spec import Counter
 from headrace.kernels.ring_table import FIRST, NEXT
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.local_counters import LocalCounter, Rows
+from headrace.stream.join.outcome import TaskCounts, Totals
 from headrace.stream.join.payload import Piece
 from headrace.stream.join.recent_keys import RecentKeys
-from headrace.stream.join.rules_in_force import RulesInForce
+from headrace.stream.join.rules_in_force import Lane, RulesInForce
 
 VERSION = 3
 INLINE_ROWS = 16_384
@@ -375,3 +376,15 @@ def _rows_of(plain: list[Any]) -> Rows:
     number_R = _array(numbers, np.int64)
     entries = len(counts) // 8 // max(1, len(number_R))
     return Rows(_array(keys, np.uint64, 2), number_R, _array(counts, np.int64).reshape(len(number_R), entries))
+
+
+def totals_of(plain: Mapping[str, Any]) -> tuple[Totals, list[Lane], dict[str, int]]:
+    """Return, of a manifest, what became of all rows so far, the tasks with their feedback in the order of
+    `Totals.tasks`, and the rows of each type of feedback, repeats left out.
+    """
+    impressions, feedback, repeated_in_log, bad_records = plain["totals"]
+    told = zip(_array(plain["counts"], np.int64, 9).tolist(), [tuple(lane) for lane in plain["lanes"]], strict=True)
+    kept = [(TaskCounts(*row), lane) for row, lane in told if lane[1]]
+    totals = Totals(impressions, feedback, repeated_in_log, bad_records, [counts for counts, _ in kept])
+    answers = {of["name"]: count for of, count in zip(plain["feedback"], plain["answers"], strict=True)}
+    return totals, [lane for _, lane in kept], answers

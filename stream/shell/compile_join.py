@@ -28,6 +28,7 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.contract.rules import change_of, encode_change
+from headrace.kernels.sample_ids import seal_of
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import encode_state, load_state
 
@@ -42,7 +43,9 @@ def compile_join(project: Project, config: JoinConfig) -> None:
     """
     state = JoinState(project, config, silent_ms=1_000, partition=0)
     for record in _records(project):
-        state.take(record)
+        emitted = state.take(record)
+        if emitted is not None:
+            seal_of(emitted.batch)
     data = encode_state(state)
     again = JoinState(project, config, silent_ms=1_000, partition=0)
     load_state(again, data)

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from headrace.contract.errors import InvariantBroken, Overloaded
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Producer
+from headrace.process.waits import CALL_MAX_S, LOAD_MAX_S, RECEIPT_MAX_S, Waits
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
-from headrace.stream.shell.waits import CALL_MAX_S, LOAD_MAX_S, RECEIPT_MAX_S, Waits
 
 log = logging.getLogger("headrace.state")
 
@@ -310,16 +310,6 @@ class DurableState:
             self._fail(error)
             return
         self._without_receipt.pop(number, None)
-
-
-def check_topic(stored_id: str, topic_id: str, topic: str) -> None:
-    """Raise `InvariantBroken` where a state was made of a topic of the same name that is no more."""
-    if stored_id and topic_id and stored_id != topic_id:
-        raise InvariantBroken(
-            f"the stored state is of topic {topic!r} with id {stored_id}, and the topic has id {topic_id}: it was "
-            "deleted and made anew. Its offsets begin at 0 again, and what comes would be taken for what was read "
-            "already. Raise log.generation to begin anew beside what is stored."
-        )
 
 
 async def await_stored(states: Iterable[DurableState], producer: Producer) -> None:

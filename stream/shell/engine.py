@@ -26,10 +26,10 @@ from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.interfaces.log import Reader, Record
+from headrace.process.watchdog import Watchdog
 from headrace.stream.shell.group_watch import GroupWatch
 from headrace.stream.shell.log_ends import LogEnds
 from headrace.stream.shell.one_owner import OneOwner
-from headrace.stream.shell.watchdog import Watchdog
 
 log = logging.getLogger("headrace.engine")
 
@@ -130,6 +130,10 @@ class Engine:
         self.topic, self.begin_afresh = topic, begin_afresh
         self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)
         self.next: dict[int, int] = {}
+        self._unbegun: dict[int, int | None] = {}
+        """Where the group stands in the partitions from which no record came yet; None: at the topic's first."""
+        self._durable: dict[int, int] = {}
+        self._revoked: set[int] = set()
         self._held: dict[int, deque[Any]] = {}
         self._seeking: dict[int, float] = {}
         self._waiting: deque[Record] = deque()
@@ -144,13 +148,15 @@ class Engine:
 
     def acknowledge(self, partition: int, upto: int) -> None:
         """Let Faust commit the partition's records up to offset `upto`, whose effects are durable."""
+        if partition in self._durable:
+            self._durable[partition] = max(self._durable[partition], upto + 1)
         held = self._held.get(partition)
         while held and held[0].offset <= upto:
             held.popleft().ack(self.app.consumer)
 
     def lag(self) -> int:
         """Return how many records lie in the log beyond what was taken, over all partitions."""
-        return self._ends.lag(dict(self.next))
+        return self._ends.lag({**self._unbegun, **self.next})
 
     def end(self, partition: int) -> int | None:
         """Return the partition's end as of the last look, which is seconds old; None before the first."""
@@ -160,9 +166,9 @@ class Engine:
         """Return when the oldest record was written that the stage stands still before; None while it moves."""
         return self._ends.oldest_ms
 
-    def _standing(self) -> dict[int, int]:
+    def _standing(self) -> dict[int, int | None]:
         """Return where the stage waits for records; nowhere while some wait for it, or a partition begins."""
-        return {} if self._waiting or self._beginning else dict(self.next)
+        return {} if self._waiting or self._beginning else {**self._unbegun, **self.next}
 
     def run(self, stage: Stage, stop: threading.Event, ready: Callable[[bool, str], None]) -> int:
         """Run until `stop`; return the exit status: 0, or 1 after a failure that a restart may cure."""
@@ -261,13 +267,19 @@ class Engine:
             self._look_due_s = now_s + LOOK_S
             consumer: Any = self.app.consumer
             self._group.look(consumer._thread)
+            # Faust knows where a partition's reading begins once it has asked the group.
+            mine = [tp for tp in list(consumer._read_offset) if tp.topic == self.topic]
+            self._unbegun = {tp.partition: consumer._committed_offset.get(tp) for tp in mine}
             self._ends.look()
 
     def _forget(self, stage: Stage, partitions: set[int]) -> None:
         stage.drop(partitions)
         self._waiting = deque(record for record in self._waiting if record.partition not in partitions)
+        self._revoked |= partitions
         for partition in partitions:
             self.next.pop(partition, None)
+            self._unbegun.pop(partition, None)
+            self._durable.pop(partition, None)
             self._held.pop(partition, None)
             self._seeking.pop(partition, None)
 
@@ -276,11 +288,19 @@ class Engine:
         partition, offset = message.partition, message.offset
         if partition not in self.next:
             self._beginning = True
-            self.next[partition] = await self._begin(stage, partition, offset)
+            self._revoked.discard(partition)
+            wanted = await self._begin(stage, partition, offset)
             self._beginning = False
+            if partition in self._revoked:
+                # It was taken away meanwhile. This record is of an assignment that is no more; it comes again.
+                stage.drop({partition})
+                return
+            self.next[partition] = self._durable[partition] = wanted
         following = self.next[partition]
         if offset < following:
-            message.ack(self.app.consumer)
+            # A repeat of what was taken and is not durable yet is acknowledged with it: the group must not be ahead.
+            if offset < self._durable[partition]:
+                message.ack(self.app.consumer)
             return
         if offset > following:
             await self._seek(partition, offset, following)

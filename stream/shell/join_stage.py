@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,16 @@ import pyarrow.compute as pc
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.sample import format_position
-from headrace.contract.interfaces.log import Record
+from headrace.contract.formats.seals import HEADER
+from headrace.contract.interfaces.log import Record, check_topic
 from headrace.contract.metrics import Name
 from headrace.contract.rules import Rules, differences, rules_of
+from headrace.process.waits import Waits
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.outcome import Emitted, TaskCounts
 from headrace.stream.join.payload import Spill
 from headrace.stream.join.state import StateWriter, load, part_names, read_manifest
+from headrace.stream.shell.account import Account, fresh_account, load_account
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import (
     DurableState,
@@ -40,11 +43,9 @@ from headrace.stream.shell.durable_state import (
     StateSnapshot,
     StateStore,
     await_stored,
-    check_topic,
 )
 from headrace.stream.shell.engine import Engine
 from headrace.stream.shell.unreadable_events import tell_unreadable
-from headrace.stream.shell.waits import Waits
 
 log = logging.getLogger("headrace.stream")
 
@@ -69,6 +70,7 @@ class _Partition:
     shown: list[TaskCounts]
     """What the metrics have counted so far."""
     topic_id: str = ""
+    account: Account = field(default_factory=fresh_account)
 
     def snapshot(self) -> None:
         """Begin a snapshot, unless the state has been stored as it is."""
@@ -78,6 +80,7 @@ class _Partition:
         taken = self.writer.take()
         # By the growth rules: a state without it is of a topic whose id nobody noted.
         taken.plain["topic_id"] = self.topic_id
+        taken.plain["account"] = self.account.to_plain()
         offsets, name = {self.number: taken.offset}, f"{taken.offset:020d}"
         return StateSnapshot(offsets, name, taken.manifest, taken.fresh, taken.names)
 
@@ -121,11 +124,11 @@ class StreamStage:
         restored = await durable.restore(read_manifest, partial(self._load, partition), part_names)
         if restored is None:
             state = self._new_state(partition)
-            restored = state, StateWriter(state)
-        state, writer = restored
+            restored = state, StateWriter(state), fresh_account()
+        state, writer, account = restored
         durable.stored = {partition: state.offset}
         self.partitions[partition] = _Partition(
-            partition, state, writer, durable, state.totals.tasks, self.deps.topic_id
+            partition, state, writer, durable, state.totals.tasks, self.deps.topic_id, account
         )
         self._tell_rules(partition, state, None)
         return state.offset + 1 if state.offset >= 0 else None
@@ -133,15 +136,20 @@ class StreamStage:
     async def take_all(self, records: Sequence[Record]) -> None:
         """Join records of one partition, in order, and send what they resolved."""
         partition = self.partitions[records[0].partition]
-        before, bad = partition.state.rules, partition.state.row_totals()[-1]
+        before, above = partition.state.rules, partition.state.offset
+        bad = partition.state.row_totals()[-1]
         emitted = partition.state.take_all(records)
         if partition.state.rules.number != before.number:
             self._tell_rules(partition.number, partition.state, before.declared)
         self.deps.metrics.add("records_read_total", len(records))
         tell_unreadable(records, partition.state.row_totals()[-1] - bad, self.deps.metrics)
+        partition.account.take_records(records, above)
         if emitted is not None:
             pieces = _pieces(emitted)
-            await partition.durable.send(len(pieces), self._outgoing(partition.number, pieces))
+            # Before anything waits: a snapshot has the samples of the state in its account.
+            watermark_ms = partition.state.watermark.time_ms
+            seals = [partition.account.take_samples(piece.batch, watermark_ms) for piece in pieces]
+            await partition.durable.send(len(pieces), self._outgoing(partition.number, pieces, seals))
             self.deps.metrics.add("samples_emitted_total", emitted.batch.num_rows)
 
     async def tick(self) -> None:
@@ -204,22 +212,23 @@ class StreamStage:
 
     def _load(
         self, partition: int, plain: Mapping[str, Any], part: Callable[[str], bytes | None]
-    ) -> tuple[JoinState, StateWriter]:
+    ) -> tuple[JoinState, StateWriter, Account]:
         check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
         state = self._new_state(partition)
-        return state, load(state, plain, part)
+        return state, load(state, plain, part), load_account(plain, state.last)
 
     def _new_state(self, partition: int) -> JoinState:
         config = self.deps.config
         silent_ms = config.ingest.silent_ms
         return JoinState(self.deps.project, config.join, silent_ms=silent_ms, partition=partition, spill=self.spill)
 
-    def _outgoing(self, partition: int, pieces: list[Emitted]) -> Iterator[Outgoing]:
-        for piece in pieces:
+    def _outgoing(self, partition: int, pieces: list[Emitted], seals: list[str]) -> Iterator[Outgoing]:
+        for piece, seal in zip(pieces, seals, strict=True):
             headers = {
                 "after": format_position(piece.after),
                 "last": format_position(piece.last),
                 "spec": ",".join(pc.unique(piece.batch.column("spec")).to_pylist()),
+                HEADER: seal,
             }
             yield Outgoing(self.deps.topics.samples, partition, encode_batch(piece.batch), headers=headers)
 

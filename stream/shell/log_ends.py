@@ -22,9 +22,12 @@ STILL_LOOKS_MAX = 60
 class LogEnds:
     """The ends of one topic, and what waits before them."""
 
-    def __init__(self, topic: str, open_reader: Callable[[], Reader], taken: Callable[[], Mapping[int, int]]) -> None:
-        """`taken` says, from any thread, the next offset of each partition that the stage takes."""
+    def __init__(
+        self, topic: str, open_reader: Callable[[], Reader], taken: Callable[[], Mapping[int, int | None]]
+    ) -> None:
+        """`taken` says, from any thread, the next offset of each partition that the stage takes; None for the first."""
         self.topic, self._open_reader, self._taken = topic, open_reader, taken
+        self.begins: Mapping[int, int] = {}
         self.ends: Mapping[int, int] = {}
         self.oldest_ms: int | None = None
         """When the oldest record was written that a partition stands before; None while all move or nothing waits."""
@@ -34,9 +37,11 @@ class LogEnds:
         self._failure: BaseException | None = None
         self._stopped = threading.Event()
 
-    def lag(self, following: Mapping[int, int]) -> int:
-        """Return how many records lie at and beyond these offsets, as of the last look."""
-        return sum(max(0, self.ends.get(partition, 0) - offset) for partition, offset in following.items())
+    def lag(self, following: Mapping[int, int | None]) -> int:
+        """Return how many records lie at and beyond these offsets, None for the topic's first, as of the last look."""
+        begins = self.begins
+        at = {p: begins.get(p, 0) if offset is None else offset for p, offset in following.items()}
+        return sum(max(0, self.ends.get(partition, 0) - offset) for partition, offset in at.items())
 
     def look(self) -> None:
         """Raise what stopped the thread, or `Unavailable` where a partition was not moved on for too long."""
@@ -71,8 +76,8 @@ class LogEnds:
 
     def read(self, reader: Reader) -> None:
         """Look once."""
-        taken = dict(self._taken())
-        ends = reader.end_offsets(self.topic)
+        begins, ends = reader.begin_offsets(self.topic), reader.end_offsets(self.topic)
+        taken = {p: begins.get(p, 0) if at is None else at for p, at in self._taken().items()}
         waiting = {p: at for p, at in taken.items() if self._before.get(p) == at and ends.get(p, 0) > at}
         times: dict[int, int] = {}
         if waiting:
@@ -83,4 +88,4 @@ class LogEnds:
         # Offsets that belong to no record, such as a transaction's marker, are nothing that waits.
         self._still = {p: self._still.get(p, 0) + 1 for p in times}
         self.oldest_ms = min(times.values(), default=None)
-        self.ends, self._before = ends, taken
+        self.begins, self.ends, self._before = begins, ends, taken

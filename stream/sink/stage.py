@@ -33,8 +33,8 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.lake import LakeState, LakeWriter
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
+from headrace.process.waits import Waits
 from headrace.stream.shell.engine import Engine
-from headrace.stream.shell.waits import Waits
 
 log = logging.getLogger("headrace.sink")
 

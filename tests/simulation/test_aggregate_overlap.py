@@ -24,10 +24,10 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import AGGREGATE_SCHEMA, decode_batch
 from headrace.contract.interfaces.log import Record
+from headrace.process import waits
 from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.epochs import epoch_of
 from headrace.stream.aggregate.stage import AggregateStage
-from headrace.stream.shell import waits
 from headrace.stream.shell.dependencies import StageDependencies
 
 HOUR_MS = 3_600_000

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import fault_gateway
 import fault_matrix
 import pytest
+from fault_crawl import ROWS as CRAWL_ROWS
 from fault_gateway import GATEWAY
 from fault_matrix import (
     Call,
@@ -27,27 +28,30 @@ from fault_retry import RETRY
 from fault_stages import ROWS as STREAM_ROWS
 from fault_stages import no_threads
 
+from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Producer
+from headrace.ingest.crawl import outbox_sender
+from headrace.ingest.crawl.outbox_sender import OutboxSender
 from headrace.ingest.gateway import loop
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.gateway.log_start import LogStart
 from headrace.ingest.gateway.send_queue import Receipts, SendQueue
 from headrace.ingest.sources.kafka_source import KafkaSource
+from headrace.process.background import Background
+from headrace.process.waits import Waits
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState
 from headrace.stream.shell.durable_state import DurableState
-from headrace.stream.shell.waits import Waits
 from headrace.stream.sink.stage import SinkStage
 
-ROWS = (*STREAM_ROWS, GATEWAY, RETRY)
+ROWS = (*STREAM_ROWS, *CRAWL_ROWS, GATEWAY, RETRY)
 BY_NAME = {row.name: row for row in ROWS}
 PAIRS = [pytest.param(row, call, id=f"{row.name}-{call}") for row in ROWS for call in row.rows()]
 NOT_YET = {
     "Admin": "called by the commands before a stage begins",
     "Clock": "leaves no process",
-    "Frontier": "the crawler's",
     "LakeReader": "the trainer's and replay's",
     "LakeState": "a value, not a call",
     "Progress": "shows only",
@@ -71,9 +75,9 @@ def several(made: int) -> list[int]:
 
 @pytest.mark.parametrize(("row", "call"), PAIRS)
 def test_faults_of_each_call_end_well(row: StageRow, call: Call):
-    """A third of the cells: another third in each row, so that every fault is met. A retry's take long."""
+    """A share of the cells: another one in each row, so that every fault is met. A retry's take long."""
     cells = list(cells_of(row, call, middle))
-    every = len(cells) if row is RETRY else 3
+    every = len(cells) if row is RETRY else row.share
     for cell in cells[[pair.values for pair in PAIRS].index((row, call)) % every :: every]:
         assert check_cell(row, cell), f"{cell}: the cell was skipped"
 
@@ -221,3 +225,46 @@ def test_planted_a_position_that_moves_before_the_receipts_is_caught(monkeypatch
 def test_planted_an_epoch_that_begins_again_is_caught(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fault_gateway, "read_start", lambda *_: LogStart())
     assert is_caught("gateway", "Producer.poll")
+
+
+# -- the crawler
+
+
+def test_planted_a_sender_that_takes_a_refused_record_for_sent_is_caught(monkeypatch: pytest.MonkeyPatch):
+    def counts(self, group, _error, _offset):
+        group.open -= 1
+
+    monkeypatch.setattr(OutboxSender, "_delivered", counts)
+    assert is_caught("crawl", "Producer.send.delivered")
+
+
+def test_planted_a_receipt_that_the_crawler_waits_for_without_a_bound_is_caught(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(outbox_sender, "RECEIPT_MAX_S", 1e9)
+    assert is_caught("crawl", "Producer.send.delivered")
+
+
+def test_planted_a_sender_that_dies_alone_is_caught(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Background, "check", lambda self: None)
+    assert is_caught("crawl", "Frontier.make_safe")
+
+
+def test_planted_an_outbox_that_is_cleared_before_its_receipts_is_caught(monkeypatch: pytest.MonkeyPatch):
+    told = OutboxSender._send
+
+    def send(self, versions, group):
+        told(self, versions, group)
+        self._frontier.sent(group.number)
+
+    monkeypatch.setattr(OutboxSender, "_send", send)
+    assert is_caught("crawl", "Frontier.sent")
+
+
+def test_planted_a_memory_that_is_begun_before_what_is_served_is_known_is_caught(monkeypatch: pytest.MonkeyPatch):
+    told = SqliteFrontier.take_over
+
+    def take_over(self, entities):
+        told(self, entities)
+        self.next_epoch(1)
+
+    monkeypatch.setattr(SqliteFrontier, "take_over", take_over)
+    assert is_caught("crawl", "Frontier.take_over")

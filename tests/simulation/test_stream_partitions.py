@@ -26,11 +26,11 @@ from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, Punctuation, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
+from headrace.process import waits
 from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState
-from headrace.stream.shell import waits
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import DurableState
 from headrace.stream.shell.join_stage import StreamStage

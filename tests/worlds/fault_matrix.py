@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from headrace.backends.clock import VirtualClock
 from headrace.contract import interfaces
 from headrace.contract.errors import Overloaded, Unavailable
-from headrace.stream.shell.watchdog import STILL_MAX_S, Watchdog
+from headrace.process.watchdog import STILL_MAX_S, Watchdog
 
 BEFORE_STEPS = 6
 """Steps of the process that is killed before: some of its work is stored then."""
@@ -317,6 +317,8 @@ class StageRow:
     """Methods of its interfaces that the stage itself never calls, by "Interface.method", and who does."""
     outage_s: float = float("inf")
     """A fault from then on ends after this long: for a stage that waits for what is away, and never stops for it."""
+    share: int = 3
+    """One in how many cells is run in every test run."""
 
     def rows(self) -> Iterator[Call]:
         """Yield the calls that this stage makes."""

@@ -29,12 +29,13 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeWriter
 from headrace.contract.interfaces.log import Producer, Reader, Record
+from headrace.ingest.crawl import spider
+from headrace.process import waits
 from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join import payload
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.payload import Spill
-from headrace.stream.shell import waits
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.join_stage import StreamStage
 from headrace.stream.sink.stage import SinkStage
@@ -313,4 +314,5 @@ def no_threads() -> Iterator[None]:
         patch.setattr(payload, "PIECE_ROWS", 8)
         patch.setattr(waits, "in_thread", in_thread)
         patch.setattr(asyncio, "to_thread", lambda work, *args: in_thread("", lambda: work(*args)))
+        patch.setattr(spider, "_IDLE_S", 0.0)
         yield

@@ -47,6 +47,10 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of recipe and spec."""
     cursor: Cursor
     created_ms: int = 0
+    samples_id: str = ""
+    """The id of the topic that the cursor's offsets are of; "" in what was written before ids were noted."""
+    steps_id: str = ""
+    """The id of the topic that `steps_offset` is of, likewise."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True):

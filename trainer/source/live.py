@@ -30,6 +30,7 @@ from headrace.contract.formats.sample_record import DamagedRecords, Unreadable, 
 from headrace.contract.formats.steps import StepRange
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
+from headrace.trainer.source.judged import Judge, with_judged
 
 logger = logging.getLogger("headrace.train")
 
@@ -109,6 +110,16 @@ class LivePartition:
             break
         return upto, rows
 
+    def waiting(self, upto: Position) -> list[pa.RecordBatch]:
+        """Return the rows up to `upto`, which stay where they are."""
+        found: list[pa.RecordBatch] = []
+        for chunk in self.chunks:
+            stop = int(np.searchsorted(chunk.order_N, order_of(upto), side="right"))
+            found.append(chunk.rows.slice(0, stop))
+            if chunk.last >= upto:
+                break
+        return found
+
     def take(self, after: Position, upto: Position) -> list[pa.RecordBatch]:
         """Give out the rows beyond `after`, up to `upto`; those before `after` are dropped."""
         taken: list[pa.RecordBatch] = []
@@ -132,8 +143,16 @@ def _pair(position: Position) -> tuple[int, int]:
 class LiveRows:
     """The rows of these tasks in the partitions of the `samples` topic. For one thread."""
 
-    def __init__(self, schema: pa.Schema, tasks: tuple[str, ...], metrics: Metrics | None = None) -> None:
-        self._schema, self._tasks, self._metrics = schema, tasks, metrics
+    def __init__(
+        self,
+        schema: pa.Schema,
+        tasks: tuple[str, ...],
+        metrics: Metrics | None = None,
+        *,
+        judge: Judge | None = None,
+    ) -> None:
+        """`judge` gives what proposed ranges say of their rows; replay, which proposes none, needs none."""
+        self._schema, self._tasks, self._metrics, self._judge = schema, tasks, metrics, judge
         self.partitions: dict[int, LivePartition] = {}
         self.stored: Mapping[int, Position] = {}
         """Up to where the lake that it began with has no row of these tasks, by partition: there none is missing."""
@@ -199,7 +218,10 @@ class LiveRows:
                 after = _pair(partition.taken)
                 ranges.append(StepRange(kind="live", partition=number, after=after, upto=_pair(upto), rows=rows))
             left -= rows
-        return tuple(ranges)
+        if self._judge is None:
+            return tuple(ranges)
+        rows_of = [self.partitions[r.partition].waiting(Position(*r.upto)) for r in ranges]
+        return with_judged(ranges, rows_of, self._judge)
 
     def has(self, wanted: StepRange) -> bool:
         """Say whether every row of the range is read."""

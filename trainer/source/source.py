@@ -7,7 +7,7 @@ nobody outside: what the hand-over from lake to topic needs is read when the lak
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -21,6 +21,7 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.source.batch import to_batch
+from headrace.trainer.source.judged import judge_of
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
 from headrace.trainer.source.stored import StoredRows
@@ -47,8 +48,9 @@ class Source:
         self._project, self._reader, self._topic, self._lake = project, reader, topic, lake
         self._generation = generation
         schema, tasks = sample_schema(project), project.recipe.heads
-        self._stored = StoredRows(lake, schema, tasks, f"train-{project.name}")
-        self._live = LiveRows(schema, tasks, metrics)
+        judge = judge_of(project)
+        self._stored = StoredRows(lake, schema, tasks, f"train-{project.name}", judge=judge)
+        self._live = LiveRows(schema, tasks, metrics, judge=judge)
         self._ranges = RangeReader(self._stored, self._live, schema)
         self._assigned = False
         self._lease_is_due = False
@@ -78,7 +80,7 @@ class Source:
             self._began.setdefault(each.partition, Position(*each.after))
 
     def _begin(self, cursor: Cursor) -> None:
-        begins = self._reader.begin_offsets(self._topic)
+        begins = self._begins = self._reader.begin_offsets(self._topic)
         positions = Positions.from_json(self._generation, cursor.positions)
         self._stored.close()
         self._live.partitions, self._live.stored = {}, {}
@@ -178,6 +180,12 @@ class Source:
             not each.chunks and max(each.next_offset, self._begins.get(p, 0)) < self._ends.get(p, 0)
             for p, each in partitions
         )
+
+    def lag(self, ends: Mapping[int, int]) -> int:
+        """Return how many of the topic's records, which ends at `ends`, hold samples that are not learnt."""
+        following = {p: each.resume_offset for p, each in self._live.partitions.items()}
+        # What retention deleted is no record any more; a partition from which none came yet is read from its begin.
+        return sum(max(0, end - max(following.get(p, 0), self._begins.get(p, 0))) for p, end in ends.items())
 
     @property
     def is_stored(self) -> bool:

@@ -8,6 +8,7 @@ from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.steps import StepRange
 from headrace.contract.interfaces.lake import LakeReader, LakeState
 from headrace.trainer.source.batch import conform, of_tasks
+from headrace.trainer.source.judged import Judge, with_judged
 
 TOTAL_ORDER = [
     ("event_time_ms", "ascending"),
@@ -28,9 +29,19 @@ class StoredRows:
     Args:
         lake: None where there is none; then nothing can be opened.
         holder: under which name versions are leased.
+        judge: gives what proposed ranges say of their rows.
     """
 
-    def __init__(self, lake: LakeReader | None, schema: pa.Schema, tasks: tuple[str, ...], holder: str) -> None:
+    def __init__(
+        self,
+        lake: LakeReader | None,
+        schema: pa.Schema,
+        tasks: tuple[str, ...],
+        holder: str,
+        *,
+        judge: Judge | None = None,
+    ) -> None:
+        self._judge = judge
         self._lake, self._schema, self._tasks, self._holder = lake, schema, tasks, holder
         self._rows: pa.Table = schema.empty_table()
         self.state: LakeState | None = None
@@ -83,7 +94,11 @@ class StoredRows:
     def propose(self, rows_max: int) -> StepRange:
         """Return the next rows, `rows_max` at most, as a range."""
         stop = self.taken + min(self.left, rows_max)
-        return StepRange(kind="stored", version=self.version, start=self.taken, stop=stop, rows=stop - self.taken)
+        proposed = StepRange(kind="stored", version=self.version, start=self.taken, stop=stop, rows=stop - self.taken)
+        if self._judge is None:
+            return proposed
+        rows = self._rows.slice(self.taken, stop - self.taken).to_batches()
+        return with_judged([proposed], [rows], self._judge)[0]
 
     def check(self, wanted: StepRange) -> None:
         """Raise `InvariantBroken` when the range does not begin at the next row."""

@@ -3,8 +3,10 @@ serves."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,22 @@ import numpy as np
 import numpy.typing as npt
 
 _BUCKETS = 40
+AGAIN_MS = 30_000
+"""After a failure, the time without figures."""
+
+logger = logging.getLogger("headrace.train")
 
 
 class Board:
-    """Writes values by step. The writer's own thread flushes every few seconds."""
+    """Writes values by step. The writer's own thread flushes every few seconds.
+
+    Where the disk takes none, they are left out until it does, and the log says so: learning goes on without them.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._writer: Any = EventFileWriter(str(folder), flush_secs=5)
+        self._writer: Any = None
+        self._again_ms = 0
 
     def scalars(self, values: Mapping[str, float], *, step: int, now_ms: int) -> None:
         """Write those of `values` that are finite."""
@@ -52,12 +59,34 @@ class Board:
         )
         self._write([Summary.Value(tag=name, histo=histogram)], step, now_ms)
 
+    def attempt(self, write: Callable[[], None], *, now_ms: int) -> None:
+        """Write into the folder; where the disk does not take it, say so and leave all out for `AGAIN_MS`."""
+        if now_ms < self._again_ms:
+            return
+        try:
+            write()
+        except OSError as error:
+            logger.warning("no figures for TensorBoard for %d s: %s: %s", AGAIN_MS // 1_000, self.folder, error)
+            self._writer, self._again_ms = None, now_ms + AGAIN_MS
+
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
 
     def _write(self, values: list[Any], step: int, now_ms: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._writer.add_event(Event(wall_time=now_ms / 1000, step=step, summary=Summary(value=values)))
+        event = Event(wall_time=now_ms / 1000, step=step, summary=Summary(value=values))
+        self.attempt(lambda: self._opened().add_event(event), now_ms=now_ms)
+
+    def _opened(self) -> Any:
+        """Return the writer; a new one, with a file of its own, after one that failed."""
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        if self._writer is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventFileWriter(str(self.folder), flush_secs=5)
+        return self._writer

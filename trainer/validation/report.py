@@ -207,4 +207,5 @@ class Report:
                 board.histogram(f"6_histograms/dense/{name}", weight, step=learner.step, now_ms=now_ms)
         if self._projector_s and now - self._projected_at >= self._projector_s:
             self._projected_at = now
-            write_projector(board.folder, self._sampler.chosen(), learner.lookup)
+            chosen = self._sampler.chosen()
+            board.attempt(lambda: write_projector(board.folder, chosen, learner.lookup), now_ms=now_ms)

@@ -20,10 +20,12 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.project import Project
 from headrace.deploy.local.chaos.crawl_account import CrawlAccount
+from headrace.deploy.local.chaos.faults import Fault
 from headrace.deploy.local.chaos.load import Emitted
-from headrace.deploy.local.chaos.plan import Kill, needed
+from headrace.deploy.local.chaos.plan import ALL, Kill, needed
+from headrace.deploy.local.chaos.whole import ModelAccount
 from headrace.replay.ledger.draw import draw_gateways
-from headrace.replay.ledger.ledger import Ledger
+from headrace.replay.ledger.ledger import Ledger, is_sound
 from headrace.replay.ledger.settled import SettledCounts
 
 
@@ -37,6 +39,12 @@ class Account(msgspec.Struct, kw_only=True):
     seconds: float
     rate_held: float
     """Events emitted a second while processes were killed."""
+    held_s: float = 0.0
+    """For how long the load paused: too much was without an ack, or the stages were too far behind."""
+    faults: list[Fault] = []
+    """Of a whole stack, instead of `kills`."""
+    disk: str = ""
+    """Why no disk was filled, where one was to be."""
     emitted: int = 0
     """Distinct good events."""
     emitted_again: int = 0
@@ -57,6 +65,8 @@ class Account(msgspec.Struct, kw_only=True):
     """What came of the crawled versions, where the crawler was killed."""
     settled: SettledCounts | None = None
     """The aggregator's values, counted again from the events, where it ran."""
+    model: ModelAccount | None = None
+    """The model beside its replay, of a whole stack."""
 
 
 def count(reader: Reader, topics: Topics, project: Project, load: Emitted, account: Account) -> None:
@@ -98,16 +108,26 @@ def count(reader: Reader, topics: Topics, project: Project, load: Emitted, accou
 
 
 def closes(account: Account) -> bool:
-    """Say whether the ids close and, of what ran besides, the ledger, the aggregates and the crawled versions."""
-    return (
-        account.closes
-        and (account.ledger is None or all_there(account.ledger, account.stages))
-        and (account.settled is None or account.settled.closes())
-        and (account.crawl is None or account.crawl.closes)
-    )
+    """Say whether the ids close and, of what ran besides, the ledger, aggregates, crawled versions and the model."""
+    return account.closes and not wrong(account)
+
+
+def wrong(account: Account) -> list[str]:
+    """Return what does not close, by name: [] where all does that ran besides the gateways."""
+    found = []
+    if account.ledger is not None and not all_there(account.ledger, account.stages):
+        found.append("the ledger does not close, or samples are not stored or not learnt")
+    if account.settled is not None and not account.settled.closes():
+        found.append("aggregates differ from a second count")
+    if account.crawl is not None and not account.crawl.closes:
+        found.append("crawled versions are not as the site sent them")
+    if undone := [fault.target for fault in account.faults if not fault.done]:
+        found.append(f"faults that were not carried out: {', '.join(undone)}")
+    return [*found, *(account.model.wrong() if account.model is not None else [])]
 
 
 def all_there(ledger: Ledger, stages: Sequence[str]) -> bool:
-    """Say whether the ledger closes and, where a sink ran, nothing is left on its way to the lake."""
+    """Say whether the ledger closes and nothing is left on its way to the lake, where a sink ran, and to the model."""
     arrived = ledger.positives + ledger.negatives <= ledger.samples == ledger.stored and not ledger.waiting
-    return ledger.closes and (arrived or "sink" not in needed(stages))
+    is_learnt = not ledger.in_flight and is_sound(ledger)
+    return ledger.closes and (arrived or "sink" not in needed(stages)) and (is_learnt or ALL not in stages)

@@ -20,6 +20,7 @@ import msgspec
 from headrace.contract.crawl import Crawl, Extract, Follow
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local.layout import HOST
+from headrace.process.background import Background
 
 PAGES, KEYS = 20, 20
 """Pages a source, keys a page: 400 of the 1,000 entities that the load's impressions name."""
@@ -83,15 +84,13 @@ class ChangingSite:
 
         self._server = Server((HOST, 0), Handler)
         self.url = f"http://{HOST}:{self._server.server_port}"
-        self._threads = [
-            threading.Thread(target=self._server.serve_forever, args=(0.1,), name="site", daemon=True),
-            threading.Thread(target=self._change, name="site-changes", daemon=True),
-        ]
+        self._background = Background()
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin to serve and to change."""
-        for thread in self._threads:
-            thread.start()
+        start = self._background.thread
+        self._threads = [start("site", lambda: self._server.serve_forever(0.1)), start("site-changes", self._change)]
 
     def close(self) -> None:
         """Serve no more."""
@@ -124,6 +123,7 @@ class ChangingSite:
         """Change no more; return how many pages are not acknowledged as they are, once none is or the time is over."""
         self._resting.set()
         self._threads[1].join()
+        self._background.check()
         until = time.monotonic() + timeout_s
         while True:
             with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from headrace.backends.log.kafka import KafkaReader
 from headrace.contract.config import Config
@@ -20,19 +21,28 @@ from headrace.deploy.local.supervise import Supervisor
 QUIET_S = 180.0
 
 
-def load_and_kill(layout: Layout, project: Project, config: Config, account: Account, say: Say) -> None:
-    """Load the stack, kill, wait for quiet, and count the ids."""
+def load_and_break(
+    layout: Layout,
+    project: Project,
+    config: Config,
+    account: Account,
+    say: Say,
+    *,
+    breaks: Callable[[Load], None],
+    ready_s: float = READY_S,
+) -> None:
+    """Load the stack, break it as `breaks` does, wait for quiet, and count the ids."""
     load = Load(project, layout.port("forward"), layout.home / "spool", account.rate, account.seed)
     begin = time.monotonic()
     load.start()
     try:
-        kill_all(layout, account, load, say)
+        breaks(load)
         time.sleep(1.0)
     finally:
         load.stop()
-    account.seconds = round(time.monotonic() - begin, 1)
+    account.seconds, account.held_s = round(time.monotonic() - begin, 1), round(load.held_s, 1)
     account.rate_held = round(load.count / account.seconds, 1)
-    await_ready(layout)
+    await_ready(layout, ready_s, say)
     if not load.settled(QUIET_S):
         say(f"{load.unacked} events still have no ack after {QUIET_S:.0f} s")
     quiet_s = time.monotonic() - begin - account.seconds
@@ -43,7 +53,7 @@ def load_and_kill(layout: Layout, project: Project, config: Config, account: Acc
 
 
 def kill_all(layout: Layout, account: Account, load: Load, say: Say) -> None:
-    """Carry the plan out, a line a kill."""
+    """Carry out the plan of kills, a line a kill."""
     supervisor, kills = Supervisor(layout), account.kills
     for number, kill in enumerate(kills, 1):
         if kill.when_ready:

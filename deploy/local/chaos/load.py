@@ -20,6 +20,7 @@ import msgpack
 
 from headrace.contract.errors import Overloaded
 from headrace.contract.project import FieldType, Project
+from headrace.process.background import Background
 from headrace.sender import Sender
 
 Name = tuple[str, str]
@@ -27,6 +28,8 @@ Name = tuple[str, str]
 
 AGAIN_EVERY, BAD_EVERY, FEEDBACK_EVERY = 101, 97, 5
 """Of so many events, one is sent twice, one breaks its schema, one impression is answered."""
+IN_FLIGHT_S = 20
+"""The load pauses while it has no acks for as many events as it emits in so many seconds."""
 TURN_S = 0.02
 _ACK_TIMEOUT_S = 20.0
 _RETRY_S = 0.2
@@ -81,8 +84,8 @@ class RawShipper:
         self._sent: dict[str, tuple[bytes, int]] = {}
         self._stop = False
         self.unacked = 0
-        self._thread = threading.Thread(target=self._work, name="raw-shipper", daemon=True)
-        self._thread.start()
+        self.background = Background()
+        self._thread = self.background.thread("raw-shipper", self._work)
 
     def emit(self, tag: str, record: dict[str, Any]) -> None:
         """Take one event."""
@@ -168,17 +171,25 @@ class Load(Emitted):
         self._sender = Sender("", port=port, spool_dir=spool, spool_bytes_max=1 << 30)
         self._raw = [RawShipper(port, Random(seed + n)) for n in range(2)]
         self.count = 0
+        self.held_s = 0.0
+        """For how long it paused."""
+        self.wait = threading.Event()
+        """While this is set it pauses: whoever looks on says that the stages are too far behind."""
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._drive, name="load", daemon=True)
+        self._background = Background()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin."""
-        self._thread.start()
+        self._thread = self._background.thread("load", self._drive)
 
     def stop(self) -> None:
-        """Emit no more."""
+        """Emit no more. Raises what ended the load before: less was emitted than was asked for."""
         self._stop.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+        for background in (self._background, *(raw.background for raw in self._raw)):
+            background.check()
 
     @property
     def unacked(self) -> int:
@@ -197,9 +208,16 @@ class Load(Emitted):
         return done
 
     def _drive(self) -> None:
-        begin = time.monotonic()
+        begin, emitted = time.monotonic(), 0
         while not self._stop.is_set():
-            due = int((time.monotonic() - begin) * self._rate)
+            if self.wait.is_set() or self.unacked > IN_FLIGHT_S * self._rate:
+                # What was not emitted meanwhile is not owed: the rate that was held says how much that was.
+                paused = time.monotonic()
+                self._stop.wait(5 * TURN_S)
+                self.held_s += time.monotonic() - paused
+                begin, emitted = time.monotonic(), self.count
+                continue
+            due = emitted + int((time.monotonic() - begin) * self._rate)
             while self.count < due and not self._stop.is_set():
                 self._emit()
             self._stop.wait(TURN_S)

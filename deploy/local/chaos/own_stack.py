@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from headrace.contract.config import PORTS, Config, port
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import readiness
-from headrace.deploy.local.chaos.plan import ON_HDFS, SECOND, SECOND_WORKER, needed
+from headrace.deploy.local.chaos.plan import ALL, ON_HDFS, SECOND, SECOND_WORKER, needed
 from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.stack import ALSO, STAGES, start, stop
@@ -24,6 +25,7 @@ from headrace.deploy.local.supervise import Program, Supervisor
 RESTART_MAX_S = 5.0
 """What is killed every few seconds by a plan is started again soon, not as late as what crashes by itself."""
 READY_S = 120.0
+TELL_S = 15.0
 
 Say = Callable[[str], None]
 
@@ -38,12 +40,14 @@ def own_stack(
     gateways: int = 1,
     base: int | None = None,
     more: Sequence[Program] = (),
+    home: Path | None = None,
 ) -> Iterator[Layout]:
     """Yield a fresh stack that runs what `stages` need; its folder goes with it, unless an error leaves the block.
 
-    `more` are programs that take the place of the stages whose names they have.
+    `more` are programs that take the place of the stages whose names they have. `home` is where all is kept; by default
+    a temporary folder.
     """
-    home = Path(tempfile.mkdtemp(prefix="headrace-chaos-")) / "home"
+    home = home or Path(tempfile.mkdtemp(prefix="headrace-chaos-")) / "home"
     base, on_hdfs = free_base() if base is None else base, bool(ON_HDFS & set(stages))
     layout = Layout(
         home=home,
@@ -57,7 +61,8 @@ def own_stack(
     )
     running = sorted(needed(stages), key=(*STAGES, *ALSO).index)
     gates = _two_gateways(layout) if gateways > 1 else []
-    gates += [_second_worker(layout)] if "stream" in stages else []
+    gates += [_second_worker(layout)] if {"stream", ALL} & set(stages) else []
+    gates += [_two_processes_of_serve()] if ALL in stages else []
     try:
         specs = Topics(config.log.generation).specs(config.log.partitions)
         start(layout, specs, say, stages=running, more=[*gates, *more], restart_max_s=RESTART_MAX_S)
@@ -67,7 +72,9 @@ def own_stack(
         raise
     else:
         stop(layout, lambda _: None)
-        _remove(home.parent)
+        _remove(home)
+        with contextlib.suppress(OSError):
+            home.parent.rmdir()
     finally:
         stop(layout, lambda _: None)
 
@@ -84,6 +91,11 @@ def _second_worker(layout: Layout) -> Program:
     """Return a second stream worker of the same group, with local state and metrics of its own."""
     own = ["--home", str(layout.home / SECOND_WORKER), "--port-base", str(_second_base(layout))]
     return Program(SECOND_WORKER, [sys.executable, "-m", "headrace.cli.main", "stream", *own])
+
+
+def _two_processes_of_serve() -> Program:
+    """Return serving with a worker beside its first process, so that each of both can be killed."""
+    return Program("serve", [sys.executable, "-m", "headrace.cli.main", "serve", "--workers", "2"])
 
 
 def _second_base(layout: Layout) -> int:
@@ -105,19 +117,25 @@ def free_base() -> int:
     raise Unavailable(f"no {span} free ports in a row below 32700; give PORT_BASE=.")
 
 
-def await_ready(layout: Layout) -> None:
-    """Return when the broker and all stages that run here say that they are ready."""
+def await_ready(layout: Layout, ready_s: float = READY_S, say: Say | None = None) -> None:
+    """Return when the broker and all stages that run here say that they are ready; `say` what it waits for meanwhile.
+
+    Raises `Unavailable` with the reasons of those that are not after `ready_s`.
+    """
     probes = readiness.stage_probes(layout)
     others = readiness.stage_probes(replace(layout, port_base=_second_base(layout)))
     probes |= {SECOND: others["ingest"], SECOND_WORKER: others["stream"]}
-    asked = [probes[p.name] for p in Supervisor(layout).processes() if p.name in probes]
-    until = time.monotonic() + READY_S
-    while reasons := [reason for ask in asked if (reason := ask())]:
+    asked = {p.name: probes[p.name] for p in Supervisor(layout).processes() if p.name in probes}
+    until, told_s = time.monotonic() + ready_s, time.monotonic()
+    while reasons := [f"{name}: {reason}" for name, ask in asked.items() if (reason := ask())]:
         if time.monotonic() > until:
-            raise Unavailable(f"not ready again after {READY_S:.0f} s: {'; '.join(reasons)}; see {layout.logs}.")
+            raise Unavailable(f"not ready again after {ready_s:.0f} s: {'; '.join(reasons)}; see {layout.logs}.")
+        if say and time.monotonic() - told_s > TELL_S:
+            say(f"not ready yet: {'; '.join(reasons)}")
+            told_s = time.monotonic()
         time.sleep(0.05)
-    if layout.own_kafka and (trouble := readiness.kafka_trouble(layout.brokers, READY_S)):
+    if layout.own_kafka and (trouble := readiness.kafka_trouble(layout.brokers, ready_s)):
         raise Unavailable(trouble)
     while layout.own_hdfs and (trouble := readiness.hdfs_trouble(layout)):
         if time.monotonic() > until:
-            raise Unavailable(f"not ready again after {READY_S:.0f} s: {trouble}; see {layout.logs}.")
+            raise Unavailable(f"not ready again after {ready_s:.0f} s: {trouble}; see {layout.logs}.")

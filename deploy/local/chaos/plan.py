@@ -19,10 +19,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "crawl": ("ingest", "crawl"),
     "train": ("ingest", "stream", "aggregate", "sink", "train"),
     "serve": ("ingest", "stream", "aggregate", "sink", "train", "serve"),
+    "all": ("ingest", "stream", "aggregate", "sink", "train", "serve", "crawl", "tensorboard"),
 }
 """Which stages run when one is killed: those that it reads from."""
 STORE = ("namenode", "datanode")
-ON_HDFS = frozenset({"hdfs", "crawl"})
+ALL = "all"
+"""Everything runs, and `faults` draws what is done to it; so it stands alone."""
+ON_HDFS = frozenset({"hdfs", "crawl", ALL})
 """Who names one of these gets a store on HDFS, and its processes are killed too; else the store is a folder."""
 
 SECOND, SECOND_WORKER = "ingest-2", "stream-2"
@@ -55,6 +58,10 @@ def victims_of(stages: Sequence[str], gateways: int) -> list[str]:
     wrong = [stage for stage in stages if stage not in NEEDS]
     if wrong:
         raise ConfigRejected(f"--stage {','.join(wrong)}: one or more of {', '.join(NEEDS)} is wanted.")
+    if ALL in stages and len(stages) > 1:
+        raise ConfigRejected(f"--stage {','.join(stages)}: all has every stage in it; leave the others out.")
+    if ALL in stages:
+        return [ALL]
     named = [victim for stage in stages if stage != "hdfs" for victim in (STREAM if stage == "stream" else (stage,))]
     named += STORE if ON_HDFS & set(stages) else ()
     return list(dict.fromkeys([*named, *([SECOND] if gateways > 1 and "ingest" in stages else [])]))

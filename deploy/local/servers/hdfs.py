@@ -11,6 +11,7 @@ from xml.sax.saxutils import escape
 
 from headrace.contract.errors import Unavailable
 from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.servers import room
 from headrace.deploy.local.servers.java import Java
 from headrace.deploy.local.servers.kafka import command_line
 
@@ -104,10 +105,11 @@ def format_once(layout: Layout, java: Java, jars: Path) -> None:
 
 
 def start_commands(layout: Layout, java: Java, jars: Path) -> dict[str, list[str]]:
-    """Return the command lines of both servers."""
+    """Return the command lines of both servers, which begin when the disk has room."""
     # Small servers that must answer soon: the quick compiler and the simple collector start them in half the time.
-    java_line = command_line(java, jars, layout.home / "hdfs" / "conf", quick=True)
+    folder = layout.home / "hdfs"
+    java_line = command_line(java, jars, folder / "conf", quick=True)
     return {
-        "namenode": [*java_line, "org.apache.hadoop.hdfs.server.namenode.NameNode"],
-        "datanode": [*java_line, "org.apache.hadoop.hdfs.server.datanode.DataNode"],
+        "namenode": room.guarded(folder, [*java_line, "org.apache.hadoop.hdfs.server.namenode.NameNode"]),
+        "datanode": room.guarded(folder, [*java_line, "org.apache.hadoop.hdfs.server.datanode.DataNode"]),
     }

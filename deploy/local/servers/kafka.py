@@ -11,6 +11,7 @@ from pathlib import Path
 from headrace.backends.log.kafka import RECORD_BYTES_MAX
 from headrace.contract.errors import Unavailable
 from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.servers import room
 from headrace.deploy.local.servers.java import Java
 
 HEAP_MB = 512
@@ -75,9 +76,9 @@ def format_once(layout: Layout, java: Java, jars: Path) -> None:
 
 
 def start_command(layout: Layout, java: Java, jars: Path) -> list[str]:
-    """Return the command line of the broker."""
+    """Return the command line of the broker, which begins when the disk has room."""
     folder = layout.home / "kafka"
-    return [*command_line(java, jars, folder), "kafka.Kafka", str(folder / "server.properties")]
+    return room.guarded(folder, [*command_line(java, jars, folder), "kafka.Kafka", str(folder / "server.properties")])
 
 
 def command_line(java: Java, jars: Path, *before: Path, heap_mb: int = HEAP_MB, quick: bool = False) -> list[str]:

@@ -9,6 +9,7 @@ One commit holds the files, and, as Delta application transactions, where each p
 | `position-g<generation>-p<partition>` | the same in lakes of before: offset * 2**22 + rank |
 | `topic-g<generation>` | which `samples` topic the offsets are of: 63 bits of a hash of its id, where known |
 | `retained` | hours since 1970 before which retention has dropped rows |
+| `sealed-...` | how many rows a partition has and the sum of their ids' hashes: `headrace.backends.lake.lake_seals` |
 
 Transactions survive compaction and the checkpoints of Delta's own log, so a writer that restarts asks the table alone.
 
@@ -34,7 +35,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,12 @@ from headrace.backends.lake.hour_files import (
     with_hours,
     write_hours,
 )
+from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
 from headrace.backends.lake.leases import Leases
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.seals import PartitionSeal
 
 logger = logging.getLogger("headrace.lake")
 
@@ -101,11 +105,13 @@ class DeltaLake:
         config: LakeConfig | None = None,
         leases: Leases | None = None,
         samples_id: str = "",
+        hash_ids: HashIds | None = None,
     ) -> None:
         """Open nothing yet.
 
         Args:
             samples_id: the id of the `samples` topic that is read; "" asks nothing of it.
+            hash_ids: by which commits are sealed; without it they are not.
         """
         self.uri = uri
         self.generation = generation
@@ -113,8 +119,10 @@ class DeltaLake:
         """How many partitions `state` asks for: each question reads the Delta log again, slow on HDFS."""
         self.config = config or LakeConfig()
         self.leases = leases
-        self._samples_id = samples_id
+        self._samples_id, self._hash_ids = samples_id, hash_ids
         self._writer: Any = None
+        self._sealed: dict[int, PartitionSeal] = {}
+        """What this writer stored last."""
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
@@ -133,9 +141,12 @@ class DeltaLake:
             self._refuse_repeats(table, rows, next_offsets, positions)
             parted = "event_time_ms" in rows.column_names if table is None else bool(partition_columns(table))
             stored = with_hours(rows) if parted else rows
-            commit = CommitProperties(
-                app_transactions=self._transactions(next_offsets, positions), max_commit_retries=STEPS_MAX
+            stood, hash_ids = partial(self._position_of, table), self._hash_ids
+            sealed = next_seals(
+                table, rows, positions, stood=stood, mine=self._sealed, hash_ids=hash_ids, generation=self.generation
             )
+            marks = [*self._transactions(next_offsets, positions), *transactions(sealed, self.generation)]
+            commit = CommitProperties(app_transactions=marks, max_commit_retries=STEPS_MAX)
             if parted and hours_in(stored) > HOURS_AT_ONCE:
                 table = self._append_hours(table, stored, commit)
             else:
@@ -143,6 +154,7 @@ class DeltaLake:
                 table = self._newest_for_writing() if table is None else table
             if table is not None and "://" not in self.uri:
                 make_durable(Path(self.uri), range(before + 1, int(table.version()) + 1))
+            self._sealed |= sealed
         except (DeltaError, CommitFailedError, OSError) as error:
             self._writer = None
             raise Unavailable(f"the lake at {self.uri} did not take a commit: {error}") from error
@@ -170,6 +182,16 @@ class DeltaLake:
             return None
         self._check_topic(table)
         return self._state_of(table)
+
+    def seals(self) -> tuple[dict[int, PartitionSeal], int]:
+        """Return the newest version's seal of each partition that has one, and how many rows the version holds.
+
+        Raises `Unavailable` when the store does not answer.
+        """
+        table = self.open()
+        if table is None:
+            return {}, 0
+        return stored_seals(table, self.generation, self.partitions), count_rows(table)
 
     def read(
         self, version: int | None = None, columns: Sequence[str] | None = None, *, day: date | None = None
@@ -464,21 +486,6 @@ def contained(rows: pa.Table, positions: Positions) -> npt.NDArray[np.bool_]:
     for partition, position in positions.by_partition.items():
         kept_N |= (part_N == partition) & (order_N <= order_of(position))
     return kept_N
-
-
-def parse_at(text: str) -> datetime:
-    """Read a time: ISO 8601, UTC where it names no zone, or Unix seconds.
-
-    >>> parse_at("2026-11-25 01:00").isoformat(), parse_at("0").isoformat()
-    ('2026-11-25T01:00:00+00:00', '1970-01-01T00:00:00+00:00')
-    """
-    try:
-        if text.replace(".", "", 1).isdigit():
-            return datetime.fromtimestamp(float(text), UTC)
-        when = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ConfigRejected(f"{text!r} is no time; 2026-11-25T01:00:00Z or Unix seconds are.") from error
-    return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 def _refuse_unknown(table: Any, columns: Sequence[str]) -> None:

@@ -1,8 +1,11 @@
-"""Writes rows of the lake to one file, in the form that its name says: .parquet, .arrow, .csv or .jsonl."""
+"""Reading the lake by hand: a time as people write it, and rows to one file in the form that its name says: .parquet,
+.arrow, .csv or .jsonl.
+"""
 
 from __future__ import annotations
 
 import itertools
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +49,18 @@ def _write_lines(rows: pa.Table, out: Path) -> None:
     with out.open("wb") as file:
         for batch in rows.to_batches(max_chunksize=LINES_ROWS):
             file.writelines(itertools.chain.from_iterable((msgspec.json.encode(r), b"\n") for r in batch.to_pylist()))
+
+
+def parse_at(text: str) -> datetime:
+    """Read a time: ISO 8601, UTC where it names no zone, or Unix seconds.
+
+    >>> parse_at("2026-11-25 01:00").isoformat(), parse_at("0").isoformat()
+    ('2026-11-25T01:00:00+00:00', '1970-01-01T00:00:00+00:00')
+    """
+    try:
+        if text.replace(".", "", 1).isdigit():
+            return datetime.fromtimestamp(float(text), UTC)
+        when = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigRejected(f"{text!r} is no time; 2026-11-25T01:00:00Z or Unix seconds are.") from error
+    return when if when.tzinfo else when.replace(tzinfo=UTC)

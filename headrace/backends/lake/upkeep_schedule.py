@@ -49,13 +49,28 @@ class UpkeepSchedule(threading.Thread):
     def run_once(self, with_vacuum: bool) -> bool:
         """Run one upkeep and count what it says; False when it failed."""
         command = self.command if with_vacuum else [*self.command, "--no-vacuum"]
+        try:
+            status, said = self._upkeep(command)
+        except Exception as error:
+            # Whatever it is, such as no process or no memory left: a thread that ends here looks after nothing again.
+            self.metrics.add("lake_upkeep_failed_total")
+            log.exception("upkeep of the lake could not run and is tried again: %s", type(error).__name__)
+            return False
+        return self.count(status, said)
+
+    def _upkeep(self, command: list[str]) -> tuple[int, str]:
+        """Return the exit status of one upkeep and what it printed; one that takes too long is killed."""
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             deadline_s = self.clock.monotonic() + RUN_S_MAX
-            while process.poll() is None:
-                if self.stopped.wait(0.2) or self.clock.monotonic() > deadline_s:
-                    process.kill()
-            said = process.stdout.read() if process.stdout is not None else ""
-        return self.count(process.returncode, said)
+            while True:
+                try:
+                    # It reads meanwhile: a pipe that is full would hold the upkeep until its end.
+                    said, _ = process.communicate(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    if self.stopped.is_set() or self.clock.monotonic() > deadline_s:
+                        process.kill()
+                else:
+                    return process.returncode, said
 
     def count(self, status: int, said: str) -> bool:
         """Count what one upkeep printed; False when it failed."""

@@ -82,9 +82,11 @@ class KafkaGroup:
         self._paused: frozenset[Claim] = frozenset()
         self._again: dict[int, int] = {}
         """By partition, the first record that was read and dropped because its claim is paused."""
+        self._began: dict[int, int] = {}
+        """Where the reading of a partition began: an offset, or librdkafka's number for the log's begin or end."""
         self._claimed = 0
         self._lag = self._gap = self._bytes = 0
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
         self._away_since: float | None = None
         self._told: set[str] = set()
         self._stop = threading.Event()
@@ -154,7 +156,7 @@ class KafkaGroup:
     def _run(self) -> None:
         try:
             self._poll()
-        except Exception as error:
+        except BaseException as error:
             # Nothing else would report it: `take` raises it where the source runs.
             self._failed = error
             log.exception("source %s ended", self._topic)
@@ -259,12 +261,11 @@ class KafkaGroup:
         for partition in list(self._claims):
             part = ck.TopicPartition(self._topic, partition)
             try:
-                _, end = self._consumer.get_watermark_offsets(part, cached=True)
+                begin, end = self._consumer.get_watermark_offsets(part, cached=True)
                 (at,) = self._consumer.position([part])
             except ck.KafkaException:
                 continue
-            position = at.offset if at.offset >= 0 else self._committed.get(partition, 0)
-            lag += max(0, end - position)
+            lag += _lag(begin, end, at.offset if at.offset >= 0 else self._began.get(partition, ck.OFFSET_STORED))
         self._lag = lag
 
     # -- the client's callbacks, in the thread
@@ -281,6 +282,7 @@ class KafkaGroup:
                 self._claims[part.partition] = Claim(self._topic, part.partition, self._claimed)
                 self._settled.pop(part.partition, None)
                 self._committed.pop(part.partition, None)
+                self._began[part.partition] = part.offset
         consumer.incremental_assign(found)
         log.info("source %s: %d partitions more, %d held", self._topic, len(found), len(self._claims))
 
@@ -347,6 +349,7 @@ class KafkaGroup:
         try:
             self._consumer.incremental_unassign([part])
             self._consumer.incremental_assign([ck.TopicPartition(self._topic, partition, at)])
+            self._began[partition] = at
         except ck.KafkaException as error:
             self._tell(f"partition {partition} cannot go on at {at}: {error}")
 
@@ -369,3 +372,15 @@ class KafkaGroup:
         if what not in self._told and len(self._told) < 100:
             self._told.add(what)
             log.warning("source %s: %s", self._topic, what)
+
+
+def _lag(begin: int, end: int, at: int) -> int:
+    """Return how many records of [begin, end) lie at and beyond `at`: an offset, or librdkafka's number for a place. A
+    place that nobody has told yet counts as the log's begin.
+
+    >>> _lag(10, 30, 25), _lag(10, 30, 5), _lag(10, 30, ck.OFFSET_BEGINNING), _lag(10, 30, ck.OFFSET_END)
+    (5, 20, 20, 0)
+    >>> _lag(10, 30, ck.OFFSET_STORED), _lag(-1001, -1001, ck.OFFSET_STORED)
+    (20, 0)
+    """
+    return 0 if at == ck.OFFSET_END else max(0, end - max(at, begin, 0))

@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--once", action="store_true", help="fetch what is due, send it, end")
     parser.add_argument(
+        "--begin-afresh",
+        action="store_true",
+        help="where the crawler's memory below HEADRACE_HOME is gone or damaged: fetch everything again without it; "
+        "one that can be read is gone on from all the same",
+    )
+    parser.add_argument(
         "--extract-again",
         action="store_true",
         help="fetch nothing: extract the stored bodies again, as the project declares now, send what changes, end",
@@ -56,6 +62,7 @@ def main(args: argparse.Namespace) -> int:
     frontier = SqliteFrontier(
         runtime.home / "crawl" / f"g{runtime.config.log.generation}.sqlite",
         bodies_per_page=runtime.config.crawl.bodies_per_page,
+        begin_afresh=args.begin_afresh,
     )
     producer = runtime.producer(metrics, linger_ms=5.0)
     try:
@@ -70,6 +77,8 @@ def main(args: argparse.Namespace) -> int:
                 producer=producer,
                 metrics=metrics,
                 clock=runtime.clock,
+                open_reader=runtime.reader,
+                begin_afresh=args.begin_afresh,
             )
         )
         if args.extract_again:

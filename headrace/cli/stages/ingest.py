@@ -46,7 +46,7 @@ from headrace.ingest.reading_watch import ReadingWatch
 from headrace.ingest.run import run
 from headrace.ingest.sources.kafka_source import KafkaSource
 from headrace.ingest.tls_identity import TlsIdentity
-from headrace.stream.shell.watchdog import Watchdog
+from headrace.process.watchdog import Watchdog
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 _BEAT_S = 1.0

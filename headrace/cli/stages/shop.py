@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import threading
+from functools import partial
 
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
@@ -20,6 +20,7 @@ from headrace.examples.shop.catalogue import Catalogue, Site, load_items
 from headrace.examples.shop.freshness import Freshness
 from headrace.examples.shop.traffic import find_data, load_traffic
 from headrace.examples.shop.web_service import Shop, waiting_log
+from headrace.process.background import Background
 from headrace.sender import Sender
 
 RATE = 200.0
@@ -51,7 +52,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     sender = Sender("", HOST, _forward_port(runtime), spool_dir=runtime.home / "spool" / "shop")
     freshness = Freshness(runtime.topics, metrics, runtime.clock)
-    threading.Thread(target=freshness.run, args=(runtime.reader(), stop), name="freshness", daemon=True).start()
+    background = Background()
+    background.thread("freshness", partial(freshness.run, runtime.reader(), stop))
     shop = Shop(
         project=runtime.project,
         traffic=traffic,
@@ -64,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
         port=runtime.port("serving"),
         stop=stop,
         freshness=freshness,
+        background=background,
     )
     shop.run()
     # 2 s of the 5 that a clean shutdown has; what has no ack by then stays in the spool for the next start.

@@ -23,6 +23,7 @@ Settings: [train] in headrace.toml. Which model, rates, sizes: the project's Rec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import logging
 import os
@@ -60,6 +61,7 @@ def main(args: argparse.Namespace) -> int:
     metrics = runtime.metrics("train")
     admin = runtime.admin()
     admin.ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    samples_id = admin.topic_id(runtime.topics.samples)
     producer = runtime.producer(metrics)
     stop.attach(metrics.health, healthy_s=_LOOP_HEALTHY_S)
     with lock, runtime.reachable(metrics.health):
@@ -77,7 +79,9 @@ def main(args: argparse.Namespace) -> int:
                 metrics=metrics,
                 clock=runtime.clock,
                 stop=stop,
-                lake=runtime.lake(samples_id=admin.topic_id(runtime.topics.samples)),
+                lake=runtime.lake(samples_id=samples_id),
+                samples_id=samples_id,
+                steps_id=admin.topic_id(runtime.topics.steps),
                 board=Board(runtime.tensorboard_dir / "train"),
                 progress=show_progress(logging.getLogger("headrace.train")),
                 name=f"{socket.gethostname()}:{runtime.home.resolve()}",
@@ -104,7 +108,8 @@ def lock_home(home: Path, model: str) -> IO[str]:
         raise ConfigRejected(
             f"process {holder} trains model {model!r} from {home} already; stop it, or give this one another --home."
         ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    # The name is for people; the lock holds without it, on a full disk too.
+    with contextlib.suppress(OSError):
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"{os.getpid()}\n".encode())
     return file

@@ -131,8 +131,7 @@ def _history(runtime: Runtime, args: argparse.Namespace) -> int:
 
 
 def _read(runtime: Runtime, args: argparse.Namespace) -> int:
-    from headrace.backends.lake.delta import parse_at
-    from headrace.backends.lake.export import export
+    from headrace.backends.lake.export import export, parse_at
 
     lake = runtime.lake()
     version = args.version

@@ -7,6 +7,7 @@ A `samples` record holds one Arrow batch of the samples that one `events` record
 | `after` | "offset:rank", the position of the last sample before this record in the partition; "-1:-1" for none |
 | `last` | "offset:rank" of this record's last row |
 | `spec` | digests of the feature specs that made `slots` and `numeric`, joined by `,`; a row's own is its `spec` |
+| `sealed` | count and sum of hashes of all samples up to `last`, by task: `headrace.contract.formats.seals` |
 
 Across a change of rules one batch may hold rows of two: it has the columns of both, null where a row has none.
 

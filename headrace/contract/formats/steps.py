@@ -24,6 +24,11 @@ class StepRange(msgspec.Struct, frozen=True):
     start: int = 0
     stop: int = 0
     rows: int = 0
+    sum: int | None = None
+    """Sum of the hashes of these rows' ids modulo 2**64 (`headrace.contract.formats.seals`), and of these rows, how
+    many the learner refuses and how many the recipe leaves out. None, and 0, in steps of before."""
+    refused: int = 0
+    left_out: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +46,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     recipe: str = ""
     """Digest of recipe and spec."""
     seed: int = 0
+    samples_id: str = ""
+    """The id of the `samples` topic; "" in steps that were written before ids were noted."""
 
 
 def encode_step(step: Step) -> bytes:

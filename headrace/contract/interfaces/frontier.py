@@ -82,8 +82,18 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
 class Frontier(Protocol):
     """The memory of one crawler, which outlives its process. For one thread; each call is one transaction."""
 
-    def next_epoch(self, now_ms: int) -> int:
-        """Return a number above that of every crawler before, of this memory and, by the clock, of others."""
+    def is_new(self) -> bool:
+        """Say whether no crawler has begun with this memory yet: none has taken an epoch."""
+
+    def take_over(self, entities: Iterable[tuple[str, str, int]]) -> None:
+        """Note entities of a memory that is lost, as (source, key, crawl time): what comes is newer than these."""
+
+    def next_epoch(self, now_ms: int, above: int = 0) -> int:
+        """Return a number above that of every crawler before, of this memory and, by the clock, of others.
+
+        Args:
+            above: the highest that is known of others.
+        """
 
     def set_starts(self, source: str, starts: Iterable[Found]) -> None:
         """Add the addresses that a source begins with, and forget those that it no longer begins with."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from headrace.contract.formats.positions import Position, Positions
+from headrace.contract.formats.seals import PartitionSeal
 
 
 class LakeState(Protocol):
@@ -41,6 +42,9 @@ class LakeReader(Protocol):
 
     def read(self, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return that version's rows, in any order, with all columns or these."""
+
+    def seals(self) -> tuple[Mapping[int, PartitionSeal], int]:
+        """Return the newest version's seal of each partition that has one, and how many rows the version holds."""
 
     def hold(self, version: int, holder: str) -> None:
         """Lease the version: its files stay until the lease is given back or ends."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import InvariantBroken, Unavailable
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -106,6 +106,16 @@ class Admin(Protocol):
 
         A topic that was deleted and made anew has another one: offsets of the old mean nothing in it.
         """
+
+
+def check_topic(stored_id: str, topic_id: str, topic: str) -> None:
+    """Raise `InvariantBroken` where something stored was made of a topic of the same name that is no more."""
+    if stored_id and topic_id and stored_id != topic_id:
+        raise InvariantBroken(
+            f"what is stored is of topic {topic!r} with id {stored_id}, and the topic has id {topic_id}: it was "
+            "deleted and made anew. Its offsets begin at 0 again, and what comes would be taken for what was read "
+            "already. Raise log.generation to begin anew beside what is stored."
+        )
 
 
 SILENT_S = 10.0

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 from trainer_world import COUNT, TOPICS, FaultyBlobs, World, cut, send
 
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.trainer.run import Trainer
+from headrace.trainer.upload_watch import UPLOAD_MAX_S
 
 
 class SlowBlobs(FaultyBlobs):
@@ -22,8 +26,32 @@ class SlowBlobs(FaultyBlobs):
         self.gate.set()
 
     def put(self, name: str, data: bytes) -> None:
-        assert self.gate.wait(30.0)
+        assert name.startswith("trainers/") or self.gate.wait(30.0)
         super().put(name, data)
+
+
+def test_an_upload_that_never_returns_shows_and_ends_the_process_after_a_bound():
+    world = World(blobs=SlowBlobs())
+    assert isinstance(world.blobs, SlowBlobs)
+    metrics = MemoryMetrics()
+    trainer = Trainer(world.deps(background=True, metrics=metrics))
+    world.blobs.gate.clear()
+    trainer.recover()
+    for _ in range(6):
+        trainer.turn()
+        world.clock.advance(UPLOAD_MAX_S / 6)
+    assert metrics.gauges["upload_age_seconds", ""] == UPLOAD_MAX_S * 5 / 6
+    trainer.turn()
+    world.clock.advance(1.0)
+    with pytest.raises(InvariantBroken, match=r"has taken 3601 s, 3600 s are allowed"):
+        trainer.turn()
+    with pytest.raises(InvariantBroken, match="has taken"):
+        trainer._pause(0.0)
+    world.blobs.gate.set()
+    assert trainer.publisher is not None
+    trainer.publisher.close(30.0)
+    trainer.turn()
+    assert metrics.gauges["upload_age_seconds", ""] == 0
 
 
 def test_deltas_go_on_while_a_snapshot_is_uploaded():

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from lake_world import hours, samples
 from pyarrow import csv, parquet
 
 from headrace.backends.blobs_file import FileBlobs
-from headrace.backends.clock import SystemClock
+from headrace.backends.clock import SystemClock, VirtualClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.leases import Leases
+from headrace.backends.lake.upkeep import Done
 from headrace.backends.lake.upkeep_schedule import UpkeepSchedule
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
@@ -22,6 +26,7 @@ from headrace.cli.project_folder import load_project
 from headrace.cli.runtime import Runtime
 from headrace.cli.stages.sink import upkeep_command
 from headrace.cli.tools import lake as stage_lake
+from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics
 
@@ -106,3 +111,26 @@ def test_the_schedule_counts_what_an_upkeep_tells(store: Path, tmp_path: Path, s
     assert schedule.count(1, "no such store") is False
     assert schedule.count(0, "not JSON") is False
     assert metrics.counters["lake_upkeep_failed_total", ""] == 2
+
+
+def test_a_schedule_goes_on_after_an_upkeep_that_could_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process, no memory, no program: counted, and tried again. An upkeep that says much is read meanwhile."""
+    metrics, stop = MemoryMetrics(), threading.Event()
+    runs: list[list[str]] = []
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, command: list[str], **how: Any) -> None:
+            runs.append(command)
+            if len(runs) < 3:
+                raise (OSError(11, "no process"), MemoryError())[len(runs) - 1]
+            stop.set()
+            super().__init__(command, **how)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    done = msgspec.json.encode(Done(files=8)).decode()
+    says = f"print('x' * 200_000); print({done!r})"
+    schedule = UpkeepSchedule(LakeConfig(compact_ms=1), [sys.executable, "-c", says], metrics, VirtualClock(), stop)
+    monkeypatch.setattr(schedule.stopped, "is_set", lambda: False)
+    schedule.run()
+    assert metrics.counters["lake_upkeep_failed_total", ""] == 2
+    assert metrics.gauges["lake_files", ""] == 8

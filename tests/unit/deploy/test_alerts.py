@@ -93,6 +93,20 @@ tests:
           - exp_labels: {severity: warning, task: click, slice: "tab=1"}
             exp_annotations: {summary: "The model predicts 1.5 times the positives that click tab=1 has"}
       - {eval_time: 30m, alertname: HeadraceSamplesRefused, exp_alerts: []}
+  - name: an upload that hangs, after some that took their time
+    interval: 1m
+    input_series:
+      - {series: "headrace_train_upload_age_seconds{instance='a'}", values: "0+60x8 0+60x8 0x3 0+60x20"}
+    alert_rule_test:
+      - {eval_time: 17m, alertname: HeadraceUploadHangs, exp_alerts: []}
+      - eval_time: 36m
+        alertname: HeadraceUploadHangs
+        exp_alerts:
+          - exp_labels: {severity: critical, instance: a}
+            exp_annotations:
+              summary: "The trainer a has been uploading a checkpoint for 14m 0s"
+              description: "Training and deltas go on, and a restart would redo what came since the newest checkpoint.
+                See whether the store answers and how fast it is: `headrace status`, the NameNode's page."
   - name: a tag that is held back, and one that was
     interval: 1m
     input_series:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from headrace.backends.clock import VirtualClock
 from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
@@ -74,7 +75,7 @@ class World:
         self.log.admin().ensure_topics(Topics().specs(1))
         self.frontier = SqliteFrontier(folder / "f.sqlite")
         self.frontier.set_starts("catalogue", [Found("https://shop.example/")])
-        self.outbox = OutboxSender(self.frontier, self.log.producer(), Topics(), 1, MemoryMetrics(), 5)
+        self.outbox = OutboxSender(self.frontier, self.log.producer(), Topics(), 1, MemoryMetrics(), 5, VirtualClock())
 
     def crawled(self, key: str, values: str, at_ms: int) -> None:
         page = self.frontier.due(2**60, ["catalogue"], [], 1)[0]

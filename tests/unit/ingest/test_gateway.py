@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
 from ingest_world import START_MS, Counts, HandClock, ShakyLog, dependencies, impression, message
 
@@ -16,6 +17,7 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.hashing import partition_of
 from headrace.ingest.decode.message import Message
+from headrace.ingest.gateway.feedback_delay import FeedbackDelay
 from headrace.ingest.gateway.gateway import Gateway, Peer
 
 P = 4
@@ -329,3 +331,26 @@ def test_a_queue_that_stays_full_stops_the_gateway() -> None:
 
 def full(*_what: Any, **_how: Any) -> None:
     raise Overloaded("full")
+
+
+def test_the_median_delay_of_each_type_of_feedback_is_told() -> None:
+    world = World()
+    shown: dict[str, float] = {}
+    world.counts.set = lambda name, value, **labels: shown.__setitem__(  # type: ignore[method-assign]
+        f"{name}:{labels.get('type')}", value
+    )
+    world.offer(message("shop.impression", [impression(n, event_time_ms=START_MS - 3_600_000) for n in range(3)], "i"))
+    world.settle()
+    assert not [name for name in shown if name.startswith("feedback_delay_seconds")], "impressions are none"
+    for nth, late_ms in enumerate((1_000, 6_000_000, 7_000_000, 6_000_000, 6_000_000)):
+        click = {"request_id": "r", "user_id": 1, "event_time_ms": world.clock.ms - late_ms}
+        world.offer(message("shop.click", [click], f"c{nth}"))
+        world.settle()
+    assert shown["feedback_delay_seconds:click"] == pytest.approx(6_000, abs=1)
+
+
+def test_the_delay_is_that_of_the_newest_and_never_below_zero() -> None:
+    delay = FeedbackDelay()
+    assert delay.note("click", np.full(1_024, 0), 60_000) == 60
+    assert delay.note("click", np.full(700, 70_000), 60_000) == 0, "dated ahead"
+    assert delay.note("like", np.array([59_000]), 60_000) == 1

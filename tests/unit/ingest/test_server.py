@@ -22,10 +22,11 @@ from gateway_world import NEVER_S, Authority, Running, ended, eventually, frame,
 from ingest_world import impression, message
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.ingest.forward.endpoint import Endpoint, read_users
 from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.gateway import Peer
+from headrace.ingest.gateway.loop import _raise_failed
 from headrace.ingest.tls_identity import TlsIdentity
 
 KEY, USER, PASSWORD = "correct-horse", "web", "battery-staple"
@@ -482,6 +483,20 @@ def test_a_companion_that_fails_ends_the_gateway() -> None:
     running = Running(companions=[Broken()])
     eventually(lambda: running.failure is not None, "it ends")
     assert "the source is gone" in str(running.failure)
+
+
+def test_a_companion_that_ends_by_itself_ends_the_gateway() -> None:
+    async def serve() -> None:
+        runs = asyncio.create_task(asyncio.Event().wait(), name="Runs")
+        ends = asyncio.create_task(asyncio.sleep(0), name="Ends")
+        _raise_failed([runs, ends])
+        await ends
+        _raise_failed([runs])
+        with pytest.raises(Unavailable, match="Ends has ended by itself"):
+            _raise_failed([runs, ends])
+        runs.cancel()
+
+    asyncio.run(serve())
 
 
 def test_a_storm_of_refusals_is_counted_in_full_and_logged_in_part(caplog: pytest.LogCaptureFixture) -> None:

@@ -80,6 +80,30 @@ def test_a_lost_delta_is_healed_by_the_next_snapshot(world: World):
     np.testing.assert_array_equal(world.served_rows(), world.expected_rows(trainer.version))
 
 
+@pytest.mark.parametrize("deltas", [0, 1, 9])
+@pytest.mark.parametrize("topics", [[TOPICS.deltas], [TOPICS.model], [TOPICS.model, TOPICS.deltas]])
+def test_topics_that_are_made_anew_are_healed_by_the_next_snapshot(world: World, topics: list[str], deltas: int):
+    """No id is needed: a delta has its base, a snapshot its chain, and the version that is served stays meanwhile."""
+    trainer, rng = begun(world)
+    for topic in topics:
+        world.log.delete(topic)
+    world.log.admin().ensure_topics(TOPICS.specs(2))
+    served = world.version
+    for _ in range(deltas):
+        trainer.delta(trainer.learn(rng))
+    for _ in range(3):
+        world.follow()
+        assert int(world.version.rpartition("-")[2]) >= int(served.rpartition("-")[2])
+        np.testing.assert_array_equal(world.served_rows(), world.expected_rows(world.version))
+    trainer.learn(rng)
+    trainer.base = trainer.version
+    trainer.snapshot()
+    trainer.delta(trainer.learn(rng))
+    world.follow(8)
+    assert world.version == trainer.version
+    np.testing.assert_array_equal(world.served_rows(), world.expected_rows(trainer.version))
+
+
 def test_another_run_takes_over(world: World):
     begun(world)
     other, rng = Trainer(world, run="b"), Random(5)

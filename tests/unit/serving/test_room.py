@@ -3,10 +3,13 @@ whose rows expire; a publisher on a memory log with a small region."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from random import Random
 
 import numpy as np
+import pytest
 from learner_world import SPEC, batch_of, recipe_of
 from serving_world import KEYS, RECIPE, Client, Trainer, World, weights_of
 
@@ -97,3 +100,40 @@ def test_a_model_that_does_not_fit_is_not_ready_until_one_fits(tmp_path: Path):
     trainer.snapshot()
     world.follow()
     assert world.version == trainer.version and client.get("/readyz").status_code == 200
+
+
+def test_memory_without_room_for_a_model_is_told_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A page that is first written on a full filesystem would end the process with SIGBUS, and each that follows."""
+    world, rng = World(tmp_path), Random(1)
+    client, trainer = Client(make_app(world.app)), Trainer(world)
+    world.features.is_caught_up = True
+    trainer.learn(rng)
+    trainer.snapshot()
+    world.follow()
+    served, reserve = world.version, os.posix_fallocate
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    trainer.step += 1
+    trainer.delta(weights_of("a", trainer.step, others(500)))
+    world.follow()
+    red = client.get("/readyz")
+    assert red.status_code == 503 and "No space left on device" in red.text and world.version == served
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    trainer.learn(rng)
+    trainer.snapshot()
+    world.follow()
+    assert world.version == trainer.version and client.get("/readyz").status_code == 200
+
+
+def test_what_was_said_to_fit_lies_in_memory_that_is_taken(tmp_path: Path):
+    region = SharedModel(tmp_path / "m", dim=RECIPE.row_dim, rows_max=100_000, create=True)
+    before = (tmp_path / "m").stat().st_blocks
+    weights = weights_of("a", 1, others(50_000))
+    meta = Meta(Manifest(kind="snapshot", model="m", run="a", step=1, version="a-1"), "a-1", "{}", "{}", {})
+    region.check_fits(weights, meta, fresh=True)
+    taken = (tmp_path / "m").stat().st_blocks
+    region.load_snapshot(weights, meta)
+    assert before < taken == (tmp_path / "m").stat().st_blocks

@@ -58,3 +58,16 @@ def test_a_click_is_measured_to_the_first_answer_that_contains_it(samples_first:
     freshness.take([])
     freshness.take([step(4, 30)])
     assert sorted(seen) == [2.5, 2.5, 3.5]
+
+
+def test_a_record_that_is_not_ours_is_counted_and_the_next_one_measured():
+    clock, metrics = VirtualClock(), MemoryMetrics()
+    freshness = Freshness(Topics(), metrics, clock)
+    freshness.clicked("c")
+    foreign = pa.RecordBatch.from_pydict({"other": [1]})
+    freshness.take([Record("samples", 1, n, None, v, {}, 0) for n, v in enumerate((b"x", b"", encode_batch(foreign)))])
+    freshness.take([Record("steps", 0, 0, None, b"no step", {}, 0), step(1, 12)])
+    freshness.answered("r-1")
+    freshness.take([sample(10, "c")])
+    assert metrics.total("records_unreadable_total") == 4
+    assert metrics.observations["freshness_seconds"] == [0.0]

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from headrace.contract.errors import Overloaded
 from headrace.contract.project import Project
 from headrace.examples.shop import traffic, web_service
 from headrace.examples.shop.shop import PROJECT
+from headrace.process.background import Background
 
 
 class _Clock:
@@ -45,7 +47,13 @@ FEEDBACK = {(v.row, given.name): given for v in VISITS for given in v.feedback}
 """All that the visitors say, by row and name."""
 
 
-def open_shop(path: Path, logged: list[tuple[str, dict[str, Any]]], until: int, project: Project = PROJECT) -> None:
+def open_shop(
+    path: Path,
+    logged: list[tuple[str, dict[str, Any]]],
+    until: int,
+    project: Project = PROJECT,
+    background: Background | None = None,
+) -> None:
     """Run the shop until `until` events are logged."""
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
@@ -69,6 +77,7 @@ def open_shop(path: Path, logged: list[tuple[str, dict[str, Any]]], until: int, 
             host="127.0.0.1",
             port=port,
             stop=stop,
+            background=background or Background(),
         )
         shop.run()
 
@@ -143,3 +152,13 @@ def test_a_full_spool_slows_the_shop_and_loses_nothing():
     assert (sender.refused, sender.kept) == (3, [{"request_id": "r"}])
     stop.set()
     assert not web_service.waiting_log(_FullSpool(), stop)("shop.impression", {}), "a shop that stops does not wait"
+
+
+def test_a_thread_that_dies_ends_the_shop(tmp_path: Path):
+    def dies() -> None:
+        raise MemoryError("no memory")
+
+    background = Background()
+    background.thread("freshness", dies).join()
+    with pytest.raises(MemoryError):
+        open_shop(tmp_path / "shop.json", [], 1, background=background)

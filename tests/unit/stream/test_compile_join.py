@@ -15,7 +15,8 @@ from headrace.contract.formats.events import (
 from headrace.contract.interfaces.log import Record
 from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop.shop import PROJECT
-from headrace.kernels import hashes, open_addressing, ring_table
+from headrace.kernels import hashes, open_addressing, ring_table, sample_ids
+from headrace.kernels.sample_ids import seal_of
 from headrace.stream.join import aggregate_lookup, early_feedback, local_counters, matching, pending, recent_keys
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import encode_state, load_state
@@ -23,7 +24,7 @@ from headrace.stream.shell.compile_join import compile_join, events_record, punc
 
 
 def _compiled() -> dict[str, int]:
-    shared = (hashes, open_addressing, ring_table)
+    shared = (hashes, open_addressing, ring_table, sample_ids)
     modules = (*shared, aggregate_lookup, local_counters, early_feedback, matching, recent_keys, pending)
     kernels = {f"{m.__name__}.{n}": f for m in modules for n, f in vars(m).items() if hasattr(f, "nopython_signatures")}
     return {name: len(kernel.nopython_signatures) for name, kernel in kernels.items()}
@@ -46,7 +47,9 @@ def test_after_compiling_the_join_other_events_compile_nothing() -> None:
         if number == 15:
             change = encode_change(change_of(PROJECT, 2, now_ms=0))
             state.take(Record("", 1, 4 * number + 2, None, change, {"kind": SPEC}, 0))
-        state.take(punctuation_record(4 * number + 3, 1_000 * number))
+        emitted = state.take(punctuation_record(4 * number + 3, 1_000 * number))
+        if emitted is not None:
+            seal_of(emitted.batch)
     assert state.rules.number == 2
     load_state(JoinState(PROJECT, JoinConfig(), silent_ms=1_000, partition=1), encode_state(state))
     assert _compiled() == after

@@ -24,10 +24,10 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.topics import Topics
+from headrace.process.waits import RECEIPT_MAX_S, Waits
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import DurableState, Outgoing, StateSnapshot, await_stored
-from headrace.stream.shell.waits import RECEIPT_MAX_S, Waits
 
 
 class Producer:

@@ -22,11 +22,11 @@ from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import AGGREGATE_SCHEMA, encode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
+from headrace.process.waits import Waits
 from headrace.stream.aggregate.epochs import Epochs, epoch_of
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.one_owner import OneOwner
-from headrace.stream.shell.waits import Waits
 
 EVENTS = Topics().events
 

@@ -19,7 +19,7 @@ class World:
         self.clock = VirtualClock(1_000)
         self.log = MemoryLog(self.clock.now_ms)
         self.log.admin().ensure_topics([TopicSpec(T, 2)])
-        self.taken = {0: 0, 1: 0}
+        self.taken: dict[int, int | None] = {0: 0, 1: 0}
         self.reader = self.log.reader()
         self.ends = LogEnds(T, self.log.reader, lambda: self.taken)
 
@@ -44,6 +44,19 @@ def test_what_nobody_takes_is_counted_and_has_an_age() -> None:
     assert world.look() == (2, 3_000), "partition 1 moves, partition 0 stands before its first record"
     world.taken = {0: 1, 1: 2}
     assert world.look() == (0, None)
+
+
+def test_a_partition_from_which_no_record_came_yet_is_counted_from_the_topics_first() -> None:
+    world = World()
+    world.taken = {0: None, 1: 0}
+    world.append(0)
+    world.append(0)
+    assert world.look()[0] == 2
+    world.log.trim(T, 0, 1)
+    for _ in range(STILL_LOOKS_MAX + 1):
+        assert world.look()[0] == 1
+    with pytest.raises(Unavailable, match=r"samples/0 has been at offset 1 for 305 s and the log goes on to 2"):
+        world.look()
 
 
 def test_a_partition_that_stands_still_before_a_record_stops_the_stage_after_a_bound() -> None:

@@ -21,11 +21,11 @@ from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics
+from headrace.process.waits import Waits
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.state import read_manifest
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.join_stage import StreamStage
-from headrace.stream.shell.waits import Waits
 from headrace.stream.sink.stage import SinkStage
 
 TOPICS = Topics()

@@ -12,8 +12,8 @@ import pytest
 
 from headrace.backends.clock import VirtualClock
 from headrace.contract.errors import Unavailable
-from headrace.stream.shell.waits import Waits
-from headrace.stream.shell.watchdog import STILL_MAX_S, Watchdog
+from headrace.process.waits import Waits
+from headrace.process.watchdog import STILL_MAX_S, Watchdog
 
 
 def test_a_call_returns_or_raises_what_its_work_does() -> None:
@@ -66,8 +66,8 @@ def test_a_loop_that_stands_still_ends_the_process() -> None:
 
 HANGS = """
 import asyncio, logging, threading
-from headrace.stream.shell import watchdog
-from headrace.stream.shell.waits import in_thread
+from headrace.process import watchdog
+from headrace.process.waits import in_thread
 watchdog.STILL_MAX_S = watchdog.LOOK_S = 0.05
 logging.basicConfig()
 async def main():
@@ -78,7 +78,7 @@ async def main():
 """
 ENDS = """
 import asyncio, threading
-from headrace.stream.shell.waits import in_thread
+from headrace.process.waits import in_thread
 async def main():
     asyncio.ensure_future(in_thread("never", threading.Event().wait))
     await asyncio.sleep(0.01)

@@ -5,6 +5,7 @@ Method: a trainer over stored, then live samples in memory; its event file and t
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 
@@ -19,7 +20,7 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import TrainConfig
 from headrace.contract.formats.positions import Position, Positions
 from headrace.trainer.run import Trainer
-from headrace.trainer.validation.board import Board
+from headrace.trainer.validation.board import AGAIN_MS, Board
 
 torch.set_num_threads(1)
 ROWS = 3_600
@@ -132,3 +133,37 @@ def test_a_jump_of_the_label_rate_is_logged_and_counted_once(tmp_path, caplog):
     assert said, lines[0]
     usual, rate, moved, over, score = (float(x) for x in said.groups())
     assert abs(usual - 0.5) < 0.05 and rate < usual * 0.8 and moved < -20 and over >= 1_000 and score < -6
+
+
+def test_a_disk_that_takes_no_figures_stops_none_of_the_learning(tmp_path, monkeypatch, caplog):
+    """Figures are left out and said to be, and come again in a file of their own when the disk takes them."""
+    (tmp_path / "file").write_text("in the way")
+    board = Board(tmp_path / "file" / "train")
+    with caplog.at_level(logging.WARNING):
+        for now_ms in (0, 1, AGAIN_MS - 1):
+            board.scalars({"a": 1.0}, step=1, now_ms=now_ms)
+    assert len(caplog.messages) == 1 and "no figures for TensorBoard for 30 s" in caplog.messages[0]
+    (tmp_path / "file").unlink()
+    board.scalars({"a": 2.0}, step=2, now_ms=AGAIN_MS)
+    board.close()
+    (file,) = (tmp_path / "file" / "train").iterdir()
+    assert [event.step for event in EventFileLoader(str(file)).Load() if event.summary.value] == [2]
+
+
+def test_a_writer_whose_disk_is_full_is_replaced(tmp_path, monkeypatch):
+    board, written = Board(tmp_path), []
+
+    class Full:
+        def add_event(self, event) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Working:
+        def add_event(self, event) -> None:
+            written.append(event.step)
+
+    monkeypatch.setattr(board, "_writer", Full())
+    board.scalars({"a": 1.0}, step=1, now_ms=0)
+    assert board._writer is None
+    monkeypatch.setattr(board, "_writer", Working())
+    board.scalars({"a": 1.0}, step=2, now_ms=AGAIN_MS)
+    assert written == [2]

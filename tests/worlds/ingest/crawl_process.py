@@ -20,6 +20,7 @@ import msgspec
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.frontier_sqlite import SqliteFrontier
+from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import set_logging
 from headrace.cli.stages.crawl import _quiet_scrapy
@@ -91,6 +92,8 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     metrics = MemoryMetrics()
     frontier = SqliteFrontier(folder / "state" / "g1.sqlite", bodies_per_page=declared.config.bodies_per_page)
+    empty = MemoryLog()
+    empty.admin().ensure_topics(Topics().specs(PARTITIONS))
     stage = CrawlStage(
         CrawlDependencies(
             crawls=declared.crawls,
@@ -102,6 +105,7 @@ def main() -> None:
             producer=FileLog(folder / "log.jsonl", receipt_s),
             metrics=metrics,
             clock=SystemClock(),
+            open_reader=empty.reader,
         )
     )
     changed = 0

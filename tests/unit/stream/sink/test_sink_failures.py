@@ -20,7 +20,7 @@ from headrace.contract.config import Config
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.interfaces.log import Record
-from headrace.stream.shell.waits import CALL_MAX_S
+from headrace.process.waits import CALL_MAX_S
 from headrace.stream.sink.stage import SinkStage
 
 ROWS = 60

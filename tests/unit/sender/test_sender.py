@@ -22,7 +22,7 @@ import pytest
 from ingest_world import Counts, ShakyLog, dependencies
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, Unavailable
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.run import run
 from headrace.sender import Sender
@@ -200,6 +200,38 @@ def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
     assert running.ids() == [f"e{n:06d}" for n in range(9)]
 
 
+def test_whatever_the_thread_meets_it_goes_on(
+    gateway: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told, met = Sender._next_messages, [MemoryError("injected"), KeyError("injected")]
+
+    def next_messages(self: Sender) -> bytes:
+        made = told(self)
+        if made and met:
+            raise met.pop()
+        return made
+
+    monkeypatch.setattr(Sender, "_next_messages", next_messages)
+    sender = Sender("shop", port=gateway.port, spool_dir=tmp_path)
+    sender.emit("impression", _record(0))
+    assert sender.flush(20) and not met
+    sender.close()
+    assert gateway.ids() == ["e000000"] and caplog.text.count("a fault while sending") == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_sender_whose_thread_died_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(_self: Sender) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(Sender, "_adopt", dies)
+    sender = Sender("shop", port=1, spool_dir=tmp_path)
+    sender._thread.join(20)
+    with pytest.raises(Unavailable, match="Make a new one"):
+        sender.emit("impression", _record(0))
+    sender.close(0.0)
+
+
 def test_two_senders_share_a_folder_and_the_dead_one_is_inherited(gateway: Running, tmp_path: Path) -> None:
     nowhere = _free_port()
     first = Sender("shop", port=gateway.port, spool_dir=tmp_path)
@@ -238,7 +270,9 @@ def test_hostile_bytes_are_refused_and_counted(gateway: Running) -> None:
             sock.sendall(data)
             sock.settimeout(5)
             with contextlib.suppress(ConnectionResetError):
-                assert sock.recv(1) == b""
+                # What is too large is told so, by a word that our sender knows; the rest ends without one.
+                said = sock.makefile("rb").read()
+                assert said == (msgpack.packb({"refused": reason, "bytes_max": 1 << 24}) if "large" in reason else b"")
             assert gateway.counts.totals[f"connections_refused_total:{reason}"] == before + 1
 
 

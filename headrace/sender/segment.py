@@ -1,0 +1,87 @@
+"""One file of the spool: records that are appended, and read again after a crash.
+
+A record is [length, CRC-32, kind] and its payload. A segment stands alone: entries, the ids of their chunks and
+the acks of those chunks are in one file, so it is removed as soon as all its chunks are acked, in any order. (Older
+trees wrote an ack into the newest file; `Spool` copies it to where its chunk is.)
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from headrace.contract.errors import Overloaded
+
+HEAD = struct.Struct("<IIB")
+ENTRY, CHUNK, ACK = 1, 2, 3
+
+
+class Segment:
+    """An append-only file. Its descriptor is opened by the first append after `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size if path.exists() else 0
+        self.open_chunks = 0
+        """Chunks in it that are not acked."""
+        self._fd = -1
+
+    def append(self, kind: int, payload: bytes) -> int:
+        """Write one record whole and return its size, or raise `Overloaded` and leave the file as it was."""
+        data = HEAD.pack(len(payload), zlib.crc32(payload), kind) + payload
+        try:
+            if self._fd < 0:
+                self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            written = os.write(self._fd, data)
+            if written != len(data):
+                raise OSError(28, "a short write: the disk is full")
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self.size)
+            raise Overloaded(f"the spool {self.path.parent} takes no more: {error}; free the disk.") from error
+        self.size += len(data)
+        return len(data)
+
+    def duplicate(self) -> int:
+        """Return a descriptor of it that the caller closes, or -1 where it is closed."""
+        return os.dup(self._fd) if self._fd >= 0 else -1
+
+    def close(self, *, sync: bool = False) -> None:
+        """Close the descriptor, with `sync` after putting what was written on the disk."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            try:
+                if sync:
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
+    def remove(self) -> int:
+        """Delete the file; return how many bytes that frees."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+        freed, self.size = self.size, 0
+        return freed
+
+    def read(self) -> tuple[list[tuple[int, bytes]], bytes]:
+        """Return the records (kind, payload) up to the end or the first torn one, and the bytes from there on.
+
+        The file ends before those bytes afterwards: what is appended behind a torn record could never be read.
+        """
+        data = self.path.read_bytes()
+        records: list[tuple[int, bytes]] = []
+        at = 0
+        while at + HEAD.size <= len(data):
+            length, crc, kind = HEAD.unpack_from(data, at)
+            payload = data[at + HEAD.size : at + HEAD.size + length]
+            if len(payload) != length or zlib.crc32(payload) != crc:
+                break
+            at += HEAD.size + length
+            records.append((kind, payload))
+        if at < len(data):
+            os.truncate(self.path, at)
+        self.size = at
+        return records, data[at:]

@@ -1,0 +1,245 @@
+"""The spool on disk: slots of a folder, and the segments in this process's own.
+
+A slot belongs to the process that holds the lock of its file `lock`; the kernel frees it when the process ends, however
+it ends. What lies in a free slot is adopted: its files are moved into the adopter's slot, then read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgpack
+
+from headrace.contract.errors import Overloaded
+from headrace.sender.lanes import Chunk
+from headrace.sender.segment import ACK, CHUNK, ENTRY, HEAD, Segment
+
+log = logging.getLogger("headrace.sender")
+
+_SLOTS = 1_024
+_SEGMENT_MAX = 1_048_576
+"""A segment ends at 1 MiB: small enough to be removed soon, large enough to be made seldom."""
+_KEPT = 65_536
+"""A segment without an open chunk is used further up to this size: a file for each chunk would be many."""
+_OPEN_FILES = 32
+"""Segments with an open descriptor; a service with more tags at once opens some anew."""
+
+
+class Spool:
+    """One process's slot. Not thread-safe: the sender's lock is held, but in `adopt`."""
+
+    def __init__(self, folder: Path, *, bytes_max: int, fsync: bool) -> None:
+        self.folder, self.bytes_max, self._fsync = folder, bytes_max, fsync
+        self._slot, self._slot_fd = _take_slot(folder)
+        self._numbers = itertools.count(1 + max((int(path.stem) for path in self._slot.glob("*.seg")), default=0))
+        self._open: dict[Segment, None] = {}
+        self._segment_max = max(4_096, min(_SEGMENT_MAX, bytes_max // 64))
+        self.bytes = 0
+        """On disk."""
+
+    def fits(self, size: int, lane_bytes: int) -> bool:
+        """Say whether a tag that holds `lane_bytes` may add a record of `size` bytes.
+
+        It may have three times what is free: three quarters of the spool where it is alone. N such tags leave 1/(1+3N)
+        free, so a tag that the gateway does not take never shuts out the others.
+
+        Source: Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998.
+        """
+        free = self.bytes_max - self.bytes
+        return size <= free and lane_bytes + size <= 3 * free
+
+    def event_bytes_max(self) -> int:
+        """Return the size of the largest event that an empty spool takes."""
+        return max(0, self.bytes_max * 3 // 4 - 1_024)
+
+    def begin(self) -> Segment:
+        """Return a new segment. Raises `Overloaded` where none can be made."""
+        segment = Segment(self._next_path())
+        if self._fsync:
+            try:
+                segment.path.touch(0o600)
+                _sync_folder(self._slot)
+            except OSError as error:
+                raise Overloaded(f"the spool {self._slot} takes no new file: {error}; free the disk.") from error
+        return segment
+
+    def _next_path(self) -> Path:
+        return self._slot / f"{next(self._numbers):012d}.seg"
+
+    def append(self, segment: Segment, kind: int, payload: bytes) -> None:
+        """Append a record. Raises `Overloaded` when the disk is full; nothing was written then."""
+        if segment not in self._open:
+            self._open[segment] = None
+            if len(self._open) > _OPEN_FILES:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                oldest.close(sync=self._fsync)
+        self.bytes += segment.append(kind, payload)
+
+    def append_entry(self, segment: Segment, tag: str, entry: bytes) -> None:
+        """Append an event."""
+        name = tag.encode()
+        self.append(segment, ENTRY, len(name).to_bytes(2, "little") + name + entry)
+
+    def note_chunk(self, chunk: Chunk) -> None:
+        """Note which id the events before it have: a chunk sent under an id that nobody remembers would count twice."""
+        self.append(chunk.segment, CHUNK, msgpack.packb([chunk.tag, chunk.id]))
+
+    def note_ack(self, chunk: Chunk) -> None:
+        """Note that nothing of this chunk is to be sent any more."""
+        chunk.segment.open_chunks -= 1
+        # A spool that cannot note the ack sends the chunk once more after a restart; the gateway knows it then.
+        with suppress(Overloaded):
+            self.append(chunk.segment, ACK, chunk.id.encode())
+
+    def is_full(self, segment: Segment) -> bool:
+        """Say whether no further chunk should begin in it."""
+        return segment.size >= self._segment_max
+
+    def is_overfull(self, segment: Segment) -> bool:
+        """Say whether its open chunk should be closed although it is small."""
+        return segment.size >= 2 * self._segment_max
+
+    def is_spent(self, segment: Segment) -> bool:
+        """Say whether a segment in use, whose chunks are all acked, is better removed than used further."""
+        return segment.size >= min(_KEPT, self._segment_max)
+
+    def remove(self, segment: Segment) -> None:
+        """Delete a segment."""
+        self._open.pop(segment, None)
+        self.bytes -= segment.remove()
+
+    def duplicates(self, segments: set[Segment]) -> list[int]:
+        """Return descriptors for `sync`, which may be called without the lock."""
+        return [fd for segment in segments if (fd := segment.duplicate()) >= 0] if self._fsync else []
+
+    def close(self, *, remove: bool) -> None:
+        """Close all files, with `remove` delete them, and free the slot."""
+        for segment in list(self._open):
+            segment.close()
+        if remove:
+            for path in self._slot.glob("*.seg"):
+                path.unlink(missing_ok=True)
+        os.close(self._slot_fd)
+
+    def forsake(self) -> None:
+        """Close the descriptors that this process got by a fork; the slot stays its parent's."""
+        for segment in self._open:
+            segment.close()
+        os.close(self._slot_fd)
+
+    # -- what others left
+
+    def recover(self) -> list[Chunk]:
+        """Return what this slot holds without an ack, oldest first. Once, before anything is appended."""
+        return self.read([Segment(path) for path in sorted(self._slot.glob("*.seg"))])
+
+    def adopt(self) -> list[Segment]:
+        """Move the segments of all free slots here and return them, for `read`."""
+        found = []
+        for slot in sorted(self.folder.glob("slot-*")):
+            if slot == self._slot or not any(slot.glob("*.seg")) or (fd := _lock(slot)) < 0:
+                continue
+            try:
+                for path in sorted(slot.glob("*.seg")):
+                    found.append(Segment(path.rename(self._next_path())))
+            finally:
+                os.close(fd)
+        return found
+
+    def read(self, segments: list[Segment]) -> list[Chunk]:
+        """Return the chunks in these segments that have no ack; events whose chunk was not closed become a new one."""
+        contents = [self._contents(segment) for segment in segments]
+        acked = {payload for records in contents for kind, payload in records if kind == ACK}
+        chunks: list[Chunk] = []
+        for segment, records in zip(segments, contents, strict=True):
+            self.bytes += segment.size
+            own = {payload for kind, payload in records if kind == ACK}
+            for chunk in _chunks(segment, records):
+                segment.open_chunks += 1
+                if chunk.id.encode() not in acked:
+                    chunks.append(chunk)
+                elif chunk.id.encode() in own:
+                    segment.open_chunks -= 1
+                else:
+                    self.note_ack(chunk)
+        for segment in segments:
+            if not segment.open_chunks:
+                self.remove(segment)
+        return chunks
+
+    def _contents(self, segment: Segment) -> list[tuple[int, bytes]]:
+        records, rest = segment.read()
+        if len(rest) >= HEAD.size and HEAD.unpack_from(rest)[0] <= len(rest) - HEAD.size:
+            # Not the torn tail of a crash: a whole record whose bytes have changed.
+            kept = self.folder / f"{self._slot.name}-{segment.path.stem}.damaged"
+            kept.write_bytes(rest)
+            log.error("%s is damaged; %d bytes of it cannot be read and are kept in %s", segment.path, len(rest), kept)
+        return records
+
+
+def entry_cost(tag: str) -> int:
+    """Return what an event of this tag takes beside its entry."""
+    return HEAD.size + 2 + len(tag.encode())
+
+
+def sync(descriptors: list[int]) -> None:
+    """Put on the disk what was written to these, and close them."""
+    for fd in descriptors:
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+
+def _chunks(segment: Segment, records: list[tuple[int, bytes]]) -> Iterator[Chunk]:
+    loose: dict[str, Chunk] = {}
+    for kind, payload in records:
+        if kind == ENTRY:
+            end = 2 + int.from_bytes(payload[:2], "little")
+            tag = payload[2:end].decode()
+            loose.setdefault(tag, Chunk(tag, segment, 0.0)).add(payload[end:])
+        elif kind == CHUNK:
+            tag, name = msgpack.unpackb(payload)
+            if (chunk := loose.pop(tag, None)) is not None:
+                chunk.id = name
+                yield chunk
+    for chunk in loose.values():
+        # Its id was never noted; one made of its content is the same after the next crash too.
+        chunk.id = chunk.content_id()
+        yield chunk
+
+
+def _lock(slot: Path) -> int:
+    """Return a descriptor that holds the slot, or -1 where a living process does."""
+    fd = os.open(slot / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
+
+
+def _take_slot(folder: Path) -> tuple[Path, int]:
+    """Return the first slot of `folder` that no living process holds, and its lock."""
+    for number in range(_SLOTS):
+        slot = folder / f"slot-{number:02d}"
+        slot.mkdir(parents=True, exist_ok=True)
+        if (fd := _lock(slot)) >= 0:
+            return slot, fd
+    raise Overloaded(f"all {_SLOTS} slots of the spool {folder} are held by living processes; name another folder.")
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
