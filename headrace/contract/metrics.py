@@ -9,7 +9,6 @@ from headrace.contract.interfaces.metric_doc import Kind as Kind
 from headrace.contract.interfaces.metric_doc import MetricDoc as MetricDoc
 from headrace.contract.interfaces.metric_doc import Stage as Stage
 
-
 Name = Literal[
     "events_read_total",
     "events_appended_total",
