@@ -107,13 +107,27 @@ def answer_requests(
     *,
     jobs: Mapping[str, Callable[[], None]],
     workers: Workers | None = None,
+    turned: Callable[[], None] = lambda: None,
 ) -> int:
     """Answer requests until `stop` or SIGTERM, with `jobs` in threads beside it; return the exit status.
 
-    A job returns soon after `stop` is set. One that raises ends the process with status 1.
+    The loop that answers calls `turned` about once a second. A job returns soon after `stop` is set. One that raises
+    ends the process with status 1.
     """
+
+    async def tell() -> None:
+        turned()
+
     server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+            callback_notify=tell,
+            timeout_notify=1,
+        )
     )
     failures: list[str] = []
 

@@ -79,7 +79,7 @@ def stage_probes(layout: Layout) -> dict[str, Callable[[], str]]:
 
         return ask
 
-    stages = ("ingest", "stream", "sink", "aggregate", "crawl", "train", "shop")
+    stages = ("ingest", "stream", "sink", "aggregate", "crawl", "train", "shop", "watch")
     return {
         **{stage: ready(f"metrics_{stage}") for stage in stages},
         "serve": ready("serving"),

@@ -32,6 +32,7 @@ from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import readiness
 from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder
+from headrace.deploy.local.restarts import MAX_S
 from headrace.deploy.local.servers import cephfs, hdfs, kafka
 from headrace.deploy.local.servers.jars import ensure_jars
 from headrace.deploy.local.servers.java import find_java
@@ -41,6 +42,7 @@ from headrace.serving.model.region_file import region_in_memory
 INFRASTRUCTURE = ("kafka", "namenode", "datanode", *cephfs.SUPERVISED)
 STAGES = ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop")
 ALSO = ("tensorboard", "shipper", "crawl")
+WATCH = "watch"
 INFRASTRUCTURE_S = 180.0
 STAGES_S = 300.0
 """A machine's first start compiles the kernels of four stages at once: two minutes and more on two busy cores."""
@@ -56,11 +58,12 @@ def start(
     stages: bool | Sequence[str] = True,
     more: Sequence[Program] = (),
     log: LogConfig | None = None,
+    restart_max_s: float = MAX_S,
 ) -> None:
     """Bring the stack up, with all stages, with none, or with those named; returns when all that was started is ready.
 
     `more` are further programs; one that has a stage's name takes its place. `log` says with how many copies topics are
-    created.
+    created, `restart_max_s` how long a process that crashes again and again waits at most for its next start.
     Raises `Unavailable` with each part's reason when one is not ready in time; what runs then keeps running, so that
     its log can be read.
     """
@@ -73,7 +76,8 @@ def start(
         else:
             if orphans(layout.home):
                 say(f"ended {end_orphans(layout.home)} processes that a killed supervisor had left")
-            supervisor.start(programs(layout, say, stages=stages, more=more))
+            found = programs(layout, say, stages=stages, more=more)
+            supervisor.start(found, restart_max_s=restart_max_s)
         layout.save()
         if layout.own_cephfs:
             supervisor.begin(("kafka",))
@@ -114,6 +118,8 @@ def stop(layout: Layout, say: Say) -> None:
     """End everything that the stack started; nothing of it lives when this returns."""
     supervisor = Supervisor(layout)
     if supervisor.running():
+        # It would take a stage that ends for one that does not answer.
+        supervisor.end((WATCH,))
         supervisor.end(("shop",))
         supervisor.end((*STAGES, *ALSO))
         for name in reversed(cephfs.SUPERVISED if layout.own_cephfs else ()):
@@ -186,7 +192,7 @@ def programs(
     if layout.shipper:
         found.append(Program("shipper", shipper_command(layout)))
     command = [sys.executable, "-m", "headrace.cli.main"]
-    verbs = [*STAGES, "tensorboard"] if stages is True else list(stages)
+    verbs = [*STAGES, "tensorboard", WATCH] if stages is True else [*stages, WATCH]
     found += [Program(v, [*command, v]) for v in verbs if importlib.util.find_spec(f"headrace.cli.stages.{v}")]
     return [*(p for p in found if p.name not in {m.name for m in more}), *more]
 

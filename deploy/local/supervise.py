@@ -24,6 +24,7 @@ import psutil
 
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.deploy.local.layout import HOST, MARK, Layout
+from headrace.deploy.local.restarts import MAX_S, Crashes
 
 STOP_S = 6
 """A process that gets SIGTERM has 5 s to stop cleanly; a second more, then SIGKILL."""
@@ -37,7 +38,7 @@ class Program(msgspec.Struct, frozen=True):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """One row of `status`. `memory_mb` sums the process and its children."""
+    """One row of `status`. `memory_mb` sums the process and its children. `state` is `backoff` between two starts."""
 
     name: str
     state: str
@@ -46,6 +47,8 @@ class Process(msgspec.Struct, frozen=True):
     port: int
     log: str
     uptime_s: int
+    crashes: Crashes = msgspec.field(default_factory=Crashes)
+    """Its `next_start_s` is in seconds from now."""
 
 
 class _Transport(xmlrpc.client.Transport):
@@ -71,15 +74,18 @@ class Supervisor:
         except (OSError, xmlrpc.client.Error, http.client.HTTPException):
             return False
 
-    def start(self, programs: Sequence[Program]) -> None:
-        """Write the configuration and start supervisord, detached; returns when it answers."""
+    def start(self, programs: Sequence[Program], *, restart_max_s: float = MAX_S) -> None:
+        """Write the configuration and start supervisord, detached; returns when it answers.
+
+        `restart_max_s` is the longest wait before what has ended is started again.
+        """
         run = self.layout.home / "run"
         if not self._secret.exists():
             self._secret.touch(mode=0o600)
             self._secret.write_text(secrets.token_hex(16))
         conf = run / "supervisord.conf"
         conf.touch(mode=0o600)
-        conf.write_text(configuration(self.layout, programs, self._secret.read_text()))
+        conf.write_text(configuration(self.layout, programs, self._secret.read_text(), restart_max_s))
         out = self.layout.logs / "supervisord.out"
         # It opens its port, then becomes a daemon: the exit status tells whether the port was free.
         with out.open("wb") as file:
@@ -103,9 +109,15 @@ class Supervisor:
             )
 
     def begin(self, names: Sequence[str]) -> None:
-        """Start these processes, those that do not run."""
+        """Start these processes, those that do not run; one that waits for its next start waits no longer."""
         for row in self._ask("getAllProcessInfo"):
-            if row["name"] in names and row["statename"] in ("STOPPED", "EXITED", "FATAL"):
+            if row["name"] not in names:
+                continue
+            if row["statename"] == "BACKOFF":
+                with contextlib.suppress(xmlrpc.client.Fault):
+                    self._ask("stopProcess", row["name"], False)
+                    self._ask("startProcess", row["name"], False)
+            elif row["statename"] in ("STOPPED", "EXITED", "FATAL"):
                 self._ask("startProcess", row["name"], False)
 
     def end(self, names: Sequence[str]) -> None:
@@ -143,6 +155,7 @@ class Supervisor:
             rows = self._ask("getAllProcessInfo")
         except (OSError, xmlrpc.client.Error, http.client.HTTPException):
             return []
+        crashes = self.crashes()
         return [
             Process(
                 name=row["name"],
@@ -152,21 +165,41 @@ class Supervisor:
                 port=port_of(self.layout, row["name"]),
                 log=row["stdout_logfile"],
                 uptime_s=int(row["now"] - row["start"]) if row["pid"] else 0,
+                crashes=crashes.get(row["name"], Crashes()),
             )
             for row in rows
         ]
 
-    def _ask(self, method: str, *words: object) -> Any:
+    def crashes(self) -> dict[str, Crashes]:
+        """Return the crashes of each process. Empty when no supervisord answers, or one of before they were counted."""
+        try:
+            told = self._ask("getCrashes", space="headrace")
+        except (OSError, xmlrpc.client.Error, http.client.HTTPException):
+            return {}
+        return msgspec.convert(told, dict[str, Crashes])
+
+    def kill(self, name: str) -> None:
+        """Send SIGKILL to a process and its children: it counts as a crash, and is started again.
+
+        A child that stands still would not end with it, and keep its port.
+        """
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pids()[name]) if name in self.pids() else None
+            for each in [*process.children(recursive=True), process] if process else ():
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+
+    def _ask(self, method: str, *words: object, space: str = "supervisor") -> Any:
         try:
             secret = self._secret.read_text()
         except OSError as error:
             raise OSError("no supervisor was started here") from error
         address = f"http://headrace:{secret}@{HOST}:{self.layout.port('supervisor')}/RPC2"
         with xmlrpc.client.ServerProxy(address, transport=_Transport()) as proxy:
-            return getattr(proxy.supervisor, method)(*words)
+            return getattr(getattr(proxy, space), method)(*words)
 
 
-def configuration(layout: Layout, programs: Sequence[Program], secret: str) -> str:
+def configuration(layout: Layout, programs: Sequence[Program], secret: str, restart_max_s: float = MAX_S) -> str:
     """Return supervisord.conf. Percent signs are doubled: supervisord expands them."""
     supervisord = {
         "logfile": layout.logs / "supervisor.log",
@@ -187,6 +220,10 @@ def configuration(layout: Layout, programs: Sequence[Program], secret: str) -> s
         },
         "rpcinterface:supervisor": {
             "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+        },
+        "rpcinterface:headrace": {
+            "supervisor.rpcinterface_factory": "headrace.deploy.local.supervisord:tell_crashes",
+            "restart_max_s": restart_max_s,
         },
     }
     for program in programs:
@@ -214,7 +251,7 @@ def port_of(layout: Layout, name: str) -> int:
     """Return the port that people look for at process `name`, 0 where it has none."""
     table = {"kafka": "kafka", "namenode": "namenode_http", "datanode": "datanode_http", "ingest": "forward"}
     table |= {"serve": "serving", "tensorboard": "tensorboard"}
-    table |= {stage: f"metrics_{stage}" for stage in ("stream", "sink", "aggregate", "crawl", "train", "shop")}
+    table |= {stage: f"metrics_{stage}" for stage in ("stream", "sink", "aggregate", "crawl", "train", "shop", "watch")}
     if name == "shipper":
         return layout.shipper_port
     if name == "ceph-mon":

@@ -36,6 +36,10 @@ _ABSENT = ("FileNotFoundException", "NoSuchFileException")
 _REFUSED = ("AccessControlException", "QuotaExceededException", "SecurityException")
 
 
+PATIENCE_S = 45.0
+"""How long a NameNode that is away or in safe mode is asked again."""
+
+
 class _Pieces(io.BytesIO):
     """What is written, of which `requests` takes piece after piece: a slow store is told from one that hangs."""
 
@@ -52,7 +56,13 @@ class HdfsBlobs:
     """
 
     def __init__(
-        self, webhdfs: str, root: str, *, user: str | None = None, patience_s: float = 45.0, timeout_s: float = 10.0
+        self,
+        webhdfs: str,
+        root: str,
+        *,
+        user: str | None = None,
+        patience_s: float = PATIENCE_S,
+        timeout_s: float = 10.0,
     ) -> None:
         self.root = "/" + root.strip("/")
         self._url = webhdfs.rstrip("/")

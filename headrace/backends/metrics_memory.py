@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 
-from headrace.contract.metrics import Name, joined, label_values
+from headrace.contract.interfaces.labels import joined, label_values
+from headrace.contract.metrics import Name
 
 
 class MemoryMetrics:

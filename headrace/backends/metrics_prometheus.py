@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -17,9 +18,13 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
+from headrace.backends.health import Health
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.metrics import METRICS, Kind, Name, Stage, joined, label_values
+from headrace.contract.interfaces.labels import joined, label_values
+from headrace.contract.metrics import METRICS, Kind, Name, Stage
 
 # 1 ms to 60 s, four steps a decade: fine enough to read a p99 of the 1 s freshness budget.
 BUCKETS = (
@@ -71,7 +76,7 @@ queries by either label find the series, and a sum over all series counts nothin
 class PrometheusMetrics:
     """The metrics of one stage under `headrace_<stage>_<name>`; starts its HTTP server at once. Thread-safe.
 
-    /healthz answers 200 while the process lives; /readyz answers 200 after `ready(True)`, else 503 and the reason.
+    /readyz and /healthz answer 200 or 503 with the reason, by what `health` says at that moment.
     Raises `ConfigRejected` when the port is taken.
     """
 
@@ -80,9 +85,14 @@ class PrometheusMetrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._prefix = f"headrace_{stage}_"
-        self._known: dict[str, Any] = {}
+        # A counter that appears with its first count rises from nothing, which increase() does not see.
+        plain: list[Name] = [
+            n for n, d in METRICS.items() if d.kind == "counter" and stage in d.stages and not d.labels
+        ]
+        self._known: dict[str, Any] = {name: self._new(name) for name in plain}
         self._lock = threading.Lock()
-        self._state = (False, "starting")
+        self.health = Health()
+        self.registry.register(_HealthCollector(self._prefix, self.health))
         try:
             self._server = _Server((host, port), _Handler)
         except OSError as error:
@@ -107,11 +117,11 @@ class PrometheusMetrics:
 
     def ready(self, is_ready: bool, reason: str = "") -> None:
         """Say whether the stage does its work, and if not, what it waits for."""
-        self._state = (is_ready, reason)
+        self.health.ready(is_ready, reason)
 
     def state(self) -> tuple[bool, str]:
-        """Return what the last call of `ready` said."""
-        return self._state
+        """Return what /readyz says."""
+        return self.health.state()
 
     def close(self) -> None:
         """Stop answering."""
@@ -137,10 +147,34 @@ class PrometheusMetrics:
         return (Counter if doc.kind == "counter" else Gauge)(full, doc.meaning, labels, registry=self.registry)
 
 
+class _HealthCollector(Collector):
+    """What the probes say, at the moment of the scrape."""
+
+    def __init__(self, prefix: str, health: Health) -> None:
+        self._prefix, self._health = prefix, health
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield `ready` and `no_sign_seconds`."""
+        names: tuple[Name, Name] = ("ready", "no_sign_seconds")
+        ready, silent = (
+            GaugeMetricFamily(self._prefix + n, METRICS[n].meaning, labels=METRICS[n].labels) for n in names
+        )
+        ready.add_metric((), float(self._health.state()[0]))
+        for what, seconds in self._health.no_signs().items():
+            silent.add_metric((what,), seconds)
+        yield ready
+        yield silent
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
     metrics: PrometheusMetrics
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked has gone meanwhile: nothing that the log needs to tell."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -151,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/metrics":
             self._answer(200, generate_latest(self.server.metrics.registry), CONTENT_TYPE_LATEST)
         elif path == "/healthz":
-            self._answer(200, b"alive\n")
+            trouble = self.server.metrics.health.trouble()
+            self._answer(503 if trouble else 200, f"{trouble or 'alive'}\n".encode())
         elif path == "/readyz":
             is_ready, reason = self.server.metrics.state()
             self._answer(200 if is_ready else 503, f"{reason or ('ready' if is_ready else 'not ready')}\n".encode())

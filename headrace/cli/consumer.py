@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from headrace.backends.health import BeatingStop
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.rules_topic import rules_topic
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
@@ -27,7 +27,7 @@ class Consumer:
 
     runtime: Runtime
     metrics: PrometheusMetrics
-    stop: threading.Event
+    stop: BeatingStop
     begin_afresh: bool = False
     """Somebody has decided to begin without the state that was lost."""
 
@@ -48,7 +48,7 @@ class Consumer:
             project=project,
             config=self.runtime.config,
             topics=self.runtime.topics,
-            producer=self.runtime.producer(linger_ms=1.0),
+            producer=self.runtime.producer(self.metrics, linger_ms=1.0),
             blobs=self.runtime.blobs(),
             metrics=self.metrics,
             clock=self.runtime.clock,
@@ -71,7 +71,9 @@ class Consumer:
             ready=self.metrics.ready,
             begin_afresh=self.begin_afresh,
         )
-        return run_stage(stage, process)
+        self.stop.attach(self.metrics.health)
+        with self.runtime.reachable(self.metrics.health):
+            return run_stage(stage, process)
 
 
 def add_consumer_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("stages.train", "learn from the lake, then from the topic; publish snapshots and deltas"),
     "serve": ("stages.serve", "answer POST /v1/rank with the newest model"),
     "shop": ("stages.shop", "demo traffic: ask, show, log, click"),
+    "watch": ("stages.watch", "restart stages of this machine that do not work; `up` starts it"),
     "tensorboard": ("stages.tensorboard", "serve TensorBoard on the trainer's scalars"),
 }
 """Verb -> (module of headrace.cli, phrase for the help)."""

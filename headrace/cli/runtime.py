@@ -6,18 +6,28 @@ import argparse
 import logging
 import signal
 import sys
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from headrace.backends.blobs_file import FileBlobs
-from headrace.backends.blobs_hdfs import HdfsBlobs
+from headrace.backends.blobs_hdfs import PATIENCE_S, HdfsBlobs
 from headrace.backends.clock import SystemClock
+from headrace.backends.health import RECEIPTS, BeatingStop, Health
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
+from headrace.backends.reachable import (
+    KAFKA,
+    KAFKA_READY_S,
+    STORE,
+    STORE_LOOK_S,
+    STORE_READY_S,
+    Reachable,
+)
 from headrace.cli.addresses import CEPHFS, find_addresses, find_home
 from headrace.cli.project_folder import find_project, load_project
 from headrace.contract.config import Config, port
@@ -32,6 +42,9 @@ from headrace.process.call_watch import LAKE_CALLS, LAKE_MAX_S, CallWatch
 if TYPE_CHECKING:
     from headrace.backends.lake.delta import DeltaLake
 
+_ANSWER_S = 5.0
+_NO_BLOB = "probe/answers"
+"""A name that nobody writes: a store that answers says that it is not there."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -64,9 +77,33 @@ class Runtime:
         self.calls.tell = partial(metrics.set, "call_age_seconds")
         return metrics
 
-    def producer(self, *, linger_ms: float = 2.0) -> KafkaProducer:
-        """Return a producer of these brokers."""
-        return KafkaProducer(self.brokers, linger_ms=linger_ms)
+    def producer(self, metrics: PrometheusMetrics | None = None, *, linger_ms: float = 2.0) -> KafkaProducer:
+        """Return a producer of these brokers. With a stage's metrics it counts refusals there, and its standstill makes
+        the stage's /readyz red."""
+        if metrics is None:
+            return KafkaProducer(self.brokers, linger_ms=linger_ms)
+        producer = KafkaProducer(
+            self.brokers, linger_ms=linger_ms, refused=lambda topic: metrics.add("receipts_refused_total", topic=topic)
+        )
+        metrics.health.measure(RECEIPTS, producer.still_s, ready_s=KAFKA_READY_S)
+        return producer
+
+    @contextmanager
+    def reachable(self, health: Health, *, store: bool = True) -> Iterator[None]:
+        """Ask the brokers, and the store, all the while, and make the stage's /readyz red where one does not answer."""
+        admin = self.admin(timeout_s=_ANSWER_S)
+        found = [Reachable(KAFKA, admin.answers, health, ready_s=KAFKA_READY_S)]
+        if store:
+            blobs = open_blobs(self.store, self.webhdfs, patience_s=_ANSWER_S)
+            ask = partial(blobs.get, _NO_BLOB)
+            found.append(Reachable(STORE, ask, health, ready_s=STORE_READY_S, look_s=STORE_LOOK_S))
+        for each in found:
+            each.start()
+        try:
+            yield
+        finally:
+            for each in found:
+                each.stop()
 
     def reader(self) -> KafkaReader:
         """Return a reader of these brokers."""
@@ -120,13 +157,17 @@ class Runtime:
         return self.home / "tensorboard"
 
 
-def open_blobs(store: str, webhdfs: str | None) -> Blobs:
-    """Return the blobs of a store. Raises `ConfigRejected` for an address of another kind."""
+def open_blobs(store: str, webhdfs: str | None, *, patience_s: float = PATIENCE_S) -> Blobs:
+    """Return the blobs of a store; `patience_s` bounds how long one that is away is asked.
+
+    Raises `ConfigRejected` for an address of another kind.
+    """
     if store.startswith("file:"):
         return FileBlobs(Path(store.removeprefix("file:")) / "blobs")
     if store.startswith("hdfs://"):
         host, _, path = store.removeprefix("hdfs://").partition("/")
-        return HdfsBlobs(webhdfs or f"http://{host.partition(':')[0]}:9870", f"{path}/blobs")
+        at = webhdfs or f"http://{host.partition(':')[0]}:9870"
+        return HdfsBlobs(at, f"{path}/blobs", patience_s=patience_s)
     raise ConfigRejected(f"STORE is {store!r}; it is file:/absolute/path or hdfs://host:port/path.")
 
 
@@ -167,9 +208,12 @@ def set_logging(level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO") ->
     logging.getLogger("hdfs").setLevel(logging.WARNING)  # It tells each request at INFO.
 
 
-def stop_event() -> threading.Event:
-    """Return an event that SIGTERM and SIGINT set: the stage then has 5 s to stop cleanly."""
-    stop = threading.Event()
+def stop_event() -> BeatingStop:
+    """Return an event that SIGTERM and SIGINT set: the stage then has 5 s to stop cleanly.
+
+    Attached to a stage's health, it also says that the stage's loop turns.
+    """
+    stop = BeatingStop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop

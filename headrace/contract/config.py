@@ -42,6 +42,7 @@ PORTS: dict[str, int] = {
     "metrics_serve": 9107,
     "metrics_shop": 9108,
     "catalogue": 8091,
+    "metrics_watch": 9109,
 }
 """Every port, loopback by default. With PORT_BASE=n the i-th of this table moves to n + i; so a new one comes last.
 `console` and `lighthouse` are reserved: nothing listens on them yet."""

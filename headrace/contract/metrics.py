@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Literal, Protocol, get_args
 
-from msgspec import Struct
-
-from headrace.contract.errors import InvariantBroken
-
-Stage = Literal["ingest", "stream", "sink", "aggregate", "crawl", "train", "serve", "shop"]
-Kind = Literal["counter", "gauge", "histogram"]
+from headrace.contract.interfaces.metric_doc import Kind as Kind
+from headrace.contract.interfaces.metric_doc import MetricDoc as MetricDoc
+from headrace.contract.interfaces.metric_doc import Stage as Stage
 
 Name = Literal[
     "events_read_total",
@@ -109,20 +106,16 @@ Name = Literal[
     "samples_per_second",
     "lag_samples",
     "lag_seconds",
+    "receipts_refused_total",
+    "ready",
+    "no_sign_seconds",
+    "process_up",
+    "process_crashes_total",
+    "process_crashes_in_row",
+    "next_start_seconds",
+    "unhealthy_restarts_total",
+    "disk_free_ratio",
 ]
-
-
-class MetricDoc(Struct, frozen=True):
-    """What one metric is."""
-
-    kind: Kind
-    unit: str
-    stages: tuple[Stage, ...]
-    """The stages that have it. The full name is `headrace_<stage>_<name>`."""
-    meaning: str
-    """One sentence."""
-    labels: tuple[str, ...] = ()
-    """Names of its labels. A stage that has nothing to say under a label leaves it out."""
 
 
 METRICS: Mapping[Name, MetricDoc] = {
@@ -468,6 +461,51 @@ METRICS: Mapping[Name, MetricDoc] = {
     "lag_seconds": MetricDoc(
         "gauge", "seconds", ("train",), "Now minus the event time of the newest impression that was learnt."
     ),
+    "receipts_refused_total": MetricDoc(
+        "counter",
+        "records",
+        ("ingest", "stream", "aggregate", "crawl", "train"),
+        "Records that Kafka refused, or did not confirm in 5 minutes; must stay 0. The log has partition and error.",
+        labels=("topic",),
+    ),
+    "ready": MetricDoc("gauge", "0 or 1", get_args(Stage), "1 while /readyz is green, at the moment of the scrape."),
+    "no_sign_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("ingest", "stream", "sink", "aggregate", "crawl", "train", "serve"),
+        "Time since the last sign that the loop turns, Kafka or the store answers, receipts come, the gateway reads.",
+        labels=("sign",),
+    ),
+    "process_up": MetricDoc(
+        "gauge", "0 or 1", ("watch",), "1 while a process of the local stack runs.", labels=("process",)
+    ),
+    "process_crashes_total": MetricDoc(
+        "counter",
+        "crashes",
+        ("watch",),
+        "Ends of a process that nobody asked for; the supervisor starts it again.",
+        labels=("process",),
+    ),
+    "process_crashes_in_row": MetricDoc(
+        "gauge", "crashes", ("watch",), "Crashes since the process last ran for 5 minutes.", labels=("process",)
+    ),
+    "next_start_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("watch",),
+        "How long a process that crashed still waits for its next start; 0 while it waits for none.",
+        labels=("process",),
+    ),
+    "unhealthy_restarts_total": MetricDoc(
+        "counter",
+        "restarts",
+        ("watch",),
+        "Stages that ran and did not work, and were killed to be started again.",
+        labels=("process",),
+    ),
+    "disk_free_ratio": MetricDoc(
+        "gauge", "share of 1", ("watch",), "Free share of the disk that holds the local state, HEADRACE_HOME."
+    ),
 }
 
 
@@ -485,33 +523,3 @@ class Metrics(Protocol):
 
     def observe(self, name: Name, value: float) -> None:
         """Add to a histogram."""
-
-
-def label_values(name: Name, kind: Kind, labels: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the values of the metric's declared labels, in their order, "" for one that is not given.
-
-    >>> label_values("window_auc", "gauge", {"task": "click"})
-    ('click', '')
-
-    Raises `InvariantBroken` when the metric is of another kind or declares no such label.
-    """
-    doc = METRICS[name]
-    if doc.kind != kind:
-        raise InvariantBroken(
-            f"metric {name} is a {doc.kind} and was used as a {kind}: see headrace/contract/metrics.py."
-        )
-    if not labels.keys() <= set(doc.labels):
-        raise InvariantBroken(
-            f"metric {name} was given the labels {sorted(labels)} and declares {sorted(doc.labels)}: "
-            "declare the label in headrace/contract/metrics.py."
-        )
-    return tuple(labels.get(label, "") for label in doc.labels)
-
-
-def joined(values: Iterable[str]) -> str:
-    """Return the values of labels that are given, joined by a space: one text for all of them.
-
-    >>> joined(("click", "tab=0")), joined(("click", ""))
-    ('click tab=0', 'click')
-    """
-    return " ".join(filter(None, values))

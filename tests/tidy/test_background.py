@@ -32,6 +32,7 @@ QUALIFIED = {"gather": "asyncio", "Process": "multiprocessing", "fork": "os"}
 """Names that others have too."""
 WHAT_HAPPENS = {
     "deploy/local/stack.py": ("ThreadPoolExecutor ThreadPoolExecutor", "every result is taken, and raises what it was"),
+    "deploy/local/watch.py": ("ThreadPoolExecutor", "every result is taken; the watch ends and is started again"),
     "deploy/local/status_line.py": ("ThreadPoolExecutor", "every result is taken"),
     "examples/shop/catalogue.py": ("Thread", "the site answers no more, as the crawler counts and tells"),
     "headrace/backends/lake/hour_files.py": ("ThreadPoolExecutor", "every result is taken: the commit fails"),
@@ -41,6 +42,7 @@ WHAT_HAPPENS = {
     ),
     "headrace/backends/log/group_kafka.py": ("Thread", "`take` raises it, and the gateway ends"),
     "headrace/backends/metrics_prometheus.py": ("Thread", "/metrics answers no more: Prometheus' `up` is 0"),
+    "headrace/backends/reachable.py": ("Thread", "/readyz and /healthz are red, and say so"),
     "headrace/process/background.py": ("Thread create_task", "the stage's `check` raises it"),
     "headrace/process/call_watch.py": ("Thread", "it logs what a look raises and looks again; a hang ends the process"),
     "headrace/process/waits.py": ("Thread", "who waits for the call gets it"),

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.interfaces.clock import Clock
-from headrace.contract.metrics import Metrics, Name, joined
+from headrace.contract.interfaces.labels import joined
+from headrace.contract.metrics import Metrics, Name
 from headrace.contract.project import Project
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import StepReport, TableLearner

@@ -22,6 +22,8 @@ from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.stack import ALSO, STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
 
+RESTART_MAX_S = 5.0
+"""What is killed every few seconds by a plan is started again soon, not as late as what crashes by itself."""
 READY_S = 120.0
 TELL_S = 15.0
 
@@ -63,7 +65,7 @@ def own_stack(
     gates += [_two_processes_of_serve()] if ALL in stages else []
     try:
         specs = Topics(config.log.generation).specs(config.log.partitions)
-        start(layout, specs, say, stages=running, more=[*gates, *more])
+        start(layout, specs, say, stages=running, more=[*gates, *more], restart_max_s=RESTART_MAX_S)
         yield layout
     except BaseException:
         say(f"logs and data stay in {home}")

@@ -15,6 +15,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.cimpl import NewTopic
 
+from headrace.backends.log.receipts import Receipts
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.interfaces.log import Delivered, Record, TopicSpec
 
@@ -76,8 +77,18 @@ class KafkaProducer:
     100,000 records or 256 MiB; `send` raises `Overloaded` beyond. Thread-safe; callbacks run in `poll` and `flush`.
     """
 
-    def __init__(self, brokers: str, *, linger_ms: float = 2.0, queue_max: int = 100_000) -> None:
+    def __init__(
+        self,
+        brokers: str,
+        *,
+        linger_ms: float = 2.0,
+        queue_max: int = 100_000,
+        delivery_ms: int = 300_000,
+        refused: Callable[[str], None] | None = None,
+    ) -> None:
+        """`refused` gets the topic of each record that Kafka refused, or did not confirm in `delivery_ms`."""
         self._link = _Link("producer")
+        self._receipts = Receipts(refused)
         self._broker_ms = 0
         self._producer = ck.Producer(
             {
@@ -87,7 +98,7 @@ class KafkaProducer:
                 "acks": "all",
                 "linger.ms": linger_ms,
                 "compression.type": "lz4",
-                "delivery.timeout.ms": 300_000,
+                "delivery.timeout.ms": delivery_ms,
                 "retry.backoff.ms": 50,
                 "queue.buffering.max.messages": queue_max,
                 "queue.buffering.max.kbytes": 262_144,
@@ -113,6 +124,8 @@ class KafkaProducer:
             "headers": [(name, text.encode()) for name, text in (headers or {}).items()],
             "on_delivery": self._receipt(delivered),
         }
+        if not len(self._producer):
+            self._receipts.sends_first()
         try:
             self._producer.produce(topic, **record)
         except BufferError as error:
@@ -134,6 +147,10 @@ class KafkaProducer:
         """Return the broker's time at the newest receipt of a topic with `append_time`; 0 before the first."""
         return self._broker_ms
 
+    def still_s(self) -> float:
+        """Return for how long records have waited without one of them being confirmed; 0 while none waits."""
+        return self._receipts.still_s(len(self._producer))
+
     def close(self) -> None:
         """Flush for at most 2 s, so that a clean stop stays under 5 s; records beyond are lost with a warning."""
         left = self._producer.flush(2.0)
@@ -144,13 +161,15 @@ class KafkaProducer:
         def on_delivery(error: Any, message: Any) -> None:
             if error is None:
                 self._link.back()
+                self._receipts.confirmed()
                 kind, time_ms = message.timestamp()
                 if kind == ck.TIMESTAMP_LOG_APPEND_TIME:
                     self._broker_ms = time_ms
+            else:
+                self._receipts.refuse(message.topic(), message.partition(), error)
             if delivered is None:
-                if error is not None:
-                    log.error("a record of %s was not delivered: %s", message.topic(), error)
-            elif error is None:
+                return
+            if error is None:
                 delivered(None, message.offset())
             else:
                 delivered(Unavailable(f"{message.topic()}/{message.partition()}: {error}"), -1)
@@ -352,6 +371,10 @@ class KafkaAdmin:
                     f"{_TIMES}={_APPEND}, then start again."
                 ) from error
             log.info("topic %s: %s is %s from now on", name, _TIMES, _APPEND)
+
+    def answers(self) -> None:
+        """Return when a broker answers. Raises `Unavailable` where none does."""
+        self._metadata()
 
     def topic_id(self, topic: str) -> str:
         """Return the id of a topic; "" where the broker (before Kafka 2.8) tells none. Raises `Unavailable`."""

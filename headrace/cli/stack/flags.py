@@ -62,11 +62,27 @@ def present_layout(args: argparse.Namespace) -> Layout:
 
 
 def table(processes: Sequence[Process]) -> str:
-    """Return the table of processes for people."""
-    rows = [("process", "state", "port", "memory", "up", "log file")]
+    """Return the table of processes for people, and a line for each that has crashed."""
+    rows = [("process", "state", "pid", "port", "memory", "up", "crashes", "log file")]
     for p in processes:
-        rows.append((p.name, p.state, str(p.port or "-"), f"{p.memory_mb} MB", f"{p.uptime_s} s", p.log))
+        seen = str(p.pid or "-"), str(p.port or "-"), f"{p.memory_mb} MB", f"{p.uptime_s} s", str(p.crashes.total)
+        rows.append((p.name, p.state, *seen, p.log))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return "\n".join(
+    lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]) for row in rows
+    ]
+    return "\n".join([*lines, *(crash_line(p) for p in processes if p.crashes.total)])
+
+
+def crash_line(process: Process) -> str:
+    """Return how a process ended last, how often it has, and when it starts again."""
+    c = process.crashes
+    if process.state == "backoff":
+        now = f"next start in {c.next_start_s:.0f} s"
+    else:
+        now = f"now {process.state}" + (f" for {process.uptime_s} s (pid {process.pid})" if process.pid else "")
+    times = f"{c.total} crash{'es' if c.total > 1 else ''}, {c.in_row} in a row"
+    return (
+        f"{process.name}: {times}; last: {c.last_exit} after {c.last_ran_s:.0f} s (pid {c.last_pid or '-'}); {now}; "
+        f"last words: {c.last_words or '-'}"
     )

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         bodies_per_page=runtime.config.crawl.bodies_per_page,
         begin_afresh=args.begin_afresh,
     )
-    producer = runtime.producer(linger_ms=5.0)
+    producer = runtime.producer(metrics, linger_ms=5.0)
     try:
         stage = CrawlStage(
             CrawlDependencies(
@@ -85,7 +85,9 @@ def main(args: argparse.Namespace) -> int:
             print(f"{stage.extract_again()} versions changed")
             return 0
         _quiet_scrapy()
-        stage.run(stop, metrics.ready, once=args.once)
+        stop.attach(metrics.health)
+        with runtime.reachable(metrics.health):
+            stage.run(stop, metrics.ready, once=args.once)
     finally:
         metrics.ready(False, "stopping")
         producer.close()

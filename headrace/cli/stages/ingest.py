@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import msgspec
 
-from headrace.backends.log.fenced_kafka import FencedKafka
+from headrace.backends.health import READING, Health
 from headrace.backends.log.group_kafka import KafkaGroup
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
@@ -45,6 +45,7 @@ from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.gateway.log_start import LogStart, read_start
 from headrace.ingest.http.access import read_tokens
 from headrace.ingest.http.collector import Collector, CollectorEndpoint
+from headrace.ingest.reading_watch import ReadingWatch
 from headrace.ingest.run import run
 from headrace.ingest.sources.kafka_source import KafkaSource
 from headrace.ingest.tls_identity import TlsIdentity
@@ -54,6 +55,9 @@ _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 _BEAT_S = 1.0
 _ADMIN_S = 2.0
 """One question to a broker that may be away: shorter than the 5 s in which a stage must stop."""
+
+_PAUSED_S = 5.0
+"""Longest pause of reading that leaves /readyz green: Kafka confirms what a full buffer holds within a second."""
 
 log = logging.getLogger("headrace.ingest")
 T = TypeVar("T")
@@ -103,7 +107,7 @@ def main(args: argparse.Namespace) -> int:
     starting.stop()
     if start is None:
         return 0
-    producer, late = runtime.producer(), LateEvents(runtime.config.join.repeat_horizon_ms)
+    producer, late = runtime.producer(metrics), LateEvents(runtime.config.join.repeat_horizon_ms)
     deps = GatewayDependencies(
         project=runtime.project,
         config=config,
@@ -130,18 +134,24 @@ def main(args: argparse.Namespace) -> int:
         privacy=privacy,
     )
     try:
-        companions: list[Companion] = [LoopWatch(), CeilingWatch(metrics, metrics.ready), settler]
+        watches = LoopWatch(), CeilingWatch(metrics, metrics.ready), _reading_watch(metrics.health)
+        companions: list[Companion] = [*watches, settler, *_sources(runtime, metrics)]
         if collector_endpoint is not None:
             companions.append(Collector(config, collector_endpoint, metrics, runtime.clock, identity))
-        for source in runtime.config.ingest.sources:
-            open_group = partial(_open_group, source, runtime.brokers, _client(source))
-            companions.append(KafkaSource(source, open_group, metrics, runtime.clock))
-        run(deps, endpoint, stop, ready=lambda _: metrics.ready(True), companions=companions, identity=identity)
+        stop.attach(metrics.health)
+        with runtime.reachable(metrics.health, store=False):
+            run(deps, endpoint, stop, ready=lambda _: metrics.ready(True), companions=companions, identity=identity)
     finally:
         metrics.ready(False, "stopping")
         producer.close()
         metrics.close()
     return 0
+
+
+def _reading_watch(health: Health) -> ReadingWatch:
+    """Make /readyz red while the gateway does not read, which is for longer than a moment."""
+    health.expect(READING, ready_s=_PAUSED_S)
+    return ReadingWatch(lambda: health.seen(READING))
 
 
 class LoopWatch:
@@ -196,6 +206,15 @@ def _client(source: SourceConfig) -> dict[str, str]:
     return client
 
 
+def _sources(runtime: Runtime, metrics: PrometheusMetrics) -> list[KafkaSource]:
+    """Return what reads the foreign topics of `[[ingest.sources]]`."""
+    sources = []
+    for source in runtime.config.ingest.sources:
+        open_group = partial(_open_group, source, runtime.brokers, _client(source))
+        sources.append(KafkaSource(source, open_group, metrics, runtime.clock))
+    return sources
+
+
 def _open_group(source: SourceConfig, own_brokers: str, client: dict[str, str]) -> KafkaGroup:
     """Join the source's consumer group."""
     group = source.group or f"headrace-{source.topic}"
@@ -205,7 +224,7 @@ def _open_group(source: SourceConfig, own_brokers: str, client: dict[str, str]) 
 def _settler_clients(runtime: Runtime) -> Clients:
     """Return what looks late events up and writes down what came of them."""
     topic = runtime.topics.retries
-    writer = FencedKafka(runtime.brokers, topic, f"headrace-{topic}")
+    writer = runtime.fenced(topic, f"headrace-{topic}")
     return Clients(runtime.producer(), runtime.reader(), writer, IdsOfLake(runtime.lake))
 
 

@@ -6,11 +6,12 @@ import argparse
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from prometheus_client import generate_latest
 
+from headrace.backends.health import LOOP, LOOP_HEALTHY_S, LOOP_READY_S, Health
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
@@ -20,9 +21,11 @@ from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.impression_log import ImpressionLog
 from headrace.serving.model.region_file import open_region, region_path
-from headrace.serving.model.shared_region import SharedModel
+from headrace.serving.model.shared_region import SharedModel, Told
 from headrace.serving.model.updater import Updater
 from headrace.serving.processes import Workers, answer_requests, listen, run_processes
+
+_LOOKING = "readiness"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +95,12 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
             stop=stop,
             stuck_ms=runtime.config.serve.stuck_ms,
         )
-        jobs |= {"updater": updater.run, "readiness": lambda: _tell_readiness(app, updater, metrics, stop)}
+        signs = ServeSigns(metrics.health, len(workers))
+        jobs |= {"updater": updater.run, "readiness": lambda: _tell_readiness(app, updater, signs, metrics, stop)}
+    metrics.health.expect(LOOP, ready_s=LOOP_READY_S, healthy_s=LOOP_HEALTHY_S)
+    turned = partial(metrics.health.seen, LOOP)
     try:
-        return answer_requests(make_app(app), listener, stop, jobs=jobs, workers=workers)
+        return answer_requests(make_app(app), listener, stop, jobs=jobs, workers=workers, turned=turned)
     finally:
         impressions.close()
 
@@ -105,8 +111,28 @@ def _tell(app: ServingApp, stop: threading.Event) -> None:
         stop.wait(0.5)
 
 
-def _tell_readiness(app: ServingApp, updater: Updater, metrics: PrometheusMetrics, stop: threading.Event) -> None:
+class ServeSigns:
+    """The signs of the processes of serving, and of the thread that looks for them."""
+
+    def __init__(self, health: Health, workers: int) -> None:
+        self._health, self._names = health, {number: f"worker {number}" for number in range(1, workers + 1)}
+        for name in (*self._names.values(), _LOOKING):
+            health.expect(name, ready_s=LOOP_READY_S, healthy_s=LOOP_HEALTHY_S)
+
+    def look(self, told: Sequence[Told], now_ms: int) -> None:
+        """Take what each process told last; call it about once a second."""
+        self._health.seen(_LOOKING)
+        for each in told:
+            # The region may hold what a worker of an earlier stage told.
+            if each.worker in self._names and now_ms - each.told_ms < LOOP_READY_S * 1_000:
+                self._health.seen(self._names[each.worker])
+
+
+def _tell_readiness(
+    app: ServingApp, updater: Updater, signs: ServeSigns, metrics: PrometheusMetrics, stop: threading.Event
+) -> None:
     while not stop.is_set():
+        signs.look(app.deps.shared.told(), round(app.deps.clock.monotonic() * 1_000))
         reason = app.not_ready()
         metrics.ready(not reason, reason)
         app.measure_workers()

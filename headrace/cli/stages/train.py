@@ -36,6 +36,9 @@ from headrace.cli.runtime import add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.validation.board import Board
 
+_LOOP_HEALTHY_S = 1_800.0
+"""The loop asks whether it is to stop at each step and wait; reading a large checkpoint or redoing steps is between."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
@@ -58,8 +61,9 @@ def main(args: argparse.Namespace) -> int:
     admin = runtime.admin()
     admin.ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
     samples_id = admin.topic_id(runtime.topics.samples)
-    producer = runtime.producer()
-    with lock:
+    producer = runtime.producer(metrics)
+    stop.attach(metrics.health, healthy_s=_LOOP_HEALTHY_S)
+    with lock, runtime.reachable(metrics.health):
         train(
             Dependencies(
                 project=runtime.project,

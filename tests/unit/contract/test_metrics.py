@@ -16,7 +16,7 @@ from headrace.contract import metrics
 from headrace.contract.metrics import METRICS, Name
 
 ROOT = Path(metrics.__file__).resolve().parents[2]
-ROOMS = ("headrace", "ingest", "stream", "trainer", "serving", "replay", "examples")
+ROOMS = ("headrace", "ingest", "stream", "trainer", "serving", "replay", "examples", "deploy")
 SOURCE = {
     file: file.read_text()
     for room in ROOMS
@@ -47,6 +47,7 @@ def test_labels_are_named_for_what_they_hold():
     }
     assert {label for doc in METRICS.values() for label in doc.labels} == {
         *("reason", "kind", "task", "slice", "topic", "tag", "source", "status", "outcome", "worker"),
+        *("process", "sign", "type"),
     }
     assert all(METRICS[name].labels and METRICS[name].labels != ("reason",) for name in LABELLED_REASON)
 

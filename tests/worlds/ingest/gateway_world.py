@@ -53,10 +53,11 @@ class Running:
         endpoint: Endpoint | None = None,
         companions: Sequence[Companion] = (),
         log: ShakyLog | None = None,
+        stop: threading.Event | None = None,
         **config: Any,
     ) -> None:
         self.log, self.counts = log or ShakyLog(Random(0)), Counts()
-        self._stop, self._up = threading.Event(), threading.Event()
+        self._stop, self._up = stop or threading.Event(), threading.Event()
         self.faults: list[str] = []
         self.port = 0
         self.failure: BaseException | None = None

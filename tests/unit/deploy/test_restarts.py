@@ -1,0 +1,124 @@
+"""Goal: what crashes again and again is started ever later, up to a cap, and `headrace status` tells of it.
+
+Method: the schedule on numbers; a real supervisord over processes that end at once, waited for by what it tells.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from local_world import free_base
+
+from headrace.cli.stack.flags import table
+from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.restarts import HEALTHY_S, MAX_S, Crashes, last_words
+from headrace.deploy.local.supervise import Process, Program, Supervisor, end_orphans
+
+
+def crash(crashes: Crashes, ran_s: float, now_s: float = 0.0) -> float:
+    """Return how long the next start waits."""
+    crashes.ended(pid=7, how="exit 1", ran_s=ran_s, words="bad", now_s=now_s)
+    return crashes.left_s(now_s)
+
+
+@pytest.mark.parametrize("ran_s", [0.1, 2.0, 30.0, HEALTHY_S - 1.0])
+def test_waits_double_up_to_the_cap_however_long_each_run_was(ran_s: float) -> None:
+    crashes = Crashes()
+    waits = [crash(crashes, ran_s) for _ in range(10)]
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, MAX_S, MAX_S, MAX_S, MAX_S]
+    assert (crashes.total, crashes.in_row) == (10, 10)
+
+
+def test_a_long_healthy_run_ends_the_row_and_not_the_count() -> None:
+    crashes = Crashes()
+    for _ in range(6):
+        crash(crashes, 1.0)
+    assert crash(crashes, HEALTHY_S) == 0.5
+    assert (crashes.total, crashes.in_row) == (7, 1)
+
+
+def test_a_start_that_was_asked_for_waits_for_nothing() -> None:
+    crashes = Crashes()
+    for _ in range(6):
+        crash(crashes, 1.0, now_s=50.0)
+    crashes.asked()
+    assert crashes.left_s(50.0) == 0.0
+    assert crash(crashes, 1.0, now_s=60.0) == 0.5
+
+
+def test_last_words_have_no_letter_that_xml_has_not() -> None:
+    assert last_words(["x ERROR \x1b[31mbad\x00"]) == "x ERROR  [31mbad "
+
+
+def row(**changes: object) -> Process:
+    told = {"name": "train", "state": "running", "pid": 9, "memory_mb": 5, "port": 9106, "log": "a.log", "uptime_s": 4}
+    return Process(**(told | changes))  # type: ignore[arg-type]
+
+
+def test_status_says_how_it_ended_how_often_and_when_it_starts_again() -> None:
+    crashes = Crashes(
+        total=5, in_row=4, last_pid=8, last_exit="exit 1", last_ran_s=30.2, last_words="no store", next_start_s=3.6
+    )
+    lines = table([row(), row(name="sink", state="backoff", pid=0, crashes=crashes)]).splitlines()
+    assert len(lines) == 4, "the head, two rows, and one line of a crash"
+    assert lines[-1] == (
+        "sink: 5 crashes, 4 in a row; last: exit 1 after 30 s (pid 8); next start in 4 s; last words: no store"
+    )
+    running = table([row(crashes=crashes)]).splitlines()[-1]
+    assert "now running for 4 s (pid 9)" in running
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    home = tmp_path / "with space"
+    layout = Layout(
+        home=home,
+        port_base=free_base(),
+        brokers="127.0.0.1:1",
+        store=f"file:{home}",
+        webhdfs=None,
+        project=tmp_path,
+        own_kafka=False,
+        own_hdfs=False,
+    )
+    layout.prepare()
+    yield Supervisor(layout)
+    Supervisor(layout).shutdown()
+    end_orphans(home)
+
+
+def awaited(supervisor: Supervisor, name: str, holds: Callable[[Process], bool]) -> Process:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        found = {process.name: process for process in supervisor.processes()}[name]
+        if holds(found):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{name} stays {found}")
+
+
+def test_supervisord_counts_crashes_waits_and_goes_on(supervisor: Supervisor) -> None:
+    dies = [sys.executable, "-Sc", "import sys; print('x ERROR no store'); sys.exit(3)"]
+    lives = [sys.executable, "-Sc", "import time; time.sleep(600)"]
+    supervisor.start([Program("dies", dies), Program("lives", lives)], restart_max_s=600.0)
+    supervisor.begin(["dies", "lives"])
+    # The third wait is 2 s, so that it is seen.
+    found = awaited(supervisor, "dies", lambda p: p.crashes.in_row >= 3 and p.state == "backoff")
+    assert (found.crashes.last_exit, found.crashes.last_words) == ("exit 3", "x ERROR no store")
+    assert found.pid == 0 and found.crashes.next_start_s > 0 and found.crashes.last_pid > 0
+    before = awaited(supervisor, "lives", lambda p: p.state == "running")
+    supervisor.kill("lives")
+    after = awaited(supervisor, "lives", lambda p: p.state == "running" and p.pid != before.pid)
+    assert (after.crashes.total, after.crashes.last_exit) == (1, "SIGKILL")
+    supervisor.end(["lives"])
+    stopped = awaited(supervisor, "lives", lambda p: p.state == "stopped")
+    assert (stopped.crashes.total, stopped.crashes.in_row) == (1, 0), "a stop that was asked for is no crash"
+    supervisor.end(["dies"])
+    assert awaited(supervisor, "dies", lambda p: p.state == "stopped").crashes.total >= 3
+    supervisor.begin(["dies"])
+    again = awaited(supervisor, "dies", lambda p: p.crashes.total > found.crashes.total)
+    assert again.crashes.in_row <= 2, "a start that was asked for begins a new row"
