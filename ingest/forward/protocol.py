@@ -7,6 +7,8 @@ text that is not UTF-8 (kept as lone surrogates, PEP 383), several gzip members 
 
 from __future__ import annotations
 
+import json
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -185,24 +187,59 @@ def _value(frame: bytes) -> Any:
 def read_json(frame: bytes) -> Message:
     """Return the message that a bare JSON array is: `["tag", time, record, option]` or `["tag", [entries], option]`.
 
-    Raises `Refused` on anything else.
+    One that begins with a tag and cannot be read (nested too deeply, a number of too many digits) has its `problem`:
+    it would be sent again for ever, and hold back what is behind it. Raises `Refused` on anything else.
     """
     try:
-        value = msgspec.json.decode(frame)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise Refused("bad_frame", f"no JSON array: {error}") from error
-    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], str):
-        raise Refused("bad_frame", "a forward message in JSON is an array that begins with a tag.")
-    single = not isinstance(value[1], list)
-    if single and (len(value) < 3 or entry_ns(value[1]) is None):
-        raise Refused("bad_frame", "the second value is no list of entries and no time.")
-    items = [value[1:3]] if single else value[1]
-    option = value[3 if single else 2] if len(value) > (3 if single else 2) else None
-    chunk = option.get("chunk") if isinstance(option, dict) else None
-    body = b"".join(map(pack, items))
-    return Message(value[0], body, chunk if isinstance(chunk, str) else None, json=True)
+        value = _json_value(frame)
+        if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], str):
+            raise Refused("bad_frame", "a forward message in JSON is an array that begins with a tag.")
+        single = not isinstance(value[1], list)
+        if single and (len(value) < 3 or entry_ns(value[1]) is None):
+            raise Refused("bad_frame", "the second value is no list of entries and no time.")
+        items = [value[1:3]] if single else value[1]
+        option = value[3 if single else 2] if len(value) > (3 if single else 2) else None
+        chunk = option.get("chunk") if isinstance(option, dict) else None
+        body = b"".join(map(pack, items))
+        return Message(value[0], body, _chunk_of(chunk), json=True)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        tag = _json_text(_JSON_TAG.match(frame))
+        if not tag:
+            raise Refused("bad_frame", f"no JSON array that begins with a tag: {type(error).__name__}.") from error
+        chunk = _chunk_of(_json_text(_JSON_CHUNK.search(frame[-_OPTION_BYTES:])))
+        return Message(tag, b"", chunk, problem=f"no JSON: {type(error).__name__}", raw=frame, json=True)
 
 
+def _json_value(frame: bytes) -> Any:
+    try:
+        return msgspec.json.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # Bytes that are no UTF-8 stay as lone surrogates, as in MessagePack; NaN costs its own event.
+        return json.loads(frame.decode("utf-8", "surrogateescape"))
+
+
+def _json_text(found: re.Match[bytes] | None) -> str:
+    """Return the JSON string that was found, empty where it is none that can go on."""
+    try:
+        text = json.loads(found[1].decode("utf-8", "surrogateescape")) if found else ""
+        text.encode("utf-8", "surrogateescape")
+    except ValueError:
+        return ""
+    return str(text)
+
+
+def _chunk_of(value: Any) -> str | None:
+    """Return a chunk's id that an ack in JSON can give back, else None."""
+    try:
+        return value if isinstance(value, str) and value.encode() else None
+    except UnicodeEncodeError:
+        return None
+
+
+_JSON_TAG = re.compile(rb'\s*\[\s*("(?:[^"\\]|\\.)*+")\s*,')
+_JSON_CHUNK = re.compile(rb'\{[^{}\[\]]*?"chunk"\s*:\s*("(?:[^"\\]|\\.)*+")[^{}\[\]]*\}\s*\]\s*$')
+_OPTION_BYTES = 1_024
+"""So far from the end of a message that cannot be read its options are looked for."""
 _BLANKS = b" \t\r\n"
 _BRACKET = ord("[")
 

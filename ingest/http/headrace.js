@@ -13,6 +13,9 @@
  * Each request says this clock's time (sent_at), by which the collector corrects the events' times where it is wrong.
  *
  * Several tabs share the store: each sends its own events, and after ADOPT_MS those that another tab left behind.
+ *
+ * A page that clears its storage (a log-out) takes nothing away: what waits is in memory too, and is stored again. The
+ * key GENERATION tells that from another tab, which sent an event and removed it: only clearing changes it.
  */
 (function () {
   "use strict";
@@ -33,8 +36,10 @@
   var BATCH_MAX = 100;
   var BATCH_CHARS = 16000; /* at most 48 kB in UTF-8: a browser lets 64 kB of beacons be under way */
   var PREFIX = "headrace:" + endpoint + ":";
+  var GENERATION = "headrace:generation";
 
   var store = openStore();
+  var generation = null; /* the store's, when this page saw it last */
   var tab = tabId();
   var waiting = []; /* {key, text, stored}: oldest first */
   var known = Object.create(null); /* keys in `waiting` */
@@ -44,7 +49,7 @@
   var failures = 0;
   var notBefore = 0;
   var batchMax = BATCH_MAX;
-  var stats = { tracked: 0, sent: 0, appended: 0, deadLettered: 0, repeated: 0, dropped: 0, refused: 0, retries: 0 };
+  var stats = { tracked: 0, sent: 0, appended: 0, deadLettered: 0, repeated: 0, dropped: 0, refused: 0, retries: 0, restored: 0, unstored: 0 };
 
   function number(text, otherwise) {
     var value = Number(text);
@@ -54,8 +59,7 @@
   function openStore() {
     try {
       var local = window.localStorage;
-      local.setItem("headrace:probe", "1");
-      local.removeItem("headrace:probe");
+      local.getItem(GENERATION); /* one that is full can be read still: what lies in it is taken up */
       return local;
     } catch (error) {
       return null; /* blocked: events live as long as the page */
@@ -95,15 +99,29 @@
     stats.tracked++;
     /* The time and a counter first: keys sort in the order of the events. */
     var key = PREFIX + digits(Date.now(), 13) + ":" + digits(counter++, 6) + ":" + tab + ":" + uuid().slice(0, 8);
-    var item = { key: key, text: JSON.stringify(event), stored: false };
-    if (waiting.length >= QUEUE_MAX || !keep(item)) {
+    var item = { key: key, text: textOf(event), stored: false };
+    if (item.text === null || waiting.length >= QUEUE_MAX) {
       stats.dropped++;
       return null;
     }
+    keep(item);
     add(item);
     if (waiting.length >= batchMax) schedule(0);
     else schedule(FLUSH_MS);
     return event.event_id;
+  }
+
+  /* Returns the event's JSON, or null where it has none: a fault in a field is no reason to end the page's own code. */
+  function textOf(event) {
+    try {
+      return JSON.stringify(event, function (_name, value) {
+        if (typeof value !== "bigint") return value;
+        return Number.isSafeInteger(Number(value)) ? Number(value) : String(value);
+      });
+    } catch (error) {
+      console.error("headrace: an event that is no JSON is dropped: " + error.message);
+      return null;
+    }
   }
 
   function digits(value, count) {
@@ -111,14 +129,43 @@
   }
 
   function keep(item) {
-    if (!store) return true;
+    item.stored = false;
     try {
-      store.setItem(item.key, item.text);
-      item.stored = true;
-      return true;
+      if (store) {
+        store.setItem(item.key, item.text);
+        item.stored = true;
+      }
     } catch (error) {
-      return false; /* the origin's quota is used up */
+      /* The origin's quota is used up, or storage was blocked: it is sent from memory. */
     }
+    if (!item.stored) stats.unstored++;
+  }
+
+  /* Returns null where the store says that there is none, undefined where it says nothing. */
+  function read(key) {
+    try {
+      return store.getItem(key);
+    } catch (error) {
+      return undefined;
+    }
+  }
+
+  /* Stores again what waits, where the page or another tab has cleared the store since the last look. */
+  function restore() {
+    if (!store) return;
+    var found = read(GENERATION);
+    if (found === undefined || (found !== null && found === generation)) return;
+    try {
+      if (found === null) store.setItem(GENERATION, (found = uuid()));
+    } catch (error) {
+      found = null; /* no room: looked at again the next time, and until then nothing that is gone counts as sent */
+    }
+    generation = found;
+    waiting.forEach(function (item) {
+      if (!item.stored || read(item.key) !== null) return;
+      keep(item);
+      stats.restored++;
+    });
   }
 
   function add(item) {
@@ -139,26 +186,36 @@
   /* Takes up what earlier pages of this tab left behind, and what other tabs left longer than ADOPT_MS ago. */
   function adopt() {
     if (!store) return;
+    restore();
     var keys = [];
-    for (var i = 0; i < store.length; i++) {
+    for (var i = 0; i < size(); i++) {
       var key = store.key(i);
       if (!key || key.slice(0, PREFIX.length) !== PREFIX || known[key]) continue;
       var parts = key.slice(PREFIX.length).split(":");
       if (parts[2] === tab || Date.now() - Number(parts[0]) > ADOPT_MS) keys.push(key);
     }
     keys.sort().forEach(function (key) {
-      var text = store.getItem(key);
-      if (text !== null) add({ key: key, text: text, stored: true });
+      var text = read(key);
+      if (text) add({ key: key, text: text, stored: true });
     });
     if (keys.length) waiting.sort(function (a, b) { return a.key < b.key ? -1 : 1; });
   }
 
+  function size() {
+    try {
+      return store.length;
+    } catch (error) {
+      return 0;
+    }
+  }
+
   /* The oldest events that fit one request; those that another tab has sent meanwhile are gone from the store. */
   function batch(from) {
+    restore();
     var items = [], chars = 0, gone = [];
     for (var i = from || 0; i < waiting.length && items.length < batchMax; i++) {
       var item = waiting[i];
-      if (item.stored && store.getItem(item.key) === null) {
+      if (item.stored && generation !== null && read(item.key) === null) {
         gone.push(item);
         continue;
       }
@@ -184,7 +241,7 @@
 
   function send() {
     timer = 0;
-    if (sending || navigator.onLine === false) return; /* the online event goes on */
+    if (sending) return; /* navigator.onLine is not asked: where it is wrong, no online event would ever come */
     var items = batch();
     if (!items.length) return;
     var text = body(items);
@@ -273,6 +330,7 @@
     else schedule(FLUSH_MS);
   });
   window.addEventListener("online", online);
+  window.addEventListener("storage", function (event) { if (event.key === null) restore(); }); /* another tab cleared */
   window.addEventListener("pageshow", function (event) { if (event.persisted) online(); });
   setInterval(function () { adopt(); schedule(FLUSH_MS); }, ADOPT_MS);
 

@@ -1,7 +1,9 @@
 """Access logs of nginx and Apache: a log format compiled to a parser, a line to its variables. Pure.
 
 Variables have nginx's names, whichever server wrote them: `$http_referer` and `%{Referer}i` are both `http_referer`.
-A line is matched without backtracking, so the time grows with its length only, whatever a visitor put into it.
+A line is matched without backtracking, so the time grows with its length only, whatever a visitor put into it. A bare
+value ends at what follows it in the format; a number that is none makes the line one of another format, so that no
+value passes for that of another column.
 """
 
 from __future__ import annotations
@@ -54,6 +56,22 @@ _APACHE = {
     "X": "connection_status",
     "f": "request_filename",
 }
+LISTED = frozenset(
+    f"upstream_{name}"
+    for name in (
+        "addr",
+        "status",
+        "response_time",
+        "connect_time",
+        "header_time",
+        "queue_time",
+        "response_length",
+        "bytes_received",
+        "bytes_sent",
+    )
+)
+"""Variables with one value for each upstream that was asked: `a, b`, and ` : ` before those of another group."""
+_NUMBERS = frozenset(("status", "body_bytes_sent", "bytes_sent", "request_length", "request_time", "msec"))
 _KEYED = {"i": "http_", "C": "cookie_", "o": "sent_http_", "e": "env_", "n": "note_"}
 
 
@@ -105,7 +123,7 @@ def compile_format(text: str, *, escaped: bool = True) -> LineFormat:
         kind_after, after = parts[at + 1] if at + 1 < len(parts) else ("literal", "")
         if kind_after == "variable":
             raise ConfigRejected(f"log format {text!r}: ${piece} and ${after} touch; put a blank between them.")
-        pattern.append(_value_pattern(before, after, _ends(parts[at + 1 : at + 4])))
+        pattern.append(_variable_pattern(piece, before, after, _ends(parts[at + 1 : at + 4])))
     return LineFormat(names, re.compile("".join(pattern), re.DOTALL | re.ASCII), escaped)
 
 
@@ -149,6 +167,19 @@ def _pieces(text: str) -> list[tuple[str, str]]:
     return parts
 
 
+def _variable_pattern(name: str, before: str, after: str, ends: str) -> str:
+    """Return the group of a variable's value. Raises `ConfigRejected` where a list could not be told from its end."""
+    is_quoted = before.endswith('"') and after.startswith('"')
+    if is_quoted or not after or name not in LISTED | _NUMBERS:
+        return _value_pattern(before, after, ends)
+    if name in _NUMBERS:
+        return r"(-|[\d.]*+)"
+    if after.startswith((", ", " : ")) or (after[0] == ":" and name == "upstream_addr"):
+        raise ConfigRejected(f"${name} may hold several values with {after[:3]!r} between them; put it in quotes.")
+    item = f"[^ ,{re.escape(after[0])}]*+"
+    return f"({item}(?:(?:, | : ){item})*+)"
+
+
 def _value_pattern(before: str, after: str, ends: str) -> str:
     """Return the group of a value between two literals, possessive: what it took it never gives back."""
     if not after:
@@ -182,7 +213,8 @@ def _apache_name(found: re.Match[str]) -> str:
 def _json_object(line: str) -> Variables | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
+        # Nested too deeply is no line of a log either, and must cost no more than its own line.
         return None
     return variables_of(value) if isinstance(value, dict) else None
 
@@ -304,6 +336,15 @@ def query_value(query: str, name: str) -> str | None:
     return None
 
 
+def listed_values(text: str) -> list[str]:
+    """Return the values of a variable of `LISTED`, without those (`-`) that nginx does not know.
+
+    >>> listed_values("0.001, - : 0.002")
+    ['0.001', '0.002']
+    """
+    return [value for value in map(str.strip, _BETWEEN.split(text)) if value not in ("", "-")]
+
+
 def cookie_value(variables: Variables, name: str) -> str | None:
     """Return a cookie, from a variable of its own or from the whole header."""
     own = variables.get(f"cookie_{name}")
@@ -343,6 +384,7 @@ _REQUEST_LINE = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S++(?: (?!HTTP/)\S*+)*+)(?: HTTP/\d(?:\.\d)?)?", re.ASCII
 )
 _ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_BETWEEN = re.compile(r",\s| :(?:\s|$)")
 _MSEC = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
 _PARSERS_NAMES = (
     ("remote", "remote_addr"),

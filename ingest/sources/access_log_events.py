@@ -17,6 +17,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from headrace.contract.mapping import PLACEHOLDER, AccessLog, Route
@@ -24,11 +25,13 @@ from headrace.contract.project import Project
 from headrace.ingest.decode.message import Entry, Message, message_of
 from headrace.ingest.gateway.batcher import Acked, Outcome
 from headrace.ingest.sources.access_log import (
+    LISTED,
     LineFormat,
     Request,
     Variables,
     compile_format,
     cookie_value,
+    listed_values,
     query_value,
     request_of,
     time_of,
@@ -38,6 +41,7 @@ from headrace.ingest.sources.access_log import (
 BAD_LINE = "bad_line"
 _LINE_FIELDS = ("message",)
 _FLOAT = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
+_PLAIN_NUMBER = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
 _INT = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 
 Reader = Callable[[Variables, Request], str | None]
@@ -62,6 +66,8 @@ class _Target(NamedTuple):
     name: str
     reader: Reader
     kind: str
+    listed: str = ""
+    """The variable's name where it holds one value for each upstream."""
 
 
 class _CompiledRoute:
@@ -75,7 +81,9 @@ class _CompiledRoute:
         self._fixed = [(at, part) for at, part in enumerate(parts) if at not in self._places.values()]
         self._segments = len(parts)
         sources = {name: f"path:{name}" for name in self._places if name in kinds} | route.fields
-        self._targets = [_Target(name, self._reader(source), kinds[name]) for name, source in sources.items()]
+        self._targets = [
+            _Target(name, self._reader(source), kinds[name], _listed(source)) for name, source in sources.items()
+        ]
 
     def matches(self, method: str, status: int, request: Request) -> bool:
         """Say whether the request is of this route."""
@@ -93,6 +101,8 @@ class _CompiledRoute:
         made: dict[str, Any] = {}
         for target in self._targets:
             text = target.reader(variables, request)
+            if text is not None and target.listed:
+                text = _of_upstreams(target.listed, text, target.kind)
             if text is None or text == "":
                 if target.name in self._required:
                     return None
@@ -240,6 +250,27 @@ def _kinds(project: Project, tag: str) -> dict[str, str]:
     fields = next(feedback.fields for feedback in project.feedback if feedback.tag == tag)
     key = project.impression.key
     return {**envelope, "value": "float64", key: project.impression.fields[key], **fields}
+
+
+def _listed(source: str) -> str:
+    kind, _, name = source.partition(":")
+    return name if kind == "log" and name in LISTED else ""
+
+
+def _of_upstreams(name: str, text: str, kind: str) -> str:
+    """Return what a field takes of one value for each upstream; empty where none is known.
+
+    Text stays as nginx wrote it, and a list has each value. A number is that of the request: times and sizes are the
+    sum over all that were asked, the status that of the last, whose answer the visitor got.
+    """
+    if kind not in ("int64", "float64") and not kind.startswith("list["):
+        return "" if text == "-" else text
+    values = listed_values(text)
+    if kind.startswith("list["):
+        return ",".join(values)
+    if len(values) < 2 or name in ("upstream_status", "upstream_addr"):
+        return values[-1] if values else ""
+    return str(sum(map(Decimal, values))) if all(map(_PLAIN_NUMBER.fullmatch, values)) else text
 
 
 def _converted(text: str, kind: str) -> Any:

@@ -301,3 +301,111 @@ def test_a_page_that_may_not_send_keeps_its_events(context: Any, pages: Pages) -
         track(page, 3)
         until(lambda: made.metrics.counters["requests_total", "403"] > 1)
         assert (made.ids(), stored(page)) == ([], 3)
+
+
+@pytest.mark.parametrize(
+    "how", ["localStorage.clear()", "Object.keys(localStorage).forEach(k => delete localStorage[k])"]
+)
+def test_a_page_that_clears_its_storage_takes_no_event_away(context: Any, pages: Pages, how: str) -> None:
+    with site() as made:
+        pages.show(snippet_of(made), flush_ms=10_000_000)
+        page = context.new_page()
+        page.goto(pages.url)
+        ids = track(page, 3)
+        page.evaluate(how)
+        ids += track(page, 2, first=3)
+        page.evaluate("headrace.flush()")
+        each_once(made, ids)
+        until(lambda: stats(page)["waiting"] == 0)
+        assert stored(page) == 0
+        assert (stats(page)["sent"], stats(page)["restored"]) == (5, 3)
+
+
+def test_a_page_that_clears_its_storage_and_goes_hands_over_and_stores_again(context: Any, pages: Pages) -> None:
+    with site() as made:
+        pages.show(snippet_of(made), flush_ms=10_000_000)
+        page = context.new_page()
+        page.goto(pages.url)
+        ids = track(page, 3)
+        page.evaluate("localStorage.clear()")
+        page.goto("about:blank")
+        each_once(made, ids)
+        pages.show(snippet_of(made), flush_ms=10)
+        page.goto(pages.url)
+        # The beacon told nobody that it arrived, so the events were stored again: they are sent, and known.
+        until(lambda: stats(page)["repeated"] == 3)
+        each_once(made, ids)
+
+
+def test_what_another_tab_clears_is_stored_again_and_what_it_sent_is_not_sent_again(context: Any, pages: Pages) -> None:
+    port = free_port()
+    options = {"endpoint": f"http://127.0.0.1:{port}/v1/events", "flush_ms": 10_000_000, "adopt_ms": 200}
+    pages.show("/headrace.js", **options)
+    first, second = context.new_page(), context.new_page()
+    first.goto(pages.url)
+    second.goto(pages.url)
+    ids = track(first, 3)
+    second.evaluate("localStorage.clear()")
+    until(lambda: stored(first) == 3)
+    until(lambda: stats(second)["waiting"] == 3)  # adopted
+    with site(port=port) as made:
+        second.evaluate("headrace.flush()")
+        each_once(made, ids)
+        until(lambda: stored(second) == 0)
+        first.evaluate("headrace.flush()")
+        until(lambda: stats(first)["waiting"] == 0)
+        assert stats(first)["sent"] == 0
+        each_once(made, ids)
+
+
+def test_a_full_or_blocked_storage_keeps_events_in_memory(context: Any, pages: Pages) -> None:
+    with site() as made:
+        pages.show(snippet_of(made), flush_ms=10)
+        page = context.new_page()
+        page.goto(pages.url)
+        page.evaluate(
+            """() => { for (let size = 4 << 20; size >= 1; size >>= 1)
+                         for (let n = 0; n < 3; n++)
+                           try { localStorage.setItem("f" + size + n, "x".repeat(size)) } catch { break } }"""
+        )
+        ids = track(page, 3)
+        each_once(made, ids)
+        page.evaluate(
+            "() => { for (const n of ['getItem', 'setItem', 'removeItem', 'key']) "
+            "Storage.prototype[n] = () => { throw new Error('blocked') } }"
+        )
+        ids += track(page, 3, first=3)
+        each_once(made, ids)
+        until(lambda: stats(page)["waiting"] == 0)
+        assert (stats(page)["unstored"], stats(page)["dropped"]) == (6, 0)
+
+
+def test_a_browser_without_storage_sends_from_memory(context: Any, pages: Pages) -> None:
+    with site() as made:
+        blocked = "Object.defineProperty(window, 'localStorage', {get() { throw new Error('denied') }});"
+        pages.show(snippet_of(made), blocked, flush_ms=10)
+        page = context.new_page()
+        page.goto(pages.url)
+        each_once(made, track(page, 3))
+        until(lambda: stats(page)["waiting"] == 0)
+
+
+def test_fields_that_are_no_json_are_counted_and_end_no_page(context: Any, pages: Pages) -> None:
+    with site() as made:
+        pages.show(snippet_of(made), flush_ms=10)
+        page = context.new_page()
+        page.goto(pages.url)
+        circular = "(() => { const o = {}; o.o = o; return headrace.track('shop.impression', o) })()"
+        assert page.evaluate(circular) is None
+        assert stats(page)["dropped"] == 1
+        big = "headrace.track('shop.impression', {request_id: 'r', user_id: 7n, item_id: 1n})"
+        each_once(made, [page.evaluate(big)])
+
+
+def test_a_browser_that_wrongly_says_offline_sends(context: Any, pages: Pages) -> None:
+    with site() as made:
+        wrong = "Object.defineProperty(Navigator.prototype, 'onLine', {get: () => false});"
+        pages.show(snippet_of(made), wrong, flush_ms=10)
+        page = context.new_page()
+        page.goto(pages.url)
+        each_once(made, track(page, 3))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.contract.errors import ConfigRejected
 from headrace.ingest.sources.access_log import (
     Variables,
     compile_format,
@@ -175,3 +176,80 @@ def test_escapes_and_queries() -> None:
     assert plain_text(r"\x22", escaped=False) == r"\x22"
     assert query_value("a=1&a=2&b", "a") == "1" and query_value("a=1&a=2&b", "b") == ""
     assert query_value("a=1", "c") is None and query_value("%61=%E9", "a") == "é"
+
+
+CUSTOM = (
+    '$remote_addr - $remote_user [$time_local] "$request" $status $body_bytes_sent $request_time '
+    "$upstream_addr $upstream_status $upstream_response_time $pipe $request_id $host"
+)
+
+
+@pytest.mark.parametrize(
+    ("addr", "status", "time"),
+    [
+        ("10.0.0.5:80", "200", "0.001"),
+        ("10.0.0.5:80, 10.0.0.6:80", "502, 200", "0.001, 0.002"),
+        ("10.0.0.5:80, [2001:db8::1]:80, unix:/run/a.sock", "502, 504, 200", "0.000, 0.004, 1.250"),
+        ("10.0.0.5:80 : 10.0.1.5:80", "200 : 200", "0.1 : 0.2"),
+        ("10.0.0.5:80, 10.0.0.6:80 : 10.0.1.5:80", "502, 200 : 200", "0.001, 0.002 : 0.003"),
+        # An internal redirect to a file behind the upstream leaves the separator alone (ngx_http_upstream.c).
+        ("10.0.0.5:80 : ", "200 : ", "0.001 : "),
+        ("backend", "502, -", "-, 0.001"),
+        ("-", "-", "-"),
+    ],
+)
+def test_one_value_for_each_upstream_shifts_no_column(addr: str, status: str, time: str) -> None:
+    head = '10.0.0.1 - - [21/Jan/2019:08:59:55 +0100] "POST /jmx HTTP/1.1" 200 242 0.024'
+    found = compile_format(CUSTOM).read(f"{head} {addr} {status} {time} . aaaabbbb shop.example")
+    assert found is not None
+    none = {"-": None}
+    names = ("upstream_addr", "upstream_status", "upstream_response_time")
+    assert [found[name] for name in names] == [none.get(value, value) for value in (addr, status, time)]
+    assert (found["request_time"], found["pipe"], found["request_id"]) == ("0.024", ".", "aaaabbbb")
+    assert found["host"] == "shop.example"
+
+
+def test_a_list_before_a_quote_shifts_no_column() -> None:
+    # A public bug report's line: two upstreams, then the referer.
+    text = (
+        '$remote_addr - $remote_user [$time_local] "$request" $status $body_bytes_sent $request_length $request_time '
+        '$upstream_response_time "$http_referer" "$http_user_agent"'
+    )
+    line = (
+        "2a01:abc:abc:abcd:abcd:abcd:abc:abc - - [26/May/2019:03:50:04 +0200] "
+        '"GET /:/websockets/notifications?X-Plex-Token=redacted HTTP/1.1" 502 166 261 0.002 '
+        '0.000, 0.004 "-" "okhttp/2.6.0"'
+    )
+    found = compile_format(text).read(line)
+    assert found is not None
+    assert (found["request_time"], found["upstream_response_time"]) == ("0.002", "0.000, 0.004")
+    assert (found["http_referer"], found["http_user_agent"]) == (None, "okhttp/2.6.0")
+
+
+@pytest.mark.parametrize("text", ["$upstream_status, $x", "$upstream_addr : $x", "$upstream_addr:$x"])
+def test_a_list_that_could_not_be_told_from_what_follows_it_is_refused(text: str) -> None:
+    with pytest.raises(ConfigRejected, match="put it in quotes"):
+        compile_format(text)
+    assert compile_format("$upstream_status,$x").read("502, 200,y") == {"upstream_status": "502, 200", "x": "y"}
+
+
+def test_a_column_that_a_visitor_shifted_is_no_line_of_the_format() -> None:
+    line_format = compile_format('$remote_addr $http_user_agent $status $request_time "$request"')
+    assert line_format.read('::1 curl/7 200 0.001 "GET / HTTP/1.1"') is not None
+    assert line_format.read('::1 Mozilla/5.0 (X11) 200 0.001 "GET / HTTP/1.1"') is None
+
+
+@pytest.mark.parametrize("depth", [100, 900, 1_000, 2_000, 100_000])
+@pytest.mark.parametrize(("opens", "closes"), [("[", "]"), ('{"a":', "}"), ("[", ""), ('{"a":', "")])
+def test_a_nested_json_line_is_read_or_told(depth: int, opens: str, closes: str) -> None:
+    found = compile_format("json").read('{"status": 200, "a": ' + opens * depth + "1" + closes * depth + "}")
+    assert found is None or found["status"] == "200"
+    assert found is None or (closes and depth < 1_000)
+
+
+def test_numbers_of_any_length_and_text_of_any_bytes_in_a_json_line() -> None:
+    line_format = compile_format("json")
+    assert line_format.read('{"a": ' + "9" * 5_000 + "}") is None
+    assert line_format.read('{"a": 1e999, "b": NaN}') == {"a": "inf", "b": "nan"}
+    assert line_format.read('{"a": "' + "x" * 1_000_000 + '"}') == {"a": "x" * 1_000_000}
+    assert line_format.read('{"a": "\\ud800", "b": "\udce9"}') == {"a": "?", "b": "é"}

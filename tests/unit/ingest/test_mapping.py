@@ -262,3 +262,57 @@ def test_a_line_as_bytes_is_the_same_line() -> None:
     mapped = Mapper(LOG, project()).map_message(message_of("nginx.access", [(1, {"message": text})]))
     (made,) = mapped.messages
     assert made.entries[0].record == {"item_id": 7, "user_id": 3, "request_id": "r", "title": "café"}
+
+
+def _timed(**fields: str) -> AccessLog:
+    """Return a log whose lines end in the upstreams' status and times, with these fields of its events."""
+    route = msgspec.structs.replace(ITEM, fields={"user_id": "query:uid", "request_id": "query:rid", **fields})
+    return AccessLog(
+        tag="nginx.access",
+        format='$remote_addr [$time_local] "$request" $status $upstream_status $upstream_response_time $request_time',
+        routes=(route,),
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "times", "price", "title"),
+    [
+        ("200", "0.001", 0.001, "0.001"),
+        ("502, 200", "0.001, 0.002", 0.003, "0.001, 0.002"),
+        ("200 : 404", "0.1 : 0.2", 0.3, "0.1 : 0.2"),
+        ("502, -", "0.004, -", 0.004, "0.004, -"),
+        ("-", "-", None, None),
+    ],
+)
+def test_a_number_of_several_upstreams_is_their_sum(
+    status: str, times: str, price: float | None, title: str | None
+) -> None:
+    log = _timed(price="log:upstream_response_time", title="log:upstream_response_time")
+    world = World(project(log))
+    world.offer([{"log": f'::1 [{CLF}] "GET /item/7?uid=3&rid=r HTTP/1.1" 200 {status} {times} 0.5'}])
+    world.settle()
+    (row,) = world.log.rows("impression")
+    assert (row["price"], row["title"]) == (price, title)
+    assert world.log.letters() == []
+
+
+def test_a_status_of_several_upstreams_is_that_of_the_last() -> None:
+    world = World(project(_timed(price="log:upstream_status")))
+    statuses = ("200", "502, 404", "502 : -")
+    world.offer([{"log": f'::1 [{CLF}] "GET /item/7?uid=3&rid=r{s} HTTP/1.1" 200 {s} 0.1 0.5'} for s in statuses])
+    world.settle()
+    assert [row["price"] for row in world.log.rows("impression")] == [200, 404, 502]
+
+
+def test_a_json_line_nested_too_deeply_costs_itself_and_what_is_behind_it_is_taken() -> None:
+    log = AccessLog(tag="nginx.access", format="json", routes=(ITEM,))
+    good = '{"request": "GET /item/7?uid=3&rid=%s HTTP/1.1", "status": 200}'
+    deep = '{"status": 200, "a": ' + "[" * 1_000 + "]" * 1_000 + "}"
+    world = World(project(log))
+    world.offer([{"log": good % "a"}, {"log": deep}, {"log": good % "b"}])
+    world.offer([{"log": good % "c"}], "behind")
+    world.settle()
+    assert [row["request_id"] for row in world.log.rows("impression")] == ["a", "b", "c"]
+    (letter,) = world.log.letters()
+    assert letter.reason == "bad_line"
+    assert world.outcomes == [Outcome(2, 1, 0), Outcome(1, 0, 0)]
