@@ -92,6 +92,7 @@ class Gateway:
         self._numbers = [0] * partitions
         self._anonymous = 0
         self._counts = Counts(deps.metrics)
+        self.counts = self._counts.declared
         self.buffer_bytes = 0
         self.open_chunks = 0
 
@@ -273,6 +274,9 @@ class Gateway:
         first_N, second_N = (hash64_texts(ids, hash_text(declared.name, salt=salt)) for salt in _SALTS)
         numbers = np.array([chunk.number for chunk in chunks], np.int64)
         found_N = self._ids.take(first_N, second_N, own_N, numbers[chunk_N], now_ms)
+        if declared.kind == "feedback" and not (self._looked_up or found_N.all()):
+            # What is too late, too: a shipper that holds feedback back for hours is to be seen.
+            self._counts.note_feedback(declared.name, batch["event_time_ms"].to_numpy()[found_N == 0], now_ms)
         late_before_ms = 0 if self._looked_up else self._late.before_ms(now_ms)
         late_N = (found_N == 0) & (batch["event_time_ms"].to_numpy() < late_before_ms)
         for row in np.flatnonzero(late_N).tolist():
@@ -284,8 +288,6 @@ class Gateway:
             keep = np.flatnonzero((found_N == 0) & ~late_N)
             batch = batch.take(pa.array(keep))
             chunk_N, first_N, second_N = chunk_N[keep], first_N[keep], second_N[keep]
-        if declared.kind == "feedback" and batch.num_rows:
-            self._counts.note_feedback(declared.name, batch.column("event_time_ms").to_numpy(), now_ms)
         limit = self._config.batch_bytes
         promised = [self._punctuator.promised(partition) for partition in range(self._partitions)]
         for piece in cut(batch, chunk_N, promised, rows_max=self._config.batch_rows, bytes_max=limit):

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from ingest_world import PROJECT, Counts, HandClock, dependencies, message
+from ingest_world import NOT_LATE, PROJECT, Counts, HandClock, dependencies, message
 from shipping_world import CLICK_TAG, IMPRESSION_TAG, NO_FAULTS, PARTITIONS, Broker, Line
 
 from headrace.contract.config import IngestConfig, JoinConfig
@@ -28,6 +28,8 @@ from headrace.stream.join.join import JoinState
 SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 20))]
 WINDOW_MS = PROJECT.tasks[0].window_ms
 CONFIG = IngestConfig()
+JOIN = JoinConfig(repeat_horizon_ms=2 * 86_400_000)
+"""Nothing here is too late to be told from a repeat: test_late_events.py has what is."""
 SILENT_MS = CONFIG.silent_ms
 MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 DELIVERY_MS = 300_000
@@ -73,6 +75,7 @@ class Process:
                 config=CONFIG,
                 partitions=PARTITIONS,
                 start=world.broker.start(name),
+                late=NOT_LATE,
             ),
             name,
         )
@@ -189,7 +192,7 @@ class World:
 
     def joined(self) -> list[JoinState]:
         """Read the log from its beginning; keeps the labels by request id."""
-        joins = [JoinState(PROJECT, JoinConfig(), silent_ms=SILENT_MS, partition=p) for p in range(PARTITIONS)]
+        joins = [JoinState(PROJECT, JOIN, silent_ms=SILENT_MS, partition=p) for p in range(PARTITIONS)]
         self.labels: dict[str, float] = {}
         offsets = [0] * PARTITIONS
         for topic, partition, value, headers in self.broker.records:

@@ -89,7 +89,7 @@ def test_a_record_that_is_no_step_is_counted_and_passed_over():
     log.commit(step("m", 1))
     world.log.append(TOPICS.steps, 0, b"\xff no step", None, {})
     log.commit(step("m", 2))
-    assert metrics.total("errors_total") == 1
+    assert metrics.total("records_unreadable_total") == 1
     assert [s.step for _, s in StepsLog(writer(world, "m"), "m", metrics, pause=never).recover(0)] == [1, 2]
 
 

@@ -114,7 +114,7 @@ def test_late_events_say_nothing_against_their_tag() -> None:
     for number in range(50):
         assert world.offer([impression(number, event_time_ms=START_MS - 2 * HOUR_MS)], f"c{number}")
         world.settle()
-    assert world.gateway.ceiling.alerts() == [] and len(world.log.letters()) == 50
+    assert world.gateway.ceiling.alerts(world.clock.ms) == [] and len(world.log.letters()) == 50
 
 
 def test_beyond_the_bound_late_chunks_stay_with_their_senders() -> None:
