@@ -42,8 +42,8 @@ class Extract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Where in a document, or in one row of it, a value is; the first that is found counts."""
 
     at: str
-    """html, feed: a CSS selector with `::text` or `::attr(name)` (`:scope` is not needed; namespaces of feeds are
-    gone). json: a JMESPath expression. `url` alone is the document's address."""
+    """html, feed: a CSS selector with `::text` or `::attr(name)` (`:scope` is not needed; `creator` finds
+    `<dc:creator>` of a feed, `media-title` its `<media:title>`). json: a JMESPath expression. `url` alone is the document's address."""
     type: ExtractType = "string"
     """`list[string]` takes all that are found."""
     pattern: str = ""
