@@ -47,8 +47,9 @@ class Answers:
             self._frontier.not_modified(page, now_ms + crawl.every_ms)
             self._count("not_modified")
         elif status in {404, 410}:
-            self._frontier.gone(page, now_ms, now_ms + crawl.every_ms)
+            unneeded = self._frontier.gone(page, now_ms, now_ms + crawl.every_ms)
             self._count("gone")
+            await self._delete(unneeded)
         elif status == 200:
             await self._take_body(page, response, now_ms)
         else:
@@ -89,11 +90,13 @@ class Answers:
                 await self._waits.call(
                     f"write of {body_name(digest)}", partial(self._put, body_name(digest), response.body)
                 )
+            # With the validators of what could not be read, the next answer would be 304, and so for ever.
+            is_read = not (found.left_out["broken"] or found.left_out["too_large"])
             settled = Settled(
                 at_ms=now_ms,
                 due_ms=now_ms + crawl.every_ms,
-                etag=_header(response, "ETag"),
-                last_modified=_header(response, "Last-Modified"),
+                etag=_header(response, "ETag") if is_read else "",
+                last_modified=_header(response, "Last-Modified") if is_read else "",
                 rows=[(row.key, row.version, row.values) for row in found.rows],
                 links=[Found(link.url, link.sitemap, link.last_modified) for link in found.links],
                 body=Body(digest, response.url, content_type),
@@ -104,7 +107,10 @@ class Answers:
         finally:
             self._being_settled[digest] -= 1
         self._count("broken" if found.left_out["broken"] else "taken")
-        for old in unneeded:
+        await self._delete(unneeded)
+
+    async def _delete(self, digests: list[str]) -> None:
+        for old in digests:
             if not self._being_settled[old]:
                 await self._waits.call(f"delete of {body_name(old)}", partial(self._bodies.delete, body_name(old)))
 

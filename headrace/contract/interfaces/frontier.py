@@ -113,8 +113,11 @@ class Frontier(Protocol):
     def failed(self, page: Page, due_ms: int) -> None:
         """Note that the document could not be fetched."""
 
-    def gone(self, page: Page, at_ms: int, due_ms: int) -> int:
-        """Forget an address that is no more, a start excepted; its entities end. Return how many ended."""
+    def gone(self, page: Page, at_ms: int, due_ms: int) -> list[str]:
+        """Forget an address that is no more, a start excepted, and its bodies; its entities end.
+
+        Return the digests of bodies that nothing needs any more.
+        """
 
     def wait_for(self, host: str, not_before_ms: int) -> None:
         """Ask nothing of the host before then."""
