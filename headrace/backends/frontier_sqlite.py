@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.interfaces.frontier import GONE, Body, Found, Page, Settled, Version
 
@@ -141,6 +143,7 @@ class SqliteFrontier:
         """Note what an answer brought, in one transaction; return the digests of bodies that nothing needs any more."""
         with self._db:
             self._db.execute("begin immediate")
+            before, page = page, self._moved(page, settled)
             self._db.execute(
                 "update pages set due_ms=?, etag=?, last_modified=?, failures=0 where source=? and url=?",
                 (settled.due_ms, settled.etag, settled.last_modified, page.source, page.url),
@@ -148,7 +151,8 @@ class SqliteFrontier:
             self._write_versions(page, settled, keys_max)
             if page.depth < depth_max:
                 self._add_links(page, settled, pages_max)
-            return self._keep_body(page, settled) if settled.body is not None else []
+            unneeded = self._keep_body(page, settled) if settled.body is not None else []
+            return unneeded if page is before else unneeded + self._leave(before, settled.due_ms)
 
     def not_modified(self, page: Page, due_ms: int) -> None:
         """Note that the document is as it was."""
@@ -188,10 +192,7 @@ class SqliteFrontier:
                 (due_ms, page.source, page.url),
             )
             # Extracted again, a body of a page that is gone would bring back what has ended.
-            old = self._db.execute(
-                "delete from bodies where source=? and url=? returning digest", (page.source, page.url)
-            ).fetchall()
-            return sorted({digest for (digest,) in old if not self.has_body(digest)})
+            return self._forget_bodies(page)
 
     def wait_for(self, host: str, not_before_ms: int) -> None:
         """Ask nothing of the host before then."""
@@ -312,6 +313,40 @@ class SqliteFrontier:
                     "update pages set due_ms=0, said_modified=? where source=? and url=?",
                     (link.said_modified, page.source, link.url),
                 )
+
+    def _moved(self, page: Page, settled: Settled) -> Page:
+        """Return the page under the address that it has moved to, which is known from now on; a start stays."""
+        url = settled.moved_to
+        stays = self._db.execute(
+            "select 1 from pages where source=? and url=? and is_start", (page.source, page.url)
+        ).fetchone()
+        if not url or url == page.url or stays is not None:
+            return page
+        added = self._db.execute(
+            "insert or ignore into pages(source, url, host, sitemap, depth, due_ms, is_start) values (?,?,?,?,?,0,0)",
+            (page.source, url, host_of(url), page.sitemap, page.depth),
+        )
+        self._pages[page.source] = self._pages.get(page.source, 0) + added.rowcount
+        return msgspec.structs.replace(page, url=url, host=host_of(url))
+
+    def _leave(self, page: Page, due_ms: int) -> list[str]:
+        """Forget an address whose document has moved, unless an entity is left there: when it is gone, that ends."""
+        place = (page.source, page.url)
+        left = self._db.execute(
+            "select 1 from entities where source=? and url=? and version<>? limit 1", (*place, GONE)
+        ).fetchone()
+        if left is not None:
+            self._db.execute("update pages set due_ms=?, failures=0 where source=? and url=?", (due_ms, *place))
+            return []
+        deleted = self._db.execute("delete from pages where source=? and url=?", place)
+        self._pages[page.source] -= deleted.rowcount
+        return self._forget_bodies(page)
+
+    def _forget_bodies(self, page: Page) -> list[str]:
+        old = self._db.execute(
+            "delete from bodies where source=? and url=? returning digest", (page.source, page.url)
+        ).fetchall()
+        return sorted({digest for (digest,) in old if not self.has_body(digest)})
 
     def _keep_body(self, page: Page, settled: Settled) -> list[str]:
         body = settled.body

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from email.utils import parsedate_to_datetime
 from functools import partial
+from urllib.parse import urldefrag
 
 from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, IgnoreRequest
 from scrapy.http import Response
@@ -100,6 +101,7 @@ class Answers:
                 rows=[(row.key, row.version, row.values) for row in found.rows],
                 links=[Found(link.url, link.sitemap, link.last_modified) for link in found.links],
                 body=Body(digest, response.url, content_type),
+                moved_to=_moved_to(response),
             )
             unneeded = self._frontier.settle(
                 page, settled, pages_max=crawl.pages_max, keys_max=crawl.keys_max, depth_max=crawl.depth_max
@@ -135,6 +137,13 @@ def body_name(digest: str) -> str:
 
 def _header(response: Response, name: str) -> str:
     return (response.headers.get(name) or b"").decode("latin-1")[:1_024]
+
+
+def _moved_to(response: Response) -> str:
+    """Return where redirects led that are all permanent; empty where none led anywhere, or one is not."""
+    reasons = response.meta.get("redirect_reasons") or []
+    is_moved = bool(reasons) and all(reason in {301, 308} for reason in reasons)
+    return urldefrag(response.url)[0] if is_moved else ""
 
 
 def _retry_after_ms(response: Response, now_ms: int) -> int:

@@ -18,7 +18,7 @@ from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import CrawlConfig
-from headrace.contract.crawl import Crawl, Extract
+from headrace.contract.crawl import Crawl, Extract, Follow
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.frontier import Found, Page
 from headrace.ingest.crawl.answers import Answers, body_name
@@ -130,3 +130,57 @@ def test_keys_max_counts_what_lives(tmp_path: Path) -> None:
     again.answer(b, rows("6"))
     assert again.values()["6"] == '{"v":"x"}'
     again.frontier.close()
+
+
+SITE = Crawl(
+    name="shop", kind="json", joins="item_id", start=("http://site/",), rows="rows", key=Extract(at="k"),
+    fields={"v": Extract(at="v")}, follow=(Follow(at="pages"),),
+)  # fmt: skip
+OLD, NEW = "http://site/old", "http://site/new"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[World]:
+    """Return a site whose start leads to one page."""
+    one = World(tmp_path, SITE)
+    one.answer("http://site/", b'{"rows": [], "pages": ["/old"]}')
+    yield one
+    one.frontier.close()
+
+
+def document(*keys: str) -> bytes:
+    return json.dumps({"rows": [{"k": key, "v": "x"} for key in keys]}).encode()
+
+
+@pytest.mark.parametrize("hops", [(301,), (308,), (301, 308)])
+def test_a_page_that_moved_for_good_is_the_new_address(site: World, hops: tuple[int, ...]) -> None:
+    site.answer(OLD, document("1"))
+    site.answer(OLD, document("1"), at=NEW + "#top", hops=hops)
+    assert site.urls() == ["http://site/", NEW] and site.frontier.pages("shop") == 2
+    assert {body.url for body in site.frontier.newest_bodies("shop")} == {"http://site/", NEW}
+    assert len(site.blobs.items) == 2
+    # A page that still links to the old address brings it back; that it is gone then ends nothing.
+    site.answer("http://site/", b'{"rows": [], "pages": ["/old", "/new"]}')
+    site.answer(OLD, status=404)
+    assert site.values() == {"1": '{"v":"x"}'} and site.urls() == ["http://site/", NEW]
+    site.answer(NEW, status=404)
+    assert site.values() == {"1": None} and site.frontier.pages("shop") == 1
+
+
+def test_what_is_not_on_the_new_address_ends_with_the_old_one(site: World) -> None:
+    site.answer(OLD, document("1", "2"))
+    site.answer(OLD, document("2"), at=NEW, hops=(301,))
+    assert site.urls() == ["http://site/", NEW, OLD] and site.values() == {"1": '{"v":"x"}', "2": '{"v":"x"}'}
+    site.answer(OLD, status=404)
+    assert site.values() == {"1": None, "2": '{"v":"x"}'} and site.urls() == ["http://site/", NEW]
+
+
+@pytest.mark.parametrize(("url", "at", "hops"), [(OLD, NEW, (302,)), (OLD, NEW, (301, 307)), (OLD, OLD, (301, 301))])
+def test_a_page_that_did_not_move_for_good_stays(site: World, url: str, at: str, hops: tuple[int, ...]) -> None:
+    site.answer(url, document("1"), at=at, hops=hops)
+    assert site.urls() == ["http://site/", OLD]
+
+
+def test_a_start_that_moved_stays_a_start(site: World) -> None:
+    site.answer("http://site/", document("1"), at=NEW, hops=(301,))
+    assert site.urls() == ["http://site/", OLD] and site.values() == {"1": '{"v":"x"}'}
