@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.interfaces.frontier import GONE, Body, Found, Page, Settled, Version
 
@@ -69,7 +71,7 @@ class SqliteFrontier:
             self._lock.close()
             raise
         self._pages = dict(self._db.execute("select source, count(*) from pages group by source").fetchall())
-        self._entities = dict(self._db.execute("select source, count(*) from entities group by source").fetchall())
+        self._living = self._count_living()
         self._unsafe = True
 
     def close(self) -> None:
@@ -87,7 +89,7 @@ class SqliteFrontier:
             self._db.executemany(
                 "insert or replace into entities values (?,?,'',?,'')", ((s, key, at_ms) for s, key, at_ms in entities)
             )
-        self._entities = dict(self._db.execute("select source, count(*) from entities group by source").fetchall())
+        self._living = self._count_living()
 
     def next_epoch(self, now_ms: int, above: int = 0) -> int:
         """Return a number above that of every crawler before, of this file, `above` and, by the clock, of others."""
@@ -141,6 +143,7 @@ class SqliteFrontier:
         """Note what an answer brought, in one transaction; return the digests of bodies that nothing needs any more."""
         with self._db:
             self._db.execute("begin immediate")
+            before, page = page, self._moved(page, settled)
             self._db.execute(
                 "update pages set due_ms=?, etag=?, last_modified=?, failures=0 where source=? and url=?",
                 (settled.due_ms, settled.etag, settled.last_modified, page.source, page.url),
@@ -148,7 +151,8 @@ class SqliteFrontier:
             self._write_versions(page, settled, keys_max)
             if page.depth < depth_max:
                 self._add_links(page, settled, pages_max)
-            return self._keep_body(page, settled) if settled.body is not None else []
+            unneeded = self._keep_body(page, settled) if settled.body is not None else []
+            return unneeded if page is before else unneeded + self._leave(before, settled.due_ms)
 
     def not_modified(self, page: Page, due_ms: int) -> None:
         """Note that the document is as it was."""
@@ -165,8 +169,11 @@ class SqliteFrontier:
                 (due_ms, page.source, page.url),
             )
 
-    def gone(self, page: Page, at_ms: int, due_ms: int) -> int:
-        """Forget an address that is no more, a start excepted; its entities end. Return how many ended."""
+    def gone(self, page: Page, at_ms: int, due_ms: int) -> list[str]:
+        """Forget an address that is no more, a start excepted, and its bodies; its entities end.
+
+        Return the digests of bodies that nothing needs any more.
+        """
         with self._db:
             self._db.execute("begin immediate")
             ended = self._db.execute(
@@ -175,6 +182,7 @@ class SqliteFrontier:
             ).fetchall()
             for key, before_ms in ended:
                 self._write(page, key, GONE, max(at_ms, before_ms + 1), None)
+            self._living[page.source] = self._living.get(page.source, 0) - len(ended)
             deleted = self._db.execute(
                 "delete from pages where source=? and url=? and not is_start", (page.source, page.url)
             )
@@ -183,7 +191,8 @@ class SqliteFrontier:
                 "update pages set due_ms=?, etag='', last_modified='' where source=? and url=?",
                 (due_ms, page.source, page.url),
             )
-        return len(ended)
+            # Extracted again, a body of a page that is gone would bring back what has ended.
+            return self._forget_bodies(page)
 
     def wait_for(self, host: str, not_before_ms: int) -> None:
         """Ask nothing of the host before then."""
@@ -247,19 +256,33 @@ class SqliteFrontier:
         written = 0
         for key, version, values in settled.rows:
             known = self._db.execute(
-                "select version, crawl_time_ms from entities where source=? and key=?", (page.source, key)
+                "select version, crawl_time_ms, url from entities where source=? and key=?", (page.source, key)
             ).fetchone()
             if known is not None and known[0] == version:
+                self._note_owner(page, key, known[2])
                 continue
-            if known is None:
-                if self._entities.get(page.source, 0) >= keys_max:
+            if known is None or known[0] == GONE:
+                if self._living.get(page.source, 0) >= keys_max:
                     continue
-                self._entities[page.source] = self._entities.get(page.source, 0) + 1
+                self._living[page.source] = self._living.get(page.source, 0) + 1
             # A clock that was set back must not make a newer version look older.
             at_ms = settled.at_ms if known is None else max(settled.at_ms, known[1] + 1)
             self._write(page, key, version, at_ms, values)
             written += 1
         return written
+
+    def _note_owner(self, page: Page, key: str, before: str) -> None:
+        """Note that this page was the last to have an entity: it ends when this one is gone, not another."""
+        if before != page.url:
+            self._db.execute("update entities set url=? where source=? and key=?", (page.url, page.source, key))
+
+    def _count_living(self) -> dict[str, int]:
+        """Return of each source how many entities are not gone; what is gone keeps its crawl time alone."""
+        return dict(
+            self._db.execute(
+                "select source, count(*) from entities where version<>? group by source", (GONE,)
+            ).fetchall()
+        )
 
     def _write(self, page: Page, key: str, version: str, at_ms: int, values: str | None) -> None:
         self._unsafe = True
@@ -290,6 +313,40 @@ class SqliteFrontier:
                     "update pages set due_ms=0, said_modified=? where source=? and url=?",
                     (link.said_modified, page.source, link.url),
                 )
+
+    def _moved(self, page: Page, settled: Settled) -> Page:
+        """Return the page under the address that it has moved to, which is known from now on; a start stays."""
+        url = settled.moved_to
+        stays = self._db.execute(
+            "select 1 from pages where source=? and url=? and is_start", (page.source, page.url)
+        ).fetchone()
+        if not url or url == page.url or stays is not None:
+            return page
+        added = self._db.execute(
+            "insert or ignore into pages(source, url, host, sitemap, depth, due_ms, is_start) values (?,?,?,?,?,0,0)",
+            (page.source, url, host_of(url), page.sitemap, page.depth),
+        )
+        self._pages[page.source] = self._pages.get(page.source, 0) + added.rowcount
+        return msgspec.structs.replace(page, url=url, host=host_of(url))
+
+    def _leave(self, page: Page, due_ms: int) -> list[str]:
+        """Forget an address whose document has moved, unless an entity is left there: when it is gone, that ends."""
+        place = (page.source, page.url)
+        left = self._db.execute(
+            "select 1 from entities where source=? and url=? and version<>? limit 1", (*place, GONE)
+        ).fetchone()
+        if left is not None:
+            self._db.execute("update pages set due_ms=?, failures=0 where source=? and url=?", (due_ms, *place))
+            return []
+        deleted = self._db.execute("delete from pages where source=? and url=?", place)
+        self._pages[page.source] -= deleted.rowcount
+        return self._forget_bodies(page)
+
+    def _forget_bodies(self, page: Page) -> list[str]:
+        old = self._db.execute(
+            "delete from bodies where source=? and url=? returning digest", (page.source, page.url)
+        ).fetchall()
+        return sorted({digest for (digest,) in old if not self.has_body(digest)})
 
     def _keep_body(self, page: Page, settled: Settled) -> list[str]:
         body = settled.body

@@ -42,8 +42,9 @@ class Extract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Where in a document, or in one row of it, a value is; the first that is found counts."""
 
     at: str
-    """html, feed: a CSS selector with `::text` or `::attr(name)` (`:scope` is not needed; namespaces of feeds are
-    gone). json: a JMESPath expression. `url` alone is the document's address."""
+    """html, feed: a CSS selector with `::text` or `::attr(name)` (`:scope` is not needed; `creator` finds
+    `<dc:creator>` of a feed, `media-title` its `<media:title>`). json: a JMESPath expression. `url` alone is the
+    document's address."""
     type: ExtractType = "string"
     """`list[string]` takes all that are found."""
     pattern: str = ""
@@ -85,7 +86,7 @@ class Crawl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pages_max: Annotated[int, Meta(gt=0, le=10_000_000)] = 10_000
     """Most addresses of this source; links beyond are ignored."""
     keys_max: Annotated[int, Meta(gt=0, le=10_000_000)] = 1_000_000
-    """Most entities; every stream process and serving process holds them in memory."""
+    """Most entities that are not gone; every stream process and serving process holds them in memory."""
     depth_max: Annotated[int, Meta(ge=0, le=1_000)] = 3
     """Most links from a start to a document; one from a sitemap counts as one."""
     bytes_max: Annotated[int, Meta(gt=0, le=268_435_456)] = 4_194_304

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from email.utils import parsedate_to_datetime
 from functools import partial
+from urllib.parse import urldefrag
 
 from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, IgnoreRequest
 from scrapy.http import Response
@@ -47,8 +48,9 @@ class Answers:
             self._frontier.not_modified(page, now_ms + crawl.every_ms)
             self._count("not_modified")
         elif status in {404, 410}:
-            self._frontier.gone(page, now_ms, now_ms + crawl.every_ms)
+            unneeded = self._frontier.gone(page, now_ms, now_ms + crawl.every_ms)
             self._count("gone")
+            await self._delete(unneeded)
         elif status == 200:
             await self._take_body(page, response, now_ms)
         else:
@@ -89,14 +91,17 @@ class Answers:
                 await self._waits.call(
                     f"write of {body_name(digest)}", partial(self._put, body_name(digest), response.body)
                 )
+            # With the validators of what could not be read, the next answer would be 304, and so for ever.
+            is_read = not (found.left_out["broken"] or found.left_out["too_large"])
             settled = Settled(
                 at_ms=now_ms,
                 due_ms=now_ms + crawl.every_ms,
-                etag=_header(response, "ETag"),
-                last_modified=_header(response, "Last-Modified"),
+                etag=_header(response, "ETag") if is_read else "",
+                last_modified=_header(response, "Last-Modified") if is_read else "",
                 rows=[(row.key, row.version, row.values) for row in found.rows],
                 links=[Found(link.url, link.sitemap, link.last_modified) for link in found.links],
                 body=Body(digest, response.url, content_type),
+                moved_to=_moved_to(response),
             )
             unneeded = self._frontier.settle(
                 page, settled, pages_max=crawl.pages_max, keys_max=crawl.keys_max, depth_max=crawl.depth_max
@@ -104,7 +109,10 @@ class Answers:
         finally:
             self._being_settled[digest] -= 1
         self._count("broken" if found.left_out["broken"] else "taken")
-        for old in unneeded:
+        await self._delete(unneeded)
+
+    async def _delete(self, digests: list[str]) -> None:
+        for old in digests:
             if not self._being_settled[old]:
                 await self._waits.call(f"delete of {body_name(old)}", partial(self._bodies.delete, body_name(old)))
 
@@ -129,6 +137,13 @@ def body_name(digest: str) -> str:
 
 def _header(response: Response, name: str) -> str:
     return (response.headers.get(name) or b"").decode("latin-1")[:1_024]
+
+
+def _moved_to(response: Response) -> str:
+    """Return where redirects led that are all permanent; empty where none led anywhere, or one is not."""
+    reasons = response.meta.get("redirect_reasons") or []
+    is_moved = bool(reasons) and all(reason in {301, 308} for reason in reasons)
+    return urldefrag(response.url)[0] if is_moved else ""
 
 
 def _retry_after_ms(response: Response, now_ms: int) -> int:

@@ -6,7 +6,11 @@ links, and the reasons for which something was left out.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
+import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -20,12 +24,16 @@ from parsel import Selector
 from w3lib.encoding import html_to_unicode
 
 from headrace.contract.crawl import Crawl, Extract
+from headrace.ingest.crawl.markup import base_of, selector_of
 
 ROWS_MAX = 100_000
 """Most entities of one document."""
 LINKS_MAX = 50_000
 """Most links of one document: what a sitemap may hold by its protocol."""
 URL_CHARS_MAX, TEXT_CHARS_MAX, LIST_MAX = 2_048, 65_536, 256
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+"""Python's own reading takes more: `12_5` as 125, `inf`, digits of every script."""
 
 Value = int | float | str | bool | list[str] | None
 
@@ -100,35 +108,43 @@ def extract(document: Document, crawl: Crawl) -> Extracted:
 
 
 def _read_markup(document: Document, crawl: Crawl, found: Extracted) -> None:
-    selector = _selector(document, "html" if crawl.kind == "html" else "xml")
+    selector = selector_of(_text(document), "html" if crawl.kind == "html" else "xml")
+    base = base_of(selector, document.url) if crawl.kind == "html" else document.url
     chosen = crawl.rows or ("item, entry" if crawl.kind == "feed" else "")
     parts: Sequence[Selector] = selector.css(chosen) if chosen else [selector]
     _add_rows(found, crawl, document, ((part, _find_markup) for part in parts))
     for follow in crawl.follow:
         addresses = (str(a) for a in selector.css(follow.at or "a::attr(href)").getall())
-        _add_links(found, crawl, document, addresses, follow.url)
+        _add_links(found, crawl, base, addresses, follow.url)
 
 
 def _read_json(document: Document, crawl: Crawl, found: Extracted) -> None:
-    plain = msgspec.json.decode(_text(document).encode())
+    plain = _json_of(_text(document))
     parts = jmespath.search(crawl.rows, plain) if crawl.rows else [plain]
     if isinstance(parts, list):
         _add_rows(found, crawl, document, ((part, _find_json) for part in parts))
     for follow in crawl.follow:
         addresses = jmespath.search(follow.at, plain) if follow.at else None
         several = addresses if isinstance(addresses, list) else [addresses]
-        _add_links(found, crawl, document, (a for a in several if isinstance(a, str)), follow.url)
+        _add_links(found, crawl, document.url, (a for a in several if isinstance(a, str)), follow.url)
+
+
+def _json_of(text: str) -> Any:
+    """Return what JSON says; NaN and infinities, which it has not and some programs write, spoil their value alone."""
+    try:
+        return msgspec.json.decode(text.encode("utf-8", "replace"))
+    except msgspec.DecodeError:
+        return json.loads(text)
 
 
 def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
     if document.body[:2] == b"\x1f\x8b":
-        reader = zlib.decompressobj(wbits=31)
-        body = reader.decompress(document.body, crawl.bytes_max)
-        if reader.unconsumed_tail:
+        body = _unpacked(document.body, crawl.bytes_max)
+        if body is None:
             found.left_out["too_large"] += 1
             return
         document = msgspec.structs.replace(document, body=body)
-    selector = _selector(document, "xml")
+    selector = selector_of(_text(document), "xml")
     wanted = [re.compile(follow.url) for follow in crawl.follow]
     for part in selector.css("url, sitemap"):
         address = _absolute(document.url, str(part.css("loc::text").get(default="")), crawl)
@@ -142,14 +158,14 @@ def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
         found.links.append(Link(address, nested, changed))
 
 
-def _selector(document: Document, kind: str) -> Selector:
-    text = _text(document)
-    if not text.strip():
-        raise ValueError("an empty document")
-    selector = Selector(text=text, type=kind)
-    if kind == "xml":
-        selector.remove_namespaces()
-    return selector
+def _unpacked(packed: bytes, bytes_max: int) -> bytes | None:
+    """Return what every gzip member holds, None where that is too much. Raises `ValueError` where one is torn."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as reader:
+            body = reader.read(bytes_max + 1)
+    except (EOFError, OSError) as error:
+        raise ValueError(f"no whole gzip: {error}") from error
+    return body if len(body) <= bytes_max else None
 
 
 def _text(document: Document) -> str:
@@ -171,8 +187,7 @@ def _add_rows(found: Extracted, crawl: Crawl, document: Document, parts: Iterato
         if len(found.rows) >= ROWS_MAX:
             found.left_out["too_many"] += 1
             return
-        key = _value(part, find, crawl.key, document)
-        key = str(key) if isinstance(key, int) else key
+        key = _key(part, find, crawl.key, document)
         if not isinstance(key, str) or not key or len(key) > URL_CHARS_MAX:
             found.left_out["no_key"] += 1
             continue
@@ -188,6 +203,14 @@ def _add_rows(found: Extracted, crawl: Crawl, document: Document, parts: Iterato
                 values[name] = None
                 found.left_out["bad_value"] += 1
         found.rows.append(Row(key, msgspec.json.encode(values).decode()))
+
+
+def _key(part: Any, find: Any, one: Extract, document: Document) -> Value:
+    try:
+        key = _value(part, find, one, document)
+    except ValueError:
+        return None  # One row's key that is no key: the others are read.
+    return str(key) if isinstance(key, int) else key
 
 
 def _value(part: Any, find: Any, one: Extract, document: Document) -> Value:
@@ -218,6 +241,8 @@ def _find_json(part: Any, at: str) -> list[Any]:
 def _typed(value: Any, kind: str) -> Value:
     if value is None or isinstance(value, dict | list):
         return None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("not a finite number")
     if kind in {"string", "list[string]"}:
         text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
         return " ".join(_whole(text).split())[:TEXT_CHARS_MAX]
@@ -227,12 +252,14 @@ def _typed(value: Any, kind: str) -> Value:
         return _truth(value)
     if isinstance(value, bool):
         raise ValueError("a truth value is no number")
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+        raise ValueError("no number as JSON or a price tag writes it")
     try:
         number = float(value)
     except OverflowError as error:
         raise ValueError("a number beyond all bounds") from error
     if kind == "float64":
-        if number - number != 0.0:
+        if not math.isfinite(number):
             raise ValueError("not a finite number")
         return number
     whole = int(value) if isinstance(value, int | str) else int(number)
@@ -255,10 +282,10 @@ def _truth(value: Any) -> bool:
     raise ValueError("no truth value")
 
 
-def _add_links(found: Extracted, crawl: Crawl, document: Document, addresses: Iterator[str], pattern: str) -> None:
+def _add_links(found: Extracted, crawl: Crawl, base: str, addresses: Iterator[str], pattern: str) -> None:
     wanted = re.compile(pattern)
     for address in addresses:
-        absolute = _absolute(document.url, address, crawl)
+        absolute = _absolute(base, address, crawl)
         if absolute is None or not wanted.search(absolute):
             continue
         if len(found.links) >= LINKS_MAX:

@@ -77,6 +77,8 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
     rows: Sequence[tuple[str, str, str]] = ()
     links: Sequence[Found] = ()
     body: Body | None = None
+    moved_to: str = ""
+    """Where the document lies from now on, by a redirect that is permanent; empty: where it was."""
 
 
 class Frontier(Protocol):
@@ -105,7 +107,11 @@ class Frontier(Protocol):
         """Return when the next address is due, hosts' waits included; None where there is none."""
 
     def settle(self, page: Page, settled: Settled, *, pages_max: int, keys_max: int, depth_max: int) -> list[str]:
-        """Note what an answer brought; return the digests of bodies that nothing needs any more."""
+        """Note what an answer brought; return the digests of bodies that nothing needs any more.
+
+        What a page that has moved brought is the new address's. The old one is forgotten, unless it is a start, or an
+        entity of it is not on the new one: that ends when the old one is gone.
+        """
 
     def not_modified(self, page: Page, due_ms: int) -> None:
         """Note that the document is as it was."""
@@ -113,8 +119,11 @@ class Frontier(Protocol):
     def failed(self, page: Page, due_ms: int) -> None:
         """Note that the document could not be fetched."""
 
-    def gone(self, page: Page, at_ms: int, due_ms: int) -> int:
-        """Forget an address that is no more, a start excepted; its entities end. Return how many ended."""
+    def gone(self, page: Page, at_ms: int, due_ms: int) -> list[str]:
+        """Forget an address that is no more, a start excepted, and its bodies; its entities end.
+
+        Return the digests of bodies that nothing needs any more.
+        """
 
     def wait_for(self, host: str, not_before_ms: int) -> None:
         """Ask nothing of the host before then."""

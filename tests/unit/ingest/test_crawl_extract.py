@@ -3,6 +3,7 @@ arbitrary bytes."""
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -100,6 +101,134 @@ def test_entities_of_xml_open_no_file_and_do_not_swell() -> None:
       <rss><item><guid>1</guid><title>&x;&b;t</title></item></rss>"""
     values = rows_of(FEED, body)
     assert "root" not in json.dumps(values) and "aaaa" not in json.dumps(values)
+
+
+@pytest.mark.parametrize("text", ["12_5", "1_0.5", "inf", "-Infinity", "nan", "\u0661\u0662", "0x10", "1e", "."])
+def test_text_that_only_python_reads_as_a_number_is_none(text: str) -> None:
+    fields = {"f": Extract(at="f", type="float64"), "i": Extract(at="i", type="int64")}
+    crawl = Crawl(name="c", kind="json", joins="i", start=JSON.start, rows="[]", key=Extract(at="k"), fields=fields)
+    found = extract(Document(JSON.start[0], json.dumps([{"k": "a", "f": text, "i": text}]).encode()), crawl)
+    assert (found.rows[0].values, found.left_out) == ('{"f":null,"i":null}', {"bad_value": 2})
+
+
+@pytest.mark.parametrize(("text", "number"), [(" 12.50 ", 12.5), ("+.5e1", 5.0), ("7.", 7.0), ("-0", 0.0)])
+def test_text_that_is_a_number(text: str, number: float) -> None:
+    crawl = Crawl(
+        name="c",
+        kind="json",
+        joins="i",
+        start=JSON.start,
+        key=Extract(at="k"),
+        fields={"f": Extract(at="f", type="float64")},
+    )
+    assert rows_of(crawl, json.dumps({"k": "a", "f": text}).encode()) == {"a": {"f": number}}
+
+
+def test_a_key_of_the_wrong_type_costs_its_row_alone() -> None:
+    crawl = Crawl(
+        name="c", kind="json", joins="i", start=JSON.start, rows="[]", key=Extract(at="k", type="int64"),
+        fields={"t": Extract(at="t")},
+    )  # fmt: skip
+    found = extract(Document(JSON.start[0], b'[{"k": "12_5"}, {"k": "125", "t": "x"}, {"k": "a"}]'), crawl)
+    assert [(row.key, row.values) for row in found.rows] == [("125", '{"t":"x"}')]
+    assert found.left_out == {"no_key": 2}
+
+
+def test_a_number_that_json_has_not_spoils_its_value_alone() -> None:
+    body = b"""{"data": {"items": [
+      {"id": "a", "n": NaN, "t": "x"}, {"id": "b", "n": -Infinity, "t": Infinity}, {"id": 3, "n": 4}]}}"""
+    found = extract(Document(JSON.start[0], body), JSON)
+    values = {row.key: json.loads(row.values) for row in found.rows}
+    assert values == {"a": {"n": None, "t": "x"}, "b": {"n": None, "t": None}, "3": {"n": 4, "t": None}}
+    assert found.left_out == {"bad_value": 3}
+
+
+SITEMAP = [f"<url><loc>https://shop.example/item/{i}</loc></url>".encode() for i in range(500)]
+HEAD, TAIL = b'<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">', b"</urlset>"
+MEMBERS = [gzip.compress(HEAD + b"".join(SITEMAP[:300])), gzip.compress(b"".join(SITEMAP[300:]) + TAIL)]
+
+
+@pytest.mark.parametrize("after", [b"", bytes(512)], ids=["nothing after", "zeros after"])
+def test_every_member_of_a_gzip_is_read(after: bytes) -> None:
+    found = extract(Document("https://shop.example/s.gz", b"".join(MEMBERS) + after, "", sitemap=True), HTML)
+    assert [link.url[26:] for link in found.links] == [str(i) for i in range(500)] and not found.left_out
+
+
+@pytest.mark.parametrize(
+    "body",
+    [MEMBERS[0][:-9], MEMBERS[0] + MEMBERS[1][:-1], MEMBERS[0] + b"garbage", MEMBERS[0][:-8] + bytes(8), b"\x1f\x8b"],
+    ids=["cut", "cut in the second", "garbage after", "wrong checksum", "head alone"],
+)
+def test_a_torn_gzip_is_broken_and_gives_nothing(body: bytes) -> None:
+    found = extract(Document("https://shop.example/s.gz", body, "", sitemap=True), HTML)
+    assert (found.links, found.left_out) == ([], {"broken": 1})
+
+
+def test_a_gzip_that_swells_is_too_large() -> None:
+    body = gzip.compress(bytes(HTML.bytes_max + 1))
+    assert extract(Document("https://shop.example/s.gz", body, "", sitemap=True), HTML).left_out == {"too_large": 1}
+
+
+@pytest.mark.parametrize(
+    ("base", "wanted"),
+    [
+        ("/shop/", "https://shop.example/shop/item/7"),
+        ("https://shop.example/b/c", "https://shop.example/b/item/7"),
+        ("../", "https://shop.example/item/7"),
+        ("data:,x", "https://shop.example/a/item/7"),
+        ("http://[::1", "https://shop.example/a/item/7"),
+        ("https://evil.example/", None),
+    ],
+)
+def test_relative_links_begin_from_the_declared_base(base: str, wanted: str | None) -> None:
+    body = f'<base target=x><base href="{base}"><base href="/later/"><a href="item/7">'.encode()
+    assert [link.url for link in extract(Document(HTML.start[0], body), HTML).links] == ([wanted] if wanted else [])
+
+
+@pytest.mark.parametrize(
+    ("title", "wanted"),
+    [
+        ("Caf&eacute; M&uuml;ller &ndash; 5&nbsp;&euro;", "Caf\u00e9 M\u00fcller \u2013 5 \u20ac"),
+        ("D&D, but in a Discord server", "D&D, but in a Discord server"),
+        ("AT&T; x & y &amp; &#233;&#xE9; &LT;b&gt; &#; &", "AT&T; x & y & \u00e9\u00e9 <b> &#; &"),
+        ("<![CDATA[R&D &eacute;]]>", "R&D &eacute;"),
+        ("<!-- a & b -->c", "c"),
+    ],
+)
+def test_references_in_xml_are_what_was_meant(title: str, wanted: str) -> None:
+    body = f"<rss><channel><item><guid>1</guid><title>{title}</title></item></channel></rss>".encode()
+    assert rows_of(FEED, body)["1"]["title"] == wanted
+
+
+def test_addresses_of_a_sitemap_keep_what_follows_a_bare_ampersand() -> None:
+    body = HEAD + b"<url><loc>https://shop.example/item/?id=7&lang=en&copy=1</loc></url>" + TAIL
+    (link,) = extract(Document("https://shop.example/s", body, sitemap=True), HTML).links
+    assert link.url == "https://shop.example/item/?id=7&lang=en&copy=1"
+
+
+@pytest.mark.parametrize(
+    "declared", [" xmlns:media='m' xmlns:dc='d' xmlns:x='l'", ""], ids=["declared", "not declared"]
+)
+def test_names_with_a_prefix_are_not_the_feeds_own(declared: str) -> None:
+    body = f"""<rss{declared}><channel><item><media:group><media:title>thumbnail</media:title></media:group>
+      <dc:creator>Ann</dc:creator><guid>1</guid><title>Real</title><link href="a" x:href="b"/></item></channel></rss>"""
+    fields = {"creator": Extract(at="creator::text"), "other": Extract(at="media-title::text"), **FEED.fields}
+    crawl = Crawl(name="n", kind="feed", joins="i", start=FEED.start, key=FEED.key, fields=fields)
+    wanted = {"creator": "Ann", "other": "thumbnail", "title": "Real", "link": "a"}
+    assert rows_of(crawl, body.encode()) == {"1": wanted}
+
+
+def test_a_feed_whose_every_name_has_a_prefix_is_read() -> None:
+    body = b"""<a:feed xmlns:a="http://www.w3.org/2005/Atom"><a:entry><a:id>urn:1</a:id><a:title>A</a:title></a:entry>
+      </a:feed>"""
+    assert rows_of(FEED, body) == {"urn:1": {"title": "A", "link": None}}
+
+
+def test_a_sitemap_takes_no_image_for_a_page() -> None:
+    body = b"""<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9" xmlns:image="i"><url><image:image><image:loc>
+      https://shop.example/item/x.png</image:loc></image:image><loc>https://shop.example/item/7</loc></url></urlset>"""
+    (link,) = extract(Document("https://shop.example/s", body, sitemap=True), HTML).links
+    assert link.url == "https://shop.example/item/7"
 
 
 def test_the_same_values_are_the_same_version() -> None:

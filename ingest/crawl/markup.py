@@ -1,0 +1,94 @@
+"""Markup as sites write it, made readable: entities of HTML in XML, `&` that begins none, and namespaces. Pure."""
+
+from __future__ import annotations
+
+import re
+from html.entities import html5
+from urllib.parse import urljoin
+from xml.sax.saxutils import escape
+
+from parsel import Selector
+
+_OWN_NAMES = re.compile(
+    r"author|category|channel|comments|content|contributor|copyright|description|enclosure|entry|feed|generator|guid|id|"
+    r"image|item|language|lastmod|link|loc|name|published|pubDate|rating|rights|sitemap|source|subtitle|summary|title|"
+    r"updated|uri|url|urlset"
+)
+"""Names of RSS, Atom and sitemaps. With a prefix they are something else: `media:title`, `image:loc`, `atom:link`."""
+_RSS_1 = "http://purl.org/rss/1.0/"
+_REFERENCE = re.compile(
+    r"<!\[CDATA\[.*?(?:\]\]>|\Z)|<!--.*?(?:-->|\Z)|&(?:#(?:[0-9]{1,7}|x[0-9a-fA-F]{1,6});|([a-zA-Z][a-zA-Z0-9]{0,31};))?",
+    re.DOTALL,
+)
+_XML_NAMES = frozenset({"amp;", "lt;", "gt;", "quot;", "apos;"})
+
+
+def selector_of(text: str, kind: str) -> Selector:
+    """Return a document, `html` or `xml`; names of XML as `_plain_names` says. Raises `ValueError` for an empty one."""
+    if not text.strip():
+        raise ValueError("an empty document")
+    if kind != "xml":
+        return Selector(text=text, type=kind)
+    selector = Selector(text=with_references(text), type=kind)
+    _plain_names(selector)
+    return selector
+
+
+def with_references(text: str) -> str:
+    """Return XML whose references XML knows: those of HTML are their characters, a `&` that begins none is itself.
+
+    A name that the document itself declares stays: the parser opens and expands none of these.
+
+    >>> with_references("<t>Caf&eacute; D&D &amp; &#233; <![CDATA[&eacute;]]></t>")
+    '<t>Café D&amp;D &amp; &#233; <![CDATA[&eacute;]]></t>'
+    >>> with_references("/item?id=7&lang=en")
+    '/item?id=7&amp;lang=en'
+    """
+    declares = "<!ENTITY" in text
+
+    def known(match: re.Match[str]) -> str:
+        name = match[1]
+        if name is None:
+            return "&amp;" if match[0] == "&" else match[0]
+        if name in _XML_NAMES:
+            return match[0]
+        if name in html5:
+            return escape(html5[name])
+        return match[0] if declares else f"&amp;{name}"
+
+    return _REFERENCE.sub(known, text)
+
+
+def base_of(selector: Selector, url: str) -> str:
+    """Return what relative addresses of an HTML document begin from: its first `<base href>`, else its own address."""
+    told = selector.css("base[href]::attr(href)").get()
+    try:
+        base = urljoin(url, str(told or "").strip())
+    except ValueError:
+        return url
+    return base if base.startswith(("http://", "https://")) else url
+
+
+def _plain_names(selector: Selector) -> None:
+    """Take namespaces off names, so that `creator` selects `<dc:creator>`.
+
+    A name of RSS, Atom or sitemaps under another's prefix is not that: `media:title` becomes `media-title`. An
+    attribute with a prefix never takes the place of one without.
+    """
+    own = {_split(selector.root.tag)[0], "", _RSS_1}
+    for element in selector.root.iter("*"):
+        namespace, name = _split(element.tag)
+        prefix, _, local = name.rpartition(":")
+        prefix = element.prefix or prefix
+        is_foreign = bool(prefix) and _OWN_NAMES.fullmatch(local) is not None and (":" in name or namespace not in own)
+        element.tag = f"{prefix}-{local}" if is_foreign else local
+        for attribute in list(element.attrib):
+            local = _split(attribute)[1].rpartition(":")[2]
+            if local != attribute:
+                value = element.attrib.pop(attribute)
+                element.attrib[local] = element.attrib.get(local, value)
+
+
+def _split(name: str) -> tuple[str, str]:
+    namespace, _, local = name.rpartition("}")
+    return namespace.lstrip("{"), local

@@ -1,0 +1,186 @@
+"""Goal: what an answer leaves in the crawler's memory and store. Method: answers by hand, the real memory, a clock that
+stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scrapy.http import Request, Response
+from stream_world import Blobs
+
+from headrace.backends.clock import VirtualClock
+from headrace.backends.frontier_sqlite import SqliteFrontier
+from headrace.backends.log.memory import MemoryLog
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.contract.config import CrawlConfig
+from headrace.contract.crawl import Crawl, Extract, Follow
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.frontier import Found, Page
+from headrace.ingest.crawl.answers import Answers, body_name
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
+from headrace.process.waits import Waits
+
+CRAWL = Crawl(
+    name="shop", kind="json", joins="item_id", start=("http://site/a", "http://site/b"), rows="[]",
+    key=Extract(at="k"), fields={"v": Extract(at="v")},
+)  # fmt: skip
+
+
+class World:
+    """A crawler's memory and store, and answers by hand."""
+
+    def __init__(self, folder: Path, crawl: Crawl = CRAWL) -> None:
+        self.frontier, self.blobs, self.clock = SqliteFrontier(folder / "f.sqlite"), Blobs(), VirtualClock(1_000)
+        self.frontier.set_starts("shop", [Found(url) for url in crawl.start])
+        log = MemoryLog()
+        deps = CrawlDependencies(
+            crawls=(crawl,), config=CrawlConfig(), topics=Topics(), partitions=1, frontier=self.frontier,
+            bodies=self.blobs, producer=log.producer(), metrics=MemoryMetrics(), clock=self.clock,
+            open_reader=log.reader,
+        )  # fmt: skip
+        self.answers = Answers(deps, Waits(self.clock))
+
+    def page(self, url: str) -> Page:
+        return next(page for page in self.frontier.due(2**60, ["shop"], [], 99) if page.url == url)
+
+    def urls(self) -> list[str]:
+        return sorted(page.url for page in self.frontier.due(2**60, ["shop"], [], 99))
+
+    def answer(self, url: str, body: bytes = b"", status: int = 200, at: str = "", hops: tuple[int, ...] = ()) -> None:
+        """Answer a page; `at` and `hops` say where redirects led to, and their statuses."""
+        page, request = self.page(url), Request(url, meta={"redirect_reasons": list(hops)} if hops else {})
+        headers = {"Content-Type": "application/json", "ETag": '"1"', "Last-Modified": "yesterday"}
+        response = Response(at or url, status, headers, body, request=request)
+        asyncio.run(self.answers.take(page, response, 0.1))
+        self.clock.advance(1.0)
+
+    def values(self) -> dict[str, str | None]:
+        """Return what was written last of each key."""
+        return {one.key: one.values for one in self.frontier.outbox(0, 999)}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    one = World(tmp_path)
+    yield one
+    one.frontier.close()
+
+
+def rows(*keys: str, v: str = "x") -> bytes:
+    return json.dumps([{"k": key, "v": v} for key in keys]).encode()
+
+
+def test_a_document_that_cannot_be_read_is_asked_for_without_validators(world: World) -> None:
+    a = CRAWL.start[0]
+    world.answer(a, rows("1"))
+    assert (world.page(a).etag, world.page(a).last_modified) == ('"1"', "yesterday")
+    world.answer(a, b'[{"k": ')
+    assert (world.page(a).etag, world.page(a).last_modified) == ("", "")
+
+
+def test_a_document_with_one_nan_is_read(world: World) -> None:
+    world.answer(CRAWL.start[0], b'[{"k": "1", "v": NaN}, {"k": "2", "v": "x"}]')
+    assert world.values() == {"1": '{"v":null}', "2": '{"v":"x"}'}
+
+
+def test_bodies_of_a_page_that_is_gone_go_unless_another_needs_them(world: World) -> None:
+    a, b = CRAWL.start
+    world.answer(a, rows("1"))
+    world.answer(a, rows("1", "2"))
+    world.answer(b, rows("1", "2"))
+    assert len(world.blobs.items) == 2
+    world.answer(a, status=404)
+    (body,) = world.frontier.newest_bodies("shop")
+    assert (body.url, list(world.blobs.items)) == (b, [body_name(body.digest)])
+    world.answer(b, status=410)
+    assert not world.blobs.items and not world.frontier.newest_bodies("shop")
+
+
+def test_an_entity_ends_with_the_page_that_had_it_last(world: World) -> None:
+    a, b = CRAWL.start
+    world.answer(a, rows("1", "2"))
+    world.answer(b, rows("1"))
+    world.answer(a, status=404)
+    assert world.values() == {"1": '{"v":"x"}', "2": None}
+
+
+def test_keys_max_counts_what_lives(tmp_path: Path) -> None:
+    def plain(world: World) -> dict[str, str | None]:
+        return {key: None if values is None else json.loads(values)["v"] for key, values in world.values().items()}
+
+    crawl = Crawl(**{**{f: getattr(CRAWL, f) for f in CRAWL.__struct_fields__}, "keys_max": 2})
+    world = World(tmp_path, crawl)
+    a, b = crawl.start
+    world.answer(a, rows("1", "2", "3"))
+    assert plain(world) == {"1": "x", "2": "x"}
+    world.answer(b, rows("4"))
+    world.answer(a, status=404)
+    world.answer(b, rows("4", "1", "5", v="y"))
+    assert plain(world) == {"1": "y", "2": None, "4": "y"}
+    world.frontier.close()
+    again = World(tmp_path, crawl)
+    again.answer(b, rows("6"))
+    assert "6" not in again.values()
+    again.answer(b, status=404)
+    again.answer(b, rows("6"))
+    assert again.values()["6"] == '{"v":"x"}'
+    again.frontier.close()
+
+
+SITE = Crawl(
+    name="shop", kind="json", joins="item_id", start=("http://site/",), rows="rows", key=Extract(at="k"),
+    fields={"v": Extract(at="v")}, follow=(Follow(at="pages"),),
+)  # fmt: skip
+OLD, NEW = "http://site/old", "http://site/new"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[World]:
+    """Return a site whose start leads to one page."""
+    one = World(tmp_path, SITE)
+    one.answer("http://site/", b'{"rows": [], "pages": ["/old"]}')
+    yield one
+    one.frontier.close()
+
+
+def document(*keys: str) -> bytes:
+    return json.dumps({"rows": [{"k": key, "v": "x"} for key in keys]}).encode()
+
+
+@pytest.mark.parametrize("hops", [(301,), (308,), (301, 308)])
+def test_a_page_that_moved_for_good_is_the_new_address(site: World, hops: tuple[int, ...]) -> None:
+    site.answer(OLD, document("1"))
+    site.answer(OLD, document("1"), at=NEW + "#top", hops=hops)
+    assert site.urls() == ["http://site/", NEW] and site.frontier.pages("shop") == 2
+    assert {body.url for body in site.frontier.newest_bodies("shop")} == {"http://site/", NEW}
+    assert len(site.blobs.items) == 2
+    # A page that still links to the old address brings it back; that it is gone then ends nothing.
+    site.answer("http://site/", b'{"rows": [], "pages": ["/old", "/new"]}')
+    site.answer(OLD, status=404)
+    assert site.values() == {"1": '{"v":"x"}'} and site.urls() == ["http://site/", NEW]
+    site.answer(NEW, status=404)
+    assert site.values() == {"1": None} and site.frontier.pages("shop") == 1
+
+
+def test_what_is_not_on_the_new_address_ends_with_the_old_one(site: World) -> None:
+    site.answer(OLD, document("1", "2"))
+    site.answer(OLD, document("2"), at=NEW, hops=(301,))
+    assert site.urls() == ["http://site/", NEW, OLD] and site.values() == {"1": '{"v":"x"}', "2": '{"v":"x"}'}
+    site.answer(OLD, status=404)
+    assert site.values() == {"1": None, "2": '{"v":"x"}'} and site.urls() == ["http://site/", NEW]
+
+
+@pytest.mark.parametrize(("url", "at", "hops"), [(OLD, NEW, (302,)), (OLD, NEW, (301, 307)), (OLD, OLD, (301, 301))])
+def test_a_page_that_did_not_move_for_good_stays(site: World, url: str, at: str, hops: tuple[int, ...]) -> None:
+    site.answer(url, document("1"), at=at, hops=hops)
+    assert site.urls() == ["http://site/", OLD]
+
+
+def test_a_start_that_moved_stays_a_start(site: World) -> None:
+    site.answer("http://site/", document("1"), at=NEW, hops=(301,))
+    assert site.urls() == ["http://site/", OLD] and site.values() == {"1": '{"v":"x"}'}
