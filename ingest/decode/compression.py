@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ from headrace.contract.errors import HeadraceError
 
 _READ_BYTES = 262_144
 """Largest piece that is decompressed at once. 256 KiB."""
+_FIRST_BYTES = 1_024
+_PADDING = re.compile(rb"\0*")
 
 
 class BodyTooLarge(HeadraceError):
@@ -34,17 +37,20 @@ def decompress(data: bytes, how: str, bytes_max: int) -> bytes:
 
 def _gunzip(data: bytes, bytes_max: int) -> bytes:
     def pieces() -> Iterator[bytes]:
-        rest = data
-        while rest:
-            member = zlib.decompressobj(wbits=31)
+        at, view = 0, memoryview(data)
+        while at < len(data):
+            # What is read beyond a member's end is copied: little at first, so that many small members cost no more.
+            member, window = zlib.decompressobj(wbits=31), _FIRST_BYTES
             while not member.eof:
-                piece = member.decompress(rest, _READ_BYTES)
-                rest = member.unconsumed_tail
-                if not piece and not rest and not member.eof:
+                part = view[at : at + window]
+                piece = member.decompress(part, _READ_BYTES)
+                if not part and not piece and not member.eof:
                     raise ValueError("the last gzip member is cut off")
+                at += len(part) - len(member.unconsumed_tail) - len(member.unused_data)
+                window = min(2 * window, _READ_BYTES)
                 yield piece
             # Zero bytes after the last member are padding (RFC 1952 leaves them to the reader; gzip ignores them).
-            rest = member.unused_data.lstrip(b"\0")
+            at = _PADDING.match(data, at).end()  # type: ignore[union-attr]
 
     return _bounded(pieces(), bytes_max)
 

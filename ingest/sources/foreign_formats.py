@@ -152,14 +152,23 @@ def _any_value(value: Any) -> Any:
     if kind == "arrayValue":
         return [_any_value(item) for item in _list(inner, "values")]
     if kind == "intValue":
-        return int(inner)
+        return int(_digits(inner, _INT))
     if kind == "doubleValue":
-        return float(inner)
+        return float(_digits(inner, _FLOAT))
     if kind == "bytesValue":
         return base64.b64decode(inner, validate=True)
     if kind in ("stringValue", "boolValue"):
         return inner
     raise _Unreadable("a value of an unknown kind")
+
+
+def _digits(value: Any, pattern: re.Pattern[str]) -> str:
+    """Return a number as its text, or a text that is one: `int` and `float` also take `1_0`, `inf`, other scripts."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _Unreadable("a number of another type")
+    if not pattern.fullmatch(text := str(value)):
+        raise _Unreadable(f"{text[:40]!r} is no number")
+    return text
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -228,6 +237,8 @@ def _time_of(value: Any, unit: str, otherwise: int | None) -> int | None:
 
 
 _NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
+_INT = re.compile(r"[+-]?\d{1,20}", re.ASCII)
+_FLOAT = re.compile(r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,4})?", re.ASCII)
 _DECODER = msgspec.json.Decoder(float_hook=_Number)
 _READERS: dict[str, Callable[[SourceConfig, bytes, int | None], list[Foreign]]] = {
     "json": _json,

@@ -159,9 +159,15 @@ def test_what_cannot_be_read_says_so_and_keeps_its_bytes(format_: str, value: by
     assert found.problem and found.record is None and found.raw == (value or b"")
 
 
-def test_a_bad_log_record_does_not_stop_its_neighbours() -> None:
+@pytest.mark.parametrize(
+    "value",
+    [{"intValue": text} for text in ("nine", "12_5", "12.7", "", " 1", "\u0663", True)]
+    + [{"doubleValue": text} for text in ("1_0.5", "inf", "nan", "0x1p3", " 1", False)],
+    ids=str,
+)
+def test_a_bad_log_record_does_not_stop_its_neighbours(value: dict[str, Any]) -> None:
     good = {"timeUnixNano": "7", "body": {"stringValue": "x"}}
-    bad = {"timeUnixNano": "9", "body": {"intValue": "nine"}}
+    bad = {"timeUnixNano": "9", "body": value}
     value = json.dumps({"resourceLogs": [{"scopeLogs": [{"logRecords": [good, bad, good]}]}]}).encode()
     found = read_foreign(SourceConfig(topic="t", tag="a", format="otlp_json"), value, 5)
     assert [(r.time_ns, bool(r.problem)) for r in found] == [(7, False), (None, True), (7, False)]

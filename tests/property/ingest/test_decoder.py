@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
+from random import Random
 from typing import Any
 
 import msgpack
@@ -174,3 +176,17 @@ def test_a_bomb_is_refused_at_the_bound(how: str) -> None:
     with pytest.raises((ValueError, OSError)):
         decompress(bomb[: len(bomb) // 2], how, 100_000_000)
     assert decompress(_member(b"a", how) + _member(b"b", how), how, 10) == b"ab"
+
+
+@pytest.mark.parametrize("size", [0, 1, 1_023, 1_024, 1_025, 262_144, 3_000_000])
+def test_gzip_members_of_every_size_are_read_with_padding_between(size: int) -> None:
+    plain = Random(size).randbytes(size)
+    packed = _member(plain, "gzip") + bytes(2_000) + _member(b"b" * size, "gzip") + b"\0"
+    assert decompress(packed, "gzip", 10_000_000) == plain + b"b" * size
+    with pytest.raises((ValueError, OSError, zlib.error)):
+        decompress(packed[:-9], "gzip", 10_000_000)
+
+
+def test_many_small_gzip_members_are_read_in_one_go() -> None:
+    """Each costs what it holds: copying all that is behind it would take minutes here."""
+    assert decompress(_member(b"a", "gzip") * 100_000, "gzip", 200_000) == b"a" * 100_000
