@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from harness.stack import SHOP
 
 from headrace.cli.project_folder import load_project
 from headrace.deploy.local.chaos.account import Account
-from headrace.deploy.local.chaos.kills import load_and_kill
+from headrace.deploy.local.chaos.kills import kill_all, load_and_break
 from headrace.deploy.local.chaos.own_stack import own_stack
 from headrace.deploy.local.chaos.plan import Kill
 from headrace.deploy.local.supervise import Supervisor
@@ -43,7 +44,8 @@ def outcome() -> Iterator[tuple[Account, dict[str, int], dict[str, int]]]:
 
     with own_stack(SHOP, config, ("kafka", "ingest"), say, gateways=2) as layout:
         before = Supervisor(layout).pids()
-        load_and_kill(layout, project, config, account, say)
+        breaks = partial(kill_all, layout, account, say=say)
+        load_and_break(layout, project, config, account, say, breaks=breaks)
         yield account, before, Supervisor(layout).pids()
 
 
