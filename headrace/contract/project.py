@@ -186,9 +186,10 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         recipe, declared = self.recipe.checked(self.features), {t.name: t for t in self.tasks}
         for name in recipe.heads:
             if name not in declared:
+                named = min(declared, default="click")
                 raise ConfigRejected(
                     f"recipe.task {name!r} is not a declared task; declared: {sorted(declared)}. Name the one that the "
-                    f"model learns where the project is made: Project(..., recipe=deepfm(task={min(declared)!r}))."
+                    f"model learns where the project is made: Project(..., recipe=deepfm(task={named!r}))."
                 )
             task = declared[name]
             if recipe.delayed != "none" and (task.policy != "eager" or task.correction_weight != 1.0):

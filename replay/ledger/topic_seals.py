@@ -21,6 +21,8 @@ from headrace.kernels.sample_ids import seal_of
 
 BACK = (1, 16, 256)
 """How many offsets before the topic's end are looked at for its last record with samples: few have none."""
+AT_ONCE = 64
+"""Records that one fetch brings, about: so many are read one after another, and no more halves of them."""
 
 
 class NotSealed(Exception):
@@ -44,6 +46,8 @@ class TopicSeals:
         self._begins, self._ends = reader.begin_offsets(topic), reader.end_offsets(topic)
         self._known: dict[tuple[int, Position], dict[str, Seal]] = {}
         self._newest: dict[int, Place | None] = {}
+        self._seen: dict[int, dict[int, Position]] = {}
+        """By partition and offset, the last samples of records that were looked at: what is asked for is near them."""
 
     def at(self, partition: int, position: Position) -> Mapping[str, Seal]:
         """Return the seals, by task, of all samples up to `position`.
@@ -102,8 +106,17 @@ class TopicSeals:
 
     def _halve(self, partition: int, position: Position) -> Place | None:
         """Return a record whose last sample is at or beyond `position` while the one before it is not."""
+        place = self._search(partition, position, self._seen.get(partition, {}))
+        if place is not None and place.after <= position <= place.last:
+            return place
+        # Among those that were looked at was one out of turn, of a worker that had been declared dead.
+        return self._search(partition, position, {})
+
+    def _search(self, partition: int, position: Position, seen: Mapping[int, Position]) -> Place | None:
         low, high, found = self._begins[partition], self._ends[partition], None
-        while low < high:
+        for offset, last in seen.items():
+            low, high = (max(low, offset + 1), high) if last < position else (low, min(high, offset + 1))
+        while high - low > AT_ONCE:
             middle = (low + high) // 2
             place = self._first(partition, middle, high)
             if place is None:
@@ -112,13 +125,13 @@ class TopicSeals:
                 found, high = place, middle
             else:
                 low = place.record.offset + 1
-        return found
+        return next((place for place in self._places(partition, low, high) if place.last >= position), found)
 
     def _look_for_newest(self, partition: int) -> Place | None:
         begin, end = self._begins[partition], self._ends[partition]
         for back in (*BACK, end - begin):
             start = max(begin, end - back)
-            places = [place for record in self._records(partition, start, end) if (place := place_of(record))]
+            places = list(self._places(partition, start, end))
             if places:
                 return max(places, key=lambda place: place.last)
             if start == begin:
@@ -126,9 +139,17 @@ class TopicSeals:
         return None
 
     def _first(self, partition: int, start: int, stop: int) -> Place | None:
-        return next((place for record in self._records(partition, start, stop) if (place := place_of(record))), None)
+        return next(self._places(partition, start, stop), None)
+
+    def _places(self, partition: int, start: int, stop: int) -> Iterator[Place]:
+        for record in self._records(partition, start, stop):
+            if (place := place_of(record)) is not None:
+                self._seen.setdefault(partition, {})[record.offset] = place.last
+                yield place
 
     def _records(self, partition: int, start: int, stop: int) -> Iterator[Record]:
+        if start >= stop:
+            return iter(())
         return read_range(self._reader, self._topic, begins={partition: start}, ends={partition: stop})
 
 
