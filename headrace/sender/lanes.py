@@ -147,8 +147,8 @@ class Lanes:
 
     def take(self, now_s: float) -> Chunk | None:
         """Return the chunk that goes next, which is on its way then; None where nothing may go."""
-        # One chunk at a time under one id: an ack could not say which of two it means. (A part that older trees wrote
-        # twice while the disk was full.)
+        # One chunk at a time under one id: an ack could not say which of two it means. (Older trees wrote a part anew
+        # at each try of a cut on a full disk.)
         able = [
             lane
             for lane in self._lanes.values()

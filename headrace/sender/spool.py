@@ -217,7 +217,8 @@ def _chunks(segment: Segment, records: list[tuple[int, bytes]]) -> tuple[list[Ch
         elif kind == CHUNK:
             tag, name = msgpack.unpackb(payload)
             if (chunk := loose.pop(tag, None)) is not None:
-                # Older trees gave equal parts of a chunk one id, and the gateway took the first of them alone.
+                # Older trees gave equal parts of a chunk one id and noted one ack, whichever of them the gateway has:
+                # it is taken for the first. Rather twice than never.
                 chunk.id = chunk.content_id(f"{name}/{times[name]}") if times[name] else name
                 times[name] += 1
                 closed.append(chunk)

@@ -145,7 +145,7 @@ def test_equal_parts_that_an_older_tree_gave_one_id_are_all_sent(tmp_path: Path)
     (slot / "000000000001.seg").write_bytes(data)
     outbox = _outbox(tmp_path)
     names = _ids(_taken(outbox))
-    assert len(set(names)) == 3 and "same" not in names, "the gateway took one of them"
+    assert len(set(names)) == 3 and "same" not in names, "the ack is one of them"
     for name in names:
         outbox.acked(name)
     assert outbox.unacked == 0
