@@ -48,9 +48,13 @@ class Chunk:
         self.body.append(entry)
         self.size += len(entry)
 
-    def content_id(self) -> str:
-        """Return an id that is the same whenever it is made of this content."""
-        data = xxhash.xxh3_128(self.tag.encode() + b"\0" + b"".join(self.body)).digest()
+    def content_id(self, place: str = "") -> str:
+        """Return an id that is the same whenever it is made of this content at this place.
+
+        Events without ids may be equal byte for byte: without a place, two chunks of such events have one id.
+        """
+        salt = b"\0" + place.encode() if place else b""
+        data = xxhash.xxh3_128(self.tag.encode() + salt + b"\0" + b"".join(self.body)).digest()
         return base64.b64encode(data).decode()
 
 
@@ -143,7 +147,13 @@ class Lanes:
 
     def take(self, now_s: float) -> Chunk | None:
         """Return the chunk that goes next, which is on its way then; None where nothing may go."""
-        able = [lane for lane in self._lanes.values() if lane.ready and self.may_send(lane, now_s)]
+        # One chunk at a time under one id: an ack could not say which of two it means. (Older trees wrote a part anew
+        # at each try of a cut on a full disk.)
+        able = [
+            lane
+            for lane in self._lanes.values()
+            if lane.ready and lane.ready[0].id not in lane.sent and self.may_send(lane, now_s)
+        ]
         if not able:
             return None
         takes_turns = self._fruitless >= _FRUITLESS

@@ -141,14 +141,20 @@ class Outbox:
                     log.error("%s", error)
 
     def _cut(self, lane: Lane, chunk: Chunk, most: int) -> None:
-        large = [entry for entry in chunk.body if len(entry) > most]
-        if large:
-            self.rejects.add(chunk.tag, large, f"larger than the {most} bytes that the gateway takes")
-            log.error(
-                "%d events of tag %s are larger than the gateway takes (%d bytes); they are in %s",
-                *(len(large), chunk.tag, most, self.rejects.path),
-            )
-        parts = self._parts(chunk, most)
+        known = {other.id for other in (*lane.ready, *lane.sent.values())}
+        segment = self.spool.begin()
+        # Those that are known were written by a cut that a crash ended.
+        parts = [part for part in _parts(chunk, segment, most) if part.id not in known]
+        try:
+            for part in parts:
+                self._write(part)
+            # Last, since it cannot be taken back: each event has one line, however many tries the cut takes.
+            self._reject(chunk, most)
+        except Overloaded:
+            self.spool.remove(segment)
+            raise
+        if not parts:
+            self.spool.remove(segment)
         place = lane.ready.index(chunk)
         lane.ready.remove(chunk)
         for at, part in enumerate(parts):
@@ -157,20 +163,38 @@ class Outbox:
             self.unacked += len(part.body)
         self._settle(lane, chunk)
 
-    def _parts(self, chunk: Chunk, most: int) -> list[Chunk]:
-        parts: list[Chunk] = []
-        for entry in (entry for entry in chunk.body if len(entry) <= most):
-            if not parts or parts[-1].size + len(entry) > most:
-                parts.append(Chunk(chunk.tag, parts[-1].segment if parts else self.spool.begin(), 0.0))
-            parts[-1].add(entry)
-        for part in parts:
-            # An id of the content: should the cut be made again after a crash, the gateway knows the parts.
-            part.id, part.number = part.content_id(), chunk.number
-            for entry in part.body:
-                self.spool.append_entry(part.segment, part.tag, entry)
-            self.spool.note_chunk(part)
-            part.segment.open_chunks += 1
-        return parts
+    def _write(self, part: Chunk) -> None:
+        for entry in part.body:
+            self.spool.append_entry(part.segment, part.tag, entry)
+        self.spool.note_chunk(part)
+        part.segment.open_chunks += 1
+
+    def _reject(self, chunk: Chunk, most: int) -> None:
+        large = [entry for entry in chunk.body if len(entry) > most]
+        if large:
+            self.rejects.add(chunk.tag, large, f"larger than the {most} bytes that the gateway takes")
+            log.error(
+                "%d events of tag %s are larger than the gateway takes (%d bytes); they are in %s",
+                *(len(large), chunk.tag, most, self.rejects.path),
+            )
+
+
+def _parts(chunk: Chunk, segment: Segment, most: int) -> list[Chunk]:
+    """Return chunks of at most `most` bytes with the events of this one, but for those that alone are larger."""
+    parts: list[Chunk] = []
+    firsts: list[int] = []
+    for at, entry in enumerate(chunk.body):
+        if len(entry) > most:
+            continue
+        if not parts or parts[-1].size + len(entry) > most:
+            parts.append(Chunk(chunk.tag, segment, 0.0))
+            firsts.append(at)
+        parts[-1].add(entry)
+    for first, part in zip(firsts, parts, strict=True):
+        # Made of what is cut, of where, and of the content: should the cut be made again after a crash, the gateway
+        # knows the parts, and equal parts are not taken for one.
+        part.id, part.number = part.content_id(f"{chunk.id}/{first}"), chunk.number
+    return parts
 
 
 def _cost(chunk: Chunk) -> int:

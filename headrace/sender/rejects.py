@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,27 @@ class Rejects:
                 size = os.fstat(fd).st_size
                 if size + len(lines) > self._bytes_max:
                     raise Overloaded(f"{self.path} has {size} bytes, bound {self._bytes_max}; move it away.")
-                if os.write(fd, lines) != len(lines):
-                    raise OSError(28, "a short write: the disk is full")
-                os.fdatasync(fd)
+                _append(fd, lines)
             finally:
                 os.close(fd)
         except OSError as error:
             raise Overloaded(f"{self.path} takes no more: {error}; free the disk.") from error
         self.count += len(entries)
+
+
+def _append(fd: int, lines: bytes) -> None:
+    """Append all of it, or raise `OSError` and take back what was written: it is written again at the next try."""
+    written = os.write(fd, lines)
+    try:
+        if written != len(lines):
+            raise OSError(28, "a short write: the disk is full")
+        os.fdatasync(fd)
+    except OSError:
+        end = os.lseek(fd, 0, os.SEEK_CUR)
+        with suppress(OSError):
+            if os.fstat(fd).st_size == end:  # Another process has appended nothing behind it.
+                os.ftruncate(fd, end - written)
+        raise
 
 
 def _line(tag: str, entry: bytes, reason: str) -> bytes:

@@ -10,7 +10,7 @@ import fcntl
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -161,7 +161,13 @@ class Spool:
         for segment, records in zip(segments, contents, strict=True):
             self.bytes += segment.size
             own = {payload for kind, payload in records if kind == ACK}
-            for chunk in _chunks(segment, records):
+            closed, loose = _chunks(segment, records)
+            for chunk in loose:
+                _name_loose(chunk, own)
+                # Where it cannot be noted, it is made again of the same after the next crash.
+                with suppress(Overloaded):
+                    self.note_chunk(chunk)
+            for chunk in closed + loose:
                 segment.open_chunks += 1
                 if chunk.id.encode() not in acked:
                     chunks.append(chunk)
@@ -198,8 +204,11 @@ def sync(descriptors: list[int]) -> None:
             os.close(fd)
 
 
-def _chunks(segment: Segment, records: list[tuple[int, bytes]]) -> Iterator[Chunk]:
+def _chunks(segment: Segment, records: list[tuple[int, bytes]]) -> tuple[list[Chunk], list[Chunk]]:
+    """Return the chunks whose ids were noted, and those without an id, of events whose chunk was not closed."""
+    closed: list[Chunk] = []
     loose: dict[str, Chunk] = {}
+    times: Counter[str] = Counter()
     for kind, payload in records:
         if kind == ENTRY:
             end = 2 + int.from_bytes(payload[:2], "little")
@@ -208,12 +217,23 @@ def _chunks(segment: Segment, records: list[tuple[int, bytes]]) -> Iterator[Chun
         elif kind == CHUNK:
             tag, name = msgpack.unpackb(payload)
             if (chunk := loose.pop(tag, None)) is not None:
-                chunk.id = name
-                yield chunk
-    for chunk in loose.values():
-        # Its id was never noted; one made of its content is the same after the next crash too.
-        chunk.id = chunk.content_id()
-        yield chunk
+                # Older trees gave equal parts of a chunk one id and noted one ack, whichever of them the gateway has:
+                # it is taken for the first. Rather twice than never.
+                chunk.id = chunk.content_id(f"{name}/{times[name]}") if times[name] else name
+                times[name] += 1
+                closed.append(chunk)
+    return closed, list(loose.values())
+
+
+def _name_loose(chunk: Chunk, acked: set[bytes]) -> None:
+    """Give an id to a chunk that has none, the same after each crash.
+
+    Its place is the file's inode, which a move into another slot keeps: two processes that were killed may leave the
+    same bytes. An ack under an id of the content alone is of an older tree.
+    """
+    chunk.id = chunk.content_id()
+    if chunk.id.encode() not in acked:
+        chunk.id = chunk.content_id(f"inode {chunk.segment.path.stat().st_ino}")
 
 
 def _lock(slot: Path) -> int:
