@@ -7,6 +7,7 @@ it are taken out of it again, by id.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -116,16 +117,20 @@ class TopicSeals:
         low, high, found = self._begins[partition], self._ends[partition], None
         for offset, last in seen.items():
             low, high = (max(low, offset + 1), high) if last < position else (low, min(high, offset + 1))
-        while high - low > AT_ONCE:
-            middle = (low + high) // 2
-            place = self._first(partition, middle, high)
-            if place is None:
-                high = middle
-            elif place.last >= position:
+        while low < high:
+            middle = (low + high) // 2 if high - low > AT_ONCE else low
+            # A few at once: one of a worker that had been declared dead says less than those around it.
+            window = list(islice(self._places(partition, middle, high), AT_ONCE))
+            place = next((each for each in window if each.last >= position), None)
+            if place is not None and place.after <= position:
+                return place
+            if place is not None:
                 found, high = place, middle
+            elif not window:
+                high = middle
             else:
-                low = place.record.offset + 1
-        return next((place for place in self._places(partition, low, high) if place.last >= position), found)
+                low = window[-1].record.offset + 1
+        return found
 
     def _look_for_newest(self, partition: int) -> Place | None:
         begin, end = self._begins[partition], self._ends[partition]
@@ -137,9 +142,6 @@ class TopicSeals:
             if start == begin:
                 break
         return None
-
-    def _first(self, partition: int, start: int, stop: int) -> Place | None:
-        return next(self._places(partition, start, stop), None)
 
     def _places(self, partition: int, start: int, stop: int) -> Iterator[Place]:
         for record in self._records(partition, start, stop):
