@@ -165,12 +165,17 @@ def draw_gateways(
     dead_lettered: int,
     punctuations: Iterable[Punctuation],
     fates: Mapping[str, int] = MappingProxyType({}),
+    *,
+    beyond: int = 0,
 ) -> None:
     """Fill read, appended, dead_lettered, repeated, from rows in the log, declared dead letters and punctuation.
 
     `fates` counts the letters that were offered again by what came of it. Such a letter's event is counted where it
     ended (in the log, as repeated, or as a newer letter), so the letter itself is taken out; the retry's marks are the
     receipts of what it appended and refused.
+
+    `beyond` counts receipts, of gateways and marks, for rows that lie in the log beyond those of `appended`: these
+    events are in no figure yet.
 
     The log and the dead letters say what is there; the gateways' totals, newest of each epoch, say what was given
     receipts. A killed gateway's last totals may be older than its last records, never newer: totals beyond what is
@@ -187,6 +192,7 @@ def draw_gateways(
         total.update(counts)
     total.update(appended=fates.get("appended", 0), repeated=fates.get("repeated", 0))
     total.update(dead_lettered=fates.get("refused", 0))
+    total["appended"] -= beyond
     ledger.retried = sum(fates.values())
     ledger.appended, ledger.dead_lettered = appended, dead_lettered - ledger.retried
     ledger.repeated = total["repeated"]

@@ -93,10 +93,12 @@ class SealedStock:
             ledger.models[name] = counts = found.draw()
             after.runs[name] = KeptRun(totals=totals, heads=found.heads, others=found.others)
             watch.draw(ledger, "model", totals.upto(), None if totals.positions else counts.in_flight)
-        punctuations = self._settled(ledger, joined)
         told, retried = letters()
         dead, fates = count_letters(ledger, told, retried, tags_of(self.project))
-        draw_gateways(ledger, ledger.appended, dead, punctuations, fates)
+        # After the letters: what they say was appended is in the log by now.
+        said = said_of(joined.values())
+        beyond = self._said_beyond(ledger, joined, said, fates["appended"])
+        draw_gateways(ledger, ledger.appended, dead, said, fates, beyond=beyond)
         finish(ledger)
         return ledger, after
 
@@ -177,20 +179,16 @@ class SealedStock:
                     f"samples/{partition} and the join's state have other seals up to the sample at {tuple(one.last)}"
                 )
 
-    def _settled(self, ledger: Ledger, joined: Mapping[int, Joined]) -> list[Punctuation]:
-        """Return the gateways' totals without what they say of events beyond the join's states."""
-        said = said_of(joined.values())
-        excess = sum(one.counts.get("appended", 0) for one in said) - (ledger.appended - ledger.external)
-        if excess <= 0:
-            return said
-        left = min(excess, self._rows_beyond(joined))
-        settled: list[Punctuation] = []
-        for one in said:
-            less = min(left, one.counts.get("appended", 0))
-            left -= less
-            counts = {**one.counts, "appended": one.counts.get("appended", 0) - less}
-            settled.append(msgspec.structs.replace(one, counts=counts))
-        return settled
+    def _said_beyond(self, ledger: Ledger, joined: Mapping[int, Joined], said: list[Punctuation], retried: int) -> int:
+        """Return how many events that the gateways, and the retries' marks, say they appended lie beyond the join's
+        states: as many as are more than the join has, and at most as many as are there.
+
+        Args:
+            retried: dead letters whose events were appended. The marks are read now, the join's states are older.
+        """
+        receipts = sum(one.counts.get("appended", 0) for one in said) + retried
+        excess = receipts - (ledger.appended - ledger.external)
+        return min(excess, self._rows_beyond(joined)) if excess > 0 else 0
 
     def _rows_beyond(self, joined: Mapping[int, Joined]) -> int:
         """Return how many rows of events lie in the log beyond the join's states."""

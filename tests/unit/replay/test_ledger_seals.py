@@ -15,6 +15,14 @@ import pytest
 from deltalake import DeltaTable
 from ledger_world import PROJECT, TOPICS, World, exchanged, figures, repeated, without
 
+from headrace.contract.formats.dead_letters import (
+    TOO_LATE,
+    DeadLetter,
+    RetryMark,
+    encode_dead_letter,
+    encode_retry_mark,
+)
+from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.steps import StepRange, encode_step
 from headrace.replay.ledger.kept_account import name_of
 from headrace.replay.ledger.ledger import Ledger, is_sound, table
@@ -427,3 +435,73 @@ def test_what_a_gateway_lost_is_a_loss_and_what_is_beyond_the_joins_state_is_non
     world.snapshot()
     ledger = world.draw()
     assert ledger.lost_where["log"] > 400 and not ledger.closes
+
+
+# Letters that were offered again
+
+
+def set_aside(world: World, records: int) -> int:
+    """Write a `too_late` letter for each event of the next records of partition 0; return how many.
+
+    No gateway has receipts for these events: what follows in the partition is their records alone.
+    """
+    kinds = ("impression", "feedback")
+    world.waiting[0] = [record for record in world.waiting[0] if record.headers["kind"] in kinds][:records]
+    assert len(world.waiting[0]) == records
+    ids = [each for record in world.waiting[0] for each in decode_batch(record.value)["event_id"].to_pylist()]
+    for event_id in ids:
+        letter = DeadLetter(reason=TOO_LATE, detail="", origin="", tag=PROJECT.impression.tag, event_id=event_id)
+        world.log.append(TOPICS.dead_letters, 0, encode_dead_letter(letter), None, {})
+    return len(ids)
+
+
+def settle(world: World, begin: int, end: int) -> None:
+    """Write the mark that the events of the letters from `begin` to below `end` were appended."""
+    mark = RetryMark(step="retried", run="settler-1", at_ms=1, outcomes=dict.fromkeys(range(begin, end), "appended"))
+    world.log.append(TOPICS.retries, 0, encode_retry_mark(mark), None, {})
+
+
+@pytest.mark.parametrize("records", [0, 17, 40])
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_letter_whose_event_lies_beyond_the_joins_state_is_no_loss(tmp_path: Path, records: int, is_silent: bool):
+    """Letters are settled after, across, or before the join's newest state: it has the events of so many records.
+
+    Silent gateways said nothing: then the marks are the only receipts.
+    """
+    world = made(tmp_path)
+    if is_silent:
+        for account in world.accounts:
+            account.said.clear()
+        world.snapshot()
+    waiting = set_aside(world, 40)
+    assert both(world).dead_lettered == waiting > 20
+    if records:
+        world.append(0, records)
+        world.snapshot()
+    world.append(0, 40 - records)
+    settle(world, 0, waiting)
+    ledger, full = world.draw(), world.draw("full")
+    assert (ledger.closes, ledger.lost, ledger.drawn_from) == (True, 0, "seals") and full.closes
+    assert (ledger.retried, ledger.dead_lettered) == (full.retried, full.dead_lettered) == (waiting, 0)
+    assert ledger.read == ledger.appended <= full.appended and (ledger.appended == full.appended) == (records == 40)
+    world.snapshot()
+    assert both(world).closes
+
+
+def test_a_mark_for_what_the_log_lacks_is_a_loss_in_spite_of_what_lies_beyond(tmp_path: Path):
+    """All that lies beyond the join's state excuses as many receipts, and no more."""
+    world = made(tmp_path)
+    for account in world.accounts:
+        account.said.clear()
+    world.snapshot()
+    have = both(world).appended
+    waiting = set_aside(world, 20)
+    letter = DeadLetter(reason=TOO_LATE, detail="", origin="", tag=PROJECT.impression.tag)
+    for _ in range(have + 7):
+        world.log.append(TOPICS.dead_letters, 0, encode_dead_letter(letter), None, {})
+    world.append(0, 20)
+    settle(world, 0, waiting + have + 7)
+    ledger = world.draw()
+    assert (ledger.lost_where["log"], ledger.closes) == (7, False)
+    world.snapshot()
+    assert world.draw().lost_where["log"] == 7
