@@ -343,7 +343,8 @@ METRICS: Mapping[Name, MetricDoc] = {
         "counter",
         "events",
         ("ingest",),
-        "Events of chunks that stay with their shippers while their tag is above the ceiling of dead letters.",
+        "Events of chunks that stay with their shippers while their tag is above the ceiling of dead letters, "
+        "or that are late while no more late ones may wait.",
         labels=("tag",),
     ),
     "dead_letter_ceiling_shut": MetricDoc(

@@ -14,15 +14,20 @@ from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.batcher import Acked
 from headrace.ingest.gateway.chunk_identity import Peer
 
+BEYOND_CEILING = "ceiling"
+"""Too many events of the tag became dead letters."""
+NO_ROOM = "no_room"
+"""The message is late, and as many late events wait to be looked up as may."""
+
 
 class Admission(Protocol):
     """Offers are made from the loop's own thread, and none of these calls blocks."""
 
     def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
-        """Take a message, as `Gateway.offer` does; False where a `refusable` one is beyond a ceiling."""
+        """Take a message, as `Gateway.offer` does; False where a `refusable` one is refused."""
 
-    def refuses(self, message: Message, origin: str) -> bool:
-        """Say whether a refusable message would be beyond the ceiling, as `Gateway.refuses` does."""
+    def refuses(self, message: Message, origin: str) -> str:
+        """Say why a refusable message would be refused, `BEYOND_CEILING` or `NO_ROOM`; empty where it is taken."""
 
     def now_ms(self) -> int:
         """Return the gateway's time, which no step of the wall clock moves."""

@@ -35,6 +35,7 @@ from headrace.ingest.decode.fluent_chunk import decode, layout
 from headrace.ingest.decode.message import Entry, Message, read_entry, starts_of
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
+from headrace.ingest.gateway.admission import BEYOND_CEILING, NO_ROOM
 from headrace.ingest.gateway.batcher import Acked, Batcher, Cut, OpenChunk, Outcome, Waiting, cut, merge
 from headrace.ingest.gateway.chunk_identity import Peer, identify
 from headrace.ingest.gateway.counts import APPENDED, DEAD, REPEATED, Counts
@@ -105,8 +106,8 @@ class Gateway:
     def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
         """Take a message of `size` bytes; `acked` is called once, when Kafka has all of it. Never blocks.
 
-        A `refusable` one, which its sender keeps until the ack, may be beyond the ceiling of dead letters: nothing of
-        it is taken then, `acked` is never called, and False returned.
+        A `refusable` one, which its sender keeps until the ack, may be beyond the ceiling of dead letters or the bound
+        of late events: nothing of it is taken then, `acked` is never called, and False returned.
         """
         if message.signal:
             if acked is not None:
@@ -127,9 +128,7 @@ class Gateway:
                 acked(Outcome(0, 0, len(starts)))
             return True
         follows = bool(key) and key in self._chunks_open
-        if refusable and not follows and not self._allowed(message.tag, peer.origin, len(starts)):
-            return False
-        if refusable and not follows and made is not None and self._no_room_for_late(message, starts):
+        if refusable and not follows and self._refusal(message, peer.origin, starts):
             return False
         self._taken += 1
         held = size + message.plain_bytes + _ENTRY_BYTES * len(starts)
@@ -181,32 +180,29 @@ class Gateway:
         if chunk.key and self._chunks_open.get(chunk.key) is chunk:
             del self._chunks_open[chunk.key]
 
-    def refuses(self, message: Message, origin: str) -> bool:
-        """Say whether a refusable message would be beyond the ceiling now, and nothing of it was taken before.
+    def refuses(self, message: Message, origin: str) -> str:
+        """Say why a refusable message of which nothing was taken before would be refused now; empty where it is taken.
 
         For who offers several messages of which all are to be taken, or none. A probe is given by the asking.
         """
         if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
-            return any(self.refuses(part, origin) for part in mapper.map_message(message).messages)
+            return next(filter(None, (self.refuses(part, origin) for part in mapper.map_message(message).messages)), "")
         key, _ = self._identify(message, Peer(origin))
         if message.signal or (key and (key in self._chunks_done or key in self._chunks_open)):
-            return False
-        return not self._allowed(message.tag, origin, len(starts_of(message)[0]))
+            return ""
+        return self._refusal(message, origin, starts_of(message)[0])
 
-    def _allowed(self, tag: str, origin: str, events: int) -> bool:
-        allowed = self.ceiling.allows(tag, origin, events, self.now_ms())
-        if not allowed:
-            self._metrics.add("events_refused_total", events, tag=self.ceiling.name(tag))
-        return allowed
-
-    def _no_room_for_late(self, message: Message, starts: I64s) -> bool:
-        """Say whether a message begins late while as many late events wait as may, and count it as refused."""
-        if not (len(starts) and self._late.is_full()):
-            return False
-        if not self._late.begins_late(message, int(starts[0]), self.now_ms()):
-            return False
-        self._metrics.add("events_refused_total", len(starts), tag=message.tag)
-        return True
+    def _refusal(self, message: Message, origin: str, starts: I64s) -> str:
+        """Say why a message is not taken, and count it. Room first: asking the ceiling uses up a probe."""
+        now_ms, refusal = self.now_ms(), ""
+        no_room = len(starts) > 0 and message.tag in self._types and self._late.is_full()
+        if no_room and self._late.begins_late(message, int(starts[0]), now_ms):
+            refusal = NO_ROOM
+        elif not self.ceiling.allows(message.tag, origin, len(starts), now_ms):
+            refusal = BEYOND_CEILING
+        if refusal:
+            self._metrics.add("events_refused_total", len(starts), tag=self.ceiling.name(message.tag))
+        return refusal
 
     def _identify(self, message: Message, peer: Peer) -> tuple[bytes, str]:
         """Return the chunk's key in memory, empty where it has no id, and the prefix of ids for events without one."""
@@ -281,8 +277,10 @@ class Gateway:
         late_N = (found_N == 0) & (batch["event_time_ms"].to_numpy() < late_before_ms)
         for row in np.flatnonzero(late_N).tolist():
             # Its id stays in memory: when it comes again, its letter stands for it.
-            entry = read_entry(data, int(starts_N[at_N[row]]))
-            self._set_row_aside(chunks[chunk_N[row]], declared, batch, row, entry)
+            entry, chunk = read_entry(data, int(starts_N[at_N[row]])), chunks[chunk_N[row]]
+            # It passed every check, which is what the ceiling asks; what waited until it was late is counted already.
+            self.ceiling.note(declared.tag, chunk.origin, now_ms, appended=1)
+            self._set_row_aside(chunk, declared, batch, row, entry)
         if found_N.any() or late_N.any():
             self._drop_repeats(chunks, chunk_N, found_N)
             keep = np.flatnonzero((found_N == 0) & ~late_N)
@@ -374,7 +372,6 @@ class Gateway:
         if late is None:
             self.ceiling.note(chunk.tag, chunk.origin, letter.seen_ms, dead=1, reason=reason)
         else:
-            # It says nothing against its tag.
             self._late.written += 1
         if counted:
             chunk.waiting += 1

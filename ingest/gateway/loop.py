@@ -79,8 +79,8 @@ class GatewayLoop:
         """Take a message, as `Gateway.offer` does."""
         return self._gateway.offer(message, size, peer, acked, refusable=refusable)
 
-    def refuses(self, message: Message, origin: str) -> bool:
-        """Say whether a refusable message would be beyond the ceiling."""
+    def refuses(self, message: Message, origin: str) -> str:
+        """Say why a refusable message would be refused; empty where it is taken."""
         return self._gateway.refuses(message, origin)
 
     def now_ms(self) -> int:

@@ -33,7 +33,7 @@ from headrace.contract.errors import InvariantBroken
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.ingest.decode.message import Message
-from headrace.ingest.gateway.admission import Admission
+from headrace.ingest.gateway.admission import BEYOND_CEILING, Admission
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.chunk_identity import Peer, peer_of
 from headrace.ingest.http.access import Origins, Tokens, is_loopback
@@ -255,10 +255,9 @@ class Collector:
 
     async def _offer(self, messages: Sequence[Message], peer: Peer) -> Response:
         # All or none: what was taken of a request that is sent again would count twice where it brings no ids.
-        if tags := [message.tag for message in messages if self._admission.refuses(message, peer.origin)]:
-            error = f"too many events of {', '.join(tags[:3])} become dead letters (ingest.dead_letter_share_max)"
-            step = f"see headrace dead-letters list, correct events or types; {_SAME}"
-            return problem(503, error, step, retry_s=max(1, self._config.dead_letter_probe_ms // 1000))
+        asked = [(message.tag, self._admission.refuses(message, peer.origin)) for message in messages]
+        if refused := [one for one in asked if one[1]]:
+            return self._refused(refused)
         # One more than the messages: outcomes that come at once must not end the wait early.
         waiting = _Answer(len(messages) + 1)
         for message in messages:
@@ -275,6 +274,17 @@ class Collector:
         if not waiting.done.done():
             return problem(503, "Kafka has not confirmed the events yet", _SAME)
         return answer(200, msgspec.structs.asdict(waiting.outcome))
+
+    def _refused(self, refused: Sequence[tuple[str, str]]) -> Response:
+        """Answer for the tags that the gateway refuses, each with its reason."""
+        retry_s = max(1, self._config.dead_letter_probe_ms // 1000)
+        if tags := [tag for tag, why in refused if why == BEYOND_CEILING]:
+            error = f"too many events of {', '.join(tags[:3])} become dead letters (ingest.dead_letter_share_max)"
+            step = f"see headrace dead-letters list, correct events or types; {_SAME}"
+            return problem(503, error, step, retry_s=retry_s)
+        late = ", ".join([tag for tag, _ in refused][:3])
+        error = f"as many late events wait to be looked up as may, and those of {late} are late"
+        return problem(503, error, _SAME, retry_s=retry_s)
 
     # -- answers
 

@@ -9,11 +9,13 @@ How nothing is lost and nothing counts twice, in the words that the tests use:
    is a repeat. The timestamp tells a topic from another of its name, made anew or in another cluster.
 3. *offer*: the records of one partition go to the gateway as one message a tag, named by its first and last offset;
    what cannot be read goes as a dead letter, `bad_chunk`, with its bytes. A message that the gateway refuses, because
-   too many of its kind became dead letters, is held back and offered again until it is taken; its topic keeps it.
+   too many of its kind became dead letters or too many late events wait, is held back and offered again until it is
+   taken; its topic keeps it.
    Where all records of the topic have one tag, its partition is not read on meanwhile; others are. Where tags mix
    within partitions, records of other tags behind it go on, until what is held back takes half of `in_flight_max`: then
-   the oldest is taken after all, and its bad events become dead letters. For a position is one number: to hold one
-   record for longer would stop every tag, and in the end the topic's retention would delete unread what is good.
+   the oldest is taken after all, and its bad events become dead letters; late ones wait even then. For a position is
+   one number: to hold one record for longer would stop every tag, and in the end the topic's retention would delete
+   unread what is good.
 4. *settle*: when every event of a run of records has its receipt, dead letters included, and so have all runs before
    it, the group's position of the partition moves behind it.
 
@@ -43,7 +45,7 @@ from headrace.contract.interfaces.group import Claim, Fetched, Group
 from headrace.contract.metrics import Metrics
 from headrace.ingest.decode.message import Message, message_of
 from headrace.ingest.decode.validate import brings_id
-from headrace.ingest.gateway.admission import Admission
+from headrace.ingest.gateway.admission import NO_ROOM, Admission
 from headrace.ingest.gateway.batcher import Acked, Outcome
 from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.ingest.sources.foreign_formats import Foreign, read_foreign
@@ -125,6 +127,7 @@ class KafkaSource:
         self._refused: list[_Offer] = []
         self._paused: frozenset[Claim] = frozenset()
         self._told = False
+        self._no_room = False
         self._again_s = 0.0
         self._gap = 0
 
@@ -192,12 +195,19 @@ class KafkaSource:
             return most - in_flight + (self._positions.held_back() if paused else 0)
         # Only when little room is left: to count takes a while, and each time half of the room is made free.
         if self._refused and most - in_flight <= most // 4:
-            while self._refused and self._positions.held_back() > most // 2:
+            while self._refused and not self._no_room and self._positions.held_back() > most // 2:
                 self._take_oldest(admission, group)
         return most - in_flight
 
     def _take_oldest(self, admission: Admission, group: Group) -> None:
-        """Let the gateway take what is held back of the oldest run, whatever becomes of it."""
+        """Let the gateway take what is held back of the oldest run, whatever becomes of it; but late events wait."""
+        run = self._refused[0].run
+        oldest = [one for one in self._refused if one.run is run]
+        held = [one for one in oldest if group.held(one.claim)]
+        # They wait for the settler, not for a correction: taken, they would fill its memory. Asked at each offer only.
+        self._no_room = any(admission.refuses(one.message, one.peer.origin) == NO_ROOM for one in held)
+        if self._no_room:
+            return
         if not self._told:
             self._told = True
             log.error(
@@ -205,8 +215,6 @@ class KafkaSource:
                 " and are taken now. Give each tag a topic of its own if they are to wait",
                 self._config.topic,
             )
-        run = self._refused[0].run
-        oldest = [one for one in self._refused if one.run is run]
         self._refused = [one for one in self._refused if one.run is not run]
         for one in oldest:
             run.refused -= 1
@@ -217,7 +225,7 @@ class KafkaSource:
 
     def _offer_again(self, admission: Admission, group: Group) -> None:
         """Offer what was refused; what belongs to a partition given away is its next holder's."""
-        refused, self._refused = self._refused, []
+        refused, self._refused, self._no_room = self._refused, [], False
         for one in refused:
             one.run.refused -= 1
             if group.held(one.claim):

@@ -48,6 +48,9 @@ class Process:
     def offer(self, *what: Any, **how: Any) -> bool:
         return self.gateway.offer(*what, **how)
 
+    def refuses(self, *what: Any) -> str:
+        return self.gateway.refuses(*what)
+
     def is_open(self) -> bool:
         return not self.is_paused
 

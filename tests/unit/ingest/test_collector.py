@@ -23,6 +23,7 @@ from collector_world import Site, site
 from gateway_world import Authority
 
 from headrace.contract.errors import ConfigRejected
+from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.http import collector, uvicorn_server
 from headrace.ingest.http.access import Origins, Tokens, read_tokens
 
@@ -308,6 +309,20 @@ def test_beyond_the_ceiling_of_dead_letters_the_client_keeps_its_events() -> Non
         assert made.ids() == [], "all of a request or nothing: it is sent again, perhaps without ids"
         assert send(made, json.dumps(event(tag="shop.click"))).json() == outcome(appended=1), "another tag goes on"
         assert made.ids("impression") == []
+
+
+def test_late_events_stay_with_the_client_while_as_many_wait_as_may() -> None:
+    full = LateEvents(3_600_000, waiting_max=1)
+    full.wait(1, 0)
+    with site(late=full, dead_letter_probe_ms=60_000) as made:
+        late = event(event_time_ms=time.time_ns() // 10**6 - 7_200_000)
+        refused = send(made, json.dumps([event(tag="shop.click"), late]))
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "60")
+        assert "late events wait" in refused.json()["error"] and "shop.impression" in refused.json()["error"]
+        assert made.ids() == [] and made.log.letters() == [], "all of a request or nothing"
+        assert send(made, json.dumps(event())).json() == outcome(appended=1), "what is in time is taken"
+        full.wait(0, 0)
+        assert send(made, json.dumps(late)).json() == outcome(dead_lettered=1), "and the late one once there is room"
 
 
 def test_it_speaks_tls_where_the_gateway_does(tmp_path: Path) -> None:

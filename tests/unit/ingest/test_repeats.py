@@ -5,22 +5,27 @@ Method: a plain dictionary beside it; a gateway whose clock is turned by hand.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from random import Random
 from typing import Any
 
 import msgpack
 import msgspec
 import numpy as np
+import pytest
 from ingest_world import PROJECT, START_MS, Counts, HandClock, ShakyLog, dependencies, impression, message
 
-from headrace.contract.config import IngestConfig
+from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.hashing import partition_of
+from headrace.contract.interfaces.group import Claim, Fetched
 from headrace.contract.project import Project
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.gateway.repeats import EventIds
+from headrace.ingest.sources.kafka_source import KafkaSource
 
 
 def _take(ids: EventIds, numbers: list[int], chunk: int, now_ms: int = 0) -> list[int]:
@@ -70,7 +75,7 @@ class World:
     def __init__(self, project: Project = PROJECT, waiting_max: int = 100, **more: Any) -> None:
         self.log, self.clock, self.counts = ShakyLog(Random(1)), HandClock(), Counts()
         self.late = LateEvents(HOUR_MS, waiting_max)
-        config = IngestConfig(grace_ms=0, dead_letter_events_min=1, **more)
+        config = IngestConfig(**{"grace_ms": 0, "dead_letter_events_min": 1, **more})
         self.gateway = Gateway(
             dependencies(self.log, self.counts, self.clock, project=project, config=config, late=self.late), "g"
         )
@@ -115,6 +120,105 @@ def test_late_events_say_nothing_against_their_tag() -> None:
         assert world.offer([impression(number, event_time_ms=START_MS - 2 * HOUR_MS)], f"c{number}")
         world.settle()
     assert world.gateway.ceiling.alerts(world.clock.ms) == [] and len(world.log.letters()) == 50
+
+
+def _bad_ones(world: World, number: int, late_ms: int, *, good: int, bad: int) -> bool:
+    """Offer good and bad events of one time; return whether they were taken."""
+    records = [impression(100 * number + nth, event_time_ms=world.clock.ms - late_ms) for nth in range(good + bad)]
+    taken = world.offer(records[:good] + [{**one, "item_id": "seven"} for one in records[good:]], f"c{number}")
+    world.settle()
+    return taken
+
+
+@pytest.mark.parametrize("late_ms", [0, 10 * HOUR_MS], ids=["fresh", "late"])
+def test_a_late_event_that_passed_every_check_is_good_for_the_ceiling(late_ms: int) -> None:
+    world = World(waiting_max=10_000, dead_letter_events_min=20)
+    assert all(_bad_ones(world, number, late_ms, good=9, bad=1) for number in range(30))
+    assert world.gateway.ceiling.alerts(world.gateway.now_ms()) == [], "a tenth is bad, of half that may be"
+
+
+@pytest.mark.parametrize("late_ms", [0, 10 * HOUR_MS], ids=["fresh", "late"])
+def test_who_was_shut_out_passes_again_with_a_good_spool(late_ms: int) -> None:
+    world = World(waiting_max=10_000)
+    assert _bad_ones(world, 0, 0, good=0, bad=10) and not _bad_ones(world, 1, 0, good=0, bad=10)
+    world.clock.ms += 11_000
+    assert all(_bad_ones(world, number, late_ms, good=10, bad=0) for number in range(2, 9))
+    assert world.gateway.ceiling.alerts(world.gateway.now_ms()) == []
+
+
+def test_what_waited_until_it_was_late_is_good_once() -> None:
+    world = World()
+    noted: list[int] = []
+    note = world.gateway.ceiling.note
+
+    def spy(*of: Any, **what: Any) -> None:
+        noted.append(what.get("appended", 0))
+        note(*of, **what)
+
+    world.gateway.ceiling.note = spy  # type: ignore[method-assign]
+    world.log.away = True
+    for number in range(50):
+        world.log.send("other", 0, b"%d" % number)
+    world.offer([impression(1)], "a")
+    world.settle()
+    world.clock.ms += HOUR_MS
+    world.log.away = False
+    world.settle()
+    assert [letter.reason for letter in world.log.letters()] == ["too_late"] and noted == [1]
+
+
+class Topic:
+    """A group's only member, with the records of one partition."""
+
+    def __init__(self, values: list[dict[str, Any]]) -> None:
+        self.claim, self.settled, self.is_paused = Claim("t", 0, 1), 0, False
+        self.left = [Fetched(self.claim, at, json.dumps(one).encode(), START_MS) for at, one in enumerate(values)]
+
+    def take(self, records_max: int) -> list[Fetched]:
+        if self.is_paused:
+            return []
+        taken, self.left = self.left[:records_max], self.left[records_max:]
+        return taken
+
+    def settle(self, claim: Claim, offset: int) -> None:
+        self.settled = offset
+
+    def pause(self, claims: Collection[Claim]) -> None:
+        self.is_paused = self.claim in claims
+
+    def held(self, claim: Claim) -> bool:
+        return True
+
+
+class Door:
+    """An open admission of one gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.offer, self.refuses = gateway.offer, gateway.refuses
+
+    def is_open(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("tag_field", ["", "tag"])
+def test_a_topics_late_events_wait_in_it_while_there_is_no_room(tag_field: str) -> None:
+    world = World(waiting_max=3)
+    world.late.wait(3, 0)
+    old = START_MS - 2 * HOUR_MS
+    topic: Any = Topic([{**impression(n, event_time_ms=old), "tag": "shop.impression"} for n in range(40)])
+    config = SourceConfig(topic="t", tag="" if tag_field else "shop.impression", tag_field=tag_field, in_flight_max=10)
+    source = KafkaSource(config, lambda: topic, world.counts, world.clock)
+    door: Any = Door(world.gateway)
+    for second in range(20):
+        source.turn(door, topic, float(second))
+        world.settle()
+    assert world.log.letters() == [] and topic.settled == 0 and len(topic.left) >= 20, "nothing is taken"
+    world.late.wait(0, 0)
+    for second in range(20, 40):
+        world.late.wait(0, world.late.written)
+        source.turn(door, topic, float(second))
+        world.settle()
+    assert topic.settled == 40 and len(world.log.letters()) == 40, "and all of it once there is room"
 
 
 def test_beyond_the_bound_late_chunks_stay_with_their_senders() -> None:

@@ -17,6 +17,7 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.gateway.admission import Admission
+from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.http.collector import Collector, CollectorEndpoint
 from headrace.ingest.run import run
 from headrace.ingest.tls_identity import TlsIdentity
@@ -36,7 +37,15 @@ class Observer:
 class Site:
     """A running collector; `log.away` holds Kafka's receipts back."""
 
-    def __init__(self, tokens: tuple[str, ...] = (), port: int = 0, host: str = "127.0.0.1", **config: Any) -> None:
+    def __init__(
+        self,
+        tokens: tuple[str, ...] = (),
+        port: int = 0,
+        host: str = "127.0.0.1",
+        late: LateEvents = NOT_LATE,
+        **config: Any,
+    ) -> None:
+        self.late = late
         self.log, self.metrics, self.stop = ShakyLog(Random(1)), MemoryMetrics(), threading.Event()
         settings = IngestConfig(**{"grace_ms": 0, "batch_ms": 5, **config})
         self._ready = threading.Event()
@@ -54,7 +63,7 @@ class Site:
     def _run(self, settings: IngestConfig) -> None:
         try:
             run(
-                dependencies(self.log, self.metrics, SystemClock(), config=settings, late=NOT_LATE),
+                dependencies(self.log, self.metrics, SystemClock(), config=settings, late=self.late),
                 Endpoint(port=free_port()),
                 self.stop,
                 ready=lambda _port: self._ready.set(),
