@@ -453,7 +453,7 @@ METRICS: Mapping[Name, MetricDoc] = {
     "records_unreadable_total": MetricDoc(
         "counter",
         "records",
-        ("stream", "aggregate", "sink", "train", "serve", "shop"),
+        ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop"),
         "Records of a topic that are not ours (`kind` foreign) or can't be read (damaged), skipped; must stay 0.",
         labels=("topic", "kind"),
     ),

@@ -3,8 +3,9 @@
 1. *named*: whatever a thread waits for is noted, with when it last went on and how long it may stand still.
 2. *moved*: work that goes on inside the call, and every call that returns inside it, begins the time anew. So a big
    upload may take an hour, and one that stands still may not.
-3. *look*: a thread looks every second. What stands still for longer than its bound ends the process with status 1, by
-   name and with where every thread is. The supervisor starts it again.
+3. *look*: a thread looks every second, and counts the time that the process was awake for (`awake.py`). What stands
+   still for longer than its bound ends the process with status 1, by name and with where every thread is. The
+   supervisor starts it again.
 
 A call that was given up may still take effect: what it did, the store or the log tells at the next start.
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+from headrace.process.awake import Awake
 from headrace.process.moved import followed, moved
 from headrace.process.watchdog import end_process
 
@@ -92,10 +94,17 @@ class CallWatch:
             return inner
         return cast("T", _Watched(self, who, inner, bounds or {}))
 
-    def look(self) -> None:
-        """End the process where a call stands still for longer than it may."""
+    def look(self, stood_s: float = 0.0) -> None:
+        """End the process where a call stands still for longer than it may.
+
+        Args:
+            stood_s: for how many seconds the whole process stood still since the last look; they count for no call.
+        """
         now_s = self._monotonic()
         waits = list(self._waits.values())
+        if stood_s:
+            for wait in waits:
+                wait.since_s = min(now_s, wait.since_s + stood_s)
         # The call that was begun last is what the ones around it wait for.
         for wait in reversed(waits):
             still_s = now_s - wait.since_s
@@ -119,10 +128,11 @@ class CallWatch:
             threading.Thread(target=self._run, name="call watch", daemon=True).start()
 
     def _run(self) -> None:
+        awake = Awake(self._monotonic, LOOK_S)
         while True:
             time.sleep(LOOK_S)
             try:
-                self.look()
+                self.look(awake.stood_s())
             except Exception:
                 # Such as no memory for a line of the log: nobody else would look again.
                 log.exception("the calls could not be looked at; looking again")

@@ -1,8 +1,9 @@
 """Ends a process whose event loop stands still: a call on the loop that never returns can be seen from elsewhere only.
 
 1. *beat*: the loop says at every tick that it runs.
-2. *look*: a thread looks every second when that was. Longer ago than `STILL_MAX_S`: it writes down where every thread
-   is, and ends the process with status 1. The supervisor starts it again.
+2. *look*: a thread looks every second when that was, in time that the process was awake for (`awake.py`). Longer ago
+   than `STILL_MAX_S`: it writes down where every thread is, and ends the process with status 1. The supervisor starts
+   it again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+
+from headrace.process.awake import Awake
 
 log = logging.getLogger("headrace.watchdog")
 
@@ -42,9 +45,16 @@ class Watchdog:
         """Say that the loop runs."""
         self._beat_s = self._monotonic()
 
-    def look(self) -> None:
-        """End the process where the last beat is too long ago."""
-        still_s = self._monotonic() - self._beat_s
+    def look(self, stood_s: float = 0.0) -> None:
+        """End the process where the last beat is too long ago.
+
+        Args:
+            stood_s: for how many seconds the whole process stood still since the last look; they do not count.
+        """
+        now_s = self._monotonic()
+        if stood_s:
+            self._beat_s = min(now_s, self._beat_s + stood_s)
+        still_s = now_s - self._beat_s
         if still_s > STILL_MAX_S:
             self._end(
                 f"stopping: the stage's event loop has stood still for {still_s:.0f} s, {STILL_MAX_S:.0f} s are "
@@ -60,5 +70,6 @@ class Watchdog:
         self._stopped.set()
 
     def _run(self) -> None:
+        awake = Awake(self._monotonic, LOOK_S)
         while not self._stopped.wait(LOOK_S):
-            self.look()
+            self.look(awake.stood_s())

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+
+import msgspec
+
 from headrace.contract.formats.dead_letters import TOO_LATE, RetryMark, decode_retry_mark
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Reader
+from headrace.contract.metrics import Metrics
 from headrace.ingest.dead_letters.letters import read_letters
+
+log = logging.getLogger("headrace.dead_letters")
 
 
 class LateBacklog:
     """100 bytes a letter that waits, nothing of the others. For one thread."""
 
-    def __init__(self, topic: str) -> None:
-        self._topic = topic
+    def __init__(self, topic: str, metrics: Metrics) -> None:
+        self._topic, self._metrics = topic, metrics
         self._next_letter = self._next_mark = 0
         self._settled_ahead: set[int] = set()
         """Letters beyond `_next_letter` of which a mark says what came of them."""
@@ -23,7 +30,7 @@ class LateBacklog:
         self.newest: RetryMark | None = None
 
     def read(self, reader: Reader, writer: FencedWriter) -> None:
-        """Read what was added since the last time. Raises `Unavailable`."""
+        """Read what was added since the last time. What is no mark is counted and left out. Raises `Unavailable`."""
         end = reader.end_offsets(self._topic)[0]
         if end > self._next_letter:
             for letter in read_letters(reader, self._topic, end, begin=self._next_letter):
@@ -36,7 +43,12 @@ class LateBacklog:
             self._next_letter = max(self._next_letter, end)
         for offset, value in writer.read(self._next_mark):
             self._next_mark = offset + 1
-            mark = self.newest = decode_retry_mark(value)
+            try:
+                mark = self.newest = decode_retry_mark(value)
+            except msgspec.DecodeError as error:
+                self._metrics.add("records_unreadable_total", topic="retries", kind="foreign")
+                log.error("record %d of the retries is no mark and is left out: %s", offset, error)
+                continue
             for letter_offset, fate in mark.outcomes.items():
                 if fate == "unknown":
                     if self.waiting.pop(letter_offset, None) is not None:

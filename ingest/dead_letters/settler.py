@@ -82,7 +82,7 @@ class Settler:
         self._open_clients, self._metrics, self._clock = open_clients, metrics, clock
         self._late, self._privacy = late, privacy
         self._run = SETTLER + uuid.uuid4().hex[:12]
-        self._backlog = LateBacklog(topics.dead_letters)
+        self._backlog = LateBacklog(topics.dead_letters, metrics)
         self._stop = threading.Event()
         self._failed: BaseException | None = None
         self._paused_s = 0.0

@@ -16,7 +16,8 @@ from headrace.backends import blobs_file
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.blobs_hdfs import _Pieces
 from headrace.backends.clock import VirtualClock
-from headrace.process.call_watch import ANSWER_MAX_S, TOLD_S, CallWatch
+from headrace.process.awake import Awake
+from headrace.process.call_watch import ANSWER_MAX_S, LOOK_S, TOLD_S, CallWatch
 from headrace.process.moved import followed, moved
 
 
@@ -79,6 +80,24 @@ def test_the_age_of_the_oldest_call_is_told_and_logged_once(caplog: pytest.LogCa
     watch.look()
     assert ages == [22.5, 45.0, 67.5, 0.0]
     assert [r.message for r in caplog.records] == ["lake.read has not come back for 45 s; 240 s are allowed"]
+
+
+def test_time_in_which_the_whole_process_stood_still_is_no_calls() -> None:
+    clock = VirtualClock()
+    watch, awake = CallWatch(clock.monotonic, end, by_itself=False), Awake(clock.monotonic, LOOK_S)
+    with watch.named("log.poll", 5.0):
+        for step_s in (LOOK_S, 1_000.0, LOOK_S, 1_000.0, LOOK_S):
+            clock.advance(step_s)
+            watch.look(awake.stood_s())
+        clock.advance(LOOK_S)
+        with pytest.raises(Ended, match=r"log\.poll has not come back for 6 s"):
+            watch.look(awake.stood_s())
+    clock.advance(1_000.0)
+    with watch.named("begun since", 5.0):
+        watch.look(awake.stood_s())
+        clock.advance(6.0)
+        with pytest.raises(Ended, match="begun since has not come back for 6 s"):
+            watch.look()
 
 
 def test_nothing_is_wrapped_twice_and_what_is_not_there_not_at_all() -> None:

@@ -32,6 +32,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop.freshness import Freshness
+from headrace.ingest.dead_letters.late_backlog import LateBacklog
 from headrace.ingest.dead_letters.letters import read_letters, read_marks
 from headrace.ingest.gateway.log_start import read_start
 from headrace.replay.ledger.keys import sample_keys
@@ -250,9 +251,19 @@ def marks(_: Path) -> bool:
     return [mark.run for mark in read_marks(FencedMemory(log, TOPICS.retries, "r", WriterEpochs()))] == ["r"]
 
 
+def settler(_: Path) -> bool:
+    good = encode_retry_mark(RetryMark(step="retrying", run="r", at_ms=1))
+    log, metrics = log_of(garbage(TOPICS.retries, [{}]), good), MemoryMetrics()
+    backlog = LateBacklog(TOPICS.dead_letters, metrics)
+    for _again in range(2):
+        backlog.read(log.reader(), FencedMemory(log, TOPICS.retries, "r", WriterEpochs()))
+    counted = metrics.counters["records_unreadable_total", "retries foreign"]
+    return backlog.newest is not None and backlog.newest.run == "r" and counted == len(VALUES) - 1
+
+
 READERS: tuple[Callable[[Path], bool], ...] = (
     *(join, aggregator, gateway, sink, trainer, ledger, shop_samples, shop_steps, steps, replayed_steps),
-    *(counters, manifests, serving, rules, letters, marks),
+    *(counters, manifests, serving, rules, letters, marks, settler),
 )
 
 

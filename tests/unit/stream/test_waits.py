@@ -12,8 +12,9 @@ import pytest
 
 from headrace.backends.clock import VirtualClock
 from headrace.contract.errors import Unavailable
+from headrace.process.awake import Awake
 from headrace.process.waits import Waits
-from headrace.process.watchdog import STILL_MAX_S, Watchdog
+from headrace.process.watchdog import LOOK_S, STILL_MAX_S, Watchdog
 
 
 def test_a_call_returns_or_raises_what_its_work_does() -> None:
@@ -62,6 +63,25 @@ def test_a_loop_that_stands_still_ends_the_process() -> None:
     clock.advance(0.1)
     watchdog.look()
     assert "has stood still for 180 s" in said[0]
+
+
+def test_time_in_which_the_whole_process_stood_still_is_not_the_loops() -> None:
+    clock, said = VirtualClock(), list[str]()
+    watchdog, awake = Watchdog(clock.monotonic, said.append), Awake(clock.monotonic, LOOK_S)
+    for step_s in (LOOK_S, 10 * STILL_MAX_S, 2 * LOOK_S, 10 * STILL_MAX_S):
+        clock.advance(step_s)
+        watchdog.look(awake.stood_s())
+    watchdog.beat()
+    clock.advance(10 * STILL_MAX_S)
+    watchdog.beat()
+    watchdog.look(awake.stood_s())
+    for _ in range(int(STILL_MAX_S / LOOK_S)):
+        clock.advance(LOOK_S)
+        watchdog.look(awake.stood_s())
+    assert said == []
+    clock.advance(LOOK_S)
+    watchdog.look(awake.stood_s())
+    assert "has stood still for 181 s" in said[0]
 
 
 HANGS = """
