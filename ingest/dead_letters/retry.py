@@ -291,11 +291,18 @@ class Retry:
     def _judge(self, states: States, chosen: Filter, end: int, decide: Decision, at_work: Callable[[], None]) -> None:
         """Find out of what is too late, or unknown, whether it is new; at most `LOOKED_UP_MAX` letters."""
         late: list[Letter] = []
+        cut: set[int] = set()
+        """Looked up like others, and never taken: not all of their events is there."""
         for letter in read_letters(self._reader, self._topics.dead_letters, end):
             if len(late) == LOOKED_UP_MAX:
                 break
             state = states.of(letter.offset)
-            if not chosen.takes(letter) or why_not_retried(letter):
+            is_cut = bool(why_not_retried(letter))
+            if not chosen.takes(letter) or (is_cut and letter.content.reason != TOO_LATE):
+                continue
+            if is_cut:
+                cut.add(letter.offset)
+            if state == "unknown" and decide == "take" and is_cut:
                 continue
             if state == "unknown" and decide:
                 self._verdicts[letter.offset] = "new" if decide == "take" else "repeated"
@@ -304,8 +311,9 @@ class Retry:
                 late.append(msgspec.structs.replace(letter, content=msgspec.structs.replace(letter.content, raw=b"")))
         if late and self._look_up is not None:
             for offset, verdict in self._look_up.verdicts(late, at_work).items():
-                decided: Verdict = "new" if decide == "take" else "repeated"
-                self._verdicts[offset] = decided if verdict == "unknown" and decide else verdict
+                if decide and (verdict == "unknown" or (offset in cut and decide == "drop")):
+                    verdict = "new" if decide == "take" else "repeated"
+                self._verdicts[offset] = "unknown" if verdict == "new" and offset in cut else verdict
 
     def _at_work(self) -> None:
         """Tell the settlers of other gateways, now and then, that this one looks up: a long log takes minutes."""
@@ -323,8 +331,8 @@ class Retry:
             if not chosen.takes(letter):
                 continue
             state = states.of(letter.offset)
-            why = f"{state} before" if state != "open" else why_not_retried(letter)
             looked_up = letter.offset in self._verdicts
+            why = f"{state} before" if state != "open" else "" if looked_up else why_not_retried(letter)
             if not why and letter.content.reason == TOO_LATE and not looked_up:
                 why = "too late, and not looked up yet: the lake is away or behind, or very many wait"
             if why:

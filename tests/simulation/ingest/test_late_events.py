@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import cast
 
 import pytest
-from ingest_world import PROJECT
+from ingest_world import PROJECT, impression
 from late_world import CONFIG, LateWorld, P, outcome, wrong
 from letters_world import TOPICS
 
@@ -21,9 +21,9 @@ from headrace.backends.clock import SystemClock
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.dead_letters import TOO_LATE, RetryMark, decode_retry_mark, encode_retry_mark
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
-from headrace.ingest.dead_letters.letters import read_letters, superseded
+from headrace.ingest.dead_letters.letters import Filter, read_letters, superseded
 from headrace.ingest.dead_letters.look_up import LookUp
-from headrace.ingest.dead_letters.retry import LEASE_MS
+from headrace.ingest.dead_letters.retry import LEASE_MS, Decision, Report, Retry
 from headrace.ingest.dead_letters.settler import Clients, Settler
 from headrace.ingest.gateway.admission import Admission
 from headrace.replay.ledger.draw import draw_gateways
@@ -226,3 +226,37 @@ def test_a_long_look_up_says_that_it_goes_on() -> None:
     times = [mark.at_ms for mark in marks]
     assert len([mark for mark in marks if not mark.letters and not mark.outcomes]) > 2
     assert max(later - before for before, later in pairwise(times)) < LEASE_MS
+
+
+def test_a_late_event_that_was_cut_waits_for_the_user() -> None:
+    world = LateWorld(1)
+    at_ms = world.clock.now_ms() - 5 * 3_600_000
+    world.send(("late", "shop.impression", [impression(99_999, title="x" * 700_000, event_time_ms=at_ms)]))
+    world.turn()
+    clients, settler = world.clients(), world.settler()
+    settler.turn(clients)
+    wait = world.counts.totals
+    assert wait["late_waiting"] == 0 and wait["late_unknown"] == 1
+    assert wait["late_settled_total:unknown"] == 1 and settler.turn(clients) is False
+
+    def decided(decide: Decision) -> Report:
+        look_up = LookUp(PROJECT, TOPICS, world.log.reader(), None, skew_ms=60_000)
+        retry = Retry(
+            PROJECT,
+            CONFIG,
+            TOPICS,
+            P,
+            producer=world.log.producer(),
+            reader=world.log.reader(),
+            writer=world.clients().writer,
+            clock=world.clock,
+            metrics=world.counts,
+            run="user",
+            look_up=look_up,
+        )
+        return retry.retry(Filter(), decide)
+
+    assert decided("take").offered == 0, "not all of it is there"
+    assert decided("drop").repeated == 1
+    world.settler().turn(world.clients())
+    assert world.counts.totals["late_unknown"] == 0
