@@ -60,6 +60,6 @@ def _number(variable: str) -> int | None:
     text = os.environ.get(variable)
     if not text:
         return None
-    if not text.isdigit() or not 1_024 <= int(text) <= 65_535 - len(PORTS):
+    if not (text.isascii() and text.isdigit()) or not 1_024 <= int(text) <= 65_535 - len(PORTS):
         raise ConfigRejected(f"{variable}={text!r}: a number from 1024 to {65_535 - len(PORTS)} is wanted.")
     return int(text)

@@ -221,7 +221,7 @@ class Collector:
         held = 0
         parts: list[bytes] = []
         declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared[:20]) > _DISCARD_BYTES_MAX:
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > _DISCARD_BYTES_MAX:
             raise BadRequest(413, f"the body is larger than {most} bytes", _SMALLER)
         try:
             async with asyncio.timeout(_BODY_S):

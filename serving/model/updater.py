@@ -281,4 +281,4 @@ class Updater:
 
 def _is_newer(version: str, served: Manifest) -> bool:
     run, _, step = version.rpartition("-")
-    return run != served.run or (step.isdigit() and int(step) > served.step)
+    return run != served.run or (step.isascii() and step.isdigit() and int(step) > served.step)

@@ -228,7 +228,7 @@ class Publisher:
     def _delete_old(self, newest: Manifest) -> None:
         """Delete the run's snapshots of lower steps than the newest ones', and other runs' that no manifest names."""
         stored = self.blobs.list(f"snapshots/{newest.model}")
-        ours = {name: int(step) for name in stored if (step := _step_of(name, self.run)).isdigit()}
+        ours = {name: int(step) for name in stored if (step := _step_of(name, self.run)).isascii() and step.isdigit()}
         kept = {newest.blob, *self.kept, *sorted(ours, key=lambda name: ours[name])[-SNAPSHOTS_KEPT:]}
         for name in stored:
             if name not in kept:

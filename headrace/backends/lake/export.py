@@ -58,7 +58,7 @@ def parse_at(text: str) -> datetime:
     ('2026-11-25T01:00:00+00:00', '1970-01-01T00:00:00+00:00')
     """
     try:
-        if text.replace(".", "", 1).isdigit():
+        if text.isascii() and text.replace(".", "", 1).isdigit():
             return datetime.fromtimestamp(float(text), UTC)
         when = datetime.fromisoformat(text)
     except ValueError as error:

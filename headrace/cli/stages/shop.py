@@ -82,7 +82,8 @@ def _forward_port(runtime: Runtime) -> int:
 
 def _rate(text: str) -> float:
     try:
-        rate = float(text)
+        # `float` also takes 1_0 and digits of other scripts.
+        rate = float(text) if text.isascii() and "_" not in text else -1.0
     except ValueError:
         rate = -1.0
     if not 0 <= rate <= RATE_MAX:
