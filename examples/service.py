@@ -51,7 +51,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     auc_oracle: float
     """What the true probabilities reach on the same impressions."""
     calibration: float
-    """Sum of scores by number of positives."""
+    """Sum of scores by the sum of true probabilities: 1 is right, and chance has no part in it."""
 
     @property
     def gain_share(self) -> float:
@@ -123,7 +123,7 @@ class Service:
             positives=positives,
             auc=auc(score_N, positive_N),
             auc_oracle=auc(chance_N, positive_N),
-            calibration=float(score_N.sum() / positives) if positives else float("nan"),
+            calibration=float(score_N.sum() / chance_N.sum()) if len(known) else float("nan"),
         )
 
     def _impression(

@@ -7,7 +7,7 @@ import numpy as np
 from headrace.contract.project import Project
 from headrace.examples.visits import Given, Visit, chance
 
-COOKIES, CAMPAIGNS, PUBLISHERS, WORDS, SHOWN = 2_000, 30, 12, 25, 3
+COOKIES, CAMPAIGNS, PUBLISHERS, WORDS, SHOWN = 2_000, 20, 8, 16, 4
 DEVICES = ("phone", "tablet", "desktop")
 LATE = 0.1
 """Share of buyers who take longer than the conversion's window, and correct what was learnt."""
@@ -17,7 +17,7 @@ def visits(project: Project, seed: int) -> Iterator[Visit]:
     """Yield pages for ever: each shows some ads, whose campaign, place and words say who clicks, and whose campaign
     and words say which click becomes a conversion."""
     random = np.random.default_rng(seed)
-    liked, bought = 1.1 * random.normal(size=CAMPAIGNS), 1.2 * random.normal(size=CAMPAIGNS)
+    liked, bought = 1.1 * random.normal(size=CAMPAIGNS), 1.5 * random.normal(size=CAMPAIGNS)
     spot, word = 0.6 * random.normal(size=(PUBLISHERS, len(DEVICES))), 0.5 * random.normal(size=(2, WORDS))
     bid = random.uniform(0.1, 2.0, size=CAMPAIGNS).round(2)
     clicked, converted = project.tasks
@@ -34,7 +34,7 @@ def visits(project: Project, seed: int) -> Iterator[Visit]:
             keywords = [f"word-{each}" for each in words.tolist()]
             candidates.append({"campaign": campaign, "keywords": keywords, "bid": float(bid[campaign])})
             click = chance(-1.2 + liked[campaign] + spot[publisher, device] + word[0, words].sum())
-            buy = chance(-0.8 + bought[campaign] + word[1, words].sum())
+            buy = chance(0.2 + bought[campaign] + word[1, words].sum())
             clicks.append(click)
             sales.append(click * buy)
             if random.random() >= click:

@@ -26,7 +26,7 @@ PROJECT = Project(
     ),
     feedback=(FeedbackType(name="chargeback", tag="fraud.chargeback", fields={"merchant": "int64"}),),
     # Learnt as good at once, and corrected when a chargeback comes: a window of hours would hold everything back.
-    tasks=(Task(name="fraud", feedback="chargeback", window_ms=3 * HOUR_MS, policy="eager"),),
+    tasks=(Task(name="chargeback", feedback="chargeback", window_ms=3 * HOUR_MS, policy="eager"),),
     features=FeatureSpec(
         counters=(
             Counter(
@@ -50,5 +50,5 @@ PROJECT = Project(
             Rate(of="counter.merchant.chargeback", over="counter.merchant.impression", prior=0.05, log_odds=True),
         ),
     ),
-    recipe=late_positives(deepfm(task="fraud")),
+    recipe=late_positives(deepfm(task="chargeback")),
 )

@@ -40,6 +40,6 @@ def visits(project: Project, seed: int) -> Iterator[Visit]:
             context={"card": f"card-{card}"},
             candidates=[payment],
             given=given,
-            chances={"fraud": [fraud]},
+            chances={"chargeback": [fraud]},
             logs_answer=False,
         )

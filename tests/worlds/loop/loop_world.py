@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 import pyarrow as pa
 import pytest
+import torch
 import trainer_world
 from ingest_world import message
 from stream_world import Blobs
@@ -151,6 +152,8 @@ class Loop:
         for stage in self.stages:
             for partition in range(partitions):
                 self._next[id(stage)][partition] = self._run(stage.begin(partition)) or 0
+        # As the stage does: `headrace.trainer.run.train`.
+        torch.set_num_threads(config.train.threads)
         self.trainer = Trainer(self._training())
         self.trainer.recover()
         self._serve(folder)
