@@ -102,7 +102,7 @@ class Pages:
         page = self._frontier.due(2**60, [name], [], 1)[0]
         rows = extract(Document(page.url, body, content_type), crawl).rows
         now_ms = self._clock.now_ms()
-        settled = Settled(at_ms=now_ms, due_ms=now_ms, rows=[(row.key, row.values, row.digest) for row in rows])
+        settled = Settled(at_ms=now_ms, due_ms=now_ms, rows=[(row.key, row.version, row.values) for row in rows])
         self._frontier.settle(page, settled, pages_max=10, keys_max=1_000, depth_max=1)
         for _ in range(2):
             self._outbox.turn()
