@@ -49,7 +49,7 @@ def nothing(draft: Draft) -> None:
 
 
 def int_key(draft: Draft) -> None:
-    draft.fields["user"] = "int64"
+    draft.fields["user"] = draft.told["user"] = "int64"
 
 
 def hashed_key(draft: Draft) -> None:
@@ -143,7 +143,7 @@ def two_tasks(draft: Draft) -> None:
 
 def mixed_tasks(draft: Draft) -> None:
     corrected(draft)
-    soon = Task(name="soon", feedback="order", window_ms=WINDOW_MS // 2, policy="eager")
+    soon = Task(name="soon", feedback="order", window_ms=3 * WINDOW_MS // 4, policy="eager")
     draft.tasks = (*draft.tasks, soon, Task(name="same", feedback="click", window_ms=WINDOW_MS))
 
 
@@ -171,6 +171,7 @@ def list_features(draft: Draft) -> None:
         record["genres"] = "drama|comedy" if number % 2 else "drama"
 
     draft.fields |= {"tags": "list[string]", "sizes": "list[int64]", "genres": "string"}
+    draft.told |= {"tags": "list[string]", "sizes": "list[int64]"}
     words = MultiValued(field="tags", values_max=3)
     draft.features += [
         words,
@@ -187,6 +188,7 @@ def text_features(draft: Draft) -> None:
         record |= {"title": f"Red shoes {number % 6}", "is_new": number % 3 == 0, "made_ms": 86_400_000 * (number % 9)}
 
     draft.fields |= {"title": "string", "is_new": "bool", "made_ms": "int64"}
+    draft.told |= {"is_new": "bool", "price": "float64"}
     draft.features += [
         Text(field="title", unit="word", ngram_max=2, values_max=6),
         Text(field="title", unit="char", ngram_min=2, ngram_max=3),
@@ -367,7 +369,7 @@ def ftrl(draft: Draft) -> None:
 def machine(draft: Draft) -> None:
     def made(draft: Draft) -> Recipe:
         how = {"task": draft.tasks[0].name, "squares_half_life_ms": 60_000, "negative_share": 0.7, "seed": 11}
-        return fm(dim=4, calibrate=True, **how)
+        return fm(dim=4, calibrate=True, optimizer="adagrad", **how)
 
     _learns(draft, made)
 
@@ -378,7 +380,7 @@ def layered(draft: Draft) -> None:
             hidden=(8, 4),
             dense_average=0.9,
             slot_dims={"item": 4},
-            slot_optimizers={"item": "adam", "user*page": "adagrad"},
+            slot_optimizers={"item": "adam", "user*page": "ftrl"},
             admit_after=2,
             admit_by="sketch",
             expire_after_ms=60_000,
@@ -415,7 +417,11 @@ def matrix_tower(shape: ModelShape) -> Any:
 
 
 def own_module(draft: Draft) -> None:
-    _learns(draft, lambda draft: module_of("matrix_tower", version=2, dim=4, lr_table=0.03, **heads(draft)))
+    def made(draft: Draft) -> Recipe:
+        kinds: dict[str, Any] = {"optimizer": "adam", "slot_optimizers": {"item": "adagrad_row"}}
+        return module_of("matrix_tower", version=2, dim=4, lr_table=0.03, **kinds, **heads(draft))
+
+    _learns(draft, made)
 
 
 def weighted_late(draft: Draft) -> None:

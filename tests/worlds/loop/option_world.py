@@ -53,6 +53,10 @@ class Draft:
     fields: dict[str, FieldType] = field(
         default_factory=lambda: {"user": "string", "item": "int64", "page": "string", "price": "float64"}
     )
+    told: dict[str, FieldType] = field(
+        default_factory=lambda: {"user": "string", "item": "int64", "page": "string"}
+    )
+    """Fields of feedback, which says them again."""
     private: dict[str, Any] = field(default_factory=dict)
     unknown: Any = "drop"
     tasks: tuple[Task, ...] = (Task(name="click", feedback="click", window_ms=WINDOW_MS),)
@@ -76,17 +80,15 @@ class Draft:
 
     def project(self) -> Project:
         """Return the checked project."""
-        fields = {name: self.fields[name] for name in ("user", "item", "page")}
-        fields |= {name: "string" for name, how in self.private.items() if how == "hash"}
-        fields |= {"extra": "string"} if self.unknown == "keep" else {}
-        private = {name: how for name, how in self.private.items()}
-        told = {"fields": fields, "unknown": self.unknown, "private": private}
+        hashed = {name: "string" for name, how in self.private.items() if how == "hash"}
+        extra: dict[str, FieldType] = {"extra": "string"} if self.unknown == "keep" else {}
+        told = {"fields": {**self.told, **hashed, **extra}, "unknown": self.unknown, "private": self.private}
         return Project(
             name="matrix",
             impression=ImpressionType(
                 tag=SHOWN_TAG,
                 key=self.key,
-                fields=self.fields | ({"extra": "string"} if self.unknown == "keep" else {}),
+                fields={**self.fields, **extra},
                 unknown=self.unknown,
                 private=self.private,
             ),
@@ -100,9 +102,9 @@ class Draft:
 
 
 def heads(draft: Draft) -> dict[str, Any]:
-    """Return the recipe's tasks: all that are declared."""
+    """Return the recipe's tasks: all that are declared, the last one the main one."""
     names = tuple(task.name for task in draft.tasks)
-    return {"task": names[0], "tasks": names if len(names) > 1 else ()}
+    return {"task": names[-1], "tasks": names if len(names) > 1 else ()}
 
 
 @dataclass
@@ -263,13 +265,13 @@ def _feedback(out: Outcome, coming: list[tuple[int, str, dict[str, Any]]]) -> No
     due = [each for each in coming if each[0] <= out.loop.clock.now_ms()]
     coming[:] = [each for each in coming if each not in due]
     for at_ms, name, shown in due:
-        told = {"user", "item", "page", *out.draft.private}
+        told = {*out.draft.told, *out.draft.private}
         record = {n: v for n, v in shown.items() if n in told}
         record |= {"request_id": shown["request_id"], "place": shown["place"], "event_time_ms": at_ms}
         record["event_id"] = f"{shown['event_id']}/{name}"
         out.feedback += 1
         if name == "click" and out.draft.mappings:
-            query = urlencode({n: v for n, v in record.items() if n != "page"})
+            query = urlencode({n: v for n, v in record.items() if n != "page" and not isinstance(v, list)})
             line = f'203.0.113.9 - - [14/Nov/2023:22:13:20 +0000] "POST /click/{record["page"]}?{query} HTTP/1.1" 302 5'
             out.loop.send("matrix.access", {"message": line})
             continue
@@ -304,7 +306,8 @@ def check(out: Outcome) -> None:
     assert Tally(letter.reason for letter in loop.letters()) == out.letters
     rows = out.samples.select(["event_id", "task", "label", "correction", "weight"]).to_pylist()
     found = Tally((r["event_id"], r["task"], r["label"], bool(r["correction"]), r["weight"]) for r in rows)
-    assert found == expected_samples(out)
+    wanted = expected_samples(out)
+    assert found == wanted, f"too many {sorted(found - wanted)[:5]}, missing {sorted(wanted - found)[:5]}"
     _check_features(out)
     learnt = [task for task in out.project.recipe.heads]
     assert sorted(ledger.models) == [loop.trainer.run_id]
