@@ -395,7 +395,8 @@ def layered(draft: Draft) -> None:
 def crossed(draft: Draft) -> None:
     def made(draft: Draft) -> Recipe:
         how = {"cross_layers": 3, "optimizer": "adagrad_row", "admit_by": "exact", "hidden": (8,)}
-        return msgspec.structs.replace(dcn(dim=4, **how, **heads(draft)), cross_rank=4)
+        made = dcn(dim=4, slot_optimizers={"item": "adagrad"}, **how, **heads(draft))
+        return msgspec.structs.replace(made, cross_rank=4)
 
     _learns(draft, made)
 
