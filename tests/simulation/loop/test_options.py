@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from option_levels import FACTORS, Row, drafted, is_possible
+from option_levels import FACTORS, Row, drafted, is_possible, machine, two_tasks
 from option_world import run
 from options import EXEMPT, declared_options, options_of
 from pairwise import covering, pairwise
@@ -25,6 +25,13 @@ def name_of(row: Row) -> str:
 @pytest.mark.parametrize("row", FEW, ids=name_of)
 def test_each_option_works_from_the_log_line_to_the_served_score(row: Row, tmp_path: Path) -> None:
     run(drafted(row), tmp_path)
+
+
+def test_a_model_of_one_task_is_not_overdue_for_the_samples_of_others(tmp_path: Path) -> None:
+    """The newest samples are of a task that it does not learn, so that it stands before them for ever."""
+    row = {factor: levels[0] for factor, levels in FACTORS.items()}
+    out = run(drafted({**row, "tasks": two_tasks, "recipe": machine}), tmp_path)
+    assert out.loop.ledger("full").in_flight > 0
 
 
 @pytest.mark.long

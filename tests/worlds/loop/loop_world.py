@@ -31,6 +31,7 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config
 from headrace.contract.crawl import Crawl
 from headrace.contract.formats.dead_letters import DeadLetter, decode_dead_letter
+from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.frontier import Found, Settled
 from headrace.contract.interfaces.log import Record
@@ -242,10 +243,13 @@ class Loop:
         self._run(stage.tick())
 
     def settle(self, milliseconds: int, turn_ms: int) -> None:
-        """Let time pass until every window is over; then store all states and samples, and a snapshot of the model."""
+        """Let time pass until every window is over, and longer than anything may lag behind; then store all states and
+        samples, and a snapshot of the model."""
         for _ in range(0, milliseconds, turn_ms):
             self.turn(turn_ms)
-        self.turn(turn_ms)
+        self.clock.advance(1.1 * self.config.ledger.behind_max_ms / 1_000)
+        for _ in range(3):
+            self.turn(turn_ms)
         for stage in self.stages:
             self._run(stage.finish())
         self.trainer.close()
@@ -266,6 +270,16 @@ class Loop:
         """Return the lake's rows."""
         return self.lake.read()
 
+    def stored_text(self) -> str:
+        """Return all that is stored of what users sent, as text: the log's events, samples, letters, and features."""
+        found = [str(letter) for letter in self.letters()]
+        found += [f"{record.key!r} {record.value!r}" for record in self.records(self.topics.features)]
+        for topic in (self.topics.events, self.topics.samples):
+            for record in self.records(topic):
+                if record.headers.get("kind") != PUNCTUATION:
+                    found.append(str(decode_batch(record.value or b"").to_pydict()))
+        return "\n".join([*found, str(self.samples().to_pydict())])
+
     def ledger(self, mode: Mode) -> Ledger:
         """Draw the ledger."""
         reader, lake = self.log.reader(), self.lake
@@ -284,7 +298,7 @@ class Loop:
             assert (ledger.waiting, ledger.pending) == (0, 0), told
             # A model that learns some of the tasks moves on with the next sample of one of them.
             assert ledger.in_flight == 0 or len(self.project.recipe.heads) < len(self.project.tasks), told
-            assert ledger.stored == ledger.samples and not ledger.seals_wrong, told
+            assert ledger.stored == ledger.samples and not ledger.seals_wrong and not ledger.overdue, told
         assert sealed.drawn_from == "seals", sealed.not_sealed
         replayed = self.replay()
         assert replayed.equal is True and replayed.digest == self.trainer.learner.digest(), replayed

@@ -54,7 +54,7 @@ def int_key(draft: Draft) -> None:
 
 def hashed_key(draft: Draft) -> None:
     def check(out: Outcome) -> None:
-        assert "person-" not in out.stored_text()
+        assert "person-" not in out.loop.stored_text()
         known = {Privacy(out.project, SECRET).hash(f"person-{n}") for n in range(5)}
         assert {row["user"] for row in out.rows()} <= known and {row["key"] for row in out.rows()} <= known
 
@@ -64,7 +64,7 @@ def hashed_key(draft: Draft) -> None:
 
 def hashed_field(draft: Draft) -> None:
     def check(out: Outcome) -> None:
-        assert "@mail" not in out.stored_text()
+        assert "@mail" not in out.loop.stored_text()
         assert len({row["mail"] for row in out.rows()}) == 4
 
     draft.private["mail"] = "hash"
@@ -76,7 +76,7 @@ def hashed_field(draft: Draft) -> None:
 
 def dropped_field(draft: Draft) -> None:
     def check(out: Outcome) -> None:
-        assert "+43-" not in out.stored_text() and "phone" not in out.samples.column_names
+        assert "+43-" not in out.loop.stored_text() and "phone" not in out.samples.column_names
 
     draft.private["phone"] = "drop"
     draft.shown.append(lambda number, record: record.update(phone=f"+43-{number}"))

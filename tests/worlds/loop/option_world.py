@@ -20,7 +20,7 @@ from loop_world import START_MS, Loop, opened, quiet
 
 from headrace.contract.config import AggregateConfig, Config
 from headrace.contract.crawl import Crawl, external_columns
-from headrace.contract.formats.events import ARROW_TYPES, decode_batch
+from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.formats.sample import matrix
 from headrace.contract.mapping import AccessLog
 from headrace.contract.project import FeedbackType, FieldType, ImpressionType, Project, Recipe, Task
@@ -146,17 +146,6 @@ class Outcome:
             if row["task"] == name:
                 seen.setdefault(row["event_id"], row)
         return sorted(seen.values(), key=lambda r: (r["partition"], r["impression_offset"], r["impression_row"]))
-
-    def stored_text(self) -> str:
-        """Return all that is stored of what users sent, as text: the log's events, samples, letters, and features."""
-        loop, found = self.loop, list[str]()
-        for topic in (loop.topics.events, loop.topics.samples):
-            for record in loop.records(topic):
-                if record.headers.get("kind") != "punctuation":
-                    found.append(str(decode_batch(record.value or b"").to_pylist()))
-        found += [str(letter) for letter in loop.letters()]
-        found += [f"{r.key!r} {r.value!r}" for r in loop.records(loop.topics.features)]
-        return "\n".join([*found, str(self.samples.to_pylist())])
 
 
 def run(draft: Draft, folder: Path) -> Outcome:
