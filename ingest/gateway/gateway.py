@@ -195,8 +195,8 @@ class Gateway:
     def _refusal(self, message: Message, origin: str, starts: I64s) -> str:
         """Say why a message is not taken, and count it. Room first: asking the ceiling uses up a probe."""
         now_ms, refusal = self.now_ms(), ""
-        no_room = len(starts) > 0 and message.tag in self._types and self._late.is_full()
-        if no_room and self._late.begins_late(message, int(starts[0]), now_ms):
+        made = self._types.get(message.tag) if self._late.is_full() else None
+        if made is not None and self._late.holds_late(made, message.body, starts, now_ms):
             refusal = NO_ROOM
         elif not self.ceiling.allows(message.tag, origin, len(starts), now_ms):
             refusal = BEYOND_CEILING

@@ -24,7 +24,7 @@ import msgspec
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import Runtime, add_common, open_runtime
-from headrace.cli.stored_ids import IdsOfLake
+from headrace.cli.stored_ids import IdsOfLake, JoinedInStore
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.dead_letters import TOO_LATE
 from headrace.contract.interfaces.log import Reader
@@ -214,6 +214,7 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
             runtime.topics,
             reader,
             IdsOfLake(runtime.lake),
+            JoinedInStore(runtime.blobs, runtime.topics.generation),
             skew_ms=runtime.config.ingest.skew_ms,
         ),
         late=LateEvents(runtime.config.join.repeat_horizon_ms),
