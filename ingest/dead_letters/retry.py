@@ -218,7 +218,7 @@ class Retry:
             if first is not None and offset != first:
                 raise Overloaded(f"another retry is at work (run {mark.run}); wait until it has ended.")
             first = offset
-            self._clock.sleep(min(_WAIT_S, left_s))
+            self._clock.sleep(_WAIT_S)
 
     # -- 2. find out
 

@@ -14,8 +14,10 @@ from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import IngestConfig, JoinConfig
 from headrace.contract.errors import Unavailable
+from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.lake import StoredIds
 from headrace.contract.interfaces.log import Record, read_range
+from headrace.contract.project import Project
 from headrace.ingest.dead_letters.settler import Clients, Settler
 from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.ingest.gateway.gateway import Gateway
@@ -103,17 +105,25 @@ class LateWorld:
         made = message(tag, records, name, self.clock.now_ms() // 1000)
         self.gateway.offer(made, 100, Peer("10.0.0.1"), lambda _: self.acked.add(name), refusable=True)
 
+    def forget(self) -> None:
+        """Let retention take all of `events` but each partition's newest record."""
+        for _ in range(3):
+            self.clock.advance(1.0)
+            self.turn()
+        for partition, end in self.log.reader().end_offsets(TOPICS.events).items():
+            self.log.trim(TOPICS.events, partition, end - 1)
+
     # -- settlers
 
-    def settler(self) -> Settler:
+    def settler(self, clock: Clock | None = None, project: Project = PROJECT) -> Settler:
         return Settler(
-            PROJECT,
+            project,
             CONFIG,
             TOPICS,
             P,
             open_clients=self.clients,
             metrics=self.counts,
-            clock=self.clock,
+            clock=clock or self.clock,
             late=self.late,
         )
 
