@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -16,8 +17,10 @@ from late_lake import Ids, State
 from late_world import HOUR_MS, LateWorld, wrong
 from letters_world import TOPICS, World
 
+from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
 from headrace.backends.log.fenced_memory import FencedMemory
+from headrace.cli.stored_ids import JoinedInStore
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.dead_letters import RetryMark, encode_retry_mark
 from headrace.ingest.dead_letters import retry as retry_module
@@ -26,6 +29,7 @@ from headrace.ingest.dead_letters.mark_leases import LEASE_MS
 from headrace.ingest.dead_letters.settler import WAIT_MAX_MS
 from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.stream.join.state import StateWriter
 
 DAY_S = 86_400.0
 
@@ -362,3 +366,28 @@ def test_a_letter_whose_tag_is_declared_no_longer_is_a_letter_of_that_and_waits_
     newer = [letter.content for letter in letters[2:]]
     assert [(told.reason, told.retry_of) for told in newer] == [("undeclared", 0), ("undeclared", 1)]
     assert world.settler(project=other).turn(world.clients()) is False
+
+
+def test_where_only_punctuation_is_left_the_stored_state_of_the_join_settles_it(tmp_path: Path) -> None:
+    lake, blobs = Ids({"e1"}, State(0)), FileBlobs(tmp_path)
+    world = LateWorld(1, stored=lake)
+    clients = world.clients()._replace(joined=JoinedInStore(lambda: blobs, 1))
+    late_by(world, 5, 2)
+    world.forget()
+    settler = world.settler()
+    settler.turn(clients)
+    assert world.counts.totals["late_waiting"] == 1, "the join has stored nothing yet"
+    for hours, waiting in ((0, 1), (3, 0)):
+        for _ in range(hours * 60 * 2):
+            world.clock.advance(30.0)
+            world.turn()
+        for partition, state in enumerate(world.join()[0]):
+            snapshot = StateWriter(state).take()
+            folder = f"state/stream/g1/{partition}"
+            blobs.put(f"{folder}/{snapshot.offset:020d}", snapshot.manifest())
+            # What cannot be read is passed over, as the join does.
+            blobs.put(f"{folder}/{snapshot.offset + 1:020d}", b"torn")
+        world.clock.advance(1_000.0)
+        settler.turn(clients)
+        assert world.counts.totals["late_waiting"] == waiting
+    assert settled(world) == {"new": 1, "repeated": 1, "unknown": 0, "refused": 0}
