@@ -64,6 +64,7 @@ from headrace.ingest.dead_letters.letters import (
     time_ns_of,
     why_not_retried,
 )
+from headrace.ingest.dead_letters.log_time import LogTime
 from headrace.ingest.dead_letters.look_up import LookUp, Verdict
 from headrace.ingest.dead_letters.mark_leases import MarkLeases
 from headrace.ingest.decode.message import message_of
@@ -75,6 +76,7 @@ from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.late_events import LateEvents
 from headrace.ingest.gateway.repeats import digest
+from headrace.ingest.sources.access_log_events import mappers_of
 
 Decision = Literal["", "take", "drop"]
 """What becomes of letters of which log and lake cannot tell whether their events were taken: they stay, by default."""
@@ -135,14 +137,16 @@ class Retry:
         late: LateEvents | None = None,
         begin: int = 0,
         waits_from_ms: int = 0,
+        leaves_from_ms: int = 2**62,
     ) -> None:
         """`look_up` judges `too_late` letters, which stay open without one.
 
         Letters below offset `begin` are none of this run's. What a look-up cannot tell yet, and was refused before
-        `waits_from_ms`, waits no longer: it is unknown.
+        `waits_from_ms`, waits no longer: it is unknown. Late ones refused from `leaves_from_ms` on, whose tag the
+        project does not declare, are left to a gateway whose project does.
         """
         self._topics, self._producer, self._reader, self._writer = topics, producer, reader, writer
-        self._clock, self._run = clock, run
+        self._clock, self._run, self._time = clock, run, LogTime(clock)
         self._gateway = GatewayDependencies(
             project=project,
             config=msgspec.structs.replace(config, batch_ms=1, grace_ms=_NEVER_MS),
@@ -150,13 +154,14 @@ class Retry:
             partitions=partitions,
             producer=producer,
             metrics=metrics,
-            clock=clock,
+            clock=self._time,
             privacy=privacy,
             late=late or LateEvents(JoinConfig().repeat_horizon_ms),
         )
         self._leases, self._look_up = leases or MarkLeases(), look_up
         self._lease_ms = self._leases.lease_ms
-        self._begin, self._waits_from_ms = begin, waits_from_ms
+        self._begin, self._waits_from_ms, self._leaves_from_ms = begin, waits_from_ms, leaves_from_ms
+        self._tags = {*declared_types(project), *mappers_of(project)}
         self._verdicts: dict[int, Verdict] = {}
         self._marked_s = float("-inf")
         self._taken: set[bytes] = set()
@@ -172,6 +177,7 @@ class Retry:
         self._wait_for_others()
         self._writer.open()
         self._wait_for_others(is_writer=True)
+        self._time.look(self._reader, self._topics.events)
         ends = self._reader.end_offsets(self._topics.dead_letters)[0]
         states = self._survey(ends, chosen)
         self._find_out(states, ends, report)
@@ -187,6 +193,7 @@ class Retry:
     def dry_run(self, chosen: Filter, decide: Decision = "") -> Report:
         """Say what a retry would do now, by this project; nothing is written."""
         report = Report(dry_run=True)
+        self._time.look(self._reader, self._topics.events)
         ends = self._reader.end_offsets(self._topics.dead_letters)[0]
         states = self._survey(ends, chosen)
         for offset in list(states.doubtful):
@@ -341,7 +348,7 @@ class Retry:
                 if not is_late:
                     self._verdicts[letter.offset] = "new" if decide == "take" else "repeated"
                     continue
-            elif state != "open" or not is_late:
+            elif state != "open" or not is_late or self._leaves(letter):
                 continue
             if is_cut:
                 cut.add(letter.offset)
@@ -361,6 +368,10 @@ class Retry:
                 if verdict is not None:
                     self._verdicts[letter.offset] = verdict
         return end
+
+    def _leaves(self, letter: Letter) -> bool:
+        """Say whether the letter is another gateway's to settle: in a rolling deploy their projects differ."""
+        return letter.content.tag not in self._tags and letter.content.seen_ms >= self._leaves_from_ms
 
     def _at_work(self) -> None:
         """Tell the settlers of other gateways, now and then, that this one looks up: a long log takes minutes."""

@@ -49,6 +49,9 @@ log = logging.getLogger("headrace.ingest")
 
 WAIT_MAX_MS = 7 * 86_400_000
 """Longest wait for a lake that is away or behind. The topic keeps letters for four weeks: three are left to decide."""
+LEAVE_MS = 3_600_000
+"""How long a letter of a tag that this gateway's project does not declare is left to others: longer than a rolling
+deploy takes."""
 _LOOK_S, _SOON_S, _STEP_S = 60.0, 5.0, 0.5
 _AGAIN_MAX_S = 900.0
 _END_S = 1.0
@@ -254,6 +257,7 @@ class Settler:
             late=self._late,
             begin=begin,
             waits_from_ms=self._clock.now_ms() - WAIT_MAX_MS,
+            leaves_from_ms=self._clock.now_ms() - LEAVE_MS,
         )
         try:
             return retry.retry(Filter(reason=TOO_LATE))

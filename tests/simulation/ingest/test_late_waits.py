@@ -22,11 +22,12 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.cli.stored_ids import JoinedInStore
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.formats.dead_letters import RetryMark, encode_retry_mark
+from headrace.contract.formats.dead_letters import TOO_LATE, RetryMark, encode_retry_mark
+from headrace.contract.formats.events import PUNCTUATION
 from headrace.ingest.dead_letters import retry as retry_module
 from headrace.ingest.dead_letters.letters import Filter, read_letters
 from headrace.ingest.dead_letters.mark_leases import LEASE_MS
-from headrace.ingest.dead_letters.settler import WAIT_MAX_MS
+from headrace.ingest.dead_letters.settler import LEAVE_MS, WAIT_MAX_MS
 from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.stream.join.state import StateWriter
@@ -353,19 +354,36 @@ def stands_still(world: LateWorld, at: int) -> None:
         second.turn(world.clients())
 
 
-def test_a_letter_whose_tag_is_declared_no_longer_is_a_letter_of_that_and_waits_for_nobody() -> None:
-    world = LateWorld(1)
-    late_by(world, 5, 2)
+def test_a_letter_whose_tag_is_declared_no_longer_is_left_to_others_for_a_while() -> None:
     other = msgspec.structs.replace(
         PROJECT, impression=msgspec.structs.replace(PROJECT.impression, tag="shop.seen")
     ).checked()
-    world.settler(project=other).turn(world.clients())
+    world = LateWorld(1)
+    late_by(world, 5, 1)
+    settler, clients = world.settler(project=other), world.clients()
+    settler.turn(clients)
+    assert not any(settled(world).values()), "in a rolling deploy another gateway has the other project"
+    world.settler().turn(world.clients())
+    assert settled(world)["new"] == 1
+    late_by(world, 5, 2)
+    world.clock.advance(LEAVE_MS / 1000 + 1)
+    while settler.turn(clients):
+        world.clock.advance(5.0)
     assert settled(world)["refused"] == 2 and world.counts.totals["late_waiting"] == 0
     reader = world.log.reader()
     letters = list(read_letters(reader, TOPICS.dead_letters, reader.end_offsets(TOPICS.dead_letters)[0]))
-    newer = [letter.content for letter in letters[2:]]
-    assert [(told.reason, told.retry_of) for told in newer] == [("undeclared", 0), ("undeclared", 1)]
-    assert world.settler(project=other).turn(world.clients()) is False
+    newer = [letter.content for letter in letters[3:]]
+    assert [(told.reason, told.retry_of) for told in newer] == [("undeclared", 1), ("undeclared", 2)]
+
+
+def test_a_retry_on_a_host_whose_clock_is_behind_takes_nothing_old_for_new() -> None:
+    world = World()
+    world.offer("shop.cart", [{"request_id": "r", "user_id": 1}], "c")
+    world.clock.advance(3 * 3_600.0)
+    for partition in range(3):
+        world.log.append(TOPICS.events, partition, b"{}", None, {"kind": PUNCTUATION})
+    behind = Stepped(world.clock, -3 * HOUR_MS)
+    assert world.retry(clock=behind).retry(Filter()).refused == {TOO_LATE: 1}, "it is looked up first"
 
 
 def test_where_only_punctuation_is_left_the_stored_state_of_the_join_settles_it(tmp_path: Path) -> None:
