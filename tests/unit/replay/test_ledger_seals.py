@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -422,7 +423,7 @@ def test_a_drawing_is_from_seals_wherever_the_pipeline_moves_on_meanwhile(tmp_pa
         monkeypatch.setattr(owner, name, moved_before(getattr(owner, name)))
     for question in range(100):
         world = made(tmp_path / str(question))
-        moves[:] = [lambda: advance(world), *[lambda: None] * question]
+        moves[:] = [partial(advance, world), *[lambda: None] * question]
         ledger = world.draw()
         assert ledger.drawn_from == "seals" and ledger.closes, (question, ledger.not_sealed)
         if moves:
