@@ -267,10 +267,9 @@ def test_a_running_gateway_settles_late_events(
     with subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) as gateway:
         try:
             with connected(port("forward", base), gateway) as sock:
-                now_ms = SystemClock().now_ms()
                 for number in (1, 9):
                     # With the second one the gateway itself has forgotten the first.
-                    send(sock, f"c{number}", impression(number, event_time_ms=now_ms))
+                    send(sock, f"c{number}", impression(number, event_time_ms=SystemClock().now_ms()))
                     time.sleep(2.5)
                 old_ms = SystemClock().now_ms() - 4_500
                 send(sock, "c2", impression(1, event_time_ms=old_ms))

@@ -53,6 +53,7 @@ NOT_YET = {
     "Admin": "called by the commands before a stage begins",
     "Clock": "leaves no process",
     "LakeReader": "the trainer's and replay's",
+    "JoinedUpTo": "the gateway's settler's, whose tests let it be away",
     "StoredIds": "the gateway's settler's, whose tests let it be away",
     "LakeState": "a value, not a call",
     "Progress": "shows only",

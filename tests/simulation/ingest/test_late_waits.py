@@ -13,8 +13,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 from ingest_world import PROJECT, START_MS, impression, message
-from late_lake import Ids, State
-from late_world import HOUR_MS, LateWorld, wrong
+from late_world import HOUR_MS, Ids, LateWorld, State, wrong
 from letters_world import TOPICS, World
 
 from headrace.backends.blobs_file import FileBlobs

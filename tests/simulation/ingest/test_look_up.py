@@ -10,7 +10,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 from ingest_world import PROJECT, START_MS, impression
-from late_lake import Ids, State
+from late_world import Ids, State
 from letters_world import CORRECTED, TOPICS, P, World
 
 from headrace.backends.lake.delta import DeltaLake
@@ -67,6 +67,13 @@ class Joined:
         return None if self.watermark_ms is None else self
 
 
+class Away(Joined):
+    """The store does not answer."""
+
+    def joined(self, partition: int) -> Any:
+        raise Unavailable("away")
+
+
 def judge(world: World, one: Letter, stored: Ids | None = None, joined: Joined | None = None) -> Verdict | None:
     look_up = LookUp(PROJECT, TOPICS, world.log.reader(), stored, joined, skew_ms=60_000)
     return look_up.verdicts([one]).get(one.offset)
@@ -110,6 +117,7 @@ def test_where_nobody_sees_anything_any_more_the_joins_state_tells_what_the_lake
     assert judge(world, letter("k7", "click"), quiet, over) == "unknown"
     assert judge(world, letter("e7"), quiet, Joined(first_ms)) is None, "windows may be open"
     assert judge(world, letter("e7"), quiet, Joined(None)) is None
+    assert judge(world, letter("e7"), quiet, Away(0)) is None
     for partition in range(P):
         world.log.append(TOPICS.samples, partition, b"", None, {})
     assert judge(world, letter("e7"), quiet, over) is None, "the sink is behind"
