@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -408,3 +409,36 @@ def test_where_only_punctuation_is_left_the_stored_state_of_the_join_settles_it(
         settler.turn(clients)
         assert world.counts.totals["late_waiting"] == waiting
     assert settled(world) == {"new": 1, "repeated": 1, "unknown": 0, "refused": 0}
+
+
+@pytest.mark.parametrize("at", range(1, 12, 2))
+def test_retention_within_a_turn_makes_nothing_new_of_what_was_taken(at: int) -> None:
+    world = LateWorld(at, stored=Ids({"e1", "e2"}, State(10**9)))
+    chunks = [world.visit()[0] for _ in range(4)]
+    for chunk in chunks[:2]:
+        world.send(chunk)
+    world.turn()
+    world.pass_time(5 * 3_600)
+    world.restart()
+    for chunk in chunks:
+        world.send(chunk)
+    world.turn()
+    settler, clients, left = world.settler(), world.clients(), at
+    pause = settler._pause
+
+    def deleting() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            world.forget()
+            world.log.trim(TOPICS.dead_letters, 0, 1)
+        pause()
+
+    settler._pause = deleting  # type: ignore[method-assign]
+    for _ in range(4):
+        with suppress(InvariantBroken, Unavailable):
+            settler.turn(clients)
+        world.clock.advance(60.0)
+    told = settled(world)
+    assert told["new"] == 2 and told["repeated"] in (1, 2) and told["unknown"] == told["refused"] == 0
+    assert world.counts.totals["late_waiting"] == 0
