@@ -56,6 +56,7 @@ NOT_YET = {
     "JoinedUpTo": "the gateway's settler's, whose tests let it be away",
     "StoredIds": "the gateway's settler's, whose tests let it be away",
     "LakeState": "a value, not a call",
+    "JoinedState": "a value, not a call",
     "Progress": "shows only",
 }
 """Interfaces that no stage of the matrix calls, and whose they are: each is for the one who adds that stage."""
