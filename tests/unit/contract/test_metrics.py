@@ -15,18 +15,20 @@ from headrace.backends.metrics_prometheus import LABELLED_REASON
 from headrace.contract import metrics
 from headrace.contract.metrics import METRICS, Name
 
-ROOT = Path(metrics.__file__).resolve().parents[2]
+TABLES = Path(metrics.__file__).resolve().parent
+ROOT = TABLES.parents[2]
 ROOMS = ("headrace", "ingest", "stream", "trainer", "serving", "replay", "examples", "deploy")
 SOURCE = {
     file: file.read_text()
     for room in ROOMS
     for file in sorted((ROOT / room).rglob("*.py"))
-    if file != Path(metrics.__file__).resolve()
+    if file.parent != TABLES
 }
 
 
 def test_the_table_has_every_name_once_and_says_what_it_means():
     assert list(METRICS) == list(get_args(Name))
+    assert sum(len(table) for table in metrics.TABLES) == len(METRICS), "a name stands in one table"
     for name, doc in METRICS.items():
         assert doc.meaning.endswith(".") and doc.unit and doc.stages, name
         assert (doc.kind == "counter") == name.endswith("_total"), name

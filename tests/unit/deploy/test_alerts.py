@@ -236,7 +236,7 @@ tests:
 
 def test_rules_name_metrics_that_exist():
     named = set(re.findall(r"headrace_[a-z]+_(\w+)", "".join(file.read_text() for file in RULES)))
-    assert named and named <= set(get_args(Name)), "every metric of a rule is in contract/metrics.py"
+    assert named and named <= set(get_args(Name)), "every metric of a rule is in contract/metrics/"
 
 
 def test_alerts_fire_on_what_they_are_for(tmp_path):
