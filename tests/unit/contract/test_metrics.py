@@ -19,10 +19,7 @@ TABLES = Path(metrics.__file__).resolve().parent
 ROOT = TABLES.parents[2]
 ROOMS = ("headrace", "ingest", "stream", "trainer", "serving", "replay", "examples", "deploy")
 SOURCE = {
-    file: file.read_text()
-    for room in ROOMS
-    for file in sorted((ROOT / room).rglob("*.py"))
-    if file.parent != TABLES
+    file: file.read_text() for room in ROOMS for file in sorted((ROOT / room).rglob("*.py")) if file.parent != TABLES
 }
 
 
