@@ -25,15 +25,13 @@ from w3lib.encoding import html_to_unicode
 
 from headrace.contract.crawl import Crawl, Extract
 from headrace.ingest.crawl.markup import base_of, selector_of
+from headrace.ingest.decode.numbers import NUMBER
 
 ROWS_MAX = 100_000
 """Most entities of one document."""
 LINKS_MAX = 50_000
 """Most links of one document: what a sitemap may hold by its protocol."""
 URL_CHARS_MAX, TEXT_CHARS_MAX, LIST_MAX = 2_048, 65_536, 256
-
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-"""Python's own reading takes more: `12_5` as 125, `inf`, digits of every script."""
 
 Value = int | float | str | bool | list[str] | None
 
@@ -252,7 +250,7 @@ def _typed(value: Any, kind: str) -> Value:
         return _truth(value)
     if isinstance(value, bool):
         raise ValueError("a truth value is no number")
-    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+    if isinstance(value, str) and not NUMBER.fullmatch(value):
         raise ValueError("no number as JSON or a price tag writes it")
     try:
         number = float(value)
