@@ -38,6 +38,7 @@ from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.chunk_identity import Peer, peer_of
 from headrace.ingest.http.access import Origins, Tokens, is_loopback
 from headrace.ingest.http.body import BadRequest, messages_of, read_events
+from headrace.ingest.http.forwarded import Proxies
 from headrace.ingest.http.page import page_routes
 from headrace.ingest.http.uvicorn_server import BoundedConfig, ConnectionBounds, listen, serve
 from headrace.ingest.open_files import allow_open_files
@@ -104,6 +105,7 @@ class Collector:
         self._config, self._endpoint, self._identity = config, endpoint, identity
         self._metrics, self._clock = metrics, clock
         self._tokens, self._origins = Tokens(endpoint.tokens), Origins(config.cors_origins)
+        self._proxies = Proxies(config.trusted_proxies, config.forwarded_header)
         self._bodies_bytes_max = max(config.collector_bytes_max, config.buffer_bytes_max // 4)
         self._bodies_bytes = 0
         self._requests = 0
@@ -184,7 +186,7 @@ class Collector:
         # The body took its time: the gateway may have reached its bound, or its end, meanwhile.
         if refusal := self._busy():
             return refusal
-        return await self._offer(messages, Peer(_origin(request)))
+        return await self._offer(messages, Peer(self._origin(request)))
 
     # -- 1. admit
 
@@ -292,7 +294,9 @@ class Collector:
         status = response.status_code
         self._metrics.add("requests_total", status=str(status))
         if status >= 400:
-            self._admission.refuse(_origin(request), f"http_{status}", _WHY.get(status, "the request is not in order"))
+            self._admission.refuse(
+                self._origin(request), f"http_{status}", _WHY.get(status, "the request is not in order")
+            )
         if status in (408, 413) or (status == 503 and self._stopping.is_set()):
             response.headers["Connection"] = "close"
         return response
@@ -306,6 +310,10 @@ class Collector:
             response.headers["Access-Control-Allow-Credentials"] = "true"
             response.headers["Access-Control-Expose-Headers"] = "Retry-After"
         return response
+
+    def _origin(self, request: Request) -> str:
+        peer = peer_of(request.scope.get("client")).origin
+        return self._proxies.client(peer, request.headers.getlist(self._proxies.header))
 
     @property
     def _admission(self) -> Admission:
@@ -346,7 +354,3 @@ async def _nothing_here(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)
     return response
-
-
-def _origin(request: Request) -> str:
-    return peer_of(request.scope.get("client")).origin
