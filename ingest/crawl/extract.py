@@ -144,13 +144,14 @@ def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
         document = msgspec.structs.replace(document, body=body)
     selector = selector_of(_text(document), "xml")
     wanted = [re.compile(follow.url) for follow in crawl.follow]
-    for part in selector.css("url, sitemap"):
+    parts = iter(selector.css("url, sitemap"))
+    for part in parts:
         address = _absolute(document.url, str(part.css("loc::text").get(default="")), crawl)
         nested = part.root.tag == "sitemap"
         if address is None or not (nested or not wanted or any(w.search(address) for w in wanted)):
             continue
         if len(found.links) >= LINKS_MAX:
-            found.left_out["too_many"] += 1
+            found.left_out["too_many"] += 1 + sum(1 for _ in parts)
             return
         changed = str(part.css("lastmod::text").get(default="")).strip()[:64]
         found.links.append(Link(address, nested, changed))
@@ -183,7 +184,7 @@ def _add_rows(found: Extracted, crawl: Crawl, document: Document, parts: Iterato
     seen: set[str] = set()
     for part, find in parts:
         if len(found.rows) >= ROWS_MAX:
-            found.left_out["too_many"] += 1
+            found.left_out["too_many"] += 1 + sum(1 for _ in parts)
             return
         key = _key(part, find, crawl.key, document)
         if not isinstance(key, str) or not key or len(key) > URL_CHARS_MAX:
@@ -287,7 +288,7 @@ def _add_links(found: Extracted, crawl: Crawl, base: str, addresses: Iterator[st
         if absolute is None or not wanted.search(absolute):
             continue
         if len(found.links) >= LINKS_MAX:
-            found.left_out["too_many"] += 1
+            found.left_out["too_many"] += 1 + sum(1 for _ in addresses)
             return
         found.links.append(Link(absolute))
 

@@ -25,6 +25,14 @@ CRAWL: Mapping[Name, MetricDoc] = {
     "left_out_total": MetricDoc(
         "counter", "rows", ("crawl",), "What extraction left out of documents.", labels=("reason",)
     ),
+    "beyond_bound_total": MetricDoc(
+        "counter",
+        "entities or links",
+        ("crawl",),
+        "Entities beyond `keys_max` and links beyond `pages_max` that were left out, each time they were read; must "
+        "stay 0.",
+        labels=("source", "bound"),
+    ),
     "pages_known": MetricDoc("gauge", "addresses", ("crawl",), "Addresses that the crawler knows.", labels=("source",)),
     "outbox_rows": MetricDoc("gauge", "versions", ("crawl",), "Versions that wait in the outbox for Kafka."),
 }

@@ -79,6 +79,7 @@ Name = Literal[
     "body_bytes_total",
     "versions_total",
     "left_out_total",
+    "beyond_bound_total",
     "pages_known",
     "outbox_rows",
     "normalized_entropy",

@@ -182,6 +182,13 @@ CASES: dict[str, tuple[Series, set[str]]] = {
         {at("headrace_crawl_outbox_rows"): "0x20 40x100"},
         {"HeadraceOutboxWaits of crawl"},
     ),
+    "a source has more entities than it may": (
+        {
+            at("headrace_crawl_beyond_bound_total", source="shop", bound="keys_max"): "0x20 7x100",
+            at("headrace_crawl_beyond_bound_total", source="shop", bound="pages_max"): "0x120",
+        },
+        {"HeadraceCrawlBoundReached of crawl"},
+    ),
     "many events are dead letters": (
         {at("headrace_ingest_events_dead_lettered_total", reason="bad_type"): "0+6x20 120+600x100"},
         {"HeadraceDeadLetters of ingest"},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from headrace.contract.crawl import Crawl, Extract, Follow, check_crawls
 from headrace.contract.errors import ConfigRejected
+from headrace.ingest.crawl import extract as extraction
 from headrace.ingest.crawl.extract import Document, extract
 
 FIELDS = {
@@ -51,6 +52,16 @@ def test_values_have_their_types_and_what_is_none_is_null() -> None:
     assert values["a"] == {"price": 1.5, "stock": 7, "sale": True, "tags": ["x", "y z"], "url": url}
     assert values["b"] == {"price": None, "stock": None, "sale": None, "tags": [], "url": url}
     assert found.left_out == {"bad_value": 2, "no_key": 1}
+
+
+def test_what_one_document_has_too_many_is_counted_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "ROWS_MAX", 2)
+    monkeypatch.setattr(extraction, "LINKS_MAX", 1)
+    body = "".join(f"<div id={n}><a href=/item/{n}>x</a></div>" for n in range(7)).encode()
+    assert extract(Document(HTML.start[0], body), HTML).left_out == {"too_many": 5 + 6}
+    sitemap = "".join(f"<url><loc>https://shop.example/item/{n}</loc></url>" for n in range(7))
+    found = extract(Document(HTML.start[0], f"<urlset>{sitemap}</urlset>".encode(), sitemap=True), HTML)
+    assert found.left_out == {"too_many": 6} and len(found.links) == 1
 
 
 @pytest.mark.parametrize(
