@@ -257,13 +257,18 @@ class Collector:
 
     async def _offer(self, messages: Sequence[Message], peer: Peer) -> Response:
         # All or none: what was taken of a request that is sent again would count twice where it brings no ids.
-        asked = [(message.tag, self._admission.refuses(message, peer.origin)) for message in messages]
+        mapped = [(message.tag, self._admission.mapped(message)) for message in messages]
+        parts = [(tag, part) for tag, one in mapped for part in one.messages]
+        asked = [(tag, self._admission.refuses(part, peer.origin)) for tag, part in parts]
         if refused := [one for one in asked if one[1]]:
             return self._refused(refused)
+        for tag, one in mapped:
+            if one.skipped:
+                self._metrics.add("lines_skipped_total", one.skipped, tag=tag)
         # One more than the messages: outcomes that come at once must not end the wait early.
-        waiting = _Answer(len(messages) + 1)
-        for message in messages:
-            self._admission.offer(message, 0, peer, waiting.acked)
+        waiting = _Answer(len(parts) + 1)
+        for _, part in parts:
+            self._admission.offer(part, 0, peer, waiting.acked)
         waiting.acked(Outcome(0, 0, 0))
         stopping = asyncio.ensure_future(self._stopping.wait())
         either: set[asyncio.Future[Any]] = {waiting.done, stopping}
@@ -280,11 +285,11 @@ class Collector:
     def _refused(self, refused: Sequence[tuple[str, str]]) -> Response:
         """Answer for the tags that the gateway refuses, each with its reason."""
         retry_s = max(1, self._config.dead_letter_probe_ms // 1000)
-        if tags := [tag for tag, why in refused if why == BEYOND_CEILING]:
+        if tags := list(dict.fromkeys(tag for tag, why in refused if why == BEYOND_CEILING)):
             error = f"too many events of {', '.join(tags[:3])} become dead letters (ingest.dead_letter_share_max)"
             step = f"see headrace dead-letters list, correct events or types; {_SAME}"
             return problem(503, error, step, retry_s=retry_s)
-        late = ", ".join([tag for tag, _ in refused][:3])
+        late = ", ".join(list(dict.fromkeys(tag for tag, _ in refused))[:3])
         error = f"as many late events wait to be looked up as may, and those of {late} are late"
         return problem(503, error, _SAME, retry_s=retry_s)
 

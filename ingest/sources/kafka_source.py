@@ -205,7 +205,8 @@ class KafkaSource:
         oldest = [one for one in self._refused if one.run is run]
         held = [one for one in oldest if group.held(one.claim)]
         # They wait for the settler, not for a correction: taken, they would fill its memory. Asked at each offer only.
-        self._no_room = any(admission.refuses(one.message, one.peer.origin) == NO_ROOM for one in held)
+        parts = ((part, one.peer.origin) for one in held for part in admission.mapped(one.message).messages)
+        self._no_room = any(admission.refuses(part, origin) == NO_ROOM for part, origin in parts)
         if self._no_room:
             return
         if not self._told:
