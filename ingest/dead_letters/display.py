@@ -30,7 +30,7 @@ ADVICE: dict[str, str] = {
 """By reason, one line: what to do."""
 AFTER: dict[str, str] = {
     "retried": "A retry or the gateways have settled it: nothing is left to do.",
-    "refused": "A retry was refused. The newer letter that names this one (`retry_of`) is the one to correct and retry.",
+    "refused": "A retry was refused. The newer letter that names this one (`retry_of`) is to be corrected and retried.",
     "retrying": "A retry is at work at it, or was killed: the next one finds out. headrace dead-letters retry {0}",
     "unknown": "Log and lake cannot tell if it was taken. Decide: headrace dead-letters retry --take {0}, or --drop.",
 }
