@@ -8,7 +8,7 @@ import re
 from headrace.cli.addresses import find_addresses, find_home
 from headrace.contract.errors import ConfigRejected
 
-_RAW = re.compile(r'(?:cimpl\.)?KafkaError\{code=(\w+),val=-?\d+,str="((?:[^"\\]|\\.)*)"\}')
+_RAW = re.compile(r'(?:cimpl\.)?KafkaError\{code=(\w+),val=-?\d+,str="(.*?)"\}')
 """As librdkafka's client writes an error."""
 _REMEDY = (
     "Look whether the broker runs and is reached from here: `headrace status`, `headrace doctor`. Another one is named "
@@ -35,4 +35,4 @@ def in_words(text: str, args: argparse.Namespace) -> str:
 
 def _phrase(text: str) -> str:
     """Return the client's phrase: `Local: ` says that the client itself says so, not the broker."""
-    return text.replace('\\"', '"').replace("Local: ", "").strip()
+    return text.replace("Local: ", "").strip()
