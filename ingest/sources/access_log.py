@@ -244,6 +244,9 @@ def _as_text(value: Any) -> str | None:
         return read_bytes(value)
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        # fluent-bit's Lua filter, among others, has no integers: a status of 200.0 is 200.
+        value = int(value)
     if isinstance(value, str | int | float):
         return value if isinstance(value, str) and value.isascii() else read_bytes(_raw_bytes(str(value)))
     try:

@@ -168,7 +168,8 @@ def _otlp_record(source: SourceConfig, entry: Any, timestamp_ns: int | None) -> 
         raise _Unreadable("a log record is a map")
     record = {item["key"]: _any_value(item.get("value")) for item in _list(entry, "attributes")}
     body = _any_value(entry.get("body"))
-    record |= body if isinstance(body, dict) else {source.text_field: body}
+    if body is not None:
+        record |= body if isinstance(body, dict) else {source.text_field: body}
     # 0 means unknown (OpenTelemetry, logs data model), and the time of observation stands in.
     nanos = _int(entry.get("timeUnixNano") or 0) or _int(entry.get("observedTimeUnixNano") or 0)
     return _tagged(source, record, nanos or timestamp_ns, b"")

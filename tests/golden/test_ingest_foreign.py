@@ -237,3 +237,13 @@ def test_numbers_of_otlp_may_be_written_as_floats_that_are_whole() -> None:
     text = f'{{"resourceLogs":[{{"scopeLogs":[{{"logRecords":[{text}]}}]}}]}}'
     (found,) = read_foreign(SourceConfig(topic="t", tag="a", format="otlp_json"), text.encode(), 5)
     assert (found.time_ns, found.record) == (1_772_368_496_000_000_000, {"message": 5})
+
+
+@pytest.mark.parametrize("body", ["", ',"body":null', ',"body":{}'], ids=["none", "null", "unset"])
+def test_a_log_record_without_a_body_has_its_attributes_alone(body: str) -> None:
+    """An empty text field would be an unknown one, and cost the event where the type refuses those."""
+    attributes = '[{"key":"a","value":{"intValue":"1"}},{"key":"b","value":{}}]'
+    text = f'{{"timeUnixNano":"7","attributes":{attributes}{body}}}'
+    text = f'{{"resourceLogs":[{{"scopeLogs":[{{"logRecords":[{text}]}}]}}]}}'
+    (found,) = read_foreign(SourceConfig(topic="t", tag="a", format="otlp_json"), text.encode(), 5)
+    assert (found.problem, found.record) == ("", {"a": 1, "b": None})
