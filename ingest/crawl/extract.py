@@ -25,7 +25,7 @@ from w3lib.encoding import html_to_unicode
 
 from headrace.contract.crawl import Crawl, Extract
 from headrace.ingest.crawl.markup import base_of, selector_of
-from headrace.ingest.decode.numbers import NUMBER
+from headrace.ingest.decode.numbers import INTEGER, NUMBER
 
 ROWS_MAX = 100_000
 """Most entities of one document."""
@@ -128,11 +128,13 @@ def _read_json(document: Document, crawl: Crawl, found: Extracted) -> None:
 
 
 def _json_of(text: str) -> Any:
-    """Return what JSON says; NaN and infinities, which it has not and some programs write, spoil their value alone."""
+    """Return what JSON says. NaN and infinities, which it has not and some programs write, spoil their value alone, and
+    so does a number of more digits than Python reads: it is beyond all bounds.
+    """
     try:
         return msgspec.json.decode(text.encode("utf-8", "replace"))
     except msgspec.DecodeError:
-        return json.loads(text)
+        return json.loads(text, parse_int=lambda digits: int(digits) if INTEGER.fullmatch(digits) else float(digits))
 
 
 def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
@@ -142,19 +144,24 @@ def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
             found.left_out["too_large"] += 1
             return
         document = msgspec.structs.replace(document, body=body)
-    selector = selector_of(_text(document), "xml")
+    text = _text(document)
+    parts = _sitemap_parts(selector_of(text, "xml")) if "<" in text else ((line, False, "") for line in text.split())
     wanted = [re.compile(follow.url) for follow in crawl.follow]
-    parts = iter(selector.css("url, sitemap"))
-    for part in parts:
-        address = _absolute(document.url, str(part.css("loc::text").get(default="")), crawl)
-        nested = part.root.tag == "sitemap"
+    for told, nested, changed in parts:
+        address = _absolute(document.url, told, crawl) if told else None
         if address is None or not (nested or not wanted or any(w.search(address) for w in wanted)):
             continue
         if len(found.links) >= LINKS_MAX:
             found.left_out["too_many"] += 1 + sum(1 for _ in parts)
             return
-        changed = str(part.css("lastmod::text").get(default="")).strip()[:64]
         found.links.append(Link(address, nested, changed))
+
+
+def _sitemap_parts(selector: Selector) -> Iterator[tuple[str, bool, str]]:
+    """Yield address, whether it is a sitemap, and when it changed last. A plain text has an address a line, no more."""
+    for part in selector.css("url, sitemap"):
+        changed = str(part.css("lastmod::text").get(default="")).strip()[:64]
+        yield str(part.css("loc::text").get(default="")).strip(), part.root.tag == "sitemap", changed
 
 
 def _unpacked(packed: bytes, bytes_max: int) -> bytes | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +53,22 @@ def test_values_have_their_types_and_what_is_none_is_null() -> None:
     assert values["a"] == {"price": 1.5, "stock": 7, "sale": True, "tags": ["x", "y z"], "url": url}
     assert values["b"] == {"price": None, "stock": None, "sale": None, "tags": [], "url": url}
     assert found.left_out == {"bad_value": 2, "no_key": 1}
+
+
+def test_a_sitemap_may_be_plain_text_and_an_entry_without_an_address_is_none() -> None:
+    document = Document(
+        HTML.start[0], b"https://shop.example/item/1\r\n\nhttps://shop.example/item/2\n", "text/plain", True
+    )
+    assert [link.url for link in extract(document, HTML).links] == [f"https://shop.example/item/{n}" for n in (1, 2)]
+    everything = msgspec.structs.replace(HTML, follow=())
+    body = b"<urlset><url></url><url><loc> </loc></url><url><loc>/item/3</loc></url></urlset>"
+    found = extract(Document(HTML.start[0], body, sitemap=True), everything)
+    assert [link.url for link in found.links] == ["https://shop.example/item/3"], "not the sitemap itself"
+
+
+def test_a_number_of_too_many_digits_costs_its_value_alone() -> None:
+    body = b'{"data": {"items": [{"id": "1", "n": ' + b"9" * 5_000 + b'}, {"id": "2", "n": 5}]}}'
+    assert rows_of(JSON, body) == {"1": {"n": None, "t": None}, "2": {"n": 5, "t": None}}
 
 
 def test_what_one_document_has_too_many_is_counted_each(monkeypatch: pytest.MonkeyPatch) -> None:
