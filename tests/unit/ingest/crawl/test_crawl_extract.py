@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 
 import msgspec
 import pytest
@@ -64,6 +65,17 @@ def test_a_sitemap_may_be_plain_text_and_an_entry_without_an_address_is_none() -
     body = b"<urlset><url></url><url><loc> </loc></url><url><loc>/item/3</loc></url></urlset>"
     found = extract(Document(HTML.start[0], body, sitemap=True), everything)
     assert [link.url for link in found.links] == ["https://shop.example/item/3"], "not the sitemap itself"
+
+
+@pytest.mark.parametrize("name", ["a{}=1", "a{}", 'a{}="1"', 'a{}"'])
+def test_a_tag_of_very_many_attributes_is_broken_and_soon(name: str) -> None:
+    """It took more than the bound of a call: the stage ended, and asked for the same page again at its next start."""
+    swarm = " ".join(map(name.format, range(400_000)))
+    began = time.process_time()
+    found = extract(Document(HTML.start[0], f'<div id=1 x=">" {swarm}>x</div>'.encode()), HTML)
+    assert found.left_out == {"broken": 1} and time.process_time() - began < 10
+    picture = f'<div id=2><b class=p>1</b><img src="data:;base64,{"QUJD " * 50_000}"></div>'
+    assert rows_of(HTML, picture.encode())["2"]["price"] == 1.0
 
 
 def test_a_number_of_too_many_digits_costs_its_value_alone() -> None:
