@@ -241,6 +241,8 @@ class Updater:
                 shapes=served.shapes,
                 refused=self._refused_chains,
             )
+            # A delta has no digest: that of the snapshot which the chain began with stays.
+            manifest = msgspec.structs.replace(manifest, digest=served.manifest.digest)
             begun = served.snapshot, served.spec_json, served.recipe_json
             meta = self._meta_from(manifest, weights, *begun, next_delta=record.offset + 1)
             kept, gone_K = split_initial(weights, recipe)

@@ -47,6 +47,16 @@ ARROW_TYPES: dict[FieldType, pa.DataType] = {
     "list[int64]": pa.list_(pa.int64()),
 }
 
+
+def name_of(kind: pa.DataType) -> str:
+    """Return a type as a project declares it, not as Arrow calls it.
+
+    >>> [name_of(kind) for kind in (pa.float64(), pa.list_(pa.string()), pa.int32())]
+    ['float64', 'list[string]', 'int32']
+    """
+    return next((name for name, arrow in ARROW_TYPES.items() if arrow == kind), str(kind))
+
+
 ENVELOPE = (
     pa.field("event_id", pa.string(), nullable=False),
     pa.field("request_id", pa.string(), nullable=False),
