@@ -26,6 +26,7 @@ from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.interfaces.log import Reader, Record
+from headrace.process.awake import awake_s
 from headrace.process.watchdog import Watchdog
 from headrace.stream.shell.group_watch import GroupWatch
 from headrace.stream.shell.log_ends import LogEnds
@@ -395,7 +396,7 @@ class Engine:
         )
 
     async def _seek(self, partition: int, offset: int, wanted: int) -> None:
-        now = asyncio.get_running_loop().time()
+        now = awake_s()
         since = self._seeking.setdefault(partition, now)
         if since == now:
             log.info("%s/%d: Faust is at %d, seeking back to %d", self.topic, partition, offset, wanted)

@@ -10,11 +10,11 @@ tells whoever fetches; Faust fetches only what is assigned, and the member waits
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from headrace.contract.errors import Unavailable
+from headrace.process.awake import awake_s
 
 GROUP_MAX_S = 120.0
 """A group forms within 40 s, its session of 10 s and a request of 30 s, and a broker that restarts is back in 20 s:
@@ -24,7 +24,7 @@ twice their sum."""
 class GroupWatch:
     """Watches one member."""
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, monotonic: Callable[[], float] = awake_s) -> None:
         self._monotonic = monotonic
         self._without_s: float | None = monotonic()
         """Since when it has no assignment; None while it has one."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
+
+from headrace.process.awake import awake_s
 
 log = logging.getLogger("headrace.kafka")
 
@@ -18,7 +19,7 @@ class Receipts:
     """Those of one producer. `refused` gets the topic of each record that was refused."""
 
     def __init__(
-        self, refused: Callable[[str], None] | None = None, monotonic: Callable[[], float] = time.monotonic
+        self, refused: Callable[[str], None] | None = None, monotonic: Callable[[], float] = awake_s
     ) -> None:
         self._refused, self._monotonic = refused, monotonic
         self._moved_s = monotonic()
