@@ -184,9 +184,9 @@ def _check_samples(step: Step, samples_id: str, topic: str) -> None:
     """Raise `InvariantBroken` where a step took rows of a topic that is no more: others may lie at their offsets."""
     if step.samples_id and samples_id and step.samples_id != samples_id:
         raise InvariantBroken(
-            f"step {step.step} of run {step.run} learnt rows of topic {topic!r} with id {step.samples_id} which the lake "
-            f"does not hold, and the topic has id {samples_id}: it was deleted and made anew, and its rows are others. "
-            "Replay up to a step before it with --step, or bring the lake back that has its rows."
+            f"step {step.step} of run {step.run} learnt rows of topic {topic!r} with id {step.samples_id} which the "
+            f"lake does not hold, and the topic has id {samples_id}: it was deleted and made anew, and its rows are "
+            "others. Replay up to a step before it with --step, or bring the lake back that has its rows."
         )
 
 

@@ -55,7 +55,7 @@ class UploadWatch:
         still_s = now_s - self._moved_s
         if is_busy and still_s > STILL_MAX_S:
             raise InvariantBroken(
-                f"the upload of a snapshot or a checkpoint has stood still for {still_s:.0f} s, {STILL_MAX_S:.0f} s are "
-                "allowed: neither the store nor the work before it goes on. This process ends, and the next one goes "
-                "on from the newest checkpoint. See whether the store answers: `headrace status`."
+                f"the upload of a snapshot or a checkpoint has stood still for {still_s:.0f} s, {STILL_MAX_S:.0f} s "
+                "are allowed: neither the store nor the work before it goes on. This process ends, and the next one "
+                "goes on from the newest checkpoint. See whether the store answers: `headrace status`."
             )

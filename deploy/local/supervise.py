@@ -160,8 +160,8 @@ class Supervisor:
         said = f"supervisord (pid {parents[0][0]}, {parents[0][1]})" if parents else "no supervisord"
         goes_on = f"`kill -CONT {parents[0][0]}` lets it go on; " if parents and parents[0][1] == "stopped" else ""
         return (
-            f"{said} {'does not answer' if parents else 'answers'} for {self.layout.home}, and {len(left)} processes of "
-            f"the stack live, with the ids {sorted(p.pid for p in left)}. Whether they work, their logs in "
+            f"{said} {'does not answer' if parents else 'answers'} for {self.layout.home}, and {len(left)} processes "
+            f"of the stack live, with the ids {sorted(p.pid for p in left)}. Whether they work, their logs in "
             f"{self.layout.logs} tell. {goes_on}`make down` ends them, `make up` ends them and starts anew."
         )
 

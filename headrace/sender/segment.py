@@ -46,7 +46,7 @@ class Segment:
         return len(data)
 
     def duplicate(self) -> int:
-        """Return a descriptor of it that the caller closes. What an earlier process wrote may not be on the disk yet."""
+        """Return a descriptor of it that the caller closes. What an earlier process wrote may not be on the disk."""
         return os.dup(self._fd) if self._fd >= 0 else os.open(self.path, os.O_RDONLY)
 
     def close(self, *, sync: bool = False) -> None:

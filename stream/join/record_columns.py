@@ -25,8 +25,8 @@ _BOUNDED = ("as_of_ms", "crawl_time_ms", "epoch")
 
 
 def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the batch, or raise `EventRejected` when one of its first five columns has nulls, or an epoch or time beyond
-    `EPOCH_MAX`.
+    """Return the batch, or raise `EventRejected` when one of its first five columns has nulls, or an epoch or time
+    beyond `EPOCH_MAX`.
 
     They are the envelope of an event, or what every row of an aggregate and of a crawled version has.
     """

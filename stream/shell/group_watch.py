@@ -73,7 +73,8 @@ def last_words(failure: BaseException, thread: Any, brokers: str, silent_s: floa
         return said
     return (
         f"Kafka's client has stopped working: {'; '.join(ended)}. The brokers {brokers} last answered this stage "
-        f"{silent_s:.0f} s ago. A call of the stage failed then: {said}. The stage stops; a new process makes a new client."
+        f"{silent_s:.0f} s ago. A call of the stage failed then: {said}. The stage stops; a new process makes a "
+        "new client."
     )
 
 

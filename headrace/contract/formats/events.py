@@ -16,7 +16,7 @@ fills a column that is missing with null and ignores one that it does not know. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import pyarrow as pa

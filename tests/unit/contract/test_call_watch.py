@@ -78,11 +78,13 @@ def test_a_block_is_watched_where_it_begins_and_where_it_ends(hangs_at: str) -> 
             finally:
                 ask("end")
 
-    with pytest.raises(Ended, match=rf"lake\.leased, its {hangs_at} has not come back for 241 s"):
-        with watch.wrap("lake", Lake()).leased() as held:
-            assert held == "held" and hangs_at == "end"
-            clock.advance(10 * ANSWER_MAX_S)
-            watch.look()  # Nothing is called inside it, so nothing is waited for.
+    with (
+        pytest.raises(Ended, match=rf"lake\.leased, its {hangs_at} has not come back for 241 s"),
+        watch.wrap("lake", Lake()).leased() as held,
+    ):
+        assert held == "held" and hangs_at == "end"
+        clock.advance(10 * ANSWER_MAX_S)
+        watch.look()  # Nothing is called inside it, so nothing is waited for.
     watch.look()
 
 
