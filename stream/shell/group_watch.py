@@ -80,7 +80,8 @@ def last_words(failure: BaseException, thread: Any, brokers: str, silent_s: floa
 
 def _chain(error: BaseException) -> str:
     """Return an exception and what it came of, the first cause last."""
-    words, seen, each = list[str](), set[int](), error
+    words, seen = list[str](), set[int]()
+    each: BaseException | None = error
     while each is not None and id(each) not in seen:
         seen.add(id(each))
         words.append(f"{type(each).__name__}: {each}")
