@@ -16,7 +16,7 @@ fills a column that is missing with null and ignores one that it does not know. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import pyarrow as pa
@@ -103,11 +103,16 @@ than the highest seen, which a fenced-off process wrote.
 """
 
 
+EPOCH_MAX = 1 << 62
+"""Epochs, and times in ms, are below it. None of ours comes so far; one beyond it would leave no next one."""
+Epoch = Annotated[int, msgspec.Meta(gt=-EPOCH_MAX, lt=EPOCH_MAX)]
+
+
 class ExternalValue(msgspec.Struct, frozen=True):
     """What `features` holds of an entity, under the key `external/<source>/<key>`; deleted when the entity is gone."""
 
-    crawl_time_ms: int
-    epoch: int
+    crawl_time_ms: Epoch
+    epoch: Epoch
     values: msgspec.Raw
 
 
@@ -213,7 +218,7 @@ def encode_punctuation(punctuation: Punctuation) -> bytes:
 def decode_punctuation(data: bytes) -> Punctuation:
     """Read what `encode_punctuation` wrote. Raises as `decode_json`, for numbers of more than 63 bits too."""
     found: Punctuation = decode_json(data, Punctuation)
-    if max(abs(found.time_ms), abs(found.epoch)) >= 1 << 62:
+    if max(abs(found.time_ms), abs(found.epoch)) >= EPOCH_MAX:
         raise msgspec.ValidationError("a time or an epoch is out of range")
     return found
 
