@@ -4,12 +4,12 @@ A request shows several ads to one cookie, of which only a keyed hash is stored:
 secret of 16 bytes at least, the same for every gateway and serving process.
 """
 
-from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
+from headrace.contract.project import FeedbackType, FieldType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, Counter, Cross, FeatureSpec, MultiValued, Numeric, Rate, TimePart
 from headrace.trainer.recipes import multitask
 
 SECOND_MS, MINUTE_MS, HOUR_MS = 1_000, 60_000, 3_600_000
-AD = {"campaign": "int64", "publisher": "string", "device": "string"}
+AD: dict[str, FieldType] = {"campaign": "int64", "publisher": "string", "device": "string"}
 
 PROJECT = Project(
     name="ads",
@@ -20,9 +20,7 @@ PROJECT = Project(
         private={"cookie": "hash"},
     ),
     feedback=(
-        FeedbackType(
-            name="click", tag="ads.click", fields={"cookie": "string", **AD}, private={"cookie": "hash"}
-        ),
+        FeedbackType(name="click", tag="ads.click", fields={"cookie": "string", **AD}, private={"cookie": "hash"}),
         # What was paid is the event's `value`.
         FeedbackType(
             name="conversion", tag="ads.conversion", fields={"cookie": "string", **AD}, private={"cookie": "hash"}

@@ -19,7 +19,10 @@ pytestmark = [pytest.mark.real, pytest.mark.long, pytest.mark.timeout(900)]
 
 SECONDS, RATE = 150, 40
 FASTER = {
-    "ads": ("SECOND_MS, MINUTE_MS, HOUR_MS = 1_000, 60_000, 3_600_000", "SECOND_MS, MINUTE_MS, HOUR_MS = 100, 500, 30_000"),
+    "ads": (
+        "SECOND_MS, MINUTE_MS, HOUR_MS = 1_000, 60_000, 3_600_000",
+        "SECOND_MS, MINUTE_MS, HOUR_MS = 100, 500, 30_000",
+    ),
     "fraud": ("HOUR_MS = 3_600_000", "HOUR_MS = 6_000"),
 }
 TASKS = {"store": {"click"}, "ads": {"click", "conversion"}, "fraud": {"chargeback"}}

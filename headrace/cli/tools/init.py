@@ -1,8 +1,8 @@
 """Make the folder of a new project: headrace.toml, project.py, and traffic.py for a try.
 
-Without --like it is the smallest project, a store with clicks. `--like ads` has several ads a request, a hashed key, two
-tasks and corrections; `--like fraud` has labels that come hours late; `--like shop` is the demo shop, with settings of
-your own. Change what you like: nothing but these files is yours, and nothing is sent before you start `headrace
+Without --like it is the smallest project, a store with clicks. `--like ads` has several ads a request, a hashed key,
+two tasks and corrections; `--like fraud` has labels that come hours late; `--like shop` is the demo shop, with settings
+of your own. Change what you like: nothing but these files is yours, and nothing is sent before you start `headrace
 traffic`.
 """
 
@@ -28,7 +28,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""
     parser.add_argument("folder", metavar="NAME", help="the new folder; its last part names project, model and tags")
-    parser.add_argument("--like", choices=LIKE, default=SMALLEST, help="which example to begin with; without it a store")
+    parser.add_argument(
+        "--like", choices=LIKE, default=SMALLEST, help="which example to begin with; without it a store"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

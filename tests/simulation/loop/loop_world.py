@@ -290,7 +290,7 @@ class Loop:
         return as_trained(self.project, self.topics, self.log.reader(), self.lake, train=self.config.train)
 
     def check(self) -> Ledger:
-        """Fail unless the ledger closes from the log and from seals, nothing is lost or twice, and a replay is equal."""
+        """Fail unless the ledger closes, from log and seals, nothing is lost or twice, and a replay is equal."""
         full, sealed = self.ledger("full"), self.ledger("seals")
         for ledger in (full, sealed):
             told = msgspec.json.encode(ledger)

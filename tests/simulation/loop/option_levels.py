@@ -23,7 +23,6 @@ from headrace.contract.spec import (
     Bucket,
     Categorical,
     Counter,
-    Cross,
     Custom,
     Mean,
     MultiValued,
@@ -228,9 +227,7 @@ def own_features(draft: Draft) -> None:
     def check(out: Outcome) -> None:
         assert {row["numeric"][-1] for row in out.rows()} == {2.0}
 
-    draft.features.append(
-        Custom(function="matrix_halves", version=1, fields=("item", "price"), gives="slots", width=2)
-    )
+    draft.features.append(Custom(function="matrix_halves", version=1, fields=("item", "price"), gives="slots", width=2))
     draft.last.append(Custom(function="matrix_length", version=2, fields=("page",), gives="numbers"))
     draft.checks.append(check)
 

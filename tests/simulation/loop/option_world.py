@@ -53,17 +53,13 @@ class Draft:
     fields: dict[str, FieldType] = field(
         default_factory=lambda: {"user": "string", "item": "int64", "page": "string", "price": "float64"}
     )
-    told: dict[str, FieldType] = field(
-        default_factory=lambda: {"user": "string", "item": "int64", "page": "string"}
-    )
+    told: dict[str, FieldType] = field(default_factory=lambda: {"user": "string", "item": "int64", "page": "string"})
     """Fields of feedback, which says them again."""
     private: dict[str, Any] = field(default_factory=dict)
     unknown: Any = "drop"
     tasks: tuple[Task, ...] = (Task(name="click", feedback="click", window_ms=WINDOW_MS),)
     counters: list[Counter] = field(default_factory=list)
-    features: list[Feature] = field(
-        default_factory=lambda: [Categorical(field="item"), Cross(fields=("user", "page"))]
-    )
+    features: list[Feature] = field(default_factory=lambda: [Categorical(field="item"), Cross(fields=("user", "page"))])
     last: list[Feature] = field(default_factory=list)
     """Features that come after all others."""
     crawls: list[Crawl] = field(default_factory=list)
@@ -330,4 +326,4 @@ def _check_features(out: Outcome) -> None:
             assert row["slots"] == slots_NF[place].tolist()
             assert row["numeric"] == numeric_ND[place].tolist()
     assert matrix(out.samples["slots"].combine_chunks(), spec.slots).shape[0] == out.samples.num_rows
-    assert START_MS < min(row["event_time_ms"] for row in rows.values())
+    assert min(row["event_time_ms"] for row in rows.values()) > START_MS

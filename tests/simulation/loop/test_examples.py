@@ -1,5 +1,5 @@
-"""Goal: a project that `headrace init` wrote comes to good scores: 90 % of what the best model gains over a constant, and
-calibrated. Method: the example's made-up visitors, whose true probabilities are known, go through the whole loop in
+"""Goal: a project that `headrace init` wrote comes to good scores: 90 % of what the best model gains over a constant,
+and calibrated. Method: the example's made-up visitors, whose true probabilities are known, go through the whole loop in
 memory under virtual time; what was served is held against them."""
 
 from __future__ import annotations
