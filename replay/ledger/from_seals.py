@@ -91,9 +91,10 @@ class SealedStock:
         for name, totals in runs.items():
             known = before.runs.get(name)
             found = _Run(self, ledger, topic, totals, known, _choices(heads.get(name), self.project, tasks))
-            ledger.models[name] = counts = found.draw()
+            ledger.models[name] = found.draw()
             after.runs[name] = KeptRun(totals=totals, heads=found.heads, others=found.others)
-            left = None if totals.positions else counts.in_flight
+            # A run that stands at the end of what it learnt of the lake has not said yet how far that goes.
+            left = None if totals.positions else watch.count(found.heads) - totals.rows
             watch.draw(ledger, "model", totals.upto(), left, found.heads)
         told, retried = letters()
         dead, fates = count_letters(ledger, told, retried, tags_of(self.project))
@@ -395,16 +396,21 @@ class _Ages:
         left: int | None = None,
         tasks: Sequence[str] | None = None,
     ) -> None:
-        """Say how old the oldest sample beyond `upto` is; none is where `left` is 0. With `tasks`, a partition counts
+        """Say how old the oldest sample beyond `upto` is; none is where `left` is at most 0. With `tasks`, a partition counts
         where one of theirs is beyond: a run that learns some of the tasks does not move on for the others'."""
         if self._newest_ms == NO_TIME:
             return
         oldest_ms = self._newest_ms
-        for partition in self._partitions if left != 0 else ():
+        for partition in self._partitions if left is None or left > 0 else ():
             place = self._topic.following(partition, upto.get(partition, START))
             if place is not None and (tasks is None or self._has_more(partition, upto.get(partition, START), tasks)):
                 oldest_ms = min(oldest_ms, place.seal.watermark_ms)
         ledger.behind_ms[where] = max(0, self._newest_ms - oldest_ms)
+
+    def count(self, tasks: Sequence[str]) -> int:
+        """Return how many samples of these tasks the topic has had."""
+        places = [self._topic.newest(partition) for partition in self._partitions]
+        return sum(whole(place.seal.tasks, tasks).count for place in places if place is not None)
 
     def _has_more(self, partition: int, position: Position, tasks: Sequence[str]) -> bool:
         """Say whether a sample of these tasks is beyond a position; true where the seals do not tell."""

@@ -256,6 +256,22 @@ class Loop:
         for _ in range(4):
             self.updater.step(0.0)
 
+    def train_anew(self, seed: int) -> None:
+        """Begin another run, of another seed, which learns the lake as a new recipe does; serving goes over to it."""
+        self.project = msgspec.structs.replace(
+            self.project, recipe=msgspec.structs.replace(self.project.recipe, seed=seed)
+        )
+        self.trainer = Trainer(self._training())
+        self.trainer.recover()
+        # What it held back while it learnt the lake is published in the turns after that.
+        quiet = 0
+        while quiet < 3:
+            self.clock.advance(1.0)
+            quiet = 0 if self.trainer.turn() else quiet + 1
+        self.trainer.close()
+        for _ in range(4):
+            self.updater.step(0.0)
+
     # -- what there is then
 
     def records(self, topic: str) -> list[Record]:

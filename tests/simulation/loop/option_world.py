@@ -25,6 +25,7 @@ from headrace.contract.formats.sample import matrix
 from headrace.contract.mapping import AccessLog
 from headrace.contract.project import FeedbackType, FieldType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import EVENT_TIME, Categorical, Counter, Cross, Feature, FeatureSpec
+from headrace.replay.ledger.ledger import Ledger
 from headrace.serving.model.scorer import merge
 from headrace.stream.features.featurize import featurize
 
@@ -283,8 +284,20 @@ def expected_samples(out: Outcome) -> Tally[tuple[str, str, float, bool, float]]
 
 def check(out: Outcome) -> None:
     """Fail unless all that was sent is in the ledger, each label is right, what was scored is what was learnt, a replay
-    has the same digest, and the last answer is of a trained model."""
+    has the same digest, and the last answer is of a trained model; and all that again of a run that learns the lake."""
     loop, ledger = out.loop, out.loop.check()
+    _check_samples(out, ledger)
+    _check_features(out)
+    _check_answer(out)
+    loop.train_anew(seed=99)
+    again = loop.check()
+    assert len(again.models) == 2 and again.learnt + again.sampled_out + again.in_flight == out.samples.num_rows
+    _check_answer(out)
+
+
+def _check_samples(out: Outcome, ledger: Ledger) -> None:
+    """Every event is where it belongs, once, and every label is right."""
+    loop = out.loop
     assert ledger.impressions == len(out.shown) and ledger.feedback == out.feedback
     assert ledger.repeated + ledger.repeated_in_log == out.repeated
     out.letters.update(out.draft.refused)
@@ -293,15 +306,19 @@ def check(out: Outcome) -> None:
     found = Tally((r["event_id"], r["task"], r["label"], bool(r["correction"]), r["weight"]) for r in rows)
     wanted = expected_samples(out)
     assert found == wanted, f"too many {sorted(found - wanted)[:5]}, missing {sorted(wanted - found)[:5]}"
-    _check_features(out)
     learnt = list(out.project.recipe.heads)
     assert sorted(ledger.models) == [loop.trainer.run_id]
     assert ledger.learnt + ledger.sampled_out + ledger.in_flight == len(rows)
     if out.project.recipe.negative_share == 1:
         assert ledger.learnt == sum(row["task"] in learnt for row in rows)
+
+
+def _check_answer(out: Outcome) -> None:
+    """The last answer is of the newest version of a trained model, with a score for each task that it learns."""
+    learner, recipe = out.loop.trainer.learner, out.project.recipe
     last = _answer(out, "last", question(out))
-    assert last["version"] == f"{loop.trainer.run_id}-{loop.trainer.learner.step}" and loop.trainer.learner.step > 10
-    assert sorted(last.get("tasks", {})) == sorted(set(learnt) - {out.project.recipe.task})
+    assert last["version"] == f"{out.loop.trainer.run_id}-{learner.step}" and learner.step > 0
+    assert sorted(last.get("tasks", {})) == sorted(set(recipe.heads) - {recipe.task})
     scores = np.array([last["scores"], *last.get("tasks", {}).values()])
     assert np.isfinite(scores).all() and (scores > 0).all() and (scores < 1).all()
     assert last["scores"] != out.untrained["scores"]

@@ -22,7 +22,7 @@ KINDS: tuple[type[msgspec.Struct], ...] = (
 )
 """Every struct that a project is made of."""
 
-_FETCHING = "tests/unit/ingest/test_crawl_sources.py"
+_FETCHING = "tests/unit/ingest/crawl/test_crawl_sources.py"
 EXEMPT = {
     **{f"Crawl.{name}": _FETCHING for name in ("sitemaps", "follow", "hosts", "every_ms", "pages_max", "keys_max")},
     **{f"Crawl.{name}": _FETCHING for name in ("depth_max", "bytes_max", "timeout_ms", "delay_ms", "parallel")},
