@@ -155,7 +155,7 @@ def _from_log(
         punctuations=punctuations,
         retried=superseded(letters, marks),
         retained_before_ms=retained_before_ms,
-        refused=refused_ids(pa.concat_tables([stored, topic]), project.features),
+        refused=refused_ids(pa.concat_tables([stored, topic]), project.features, project.recipe),
         recipes=_recipes(project, steps, manifests),
     )
     ledger = draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)

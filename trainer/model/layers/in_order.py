@@ -40,8 +40,11 @@ class Outcome(NamedTuple):
     """Of all samples' gradients side by side."""
 
 
-def learn_in_order(recipe: Recipe, tables: Tables, net: LinearModel, batch: Batch, ids: DistinctIds) -> Outcome:
-    """Score and learn each sample in turn. The tables must be of one kind and the recipe of one task."""
+def learn_in_order(
+    recipe: Recipe, tables: Tables, net: LinearModel, batch: Batch, ids: DistinctIds, prior_B: Float32s
+) -> Outcome:
+    """Score and learn each sample in turn, `prior_B` added to its log-odds. The tables must be of one kind and the recipe
+    of one task."""
     table, samples = tables.tables[0], len(batch)
     logit_B, learnt_B = np.empty(samples, np.float32), np.empty(samples, np.bool_)
     learnt_U = np.zeros(len(ids.keys_U), np.bool_)
@@ -55,6 +58,7 @@ def learn_in_order(recipe: Recipe, tables: Tables, net: LinearModel, batch: Batc
         np.ascontiguousarray(batch.numeric_BD),
         batch.label_B,
         batch.weight_B,
+        prior_B,
         offset,
         is_weighted,
         recipe.model == "fm",
@@ -87,6 +91,7 @@ def _learn(
     numeric_BD: Float32s,
     label_B: Float32s,
     weight_B: Float32s,
+    prior_B: Float32s,
     offset: np.float32,
     is_weighted: bool,
     is_fm: bool,
@@ -114,7 +119,7 @@ def _learn(
     power1, power2 = BETA1**steps, BETA2**steps
     all_rows, all_dense = 0.0, 0.0
     for b in range(samples):
-        logit = weight_P[0] + _read(floats_RW, rows_U, values_UV, index_FB[:, b], is_fm, rows_F, value_FV, sum_V)
+        logit = prior_B[b] + weight_P[0] + _read(floats_RW, rows_U, values_UV, index_FB[:, b], is_fm, rows_F, value_FV, sum_V)
         for d in range(numeric_BD.shape[1]):
             logit += numeric_BD[b, d] * weight_P[1 + d]
         logit_B[b] = logit

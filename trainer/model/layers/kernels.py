@@ -211,6 +211,16 @@ def squares_of(array_UV: Float32s) -> np.float32:
     return squares
 
 
+def rate_of(lr: float, samples: int, rate_rows: int) -> float:
+    """Return the rate of a step of so many samples: `lr` from `rate_rows` samples on, less by the root below.
+
+    Steps of few samples are many, and each has a noisier gradient, that Adam makes as long as others.
+
+    Source: Malladi et al., "On the SDEs and scaling rules for adaptive gradient algorithms", NeurIPS 2022.
+    """
+    return lr * math.sqrt(samples / rate_rows) if 0 < samples < rate_rows else lr
+
+
 def adam(
     weight_P: Float32s, grad_P: Float32s, first_P: Float32s, second_P: Float32s, *, lr: float, step: int, samples: int
 ) -> None:
