@@ -81,6 +81,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     squares_half_life_ms: Annotated[int, Meta(ge=0)] = 0
     """Adagrad's rows: in so much event time a sum of squares halves, so that a row's rate does not end at 0 over weeks
     and an idle row learns fast again. 0: never."""
+    squares_init: NotNegative = 0.0
+    """Adagrad's rows: what a new row's sums of squares begin with. From 0 the first gradient of a row, large or small,
+    moves it by lr_table; positives come first, and would move it more than their share."""
     init_scale: NotNegative = 0.01
     """A new row's embedding is uniform in +- this, by its key and the seed."""
     slot_dims: dict[str, Annotated[int, Meta(ge=0, le=256)]] = {}
@@ -110,8 +113,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     wait_for_negative: bool = False
     """Positives of a task are not learnt before its first negative. Positives come at once and negatives when their
     window ends, so that a log's first window would teach that all are positive."""
-    stored_order: Literal["event_time", "known_time"] = "event_time"
-    """Order in which the lake is learnt. `known_time`: as samples became known, which is how they come live. By
+    stored_order: Literal["event_time", "position"] = "event_time"
+    """Order in which the lake is learnt. `position`: as samples followed one another in the log, which is how they come live. By
     `event_time` the lake ends with the positives of a window whose negatives are still to come."""
     rate_rows: Annotated[int, Meta(ge=0, le=65_536)] = 0
     """Rows of a step that `lr_dense` is for: a smaller step of n rows takes lr_dense sqrt(n / rate_rows). So live steps

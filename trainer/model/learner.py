@@ -221,6 +221,7 @@ def _optimizer(recipe: Recipe, kind: Kind) -> Optimizer:
         beta1=recipe.adam_beta1,
         beta2=recipe.adam_beta2,
         half_life_ms=recipe.squares_half_life_ms if kind.startswith("adagrad") else 0,
+        squares=recipe.squares_init if kind.startswith("adagrad") else 0.0,
     )
 
 

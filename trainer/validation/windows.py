@@ -1,0 +1,118 @@
+"""The windows of one task: tallies by impression time, closed when none of their labels is still to come. Pure.
+
+Each task has windows of its own length, so a fast task does not wait for a slow one. A window is five cells. A cell is
+*resolved* when the task's window has passed it: then every impression in it has its label, but for late feedback. It is
+*closed* when late feedback can change nothing any more, a window when all its cells are.
+
+Until the first window is closed there is a provisional figure, of the cells that are resolved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from headrace.contract.project import Task
+from headrace.trainer.model.tables.table import Int64s
+from headrace.trainer.validation.figures import Bools, Scored, State, Tally
+from headrace.trainer.validation.value_figures import ValueTally
+
+AnyTally = Tally | ValueTally
+CELLS = 5
+CELL_MS_MIN = 2_000
+
+
+class TaskWindows:
+    """Tallies of one task. `total` is of all closed windows, `newest` of the newest one."""
+
+    def __init__(self, task: Task, new: Callable[[], AnyTally]) -> None:
+        self.new, self.total, self.newest = new, new(), new()
+        self.cell_ms = max(task.window_ms, CELL_MS_MIN)
+        self.span_ms = CELLS * self.cell_ms
+        self.resolved_after_ms = task.window_ms
+        self.close_after_ms = task.window_ms + task.correct_ms
+        self._cells: dict[int, AnyTally] = {}
+        self._partial: dict[int, AnyTally] = {}
+        """Of windows, what their closed cells hold."""
+        self._cells_below = self._closed_below = -1
+        """The newest closed cell and window."""
+
+    def add(self, scored: Scored, time_ms_B: Int64s) -> None:
+        """Count samples by the times of their impressions."""
+        cell_B = time_ms_B // self.cell_ms
+        for cell in np.unique(cell_B).tolist():
+            here_B: Bools = cell_B == cell
+            self._tally_of(int(cell)).add(scored if here_B.all() else scored.where(here_B))
+
+    def _tally_of(self, cell: int) -> AnyTally:
+        window = cell // CELLS
+        if window <= self._closed_below:
+            return self.total
+        if cell <= self._cells_below:
+            return self._partial.setdefault(window, self.new())
+        return self._cells.setdefault(cell, self.new())
+
+    def close(self, known_ms: int) -> list[tuple[int, AnyTally]]:
+        """Close what is over at a time that all that came is known of; return the ends and tallies of closed windows."""
+        closed = []
+        for cell in sorted(self._cells):
+            if (cell + 1) * self.cell_ms + self.close_after_ms > known_ms:
+                break
+            self._partial.setdefault(cell // CELLS, self.new()).merge(self._cells.pop(cell))
+            self._cells_below = cell
+        for window in sorted(self._partial):
+            end_ms = (window + 1) * self.span_ms
+            if end_ms + self.close_after_ms > known_ms:
+                break
+            self.newest = self._partial.pop(window)
+            self._closed_below = window
+            self.total.merge(self.newest)
+            closed.append((end_ms, self.newest))
+        return closed
+
+    @property
+    def is_settled(self) -> bool:
+        """True once a window is closed."""
+        return self._closed_below >= 0
+
+    def provisional(self, known_ms: int) -> AnyTally:
+        """Return what is resolved so far and not in a closed window, late feedback aside."""
+        out = self.new()
+        for tally in self._partial.values():
+            out.merge(tally)
+        for cell, tally in self._cells.items():
+            if (cell + 1) * self.cell_ms + self.resolved_after_ms <= known_ms:
+                out.merge(tally)
+        return out
+
+    def first_in_ms(self, known_ms: int) -> int:
+        """Return how much event time the first closed window is away; 0 once there is one."""
+        if self.is_settled:
+            return 0
+        windows = [*self._partial, *(cell // CELLS for cell in self._cells)]
+        first = min(windows, default=known_ms // self.span_ms)
+        return max(0, (first + 1) * self.span_ms + self.close_after_ms - known_ms)
+
+    def state(self) -> State:
+        """Return everything; `load` takes it."""
+        kept = {"total": self.total, "newest": self.newest}
+        kept |= {f"cell{number}": tally for number, tally in sorted(self._cells.items())}
+        kept |= {f"window{number}": tally for number, tally in sorted(self._partial.items())}
+        out: State = {"below": np.array([self._cells_below, self._closed_below], np.int64)}
+        for name, tally in kept.items():
+            out |= {f"{name}/{key}": array for key, array in tally.state().items()}
+        return out
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Replace everything by what `state` returned."""
+        kept: dict[str, State] = {}
+        for key, array in state.items():
+            name, slash, rest = key.partition("/")
+            if slash:
+                kept.setdefault(name, {})[rest] = array
+        tallies = {name: self.new().load(arrays) for name, arrays in kept.items()}
+        self.total, self.newest = tallies.pop("total"), tallies.pop("newest")
+        self._cells = {int(n[4:]): t for n, t in tallies.items() if n.startswith("cell")}
+        self._partial = {int(n[6:]): t for n, t in tallies.items() if n.startswith("window")}
+        self._cells_below, self._closed_below = (int(x) for x in state["below"])
