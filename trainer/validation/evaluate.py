@@ -88,8 +88,11 @@ class Standing:
     slices: Mapping[str, AnyFigures]
     is_provisional: bool
     """True while no window is closed: the figures are of what is resolved so far, and late feedback may change them."""
-    first_in_ms: int
-    """Event time to the first closed window; 0 once there is one."""
+    next_in_ms: int
+    """Event time to the first provisional figure, then to the first closed window; then 0."""
+    recent_samples: int
+    recent_calibration: float
+    """Of the newest impressions whose windows have passed, a window's length or more of them; late feedback aside."""
 
 
 class _OldValues:
@@ -253,7 +256,9 @@ class Evaluation:
         windows = self.windows[self.tasks.index(task)]
         settled = windows.is_settled or windows.total.figures().samples > 0
         tally = windows.total if settled else windows.provisional(self.known_ms)
-        return Standing(*self._named(tally), not settled, 0 if settled else windows.first_in_ms(self.known_ms))
+        figures, slices = self._named(tally)
+        next_in_ms = 0 if settled else windows.next_in_ms(self.known_ms, provisional=figures.samples > 0)
+        return Standing(figures, slices, not settled, next_in_ms, *windows.recent())
 
     def _named(self, tally: AnyTally) -> tuple[AnyFigures, dict[str, AnyFigures]]:
         names = self.slices.names

@@ -125,6 +125,11 @@ class Tally:
         self.slice_sums_G2[:groups] += other.slice_sums_G2
 
     @property
+    def balance(self) -> tuple[float, float, float]:
+        """Samples, sum of their labels, sum of the scores."""
+        return float(self.model_2N.sum()), self.positives, float(self.sums_2[1])
+
+    @property
     def positives(self) -> float:
         """How many samples are positive."""
         return float(self.model_2N[1].sum())

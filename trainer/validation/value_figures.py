@@ -118,6 +118,11 @@ class ValueTally:
         self.slice_sums_G6[: len(other.slice_sums_G6)] += other.slice_sums_G6
 
     @property
+    def balance(self) -> tuple[float, float, float]:
+        """Samples, sum of their values, sum of what was said."""
+        return float(self.sums_6[0]), float(self.sums_6[3]), float(self.sums_6[5])
+
+    @property
     def positives(self) -> float:
         """How many samples have a value other than 0."""
         return float(self.model_VP.sum() - self.model_VP[len(self.model_VP) // 2].sum())

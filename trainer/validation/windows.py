@@ -9,6 +9,8 @@ Until the first window is closed there is a provisional figure, of the cells tha
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -37,6 +39,8 @@ class TaskWindows:
         """Of windows, what their closed cells hold."""
         self._cells_below = self._closed_below = -1
         """The newest closed cell and window."""
+        self._balances: deque[tuple[int, tuple[float, float, float]]] = deque(maxlen=CELLS)
+        """Of the newest resolved cells, see `recent`; a restart begins with none."""
 
     def add(self, scored: Scored, time_ms_B: Int64s) -> None:
         """Count samples by the times of their impressions."""
@@ -56,6 +60,10 @@ class TaskWindows:
     def close(self, known_ms: int) -> list[tuple[int, AnyTally]]:
         """Close what is over at a time that all that came is known of; return the ends and tallies of closed windows."""
         closed = []
+        told = self._balances[-1][0] if self._balances else -1
+        for cell in sorted(self._cells):
+            if cell > told and (cell + 1) * self.cell_ms + self.resolved_after_ms <= known_ms:
+                self._balances.append((cell, self._cells[cell].balance))
         for cell in sorted(self._cells):
             if (cell + 1) * self.cell_ms + self.close_after_ms > known_ms:
                 break
@@ -86,13 +94,23 @@ class TaskWindows:
                 out.merge(tally)
         return out
 
-    def first_in_ms(self, known_ms: int) -> int:
-        """Return how much event time the first closed window is away; 0 once there is one."""
+    def recent(self) -> tuple[int, float]:
+        """Return how many samples the newest resolved cells have, and what was said of them by what they are: their
+        calibration, known before late feedback and a whole window are; NaN without a positive."""
+        samples, labels, said = np.array([b for _, b in self._balances] or [(0.0, 0.0, 0.0)]).sum(axis=0).tolist()
+        return int(samples), said / labels if labels else math.nan
+
+    def next_in_ms(self, known_ms: int, *, provisional: bool) -> int:
+        """Return how much event time the next kind of figure is away: with `provisional` the first closed window, else
+        the first resolved cell. 0 once a window is closed."""
         if self.is_settled:
             return 0
-        windows = [*self._partial, *(cell // CELLS for cell in self._cells)]
-        first = min(windows, default=known_ms // self.span_ms)
-        return max(0, (first + 1) * self.span_ms + self.close_after_ms - known_ms)
+        cells = [*self._cells, *(window * CELLS for window in self._partial)]
+        first = min(cells, default=max(known_ms, 0) // self.cell_ms)
+        end_ms = (first // CELLS + 1) * self.span_ms + self.close_after_ms
+        if not provisional:
+            end_ms = (first + 1) * self.cell_ms + self.resolved_after_ms
+        return max(0, end_ms - known_ms)
 
     def state(self) -> State:
         """Return everything; `load` takes it."""
