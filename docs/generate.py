@@ -178,7 +178,7 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        "<!-- Written by `make docs` from headrace/contract/metrics.py: change it there. -->",
+        "<!-- Written by `make docs` from headrace/contract/metrics/: change it there. -->",
         "",
         "Every stage serves `/metrics` in Prometheus' text format, `/readyz` and `/healthz` on a port of its own.",
         "There the name of a metric is `headrace_<stage>_<name>`. A label that a stage does not use is empty.",

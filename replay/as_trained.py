@@ -60,15 +60,17 @@ def as_trained(
     train: TrainConfig | None = None,
     step: int | None = None,
     holder: str = "replay",
+    samples_id: str = "",
     progress: Progress | None = None,
 ) -> Result:
     """Replay the newest run of `project` up to its newest snapshot (or up to `step`) and compare digests.
 
     It learns where the settings `train` say, as the run did: other devices give other bits. The versions of the lake
-    that are read are leased to `holder`, a name of its own for each replay at one time.
+    that are read are leased to `holder`, a name of its own for each replay at one time. `samples_id` is the id of the
+    `samples` topic, as `Admin.topic_id`; "" asks nothing of the steps.
 
     Raises `ConfigRejected` where nothing was published yet, or the run was trained by another recipe or spec;
-    `InvariantBroken` where recorded samples are found nowhere.
+    `InvariantBroken` where recorded samples are found nowhere, or were in a topic that was made anew since.
     """
     began = time.monotonic()
     manifests = read_manifests(reader, topics, project.name)
@@ -84,7 +86,7 @@ def as_trained(
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
     shown = progress or Silent()
     shown.begin(f"replaying {target} steps of run {run}", sum(r.rows for s in steps for r in s.ranges))
-    ranges, in_lake = recorded_rows(project, topics, reader, lake, steps, holder)
+    ranges, in_lake = recorded_rows(project, topics, reader, lake, steps, holder, samples_id)
     learner, learnt, from_lake = learner_for(project, train or TrainConfig()), 0, 0
     for each in steps:
         _open_stored(ranges.stored, each)
@@ -133,12 +135,18 @@ def read_steps(reader: Reader, topics: Topics, model: str, run: str, upto: int) 
 
 
 def recorded_rows(
-    project: Project, topics: Topics, reader: Reader, lake: LakeReader | None, steps: Sequence[Step], holder: str
+    project: Project,
+    topics: Topics,
+    reader: Reader,
+    lake: LakeReader | None,
+    steps: Sequence[Step],
+    holder: str,
+    samples_id: str = "",
 ) -> tuple[RangeReader, Positions]:
     """Return a reader that has the rows of all live ranges of `steps`, from the lake's newest version and what the
     topic has beyond it, and the positions up to which they came from the lake.
 
-    Raises `InvariantBroken` when the topic ends before the last of them.
+    Raises `InvariantBroken` when the topic ends before the last of them, or is not the one that they were taken from.
     """
     schema, tasks = sample_schema(project), project.recipe.heads
     first: dict[int, Position] = {}
@@ -148,6 +156,9 @@ def recorded_rows(
         upto[each.partition] = Position(*each.upto)
     state = lake.state() if lake is not None and upto else None
     in_lake = Positions(topics.generation) if state is None else state.positions
+    for step in steps:
+        if not all(_is_in_lake(r, in_lake) for r in step.ranges):
+            _check_samples(step, samples_id, topics.samples)
     live = LiveRows(schema, tasks)
     begins = reader.begin_offsets(topics.samples)
     for p, position in first.items():
@@ -168,6 +179,16 @@ def recorded_rows(
         _read_on(reader, topics.samples, live, {p: upto[p] for p in missing})
     stored = StoredRows(lake, schema, tasks, holder, order=project.recipe.stored_order)
     return RangeReader(stored, live, schema), in_lake
+
+
+def _check_samples(step: Step, samples_id: str, topic: str) -> None:
+    """Raise `InvariantBroken` where a step took rows of a topic that is no more: others may lie at their offsets."""
+    if step.samples_id and samples_id and step.samples_id != samples_id:
+        raise InvariantBroken(
+            f"step {step.step} of run {step.run} learnt rows of topic {topic!r} with id {step.samples_id} which the "
+            f"lake does not hold, and the topic has id {samples_id}: it was deleted and made anew, and its rows are "
+            "others. Replay up to a step before it with --step, or bring the lake back that has its rows."
+        )
 
 
 def _in_position_order(rows: pa.Table) -> pa.Table:

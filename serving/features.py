@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
 from headrace.contract.errors import HeadraceError, InvariantBroken
-from headrace.contract.formats.events import ExternalValue
+from headrace.contract.formats.events import EPOCH_MAX, Epoch, ExternalValue
 from headrace.contract.formats.json_record import decode_json
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
@@ -49,8 +49,8 @@ _NEWEST = (1 << 63, 0)
 
 
 class _Entry(msgspec.Struct):
-    as_of_ms: int
-    epoch: int
+    as_of_ms: Epoch
+    epoch: Epoch
     buckets: dict[str, list[int]]
 
 
@@ -217,6 +217,7 @@ class FeatureMemory:
 def _said(gone: Record) -> tuple[int, int]:
     """Return of when it is that a key is gone; what release 0.1 wrote does not say, and counts."""
     try:
-        return int(gone.headers["epoch"]), int(gone.headers["as_of_ms"])
+        said = int(gone.headers["epoch"]), int(gone.headers["as_of_ms"])
+        return said if max(map(abs, said)) < EPOCH_MAX else _NEWEST
     except (LookupError, ValueError):
         return _NEWEST

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from local_world import CHECKOUT, free_base
+from local_world import CHECKOUT, own_layout
 
-from headrace.contract.config import port
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import stack as local_stack
-from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.servers import cephfs as local_cephfs
 from headrace.serving.model.region_file import region_in_memory
 
@@ -40,17 +39,7 @@ def shop_dir() -> Path:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
     """Real Kafka and real HDFS on free ports, without stages; ended with the session. Jars are the checkout's."""
-    base = free_base()
-    layout = Layout(
-        home=tmp_path_factory.mktemp("stack") / "home of it",
-        port_base=base,
-        brokers=f"{HOST}:{port('kafka', base)}",
-        store=f"hdfs://{HOST}:{port('namenode', base)}/headrace",
-        webhdfs=f"http://{HOST}:{port('namenode_http', base)}",
-        project=CHECKOUT / "examples" / "shop",
-        own_kafka=True,
-        own_hdfs=True,
-    )
+    layout = own_layout(tmp_path_factory.mktemp("stack") / "home of it")
     try:
         local_stack.start(layout, Topics().specs(2), print, stages=False)
         yield layout

@@ -263,6 +263,7 @@ class Trainer:
             lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
             self.deps.background,
             is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
+            moved=self.uploads.moved,
             kept=named_blobs(manifests, but=self.run_id),
         )
 

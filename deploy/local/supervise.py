@@ -26,6 +26,8 @@ from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.deploy.local.layout import HOST, MARK, Layout
 from headrace.deploy.local.restarts import MAX_S, Crashes
 
+ANSWER_S = 10.0
+"""Longest wait for supervisord's answer, which comes within some ms."""
 STOP_S = 6
 """A process that gets SIGTERM has 5 s to stop cleanly; a second more, then SIGKILL."""
 
@@ -56,7 +58,7 @@ class _Transport(xmlrpc.client.Transport):
 
     def make_connection(self, host: Any) -> http.client.HTTPConnection:
         connection = super().make_connection(host)
-        connection.timeout = 10.0
+        connection.timeout = ANSWER_S
         return connection
 
 
@@ -149,8 +151,22 @@ class Supervisor:
         except (OSError, xmlrpc.client.Error, http.client.HTTPException):
             return {}
 
+    def unanswered(self) -> str:
+        """Return what is true where no supervisord answers and something of the stack lives; "" where nothing does."""
+        left = orphans(self.layout.home)
+        if not left:
+            return ""
+        parents = [(p.pid, _state(p)) for p in left if _is_supervisor(p)]
+        said = f"supervisord (pid {parents[0][0]}, {parents[0][1]})" if parents else "no supervisord"
+        goes_on = f"`kill -CONT {parents[0][0]}` lets it go on; " if parents and parents[0][1] == "stopped" else ""
+        return (
+            f"{said} {'does not answer' if parents else 'answers'} for {self.layout.home}, and {len(left)} processes "
+            f"of the stack live, with the ids {sorted(p.pid for p in left)}. Whether they work, their logs in "
+            f"{self.layout.logs} tell. {goes_on}`make down` ends them, `make up` ends them and starts anew."
+        )
+
     def processes(self) -> list[Process]:
-        """Return what runs and what does not. Empty when no supervisord answers."""
+        """Return what runs and what does not. Empty when no supervisord answers: `unanswered` tells what lives then."""
         try:
             rows = self._ask("getAllProcessInfo")
         except (OSError, xmlrpc.client.Error, http.client.HTTPException):
@@ -307,6 +323,12 @@ def end_orphans(home: Path) -> int:
     if remaining := orphans(home):
         raise InvariantBroken(f"processes {[p.pid for p in remaining]} of {home} do not end, not even by SIGKILL.")
     return count
+
+
+def _state(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return str(process.status())
+    return "ended"
 
 
 def _is_supervisor(process: psutil.Process) -> bool:

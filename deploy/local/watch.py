@@ -5,6 +5,7 @@ Every `LOOK_S`:
 1. *ask*: /healthz of each stage that runs, side by side.
 2. *restart*: SIGKILL to a stage whose /healthz was red in `RED_LOOKS` looks in a row, or gave no answer for
    `SILENT_S` although the same process had answered before. The supervisor starts it again, and waits longer each time.
+   Time in which this process stood still itself, as with its host, counts for no stage.
 3. *export*: crashes, time until the next start, health, and room on the disk, as metrics of the stage `watch`.
 
 A stage is killed, not asked to stop: one that stands still hears no signal, and each may be killed at any moment.
@@ -26,6 +27,7 @@ from msgspec import Struct
 from headrace.contract.config import PORTS
 from headrace.contract.metrics import Metrics
 from headrace.deploy.local.supervise import Process
+from headrace.process.awake import Awake
 
 log = logging.getLogger("headrace.watch")
 
@@ -75,7 +77,7 @@ class Watch:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._supervisor, self._urls, self._ask, self._metrics = supervisor, urls, ask, metrics
-        self._monotonic = monotonic
+        self._awake = Awake(monotonic, LOOK_S + ANSWER_S)
         self._seen: dict[str, _Seen] = {}
         self._counted: dict[str, int] = {}
         self._pool = ThreadPoolExecutor(max(1, len(urls)), thread_name_prefix="asks")
@@ -103,7 +105,7 @@ class Watch:
 
     def _judge(self, process: Process, status: int, body: bytes) -> str:
         """Return why a process is to be restarted, "" where it is not."""
-        now_s = self._monotonic()
+        now_s = self._awake.monotonic()
         seen = self._seen.get(process.name)
         if seen is None or seen.pid != process.pid:
             seen = self._seen[process.name] = _Seen(process.pid)

@@ -25,6 +25,7 @@ from urllib3.exceptions import HTTPError
 
 from headrace.backends.blobs_file import UNFINISHED, checked_name, read_in_pieces
 from headrace.contract.errors import Unavailable
+from headrace.process.awake import awake_s
 from headrace.process.moved import moved
 
 log = logging.getLogger("headrace.hdfs")
@@ -155,7 +156,7 @@ class HdfsBlobs:
         self._swept = True
 
     def _retried(self, what: str, call: Callable[[], T]) -> T:
-        deadline, pause = time.monotonic() + self._patience_s, 0.1
+        deadline, pause = awake_s() + self._patience_s, 0.1
         while True:
             try:
                 result = call()
@@ -167,7 +168,7 @@ class HdfsBlobs:
                 first = str(error).strip().splitlines()[:1]
                 if kind in _REFUSED:
                     raise Unavailable(f"HDFS refuses the {what}: {first}") from error
-                if time.monotonic() + pause > deadline:
+                if awake_s() + pause > deadline:
                     raise Unavailable(
                         f"HDFS at {self._url} did not do the {what} in {self._patience_s} s: {first}. "
                         "`headrace doctor` says whether it is down or in safe mode."

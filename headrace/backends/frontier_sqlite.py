@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
-from headrace.contract.interfaces.frontier import GONE, Body, Found, Page, Settled, Version
+from headrace.contract.interfaces.frontier import GONE, Body, Found, Noted, Page, Settled, Version
 
 log = logging.getLogger("headrace.crawl")
 
@@ -139,20 +139,23 @@ class SqliteFrontier:
         ).fetchone()
         return None if found is None else int(found)
 
-    def settle(self, page: Page, settled: Settled, *, pages_max: int, keys_max: int, depth_max: int) -> list[str]:
-        """Note what an answer brought, in one transaction; return the digests of bodies that nothing needs any more."""
+    def settle(self, page: Page, settled: Settled, *, pages_max: int, keys_max: int, depth_max: int) -> Noted:
+        """Note what an answer brought, in one transaction; return what came of it."""
         with self._db:
             self._db.execute("begin immediate")
             before, page = page, self._moved(page, settled)
+            noted = self._write_versions(page, settled, keys_max)
+            if page.depth < depth_max:
+                noted.links_over = self._add_links(page, settled, pages_max)
+            is_whole = not (noted.keys_over or noted.links_over)
+            validators = (settled.etag, settled.last_modified) if is_whole else ("", "")
             self._db.execute(
                 "update pages set due_ms=?, etag=?, last_modified=?, failures=0 where source=? and url=?",
-                (settled.due_ms, settled.etag, settled.last_modified, page.source, page.url),
+                (settled.due_ms, *validators, page.source, page.url),
             )
-            self._write_versions(page, settled, keys_max)
-            if page.depth < depth_max:
-                self._add_links(page, settled, pages_max)
-            unneeded = self._keep_body(page, settled) if settled.body is not None else []
-            return unneeded if page is before else unneeded + self._leave(before, settled.due_ms)
+            noted.unneeded = self._keep_body(page, settled) if settled.body is not None else []
+            noted.unneeded += [] if page is before else self._leave(before, settled.due_ms)
+            return noted
 
     def not_modified(self, page: Page, due_ms: int) -> None:
         """Note that the document is as it was."""
@@ -245,15 +248,15 @@ class SqliteFrontier:
         )
         return [Body(d, b, c, s, u, bool(m)) for d, b, c, s, u, m, _ in rows]
 
-    def extracted_again(self, body: Body, rows: Sequence[tuple[str, str, str]], at_ms: int, keys_max: int) -> int:
-        """Write the versions that another extraction of a stored body changed; return how many."""
+    def extracted_again(self, body: Body, rows: Sequence[tuple[str, str, str]], at_ms: int, keys_max: int) -> Noted:
+        """Write the versions that another extraction of a stored body changed; return what came of it."""
         page = Page(body.source, body.url, host_of(body.url), body.sitemap, 0, "", "", 0)
         with self._db:
             self._db.execute("begin immediate")
             return self._write_versions(page, Settled(at_ms=at_ms, due_ms=0, rows=rows), keys_max)
 
-    def _write_versions(self, page: Page, settled: Settled, keys_max: int) -> int:
-        written = 0
+    def _write_versions(self, page: Page, settled: Settled, keys_max: int) -> Noted:
+        noted = Noted()
         for key, version, values in settled.rows:
             known = self._db.execute(
                 "select version, crawl_time_ms, url from entities where source=? and key=?", (page.source, key)
@@ -263,13 +266,14 @@ class SqliteFrontier:
                 continue
             if known is None or known[0] == GONE:
                 if self._living.get(page.source, 0) >= keys_max:
+                    noted.keys_over += 1
                     continue
                 self._living[page.source] = self._living.get(page.source, 0) + 1
             # A clock that was set back must not make a newer version look older.
             at_ms = settled.at_ms if known is None else max(settled.at_ms, known[1] + 1)
             self._write(page, key, version, at_ms, values)
-            written += 1
-        return written
+            noted.written += 1
+        return noted
 
     def _note_owner(self, page: Page, key: str, before: str) -> None:
         """Note that this page was the last to have an entity: it ends when this one is gone, not another."""
@@ -294,7 +298,9 @@ class SqliteFrontier:
             (page.source, key, at_ms, version, values, page.url),
         )
 
-    def _add_links(self, page: Page, settled: Settled, pages_max: int) -> None:
+    def _add_links(self, page: Page, settled: Settled, pages_max: int) -> int:
+        """Add links that are not known, up to the bound; return how many are beyond it."""
+        over = 0
         room = pages_max - self._pages.get(page.source, 0)
         for link in settled.links:
             known = self._db.execute(
@@ -308,11 +314,14 @@ class SqliteFrontier:
                     "values (?,?,?,?,?,0,?,0)",
                     (page.source, link.url, host_of(link.url), link.sitemap, page.depth + 1, link.said_modified),
                 )
-            elif known is not None and link.said_modified and known[0] != link.said_modified:
+            elif known is None:
+                over += 1
+            elif link.said_modified and known[0] != link.said_modified:
                 self._db.execute(
                     "update pages set due_ms=0, said_modified=? where source=? and url=?",
                     (link.said_modified, page.source, link.url),
                 )
+        return over
 
     def _moved(self, page: Page, settled: Settled) -> Page:
         """Return the page under the address that it has moved to, which is known from now on; a start stays."""

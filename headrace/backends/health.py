@@ -5,15 +5,17 @@
    that has been missing for longer than its bound makes /readyz red, by name.
 3. *restart*: a sign that a new process may bring back has a second, longer bound, after which /healthz is red. A broker
    or store that is away has none: a restart would not bring it back.
-4. *threads*: one that has ended while the stage works makes both red at once.
+4. *asleep*: time in which the whole process stood still, as by SIGSTOP, counts for no sign (`awake.py`).
+5. *threads*: one that has ended while the stage works makes both red at once.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from headrace.process.awake import awake_s
 
 LOOP, READING, RECEIPTS = "loop", "reading", "receipts"
 LOOP_READY_S, LOOP_HEALTHY_S = 15.0, 240.0
@@ -34,7 +36,7 @@ class _Sign:
 class Health:
     """The state behind /readyz and /healthz. Thread-safe: every write is one assignment."""
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, monotonic: Callable[[], float] = awake_s) -> None:
         self._monotonic = monotonic
         self._own = (False, "starting")
         self._signs: dict[str, _Sign] = {}

@@ -8,6 +8,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+from headrace.cli.kafka_words import in_words
 from headrace.contract.errors import ConfigRejected, HeadraceError
 from headrace.kernels.code_cache import keep_compiled_code
 
@@ -70,13 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(of_verb)
+    args = of_verb.parse_args(words[1:])
     try:
-        return int(module.main(of_verb.parse_args(words[1:])))
+        return int(module.main(args))
     except ConfigRejected as error:
-        print(f"headrace {verb}: {error}", file=sys.stderr)
+        print(f"headrace {verb}: {in_words(str(error), args)}", file=sys.stderr)
         return 2
     except HeadraceError as error:
-        print(f"headrace {verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"headrace {verb}: {type(error).__name__}: {in_words(str(error), args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,11 +1,13 @@
-"""The ids that the lake has, for looking late events up; the lake's library is loaded when the first is asked for."""
+"""What the lake has and how far the join got, for looking late events up; both are opened with the first question."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
-from headrace.contract.interfaces.lake import LakeState, StoredIds
+from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.interfaces.lake import JoinedState, LakeState, StoredIds
 
 if TYPE_CHECKING:
     from headrace.backends.lake.delta import DeltaLake
@@ -33,3 +35,31 @@ class IdsOfLake:
     def stored(self, ids: Collection[str], column: str, begin_ms: int, end_ms: int) -> frozenset[str]:
         """Return which of `ids` are in `column`, as `LakeIds` does."""
         return self._opened().stored(ids, column, begin_ms, end_ms)
+
+
+class _Joined(NamedTuple):
+    watermark_ms: int
+
+
+class JoinedInStore:
+    """What the join stored of each partition of a generation."""
+
+    def __init__(self, open_blobs: Callable[[], Blobs], generation: int) -> None:
+        self._open_blobs, self._generation = open_blobs, generation
+        self._blobs: Blobs | None = None
+
+    def joined(self, partition: int) -> JoinedState | None:
+        """Return the partition's newest stored state; None where there is none, or this release cannot read it."""
+        # The join is loaded with the first question: most gateways never ask.
+        from headrace.stream.join.state import VERSION, Damaged, read_manifest
+
+        if self._blobs is None:
+            self._blobs = self._open_blobs()
+        folder = f"state/stream/g{self._generation}/{partition}"
+        for name in sorted((name.rsplit("/", 1)[-1] for name in self._blobs.list(folder)), key=int, reverse=True):
+            data = self._blobs.get(f"{folder}/{name}")
+            with suppress(Damaged):
+                if data is not None:
+                    plain = read_manifest(data)
+                    return _Joined(int(plain["watermark"][0])) if plain.get("v") == VERSION else None
+        return None

@@ -8,6 +8,7 @@ PORT_BASE, HEADRACE_HOME (where local state lies, `.headrace`).
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, time
+from ipaddress import ip_network
 from typing import Annotated, Literal
 
 import msgspec
@@ -181,8 +182,20 @@ class IngestConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cors_origins: tuple[str, ...] = ("http://127.0.0.1:*", "http://localhost:*")
     """Origins whose pages may send. `*` in one stands for a part of the host or for the port; alone it stands for every
     origin."""
+    trusted_proxies: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    """Addresses or networks, such as `10.0.0.0/8` or `2001:db8::/32`, of the proxies before the collector. A request
+    from one has the origin that the proxies name: the last address in `forwarded_header` that is none of theirs. From
+    others the header is ignored. None: it is ignored from all, and a proxy is one origin with all its clients."""
+    forwarded_header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for"
+    """The header that these proxies append to. The other one is never read: they hand it on as a client wrote it."""
     sources: tuple[SourceConfig, ...] = ()
     """Topics that shippers write and gateways read into `events`. Each is a table of its own."""
+
+    def __post_init__(self) -> None:
+        """Refuse proxies that are no network, and the network of all addresses: everybody could name any origin."""
+        for text in self.trusted_proxies:
+            if ip_network(text).prefixlen == 0:
+                raise ValueError(f"trusted_proxies: {text} trusts everybody; name the proxies' own addresses")
 
     @property
     def past_ms(self) -> int:

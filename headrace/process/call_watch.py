@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 from headrace.process.awake import Awake
@@ -138,6 +138,21 @@ class CallWatch:
                 log.exception("the calls could not be looked at; looking again")
 
 
+class _WatchedBlock:
+    """A `with` block whose beginning and end are watched; what is called inside it is watched by its own name."""
+
+    def __init__(self, watch: CallWatch, what: str, max_s: float, block: AbstractContextManager[Any]) -> None:
+        self._watch, self._what, self._max_s, self._block = watch, what, max_s, block
+
+    def __enter__(self) -> Any:
+        with self._watch.named(f"{self._what}, its beginning", self._max_s):
+            return self._block.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        with self._watch.named(f"{self._what}, its end", self._max_s):
+            return self._block.__exit__(*raised)
+
+
 class _Watched:
     """Passes everything on to `inner`, its methods by name."""
 
@@ -152,7 +167,11 @@ class _Watched:
 
         def call(*args: Any, **named: Any) -> Any:
             with watch.named(what, max_s):
-                return found(*args, **named)
+                result = found(*args, **named)
+            if isinstance(result, AbstractContextManager):
+                # What it asks of the store, it asks when the block begins and when it ends.
+                return _WatchedBlock(watch, what, max_s, result)
+            return result
 
         return call
 

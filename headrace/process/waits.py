@@ -2,7 +2,8 @@
 
 1. *call*: blocking work runs in a thread of its own, which never keeps a stopping process alive.
 2. *named*: whatever the stage waits for is noted, with when it began and how long it may take.
-3. *check*: every tick of the stage looks at what is noted. What takes longer than its bound stops the stage, by name.
+3. *check*: every tick of the stage looks at what is noted, and counts the time that the process was awake for
+   (`awake.py`). What takes longer than its bound stops the stage, by name.
 
 A call that was given up may still take effect: what it did, the store or the log tells at the next start, and the
 process that follows looks there first.
@@ -20,6 +21,7 @@ from typing import TypeVar
 
 from headrace.contract.errors import Unavailable
 from headrace.contract.interfaces.clock import Clock
+from headrace.process.awake import Awake
 
 T = TypeVar("T")
 
@@ -33,19 +35,19 @@ RECEIPT_MAX_S = 330.0
 
 
 class Waits:
-    """What a stage waits for now. For one event loop, and the threads that its calls run in."""
+    """What a stage waits for now. For one event loop, which checks every few ms, and the threads of its calls."""
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self._awake = Awake(clock.monotonic)
         self._numbers = itertools.count()
         self._running: dict[int, tuple[str, float, float]] = {}
-        """By number: what it is, when it began, how long it may take in seconds."""
+        """By number: what it is, when it began in time awake, how long it may take in seconds."""
 
     @contextmanager
     def named(self, what: str, max_s: float = CALL_MAX_S) -> Iterator[None]:
         """Note that the stage waits for `what` while the block runs, for at most `max_s` seconds."""
         number = next(self._numbers)
-        self._running[number] = (what, self._clock.monotonic(), max_s)
+        self._running[number] = (what, self._awake.monotonic(), max_s)
         try:
             yield
         finally:
@@ -58,7 +60,7 @@ class Waits:
 
     def check(self) -> None:
         """Raise `Unavailable` where something takes longer than it may; the stage stops then."""
-        now_s = self._clock.monotonic()
+        now_s = self._awake.monotonic()
         for what, since_s, max_s in list(self._running.values()):
             if now_s - since_s > max_s:
                 raise Unavailable(

@@ -148,6 +148,7 @@ class Outbox:
         try:
             for part in parts:
                 self._write(part)
+            self.spool.put_on_disk(segment)  # Before what they were cut from is removed.
             # Last, since it cannot be taken back: each event has one line, however many tries the cut takes.
             self._reject(chunk, most)
         except Overloaded:

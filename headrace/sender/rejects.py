@@ -36,8 +36,11 @@ class Rejects:
         """Append events, or raise `Overloaded`: the file is at its bound, or the disk is full."""
         lines = b"".join(_line(tag, entry, reason) for entry in entries)
         try:
+            is_new = not self.path.exists()
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
+                if is_new:
+                    sync_folder(self.path.parent)
                 size = os.fstat(fd).st_size
                 if size + len(lines) > self._bytes_max:
                     raise Overloaded(f"{self.path} has {size} bytes, bound {self._bytes_max}; move it away.")
@@ -47,6 +50,15 @@ class Rejects:
         except OSError as error:
             raise Overloaded(f"{self.path} takes no more: {error}; free the disk.") from error
         self.count += len(entries)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on the disk which files a folder has."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _append(fd: int, lines: bytes) -> None:

@@ -46,8 +46,8 @@ class Segment:
         return len(data)
 
     def duplicate(self) -> int:
-        """Return a descriptor of it that the caller closes, or -1 where it is closed."""
-        return os.dup(self._fd) if self._fd >= 0 else -1
+        """Return a descriptor of it that the caller closes. What an earlier process wrote may not be on the disk."""
+        return os.dup(self._fd) if self._fd >= 0 else os.open(self.path, os.O_RDONLY)
 
     def close(self, *, sync: bool = False) -> None:
         """Close the descriptor, with `sync` after putting what was written on the disk."""
@@ -67,10 +67,7 @@ class Segment:
         return freed
 
     def read(self) -> tuple[list[tuple[int, bytes]], bytes]:
-        """Return the records (kind, payload) up to the end or the first torn one, and the bytes from there on.
-
-        The file ends before those bytes afterwards: what is appended behind a torn record could never be read.
-        """
+        """Return the records (kind, payload) up to the end or the first torn one, and the bytes from there on."""
         data = self.path.read_bytes()
         records: list[tuple[int, bytes]] = []
         at = 0
@@ -81,7 +78,10 @@ class Segment:
                 break
             at += HEAD.size + length
             records.append((kind, payload))
-        if at < len(data):
-            os.truncate(self.path, at)
-        self.size = at
+        self.size = len(data)
         return records, data[at:]
+
+    def end_before(self, rest: bytes) -> None:
+        """Let the file end before its last bytes: what is appended behind a torn record could never be read."""
+        self.size -= len(rest)
+        os.truncate(self.path, self.size)

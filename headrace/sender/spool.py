@@ -18,6 +18,7 @@ import msgpack
 
 from headrace.contract.errors import Overloaded
 from headrace.sender.lanes import Chunk
+from headrace.sender.rejects import sync_folder
 from headrace.sender.segment import ACK, CHUNK, ENTRY, HEAD, Segment
 
 log = logging.getLogger("headrace.sender")
@@ -37,6 +38,11 @@ class Spool:
     def __init__(self, folder: Path, *, bytes_max: int, fsync: bool) -> None:
         self.folder, self.bytes_max, self._fsync = folder, bytes_max, fsync
         self._slot, self._slot_fd = _take_slot(folder)
+        if fsync:
+            # A file is on the disk once all folders above it are: the spool's own may be new, too.
+            for each in (self._slot, *self._slot.parents):
+                with suppress(PermissionError):
+                    sync_folder(each)
         self._numbers = itertools.count(1 + max((int(path.stem) for path in self._slot.glob("*.seg")), default=0))
         self._open: dict[Segment, None] = {}
         self._segment_max = max(4_096, min(_SEGMENT_MAX, bytes_max // 64))
@@ -64,7 +70,7 @@ class Spool:
         if self._fsync:
             try:
                 segment.path.touch(0o600)
-                _sync_folder(self._slot)
+                sync_folder(self._slot)
             except OSError as error:
                 raise Overloaded(f"the spool {self._slot} takes no new file: {error}; free the disk.") from error
         return segment
@@ -115,9 +121,16 @@ class Spool:
         self._open.pop(segment, None)
         self.bytes -= segment.remove()
 
+    def put_on_disk(self, segment: Segment) -> None:
+        """Put on the disk what was appended to a segment. Raises `Overloaded` where that fails."""
+        try:
+            sync(self.duplicates({segment}) if segment.size else [])
+        except OSError as error:
+            raise Overloaded(f"the spool {self._slot} is not put on the disk: {error}; see the disk.") from error
+
     def duplicates(self, segments: set[Segment]) -> list[int]:
         """Return descriptors for `sync`, which may be called without the lock."""
-        return [fd for segment in segments if (fd := segment.duplicate()) >= 0] if self._fsync else []
+        return [segment.duplicate() for segment in segments] if self._fsync else []
 
     def close(self, *, remove: bool) -> None:
         """Close all files, with `remove` delete them, and free the slot."""
@@ -185,8 +198,15 @@ class Spool:
         if len(rest) >= HEAD.size and HEAD.unpack_from(rest)[0] <= len(rest) - HEAD.size:
             # Not the torn tail of a crash: a whole record whose bytes have changed.
             kept = self.folder / f"{self._slot.name}-{segment.path.stem}.damaged"
-            kept.write_bytes(rest)
+            # Before the segment loses them.
+            with kept.open("wb") as file:
+                file.write(rest)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self.folder)
             log.error("%s is damaged; %d bytes of it cannot be read and are kept in %s", segment.path, len(rest), kept)
+        if rest:
+            segment.end_before(rest)
         return records
 
 
@@ -197,10 +217,11 @@ def entry_cost(tag: str) -> int:
 
 def sync(descriptors: list[int]) -> None:
     """Put on the disk what was written to these, and close them."""
-    for fd in descriptors:
-        try:
+    try:
+        for fd in descriptors:
             os.fdatasync(fd)
-        finally:
+    finally:
+        for fd in descriptors:
             os.close(fd)
 
 
@@ -255,11 +276,3 @@ def _take_slot(folder: Path) -> tuple[Path, int]:
         if (fd := _lock(slot)) >= 0:
             return slot, fd
     raise Overloaded(f"all {_SLOTS} slots of the spool {folder} are held by living processes; name another folder.")
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

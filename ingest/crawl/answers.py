@@ -14,6 +14,7 @@ from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, Igno
 from scrapy.http import Response
 
 from headrace.contract.interfaces.frontier import Body, Found, Page, Settled
+from headrace.ingest.crawl.bounds_reached import BoundsReached
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.extract import Document, extract
 from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
@@ -35,6 +36,7 @@ class Answers:
         self._crawls = {crawl.name: crawl for crawl in deps.crawls}
         self._config, self._frontier, self._bodies = deps.config, deps.frontier, deps.bodies
         self._metrics, self._clock = deps.metrics, deps.clock
+        self.bounds = BoundsReached(deps)
         self._being_settled = Counter[str]()
         """Digests of bodies that are being stored: one of them must not be deleted meanwhile."""
 
@@ -103,13 +105,14 @@ class Answers:
                 body=Body(digest, response.url, content_type),
                 moved_to=_moved_to(response),
             )
-            unneeded = self._frontier.settle(
+            noted = self._frontier.settle(
                 page, settled, pages_max=crawl.pages_max, keys_max=crawl.keys_max, depth_max=crawl.depth_max
             )
         finally:
             self._being_settled[digest] -= 1
         self._count("broken" if found.left_out["broken"] else "taken")
-        await self._delete(unneeded)
+        self.bounds.note(crawl, noted)
+        await self._delete(noted.unneeded)
 
     async def _delete(self, digests: list[str]) -> None:
         for old in digests:

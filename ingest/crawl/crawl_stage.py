@@ -132,7 +132,9 @@ class CrawlRun:
             return 0
         found = extract(Document(body.base, plain, body.content_type, body.sitemap), crawl)
         rows = [(row.key, row.version, row.values) for row in found.rows]
-        return self._deps.frontier.extracted_again(body, rows, self._deps.clock.now_ms(), crawl.keys_max)
+        noted = self._deps.frontier.extracted_again(body, rows, self._deps.clock.now_ms(), crawl.keys_max)
+        self.answers.bounds.note(crawl, noted)
+        return noted.written
 
 
 class CrawlStage:

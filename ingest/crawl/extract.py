@@ -25,15 +25,13 @@ from w3lib.encoding import html_to_unicode
 
 from headrace.contract.crawl import Crawl, Extract
 from headrace.ingest.crawl.markup import base_of, selector_of
+from headrace.ingest.decode.numbers import INTEGER, NUMBER
 
 ROWS_MAX = 100_000
 """Most entities of one document."""
 LINKS_MAX = 50_000
 """Most links of one document: what a sitemap may hold by its protocol."""
 URL_CHARS_MAX, TEXT_CHARS_MAX, LIST_MAX = 2_048, 65_536, 256
-
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-"""Python's own reading takes more: `12_5` as 125, `inf`, digits of every script."""
 
 Value = int | float | str | bool | list[str] | None
 
@@ -130,11 +128,13 @@ def _read_json(document: Document, crawl: Crawl, found: Extracted) -> None:
 
 
 def _json_of(text: str) -> Any:
-    """Return what JSON says; NaN and infinities, which it has not and some programs write, spoil their value alone."""
+    """Return what JSON says. NaN and infinities, which it has not and some programs write, spoil their value alone, and
+    so does a number of more digits than Python reads: it is beyond all bounds.
+    """
     try:
         return msgspec.json.decode(text.encode("utf-8", "replace"))
     except msgspec.DecodeError:
-        return json.loads(text)
+        return json.loads(text, parse_int=lambda digits: int(digits) if INTEGER.fullmatch(digits) else float(digits))
 
 
 def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
@@ -144,18 +144,24 @@ def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
             found.left_out["too_large"] += 1
             return
         document = msgspec.structs.replace(document, body=body)
-    selector = selector_of(_text(document), "xml")
+    text = _text(document)
+    parts = _sitemap_parts(selector_of(text, "xml")) if "<" in text else ((line, False, "") for line in text.split())
     wanted = [re.compile(follow.url) for follow in crawl.follow]
-    for part in selector.css("url, sitemap"):
-        address = _absolute(document.url, str(part.css("loc::text").get(default="")), crawl)
-        nested = part.root.tag == "sitemap"
+    for told, nested, changed in parts:
+        address = _absolute(document.url, told, crawl) if told else None
         if address is None or not (nested or not wanted or any(w.search(address) for w in wanted)):
             continue
         if len(found.links) >= LINKS_MAX:
-            found.left_out["too_many"] += 1
+            found.left_out["too_many"] += 1 + sum(1 for _ in parts)
             return
-        changed = str(part.css("lastmod::text").get(default="")).strip()[:64]
         found.links.append(Link(address, nested, changed))
+
+
+def _sitemap_parts(selector: Selector) -> Iterator[tuple[str, bool, str]]:
+    """Yield address, whether it is a sitemap, and when it changed last. A plain text has an address a line, no more."""
+    for part in selector.css("url, sitemap"):
+        changed = str(part.css("lastmod::text").get(default="")).strip()[:64]
+        yield str(part.css("loc::text").get(default="")).strip(), part.root.tag == "sitemap", changed
 
 
 def _unpacked(packed: bytes, bytes_max: int) -> bytes | None:
@@ -185,7 +191,7 @@ def _add_rows(found: Extracted, crawl: Crawl, document: Document, parts: Iterato
     seen: set[str] = set()
     for part, find in parts:
         if len(found.rows) >= ROWS_MAX:
-            found.left_out["too_many"] += 1
+            found.left_out["too_many"] += 1 + sum(1 for _ in parts)
             return
         key = _key(part, find, crawl.key, document)
         if not isinstance(key, str) or not key or len(key) > URL_CHARS_MAX:
@@ -252,7 +258,7 @@ def _typed(value: Any, kind: str) -> Value:
         return _truth(value)
     if isinstance(value, bool):
         raise ValueError("a truth value is no number")
-    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+    if isinstance(value, str) and not NUMBER.fullmatch(value):
         raise ValueError("no number as JSON or a price tag writes it")
     try:
         number = float(value)
@@ -289,7 +295,7 @@ def _add_links(found: Extracted, crawl: Crawl, base: str, addresses: Iterator[st
         if absolute is None or not wanted.search(absolute):
             continue
         if len(found.links) >= LINKS_MAX:
-            found.left_out["too_many"] += 1
+            found.left_out["too_many"] += 1 + sum(1 for _ in addresses)
             return
         found.links.append(Link(absolute))
 

@@ -23,15 +23,30 @@ _REFERENCE = re.compile(
 _XML_NAMES = frozenset({"amp;", "lt;", "gt;", "quot;", "apos;"})
 
 
+ATTRIBUTES_MAX = 10_000
+"""libxml2 compares each attribute with all before it: these take 0.2 s, those of a tag of 4 MB many minutes, in which
+the stage would be ended, and its next start would ask for the same page."""
+_TAG = re.compile(r"""<[a-zA-Z](?:"[^"]*+"|'[^']*+'|[^>])*+""")
+_QUOTED = re.compile(r"""=\s*(?:"[^"]*"|'[^']*')""")
+
+
 def selector_of(text: str, kind: str) -> Selector:
     """Return a document, `html` or `xml`; names of XML as `_plain_names` says. Raises `ValueError` for an empty one."""
     if not text.strip():
         raise ValueError("an empty document")
+    if _swarms(text):
+        raise ValueError(f"a tag of more than {ATTRIBUTES_MAX} attributes")
     if kind != "xml":
         return Selector(text=text, type=kind)
     selector = Selector(text=with_references(text), type=kind)
     _plain_names(selector)
     return selector
+
+
+def _swarms(text: str) -> bool:
+    """Say whether a tag has more attributes than are read."""
+    tags = (tag[0] for tag in _TAG.finditer(text) if len(tag[0]) > 2 * ATTRIBUTES_MAX)
+    return any(len(_QUOTED.sub("", tag).split()) > ATTRIBUTES_MAX for tag in tags)
 
 
 def with_references(text: str) -> str:

@@ -28,6 +28,13 @@ ADVICE: dict[str, str] = {
     "retried: it is no event.",
 }
 """By reason, one line: what to do."""
+AFTER: dict[str, str] = {
+    "retried": "A retry or the gateways have settled it: nothing is left to do.",
+    "refused": "A retry was refused. The newer letter that names this one (`retry_of`) is to be corrected and retried.",
+    "retrying": "A retry is at work at it, or was killed: the next one finds out. headrace dead-letters retry {0}",
+    "unknown": "Log and lake cannot tell if it was taken. Decide: headrace dead-letters retry --take {0}, or --drop.",
+}
+"""By state, where it is not `open`: what is left to do, with the letter's id."""
 ADVICE_ELSE = "Read `detail`, correct the service or the declaration, restart the gateways, retry."
 
 
@@ -96,11 +103,12 @@ COLUMNS = (("ID", 9), ("SEEN (UTC)", 19), ("STATE", 8), ("REASON", 16), ("TAG", 
 """Titles and widths: 114 characters and 6 spaces make 120."""
 
 
-def row(letter: Letter, state: str, seen: str) -> str:
-    """Return the letter's line of the table; `seen` is its time as text."""
+def row(letter: Letter, state: str, seen: str, *, whole: bool = False) -> str:
+    """Return the letter's line of the table; `seen` is its time as text. Unless `whole`, it fits 120 characters."""
     told = letter.content
     cells = (letter.id, seen, state, told.reason, told.tag, told.origin, told.detail)
-    return " ".join(_cell(text, width) for text, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
+    widths = [max(width, len(_text(text))) if whole else width for text, (_, width) in zip(cells, COLUMNS, strict=True)]
+    return " ".join(_cell(text, width) for text, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def title() -> str:

@@ -126,10 +126,15 @@ def read_marks(writer: FencedWriter) -> list[RetryMark]:
 
     Raises as `FencedWriter.read`.
     """
-    marks = list[RetryMark]()
+    return [mark for _, mark in read_marks_at(writer)]
+
+
+def read_marks_at(writer: FencedWriter) -> list[tuple[int, RetryMark]]:
+    """Return the same with each mark's offset."""
+    marks = list[tuple[int, RetryMark]]()
     for offset, value in writer.read(0):
         try:
-            marks.append(decode_retry_mark(value))
+            marks.append((offset, decode_retry_mark(value)))
         except msgspec.DecodeError as error:
             logger.error("record %d of the retries is no mark and is left out: %s", offset, error)
     return marks

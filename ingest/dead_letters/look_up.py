@@ -4,9 +4,13 @@
    partition is read from the first record of that time on, to its end. One pass answers for all letters of a call.
 2. Where the partition does not reach back so far, samples of the event's hours are asked for its id.
    a. There it is: a repeat.
-   b. It is not there, it is an impression, and the lake holds every sample of what the log no longer has: it is new.
-      Every impression has a sample once its windows are over.
-   c. Anything else is unknown: feedback that was late, a duplicate or an orphan is in no sample.
+   b. The lake does not hold every sample of what the log no longer has: a later look-up can tell.
+   c. It does, and it is an impression: it is new. Every impression has a sample once its windows are over.
+   d. Anything else is unknown: feedback that was late, a duplicate or an orphan is in no sample.
+
+The lake holds every sample of what was deleted where it has one that was resolved long enough after it. A partition in
+which nobody sees anything any more has none: there the join's stored state tells, which moves on with every
+punctuation. Its watermark is far enough, and the lake has all of `samples` that was there when the state was stored.
 
 Found is a repeat even where the rest could not be read. Nothing is written here.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
@@ -22,7 +27,7 @@ import pyarrow as pa
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.lake import StoredIds
+from headrace.contract.interfaces.lake import JoinedUpTo, LakeState, StoredIds
 from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.contract.project import Project
 from headrace.ingest.dead_letters.letters import Letter
@@ -54,12 +59,14 @@ class LookUp:
         topics: Topics,
         reader: Reader,
         stored: StoredIds | None,
+        joined: JoinedUpTo | None = None,
         *,
         skew_ms: int,
         pause: Callable[[], None] = lambda: None,
     ) -> None:
         """`pause` is called every few hundred records; what it raises ends the look-up."""
         self._topics, self._reader, self._stored, self._pause = topics, reader, stored, pause
+        self._joined = joined
         self._at_work: Callable[[], None] = lambda: None
         self._earlier_ms = EARLIER_MS + skew_ms
         self._windows_ms = max((task.window_ms + task.correct_ms for task in project.tasks), default=-1)
@@ -158,22 +165,29 @@ class LookUp:
         if self._stored is None or self._windows_ms < 0:
             found.update((letter.offset, "unknown") for letter in letters)
             return
-        try:
-            by_hour: defaultdict[int, list[Letter]] = defaultdict(list)
-            for letter in letters:
-                by_hour[letter.content.event_time_ms // _HOUR_MS].append(letter)
-            for hour, ours in sorted(by_hour.items()):
-                self._turn()
-                self._look_in_hour(hour, ours, spans, found)
-        except Unavailable:
-            return
+        by_hour: defaultdict[int, list[Letter]] = defaultdict(list)
+        for letter in letters:
+            by_hour[letter.content.event_time_ms // _HOUR_MS].append(letter)
+        for hour, ours in sorted(by_hour.items()):
+            self._turn()
+            try:
+                # Before the rows: what a later version stores as well is no matter, what it promises would be.
+                state = self._stored.state()
+            except Unavailable:
+                return
+            # One hour that cannot be read holds up no other.
+            with suppress(Unavailable):
+                self._look_in_hour(state, hour, ours, spans, found)
 
     def _look_in_hour(
-        self, hour: int, letters: list[Letter], spans: Mapping[int, _Span], found: dict[int, Verdict]
+        self,
+        state: LakeState | None,
+        hour: int,
+        letters: list[Letter],
+        spans: Mapping[int, _Span],
+        found: dict[int, Verdict],
     ) -> None:
         assert self._stored is not None
-        # Before the rows: what a later version stores as well is no matter, what its positions promise would be.
-        state = self._stored.state()
         begin_ms, end_ms = hour * _HOUR_MS, (hour + 1) * _HOUR_MS
         impressions = [one for one in letters if one.content.event_type == IMPRESSION]
         feedback = [one for one in letters if one.content.event_type != IMPRESSION]
@@ -185,19 +199,35 @@ class LookUp:
             ids = {one.content.event_id for one in ours}
             there = self._stored.stored(ids, column, begin_ms - earlier_ms, end_ms) if ids else frozenset[str]()
             found.update((one.offset, "repeated") for one in ours if one.content.event_id in there)
-        found.update((one.offset, "unknown") for one in feedback if one.offset not in found)
-        for one in impressions:
-            if one.offset in found:
-                continue
+        whole: dict[int, bool] = {}
+        for one in _left(letters, found):
             if state is None or one.content.event_time_ms < state.retained_before_ms:
                 found[one.offset] = "unknown"
                 continue
-            span = spans[one.content.partition]
-            position = state.positions.at(one.content.partition)
-            # All that was deleted was read by the watermark of the first record that is left.
-            over_ms = span.begin_ms + self._windows_ms + self._earlier_ms
-            if span.begin_ms < 2**62 and position.offset >= self._offset_at(one.content.partition, over_ms, span):
-                found[one.offset] = "new"
+            partition = one.content.partition
+            if partition not in whole:
+                whole[partition] = self._has_all(state, partition, spans[partition])
+            if whole[partition]:
+                found[one.offset] = "new" if one.content.event_type == IMPRESSION else "unknown"
+
+    def _has_all(self, state: LakeState, partition: int, span: _Span) -> bool:
+        """Say whether the lake holds every sample of what the log of a partition no longer has."""
+        if span.begin_ms >= 2**62:
+            return False
+        # All that was deleted was read by the watermark of the first record that is left.
+        over_ms = span.begin_ms + self._windows_ms + self._earlier_ms
+        if state.positions.at(partition).offset >= self._offset_at(partition, over_ms, span):
+            return True
+        joined = self._joined.joined(partition) if self._joined is not None else None
+        if joined is None or joined.watermark_ms < over_ms:
+            return False
+        # After the state was read: what it led to had been delivered when it was stored.
+        samples_end = self._reader.end_offsets(self._topics.samples).get(partition, 0)
+        return state.next_offsets.get(partition, 0) >= samples_end
+
+
+def _left(letters: Iterable[Letter], found: Mapping[int, Verdict]) -> list[Letter]:
+    return [one for one in letters if one.offset not in found]
 
 
 def _ids_of(value: bytes) -> list[str]:

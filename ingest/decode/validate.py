@@ -22,7 +22,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.contract.formats.events import FEEDBACK, IMPRESSION, feedback_schema, impression_schema
+from headrace.contract.formats.events import FEEDBACK, IMPRESSION, feedback_schema, impression_schema, name_of
 from headrace.contract.project import EXTRA, FeedbackType, ImpressionType, Project, Unknown
 
 ID_BYTES_MAX = 512
@@ -168,7 +168,7 @@ def _column(values: list[Any], field: pa.Field, strict: bool, reject: Reject) ->
         try:
             fitted.append(_fit(value, field.type, strict))
         except (ValueError, OverflowError) as error:
-            reject(at, "bad_type", f"field {field.name!r} is declared {field.type}: {error}")
+            reject(at, "bad_type", f"field {field.name!r} is declared {name_of(field.type)}: {error}")
             fitted.append(None)
     return pa.array(fitted, type=field.type)
 

@@ -13,6 +13,7 @@ from headrace.ingest.dead_letters.ceiling import Alert
 from headrace.ingest.decode.message import Message
 from headrace.ingest.gateway.batcher import Acked
 from headrace.ingest.gateway.chunk_identity import Peer
+from headrace.ingest.sources.access_log_events import Mapped
 
 BEYOND_CEILING = "ceiling"
 """Too many events of the tag became dead letters."""
@@ -26,8 +27,11 @@ class Admission(Protocol):
     def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
         """Take a message, as `Gateway.offer` does; False where a `refusable` one is refused."""
 
+    def mapped(self, message: Message) -> Mapped:
+        """Return the events that lines of an access log are, and how many are none; any other message as it is."""
+
     def refuses(self, message: Message, origin: str) -> str:
-        """Say why a refusable message would be refused, `BEYOND_CEILING` or `NO_ROOM`; empty where it is taken."""
+        """Say why a refusable message, `mapped`, would be refused: `BEYOND_CEILING` or `NO_ROOM`; else empty."""
 
     def now_ms(self) -> int:
         """Return the gateway's time, which no step of the wall clock moves."""

@@ -46,7 +46,7 @@ from headrace.ingest.gateway.punctuate import Punctuator
 from headrace.ingest.gateway.repeats import EventIds, Repeats
 from headrace.ingest.gateway.send_queue import Outgoing, SendQueue
 from headrace.ingest.gateway.steady_time import SteadyTime
-from headrace.ingest.sources.access_log_events import acked_together, mappers_of
+from headrace.ingest.sources.access_log_events import Mapped, acked_together, mappers_of
 from headrace.kernels.hashes import hash64_texts
 
 CHUNKS_REMEMBERED = 400_000
@@ -113,8 +113,8 @@ class Gateway:
             if acked is not None:
                 acked(Outcome(0, 0, 0))
             return True
-        if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
-            mapped = mapper.map_message(message)
+        if not message.problem and message.tag in self._mappers:
+            mapped = self.mapped(message)
             self._metrics.add("lines_skipped_total", mapped.skipped, tag=message.tag)
             each = acked_together(len(mapped.messages), acked)
             taken = [self.offer(part, 0, peer, each, refusable=refusable) for part in mapped.messages]
@@ -180,13 +180,16 @@ class Gateway:
         if chunk.key and self._chunks_open.get(chunk.key) is chunk:
             del self._chunks_open[chunk.key]
 
-    def refuses(self, message: Message, origin: str) -> str:
-        """Say why a refusable message of which nothing was taken before would be refused now; empty where it is taken.
+    def mapped(self, message: Message) -> Mapped:
+        """Return the events that lines of an access log are, ready to be offered; any other message as it is."""
+        mapper = None if message.problem else self._mappers.get(message.tag)
+        return Mapped([message], 0) if mapper is None else mapper.map_message(message)
 
-        For who offers several messages of which all are to be taken, or none. A probe is given by the asking.
+    def refuses(self, message: Message, origin: str) -> str:
+        """Say why a refusable message, `mapped`, of which nothing was taken would be refused; empty where it is taken.
+
+        For who offers several of which all are to be taken, or none. A probe is given by the asking.
         """
-        if not message.problem and (mapper := self._mappers.get(message.tag)) is not None:
-            return next(filter(None, (self.refuses(part, origin) for part in mapper.map_message(message).messages)), "")
         key, _ = self._identify(message, Peer(origin))
         if message.signal or (key and (key in self._chunks_done or key in self._chunks_open)):
             return ""
@@ -195,8 +198,8 @@ class Gateway:
     def _refusal(self, message: Message, origin: str, starts: I64s) -> str:
         """Say why a message is not taken, and count it. Room first: asking the ceiling uses up a probe."""
         now_ms, refusal = self.now_ms(), ""
-        no_room = len(starts) > 0 and message.tag in self._types and self._late.is_full()
-        if no_room and self._late.begins_late(message, int(starts[0]), now_ms):
+        made = self._types.get(message.tag) if self._late.is_full() else None
+        if made is not None and self._late.holds_late(made, message.body, starts, now_ms):
             refusal = NO_ROOM
         elif not self.ceiling.allows(message.tag, origin, len(starts), now_ms):
             refusal = BEYOND_CEILING

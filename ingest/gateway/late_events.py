@@ -13,12 +13,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from headrace.contract.project import EXTRA
-from headrace.ingest.decode.message import Message, read_entry
+from headrace.ingest.decode.fluent_chunk import Layout, decode
+from headrace.ingest.decode.message import read_entry
+from headrace.ingest.decode.msgpack_scan import I64s, U8s, as_bytes
 from headrace.ingest.decode.validate import event_time_ms
 
+_SLICE_ROWS = 20_000
+_ALL_TIMES = range(1 << 62)
 MARGIN_MAX_MS = 600_000
 WAITING_MAX = 200_000
 """Most letters that wait to be looked up; beyond it late events stay with their senders. The settler keeps 100 bytes of
@@ -44,12 +49,25 @@ class LateEvents:
         """Return the same for an event that was in time when it came and has not been sent since."""
         return now_ms - self._memory_ms + self._margin_ms // 2
 
-    def begins_late(self, message: Message, start: int, now_ms: int) -> bool:
-        """Say whether a message begins with an event that is too late: those of one are of one time, mostly."""
-        entry = read_entry(message.body, start)
+    def holds_late(self, made: Layout, body: bytes, starts_N: I64s, now_ms: int) -> bool:
+        """Say whether any of a message's entries, of the type `made`, is an event that is too late."""
+        before_ms, data = self.before_ms(now_ms), as_bytes(body)
+        for at in range(0, len(starts_N), _SLICE_ROWS):
+            part_N = starts_N[at : at + _SLICE_ROWS]
+            zeros_N = np.zeros(len(part_N), np.int64)
+            decoded = decode(made, data, part_N, [""], zeros_N, zeros_N, _ALL_TIMES)
+            late_N = decoded.batch["event_time_ms"].to_numpy() < before_ms
+            late_N[decoded.left] = False
+            if late_N.any() or any(self._is_late(data, int(part_N[row]), before_ms) for row in decoded.left):
+                return True
+        return False
+
+    @staticmethod
+    def _is_late(data: U8s, start: int, before_ms: int) -> bool:
+        entry = read_entry(data, start)
         own = entry.record.get("event_time_ms") if isinstance(entry.record, dict) else None
         time_ms = event_time_ms(own, entry.time_ns)
-        return time_ms is not None and time_ms < self.before_ms(now_ms)
+        return time_ms is not None and time_ms < before_ms
 
     def wait(self, waiting: int, counted: int) -> None:
         """Note that `waiting` letters wait, of all processes; `counted` of those written here are among them."""

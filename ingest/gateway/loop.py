@@ -23,6 +23,7 @@ from headrace.ingest.gateway.batcher import Acked
 from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.ingest.gateway.counts import Refusals
 from headrace.ingest.gateway.gateway import Gateway
+from headrace.ingest.sources.access_log_events import Mapped
 
 log = logging.getLogger("headrace.ingest")
 
@@ -78,6 +79,10 @@ class GatewayLoop:
     def offer(self, message: Message, size: int, peer: Peer, acked: Acked | None, *, refusable: bool = False) -> bool:
         """Take a message, as `Gateway.offer` does."""
         return self._gateway.offer(message, size, peer, acked, refusable=refusable)
+
+    def mapped(self, message: Message) -> Mapped:
+        """Return the events that lines of an access log are; any other message as it is."""
+        return self._gateway.mapped(message)
 
     def refuses(self, message: Message, origin: str) -> str:
         """Say why a refusable message would be refused; empty where it is taken."""

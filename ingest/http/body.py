@@ -28,6 +28,7 @@ import msgspec
 from headrace.contract.errors import HeadraceError
 from headrace.ingest.decode.compression import BodyTooLarge, decompress
 from headrace.ingest.decode.message import Message, message_of
+from headrace.ingest.decode.numbers import DECIMAL
 from headrace.ingest.decode.times import any_unix_ns
 from headrace.ingest.decode.validate import brings_id
 
@@ -64,7 +65,7 @@ def messages_of(events: Events, key: str, now_ms: int, sent_at: str = "") -> lis
     With an idempotency key, an event without an id gets one from the key and its place, so that the same request
     through another gateway or from another address is a repeat too. `sent_at` is the query's, empty where it has none.
     """
-    whole_ns = _sent_ns(float(sent_at) if _NUMBER.fullmatch(sent_at) else sent_at, "the query") if sent_at else None
+    whole_ns = _sent_ns(float(sent_at) if DECIMAL.fullmatch(sent_at) else sent_at, "the query") if sent_at else None
     entries: defaultdict[str, list[tuple[int | None, Any]]] = defaultdict(list)
     for at, event in enumerate(events):
         tag, time_ns, record = _entry(event, at, now_ms, whole_ns)
@@ -114,9 +115,6 @@ def _entry(event: Any, at: int, now_ms: int, sent_ns: int | None) -> tuple[str, 
             "send Unix seconds, milliseconds, microseconds or nanoseconds, or RFC 3339 with Z or an offset",
         )
     return tag, time_ns + wrong_ms * 1_000_000, record
-
-
-_NUMBER = re.compile(r"\d{1,20}(\.\d{1,20})?", re.ASCII)
 
 
 def _sent_ns(value: Any, where: str) -> int:

@@ -38,6 +38,7 @@ from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.chunk_identity import Peer, peer_of
 from headrace.ingest.http.access import Origins, Tokens, is_loopback
 from headrace.ingest.http.body import BadRequest, messages_of, read_events
+from headrace.ingest.http.forwarded import Proxies
 from headrace.ingest.http.page import page_routes
 from headrace.ingest.http.uvicorn_server import BoundedConfig, ConnectionBounds, listen, serve
 from headrace.ingest.open_files import allow_open_files
@@ -104,6 +105,7 @@ class Collector:
         self._config, self._endpoint, self._identity = config, endpoint, identity
         self._metrics, self._clock = metrics, clock
         self._tokens, self._origins = Tokens(endpoint.tokens), Origins(config.cors_origins)
+        self._proxies = Proxies(config.trusted_proxies, config.forwarded_header)
         self._bodies_bytes_max = max(config.collector_bytes_max, config.buffer_bytes_max // 4)
         self._bodies_bytes = 0
         self._requests = 0
@@ -184,7 +186,7 @@ class Collector:
         # The body took its time: the gateway may have reached its bound, or its end, meanwhile.
         if refusal := self._busy():
             return refusal
-        return await self._offer(messages, Peer(_origin(request)))
+        return await self._offer(messages, Peer(self._origin(request)))
 
     # -- 1. admit
 
@@ -255,13 +257,18 @@ class Collector:
 
     async def _offer(self, messages: Sequence[Message], peer: Peer) -> Response:
         # All or none: what was taken of a request that is sent again would count twice where it brings no ids.
-        asked = [(message.tag, self._admission.refuses(message, peer.origin)) for message in messages]
+        mapped = [(message.tag, self._admission.mapped(message)) for message in messages]
+        parts = [(tag, part) for tag, one in mapped for part in one.messages]
+        asked = [(tag, self._admission.refuses(part, peer.origin)) for tag, part in parts]
         if refused := [one for one in asked if one[1]]:
             return self._refused(refused)
+        for tag, one in mapped:
+            if one.skipped:
+                self._metrics.add("lines_skipped_total", one.skipped, tag=tag)
         # One more than the messages: outcomes that come at once must not end the wait early.
-        waiting = _Answer(len(messages) + 1)
-        for message in messages:
-            self._admission.offer(message, 0, peer, waiting.acked)
+        waiting = _Answer(len(parts) + 1)
+        for _, part in parts:
+            self._admission.offer(part, 0, peer, waiting.acked)
         waiting.acked(Outcome(0, 0, 0))
         stopping = asyncio.ensure_future(self._stopping.wait())
         either: set[asyncio.Future[Any]] = {waiting.done, stopping}
@@ -278,11 +285,11 @@ class Collector:
     def _refused(self, refused: Sequence[tuple[str, str]]) -> Response:
         """Answer for the tags that the gateway refuses, each with its reason."""
         retry_s = max(1, self._config.dead_letter_probe_ms // 1000)
-        if tags := [tag for tag, why in refused if why == BEYOND_CEILING]:
+        if tags := list(dict.fromkeys(tag for tag, why in refused if why == BEYOND_CEILING)):
             error = f"too many events of {', '.join(tags[:3])} become dead letters (ingest.dead_letter_share_max)"
             step = f"see headrace dead-letters list, correct events or types; {_SAME}"
             return problem(503, error, step, retry_s=retry_s)
-        late = ", ".join([tag for tag, _ in refused][:3])
+        late = ", ".join(list(dict.fromkeys(tag for tag, _ in refused))[:3])
         error = f"as many late events wait to be looked up as may, and those of {late} are late"
         return problem(503, error, _SAME, retry_s=retry_s)
 
@@ -292,7 +299,9 @@ class Collector:
         status = response.status_code
         self._metrics.add("requests_total", status=str(status))
         if status >= 400:
-            self._admission.refuse(_origin(request), f"http_{status}", _WHY.get(status, "the request is not in order"))
+            self._admission.refuse(
+                self._origin(request), f"http_{status}", _WHY.get(status, "the request is not in order")
+            )
         if status in (408, 413) or (status == 503 and self._stopping.is_set()):
             response.headers["Connection"] = "close"
         return response
@@ -306,6 +315,10 @@ class Collector:
             response.headers["Access-Control-Allow-Credentials"] = "true"
             response.headers["Access-Control-Expose-Headers"] = "Retry-After"
         return response
+
+    def _origin(self, request: Request) -> str:
+        peer = peer_of(request.scope.get("client")).origin
+        return self._proxies.client(peer, request.headers.getlist(self._proxies.header))
 
     @property
     def _admission(self) -> Admission:
@@ -346,7 +359,3 @@ async def _nothing_here(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)
     return response
-
-
-def _origin(request: Request) -> str:
-    return peer_of(request.scope.get("client")).origin

@@ -14,7 +14,6 @@ that the Kafka source gave the line, or that a route takes from a request id, st
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 from headrace.contract.mapping import PLACEHOLDER, AccessLog, Route
 from headrace.contract.project import Project
 from headrace.ingest.decode.message import Entry, Message, message_of
+from headrace.ingest.decode.numbers import DECIMAL, INTEGER, NUMBER
 from headrace.ingest.gateway.batcher import Acked, Outcome
 from headrace.ingest.sources.access_log import (
     LISTED,
@@ -40,9 +40,6 @@ from headrace.ingest.sources.access_log import (
 
 BAD_LINE = "bad_line"
 _LINE_FIELDS = ("message",)
-_FLOAT = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,4})?", re.ASCII)
-_PLAIN_NUMBER = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
-_INT = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 
 Reader = Callable[[Variables, Request], str | None]
 """Takes one value out of a line."""
@@ -270,16 +267,16 @@ def _of_upstreams(name: str, text: str, kind: str) -> str:
         return ",".join(values)
     if len(values) < 2 or name in ("upstream_status", "upstream_addr"):
         return values[-1] if values else ""
-    return str(sum(map(Decimal, values))) if all(map(_PLAIN_NUMBER.fullmatch, values)) else text
+    return str(sum(map(Decimal, values))) if all(map(DECIMAL.fullmatch, values)) else text
 
 
 def _converted(text: str, kind: str) -> Any:
     """Return a field's value; text that is none of its kind stays text, and the schema refuses it as `bad_type`."""
     if kind.startswith("list["):
         return [_converted(part, kind[5:-1]) for part in text.split(",") if part]
-    if kind == "int64" and _INT.fullmatch(text):
+    if kind == "int64" and INTEGER.fullmatch(text):
         return int(text)
-    if kind == "float64" and _FLOAT.fullmatch(text):
+    if kind == "float64" and NUMBER.fullmatch(text):
         number = float(text)
         return number if math.isfinite(number) else text
     if kind == "bool":

@@ -17,12 +17,15 @@ import base64
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import msgpack
 import msgspec
 
 from headrace.contract.config import SourceConfig
+from headrace.ingest.decode.numbers import DECIMAL, INTEGER, NUMBER
 from headrace.ingest.decode.times import (
     DIGITS_MAX,
     NS_OF_UNIT,
@@ -32,6 +35,7 @@ from headrace.ingest.decode.times import (
     event_time_of,
     iso8601_ns,
 )
+from headrace.ingest.sources.otlp_texts import log_record_texts
 
 
 class Foreign(NamedTuple):
@@ -75,6 +79,8 @@ def read_foreign(source: SourceConfig, value: bytes | None, timestamp_ms: int | 
 def _where(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     return f"{type(error).__name__}: {error}" if isinstance(error, _Unreadable) else type(error).__name__
 
 
@@ -113,31 +119,60 @@ def _gelf(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[
 
 
 def _otlp(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
-    whole = _json_value(value)
-    if not isinstance(whole, dict) or "resourceLogs" not in whole:
-        raise _Unreadable("a message of OTLP is a map with resourceLogs")
-    found = []
-    for resource in _list(whole, "resourceLogs"):
-        for scope in _list(resource, "scopeLogs"):
-            for entry in _list(scope, "logRecords"):
-                try:
-                    found.append(_otlp_record(source, entry, timestamp_ns))
-                except _UNREADABLE as error:
-                    raw = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogateescape")
-                    found.append(Foreign(source.tag, None, None, f"no log record of OTLP: {_where(error)}", raw))
+    found, raws = [], RecordBytes(source, value)
+    for nth, entry in enumerate(_log_records(value)):
+        try:
+            one = _otlp_record(source, entry, timestamp_ns)
+        except _UNREADABLE as error:
+            one = Foreign(source.tag, None, None, f"no log record of OTLP: {_where(error)}")
+        found.append(one._replace(raw=raws[nth]) if one.problem else one)
     return found
 
 
+def _log_records(value: bytes) -> list[Any]:
+    """Return the log records of a message, or their texts where one of them keeps the whole from being read."""
+    try:
+        whole = _json_value(value)
+    except RecursionError:
+        return list(log_record_texts(value))
+    if not isinstance(whole, dict) or "resourceLogs" not in whole:
+        raise _Unreadable("a message of OTLP is a map with resourceLogs")
+    return [
+        entry
+        for resource in _list(whole, "resourceLogs")
+        for scope in _list(resource, "scopeLogs")
+        for entry in _list(scope, "logRecords")
+    ]
+
+
+class RecordBytes:
+    """The bytes of each record of a message; of the whole message where they cannot be told."""
+
+    def __init__(self, source: SourceConfig, value: bytes) -> None:
+        self._value, self._is_otlp = value, source.format == "otlp_json"
+
+    def __getitem__(self, nth: int) -> bytes:
+        texts = self._texts
+        return texts[nth] if nth < len(texts) else self._value
+
+    @cached_property
+    def _texts(self) -> list[bytes]:
+        # Once a message, however many of its records are bad.
+        return log_record_texts(self._value) if self._is_otlp else []
+
+
 def _otlp_record(source: SourceConfig, entry: Any, timestamp_ns: int | None) -> Foreign:
+    if isinstance(entry, bytes):
+        entry = _json_value(entry)
     if not isinstance(entry, dict):
         raise _Unreadable("a log record is a map")
     record = {item["key"]: _any_value(item.get("value")) for item in _list(entry, "attributes")}
     body = _any_value(entry.get("body"))
-    record |= body if isinstance(body, dict) else {source.text_field: body}
+    if body is not None:
+        record |= body if isinstance(body, dict) else {source.text_field: body}
     # 0 means unknown (OpenTelemetry, logs data model), and the time of observation stands in.
-    nanos = int(entry.get("timeUnixNano") or 0) or int(entry.get("observedTimeUnixNano") or 0)
-    raw = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogateescape")
-    return _tagged(source, record, nanos or timestamp_ns, raw)
+    nanos = _int(entry.get("timeUnixNano") or 0) or _int(entry.get("observedTimeUnixNano") or 0)
+    return _tagged(source, record, nanos or timestamp_ns, b"")
 
 
 def _any_value(value: Any) -> Any:
@@ -152,9 +187,9 @@ def _any_value(value: Any) -> Any:
     if kind == "arrayValue":
         return [_any_value(item) for item in _list(inner, "values")]
     if kind == "intValue":
-        return int(_digits(inner, _INT))
+        return _int(inner)
     if kind == "doubleValue":
-        return float(_digits(inner, _FLOAT))
+        return float(_digits(inner, NUMBER))
     if kind == "bytesValue":
         return base64.b64decode(inner, validate=True)
     if kind in ("stringValue", "boolValue"):
@@ -162,12 +197,19 @@ def _any_value(value: Any) -> Any:
     raise _Unreadable("a value of an unknown kind")
 
 
+def _int(value: Any) -> int:
+    """Return an integer of 64 bits: a number or its text, also written as 1.7e18 (protobuf, the mapping to JSON)."""
+    if isinstance(value, _Number) and value.is_integer() and len(value.text) <= DIGITS_MAX:
+        value = int(Decimal(value.text))
+    return int(_digits(value, INTEGER))
+
+
 def _digits(value: Any, pattern: re.Pattern[str]) -> str:
     """Return a number as its text, or a text that is one: `int` and `float` also take `1_0`, `inf`, other scripts."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise _Unreadable("a number of another type")
     if not pattern.fullmatch(text := str(value)):
-        raise _Unreadable(f"{text[:40]!r} is no number")
+        raise _Unreadable("a text that is no number")
     return text
 
 
@@ -233,12 +275,9 @@ def _time_of(value: Any, unit: str, otherwise: int | None) -> int | None:
         value = value.decode("utf-8", "replace")
     if not isinstance(value, str) or len(value) > DIGITS_MAX:
         return None
-    return decimal_ns(value, unit) if _NUMBER.fullmatch(value) else iso8601_ns(value)
+    return decimal_ns(value, unit) if DECIMAL.fullmatch(value) else iso8601_ns(value)
 
 
-_NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
-_INT = re.compile(r"[+-]?\d{1,20}", re.ASCII)
-_FLOAT = re.compile(r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,4})?", re.ASCII)
 _DECODER = msgspec.json.Decoder(float_hook=_Number)
 _READERS: dict[str, Callable[[SourceConfig, bytes, int | None], list[Foreign]]] = {
     "json": _json,

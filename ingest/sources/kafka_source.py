@@ -48,7 +48,7 @@ from headrace.ingest.decode.validate import brings_id
 from headrace.ingest.gateway.admission import NO_ROOM, Admission
 from headrace.ingest.gateway.batcher import Acked, Outcome
 from headrace.ingest.gateway.chunk_identity import Peer
-from headrace.ingest.sources.foreign_formats import Foreign, read_foreign
+from headrace.ingest.sources.foreign_formats import Foreign, RecordBytes, read_foreign
 
 log = logging.getLogger("headrace.ingest")
 
@@ -205,7 +205,8 @@ class KafkaSource:
         oldest = [one for one in self._refused if one.run is run]
         held = [one for one in oldest if group.held(one.claim)]
         # They wait for the settler, not for a correction: taken, they would fill its memory. Asked at each offer only.
-        self._no_room = any(admission.refuses(one.message, one.peer.origin) == NO_ROOM for one in held)
+        parts = ((part, one.peer.origin) for one in held for part in admission.mapped(one.message).messages)
+        self._no_room = any(admission.refuses(part, origin) == NO_ROOM for part, origin in parts)
         if self._no_room:
             return
         if not self._told:
@@ -256,10 +257,12 @@ def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Messag
     bodies: defaultdict[str, list[bytes]] = defaultdict(list)
     unread: list[Message] = []
     for one in records:
+        raws = RecordBytes(source, one.value or b"")
         for nth, found in enumerate(read_foreign(source, one.value, one.timestamp_ms)):
             body = b""
             if not found.problem:
-                body, found = _packed(found, one, _event_id(source, one, nth))
+                body, found = _packed(found, _event_id(source, one, nth))
+                found = found._replace(raw=raws[nth]) if found.problem else found
             if found.problem:
                 chunk = _event_id(source, one, nth)
                 unread.append(Message(found.tag, chunk=chunk, problem=found.problem, raw=found.raw))
@@ -271,7 +274,7 @@ def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Messag
     return whole + unread
 
 
-def _packed(found: Foreign, one: Fetched, event_id: str) -> tuple[bytes, Foreign]:
+def _packed(found: Foreign, event_id: str) -> tuple[bytes, Foreign]:
     """Return the record as an entry of a message, with its id; or what keeps it from being one."""
     record: dict[Any, Any] = found.record
     if not brings_id(record):
@@ -280,7 +283,7 @@ def _packed(found: Foreign, one: Fetched, event_id: str) -> tuple[bytes, Foreign
         return message_of(found.tag, [(found.time_ns, record)]).body, found
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         # Text with half a surrogate pair, or nesting that MessagePack's packer does not follow.
-        return b"", Foreign(found.tag, None, None, f"no record: {type(error).__name__}", one.value or b"")
+        return b"", Foreign(found.tag, None, None, f"no record: {type(error).__name__}")
 
 
 def _event_id(source: SourceConfig, one: Fetched, nth: int) -> str:

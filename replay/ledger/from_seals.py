@@ -76,8 +76,9 @@ class SealedStock:
         }
         after.steps_offset = self._add_steps(runs, before.steps_offset)
         sealed, stored, retained_ms = self._lake()
-        topic = TopicSeals(self.reader, self.topics.samples)
+        # Before the topic's ends are asked: a state that is stored meanwhile has samples beyond them.
         joined = self._joined()
+        topic = TopicSeals(self.reader, self.topics.samples)
         self._draw_join(ledger, joined)
         ledger.samples = sum(whole(place.seal.tasks).count for p in joined if (place := topic.newest(p)) is not None)
         self._check_topic(topic, joined)

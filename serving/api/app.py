@@ -30,6 +30,10 @@ BEHIND = (
     "the counters are more than {} ms (serve.counters_behind_ms) behind the end of `features`: give serving more "
     "processors, or fewer workers."
 )
+_NEXT = {
+    "bad_type": "send a value of the declared type, or null",
+    "unknown_field": "leave the field out, or declare it in the project",
+}
 SAID = ("unread", "stale")
 """States of the counters that every answer names."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -132,7 +136,7 @@ class ServingApp:
         except msgspec.DecodeError as error:
             return problem(400, f"no JSON: {error}", "send application/json")
         except EventRejected as error:
-            return problem(422, str(error), f"correct the field ({error.reason})")
+            return problem(422, str(error), f"{error.reason}: {_NEXT.get(error.reason, 'correct the field')}")
         except (Unavailable, Overloaded) as error:
             return problem(503, str(error), "ask again in a second")
         scores = by_task.pop(recipe_of(meta.recipe_json).task)

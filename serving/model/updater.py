@@ -34,6 +34,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
+from headrace.process.awake import Awake
 from headrace.process.moved import followed
 from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot
 from headrace.serving.model.row_table import split_initial
@@ -61,8 +62,9 @@ class Updater:
     """See `ServeConfig.stuck_ms`."""
     waits_for: str = field(default="the beginning", init=False)
     """What the call is for that is made now."""
+    _awake: Awake = field(init=False)
     _turned_s: float = field(default=0.0, init=False)
-    """When a call returned last, by the monotonic clock."""
+    """When a call returned last, in time that the process was awake for."""
     _meta: Meta | None = field(default=None, init=False)
     _newest: Manifest | None = field(default=None, init=False)
     _tried: str = field(default="", init=False)
@@ -75,14 +77,15 @@ class Updater:
     _model_offset: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._turned_s = self.clock.monotonic()
+        self._awake = Awake(self.clock.monotonic)
+        self._turned_s = self._awake.monotonic()
 
     def watch(self) -> None:
         """Check once that the updater's thread goes on; another thread calls it every second or so.
 
         Raises `Unavailable` when a call has not returned for longer than `stuck_ms`: end the stage.
         """
-        waited_ms = round((self.clock.monotonic() - self._turned_s) * 1_000)
+        waited_ms = round((self._awake.monotonic() - self._turned_s) * 1_000)
         if self._meta is not None:
             self.metrics.set("model_age_seconds", (self.clock.now_ms() - self._meta.manifest.created_ms) / 1000)
         if waited_ms > self.stuck_ms:
@@ -92,10 +95,10 @@ class Updater:
             )
 
     def _went_on(self) -> None:
-        self._turned_s = self.clock.monotonic()
+        self._turned_s = self._awake.monotonic()
 
     def _begins(self, what: str) -> None:
-        self.waits_for, self._turned_s = what, self.clock.monotonic()
+        self.waits_for, self._turned_s = what, self._awake.monotonic()
 
     def run(self) -> None:
         """Follow until `stop`. Raises where serving must not go on, such as after a write that broke off."""
@@ -241,6 +244,8 @@ class Updater:
                 shapes=served.shapes,
                 refused=self._refused_chains,
             )
+            # A delta has no digest: that of the snapshot which the chain began with stays.
+            manifest = msgspec.structs.replace(manifest, digest=served.manifest.digest)
             begun = served.snapshot, served.spec_json, served.recipe_json
             meta = self._meta_from(manifest, weights, *begun, next_delta=record.offset + 1)
             kept, gone_K = split_initial(weights, recipe)

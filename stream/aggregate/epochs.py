@@ -21,14 +21,12 @@ from functools import partial
 import pyarrow as pa
 
 from headrace.contract.errors import EventRejected, Unavailable
-from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, decode_batch, encode_batch
+from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, EPOCH_MAX, decode_batch, encode_batch
 from headrace.contract.interfaces.log import Producer, Reader, Record, read_range
 from headrace.process.waits import LOAD_MAX_S, RECEIPT_MAX_S, Waits
 
 _TAIL_RECORDS = 1_000
 _FURTHER = 8
-_EPOCH_MAX = 1 << 62
-"""No aggregator of ours comes so far; beyond it there would be no next one."""
 _POLL_S = 0.005
 
 
@@ -43,7 +41,7 @@ def epoch_of(record: Record) -> int:
         epochs = decode_batch(record.value, AGGREGATE_SCHEMA).column("epoch").to_pylist()
     except EventRejected:
         return 0
-    return max((epoch for epoch in epochs if epoch is not None and 0 < epoch < _EPOCH_MAX), default=0)
+    return max((epoch for epoch in epochs if epoch is not None and 0 < epoch < EPOCH_MAX), default=0)
 
 
 def headers_of(epoch: int) -> dict[str, str]:

@@ -14,22 +14,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.errors import EventRejected
+from headrace.contract.formats.events import EPOCH_MAX
 from headrace.contract.hashing import hash_text
 from headrace.contract.spec import Counter
 from headrace.kernels.arrays import I64s, U64s
 from headrace.kernels.hashes import hash128_texts, with_numbers
 from headrace.stream.features.counters import key_texts
 
+_BOUNDED = ("as_of_ms", "crawl_time_ms", "epoch")
+
 
 def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the batch, or raise `EventRejected` when one of its first five columns has nulls.
+    """Return the batch, or raise `EventRejected` when one of its first five columns has nulls, or an epoch or time
+    beyond `EPOCH_MAX`.
 
     They are the envelope of an event, or what every row of an aggregate and of a crawled version has.
     """
     for i in range(5):
         if batch.column(i).null_count:
             raise EventRejected("bad_batch", f"column {batch.schema.names[i]!r} has nulls")
+        if batch.schema.names[i] in _BOUNDED and not _is_within(numbers_of(batch, i)):
+            # Taken, it would put every later one behind it, for ever.
+            raise EventRejected("bad_batch", f"column {batch.schema.names[i]!r} has a number of more than 62 bits")
     return batch
+
+
+def _is_within(numbers_N: I64s) -> bool:
+    return bool(((numbers_N > -EPOCH_MAX) & (numbers_N < EPOCH_MAX)).all())
 
 
 def keys_of(batch: pa.RecordBatch, salt: str) -> tuple[U64s, U64s]:

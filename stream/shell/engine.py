@@ -26,8 +26,9 @@ from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.interfaces.log import Reader, Record
+from headrace.process.awake import awake_s
 from headrace.process.watchdog import Watchdog
-from headrace.stream.shell.group_watch import GroupWatch
+from headrace.stream.shell.group_watch import GroupWatch, last_words
 from headrace.stream.shell.log_ends import LogEnds
 from headrace.stream.shell.one_owner import OneOwner
 
@@ -127,7 +128,7 @@ class Engine:
             web_enabled=False,
             PartitionAssignor=OneOwner if has_one_owner else PartitionAssignor,
         )
-        self.topic, self.begin_afresh = topic, begin_afresh
+        self.topic, self.begin_afresh, self._brokers = topic, begin_afresh, brokers
         self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)
         self.next: dict[int, int] = {}
         self._unbegun: dict[int, int | None] = {}
@@ -250,15 +251,19 @@ class Engine:
             self._failure = await _bounded(stage.finish(), "durable state")
         if self._failure is not None:
             log.error(
-                "stopping: %s: %s",
-                type(self._failure).__name__,
-                self._failure,
+                "stopping: %s",
+                last_words(self._failure, self._client(), self._brokers, awake_s() - self._ends.answered_s),
                 exc_info=None if isinstance(self._failure, HeadraceError) else self._failure,
             )
         starting.cancel()
         if (unstopped := await _bounded(self.app.stop(), "Faust")) is not None:
             log.warning("Faust: %s", unstopped)
         return 0 if self._failure is None else 1
+
+    def _client(self) -> Any:
+        """Return Faust's thread with Kafka's consumer; None before it is made."""
+        # Asked for too early, Faust would make one.
+        return getattr(self.app.__dict__.get("_consumer"), "_thread", None)
 
     def _look(self) -> None:
         """Look once a second whether Kafka's client works."""
@@ -395,7 +400,7 @@ class Engine:
         )
 
     async def _seek(self, partition: int, offset: int, wanted: int) -> None:
-        now = asyncio.get_running_loop().time()
+        now = awake_s()
         since = self._seeking.setdefault(partition, now)
         if since == now:
             log.info("%s/%d: Faust is at %d, seeking back to %d", self.topic, partition, offset, wanted)

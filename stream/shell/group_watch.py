@@ -10,11 +10,11 @@ tells whoever fetches; Faust fetches only what is assigned, and the member waits
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import HeadraceError, Unavailable
+from headrace.process.awake import awake_s
 
 GROUP_MAX_S = 120.0
 """A group forms within 40 s, its session of 10 s and a request of 30 s, and a broker that restarts is back in 20 s:
@@ -24,7 +24,7 @@ twice their sum."""
 class GroupWatch:
     """Watches one member."""
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, monotonic: Callable[[], float] = awake_s) -> None:
         self._monotonic = monotonic
         self._without_s: float | None = monotonic()
         """Since when it has no assignment; None while it has one."""
@@ -54,6 +54,39 @@ class GroupWatch:
                 f"the consumer group gave this member no assignment in {waited_s:.0f} s, {GROUP_MAX_S:.0f} s are "
                 "allowed. The stage stops; a new process joins anew. `headrace status` shows the broker."
             )
+
+
+def last_words(failure: BaseException, thread: Any, brokers: str, silent_s: float) -> str:
+    """Return what a stage ended of, with its causes. What a dead client raises, "Event loop is closed", hides its own.
+
+    Args:
+        thread: Faust's thread with aiokafka's consumer; None where none was made.
+        silent_s: for how long the brokers have not answered another client of this stage.
+    """
+    said = _chain(failure)
+    if thread is None or isinstance(failure, HeadraceError):
+        return said
+    ended = [f"{what} has ended ({_chain(cause) if cause else 'no cause is known'})" for what, cause in _ended(thread)]
+    if (crash := thread.crash_reason) is not None:
+        ended.insert(0, f"its consumer failed ({_chain(crash)})")
+    if not ended:
+        return said
+    return (
+        f"Kafka's client has stopped working: {'; '.join(ended)}. The brokers {brokers} last answered this stage "
+        f"{silent_s:.0f} s ago. A call of the stage failed then: {said}. The stage stops; a new process makes a "
+        "new client."
+    )
+
+
+def _chain(error: BaseException) -> str:
+    """Return an exception and what it came of, the first cause last."""
+    words, seen = list[str](), set[int]()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        words.append(f"{type(each).__name__}: {each}")
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+    return ", which came of ".join(words)
 
 
 def _ended(thread: Any) -> Iterator[tuple[str, BaseException | None]]:

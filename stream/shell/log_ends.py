@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from headrace.contract.errors import Unavailable
 from headrace.contract.interfaces.log import Reader
+from headrace.process.awake import awake_s
 
 LOOK_S = 5.0
 READ_S = 1.0
@@ -29,6 +30,8 @@ class LogEnds:
         self.topic, self._open_reader, self._taken = topic, open_reader, taken
         self.begins: Mapping[int, int] = {}
         self.ends: Mapping[int, int] = {}
+        self.answered_s = awake_s()
+        """When the broker answered last, in time awake."""
         self.oldest_ms: int | None = None
         """When the oldest record was written that a partition stands before; None while all move or nothing waits."""
         self._before: dict[int, int] = {}
@@ -77,6 +80,7 @@ class LogEnds:
     def read(self, reader: Reader) -> None:
         """Look once."""
         begins, ends = reader.begin_offsets(self.topic), reader.end_offsets(self.topic)
+        self.answered_s = awake_s()
         taken = {p: begins.get(p, 0) if at is None else at for p, at in self._taken().items()}
         waiting = {p: at for p, at in taken.items() if self._before.get(p) == at and ends.get(p, 0) > at}
         times: dict[int, int] = {}

@@ -33,12 +33,16 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.lake import LakeState, LakeWriter
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
+from headrace.process.awake import Awake
 from headrace.process.waits import Waits
 from headrace.stream.shell.engine import Engine
 
 log = logging.getLogger("headrace.sink")
 
 ALARM_EVERY_S = 60.0
+ASK_S = 45.0
+"""How long a store that is away is asked: twice as long as a NameNode needs to return, and the longest that one call of
+it may take."""
 
 
 class SinkStage:
@@ -254,13 +258,14 @@ def _alike(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
 
 
 def _patiently(ask: Callable[[], LakeState | None], clock: Clock) -> LakeState | None:
-    """Return the lake's state; a store that is away is asked for 45 s, twice as long as a NameNode needs to return."""
-    end_s, wait_s = clock.monotonic() + 45.0, 0.1
+    """Return the lake's state; a store that is away is asked for `ASK_S`."""
+    awake = Awake(clock.monotonic, ASK_S)
+    end_s, wait_s = awake.monotonic() + ASK_S, 0.1
     while True:
         try:
             return ask()
         except Unavailable:
-            if clock.monotonic() > end_s:
+            if awake.monotonic() > end_s:
                 raise
             clock.sleep(wait_s)
             wait_s = min(5.0, wait_s * 2)

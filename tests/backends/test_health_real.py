@@ -18,10 +18,9 @@ from pathlib import Path
 
 import confluent_kafka.admin as ck_admin
 import pytest
-from local_world import CHECKOUT, free_base
+from local_world import own_layout
 
 from headrace.backends.log.kafka import KafkaProducer
-from headrace.contract.config import port
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import readiness
 from headrace.deploy.local import stack as local_stack
@@ -40,17 +39,7 @@ NEVER_S = 300.0
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
-    base = free_base()
-    layout = Layout(
-        home=tmp_path_factory.mktemp("whole") / "home",
-        port_base=base,
-        brokers=f"{HOST}:{port('kafka', base)}",
-        store=f"hdfs://{HOST}:{port('namenode', base)}/headrace",
-        webhdfs=f"http://{HOST}:{port('namenode_http', base)}",
-        project=CHECKOUT / "examples" / "shop",
-        own_kafka=True,
-        own_hdfs=True,
-    )
+    layout = own_layout(tmp_path_factory.mktemp("whole") / "home")
     try:
         os.environ["RATE"] = "20"
         local_stack.start(layout, Topics().specs(2), print, stages=STAGES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_what_cannot_be_read_says_so_and_keeps_its_bytes(format_: str, value: by
 
 @pytest.mark.parametrize(
     "value",
-    [{"intValue": text} for text in ("nine", "12_5", "12.7", "", " 1", "\u0663", True)]
+    [{"intValue": text} for text in ("nine", "12_5", "12.7", 12.7, "", " 1", "\u0663", True)]
     + [{"doubleValue": text} for text in ("1_0.5", "inf", "nan", "0x1p3", " 1", False)],
     ids=str,
 )
@@ -202,3 +203,47 @@ def test_the_tag_comes_from_its_field_else_from_the_source() -> None:
     only = SourceConfig(topic="t", tag_field="tag", format="msgpack")
     (found,) = read_foreign(only, msgpack.packb({"a": 1}), 1)
     assert "holds no tag" in found.problem and found.raw == msgpack.packb({"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ('{"kvlistValue":{"values":[{"key":"a","value":' * 5_000 + "{}" + "}]}}" * 5_000, "nested too deeply"),
+        ('{"arrayValue":{"values":[' * 320 + "{}" + "]}}" * 320, "nested too deeply"),
+        ('{"stringValue":5,"intValue":6}', "a value is a map of one kind"),
+    ],
+    ids=["beyond the reader of JSON", "at its edge", "of two kinds"],
+)
+def test_a_log_record_that_is_too_deep_is_one_dead_letter_with_its_own_bytes(body: str, problem: str) -> None:
+    good, bad = '{"timeUnixNano":"7","body":{"stringValue":"],[{"}}', f'{{ "body":{body} }}'
+    text = f'{{"resourceLogs": [{{"scopeLogs": [{{"logRecords": [{good}, {bad} , {good}]}}]}}]}}'
+    found = read_foreign(SourceConfig(topic="t", tag="a", format="otlp_json"), text.encode(), 5)
+    assert [(r.time_ns, r.record) for r in found] == [(7, {"message": "],[{"}), (None, None), (7, {"message": "],[{"})]
+    assert problem in found[1].problem and found[1].raw == bad.encode()
+
+
+def test_many_bad_log_records_cost_what_they_hold() -> None:
+    """Their bytes are found once a message, not once a record: this would take a minute."""
+    bad = ",".join(['{"body":{"intValue":"x"}}'] * 20_000)
+    text = f'{{"resourceLogs":[{{"scopeLogs":[{{"logRecords":[{bad}]}}]}}]}}'
+    began = time.process_time()
+    found = read_foreign(SourceConfig(topic="t", tag="a", format="otlp_json"), text.encode(), 5)
+    assert {one.raw for one in found} == {b'{"body":{"intValue":"x"}}'} and len(found) == 20_000
+    assert time.process_time() - began < 5
+
+
+def test_numbers_of_otlp_may_be_written_as_floats_that_are_whole() -> None:
+    text = '{"timeUnixNano":1.772368496e18,"body":{"intValue":5.0}}'
+    text = f'{{"resourceLogs":[{{"scopeLogs":[{{"logRecords":[{text}]}}]}}]}}'
+    (found,) = read_foreign(SourceConfig(topic="t", tag="a", format="otlp_json"), text.encode(), 5)
+    assert (found.time_ns, found.record) == (1_772_368_496_000_000_000, {"message": 5})
+
+
+@pytest.mark.parametrize("body", ["", ',"body":null', ',"body":{}'], ids=["none", "null", "unset"])
+def test_a_log_record_without_a_body_has_its_attributes_alone(body: str) -> None:
+    """An empty text field would be an unknown one, and cost the event where the type refuses those."""
+    attributes = '[{"key":"a","value":{"intValue":"1"}},{"key":"b","value":{}}]'
+    text = f'{{"timeUnixNano":"7","attributes":{attributes}{body}}}'
+    text = f'{{"resourceLogs":[{{"scopeLogs":[{{"logRecords":[{text}]}}]}}]}}'
+    (found,) = read_foreign(SourceConfig(topic="t", tag="a", format="otlp_json"), text.encode(), 5)
+    assert (found.problem, found.record) == ("", {"a": 1, "b": None})

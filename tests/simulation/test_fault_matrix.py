@@ -53,8 +53,10 @@ NOT_YET = {
     "Admin": "called by the commands before a stage begins",
     "Clock": "leaves no process",
     "LakeReader": "the trainer's and replay's",
+    "JoinedUpTo": "the gateway's settler's, whose tests let it be away",
     "StoredIds": "the gateway's settler's, whose tests let it be away",
     "LakeState": "a value, not a call",
+    "JoinedState": "a value, not a call",
     "Progress": "shows only",
 }
 """Interfaces that no stage of the matrix calls, and whose they are: each is for the one who adds that stage."""

@@ -43,6 +43,7 @@ WHAT_HAPPENS = {
     "headrace/backends/log/group_kafka.py": ("Thread", "`take` raises it, and the gateway ends"),
     "headrace/backends/metrics_prometheus.py": ("Thread", "/metrics answers no more: Prometheus' `up` is 0"),
     "headrace/backends/reachable.py": ("Thread", "/readyz and /healthz are red, and say so"),
+    "headrace/process/awake.py": ("Thread", "it has nothing to raise; whoever asks the time looks as well"),
     "headrace/process/background.py": ("Thread create_task", "the stage's `check` raises it"),
     "headrace/process/call_watch.py": ("Thread", "it logs what a look raises and looks again; a hang ends the process"),
     "headrace/process/waits.py": ("Thread", "who waits for the call gets it"),

@@ -30,6 +30,7 @@ WITHOUT_ROW = {
     "Clock.now_ms": TIME,
     "Clock.monotonic": TIME,
     "Clock.sleep": TIME,
+    "JoinedUpTo.joined": LATE,
     "Progress.begin": SHOWN,
     "Progress.done": SHOWN,
     "Progress.end": SHOWN,

@@ -28,6 +28,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Producer, Reader, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
+from headrace.process.moved import followed
 from headrace.trainer.commit.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.learner import TableLearner
@@ -64,6 +65,8 @@ class Publisher:
     """False writes snapshots before `snapshot` returns: for tests."""
     is_held: bool = False
     """True publishes nothing and still writes checkpoints: a better model is served than this one is yet."""
+    moved: Callable[[], None] = lambda: None
+    """Is called, in the writing thread, whenever the upload goes on."""
     kept: frozenset[str] = frozenset()
     """Snapshots of other runs that stay: `named_blobs`."""
 
@@ -249,7 +252,8 @@ class Publisher:
 
         def guarded() -> None:
             try:
-                write(*what)
+                with followed(self.moved):
+                    write(*what)
             except BaseException as error:
                 self._error = error
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 import confluent_kafka as ck
 
 from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.process.awake import awake_s
 
 log = logging.getLogger("headrace.kafka")
 
@@ -85,8 +85,8 @@ class FencedKafka:
             consumer.assign([ck.TopicPartition(self._topic, 0, offset)])
             self._at = offset
         found: list[tuple[int, bytes]] = []
-        deadline = time.monotonic() + (wait_s or self._timeout_s)
-        while (left := deadline - time.monotonic()) > 0:
+        deadline = awake_s() + (wait_s or self._timeout_s)
+        while (left := deadline - awake_s()) > 0:
             message = consumer.poll(left)
             if message is None:
                 break
@@ -97,7 +97,7 @@ class FencedKafka:
                     continue
                 found.append((at, value))
                 self._at = at + 1
-                deadline = time.monotonic() + self._timeout_s if wait_s == 0 else deadline
+                deadline = awake_s() + self._timeout_s if wait_s == 0 else deadline
                 if wait_s:
                     return found
             elif error.code() == ck.KafkaError._PARTITION_EOF:

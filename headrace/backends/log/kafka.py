@@ -18,6 +18,7 @@ from confluent_kafka.cimpl import NewTopic
 from headrace.backends.log.receipts import Receipts
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.interfaces.log import Delivered, Record, TopicSpec
+from headrace.process.awake import awake_s
 
 log = logging.getLogger("headrace.kafka")
 
@@ -295,13 +296,13 @@ class KafkaReader:
         return sorted(meta.partitions)
 
     def _watermarks(self, topic: str, partition: int) -> tuple[int, int]:
-        part, deadline = ck.TopicPartition(topic, partition), time.monotonic() + self._timeout_s
+        part, deadline = ck.TopicPartition(topic, partition), awake_s() + self._timeout_s
         while True:
             try:
-                found = self._consumer.get_watermark_offsets(part, timeout=max(0.1, deadline - time.monotonic()))
+                found = self._consumer.get_watermark_offsets(part, timeout=max(0.1, deadline - awake_s()))
                 break
             except ck.KafkaException as error:
-                if error.args[0].code() not in _LEADERLESS or time.monotonic() > deadline:
+                if error.args[0].code() not in _LEADERLESS or awake_s() > deadline:
                     raise Unavailable(f"Kafka does not tell the offsets of {topic}/{partition}: {error}") from error
                 time.sleep(0.02)
         if found is None:
@@ -441,9 +442,9 @@ class KafkaAdmin:
         return {name: len(meta.partitions) for name, meta in topics.items() if meta.error is None and meta.partitions}
 
     def _shown(self, names: set[str]) -> dict[str, int]:
-        deadline = time.monotonic() + self._timeout_s
+        deadline = awake_s() + self._timeout_s
         while not names <= (have := self._counts()).keys():
-            if time.monotonic() > deadline:
+            if awake_s() > deadline:
                 raise Unavailable(f"topics {sorted(names - have.keys())} do not appear after {self._timeout_s} s.")
             time.sleep(0.02)
         return have

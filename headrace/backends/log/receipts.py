@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
+
+from headrace.process.awake import awake_s
 
 log = logging.getLogger("headrace.kafka")
 
@@ -17,9 +18,7 @@ KINDS_MAX = 1_000
 class Receipts:
     """Those of one producer. `refused` gets the topic of each record that was refused."""
 
-    def __init__(
-        self, refused: Callable[[str], None] | None = None, monotonic: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, refused: Callable[[str], None] | None = None, monotonic: Callable[[], float] = awake_s) -> None:
         self._refused, self._monotonic = refused, monotonic
         self._moved_s = monotonic()
         self._told: dict[tuple[str, int, str], tuple[float, int]] = {}

@@ -120,6 +120,7 @@ def _follow(layout: Layout) -> None:
     while True:
         time.sleep(LINE_S)
         print(status.line(), flush=True)
-        if not Supervisor(layout).running():
+        supervisor = Supervisor(layout)
+        if not supervisor.running() and not supervisor.unanswered():
             print("the stack was stopped from outside", flush=True)
             return

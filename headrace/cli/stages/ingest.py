@@ -31,7 +31,7 @@ from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
-from headrace.cli.stored_ids import IdsOfLake
+from headrace.cli.stored_ids import IdsOfLake, JoinedInStore
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.log import TopicSpec
@@ -225,7 +225,8 @@ def _settler_clients(runtime: Runtime) -> Clients:
     """Return what looks late events up and writes down what came of them."""
     topic = runtime.topics.retries
     writer = runtime.fenced(topic, f"headrace-{topic}")
-    return Clients(runtime.producer(), runtime.reader(), writer, IdsOfLake(runtime.lake))
+    joined = JoinedInStore(runtime.blobs, runtime.topics.generation)
+    return Clients(runtime.producer(), runtime.reader(), writer, IdsOfLake(runtime.lake), joined)
 
 
 def _topics_exist(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -24,12 +25,12 @@ import msgspec
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.runtime import Runtime, add_common, open_runtime
-from headrace.cli.stored_ids import IdsOfLake
+from headrace.cli.stored_ids import IdsOfLake, JoinedInStore
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.dead_letters import TOO_LATE
 from headrace.contract.interfaces.log import Reader
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.ingest.dead_letters.display import ADVICE, ADVICE_ELSE, row, summary, title, view
+from headrace.ingest.dead_letters.display import ADVICE, ADVICE_ELSE, AFTER, row, summary, title, view
 from headrace.ingest.dead_letters.letters import (
     Filter,
     Letter,
@@ -147,7 +148,8 @@ def _list(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
         return 0
     print(title())
     for letter in newest:
-        print(row(letter, states.of(letter.offset), _utc(letter.content.seen_ms)))
+        # Cut for a terminal only: what is piped is searched.
+        print(row(letter, states.of(letter.offset), _utc(letter.content.seen_ms), whole=not sys.stdout.isatty()))
     total = sum(counts.values())
     if total > len(newest):
         print(f"the newest {len(newest)} of {total:,}; --limit N shows more, --json all")
@@ -180,9 +182,15 @@ def _show(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
         print(f"{name:<14} {_printable(str(value))}")
     if record is not None:
         print("record\n" + json.dumps(record, indent=2))
-    print(f"\n{ADVICE.get(letter.content.reason, ADVICE_ELSE)}")
-    print(why_not_retried(letter).capitalize() or f"Then: headrace dead-letters retry {letter.id}")
+    print("\n" + "\n".join(_what_to_do(letter, states.of(letter.offset))))
     return 0
+
+
+def _what_to_do(letter: Letter, state: str) -> list[str]:
+    if state in AFTER:
+        return [AFTER[state].format(letter.id)]
+    then = why_not_retried(letter).capitalize() or f"Then: headrace dead-letters retry {letter.id}"
+    return [ADVICE.get(letter.content.reason, ADVICE_ELSE), then]
 
 
 def _printable(text: str) -> str:
@@ -214,6 +222,7 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
             runtime.topics,
             reader,
             IdsOfLake(runtime.lake),
+            JoinedInStore(runtime.blobs, runtime.topics.generation),
             skew_ms=runtime.config.ingest.skew_ms,
         ),
         late=LateEvents(runtime.config.join.repeat_horizon_ms),

@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
     # Whatever else is silent: a replay takes as long as the training did.
     logger.setLevel(logging.INFO)
     torch.set_num_threads(runtime.config.train.threads)
+    samples_id = runtime.admin().topic_id(runtime.topics.samples)
     result = as_trained(
         runtime.project,
         runtime.topics,
@@ -44,6 +45,7 @@ def main(args: argparse.Namespace) -> int:
         train=runtime.config.train,
         step=args.step,
         holder=f"replay-{socket.gethostname()}-{os.getpid()}",
+        samples_id=samples_id,
         progress=show_progress(logger),
     )
     if args.json:

@@ -16,7 +16,7 @@ fills a column that is missing with null and ignores one that it does not know. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import pyarrow as pa
@@ -46,6 +46,16 @@ ARROW_TYPES: dict[FieldType, pa.DataType] = {
     "list[string]": pa.list_(pa.string()),
     "list[int64]": pa.list_(pa.int64()),
 }
+
+
+def name_of(kind: pa.DataType) -> str:
+    """Return a type as a project declares it, not as Arrow calls it.
+
+    >>> [name_of(kind) for kind in (pa.float64(), pa.list_(pa.string()), pa.int32())]
+    ['float64', 'list[string]', 'int32']
+    """
+    return next((name for name, arrow in ARROW_TYPES.items() if arrow == kind), str(kind))
+
 
 ENVELOPE = (
     pa.field("event_id", pa.string(), nullable=False),
@@ -93,11 +103,16 @@ than the highest seen, which a fenced-off process wrote.
 """
 
 
+EPOCH_MAX = 1 << 62
+"""Epochs, and times in ms, are below it. None of ours comes so far; one beyond it would leave no next one."""
+Epoch = Annotated[int, msgspec.Meta(gt=-EPOCH_MAX, lt=EPOCH_MAX)]
+
+
 class ExternalValue(msgspec.Struct, frozen=True):
     """What `features` holds of an entity, under the key `external/<source>/<key>`; deleted when the entity is gone."""
 
-    crawl_time_ms: int
-    epoch: int
+    crawl_time_ms: Epoch
+    epoch: Epoch
     values: msgspec.Raw
 
 
@@ -203,7 +218,7 @@ def encode_punctuation(punctuation: Punctuation) -> bytes:
 def decode_punctuation(data: bytes) -> Punctuation:
     """Read what `encode_punctuation` wrote. Raises as `decode_json`, for numbers of more than 63 bits too."""
     found: Punctuation = decode_json(data, Punctuation)
-    if max(abs(found.time_ms), abs(found.epoch)) >= 1 << 62:
+    if max(abs(found.time_ms), abs(found.epoch)) >= EPOCH_MAX:
         raise msgspec.ValidationError("a time or an epoch is out of range")
     return found
 

@@ -81,6 +81,19 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
     """Where the document lies from now on, by a redirect that is permanent; empty: where it was."""
 
 
+class Noted(msgspec.Struct):
+    """What became of an answer's rows and links, beside what was noted."""
+
+    written: int = 0
+    """Versions that changed."""
+    unneeded: list[str] = msgspec.field(default_factory=list)
+    """Digests of bodies that nothing needs any more."""
+    keys_over: int = 0
+    """Entities that are not known, and that the bound on them kept out."""
+    links_over: int = 0
+    """Links that are not known, and that the bound on addresses kept out."""
+
+
 class Frontier(Protocol):
     """The memory of one crawler, which outlives its process. For one thread; each call is one transaction."""
 
@@ -106,9 +119,11 @@ class Frontier(Protocol):
     def next_due_ms(self, sources: Sequence[str]) -> int | None:
         """Return when the next address is due, hosts' waits included; None where there is none."""
 
-    def settle(self, page: Page, settled: Settled, *, pages_max: int, keys_max: int, depth_max: int) -> list[str]:
-        """Note what an answer brought; return the digests of bodies that nothing needs any more.
+    def settle(self, page: Page, settled: Settled, *, pages_max: int, keys_max: int, depth_max: int) -> Noted:
+        """Note what an answer brought; return what came of it.
 
+        Where a bound kept something out the validators are not kept: with them the next answer would be 304, and what
+        was kept out would stay so when there is room.
         What a page that has moved brought is the new address's. The old one is forgotten, unless it is a start, or an
         entity of it is not on the new one: that ends when the old one is gone.
         """
@@ -149,5 +164,5 @@ class Frontier(Protocol):
     def newest_bodies(self, source: str) -> list[Body]:
         """Return the newest body of every address of a source."""
 
-    def extracted_again(self, body: Body, rows: Sequence[tuple[str, str, str]], at_ms: int, keys_max: int) -> int:
-        """Write the versions that another extraction of a stored body changed; return how many."""
+    def extracted_again(self, body: Body, rows: Sequence[tuple[str, str, str]], at_ms: int, keys_max: int) -> Noted:
+        """Write the versions that another extraction of a stored body changed; return what came of it."""

@@ -19,12 +19,12 @@ def label_values(name: Name, kind: Kind, labels: Mapping[str, str]) -> tuple[str
     doc = METRICS[name]
     if doc.kind != kind:
         raise InvariantBroken(
-            f"metric {name} is a {doc.kind} and was used as a {kind}: see headrace/contract/metrics.py."
+            f"metric {name} is a {doc.kind} and was used as a {kind}: see headrace/contract/metrics/."
         )
     if not labels.keys() <= set(doc.labels):
         raise InvariantBroken(
             f"metric {name} was given the labels {sorted(labels)} and declares {sorted(doc.labels)}: "
-            "declare the label in headrace/contract/metrics.py."
+            "declare the label in headrace/contract/metrics/."
         )
     return tuple(labels.get(label, "") for label in doc.labels)
 

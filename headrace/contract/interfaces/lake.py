@@ -74,3 +74,19 @@ class StoredIds(Protocol):
     def stored(self, ids: Collection[str], column: str, begin_ms: int, end_ms: int) -> frozenset[str]:
         """Return which of `ids` are in `column` (`event_id` or `feedback_id`) of the newest version's samples whose
         impressions have event times from `begin_ms` to before `end_ms`. Raises `Unavailable`."""
+
+
+class JoinedState(Protocol):
+    """What the join says of one partition of `events` in a state that it stored."""
+
+    @property
+    def watermark_ms(self) -> int:
+        """The partition's watermark there."""
+
+
+class JoinedUpTo(Protocol):
+    """How far the join has got, for who asks whether the lake can hold all that the log no longer has."""
+
+    def joined(self, partition: int) -> JoinedState | None:
+        """Return the partition's newest stored state, None while there is none. All samples that it led to were
+        delivered to `samples` before it was stored. Raises `Unavailable`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ingest_world import PROJECT, START_MS
@@ -34,6 +35,29 @@ TYPES = declared_types(PROJECT) | declared_types(WIDE)
 SKEW_MS = 60_000
 PAST_MS = 946_684_800_000
 TAKEN_MS = range(PAST_MS, START_MS + SKEW_MS + 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("item_id", [1], "'item_id' is declared int64"),
+        ("price", "x", "'price' is declared float64"),
+        ("title", 5, "'title' is declared string"),
+    ],
+)
+def test_a_detail_names_types_as_projects_declare_them(field: str, value: Any, told: str) -> None:
+    """Arrow calls them otherwise: double."""
+    record = {"request_id": "r", "user_id": 1, field: value}
+    checked = check(TYPES["shop.impression"], [record], [START_MS * 10**6], ["id"], taken_ms=TAKEN_MS)
+    ((reason, detail),) = checked.rejected.values()
+    assert reason == "bad_type" and told in detail
+
+
+def test_lists_are_named_as_projects_declare_them() -> None:
+    record = {"request_id": "r", "user_id": "1", "title": "x"}
+    checked = check(TYPES["wide.impression"], [record], [START_MS * 10**6], ["id"], taken_ms=TAKEN_MS)
+    assert "'title' is declared list[string]" in checked.rejected[0][1]
+
 
 texts = st.text(max_size=6) | st.sampled_from(["", "é" * 3, "a" * 513, "日本", "\udcff"])
 numbers = st.integers(-(2**63), 2**64 - 1) | st.integers(-200, 200) | st.sampled_from([2**31 - 1, 2**31, 2**53 + 1])

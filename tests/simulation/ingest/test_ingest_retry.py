@@ -17,7 +17,8 @@ from letters_world import TOPICS, Dying, DyingProducer, DyingWriter, Killed, Wor
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.dead_letters import RetryMark, encode_retry_mark
 from headrace.ingest.dead_letters.letters import Filter, Letter
-from headrace.ingest.dead_letters.retry import LEASE_MS, Report, Retry
+from headrace.ingest.dead_letters.mark_leases import LEASE_MS
+from headrace.ingest.dead_letters.retry import Report, Retry
 
 ALL = Filter()
 EVENT_MS = START_MS - 50_000

@@ -48,6 +48,9 @@ class Process:
     def offer(self, *what: Any, **how: Any) -> bool:
         return self.gateway.offer(*what, **how)
 
+    def mapped(self, *what: Any) -> Any:
+        return self.gateway.mapped(*what)
+
     def refuses(self, *what: Any) -> str:
         return self.gateway.refuses(*what)
 

@@ -23,7 +23,8 @@ from headrace.contract.formats.dead_letters import TOO_LATE, RetryMark, decode_r
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.ingest.dead_letters.letters import Filter, read_letters, superseded
 from headrace.ingest.dead_letters.look_up import LookUp
-from headrace.ingest.dead_letters.retry import LEASE_MS, Decision, Report, Retry
+from headrace.ingest.dead_letters.mark_leases import LEASE_MS
+from headrace.ingest.dead_letters.retry import Decision, Report, Retry
 from headrace.ingest.dead_letters.settler import Clients, Settler
 from headrace.ingest.gateway.admission import Admission
 from headrace.replay.ledger.draw import draw_gateways
@@ -135,7 +136,10 @@ def test_without_looking_up_what_came_through_before_counts_twice(monkeypatch: p
 
 
 class Waiting:
-    """The gateway as a companion sees it, of which the settler needs nothing."""
+    """The gateway as a companion sees it, of which the settler needs the time."""
+
+    def now_ms(self) -> int:
+        return SystemClock().now_ms()
 
 
 def companion(world: LateWorld, clients: Callable[[], Clients]) -> Settler:
@@ -199,10 +203,15 @@ def test_two_settlers_do_not_take_each_others_place() -> None:
     first.writer.open()
     mark = RetryMark(step="retrying", run="settler-other", at_ms=world.clock.now_ms())
     first.writer.append(encode_retry_mark(mark))
-    assert world.settler().turn(second), "the other one is at work: later"
+    settler = world.settler()
+    assert settler.turn(second), "the other one is at work: later"
+    world.clock.advance(LEASE_MS / 2000)
     first.writer.append(encode_retry_mark(mark))
-    world.clock.advance(LEASE_MS / 1000)
-    world.settler().turn(second)
+    assert settler.turn(second), "it has said so again"
+    world.clock.advance(LEASE_MS / 1500)
+    assert settler.turn(second) and not world.counts.totals["late_settled_total:new"]
+    world.clock.advance(LEASE_MS / 3000)
+    settler.turn(second)
     assert world.counts.totals["late_settled_total:new"] == 3
     with pytest.raises(InvariantBroken):
         first.writer.append(encode_retry_mark(mark))

@@ -10,6 +10,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 from ingest_world import PROJECT, START_MS, impression
+from late_world import Ids, State
 from letters_world import CORRECTED, TOPICS, P, World
 
 from headrace.backends.lake.delta import DeltaLake
@@ -17,38 +18,12 @@ from headrace.backends.lake.stored_ids import LakeIds
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.dead_letters import TOO_LATE, DeadLetter
 from headrace.contract.formats.events import PUNCTUATION
-from headrace.contract.formats.positions import Position, Positions
+from headrace.contract.formats.positions import Position
 from headrace.contract.hashing import partition_of
-from headrace.contract.interfaces.lake import LakeState
 from headrace.ingest.dead_letters.letters import Filter, Letter
 from headrace.ingest.dead_letters.look_up import LookUp, Verdict
 
 HOUR_MS = 3_600_000
-
-
-class State:
-    """One version of a lake that holds everything up to an offset."""
-
-    def __init__(self, offset: int, retained_before_ms: int = 0) -> None:
-        self.version, self.next_offsets, self.retained_before_ms = 1, dict[int, int](), retained_before_ms
-        self.positions = Positions(1, {partition: Position(offset, 0) for partition in range(P)})
-
-
-class Ids:
-    """A lake that has these ids, or is away."""
-
-    def __init__(self, ids: set[str], state: State | None, *, away: bool = False) -> None:
-        self.ids, self.newest, self.away = ids, state, away
-        self.asked: list[tuple[str, int, int]] = []
-
-    def state(self, version: int | None = None) -> LakeState | None:
-        if self.away:
-            raise Unavailable("away")
-        return self.newest
-
-    def stored(self, ids: Collection[str], column: str, begin_ms: int, end_ms: int) -> frozenset[str]:
-        self.asked.append((column, begin_ms, end_ms))
-        return frozenset(ids) & self.ids
 
 
 def letter(event_id: str, event_type: str = "impression", *, user: int = 1, at_ms: int = START_MS) -> Letter:
@@ -82,8 +57,25 @@ def grown(trim: bool) -> World:
     return world
 
 
-def judge(world: World, one: Letter, stored: Ids | None = None) -> Verdict | None:
-    look_up = LookUp(PROJECT, TOPICS, world.log.reader(), stored, skew_ms=60_000)
+class Joined:
+    """A join whose newest state has this watermark in every partition; None: it stored none."""
+
+    def __init__(self, watermark_ms: int | None) -> None:
+        self.watermark_ms = watermark_ms
+
+    def joined(self, partition: int) -> Any:
+        return None if self.watermark_ms is None else self
+
+
+class Away(Joined):
+    """The store does not answer."""
+
+    def joined(self, partition: int) -> Any:
+        raise Unavailable("away")
+
+
+def judge(world: World, one: Letter, stored: Ids | None = None, joined: Joined | None = None) -> Verdict | None:
+    look_up = LookUp(PROJECT, TOPICS, world.log.reader(), stored, joined, skew_ms=60_000)
     return look_up.verdicts([one]).get(one.offset)
 
 
@@ -108,11 +100,56 @@ def test_the_lake_tells_what_the_log_has_no_longer() -> None:
     assert judge(world, letter("e7"), Ids(set(), State(whole.positions.at(0).offset, START_MS + 1))) == "unknown"
     assert judge(world, letter("e7"), Ids(set(), None)) == "unknown"
     assert judge(world, letter("e7"), Ids(set(), State(14))) is None, "the lake is behind"
+    assert judge(world, letter("k7", "click"), Ids(set(), State(14))) is None, "its sample may be on its way"
     assert judge(world, letter("e7"), Ids(set(), whole, away=True)) is None
     asked = Ids(set(), whole)
     judge(world, letter("e7", at_ms=START_MS + 5), asked)
     begin_ms = START_MS - START_MS % HOUR_MS
     assert asked.asked == [("event_id", begin_ms, begin_ms + HOUR_MS)], "its hour alone"
+
+
+def test_where_nobody_sees_anything_any_more_the_joins_state_tells_what_the_lake_holds() -> None:
+    world = grown(trim=True)
+    first_ms = next(r.timestamp_ms for r in world.log.partitions(TOPICS.events)[0] if r.offset == 13)
+    over = Joined(first_ms + 2 * HOUR_MS)
+    quiet = Ids(set(), State(12))
+    assert judge(world, letter("e7"), quiet, over) == "new", "no sample will ever be resolved after what was deleted"
+    assert judge(world, letter("k7", "click"), quiet, over) == "unknown"
+    assert judge(world, letter("e7"), quiet, Joined(first_ms)) is None, "windows may be open"
+    assert judge(world, letter("e7"), quiet, Joined(None)) is None
+    assert judge(world, letter("e7"), quiet, Away(0)) is None
+    for partition in range(P):
+        world.log.append(TOPICS.samples, partition, b"", None, {})
+    assert judge(world, letter("e7"), quiet, over) is None, "the sink is behind"
+    assert judge(world, letter("e7"), Ids(set(), State(12, following=1)), over) == "new"
+
+
+def test_an_hour_that_cannot_be_read_holds_up_no_other() -> None:
+    class Damaged(Ids):
+        def stored(self, ids: Collection[str], column: str, begin_ms: int, end_ms: int) -> frozenset[str]:
+            if begin_ms <= START_MS < end_ms:
+                raise Unavailable("a file is gone")
+            return super().stored(ids, column, begin_ms, end_ms)
+
+    world = grown(trim=True)
+    lake = Damaged({"e1"}, State(world.log.reader().end_offsets(TOPICS.events)[0]))
+    look_up = LookUp(PROJECT, TOPICS, world.log.reader(), lake, skew_ms=60_000)
+    there, later = letter("e0"), letter("e1", at_ms=START_MS + HOUR_MS)
+    assert look_up.verdicts([there, later]) == {later.offset: "repeated"}
+
+
+def test_what_was_unknown_and_is_found_by_now_is_not_taken_twice() -> None:
+    world = World()
+    world.offer("shop.impression", [impression(1)], "c", START_MS // 1000 - 7_200)
+    for partition in range(P):
+        for _ in range(3):
+            world.log.append(TOPICS.events, partition, b"{}", None, {"kind": PUNCTUATION})
+        world.log.trim(TOPICS.events, partition, 2)
+    for stored, decide, fate in ((Ids(set(), None), "", "unknown"), (Ids({"e1"}, State(3)), "take", "repeated")):
+        look_up = LookUp(CORRECTED, TOPICS, world.log.reader(), stored, skew_ms=60_000)
+        report = world.retry(look_up=look_up).retry(Filter(), "take" if decide else "")
+        assert getattr(report, fate) == 1
+    assert world.rows() == []
 
 
 def test_what_nobody_can_tell_is_the_users_to_decide() -> None:

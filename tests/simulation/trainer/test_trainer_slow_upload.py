@@ -13,8 +13,9 @@ from trainer_world import COUNT, TOPICS, FaultyBlobs, World, cut, send
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
+from headrace.process.moved import moved
 from headrace.trainer.run import Trainer
-from headrace.trainer.upload_watch import UPLOAD_MAX_S
+from headrace.trainer.upload_watch import STILL_MAX_S
 
 
 class SlowBlobs(FaultyBlobs):
@@ -22,32 +23,56 @@ class SlowBlobs(FaultyBlobs):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = threading.Event()
+        self.gate, self._comes, self._went = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()
 
     def put(self, name: str, data: bytes) -> None:
-        assert name.startswith("trainers/") or self.gate.wait(30.0)
+        while not name.startswith("trainers/") and not self.gate.wait(0.01):
+            if self._comes.is_set():
+                moved()
+                self._comes.clear()
+                self._went.set()
         super().put(name, data)
 
+    def comes(self, _piece: int) -> None:
+        """Let one piece through; returns when the upload has said so."""
+        self._went.clear()
+        self._comes.set()
+        assert self._went.wait(30.0)
 
-def test_an_upload_that_never_returns_shows_and_ends_the_process_after_a_bound():
+
+LOOK_S = 150.0
+
+
+def test_an_upload_that_stands_still_shows_and_ends_the_process_and_one_that_goes_on_does_not():
     world = World(blobs=SlowBlobs())
-    assert isinstance(world.blobs, SlowBlobs)
+    blobs = world.blobs
+    assert isinstance(blobs, SlowBlobs)
     metrics = MemoryMetrics()
     trainer = Trainer(world.deps(background=True, metrics=metrics))
-    world.blobs.gate.clear()
+    blobs.gate.clear()
     trainer.recover()
-    for _ in range(6):
-        trainer.turn()
-        world.clock.advance(UPLOAD_MAX_S / 6)
-    assert metrics.gauges["upload_age_seconds", ""] == UPLOAD_MAX_S * 5 / 6
+
+    def pass_time(seconds: float) -> None:
+        for _ in range(int(seconds / LOOK_S)):
+            world.clock.advance(LOOK_S)
+            trainer.turn()
+
     trainer.turn()
-    world.clock.advance(1.0)
-    with pytest.raises(InvariantBroken, match=r"has taken 3601 s, 3600 s are allowed"):
+    for piece in range(8):
+        pass_time(STILL_MAX_S - LOOK_S)
+        blobs.comes(piece)
         trainer.turn()
-    with pytest.raises(InvariantBroken, match="has taken"):
+    assert metrics.gauges["upload_age_seconds", ""] == 8 * (STILL_MAX_S - LOOK_S) > 3 * 3_600
+    world.clock.advance(10 * STILL_MAX_S)
+    trainer.turn()  # The whole process stood still.
+    pass_time(STILL_MAX_S - LOOK_S)
+    world.clock.advance(LOOK_S)
+    with pytest.raises(InvariantBroken, match=r"has stood still for 18\d\d s, 1800 s are allowed"):
+        trainer.turn()
+    with pytest.raises(InvariantBroken, match="has stood still"):
         trainer._pause(0.0)
-    world.blobs.gate.set()
+    blobs.gate.set()
     assert trainer.publisher is not None
     trainer.publisher.close(30.0)
     trainer.turn()

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 
 import pytest
 
@@ -18,6 +19,7 @@ from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.backends.reachable import KAFKA, KAFKA_READY_S, Reachable
 from headrace.contract.errors import Unavailable
 from headrace.deploy.local.readiness import http_get
+from headrace.process.awake import Awake, awake_s
 
 
 class Hand:
@@ -70,6 +72,25 @@ def test_a_loop_that_stands_is_red_first_and_restarted_later(hand: Hand, health:
     assert health.state()[0] and health.trouble() == ""
     stop.set()
     assert stop.is_set() and stop.wait(0)
+
+
+def test_a_process_that_was_stopped_is_not_red_when_it_wakes() -> None:
+    now_s = 100.0
+    awake = Awake(lambda: now_s)
+    health = Health(awake.monotonic)
+    health.ready(True)
+    health.expect(LOOP, ready_s=LOOP_READY_S, healthy_s=LOOP_HEALTHY_S)
+    receipts = Receipts(monotonic=awake.monotonic)
+    health.measure("receipts", lambda: receipts.still_s(1), ready_s=LOOP_READY_S)
+    now_s += 3_600.0
+    assert health.state() == (True, "") and health.trouble() == ""
+    assert health.no_signs() == {LOOP: 1.0, "receipts": 1.0}
+    for _ in range(int(LOOP_READY_S)):
+        now_s += 1.0
+        awake.stood_s()
+    assert "loop: no sign for 16 s" in health.state()[1]
+    assert signature(Health).parameters["monotonic"].default is awake_s
+    assert signature(Receipts).parameters["monotonic"].default is awake_s
 
 
 def test_another_thread_gives_no_sign_of_the_loop(hand: Hand, health: Health) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -54,6 +56,35 @@ def test_a_call_that_stands_still_ends_the_process_and_one_that_moves_does_not()
     assert inner.moves is False and store.get(1) == "data"
     with pytest.raises(Ended, match=r"blobs\.get has not come back for 288 s, 240 s are allowed"):
         store.get(2)
+    watch.look()
+
+
+@pytest.mark.parametrize("hangs_at", ["beginning", "end"])
+def test_a_block_is_watched_where_it_begins_and_where_it_ends(hangs_at: str) -> None:
+    clock = VirtualClock()
+    watch = CallWatch(clock.monotonic, end, by_itself=False)
+
+    def ask(where: str) -> None:
+        if where == hangs_at:
+            clock.advance(ANSWER_MAX_S + 1.0)
+            watch.look()
+
+    class Lake:
+        @contextmanager
+        def leased(self) -> Iterator[str]:
+            ask("beginning")
+            try:
+                yield "held"
+            finally:
+                ask("end")
+
+    with (
+        pytest.raises(Ended, match=rf"lake\.leased, its {hangs_at} has not come back for 241 s"),
+        watch.wrap("lake", Lake()).leased() as held,
+    ):
+        assert held == "held" and hangs_at == "end"
+        clock.advance(10 * ANSWER_MAX_S)
+        watch.look()  # Nothing is called inside it, so nothing is waited for.
     watch.look()
 
 

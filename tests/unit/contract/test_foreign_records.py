@@ -258,7 +258,7 @@ def settler(_: Path) -> bool:
     for _again in range(2):
         backlog.read(log.reader(), FencedMemory(log, TOPICS.retries, "r", WriterEpochs()))
     counted = metrics.counters["records_unreadable_total", "retries foreign"]
-    return backlog.newest is not None and backlog.newest.run == "r" and counted == len(VALUES) - 1
+    return backlog.newest is not None and backlog.newest[1].run == "r" and counted == len(VALUES) - 1
 
 
 READERS: tuple[Callable[[Path], bool], ...] = (

@@ -15,18 +15,17 @@ from headrace.backends.metrics_prometheus import LABELLED_REASON
 from headrace.contract import metrics
 from headrace.contract.metrics import METRICS, Name
 
-ROOT = Path(metrics.__file__).resolve().parents[2]
+TABLES = Path(metrics.__file__).resolve().parent
+ROOT = TABLES.parents[2]
 ROOMS = ("headrace", "ingest", "stream", "trainer", "serving", "replay", "examples", "deploy")
 SOURCE = {
-    file: file.read_text()
-    for room in ROOMS
-    for file in sorted((ROOT / room).rglob("*.py"))
-    if file != Path(metrics.__file__).resolve()
+    file: file.read_text() for room in ROOMS for file in sorted((ROOT / room).rglob("*.py")) if file.parent != TABLES
 }
 
 
 def test_the_table_has_every_name_once_and_says_what_it_means():
     assert list(METRICS) == list(get_args(Name))
+    assert sum(len(table) for table in metrics.TABLES) == len(METRICS), "a name stands in one table"
     for name, doc in METRICS.items():
         assert doc.meaning.endswith(".") and doc.unit and doc.stages, name
         assert (doc.kind == "counter") == name.endswith("_total"), name
@@ -47,7 +46,7 @@ def test_labels_are_named_for_what_they_hold():
     }
     assert {label for doc in METRICS.values() for label in doc.labels} == {
         *("reason", "kind", "task", "slice", "topic", "tag", "source", "status", "outcome", "worker"),
-        *("process", "sign", "type", "fate"),
+        *("process", "sign", "type", "fate", "bound"),
     }
     assert all(METRICS[name].labels and METRICS[name].labels != ("reason",) for name in LABELLED_REASON)
 

@@ -6,21 +6,11 @@ Method: Prometheus' own promtool evaluates the rules over written series; withou
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import get_args
-
-import pytest
 
 from headrace.contract.metrics import Name
 
-RULES = sorted((Path(__file__).resolve().parents[3] / "deploy" / "prometheus").glob("*.rules.yaml"))
-
 CASES = """
-rule_files: [RULES]
-evaluation_interval: 1m
-tests:
   - name: a jump of the label rate
     interval: 1m
     input_series:
@@ -234,16 +224,11 @@ tests:
 """
 
 
-def test_rules_name_metrics_that_exist():
-    named = set(re.findall(r"headrace_[a-z]+_(\w+)", "".join(file.read_text() for file in RULES)))
-    assert named and named <= set(get_args(Name)), "every metric of a rule is in contract/metrics.py"
+def test_rules_name_metrics_that_exist(rules):
+    named = set(re.findall(r"headrace_[a-z]+_(\w+)", "".join(file.read_text() for file in rules)))
+    assert named and named <= set(get_args(Name)), "every metric of a rule is in contract/metrics/"
 
 
-def test_alerts_fire_on_what_they_are_for(tmp_path):
-    tool = shutil.which("promtool")
-    if tool is None:
-        pytest.skip("promtool is not here: it comes with Debian's prometheus")
-    case = tmp_path / "case.yaml"
-    case.write_text(CASES.replace("RULES", ", ".join(map(str, RULES))))
-    done = subprocess.run([tool, "test", "rules", str(case)], capture_output=True, text=True, timeout=60)
+def test_alerts_fire_on_what_they_are_for(promtool):
+    done = promtool(CASES)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,18 +6,7 @@ back, a service that stops logging them.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
-import pytest
-
-RULES = Path(__file__).resolve().parents[3] / "deploy" / "prometheus" / "feedback.rules.yaml"
-
 CASES = """
-rule_files: [RULES]
-evaluation_interval: 1m
-tests:
   - name: a shipper that holds clicks back for longer than the window, from the start
     interval: 1m
     input_series:
@@ -88,11 +77,6 @@ tests:
 """
 
 
-def test_feedback_that_meets_no_impression_is_told(tmp_path: Path) -> None:
-    tool = shutil.which("promtool")
-    if tool is None:
-        pytest.skip("promtool is not here: it comes with Debian's prometheus")
-    case = tmp_path / "case.yaml"
-    case.write_text(CASES.replace("RULES", str(RULES)))
-    done = subprocess.run([tool, "test", "rules", str(case)], capture_output=True, text=True, timeout=60)
+def test_feedback_that_meets_no_impression_is_told(promtool):
+    done = promtool(CASES)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,18 +5,25 @@ Method: the schedule on numbers; a real supervisord over processes that end at o
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from local_world import free_base
 
+from headrace.cli.stack import status
 from headrace.cli.stack.flags import table
+from headrace.deploy.local import supervise
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.restarts import HEALTHY_S, MAX_S, Crashes, last_words
-from headrace.deploy.local.supervise import Process, Program, Supervisor, end_orphans
+from headrace.deploy.local.supervise import Process, Program, Supervisor, end_orphans, orphans
 
 
 def crash(crashes: Crashes, ran_s: float, now_s: float = 0.0) -> float:
@@ -122,3 +129,35 @@ def test_supervisord_counts_crashes_waits_and_goes_on(supervisor: Supervisor) ->
     supervisor.begin(["dies"])
     again = awaited(supervisor, "dies", lambda p: p.crashes.total > found.crashes.total)
     assert again.crashes.in_row <= 2, "a start that was asked for begins a new row"
+
+
+def test_status_tells_what_lives_when_supervisord_stands_still(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = supervisor.layout
+    layout.save()
+    args = Namespace(home=str(layout.home), json=False)
+    as_json = Namespace(home=str(layout.home), json=True)
+    assert status.main(args) == 1 and "nothing runs" in capsys.readouterr().out
+    supervisor.start([Program("lives", [sys.executable, "-Sc", "import time; time.sleep(600)"])])
+    supervisor.begin(["lives"])
+    lives = awaited(supervisor, "lives", lambda p: p.state == "running")
+    assert status.main(args) == 0 and "lives" in capsys.readouterr().out
+    monkeypatch.setattr(supervise, "ANSWER_S", 0.5)
+    (pid,) = (p.pid for p in orphans(layout.home) if p.pid != lives.pid)
+    os.kill(pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    assert status.main(args) == 2
+    assert time.monotonic() - begin < 30.0
+    said = capsys.readouterr().out
+    assert f"supervisord (pid {pid}, stopped) does not answer" in said and f"kill -CONT {pid}" in said
+    assert str(sorted([pid, lives.pid])) in said
+    assert status.main(as_json) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["running"] is True and "does not answer" in told["trouble"]
+    os.kill(pid, signal.SIGCONT)
+    monkeypatch.undo()
+    assert status.main(as_json) == 0 and json.loads(capsys.readouterr().out)["trouble"] == ""
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    assert status.main(args) == 2 and "no supervisord answers" in capsys.readouterr().out

@@ -71,6 +71,17 @@ def test_a_stage_that_answers_no_more_is_restarted(world: World) -> None:
     assert set(world.killed) == {"train"}
 
 
+def test_time_in_which_the_watch_itself_stood_still_is_no_silence(world: World) -> None:
+    world.look()
+    world.answer = (0, b"timed out")
+    for _ in range(3):
+        world.look()
+        world.now_s += 3_600.0
+    assert not world.killed
+    world.look(int(SILENT_S / 2))
+    assert set(world.killed) == {"train"}
+
+
 def test_a_stage_that_starts_for_long_is_left_alone(world: World) -> None:
     world.answer = (0, b"connection refused")
     world.look(1_000)

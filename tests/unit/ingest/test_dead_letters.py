@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 import msgspec
@@ -18,9 +18,9 @@ from ingest_world import PROJECT, START_MS, impression
 from letters_world import CORRECTED, TOPICS, Dying, DyingProducer, DyingWriter, Killed, World
 
 from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.contract.formats.dead_letters import DeadLetter, RetryMark, decode_dead_letter, decode_retry_mark
+from headrace.contract.formats.dead_letters import DeadLetter, Fate, RetryMark, decode_dead_letter, decode_retry_mark
 from headrace.contract.mapping import AccessLog, Route
-from headrace.ingest.dead_letters.display import ADVICE, plain, row, summary, title, view
+from headrace.ingest.dead_letters.display import ADVICE, AFTER, plain, row, summary, title, view
 from headrace.ingest.dead_letters.letters import (
     Filter,
     Letter,
@@ -84,6 +84,18 @@ def test_a_line_of_the_table_is_one_line_of_120_columns(tag: str, detail: str, o
     shown = row(letter(tag=tag, detail=detail, origin=origin), "open", "2026-01-01 00:00:00")
     assert len(shown) <= 120 and shown.isprintable()
     assert len(title()) <= 120
+
+
+@given(st.text(max_size=200))
+def test_a_line_that_is_piped_is_whole_and_one_line(detail: str) -> None:
+    shown = row(letter(detail=detail), "open", "2026-01-01 00:00:00", whole=True)
+    assert shown.isprintable()
+    assert "".join(c if c.isprintable() else "?" for c in detail).rstrip() in shown
+
+
+def test_what_is_left_to_do_goes_by_the_state() -> None:
+    """Every state but `open`, of which the reason says it."""
+    assert set(AFTER) == set(get_args(Fate)) - {"open", "appended", "repeated", "skipped"} | {"retried", "retrying"}
 
 
 def test_counts_by_reason_end_the_table() -> None:

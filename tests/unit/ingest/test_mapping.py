@@ -316,3 +316,13 @@ def test_a_json_line_nested_too_deeply_costs_itself_and_what_is_behind_it_is_tak
     (letter,) = world.log.letters()
     assert letter.reason == "bad_line"
     assert world.outcomes == [Outcome(2, 1, 0), Outcome(1, 0, 0)]
+
+
+@pytest.mark.parametrize("status", [200, 200.0, "200"])
+def test_whole_numbers_that_came_as_floats_are_whole(status: object) -> None:
+    """fluent-bit's Lua filter has no integers: a record that it cut says 200.0, which no route matched."""
+    world = World()
+    world.offer([{"method": "GET", "path": "/item/7?uid=3&rid=r1", "code": status, "time_local": CLF}])
+    world.settle()
+    (row,) = world.log.rows("impression")
+    assert row["request_id"] == "r1" and not world.counts.totals["lines_skipped_total"]

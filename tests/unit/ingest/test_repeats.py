@@ -194,7 +194,7 @@ class Door:
     """An open admission of one gateway."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self.offer, self.refuses = gateway.offer, gateway.refuses
+        self.offer, self.mapped, self.refuses = gateway.offer, gateway.mapped, gateway.refuses
 
     def is_open(self) -> bool:
         return True

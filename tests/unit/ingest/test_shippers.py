@@ -148,6 +148,7 @@ def test_fluent_bit_sends_soon_and_keeps_what_is_not_acked(path: Path) -> None:
         assert given["storage.type"] == "filesystem"
     for output in _fluent_bit(path.name, "OUTPUT"):
         assert output["retry_limit"] == -1, "for ever"
+        assert "storage.total_limit_size" not in output, "beyond it the oldest chunk goes, acked to its sender or not"
         if path.name == "kafka.conf":
             assert output["rdkafka.request.required.acks"] == -1 and output["rdkafka.message.timeout.ms"] == 0
             continue

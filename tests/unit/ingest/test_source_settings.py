@@ -89,5 +89,14 @@ def test_records_of_one_otlp_message_have_ids_of_their_own() -> None:
     assert [entry.time_ns for entry in message.entries] == [9_000_000, 9_000_000]
 
 
+def test_a_log_record_that_cannot_be_packed_is_a_dead_letter_of_its_own_bytes() -> None:
+    good, bad = '{"body":{"stringValue":"a"}}', '{"body":{"stringValue":"\\ud800"}}'
+    body = f'{{"resourceLogs":[{{"scopeLogs":[{{"logRecords":[{good},{bad},{good}]}}]}}]}}'
+    source = SourceConfig(topic="t", tag="a", format="otlp_json")
+    whole, letter = messages_of(source, [Fetched(CLAIM, 5, body.encode(), 9)])
+    assert [entry.record["event_id"] for entry in whole.entries] == ["t/0/5/9/0", "t/0/5/9/2"]
+    assert letter.problem and letter.chunk == "t/0/5/9/1" and letter.raw == bad.encode()
+
+
 def test_the_demo_has_no_source(shop_dir: Path) -> None:
     assert decode_config((shop_dir / "headrace.toml").read_bytes()).ingest.sources == ()

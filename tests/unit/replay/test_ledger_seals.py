@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 from deltalake import DeltaTable
 from ledger_world import PROJECT, TOPICS, World, exchanged, figures, repeated, without
+from stream_world import Blobs
 
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.log.memory import MemoryReader
 from headrace.contract.formats.dead_letters import (
     TOO_LATE,
     DeadLetter,
@@ -399,6 +404,31 @@ def test_two_drawings_at_once_leave_a_sound_account(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(world.blobs, "put", meet)
     assert world.draw().closes and inner[0].closes
     assert both(world).models["r1"].steps == 3
+
+
+def test_a_drawing_is_from_seals_wherever_the_pipeline_moves_on_meanwhile(tmp_path: Path, monkeypatch):
+    """Before each question that a drawing asks, the stages go on by a state, a commit and a step."""
+    asks = [(MemoryReader, "end_offsets"), (MemoryReader, "begin_offsets"), (DeltaLake, "state"), (Blobs, "get")]
+    moves: list[Callable[[], None]] = []
+
+    def moved_before(ask: Callable) -> Callable:
+        def question(*args: object) -> object:
+            if moves:
+                moves.pop()()
+            return ask(*args)
+
+        return question
+
+    for owner, name in asks:
+        monkeypatch.setattr(owner, name, moved_before(getattr(owner, name)))
+    for question in range(100):
+        world = made(tmp_path / str(question))
+        moves[:] = [partial(advance, world), *[lambda: None] * question]
+        ledger = world.draw()
+        assert ledger.drawn_from == "seals" and ledger.closes, (question, ledger.not_sealed)
+        if moves:
+            break
+    assert question > 10
 
 
 def test_a_drawing_that_died_before_its_answer_changes_no_later_one(tmp_path: Path, monkeypatch):

@@ -126,6 +126,14 @@ def test_what_is_wrong_is_told_with_the_next_step(client: Client, served: Traine
     assert sorted(response.json()) == ["error", "next"] and all(response.json().values())
 
 
+def test_a_field_of_another_type_is_told_with_the_declared_one(client: Client, served: Trainer):
+    said = client.post("/v1/rank", content=b'{"request_id": "r", "candidates": [{"item": "seven"}]}').json()
+    assert said == {
+        "error": "field 'item' must be int64 or null; got str.",
+        "next": "bad_type: send a value of the declared type, or null",
+    }
+
+
 def test_without_a_model_it_is_not_ready(world: World, client: Client):
     assert ask(client).status_code == 503 and client.get("/v1/model").status_code == 503
     assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
@@ -143,7 +151,7 @@ def test_model_tells_what_is_served_and_what_was_refused(world: World, client: C
     said = client.get("/v1/model").json()
     assert said["version"] == "a-4" and said["step"] == 4 and said["positions"] == {"0": [4, 0]}
     assert said["spec"] == SPEC.digest() and said["snapshot"] == "a-1" and said["age_seconds"] == 4.0
-    assert said["refused"] == ""
+    assert said["refused"] == "" and said["digest"] == "d" * 8, "a delta has none: it is that of the snapshot"
     served.delta(served.learn(Random(2)), base="elsewhere")
     world.log.append(TOPICS.deltas, 0, b"x", b"small", {"version": "a-6", "base": "a-4"})
     world.follow()

@@ -17,7 +17,7 @@ import pytest
 
 from headrace.backends.clock import VirtualClock
 from headrace.contract.errors import Unavailable
-from headrace.stream.shell.group_watch import GROUP_MAX_S, GroupWatch
+from headrace.stream.shell.group_watch import GROUP_MAX_S, GroupWatch, last_words
 
 
 async def _works() -> None:
@@ -97,3 +97,28 @@ def test_a_member_without_an_assignment_stops_after_a_bound() -> None:
 )
 def test_aiokafka_keeps_its_tasks_where_we_look(module: object, name: str) -> None:
     assert name in inspect.getsource(module)
+
+
+def test_what_a_dead_client_raises_does_not_hide_why_it_died() -> None:
+    """Its thread closes its loop when it ends, and every call of the stage fails of that."""
+    closed = RuntimeError("Event loop is closed")
+    frozen = TimeoutError("no answer to OffsetCommit in 30 s")
+    crash = OSError("the coordinator is gone")
+    crash.__cause__ = frozen
+    thread = client()
+    thread.crash_reason = None
+    assert last_words(closed, None, "a:1", 3.0) == "RuntimeError: Event loop is closed"
+    assert last_words(closed, thread, "a:1", 3.0) == "RuntimeError: Event loop is closed", "the client works"
+    assert last_words(Unavailable("no store"), thread, "a:1", 3.0) == "Unavailable: no store"
+    thread.crash_reason = crash
+    thread._thread.is_stopped.set()
+    said = last_words(closed, thread, "a:1", 21.4)
+    for part in (
+        "its consumer failed (OSError: the coordinator is gone, which came of TimeoutError: no answer to OffsetCommit",
+        "its thread has ended",
+        "The brokers a:1 last answered this stage 21 s ago",
+        "failed then: RuntimeError: Event loop is closed",
+    ):
+        assert part in said
+    thread.crash_reason = None
+    assert "its thread has ended (no cause is known)" in last_words(closed, thread, "a:1", 21.4)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -38,9 +40,9 @@ def test_a_call_beyond_its_bound_is_named_and_its_late_answer_ignored() -> None:
         waits = Waits(clock)
         calling = asyncio.ensure_future(waits.call("write of x", lambda: go_on.wait(10.0), 5.0))
         await asyncio.sleep(0)
-        clock.advance(5.0)
-        waits.check()
-        clock.advance(0.1)
+        for step_s in (2.5, 2.5, 0.1):
+            waits.check()
+            clock.advance(step_s)
         with pytest.raises(Unavailable, match=r"write of x: no answer in 5 s, 5 s are allowed"):
             waits.check()
         calling.cancel()
@@ -49,6 +51,62 @@ def test_a_call_beyond_its_bound_is_named_and_its_late_answer_ignored() -> None:
         waits.check()
 
     asyncio.run(run())
+
+
+def test_time_in_which_the_whole_process_stood_still_is_no_calls() -> None:
+    async def run() -> None:
+        clock = VirtualClock()
+        waits = Waits(clock)
+        with waits.named("write of x", 6.0):
+            for step_s in (1.0, 600.0, 1.0, 600.0, 1.0):
+                clock.advance(step_s)
+                waits.check()
+            with waits.named("write of y", 1.0):
+                clock.advance(600.0)
+                waits.check()
+            clock.advance(1.0)
+            with pytest.raises(Unavailable, match=r"write of x: no answer in 7 s, 6 s are allowed"):
+                waits.check()
+
+    asyncio.run(run())
+
+
+def test_awake_time_goes_on_and_leaves_out_what_stood_still() -> None:
+    clock = VirtualClock()
+    awake = Awake(clock.monotonic, LOOK_S)
+    seen = []
+    for step_s in (1.0, 2.9, 100.0, 0.0, 0.5):
+        clock.advance(step_s)
+        seen.append(awake.monotonic())
+    assert [round(each, 6) for each in seen] == [1.0, 3.9, 4.9, 4.9, 5.4]
+
+
+STOPPED = """
+import os, sys, time
+from headrace.process.awake import awake_s
+awake_s()
+pid = os.fork()
+begin, awake = time.monotonic(), awake_s()
+print("ready", flush=True)
+sys.stdin.readline() if pid else time.sleep(8.0)
+passed, awake = time.monotonic() - begin, awake_s() - awake
+ok = passed - awake > 2.0 and awake < 3.5 if pid else passed - awake < 1.0
+print("parent" if pid else "child", ok, flush=True)
+os._exit(0) if not pid else os.wait()
+"""
+
+
+def test_a_process_that_was_stopped_by_a_signal_counts_none_of_it() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4.5)
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate("go on\n", timeout=30.0)[0]
+    assert sorted(said.split()) == ["True", "True", "child", "parent"], "a fork is a process with a clock of its own"
 
 
 def test_a_loop_that_stands_still_ends_the_process() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from trainer_world import COUNT, PARTITIONS, TOPICS, World, cut, send
+from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, cut, lake_of, send
 
+from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.steps import decode_step, encode_step
+from headrace.replay.as_trained import as_trained
 from headrace.trainer.commit.checkpoint import newest_checkpoint
 from headrace.trainer.run import Trainer
 
@@ -107,3 +109,20 @@ def test_the_lag_counts_every_partition_from_what_the_topic_still_holds() -> Non
     trainer._tell()
     records = [len(cut(SEED, partition, COUNT)) for partition in range(PARTITIONS)]
     assert metrics.gauges["lag_records", ""] == sum(records) - 3
+
+
+def test_a_replay_refuses_rows_of_a_topic_that_is_no_more_unless_the_lake_has_them() -> None:
+    world = trained()
+
+    def replay(lake: DeltaLake | None) -> bool | None:
+        samples_id = world.log.admin().topic_id(TOPICS.samples)
+        return as_trained(PROJECT, TOPICS, world.log.reader(), lake, samples_id=samples_id).equal
+
+    assert replay(None) is True
+    make_anew(world, TOPICS.samples)
+    fill(world, seed=5)
+    with pytest.raises(InvariantBroken, match=r"step 1 of run .* of topic 'samples' with id .* made anew.*--step"):
+        replay(None)
+    with pytest.raises(InvariantBroken, match=r"step [2-9]\d* of run .* made anew"):
+        replay(lake_of(SEED, 3))
+    assert replay(lake_of(SEED, 10_000)) is True, "all that was learnt lies in the lake"

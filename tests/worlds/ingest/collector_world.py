@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from random import Random
 from typing import Any
 
-from ingest_world import NOT_LATE, ShakyLog, dependencies
+from ingest_world import NOT_LATE, PROJECT, ShakyLog, dependencies
 
 from headrace.backends.clock import SystemClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import IngestConfig
+from headrace.contract.project import Project
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.gateway.late_events import LateEvents
@@ -43,9 +44,10 @@ class Site:
         port: int = 0,
         host: str = "127.0.0.1",
         late: LateEvents = NOT_LATE,
+        project: Project = PROJECT,
         **config: Any,
     ) -> None:
-        self.late = late
+        self.late, self._project = late, project
         self.log, self.metrics, self.stop = ShakyLog(Random(1)), MemoryMetrics(), threading.Event()
         settings = IngestConfig(**{"grace_ms": 0, "batch_ms": 5, **config})
         self._ready = threading.Event()
@@ -63,7 +65,9 @@ class Site:
     def _run(self, settings: IngestConfig) -> None:
         try:
             run(
-                dependencies(self.log, self.metrics, SystemClock(), config=settings, late=self.late),
+                dependencies(
+                    self.log, self.metrics, SystemClock(), config=settings, late=self.late, project=self._project
+                ),
                 Endpoint(port=free_port()),
                 self.stop,
                 ready=lambda _port: self._ready.set(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from random import Random
 from typing import Any
 
@@ -14,8 +15,11 @@ from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import IngestConfig, JoinConfig
 from headrace.contract.errors import Unavailable
-from headrace.contract.interfaces.lake import StoredIds
+from headrace.contract.formats.positions import Position, Positions
+from headrace.contract.interfaces.clock import Clock
+from headrace.contract.interfaces.lake import LakeState, StoredIds
 from headrace.contract.interfaces.log import Record, read_range
+from headrace.contract.project import Project
 from headrace.ingest.dead_letters.settler import Clients, Settler
 from headrace.ingest.gateway.chunk_identity import Peer
 from headrace.ingest.gateway.gateway import Gateway
@@ -29,6 +33,35 @@ JOIN = JoinConfig(repeat_horizon_ms=HOUR_MS)
 CONFIG = IngestConfig(grace_ms=0)
 STEP_S = 900.0
 """Gateways turn so seldom that a day is 96 turns."""
+
+
+_PARTITIONS_MAX = 3
+
+
+class State:
+    """One version of a lake that holds everything up to an offset."""
+
+    def __init__(self, offset: int, retained_before_ms: int = 0, following: int = 0) -> None:
+        self.version, self.retained_before_ms = 1, retained_before_ms
+        self.next_offsets = dict.fromkeys(range(_PARTITIONS_MAX), following)
+        self.positions = Positions(1, {partition: Position(offset, 0) for partition in range(_PARTITIONS_MAX)})
+
+
+class Ids:
+    """A lake that has these ids, or is away."""
+
+    def __init__(self, ids: set[str], state: State | None, *, away: bool = False) -> None:
+        self.ids, self.newest, self.away = ids, state, away
+        self.asked: list[tuple[str, int, int]] = []
+
+    def state(self, version: int | None = None) -> LakeState | None:
+        if self.away:
+            raise Unavailable("away")
+        return self.newest
+
+    def stored(self, ids: Collection[str], column: str, begin_ms: int, end_ms: int) -> frozenset[str]:
+        self.asked.append((column, begin_ms, end_ms))
+        return frozenset(ids) & self.ids
 
 
 class LateWorld:
@@ -103,17 +136,25 @@ class LateWorld:
         made = message(tag, records, name, self.clock.now_ms() // 1000)
         self.gateway.offer(made, 100, Peer("10.0.0.1"), lambda _: self.acked.add(name), refusable=True)
 
+    def forget(self) -> None:
+        """Let retention take all of `events` but each partition's newest record."""
+        for _ in range(3):
+            self.clock.advance(1.0)
+            self.turn()
+        for partition, end in self.log.reader().end_offsets(TOPICS.events).items():
+            self.log.trim(TOPICS.events, partition, end - 1)
+
     # -- settlers
 
-    def settler(self) -> Settler:
+    def settler(self, clock: Clock | None = None, project: Project = PROJECT) -> Settler:
         return Settler(
-            PROJECT,
+            project,
             CONFIG,
             TOPICS,
             P,
             open_clients=self.clients,
             metrics=self.counts,
-            clock=self.clock,
+            clock=clock or self.clock,
             late=self.late,
         )
 

@@ -23,6 +23,7 @@ from headrace.contract.config import IngestConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
 from headrace.ingest.dead_letters.letters import Filter
+from headrace.ingest.dead_letters.mark_leases import MarkLeases
 from headrace.ingest.dead_letters.retry import Report, Retry
 
 LEASE_MS = 6_000
@@ -93,7 +94,7 @@ def retry(brokers: str, topics: Topics, turn: Turn) -> Report:
         clock=SystemClock(),
         metrics=MemoryMetrics(),
         run=uuid.uuid4().hex[:12],
-        lease_ms=LEASE_MS,
+        leases=MarkLeases(LEASE_MS),
     ).retry(Filter())
 
 

@@ -25,6 +25,7 @@ from headrace.ingest.crawl.answers import Answers, body_name
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.process.waits import Waits
 
+BOUNDS = "keys_max", "pages_max"
 CRAWL = Crawl(
     name="shop", kind="json", joins="item_id", start=("http://site/a", "http://site/b"), rows="[]",
     key=Extract(at="k"), fields={"v": Extract(at="v")},
@@ -37,10 +38,10 @@ class World:
     def __init__(self, folder: Path, crawl: Crawl = CRAWL) -> None:
         self.frontier, self.blobs, self.clock = SqliteFrontier(folder / "f.sqlite"), Blobs(), VirtualClock(1_000)
         self.frontier.set_starts("shop", [Found(url) for url in crawl.start])
-        log = MemoryLog()
+        log, self.metrics = MemoryLog(), MemoryMetrics()
         deps = CrawlDependencies(
             crawls=(crawl,), config=CrawlConfig(), topics=Topics(), partitions=1, frontier=self.frontier,
-            bodies=self.blobs, producer=log.producer(), metrics=MemoryMetrics(), clock=self.clock,
+            bodies=self.blobs, producer=log.producer(), metrics=self.metrics, clock=self.clock,
             open_reader=log.reader,
         )  # fmt: skip
         self.answers = Answers(deps, Waits(self.clock))
@@ -130,6 +131,40 @@ def test_keys_max_counts_what_lives(tmp_path: Path) -> None:
     again.answer(b, rows("6"))
     assert again.values()["6"] == '{"v":"x"}'
     again.frontier.close()
+
+
+def test_what_is_beyond_a_bound_is_counted_told_once_a_day_and_taken_when_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {f: getattr(CRAWL, f) for f in CRAWL.__struct_fields__}
+    crawl = Crawl(**{**fields, "keys_max": 2, "pages_max": 3, "follow": (Follow(at="[].to"),)})
+    world = World(tmp_path, crawl)
+
+    def over() -> tuple[float, float]:
+        counted = [world.metrics.counters["beyond_bound_total", f"shop {bound}"] for bound in BOUNDS]
+        return counted[0], counted[1]
+
+    a, b = crawl.start
+    body = json.dumps([{"k": key, "v": "x", "to": f"http://site/{key}"} for key in "123"]).encode()
+    assert over() == (0, 0), "the series begins at 0, so that an alert sees its first count"
+    world.answer(a, body)
+    assert over() == (1, 2) and world.urls() == ["http://site/1", a, b]
+    assert (world.page(a).etag, world.page(a).last_modified) == ("", ""), "304 would keep them away for good"
+    world.answer(a, body)
+    assert over() == (2, 4)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "source shop has reached keys_max",
+        "source shop has reached pages_max",
+    ]
+    world.clock.advance(86_400)
+    world.answer(a, body)
+    assert len(caplog.records) == 4
+    world.answer("http://site/1", rows("1"))
+    world.answer("http://site/1", status=404)
+    world.answer(a, json.dumps([{"k": "3", "v": "x", "to": "http://site/3"}]).encode())
+    assert world.values() == {"1": None, "2": '{"v":"x"}', "3": '{"v":"x"}'} and "http://site/3" in world.urls()
+    assert over() == (3, 6) and world.page(a).etag == '"1"'
+    world.frontier.close()
 
 
 SITE = Crawl(

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.contract.crawl import Crawl, Extract, Follow, check_crawls
 from headrace.contract.errors import ConfigRejected
+from headrace.ingest.crawl import extract as extraction
 from headrace.ingest.crawl.extract import Document, extract
 
 FIELDS = {
@@ -51,6 +54,43 @@ def test_values_have_their_types_and_what_is_none_is_null() -> None:
     assert values["a"] == {"price": 1.5, "stock": 7, "sale": True, "tags": ["x", "y z"], "url": url}
     assert values["b"] == {"price": None, "stock": None, "sale": None, "tags": [], "url": url}
     assert found.left_out == {"bad_value": 2, "no_key": 1}
+
+
+def test_a_sitemap_may_be_plain_text_and_an_entry_without_an_address_is_none() -> None:
+    document = Document(
+        HTML.start[0], b"https://shop.example/item/1\r\n\nhttps://shop.example/item/2\n", "text/plain", True
+    )
+    assert [link.url for link in extract(document, HTML).links] == [f"https://shop.example/item/{n}" for n in (1, 2)]
+    everything = msgspec.structs.replace(HTML, follow=())
+    body = b"<urlset><url></url><url><loc> </loc></url><url><loc>/item/3</loc></url></urlset>"
+    found = extract(Document(HTML.start[0], body, sitemap=True), everything)
+    assert [link.url for link in found.links] == ["https://shop.example/item/3"], "not the sitemap itself"
+
+
+@pytest.mark.parametrize("name", ["a{}=1", "a{}", 'a{}="1"', 'a{}"'])
+def test_a_tag_of_very_many_attributes_is_broken_and_soon(name: str) -> None:
+    """It took more than the bound of a call: the stage ended, and asked for the same page again at its next start."""
+    swarm = " ".join(map(name.format, range(400_000)))
+    began = time.process_time()
+    found = extract(Document(HTML.start[0], f'<div id=1 x=">" {swarm}>x</div>'.encode()), HTML)
+    assert found.left_out == {"broken": 1} and time.process_time() - began < 10
+    picture = f'<div id=2><b class=p>1</b><img src="data:;base64,{"QUJD " * 50_000}"></div>'
+    assert rows_of(HTML, picture.encode())["2"]["price"] == 1.0
+
+
+def test_a_number_of_too_many_digits_costs_its_value_alone() -> None:
+    body = b'{"data": {"items": [{"id": "1", "n": ' + b"9" * 5_000 + b'}, {"id": "2", "n": 5}]}}'
+    assert rows_of(JSON, body) == {"1": {"n": None, "t": None}, "2": {"n": 5, "t": None}}
+
+
+def test_what_one_document_has_too_many_is_counted_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "ROWS_MAX", 2)
+    monkeypatch.setattr(extraction, "LINKS_MAX", 1)
+    body = "".join(f"<div id={n}><a href=/item/{n}>x</a></div>" for n in range(7)).encode()
+    assert extract(Document(HTML.start[0], body), HTML).left_out == {"too_many": 5 + 6}
+    sitemap = "".join(f"<url><loc>https://shop.example/item/{n}</loc></url>" for n in range(7))
+    found = extract(Document(HTML.start[0], f"<urlset>{sitemap}</urlset>".encode(), sitemap=True), HTML)
+    assert found.left_out == {"too_many": 6} and len(found.links) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""The metrics of serving and of the demo shop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headrace.contract.interfaces.metric_doc import MetricDoc
+from headrace.contract.metrics.names import Name
+
+SERVE: Mapping[Name, MetricDoc] = {
+    "table_rows": MetricDoc(
+        "gauge",
+        "rows",
+        ("train", "serve"),
+        "Rows of the model's table; serving: of one copy, `serve.rows_max` at most.",
+    ),
+    "swaps_total": MetricDoc(
+        "counter", "swaps", ("serve",), "Versions that serving took: snapshots loaded and deltas applied."
+    ),
+    "swap_seconds": MetricDoc(
+        "histogram", "seconds", ("serve",), "Time that it took to write a version into both copies of the shared model."
+    ),
+    "versions_refused_total": MetricDoc(
+        "counter",
+        "versions",
+        ("serve",),
+        "Snapshots and deltas that the gate refused; must stay 0. The version that is served stays.",
+        labels=("reason",),
+    ),
+    "model_step": MetricDoc(
+        "gauge", "step", ("train", "serve"), "Step of the model: learnt last by the trainer, served by serving."
+    ),
+    "model_age_seconds": MetricDoc("gauge", "seconds", ("serve",), "Age of the version that is served."),
+    "features_offset": MetricDoc(
+        "gauge",
+        "offset",
+        ("serve",),
+        "The next record of `features` that a process of serving reads.",
+        labels=("worker",),
+    ),
+    "counters_behind_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("serve",),
+        "Time since a process was known to have read all of `features`; about 1 while it follows.",
+        labels=("worker",),
+    ),
+    "freshness_seconds": MetricDoc(
+        "histogram",
+        "seconds",
+        ("shop",),
+        "Time from a click that was logged to the first answer whose version contains it.",
+    ),
+}

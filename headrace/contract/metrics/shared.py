@@ -1,0 +1,71 @@
+"""The metrics that stages of several rooms have: lags, gaps, requests, errors, health."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import get_args
+
+from headrace.contract.interfaces.metric_doc import MetricDoc, Stage
+from headrace.contract.metrics.names import Name
+
+SHARED: Mapping[Name, MetricDoc] = {
+    "lag_records": MetricDoc(
+        "gauge",
+        "records",
+        ("ingest", "stream", "sink", "aggregate", "train"),
+        "Records of its topic that the stage has not read yet (train: not learnt); ingest: of each source's topic.",
+        labels=("topic",),
+    ),
+    "gap_total": MetricDoc(
+        "counter",
+        "gaps",
+        ("ingest", "sink", "train", "serve"),
+        "Gaps in what was read; must stay 0. Ingest: records of a source's topic that retention deleted unread.",
+        labels=("topic",),
+    ),
+    "requests_total": MetricDoc(
+        "counter",
+        "requests",
+        ("ingest", "serve", "shop"),
+        "Requests that were answered, by HTTP status; the shop: its own requests that got a ranking.",
+        labels=("status",),
+    ),
+    "request_seconds": MetricDoc(
+        "histogram", "seconds", ("ingest", "serve", "shop"), "Time from a request to its answer."
+    ),
+    "call_age_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("ingest", "stream", "sink", "aggregate", "crawl", "train", "serve", "shop"),
+        "How long the call of a log, a store or a lake that has stood still longest has done so; 0 while none is made.",
+    ),
+    "errors_total": MetricDoc(
+        "counter",
+        "errors",
+        ("ingest", "train", "serve", "shop"),
+        "Errors that the stage survived: what failed, or why serving refused a version.",
+        labels=("kind",),
+    ),
+    "records_unreadable_total": MetricDoc(
+        "counter",
+        "records",
+        ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop"),
+        "Records of a topic that are not ours (`kind` foreign) or can't be read (damaged), skipped; must stay 0.",
+        labels=("topic", "kind"),
+    ),
+    "receipts_refused_total": MetricDoc(
+        "counter",
+        "records",
+        ("ingest", "stream", "aggregate", "crawl", "train"),
+        "Records that Kafka refused, or did not confirm in 5 minutes; must stay 0. The log has partition and error.",
+        labels=("topic",),
+    ),
+    "ready": MetricDoc("gauge", "0 or 1", get_args(Stage), "1 while /readyz is green, at the moment of the scrape."),
+    "no_sign_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("ingest", "stream", "sink", "aggregate", "crawl", "train", "serve"),
+        "Time since the last sign that the loop turns, Kafka or the store answers, receipts come, the gateway reads.",
+        labels=("sign",),
+    ),
+}
