@@ -30,7 +30,7 @@ from headrace.trainer.model.layers.average import Average
 from headrace.trainer.model.layers.in_order import learn_in_order
 from headrace.trainer.model.layers.linear_models import LinearModel
 from headrace.trainer.model.layers.norms import Norms
-from headrace.trainer.model.moments import Moments, Targets
+from headrace.trainer.model.moments import Known, Moments
 from headrace.trainer.model.objectives import LOG_LOSS, kinds_of, value_gradients, values_said
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, said, score
 from headrace.trainer.model.tables.admission import Admission
@@ -300,17 +300,21 @@ class TableLearner:
         return replace(report, prediction_B=prediction_B, refused=refused, sampled_out=sampled_out)
 
     def _without_early_positives(self, batch: Batch) -> Batch:
-        """Let positives before the first negative of their task weigh nothing; note which tasks have had one."""
+        """Let positives weigh nothing whose task has had no negative, with this batch (or, sample after sample, before
+        them); note which tasks have had one."""
         weight_B = batch.weight_B.copy()
         for task in np.flatnonzero(self._waits_T):
             here_B = batch.task_B == task
             negative_B = here_B & (batch.label_B == 0) & ~batch.correction_B
-            first = int(np.argmax(negative_B)) if negative_B.any() else len(batch)
-            weight_B[:first][here_B[:first]] = 0
-            self._waits_T[task] = first == len(batch)
+            self._waits_T[task] = not negative_B.any()
+            if self._waits_T[task]:
+                weight_B[here_B] = 0
+            elif self.recipe.updates == "sample":
+                early_B = here_B & (np.arange(len(batch)) < np.argmax(negative_B))
+                weight_B[early_B] = 0
         return replace(batch, weight_B=weight_B)
 
-    def _prepared(self, batch: Batch) -> tuple[Batch, Targets | None, Float32s]:
+    def _prepared(self, batch: Batch) -> tuple[Batch, Known | None, Float32s]:
         """Return the batch as it is learnt, what was known of its targets, and what is added to its log-odds.
 
         Moments count the batch here.
@@ -321,12 +325,14 @@ class TableLearner:
         more_B = back_B
         if recipe.delayed == "fake_negative_weighted":
             more_B = batch.correction_B
-        targets, prior_B = None, np.zeros(len(batch), np.float32)
+        known, prior_B = None, np.zeros(len(batch), np.float32)
         if self._moments is not None:
-            targets = self._moments.take(batch.label_B, batch.weight_B, batch.task_B, more_B=more_B)
+            in_order = recipe.updates == "sample"
+            what = batch.numeric_BD, batch.label_B, batch.weight_B, batch.task_B
+            known = self._moments.take(*what, more_B=more_B, in_order=in_order)
             log_odds_B = (self._kind_T == LOG_LOSS)[batch.task_B]
-            prior_B[log_odds_B] = targets.before_2B[0, log_odds_B]
-            batch = replace(batch, numeric_BD=self._moments.standardized(batch.numeric_BD))
+            prior_B[log_odds_B] = known.before_2B[0, log_odds_B]
+            batch = replace(batch, numeric_BD=known.numeric_BD)
         if back_B.any():
             # A negative that was left out was not learnt, so there is nothing to take back.
             back_B = back_B & ~left_out(recipe, np.zeros(len(batch), np.float32), batch.id_B)
@@ -335,19 +341,20 @@ class TableLearner:
             batch = replace(batch, label_B=label_B, correction_B=back_B)
         elif batch.correction_B.any():
             batch = replace(batch, correction_B=back_B)
-        return batch, targets, prior_B
+        return batch, known, prior_B
 
-    def _gradients(self, batch: Batch, targets: Targets | None, logit_B: Float32s, z_B: Float32s) -> Float32s:
+    def _gradients(self, batch: Batch, known: Known | None, logit_B: Float32s, z_B: Float32s) -> Float32s:
         """Return the derivatives of the losses by the log-odds and, of value tasks, by z: float32 [B]."""
         value_B = (self._kind_T != LOG_LOSS)[batch.task_B]
-        if targets is None or not value_B.any():
+        if known is None or not value_B.any():
             return gradients(self.recipe, logit_B, batch.label_B, batch.weight_B)
         weight_B = batch.weight_B
         if self.recipe.negative_share < 1:
             # Zeros that are learnt stand for those that are left out.
             kept = np.float32(1 / self.recipe.negative_share)
-            weight_B = np.where(batch.label_B == 0, weight_B * kept, weight_B)
-        rest = batch.task_B, batch.correction_B, targets.after_2B
+            with np.errstate(over="ignore"):  # An infinite gradient is refused.
+                weight_B = weight_B * np.where(batch.label_B == 0, kept, np.float32(1))
+        rest = batch.task_B, batch.correction_B, known.after_2B
         out_B = value_gradients(self.recipe, z_B, batch.label_B, weight_B, *rest)
         own_B = ~value_B
         out_B[own_B] = gradients(self.recipe, logit_B[own_B], batch.label_B[own_B], batch.weight_B[own_B])
@@ -356,22 +363,22 @@ class TableLearner:
     def _take_step(self, batch: Batch) -> StepReport:
         raw, moments = batch, self._moments.state() if self._moments is not None else None
         before = self.dense() if self._average is not None else {}
-        batch, targets, prior_B = self._prepared(batch)
+        batch, known, prior_B = self._prepared(batch)
         ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
         values_UV = self.table.gather(ids)
         logits_BT = self.net.forward(values_UV, ids, batch.numeric_BD)
         own_B = np.arange(len(batch)), batch.task_B
         z_B = np.ascontiguousarray(logits_BT[own_B])
-        logit_B = z_B if targets is None else z_B + prior_B
+        logit_B = z_B if known is None else z_B + prior_B
         grad_BT = np.zeros_like(logits_BT)
-        grad_BT[own_B] = self._gradients(batch, targets, logit_B, z_B)
+        grad_BT[own_B] = self._gradients(batch, known, logit_B, z_B)
         grad_UV, norms = self.net.backward(grad_BT)
         if not norms.are_finite or not np.isfinite(logit_B).all():
             if self._moments is not None and moments is not None:
                 self._moments.load(moments)
             return StepReport(np.full(len(batch), np.nan, np.float32), _NO_KEYS, 0, len(batch))
         if self._average is None:
-            said_B = self._said(logit_B, z_B, batch, targets)
+            said_B = self._said(logit_B, z_B, batch, known)
         else:
             if not isinstance(values_UV, np.ndarray):
                 values_UV = self.table.lookup(ids.keys_U)
@@ -386,10 +393,13 @@ class TableLearner:
 
     def _learn_in_order(self, batch: Batch) -> StepReport:
         assert isinstance(self.net, LinearModel) and isinstance(self.table, Tables), "see Recipe.checked"
+        moments = self._moments.state() if self._moments is not None else None
         batch, _, prior_B = self._prepared(batch)
         ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
         done = learn_in_order(self.recipe, self.table, self.net, batch, ids, prior_B)
         learnt = int(done.learnt_B.sum())
+        if not learnt and self._moments is not None and moments is not None:
+            self._moments.load(moments)
         said_B = np.where(done.learnt_B, self._said(done.logit_B, done.logit_B, batch, None), np.float32(np.nan))
         touched_K = self._expired_too(done.touched_K, batch) if learnt else _NO_KEYS
         if self._platt is not None and learnt:
@@ -398,13 +408,13 @@ class TableLearner:
         norm = done.norms.dense / max(learnt, 1)
         return StepReport(said_B, touched_K, learnt, len(batch) - learnt, 0, norm, done.norms.rows)
 
-    def _said(self, logit_B: Float32s, z_B: Float32s, batch: Batch, targets: Targets | None) -> Float32s:
+    def _said(self, logit_B: Float32s, z_B: Float32s, batch: Batch, known: Known | None) -> Float32s:
         """Return what was said before the step."""
         platt_2B = self._platt.weights_2T[:, batch.task_B] if self._platt is not None else None
         out_B = said(self.recipe, logit_B, platt_2T=platt_2B, targets_2T=None, kind_T=self._kind_T)
         value_B = (self._kind_T != LOG_LOSS)[batch.task_B]
-        if targets is not None and value_B.any():
-            known_2B = targets.before_2B[:, value_B].astype(np.float32)
+        if known is not None and value_B.any():
+            known_2B = known.before_2B[:, value_B].astype(np.float32)
             out_B[value_B] = values_said(self._kind_T[batch.task_B[value_B]], z_B[value_B], known_2B)
         return out_B
 

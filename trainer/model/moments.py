@@ -1,13 +1,14 @@
 """Running moments: of the numbers a model reads, and of what each task learns. Part of a model's state. Compiled, pure.
 
-1. **Numbers.** x is learnt as (x - mean) / standard deviation, within +-10. Both include the row itself, and nothing
-   after it. Beyond the first rows a number moves them as if it were within 10 standard deviations, so that a single
-   wrong one does not flatten all others.
+1. **Numbers.** x is learnt as (x - mean) / standard deviation, within +-10, and as 0 while no second value was seen.
+   Beyond the first rows a number moves both as if it were within 10 standard deviations, so that a single wrong one does
+   not flatten all others.
 2. **Targets.** The base rate of a task, or mean and standard deviation of its value. What is learnt is added to them,
    so that a model begins calibrated: see `headrace.trainer.model.objectives`.
 
 Both are means over all samples up to `MEMORY`, and then over about the last `MEMORY`, each older one weighing less.
-Rows count one after another, so how they are cut into batches changes nothing.
+Rows count one after another. A batch is read by what was known before it; sample after sample each is read by what was
+known before itself.
 
 Source: Welford, Technometrics 1962; standard deviations of a stream as in Ioffe, Szegedy, ICML 2015, though by row.
 
@@ -38,13 +39,14 @@ NUMBERS, TARGETS = "numbers", "targets"
 base rate and 1, or mean and standard deviation of the value."""
 
 
-class Targets(NamedTuple):
-    """What the samples' tasks were known to be: [2, B], as in `TARGETS`."""
+class Known(NamedTuple):
+    """A batch by what was known: numbers as they are learnt, and its targets, [2, B], as in `TARGETS`."""
 
+    numeric_BD: Float32s
     before_2B: Float64s
-    """Before the sample."""
+    """Before the batch or the sample."""
     after_2B: Float64s
-    """With the sample."""
+    """With it."""
 
 
 class Moments:
@@ -59,24 +61,35 @@ class Moments:
         # A base rate begins at one half, as if half a click had been seen in one impression.
         self.targets_3T[:, self._kind_T == LOG_LOSS] = np.array([[1.0], [0.5], [0.5]])
 
-    def standardized(self, numeric_BD: Float32s) -> Float32s:
-        """Count rows of finite numbers and return them as they are learnt: float32 [B, D]."""
-        if not self._standardize or not numeric_BD.shape[1]:
-            return numeric_BD
-        out_BD = np.empty(numeric_BD.shape, np.float32)
-        _standardize(numeric_BD, self.numbers_3D, out_BD)
-        return out_BD
-
     def take(
-        self, label_B: Float32s, weight_B: Float32s, task_B: Int8s, *, more_B: Bools
-    ) -> Targets:
-        """Count what is learnt, `more_B` where a sample is beside one that was counted; return what was known then."""
-        out = Targets(np.empty((2, len(label_B))), np.empty((2, len(label_B))))
-        rate_T = self._kind_T == LOG_LOSS if self._standardize else np.zeros(len(self._kind_T), np.bool_)
-        own_T = rate_T | (self._kind_T != LOG_LOSS)
-        wide_B = np.where((label_B == 0) & ~more_B, weight_B / self._share, weight_B).astype(np.float64)
-        _take(self._kind_T, own_T, label_B, wide_B, task_B, more_B, self.targets_3T, *out)
-        return out
+        self,
+        numeric_BD: Float32s,
+        label_B: Float32s,
+        weight_B: Float32s,
+        task_B: Int8s,
+        *,
+        more_B: Bools,
+        in_order: bool,
+    ) -> Known:
+        """Count what is learnt and return what was known of it.
+
+        Args:
+            more_B: where a sample is beside one that was counted: it adds its label, and no sample.
+            in_order: sample after sample.
+        """
+        dense, before_2B, after_2B = self.dense(), np.empty((2, len(label_B))), np.empty((2, len(label_B)))
+        own_T = (self._kind_T != LOG_LOSS) | self._standardize
+        wide_B = weight_B.astype(np.float64) / np.where((label_B == 0) & ~more_B, self._share, 1.0)
+        _take(self._kind_T, own_T, label_B, wide_B, task_B, more_B, self.targets_3T, before_2B, after_2B)
+        read_BD = numeric_BD
+        if self._standardize and numeric_BD.shape[1]:
+            read_BD = np.empty(numeric_BD.shape, np.float32)
+            _standardize(numeric_BD, self.numbers_3D, read_BD)
+        if not in_order:
+            read_BD = as_learnt(numeric_BD, dense[NUMBERS]) if self._standardize else numeric_BD
+            before_2B = dense[TARGETS][:, task_B].astype(np.float64)
+            after_2B = self.dense()[TARGETS][:, task_B].astype(np.float64)
+        return Known(read_BD, before_2B, after_2B)
 
     def dense(self) -> dict[str, Float32s]:
         """Return what scores: copies of `NUMBERS` and `TARGETS`."""
@@ -118,8 +131,9 @@ def _inverse(mean: float, variance: float) -> float:
 def _standardize(numeric_BD: Float32s, numbers_3D: Float64s, out_BD: Float32s) -> None:
     for b in range(numeric_BD.shape[0]):
         for d in range(numeric_BD.shape[1]):
-            count, mean, variance = numbers_3D[:, d]
+            count, mean, variance = numbers_3D[0, d], numbers_3D[1, d], numbers_3D[2, d]
             x = np.float64(numeric_BD[b, d])
+            out_BD[b, d] = min(max((x - mean) * _inverse(mean, variance), -CLIP), CLIP)
             away = x - mean
             if count >= _EARLY and variance > 0:
                 most = CLIP * math.sqrt(variance)
@@ -128,7 +142,6 @@ def _standardize(numeric_BD: Float32s, numbers_3D: Float64s, out_BD: Float32s) -
             mean += away / count
             variance += (away * away * (1.0 - 1.0 / count) - variance) / count
             numbers_3D[0, d], numbers_3D[1, d], numbers_3D[2, d] = count, mean, variance
-            out_BD[b, d] = min(max((x - mean) * _inverse(mean, variance), -CLIP), CLIP)
 
 
 @numba.njit(cache=True)
