@@ -193,6 +193,7 @@ class Evaluation:
         """Count a batch that was learnt, `rows` its samples; return the windows that it closed, oldest first."""
         good_B = np.isfinite(score_B)
         self.unscored += int((~good_B).sum())
+        good_B &= np.isfinite(batch.label_B)
         correction_B = _marked(rows)
         scored = Scored(
             *(score_B, item_B, batch.label_B > 0.5, correction_B, self.slices.numbers(rows)),
@@ -357,7 +358,7 @@ class Evaluation:
         missing = len(self._items) - len(self._counts_RC)
         if missing > 0:
             self._counts_RC = np.concatenate([self._counts_RC, np.zeros((missing, self._counts_RC.shape[1]))])
-        known_B = rows_B >= 0
+        known_B = (rows_B >= 0) & np.isfinite(batch.label_B)
         task_B = 2 * batch.task_B.astype(np.int64)
         np.add.at(self._counts_RC, (rows_B[known_B], task_B[known_B]), batch.label_B[known_B])
         shown_B = known_B & ~correction_B
