@@ -27,7 +27,6 @@ import msgspec
 
 from headrace.contract.recipe import Recipe
 
-
 _LIVE: dict[str, Any] = {
     "standardize": True,
     "wait_for_negative": True,

@@ -114,8 +114,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Positives of a task are not learnt before its first negative. Positives come at once and negatives when their
     window ends, so that a log's first window would teach that all are positive."""
     stored_order: Literal["event_time", "position"] = "event_time"
-    """Order in which the lake is learnt. `position`: as samples followed one another in the log, which is how they come live. By
-    `event_time` the lake ends with the positives of a window whose negatives are still to come."""
+    """Order in which the lake is learnt. `position`: as samples followed one another in the log, which is how they come
+    live. By `event_time` the lake ends with the positives of a window whose negatives are still to come."""
     rate_rows: Annotated[int, Meta(ge=0, le=65_536)] = 0
     """Rows of a step that `lr_dense` is for: a smaller step of n rows takes lr_dense sqrt(n / rate_rows). So live steps
     of few rows make the dense weights swing no more than the large steps of a backfill. 0: every step takes

@@ -423,7 +423,9 @@ class JoinState:
         self._count_feedback(name, kind, batch, np.concatenate(fresh_N))
         arrivals_N = np.concatenate(early_N)
         for row in np.flatnonzero(arrivals_N >= 0).tolist():
-            self.early.keep(int(arrivals_N[row]), batch.column("event_id")[row].as_py(), batch.column("value")[row].as_py())
+            self.early.keep(
+                int(arrivals_N[row]), batch.column("event_id")[row].as_py(), batch.column("value")[row].as_py()
+            )
 
     def _count_feedback(self, name: str, kind: int, batch: pa.RecordBatch, fresh_N: I64s) -> None:
         self._rows.repeated_in_log += batch.num_rows - len(fresh_N)

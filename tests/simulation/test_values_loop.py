@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from loop_world import Loop, Shown, asked
+from trainer_world import TOPICS
 
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
 from headrace.replay.as_trained import as_trained
-from headrace.trainer.recipes import fm, logistic, multitask
-from trainer_world import TOPICS
+from headrace.trainer.recipes import multitask
 
 torch.set_num_threads(1)
 RATE_I = np.array([0.1, 0.2, 0.3, 0.4])
@@ -51,7 +51,9 @@ def shown(count: int, *, late: bool, seed: int = 3) -> list[Shown]:
         item = int(rng.integers(4))
         sale = ()
         if rng.random() < RATE_I[item]:
-            after_ms = int(rng.integers(2_100, 4_500)) if late and rng.random() < 0.33 else int(rng.integers(-300, 1_900))
+            after_ms = (
+                int(rng.integers(2_100, 4_500)) if late and rng.random() < 0.33 else int(rng.integers(-300, 1_900))
+            )
             sale = (("sale", after_ms, float(rng.gamma(4.0, MEAN_I[item] / 4))),)
         fields = {"user": n % 50, "item": item, "price": float(rng.lognormal(9, 1))}
         out.append(Shown(1_000_000 + 5 * n, fields, sale))
@@ -60,7 +62,13 @@ def shown(count: int, *, late: bool, seed: int = 3) -> list[Shown]:
 
 @pytest.mark.parametrize(
     ("objective", "policy"),
-    [("tweedie", "window"), ("tweedie", "eager"), ("weighted", "corrected"), ("squared", "corrected"), ("huber", "window")],
+    [
+        ("tweedie", "window"),
+        ("tweedie", "eager"),
+        ("weighted", "corrected"),
+        ("squared", "corrected"),
+        ("huber", "window"),
+    ],
 )
 def test_a_value_is_learnt_and_served_on_its_own_scale(objective, policy, tmp_path):
     events = shown(6_000, late=policy == "corrected")

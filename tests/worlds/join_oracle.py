@@ -434,7 +434,13 @@ class PlainJoin:
             self._answer(key_of(request, str(place)), name, (event_id, value), time_ms, labels)
 
     def _answer(
-        self, key: bytes, name: str, fed: tuple[str, float | None], time_ms: int, labels: list[_Label], found: Waiting | None = None
+        self,
+        key: bytes,
+        name: str,
+        fed: tuple[str, float | None],
+        time_ms: int,
+        labels: list[_Label],
+        found: Waiting | None = None,
     ) -> None:
         waiting, remembered = found or self.waiting.get(key), self.resolved.get(key)
         if waiting is None and remembered is None:

@@ -78,7 +78,8 @@ class Learner(Protocol):
     def learn(self, batch: Batch) -> StepReport:
         """Score the batch, then take one step on it; or score and learn sample after sample, where the recipe says so.
 
-        A sample with a NaN or infinite number, a label outside 0..1, a value that its objective does not take, a weight that is negative or not finite or a task
+        A sample with a NaN or infinite number, a label outside 0..1, a value that its objective does not take, a weight
+        that is negative or not finite or a task
         that the recipe does not have is refused; a step whose gradients are not finite is refused whole and changes
         no weight. The step counts all the same.
         """

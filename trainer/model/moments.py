@@ -1,8 +1,8 @@
 """Running moments: of the numbers a model reads, and of what each task learns. Part of a model's state. Compiled, pure.
 
 1. **Numbers.** x is learnt as (x - mean) / standard deviation, within +-10, and as 0 while no second value was seen.
-   Beyond the first rows a number moves both as if it were within 10 standard deviations, so that a single wrong one does
-   not flatten all others.
+   Beyond the first rows a number moves both as if it were within 10 standard deviations, so that a single wrong one
+   does not flatten all others.
 2. **Targets.** The base rate of a task, or mean and standard deviation of its value. What is learnt is added to them,
    so that a model begins calibrated: see `headrace.trainer.model.objectives`.
 
@@ -35,8 +35,8 @@ CLIP = 10.0
 _EARLY = 32
 _TINY = 1e-12
 NUMBERS, TARGETS = "numbers", "targets"
-"""Names of the dense weights: mean and 1 / standard deviation of each number [2, D]; of each task [2, T] log-odds of the
-base rate and 1, or mean and standard deviation of the value."""
+"""Names of the dense weights: mean and 1 / standard deviation of each number [2, D]; of each task [2, T] log-odds of
+the base rate and 1, or mean and standard deviation of the value."""
 
 
 class Known(NamedTuple):

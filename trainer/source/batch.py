@@ -56,8 +56,8 @@ def heads_of(rows: pa.RecordBatch, recipe: Recipe) -> npt.NDArray[np.int8]:
 
 
 def targets(rows: pa.RecordBatch, recipe: Recipe) -> npt.NDArray[np.float32]:
-    """Return what the rows' tasks learn, float32 [B]: the label, or for a task that learns a value that of the feedback,
-    0 where there was none and NaN where it brought none."""
+    """Return what the rows' tasks learn, float32 [B]: the label, or for a task that learns a value that of the
+    feedback, 0 where there was none and NaN where it brought none."""
     label_B = np.array(rows["label"], np.float32)
     if not recipe.values:
         return label_B

@@ -91,7 +91,10 @@ class StoredRows:
         state = self._lake.state(version)
         if state is None:
             raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
-        rows, self.state = stored_order(conform(self._lake.read(version), self._schema), self._tasks, self._order), state
+        rows, self.state = (
+            stored_order(conform(self._lake.read(version), self._schema), self._tasks, self._order),
+            state,
+        )
         if not rows.num_rows:
             self.release()
             return

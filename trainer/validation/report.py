@@ -179,7 +179,9 @@ class Report:
                     if math.isfinite(value):
                         metrics.set(_SLICES[kind], value, task=task, slice=name)
             group = "1_figures_provisional" if standing.is_provisional else "1_figures"
-            values |= {f"{group}/{kind}/{task}": value for kind, value in {**figures.shown(), **figures.beside()}.items()}
+            values |= {
+                f"{group}/{kind}/{task}": value for kind, value in {**figures.shown(), **figures.beside()}.items()
+            }
         return values
 
     def _tell_main(self, figures: Figures) -> None:

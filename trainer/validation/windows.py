@@ -58,7 +58,7 @@ class TaskWindows:
         return self._cells.setdefault(cell, self.new())
 
     def close(self, known_ms: int) -> list[tuple[int, AnyTally]]:
-        """Close what is over at a time that all that came is known of; return the ends and tallies of closed windows."""
+        """Close what is over by a time up to which all is known; return the ends and tallies of closed windows."""
         closed = []
         told = self._balances[-1][0] if self._balances else -1
         for cell in sorted(self._cells):

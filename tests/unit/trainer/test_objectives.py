@@ -39,7 +39,13 @@ def gradient(objective: str, z: float, value: float, *, correction: bool = False
     recipe = Recipe(objectives={"click": objective})
     return float(
         value_gradients(
-            recipe, one * np.float32(z), one * np.float32(value), one, np.zeros(1, np.int8), np.array([correction]), known
+            recipe,
+            one * np.float32(z),
+            one * np.float32(value),
+            one,
+            np.zeros(1, np.int8),
+            np.array([correction]),
+            known,
         )[0]
     )
 
@@ -58,7 +64,10 @@ def test_late_positives_that_are_taken_back_are_learnt_at_the_true_rate():
     """Eager negatives and corrections: q, where learning them as they come says q / (1 + q)."""
     said = {}
     for delayed in ("none", "taken_back"):
-        learner, rng = make_learner(recipe_of("logistic", delayed=delayed, lr_table=0.02), SPEC), np.random.default_rng(1)
+        learner, rng = (
+            make_learner(recipe_of("logistic", delayed=delayed, lr_table=0.02), SPEC),
+            np.random.default_rng(1),
+        )
         for at in range(200):
             # Negatives of some impressions, and corrections of others: a correction looks like any impression.
             batch = batch_of(at, rows=140)

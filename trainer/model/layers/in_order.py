@@ -43,8 +43,10 @@ class Outcome(NamedTuple):
 def learn_in_order(
     recipe: Recipe, tables: Tables, net: LinearModel, batch: Batch, ids: DistinctIds, prior_B: Float32s
 ) -> Outcome:
-    """Score and learn each sample in turn, `prior_B` added to its log-odds. The tables must be of one kind and the recipe
-    of one task."""
+    """Score and learn each sample in turn, `prior_B` added to its log-odds.
+
+    The tables must be of one kind and the recipe of one task.
+    """
     table, samples = tables.tables[0], len(batch)
     logit_B, learnt_B = np.empty(samples, np.float32), np.empty(samples, np.bool_)
     learnt_U = np.zeros(len(ids.keys_U), np.bool_)
@@ -119,7 +121,11 @@ def _learn(
     power1, power2 = BETA1**steps, BETA2**steps
     all_rows, all_dense = 0.0, 0.0
     for b in range(samples):
-        logit = prior_B[b] + weight_P[0] + _read(floats_RW, rows_U, values_UV, index_FB[:, b], is_fm, rows_F, value_FV, sum_V)
+        logit = (
+            prior_B[b]
+            + weight_P[0]
+            + _read(floats_RW, rows_U, values_UV, index_FB[:, b], is_fm, rows_F, value_FV, sum_V)
+        )
         for d in range(numeric_BD.shape[1]):
             logit += numeric_BD[b, d] * weight_P[1 + d]
         logit_B[b] = logit
