@@ -52,7 +52,8 @@ def ads(spec: FeatureSpec, *, rows: int, has_amount: bool) -> Served:
     """Return impressions of ads; with `has_amount` an amount of thousands decides much, and clicks are rarer."""
     fixed, rng = np.random.default_rng(99), np.random.default_rng(0)
     users, campaigns, publishers, words = 3_000, 120, 40, 200
-    user_w, campaign_w, publisher_w = fixed.normal(0, 0.6, users), fixed.normal(0, 1, campaigns), fixed.normal(0, 0.5, 40)
+    user_w, campaign_w = fixed.normal(0, 0.6, users), fixed.normal(0, 1, campaigns)
+    publisher_w = fixed.normal(0, 0.5, publishers)
     word_w, cross_w = fixed.normal(0, 0.4, words), fixed.normal(0, 0.6, (campaigns, publishers))
     device_w, buys_w = fixed.normal(0, 0.5, 3), fixed.normal(0, 0.8, campaigns)
     requests = rows // 3
@@ -139,12 +140,12 @@ def plain(recipe: Recipe) -> Recipe:
 
 @pytest.mark.parametrize("has_amount", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_live_model_of_ads_is_calibrated(has_amount):
-    """Over 20,000 live samples and more clicks are within 5 %; conversions, of which the lake had few, within 15 %."""
+    """Clicks and conversions within 5 %, and right after the lake, of which conversions had a third, within 15 %."""
     spec = FeatureSpec(features=(*ADS, Numeric(field="amount")) if has_amount else ADS)
     served = ads(spec, rows=66_000, has_amount=has_amount)
     whole, at_once = calibration(served, multitask(("click", "conversion")), spec, stored=0.7)
-    assert abs(whole[0] - 1) < 0.07 and abs(whole[1] - 1) < 0.15, whole
-    assert (abs(at_once - 1) < 0.25).all(), at_once
+    assert (abs(whole - 1) < 0.05).all(), whole
+    assert (abs(at_once - 1) < 0.15).all(), at_once
 
 
 @pytest.mark.long
@@ -157,14 +158,14 @@ def test_a_recipe_without_it_is_not():
 
 @pytest.mark.long
 def test_a_live_model_of_kuairand_is_calibrated():
-    folder = find_data(CHECKOUT)
+    folder = find_data(CHECKOUT / "examples" / "shop", None)
     if folder is None:
         pytest.skip("KuaiRand is not there")
     names = {"user_id": "int64", "video_id": "int64", "author_id": "int64", "tab": "int64", "duration_ms": "int64"}
     traffic = kuairand(folder, names, 120_000)
     spec = FeatureSpec(features=(*(Categorical(field=n) for n in list(names)[:-1]), Numeric(field="duration_ms")))
-    clicked = np.asarray(traffic.clicked)
-    columns = {name: traffic.columns[name].combine_chunks() for name in names}
+    clicked = traffic.clicked_N
+    columns = {name: traffic.features[name].combine_chunks() for name in names}
     time_ms, delay_ms = np.arange(len(clicked)) * 8, np.random.default_rng(0).integers(500, 7_000, len(clicked))
     served = Served(
         *featurize(columns, spec), time_ms, clicked[None].astype(float), clicked[None], delay_ms[None], (10_000,)

@@ -1,4 +1,4 @@
-"""What a task learns: from what the model gives, z, to what it says; and the derivative of the loss by z. Compiled, pure.
+"""What a task learns: from what the model gives, z, to what it says; the derivative of the loss by z. Compiled, pure.
 
 | objective | says | loss, where y is the value |
 | --- | --- | --- |

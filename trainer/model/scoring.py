@@ -10,8 +10,9 @@
 
 w_f and v_f are a row's linear weight and embedding, x the D numbers, t a task. With one task `mix` is 1 and left out;
 with several the tables, the pairs and the hidden layers are shared. `shapes_of` names the dense weights. What
-learns (`layers/`) computes the same in torch or compiled; both agree within 1e-5. What is said from the log-odds is told
-in `objectives`; numbers are standardized first where the recipe says so (`moments`).
+learns (`layers/`) computes the same in torch or compiled; both agree within 1e-5.
+What is said from the log-odds is told in `objectives`; numbers are standardized first where the recipe says so
+(`moments`).
 
 Axes: B samples, F slots, V = 1 + dim values of a row, E = dim, D numbers, X = F * E + D, T tasks.
 
@@ -143,7 +144,7 @@ def _sigmoid(logits_N: Float32s, out_N: Float32s) -> None:
 def said(
     recipe: Recipe, logits_NT: Float32s, *, platt_2T: Float32s | None, targets_2T: Float32s | None, kind_T: Int8s
 ) -> Float32s:
-    """Return what the model says, from its log-odds: probabilities, and values of tasks that learn one; float32 [..., T].
+    """Return what the model says from its log-odds: probabilities, and of value tasks values; float32 [..., T].
 
     With delayed `fake_negative_calibrated` the log-odds are those of b = q / (1 + q), so q = exp(logit), at most 1.
     With `calibrate` they are scaled and moved first by `platt_2T`, which is None without it.
