@@ -117,10 +117,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Order in which the lake is learnt. `position`: as samples followed one another in the log, which is how they come
     live. By `event_time` the lake ends with the positives of a window whose negatives are still to come."""
     rate_rows: Annotated[int, Meta(ge=0, le=65_536)] = 0
-    """Rows of a step that `lr_dense` is for. With it every sample weighs the same for the dense weights, and where
-    steps have n rows on average, fewer than these, the rate is lr_dense sqrt(n / rate_rows): live steps make the weights
-    swing no more than a backfill's. 0: a step is along the mean of its gradients, at `lr_dense`, whatever its size; live, a
-    positive that comes alone then counts for more than negatives that come together."""
+    """Rows of a step that `lr_dense` is for. With it every sample weighs the same for the dense weights; where steps
+    have n rows on average, fewer than these, the rate is lr_dense sqrt(n / rate_rows). So live steps make the weights
+    swing no more than a backfill's. 0: a step is along the mean of its gradients, at `lr_dense`, whatever its size;
+    live, a positive that comes alone then counts for more than negatives that come together."""
     calibrate: bool = False
     """Learn a scale and an offset of the log-odds, a pair a task, from scores made before their labels were learnt, and
     apply them to every score. Source: Platt, "Probabilistic outputs for support vector machines", 1999."""

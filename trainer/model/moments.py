@@ -170,7 +170,7 @@ def _take(
             before_2B[:, b], after_2B[:, b] = (0.0, 1.0), (0.0, 1.0)
             continue
         before_2B[0, b], before_2B[1, b] = _known(kind_T[task], targets_3T[:, task])
-        weight, y, count = weight_B[b], np.float64(label_B[b]), targets_3T[0, task]
+        weight, y, count = weight_B[b], float(label_B[b]), targets_3T[0, task]
         if kind_T[task] == LOG_LOSS:
             y = min(y, 1.0)
         if weight > 0:

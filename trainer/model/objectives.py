@@ -49,7 +49,8 @@ def kinds_of(recipe: Recipe) -> Int8s:
 
 def value_tasks(recipe: Recipe) -> Bools:
     """Say which tasks learn a value: bool [T]."""
-    return kinds_of(recipe) != LOG_LOSS
+    value_T: Bools = kinds_of(recipe) != LOG_LOSS
+    return value_T
 
 
 @numba.njit(cache=True)

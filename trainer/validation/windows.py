@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class TaskWindows:
         for cell in sorted(self._cells):
             if (cell + 1) * self.cell_ms + self.close_after_ms > known_ms:
                 break
-            self._partial.setdefault(cell // CELLS, self.new()).merge(self._cells.pop(cell))
+            _merge(self._partial.setdefault(cell // CELLS, self.new()), self._cells.pop(cell))
             self._cells_below = cell
         for window in sorted(self._partial):
             end_ms = (window + 1) * self.span_ms
@@ -75,7 +76,7 @@ class TaskWindows:
                 break
             self.newest = self._partial.pop(window)
             self._closed_below = window
-            self.total.merge(self.newest)
+            _merge(self.total, self.newest)
             closed.append((end_ms, self.newest))
         return closed
 
@@ -88,10 +89,10 @@ class TaskWindows:
         """Return what is resolved so far and not in a closed window, late feedback aside."""
         out = self.new()
         for tally in self._partial.values():
-            out.merge(tally)
+            _merge(out, tally)
         for cell, tally in self._cells.items():
             if (cell + 1) * self.cell_ms + self.resolved_after_ms <= known_ms:
-                out.merge(tally)
+                _merge(out, tally)
         return out
 
     def recent(self) -> tuple[int, float]:
@@ -134,3 +135,8 @@ class TaskWindows:
         self._cells = {int(n[4:]): t for n, t in tallies.items() if n.startswith("cell")}
         self._partial = {int(n[6:]): t for n, t in tallies.items() if n.startswith("window")}
         self._cells_below, self._closed_below = (int(x) for x in state["below"])
+
+
+def _merge(into: AnyTally, other: Any) -> None:
+    """Add a tally of the same task, so of the same kind."""
+    into.merge(other)

@@ -85,30 +85,11 @@ def learn_in_order(
 
 @numba.njit(cache=True, fastmath={"contract"})
 def _learn(
-    words_RW: Int32s,
-    floats_RW: Float32s,
-    rows_U: Int64s,
-    index_FB: Int32s,
-    values_UV: Float32s,
-    numeric_BD: Float32s,
-    label_B: Float32s,
-    weight_B: Float32s,
-    prior_B: Float32s,
-    offset: np.float32,
-    is_weighted: bool,
-    is_fm: bool,
-    kind: int,
-    numbers: Float32s,
-    now_s: int,
-    weight_P: Float32s,
-    first_P: Float32s,
-    second_P: Float32s,
-    lr: np.float32,
-    steps: int,
-    logit_B: Float32s,
-    learnt_B: Bools,
-    learnt_U: Bools,
-) -> tuple[float, float]:
+    words_RW: Int32s, floats_RW: Float32s, rows_U: Int64s, index_FB: Int32s, values_UV: Float32s,
+    numeric_BD: Float32s, label_B: Float32s, weight_B: Float32s, prior_B: Float32s, offset: np.float32,
+    is_weighted: bool, is_fm: bool, kind: int, numbers: Float32s, now_s: int, weight_P: Float32s, first_P: Float32s,
+    second_P: Float32s, lr: np.float32, steps: int, logit_B: Float32s, learnt_B: Bools, learnt_U: Bools,
+) -> tuple[float, float]:  # fmt: skip
     """Write log-odds, what was learnt, and the weights; `values_UV` serves ids without a row.
 
     Returns the sums of the squares of the rows' and of the dense weights' gradients.
