@@ -21,13 +21,13 @@ from typing import Any, Protocol
 
 import faust
 import faust.transport.drivers.aiokafka as aiokafka_driver
-from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 
 from headrace.contract.errors import HeadraceError, InvariantBroken
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.process.awake import awake_s
 from headrace.process.watchdog import Watchdog
+from headrace.stream.shell.assignor import Assignor
 from headrace.stream.shell.group_watch import GroupWatch, last_words
 from headrace.stream.shell.log_ends import LogEnds
 from headrace.stream.shell.one_owner import OneOwner
@@ -126,7 +126,7 @@ class Engine:
             consumer_auto_offset_reset="earliest",
             consumer_max_fetch_size=8 * 1024 * 1024,
             web_enabled=False,
-            PartitionAssignor=OneOwner if has_one_owner else PartitionAssignor,
+            PartitionAssignor=OneOwner if has_one_owner else Assignor,
         )
         self.topic, self.begin_afresh, self._brokers = topic, begin_afresh, brokers
         self.channel = self.app.topic(topic, partitions=partitions, key_type=bytes, value_type=bytes)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from faust.assignor.client_assignment import ClientAssignment
-from faust.assignor.partition_assignor import PartitionAssignor
+
+from headrace.stream.shell.assignor import Assignor
 
 
-class OneOwner(PartitionAssignor):  # type: ignore[misc,unused-ignore]
+class OneOwner(Assignor):
     """The member that owns most stays the owner; where none does, it is the first by its id."""
 
     def _perform_assignment(self, cluster: Any, member_metadata: Any) -> Any:
