@@ -396,8 +396,8 @@ class _Ages:
         left: int | None = None,
         tasks: Sequence[str] | None = None,
     ) -> None:
-        """Say how old the oldest sample beyond `upto` is; none is where `left` is at most 0. With `tasks`, a partition counts
-        where one of theirs is beyond: a run that learns some of the tasks does not move on for the others'."""
+        """Say how old the oldest sample beyond `upto` is; none is where `left` is at most 0. With `tasks`, a partition
+        counts where one of theirs is beyond: a run that learns some of the tasks does not move on for the others'."""
         if self._newest_ms == NO_TIME:
             return
         oldest_ms = self._newest_ms
