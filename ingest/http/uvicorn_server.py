@@ -1,4 +1,4 @@
-"""uvicorn inside the gateway's loop, with the bounds that it lacks: connections, and the time that a request takes.
+"""uvicorn in the gateway's loop and in serving, with the bounds that it lacks: connections, and a request's time.
 
 uvicorn (with h11) parses, keeps alive, pipelines and drains. What is added: a connection beyond the bound takes the
 place of the one that has idled longest, or is refused; one that sends its headers drop by drop is closed; bytes that
@@ -77,21 +77,24 @@ class ConnectionBounds:
 class BoundedConfig(uvicorn.Config):
     """uvicorn's settings, and the bounds that its protocols keep."""
 
-    def __init__(self, app: Any, bounds: ConnectionBounds, identity: TlsIdentity | None) -> None:
-        super().__init__(
-            app,
-            http=BoundedProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
+    def __init__(
+        self, app: Any, bounds: ConnectionBounds, identity: TlsIdentity | None = None, **settings: Any
+    ) -> None:
+        """`settings` are uvicorn's, where they differ from the collector's."""
+        chosen: dict[str, Any] = {
+            "http": BoundedProtocol,
+            "ws": "none",
+            "lifespan": "off",
+            "log_config": None,
             # What uvicorn logs may hold a URL, and a URL may hold a token.
-            log_level="critical",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=DRAIN_S,
-        )
+            "log_level": "critical",
+            "access_log": False,
+            "proxy_headers": False,
+            "server_header": False,
+            "timeout_keep_alive": KEEP_ALIVE_S,
+            "timeout_graceful_shutdown": DRAIN_S,
+        }
+        super().__init__(app, **(chosen | settings))
         self.bounds = bounds
         self.load()
         if identity is not None:
