@@ -26,8 +26,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.ingest.http.uvicorn_server import BoundedConfig, ConnectionBounds
-from headrace.ingest.open_files import connections_within
+from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
+from headrace.process.open_files import connections_within
 from headrace.serving.model.shared_region import SharedModel
 
 logger = logging.getLogger("headrace.serve")

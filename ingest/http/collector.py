@@ -40,9 +40,10 @@ from headrace.ingest.http.access import Origins, Tokens, is_loopback
 from headrace.ingest.http.body import BadRequest, messages_of, read_events
 from headrace.ingest.http.forwarded import Proxies
 from headrace.ingest.http.page import page_routes
-from headrace.ingest.http.uvicorn_server import BoundedConfig, ConnectionBounds, listen, serve
-from headrace.ingest.open_files import connections_within
+from headrace.ingest.http.uvicorn_server import collector_config, listen, serve
 from headrace.ingest.tls_identity import TlsIdentity
+from headrace.process.http_bounds import ConnectionBounds
+from headrace.process.open_files import connections_within
 
 log = logging.getLogger("headrace.ingest")
 
@@ -127,8 +128,8 @@ class Collector:
         asks = "asks for a token" if self._tokens else "open to all of this machine (no HEADRACE_TOKENS)"
         scheme = "http" if self._identity is None else "https"
         log.info("collector on %s://%s:%d/, %s", scheme, host, self.port, asks)
-        bounds = ConnectionBounds(most, admission.refuse)
-        await serve(BoundedConfig(self.app(), bounds, self._identity), listener, stopping)
+        bounds = ConnectionBounds(most, admission.refuse, lambda client: peer_of(client).origin)
+        await serve(collector_config(self.app(), bounds, self._identity), listener, stopping)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""

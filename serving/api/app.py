@@ -20,8 +20,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.ingest.http.body import BadRequest
-from headrace.serving.api.body import Bodies
+from headrace.serving.api.body import BadRequest, Bodies
 from headrace.serving.features import FeatureMemory, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of
 from headrace.serving.model.shared_region import SharedModel, Told, View

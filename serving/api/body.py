@@ -6,13 +6,19 @@ import asyncio
 
 from starlette.requests import ClientDisconnect, Request
 
-from headrace.ingest.http.body import BadRequest
-
 BODY_BYTES_MAX = 4_194_304
 BODIES_BYTES_MAX = 64 * BODY_BYTES_MAX
 """Most bytes of all bodies of a process that are being read."""
 BODY_S = 20.0
 """Longest time for one body: 4 MiB at 210 kB/s."""
+
+
+class BadRequest(Exception):
+    """What is wrong with a request's body, and the next step."""
+
+    def __init__(self, status: int, error: str, step: str) -> None:
+        super().__init__(error)
+        self.status, self.error, self.step = status, error, step
 
 
 class Bodies:

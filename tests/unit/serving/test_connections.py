@@ -23,11 +23,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from headrace.ingest.http import uvicorn_server
-from headrace.ingest.http.body import BadRequest
+from headrace.process import http_bounds
 from headrace.serving.api import body
 from headrace.serving.api.app import problem
-from headrace.serving.api.body import Bodies
+from headrace.serving.api.body import BadRequest, Bodies
 from headrace.serving.processes import answer_requests, listen
 
 HEAD = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"
@@ -87,7 +86,7 @@ def running(connections_max: int = 100) -> Iterator[Server]:
 
 
 def test_headers_that_do_not_end_and_silent_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uvicorn_server, "HEADERS_S", 0.2)
+    monkeypatch.setattr(http_bounds, "HEADERS_S", 0.2)
     with running() as server:
         for sent in (b"", b"POST / HTTP/1.1\r\nHost:"):
             with server.connect(sent) as slow, contextlib.suppress(ConnectionResetError):
