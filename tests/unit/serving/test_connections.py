@@ -155,7 +155,7 @@ def test_fewer_files_than_connections_are_no_end_of_answers(tmp_path: Path) -> N
 
 def is_answered(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/", timeout=3.0, trust_env=False).status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}/", timeout=15.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
