@@ -314,6 +314,8 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     workers: Annotated[int, Meta(gt=0, le=64)] = 1
     """Processes that share the port and answer; all read one model in shared memory. Unit: processes."""
+    connections_max: Count = 2_048
+    """Most connections to one process. Beyond it the one that has been idle longest gives way. Unit: connections."""
     candidates_max: Count = 1_000
     """Most candidates in one request to `POST /v1/rank`. Unit: candidates."""
     rows_max: Count = 1_048_576

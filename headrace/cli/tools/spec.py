@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.cli.rules_topic import rules_topic
+from headrace.cli.rules_topic import has_states, rules_topic
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.rules import Change, Rules, differences, rules_of
@@ -62,6 +62,7 @@ def _apply(runtime: Runtime, *, dry: bool) -> tuple[dict[str, Any], str]:
             runtime.project,
             now_ms=runtime.clock.now_ms(),
             dry=dry,
+            has_states=lambda: has_states(runtime.blobs, runtime.topics.generation, partitions),
         )
     lines = differences(before.rules, rules_of(runtime.project)) if before is not None else []
     said = {
