@@ -100,5 +100,9 @@ def _project(module: ModuleType, name: str, file: Path) -> Project:
     there = " or ".join(f'object = "{other}"' for other, value in vars(module).items() if isinstance(value, Project))
     raise ConfigRejected(
         f"{file} has no Project named {name!r}; "
-        + (f"say in headrace.toml which one is meant: {there}." if there else "it declares none.")
+        + (
+            f"say in headrace.toml which one is meant: {there}."
+            if there
+            else f"it declares none: write {name} = Project(...), see docs/project.md."
+        )
     )

@@ -14,7 +14,7 @@ import msgspec
 
 from headrace.contract.errors import listed, meant
 
-_UNEXPECTED = re.compile(r"(?:Unexpected|unexpected) keyword argument '(\w+)'")
+_UNEXPECTED = re.compile(r"(?:[Uu]nexpected keyword argument|has no field) '(\w+)'")
 _MISSING = re.compile(r"Missing required argument '(\w+)'")
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)+)'")
 SNIPPET_MAX = 100

@@ -397,7 +397,8 @@ def _setting_words(said: str, text: bytes, where: str) -> str:
         near = meant(key, known)
         return f"{at}: {said}{near or f' There are {listed(known)}.'} docs/settings.md lists every setting."
     key = re.sub(r"\[[^\]]*\]", "", key)
-    return f"{at}: {f'{plain}.' if plain else ''}{key}: {wanted(said)}. docs/settings.md says what {key or 'each setting'} takes."
+    name = f"{plain}.{key}".strip(".") or "a setting"
+    return f"{at}: {name}: {wanted(said)}. docs/settings.md says what {key or 'each setting'} takes."
 
 
 def _keys_of(table: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Mistakes that a user makes in a project's two files and its environment, and what must be said of each.
 
-Each is a change of a sound project. What is said must hold every one of `words`, regular expressions: where (a file with
-its line, or a field) and the remedy.
+Each is a change of a sound project. What is said must hold every one of `words`, regular expressions: where (a file
+with its line, or a field) and the remedy.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ TOML_AT = r"headrace\.toml, line {}\b"
 PYTHON = (
     Mistake(
         "a bracket is missing",
-        (AT.format(8), "SyntaxError", "never closed", "bracket"),
+        (AT.format(6), "SyntaxError", "never closed", "bracket"),
         {"),\n    feedback": ",\n    feedback"},
     ),
     Mistake("a quote is missing", (AT.format(7), "SyntaxError", "quote"), {'name="store"': 'name="store'}),
     Mistake("a comma is missing", (AT.format(7), "comma"), {'name="store",': 'name="store"'}),
     Mistake(
         "tabs among spaces",
-        (AT.format(7), "Indent with spaces"),
+        (AT.format(8), "Indent with spaces"),
         {"\nPROJECT =": "\nif True:\n        a = 1\n\tb = 2\nPROJECT ="},
     ),
     Mistake(
@@ -97,10 +97,10 @@ PYTHON = (
         {"import Categorical": "import Categorial, Categorical"},
     ),
     Mistake(
-        "a name without its import", (AT.format(24), "NameError", "mean 'deepfm'"), {"recipe=deepfm(": "recipe=deepfn("}
+        "a name without its import", (AT.format(23), "NameError", "mean 'deepfm'"), {"recipe=deepfm(": "recipe=deepfn("}
     ),
     Mistake("a misspelt argument", (AT.format(14), "'window'", "mean 'window_ms'"), {"window_ms": "window"}),
-    Mistake("a misspelt argument of a recipe", (AT.format(24), "'dims'", "mean 'dim'"), {"dim=8": "dims=8"}),
+    Mistake("a misspelt argument of a recipe", (AT.format(23), "'dims'", "mean 'dim'"), {"dim=8": "dims=8"}),
     Mistake("an argument is missing", (AT.format(8), "'key'", "Add key="), {'        key="user_id",\n': ""}),
     Mistake(
         "an own module that fails",
@@ -239,31 +239,31 @@ DECLARED = (
     ),
     Mistake(
         "a recipe that is not called",
-        (AT.format(24), "recipe", r"call it: deepfm\(\.\.\.\)"),
+        (AT.format(23), "recipe", r"call it: deepfm\(\.\.\.\)"),
         {"deepfm(dim=8)": "deepfm"},
     ),
-    Mistake("a recipe as text", (AT.format(24), "recipe", "'deepfm'", "a declaration"), {"deepfm(dim=8)": '"deepfm"'}),
+    Mistake("a recipe as text", (AT.format(23), "recipe", "'deepfm'", "a declaration"), {"deepfm(dim=8)": '"deepfm"'}),
     Mistake(
         "a recipe of an undeclared task",
-        (AT.format(24), "'order'", "deepfm\\(task='click'\\)"),
+        (AT.format(23), "'order'", "deepfm\\(task='click'\\)"),
         {"dim=8": 'task="order"'},
     ),
-    Mistake("a negative dimension", (AT.format(24), "recipe.dim", "-8", ">= 0"), {"dim=8": "dim=-8"}),
+    Mistake("a negative dimension", (AT.format(23), "recipe.dim", "-8", ">= 0"), {"dim=8": "dim=-8"}),
     Mistake("a function nobody declared", (AT.format(19), "'half'", "@feature_function"), {"Numeric(": CUSTOM}),
     Mistake(
         "an own function that raises",
-        (AT.format(8), AT.format(23), "KeyError", "Every input is legal"),
+        (AT.format(8), AT.format(24), "IndexError", "Every input is legal"),
         own("return {}[price[0].as_py()]"),
     ),
-    Mistake("an own function of another length", (AT.format(23), "'half'", "one value a row"), own("return price[:1]")),
+    Mistake("an own function of another length", (AT.format(24), "'half'", "one value a row"), own("return price[:1]")),
     Mistake(
         "an own function that returns no array",
-        (AT.format(23), "'half'", "must return an Arrow or NumPy array"),
+        (AT.format(24), "'half'", "must return an Arrow or NumPy array"),
         own("return 5"),
     ),
     Mistake(
         "an own function that looks at other rows",
-        (AT.format(23), "looks at more than its row"),
+        (AT.format(24), "looks at more than its row"),
         own(
             "import pyarrow.compute as pc; return pc.cumulative_sum(pc.fill_null(pc.min_element_wise(price, 1.0), 0.0))"
         ),

@@ -91,7 +91,7 @@ def examine(args: argparse.Namespace) -> Report:
     if not report.wrong:
         report.takes = _takes(project, config, args.rate)
         report.wrong += _too_much(project, config, args.rate)
-        report.notes += _worth_knowing(project, config, report.takes)
+        report.notes += _worth_knowing(project)
     _ports(args, report)
     return report
 
@@ -212,16 +212,16 @@ def _slices(project: Project, config: Config, folder: Path) -> Iterator[str]:
 
 
 def _too_much(project: Project, config: Config, rate: float) -> Iterator[str]:
-    waiting = rate * _longest_ms(project) / 1_000 / config.log.partitions
-    if waiting > config.join.pending_max:
+    waiting, most = rate * _longest_ms(project) / 1_000 / config.log.partitions, config.join.pending_max
+    if waiting > most:
         yield (
             f"at {rate:g} impressions/s {waiting:,.0f} wait in each of {config.log.partitions} partitions for the "
-            f"longest task's window of {_time(_longest_ms(project))}, and join.pending_max allows {config.join.pending_max:,}: "
+            f"longest task's window of {_time(_longest_ms(project))}, and join.pending_max allows {most:,}: "
             "raise it or log.partitions in headrace.toml, or shorten window_ms or correct_ms of the task."
         )
 
 
-def _worth_knowing(project: Project, config: Config, takes: dict[str, Any]) -> Iterator[str]:
+def _worth_knowing(project: Project) -> Iterator[str]:
     if not project.tasks:
         yield "no task is declared: events are stored, and nothing is learnt."
     unused = {each.name for each in project.feedback} - {task.feedback for task in project.tasks}
@@ -230,7 +230,6 @@ def _worth_knowing(project: Project, config: Config, takes: dict[str, Any]) -> I
         yield f"feedback {name!r} is in no task and no counter: it is stored in `events` alone."
     if not project.features.features:
         yield "no feature is declared: every score is the same."
-    del config, takes
 
 
 def _ports(args: argparse.Namespace, report: Report) -> None:
