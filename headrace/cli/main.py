@@ -13,6 +13,7 @@ from headrace.contract.errors import ConfigRejected, HeadraceError
 from headrace.kernels.code_cache import keep_compiled_code
 
 VERBS: dict[str, tuple[str, str]] = {
+    "init": ("tools.init", "make the folder of a new project, with traffic for a try"),
     "check": ("tools.check", "look at a project before anything runs: what it declares and takes, what is wrong"),
     "up": ("stack.up", "start everything on this machine: Kafka, HDFS, all stages, the demo"),
     "down": ("stack.down", "stop everything that `up` started"),
@@ -39,6 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("stages.train", "learn from the lake, then from the topic; publish snapshots and deltas"),
     "serve": ("stages.serve", "answer POST /v1/rank with the newest model"),
     "shop": ("stages.shop", "demo traffic: ask, show, log, click"),
+    "traffic": ("tools.traffic", "play a project's made-up visitors to a running stack, for a try"),
     "watch": ("stages.watch", "restart stages of this machine that do not work; `up` starts it"),
     "tensorboard": ("stages.tensorboard", "serve TensorBoard on the trainer's scalars"),
 }

@@ -218,7 +218,7 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
                     at="recipe",
                 )
             task = declared[name]
-            if recipe.delayed != "none" and (task.policy != "eager" or task.correction_weight != 1.0):
+            if recipe.delayed.startswith("fake_negative") and (task.policy != "eager" or task.correction_weight != 1.0):
                 raise ConfigRejected(
                     f"recipe.delayed is {recipe.delayed!r} and task {name!r} has policy {task.policy!r} and "
                     f"correction_weight {task.correction_weight}: it takes eager tasks whose corrections weigh 1.",

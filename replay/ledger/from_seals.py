@@ -13,7 +13,7 @@ Raises `NotSealed` where the seals do not tell: then all is read by id.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -93,7 +93,8 @@ class SealedStock:
             found = _Run(self, ledger, topic, totals, known, _choices(heads.get(name), self.project, tasks))
             ledger.models[name] = counts = found.draw()
             after.runs[name] = KeptRun(totals=totals, heads=found.heads, others=found.others)
-            watch.draw(ledger, "model", totals.upto(), None if totals.positions else counts.in_flight)
+            left = None if totals.positions else counts.in_flight
+            watch.draw(ledger, "model", totals.upto(), left, found.heads)
         told, retried = letters()
         dead, fates = count_letters(ledger, told, retried, tags_of(self.project))
         # After the letters: what they say was appended is in the log by now.
@@ -386,13 +387,30 @@ class _Ages:
         told = [place.seal.watermark_ms for p in joined if (place := topic.newest(p)) is not None]
         self._newest_ms = max([NO_TIME, *told, *(one.watermark_ms for one in joined.values())])
 
-    def draw(self, ledger: Ledger, where: str, upto: Mapping[int, Position], left: int | None = None) -> None:
-        """Say how old the oldest sample beyond `upto` is; none is where `left` is 0."""
+    def draw(
+        self,
+        ledger: Ledger,
+        where: str,
+        upto: Mapping[int, Position],
+        left: int | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> None:
+        """Say how old the oldest sample beyond `upto` is; none is where `left` is 0. With `tasks`, a partition counts
+        where one of theirs is beyond: a run that learns some of the tasks does not move on for the others'."""
         if self._newest_ms == NO_TIME:
             return
         oldest_ms = self._newest_ms
         for partition in self._partitions if left != 0 else ():
             place = self._topic.following(partition, upto.get(partition, START))
-            if place is not None:
+            if place is not None and (tasks is None or self._has_more(partition, upto.get(partition, START), tasks)):
                 oldest_ms = min(oldest_ms, place.seal.watermark_ms)
         ledger.behind_ms[where] = max(0, self._newest_ms - oldest_ms)
+
+    def _has_more(self, partition: int, position: Position, tasks: Sequence[str]) -> bool:
+        """Say whether a sample of these tasks is beyond a position; true where the seals do not tell."""
+        newest = self._topic.newest(partition)
+        try:
+            before = self._topic.at(partition, position)
+        except NotSealed:
+            return True
+        return newest is not None and whole(without_rows(newest.seal.tasks, before), tasks).count > 0

@@ -26,10 +26,9 @@ from headrace.contract.recipe import label_of
 from headrace.deploy.local.doctor import ephemeral_finding, port_findings
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
+from headrace.trainer.validation.windows import CELL_MS_MIN, CELLS
 
 RATE, RATE_MAX = 500.0, 10_000_000.0
-CELLS, CELL_MS_MIN = 5, 2_000
-"""A window of the figures is five cells of the task's own window, of 2 s at least."""
 FEEDBACK_SHARE = 0.1
 """Feedback of each type by impressions, where nobody knows better."""
 DAY_S = 86_400

@@ -1,5 +1,5 @@
-"""Goal: every command of docs/tutorial.md does what the page says. Method: its files are written as they stand there, and
-its commands run in its order; what needs servers runs in a stack of the test's own, and is long."""
+"""Goal: every command of docs/tutorial.md does what the page says. Method: its files are written as they stand there,
+and its commands run in its order; what needs servers runs in a stack of the test's own, and is long."""
 
 from __future__ import annotations
 
