@@ -308,8 +308,9 @@ def await_all(
             raise
     if dead := [reason for how, reason in found if how == "died"]:
         raise Unavailable(
-            f"{'; '.join(dead).rstrip('.')}. Mend what it says, then run the same again: what is ready stays, and the rest "
-            "starts with the files and the environment of then. `headrace logs NAME` shows more, `headrace down` stops all."
+            f"{'; '.join(dead).rstrip('.')}. Mend what it says, then run the same again: what is ready stays, and the "
+            "rest starts with the files and the environment of then. `headrace logs NAME` shows more, `headrace down` "
+            "stops all."
         )
     if found:
         raise Unavailable(

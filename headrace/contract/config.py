@@ -367,8 +367,8 @@ def decode_config(text: bytes, *, where: str = "headrace.toml") -> Config:
     except msgspec.ValidationError as error:
         raise ConfigRejected(_setting_words(str(error), text, where)) from error
     except UnicodeDecodeError as error:
-        line = text[: error.start].count(b"\n") + 1
-        raise ConfigRejected(f"{where}, line {line}: this is not UTF-8. Save the file as UTF-8.") from error
+        number = text[: error.start].count(b"\n") + 1
+        raise ConfigRejected(f"{where}, line {number}: this is not UTF-8. Save the file as UTF-8.") from error
     except msgspec.DecodeError as error:
         at = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error))
         line = f", line {at[2]}, column {at[3]}" if at else ""

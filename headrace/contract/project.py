@@ -284,7 +284,8 @@ def _of_declared_types(project: Project) -> Project:
             said = f"{wanted(said)}."
         hint = _TUPLE_HINT if isinstance(value, str) and "tuple" in said else ""
         hint = hint or (_KEY_HINT if name == "key" and isinstance(value, tuple | list) else "")
-        whose = f" of {type(owner).__name__} {owner.name!r}" if isinstance(getattr(owner, "name", None), str) else ""
+        named = getattr(owner, "name", None)
+        whose = f" of {type(owner).__name__} {named!r}" if isinstance(named, str) else ""
         raise ConfigRejected(f"{path}{whose} is {_short(value)}: {said}{hint}", at=path) from None
 
 

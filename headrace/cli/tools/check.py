@@ -21,7 +21,7 @@ from headrace.cli.project_lines import line_of, own_lines
 from headrace.contract.config import Config
 from headrace.contract.errors import ConfigRejected, HeadraceError
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.contract.project import Project, Task
+from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.recipe import label_of
 from headrace.deploy.local.doctor import ephemeral_finding, port_findings
 from headrace.deploy.local.layout import Layout
@@ -112,10 +112,9 @@ def _declares(project: Project, config: Config) -> dict[str, Any]:
     shown = project.impression
     events = {"impression": f"tag {shown.tag}, key {shown.key}; {_fields(shown.fields)}"}
     events |= {each.name: f"tag {each.tag}; {_fields(each.fields)}" for each in project.feedback}
+    kinds: tuple[ImpressionType | FeedbackType, ...] = (shown, *project.feedback)
     private = {
-        kind.tag: ", ".join(f"{name}: {how}" for name, how in kind.private.items())
-        for kind in (shown, *project.feedback)
-        if kind.private
+        kind.tag: ", ".join(f"{name}: {how}" for name, how in kind.private.items()) for kind in kinds if kind.private
     }
     features = project.features
     return {

@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -103,9 +102,5 @@ def _value(kind: pa.DataType, chance: random.Random, row: int) -> Any:
 
 def _wire(batch: pa.RecordBatch, rows: int) -> float:
     count = max(1, min(rows, batch.num_rows))
-    return len(encode_batch(batch.slice(batch.num_rows - count))) / count
-
-
-def as_plain(row: RowBytes) -> dict[str, int]:
-    """Return the bytes as whole numbers, by name."""
-    return {name: round(value) for name, value in msgspec.to_builtins(row._asdict()).items()}
+    size = len(encode_batch(batch.slice(batch.num_rows - count)))
+    return size / float(count)
