@@ -143,20 +143,7 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         fields_by_tag = {self.impression.tag: self.impression.fields, **{f.tag: f.fields for f in self.feedback}}
         check_mappings(self.mappings, fields_by_tag, self.impression.key)
         check_crawls(self.crawls, self.impression.fields)
-        for number, task in enumerate(self.tasks):
-            if task.feedback not in kinds:
-                raise ConfigRejected(
-                    f"task {task.name!r} names feedback {task.feedback!r}, and no FeedbackType has that name; there "
-                    f"are: {listed(kinds)}.{meant(task.feedback, kinds)} Add a FeedbackType(name={task.feedback!r}, "
-                    "tag=...) to `feedback`, or name another one.",
-                    at=f"tasks[{number}].feedback",
-                )
-            if task.correct_ms and task.policy == "eager":
-                raise ConfigRejected(
-                    f"task {task.name!r} is eager and corrects until its window ends: raise window_ms and leave "
-                    "correct_ms out.",
-                    at=f"tasks[{number}].correct_ms",
-                )
+        self._check_tasks(kinds)
         lanes = sum(2 if task.correct_ms else 1 for task in self.tasks)
         if lanes > LANES_MAX:
             raise ConfigRejected(
@@ -203,6 +190,22 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         except TypeError:
             is_plain = False
         return self if is_plain else msgspec.structs.replace(self, features=typed.features)
+
+    def _check_tasks(self, kinds: set[str]) -> None:
+        for number, task in enumerate(self.tasks):
+            if task.feedback not in kinds:
+                raise ConfigRejected(
+                    f"task {task.name!r} names feedback {task.feedback!r}, and no FeedbackType has that name; there "
+                    f"are: {listed(kinds)}.{meant(task.feedback, kinds)} Add a FeedbackType(name={task.feedback!r}, "
+                    "tag=...) to `feedback`, or name another one.",
+                    at=f"tasks[{number}].feedback",
+                )
+            if task.correct_ms and task.policy == "eager":
+                raise ConfigRejected(
+                    f"task {task.name!r} is eager and corrects until its window ends: raise window_ms and leave "
+                    "correct_ms out.",
+                    at=f"tasks[{number}].correct_ms",
+                )
 
     def _check_recipe(self) -> None:
         try:

@@ -79,7 +79,7 @@ def test_up_fails_with_the_words_of_the_stage_and_takes_over_when_it_is_mended(t
     project = tmp_path / "store"
     project.mkdir()
     (project / "headrace.toml").write_text("")
-    sound = (CHECKOUT / "tests" / "worlds" / "mistakes.py").read_text().split('"""\\\n')[1].split('"""')[0]
+    sound = (CHECKOUT / "tests" / "unit" / "cli" / "mistakes.py").read_text().split('"""\\\n')[1].split('"""')[0]
     (project / "project.py").write_text(f"import tables\n{sound}")
     (project / "tables.py").write_text(FAILS)
     env = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}

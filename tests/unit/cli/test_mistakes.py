@@ -1,7 +1,7 @@
 """Goal: each mistake that a user makes in a project is answered by where it is and what to do, never by a traceback.
 
 Method: a sound project, one change, and `headrace check` on it; the mistakes and what must be said are in
-tests/worlds/mistakes.py.
+tests/unit/cli/mistakes.py.
 """
 
 from __future__ import annotations
