@@ -14,9 +14,13 @@ from headrace.kernels.code_cache import keep_compiled_code
 
 VERBS: dict[str, tuple[str, str]] = {
     "init": ("tools.init", "make the folder of a new project, with traffic for a try"),
+    "check": ("tools.check", "look at a project before anything runs: what it declares and takes, what is wrong"),
     "up": ("stack.up", "start everything on this machine: Kafka, HDFS, all stages, the demo"),
     "down": ("stack.down", "stop everything that `up` started"),
     "restart": ("stack.restart", "stop and start named processes; the others go on"),
+    "start": ("stack.start", "start named processes that were stopped or wait for their next start"),
+    "stop": ("stack.stop", "stop named processes until `start`; the others go on"),
+    "follow": ("stack.follow", "print the lines of `make up` for a stack that runs detached"),
     "status": ("stack.status", "show each process, its state, port, memory and log file"),
     "logs": ("stack.logs", "show and follow a process's log file"),
     "doctor": ("stack.doctor", "find what keeps the stack from running, and say the remedy"),
