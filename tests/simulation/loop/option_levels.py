@@ -393,7 +393,7 @@ def crossed(draft: Draft) -> None:
     def made(draft: Draft) -> Recipe:
         how = {"cross_layers": 3, "optimizer": "adagrad_row", "admit_by": "exact", "hidden": (8,)}
         made = dcn(dim=4, slot_optimizers={"item": "adagrad"}, **how, **heads(draft))
-        return msgspec.structs.replace(made, cross_rank=4)
+        return msgspec.structs.replace(made, cross_rank=4, delayed="none", stored_order="event_time", squares_init=0.1)
 
     _learns(draft, made)
 
@@ -422,6 +422,18 @@ def own_module(draft: Draft) -> None:
     _learns(draft, made)
 
 
+def valued(draft: Draft) -> None:
+    """Tasks that learn what an order's value is, each in its own way, beside those that are there."""
+    kinds: dict[str, Any] = {f"{kind}_value": kind for kind in ("weighted", "squared", "huber", "tweedie")}
+    draft.tasks += tuple(Task(name=name, feedback="order", window_ms=WINDOW_MS) for name in kinds)
+
+    def made(draft: Draft) -> Recipe:
+        objectives = {draft.tasks[0].name: "log_loss", **kinds}
+        return deepfm(dim=4, hidden=(8,), objectives=objectives, tweedie_power=1.3, huber_delta=2.0, **heads(draft))
+
+    _learns(draft, made)
+
+
 def weighted_late(draft: Draft) -> None:
     _learns(draft, lambda draft: late_positives(deepfm(dim=4, hidden=(8,), lr_dense=0.002, **heads(draft))))
 
@@ -439,7 +451,7 @@ FACTORS: dict[str, tuple[Level, ...]] = {
     "counters": (nothing, local_counter, shared_counter, local_pair_counter, shared_pair_counter),
     "crawl": (nothing, json_crawl, html_crawl, feed_crawl),
     "source": (nothing, access_log),
-    "recipe": (ftrl, machine, layered, crossed, own_module, weighted_late, calibrated_late),
+    "recipe": (ftrl, machine, layered, crossed, own_module, valued, weighted_late, calibrated_late),
 }
 """In the order in which a row's levels change its draft."""
 
