@@ -28,7 +28,7 @@ def source(text: str) -> SourceConfig:
         ('tag = "a"\nformat = "csv"', "Invalid enum value 'csv'"),
         ('tag = "a"\nstart = "now"', "Invalid enum value 'now'"),
         ('tag = "a"\ntime_unit = "h"', "Invalid enum value 'h'"),
-        ('tag = "a"\ncolour = "blue"', "unknown field `colour`"),
+        ('tag = "a"\ncolour = "blue"', "has no setting 'colour'"),
         ('tag = "a"\nin_flight_max = 0', ">= 1"),
         ('tag = "a"\nclient = {"enable.auto.commit" = "true"}', "client may set"),
         ('tag = "a"\nclient = {"isolation.level" = "read_uncommitted"}', "client may set"),
