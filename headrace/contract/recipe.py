@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, listed
 from headrace.contract.functions import model_of
 from headrace.contract.spec import Feature, FeatureSpec
 
@@ -218,7 +218,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         unknown = (self.slot_dims.keys() | self.slot_optimizers.keys()) - labels
         if unknown:
             raise ConfigRejected(
-                f"recipe.slot_dims and slot_optimizers name {sorted(unknown)}; slots have {sorted(labels)}."
+                f"recipe.slot_dims and slot_optimizers name {listed(unknown)}; slots have {listed(labels)}."
             )
         wide = {name: dim for name, dim in self.slot_dims.items() if dim > self.dim}
         if wide:

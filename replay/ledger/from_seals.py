@@ -113,7 +113,7 @@ class SealedStock:
         project, generation = self.project.name, self.topics.generation
         try:
             account = get_account(self.blobs, project, generation, self.topic_ids)
-            end = self.reader.end_offsets(self.topics.steps).get(0, 0)
+            end = self.reader.end_offsets(self.topics.steps)[0]
             if account is not None and account.steps_offset > end:
                 raise NotSealed(f"the kept account has steps up to {account.steps_offset}, the topic ends at {end}")
         except NotSealed as error:
@@ -123,7 +123,7 @@ class SealedStock:
 
     def _add_steps(self, runs: dict[str, RunTotals], begin: int) -> int:
         """Add this model's steps from `begin` on to their runs; return the offset to go on from."""
-        end = self.reader.end_offsets(self.topics.steps).get(0, 0)
+        end = self.reader.end_offsets(self.topics.steps)[0]
         add_steps(runs, (step for step in self.steps(begin, end) if step.model == self.project.name))
         return end
 
@@ -366,7 +366,7 @@ class _Run:
 
     def _new_steps(self) -> list[Step]:
         begin = self.known.totals.number if self.known is not None else 0
-        end = self.stock.reader.end_offsets(self.stock.topics.steps).get(0, 0)
+        end = self.stock.reader.end_offsets(self.stock.topics.steps)[0]
         ours: dict[int, Step] = {}
         for step in self.stock.steps(0, end):
             if step.run == self.totals.run and begin < step.step <= self.totals.number:

@@ -78,7 +78,7 @@ def renamed(text: str, old: str, new: str) -> str:
 
 def next_steps(folder: str, like: str) -> list[str]:
     """Return what a new user does next, a command a line."""
-    steps = [f"make up PROJECT={folder}"]
+    steps = [f"headrace check {folder}", f"make up PROJECT={folder}"]
     if like == SHOP:
         return [*steps, "the demo shop's traffic begins by itself"]
     steps.append(f"headrace traffic --project {folder}    # made-up visitors, until Ctrl-C")

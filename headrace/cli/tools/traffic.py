@@ -21,6 +21,7 @@ import msgspec
 
 from headrace.cli.addresses import HOST
 from headrace.cli.project_folder import is_demo
+from headrace.cli.project_lines import failed
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected, Overloaded
 from headrace.examples.service import Service
@@ -130,8 +131,8 @@ def load_visits(folder: Path) -> Visits:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigRejected(f"{file}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigRejected(failed(error, file, vars(module))) from error
     found = getattr(module, "visits", None)
     if not callable(found):
         raise ConfigRejected(f"{file} has no function visits(project, seed).")
