@@ -342,12 +342,13 @@ def opened(project: Project, config: Config, folder: Path) -> Iterator[Loop]:
 
 
 def _request(body: bytes) -> Request:
-    """Return a request with the whole of its body."""
+    """Return a request as the server hands it to the application, its body in one piece."""
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return Request({"type": "http", "method": "POST", "path": "/v1/rank", "headers": []}, receive)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    return Request({"type": "http", "method": "POST", "path": "/v1/rank", "headers": headers}, receive)
 
 
 class _NoLog:

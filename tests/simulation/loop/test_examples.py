@@ -67,8 +67,8 @@ def check(found: dict[str, Quality], apart: float = CALIBRATED) -> None:
 
 WAYS = {
     "store": {"visits": 3_000, "turns": 150, "turn_ms": 3_000, "asked_from": 0.75},
-    "ads": {"visits": 5_400, "turns": 270, "turn_ms": 20_000, "asked_from": 0.75},
-    "fraud": {"visits": 18_000, "turns": 450, "turn_ms": 30_000, "asked_from": 0.75},
+    "ads": {"visits": 5_400, "turns": 270, "turn_ms": 20_000, "asked_from": 0.8},
+    "fraud": {"visits": 22_500, "turns": 450, "turn_ms": 30_000, "asked_from": 0.8},
 }
 
 
