@@ -14,8 +14,8 @@ from headrace.ingest.gateway.admission import Companion
 from headrace.ingest.gateway.gateway import Gateway
 from headrace.ingest.gateway.gateway_dependencies import GatewayDependencies
 from headrace.ingest.gateway.loop import GatewayLoop, Ready
-from headrace.ingest.open_files import allow_open_files
 from headrace.ingest.tls_identity import TlsIdentity
+from headrace.process.open_files import allow_open_files
 
 log = logging.getLogger("headrace.ingest")
 

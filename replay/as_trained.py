@@ -177,7 +177,8 @@ def recorded_rows(
     missing = {p for p, position in upto.items() if in_lake.at(p) < position}
     if missing:
         _read_on(reader, topics.samples, live, {p: upto[p] for p in missing})
-    return RangeReader(StoredRows(lake, schema, tasks, holder), live, schema), in_lake
+    stored = StoredRows(lake, schema, tasks, holder, order=project.recipe.stored_order)
+    return RangeReader(stored, live, schema), in_lake
 
 
 def _check_samples(step: Step, samples_id: str, topic: str) -> None:

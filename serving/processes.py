@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -25,6 +26,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
+from headrace.process.open_files import connections_within
 from headrace.serving.model.shared_region import SharedModel
 
 logger = logging.getLogger("headrace.serve")
@@ -108,22 +111,30 @@ def answer_requests(
     jobs: Mapping[str, Callable[[], None]],
     workers: Workers | None = None,
     turned: Callable[[], None] = lambda: None,
+    connections_max: int = 2_048,
+    refused: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Answer requests until `stop` or SIGTERM, with `jobs` in threads beside it; return the exit status.
 
     The loop that answers calls `turned` about once a second. A job returns soon after `stop` is set. One that raises
     ends the process with status 1.
+
+    Args:
+        connections_max: beyond it the connection that has been idle longest gives way.
+        refused: gets the reason for which a connection was closed.
     """
+    most = connections_within(connections_max)
+    bounds = ConnectionBounds(most, lambda _origin, reason, _why: refused(reason))
 
     async def tell() -> None:
+        bounds.sweep(asyncio.get_running_loop().time())
         turned()
 
     server = uvicorn.Server(
-        uvicorn.Config(
+        BoundedConfig(
             app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
+            bounds,
+            log_level=None,
             timeout_graceful_shutdown=2,
             callback_notify=tell,
             timeout_notify=1,

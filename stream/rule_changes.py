@@ -101,13 +101,34 @@ def first_rules(project: Project, records: list[Record]) -> Project:
     return history.changes[0].rules.over(project) if history.changes else project
 
 
-def ensure_first(writer: FencedWriter, project: Project, *, now_ms: int, pause: Callable[[float], None]) -> History:
-    """Return the history, whose change 1 is the project's own rules when there was none. Waits while Kafka is away."""
+def check_none_lost(history: History, has_states: Callable[[], bool]) -> None:
+    """Raise `ConfigRejected` where no rules are told and states are stored that were made by some."""
+    if not history.changes and has_states():
+        raise ConfigRejected(
+            "the rules topic holds no rules, and the join has stored states that were made by some: the topic was "
+            "deleted or emptied. Numbers would begin again at 1, and partitions ignore what is not above theirs. Bring "
+            "the topic back from a copy, or raise log.generation to begin anew."
+        )
+
+
+def ensure_first(
+    writer: FencedWriter,
+    project: Project,
+    *,
+    now_ms: int,
+    pause: Callable[[float], None],
+    has_states: Callable[[], bool] = lambda: False,
+) -> History:
+    """Return the history, whose change 1 is the project's own rules when there was none. Waits while Kafka is away.
+
+    Raises `ConfigRejected` as `check_none_lost`.
+    """
     for turn in range(TURNS_MAX):
         try:
             history = read_history(writer)
             if history.changes:
                 return history
+            check_none_lost(history, has_states)
             writer.open()
             if not read_history(writer).changes:
                 writer.append(encode_change(change_of(project, 1, now_ms=now_ms)))
@@ -120,13 +141,20 @@ def ensure_first(writer: FencedWriter, project: Project, *, now_ms: int, pause: 
     raise Unavailable(f"the rules topic does not give back change 1 after {TURNS_MAX} turns.")
 
 
-def begin_rules(writer: FencedWriter, project: Project, *, now_ms: int, pause: Callable[[float], None]) -> Project:
+def begin_rules(
+    writer: FencedWriter,
+    project: Project,
+    *,
+    now_ms: int,
+    pause: Callable[[float], None],
+    has_states: Callable[[], bool] = lambda: False,
+) -> Project:
     """Return `project` with the rules that the log begins with; they are written where there are none.
 
     Raises `ConfigRejected` when `project` has another partition key, or a function of the user's in other code than
-    when the newest change was applied. Waits while Kafka is away.
+    when the newest change was applied, and as `check_none_lost`. Waits while Kafka is away.
     """
-    history = ensure_first(writer, project, now_ms=now_ms, pause=pause)
+    history = ensure_first(writer, project, now_ms=now_ms, pause=pause, has_states=has_states)
     first = history.changes[0].rules
     if first.key != project.impression.key:
         raise ConfigRejected(
@@ -163,19 +191,22 @@ def apply(
     *,
     now_ms: int,
     dry: bool = False,
+    has_states: Callable[[], bool] = lambda: False,
 ) -> Applied:
     """Put the project's rules in force in every partition of `topic`; see the module for the protocol.
 
     Args:
         dry: say what would be done, and do none of it.
+        has_states: says whether the join has stored states.
 
     Raises:
-        ConfigRejected: when these rules may not follow those in force; nothing was written.
+        ConfigRejected: when these rules may not follow those in force, or those were lost; nothing was written.
         Unavailable: when Kafka does not answer: apply again, which repairs what was begun.
     """
     if not dry:
         writer.open()
     history = read_history(writer)
+    check_none_lost(history, has_states)
     is_repaired = not history.is_whole
     if is_repaired and not dry:
         _write(writer, producer, topic, partitions, history, history.changes[-1])

@@ -37,4 +37,5 @@ def new_evaluation(project: Project, config: TrainConfig) -> Evaluation:
         tasks_of(project),
         key_field=project.impression.key,
         slices=slices_of(project, config.slices, values_max=config.slice_values_max),
+        values=project.recipe.values,
     )

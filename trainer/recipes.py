@@ -27,6 +27,16 @@ import msgspec
 
 from headrace.contract.recipe import Recipe
 
+_LIVE: dict[str, Any] = {
+    "standardize": True,
+    "wait_for_negative": True,
+    "stored_order": "position",
+    "delayed": "taken_back",
+}
+"""What keeps a live model calibrated, whatever its numbers, windows and base rates are: docs/models.md#calibration."""
+_STEADY: dict[str, Any] = {"rate_rows": 512, "dense_average": 0.995}
+"""What keeps dense weights steady that learn from the few rows of a live step."""
+
 
 def logistic_ftrl(task: str = "click", **changes: Any) -> Recipe:
     """Return logistic regression whose rows learn by FTRL-proximal, each weight with a rate of its own.
@@ -42,6 +52,7 @@ def logistic_ftrl(task: str = "click", **changes: Any) -> Recipe:
             lr_table=0.15,
             ftrl_beta=0.5,
             lr_dense=0.0003,
+            **_LIVE,
         ),
         changes,
     )
@@ -58,6 +69,7 @@ def logistic(task: str = "click", **changes: Any) -> Recipe:
             lr_table=0.105,
             l2_table=0.003,
             lr_dense=0.0001,
+            **_LIVE,
         ),
         changes,
     )
@@ -68,12 +80,12 @@ def fm(task: str = "click", **changes: Any) -> Recipe:
 
     Source: Rendle, ICDM 2010.
     """
-    return _with(Recipe(task=task, model="fm", updates="sample", lr_table=0.02, lr_dense=0.0003), changes)
+    return _with(Recipe(task=task, model="fm", updates="sample", lr_table=0.02, lr_dense=0.0003, **_LIVE), changes)
 
 
 def deepfm(task: str = "click", **changes: Any) -> Recipe:
     """Return DeepFM: the factorization machine and layers over the same embeddings. Source: Guo et al., IJCAI 2017."""
-    return _with(Recipe(task=task, model="deepfm", lr_table=0.02, lr_dense=0.001), changes)
+    return _with(Recipe(task=task, model="deepfm", lr_table=0.02, lr_dense=0.001, **_LIVE), _steady(changes))
 
 
 def dcn(task: str = "click", **changes: Any) -> Recipe:
@@ -81,17 +93,19 @@ def dcn(task: str = "click", **changes: Any) -> Recipe:
 
     Source: Wang et al., "DCN V2: Improved deep & cross network", WWW 2021.
     """
-    return _with(Recipe(task=task, model="dcn", lr_table=0.02, lr_dense=0.001, cross_rank=16), changes)
+    recipe = Recipe(task=task, model="dcn", lr_table=0.02, lr_dense=0.001, cross_rank=16, **_LIVE)
+    return _with(recipe, _steady(changes))
 
 
 def module_of(name: str, *, version: int = 1, task: str = "click", **changes: Any) -> Recipe:
     """Return a recipe of the project's own `@model_function(name, version=version)`."""
-    return _with(Recipe(task=task, model="module", module=name, module_version=version, lr_table=0.02), changes)
+    recipe = Recipe(task=task, model="module", module=name, module_version=version, lr_table=0.02, **_LIVE)
+    return _with(recipe, _steady(changes))
 
 
 def multitask(tasks: tuple[str, ...] = ("click", "like", "dwell"), **changes: Any) -> Recipe:
     """Return DeepFM with a head a task over shared tables and hidden layers; the first task is the main one."""
-    return _with(deepfm(task=tasks[0], tasks=tasks), changes)
+    return deepfm(**{"task": tasks[0], "tasks": tasks} | changes)
 
 
 def late_positives(recipe: Recipe, *, weighted: bool = True) -> Recipe:
@@ -111,6 +125,12 @@ def rare_positives(recipe: Recipe, *, negative_share: float) -> Recipe:
 def bounded(recipe: Recipe, *, admit_after: int = 3, expire_after_ms: int = 14 * 86_400_000) -> Recipe:
     """Return the recipe with a bounded table: a row from the third sighting on, none after two idle weeks."""
     return _with(recipe, {"admit_after": admit_after, "admit_by": "sketch", "expire_after_ms": expire_after_ms})
+
+
+def _steady(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes on top of `_STEADY`; what calibrates scores takes no average, see `Recipe.checked`."""
+    steady = _STEADY | ({"dense_average": 0.0} if changes.get("calibrate") else {})
+    return steady | changes
 
 
 def _with(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

@@ -343,12 +343,14 @@ class Trainer:
         rows = self.source.take(step.ranges)
         batch = self.source.batch(rows)
         known_B = known_times(rows, self.tasks)
-        if is_stored:
+        # By event time the score just before learning knows nothing later; in the order of the log it does.
+        is_honest = is_stored and self.project.recipe.stored_order == "event_time"
+        if is_honest:
             item_B = self.evaluation.before_stored(self.learner, batch)
         else:
             score_B, item_B = self.evaluation.before(self.learner, batch)
         report = self.learner.learn(batch)
-        if is_stored:
+        if is_honest:
             score_B = report.prediction_B
         if self.publisher is not None:
             self.publisher.note(report.touched_K)

@@ -14,10 +14,11 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import msgspec
@@ -53,22 +54,31 @@ class Stack:
     @classmethod
     @contextmanager
     def open(
-        cls, *, own: bool, shop_rate: float, port_base: int = 23_500, toml: str = "", store: str = ""
+        cls,
+        *,
+        own: bool,
+        shop_rate: float,
+        port_base: int = 23_500,
+        toml: str = "",
+        store: str = "",
+        project: Path | None = None,
+        secrets: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[Self]:
         """Yield the running stack, or one of its own that is ended afterwards.
 
         `toml` takes the place of the shop's; `store` is that of `headrace up --store`, an HDFS of its own where empty.
+        `project` is a folder that is run in place of the shop, `secrets` what its environment has besides.
         """
         env, scratch = dict(os.environ), Path(tempfile.mkdtemp(prefix="headrace-"))
         base = int(env["PORT_BASE"]) if env.get("PORT_BASE") else None
         if own:
-            project = scratch / "project"
-            shutil.copytree(SHOP, project, ignore=shutil.ignore_patterns("__pycache__"))
+            copy = scratch / "project"
+            shutil.copytree(project or SHOP, copy, ignore=shutil.ignore_patterns("__pycache__"))
             if toml:
-                (project / "headrace.toml").write_text(toml)
+                (copy / "headrace.toml").write_text(toml)
             base = port_base
             env |= {"PORT_BASE": str(base), "HEADRACE_HOME": str(scratch / "home"), "RATE": f"{shop_rate:g}"}
-            env |= {"HEADRACE_PROJECT": str(project)}
+            env |= {"HEADRACE_PROJECT": str(copy), **secrets}
             env["DATA"] = env.get("DATA") or str(find_data(SHOP, None) or "")
         stack = cls(env, base, scratch)
         try:

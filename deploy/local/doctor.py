@@ -8,13 +8,14 @@ import resource
 import shutil
 import socket
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 
-from headrace.contract.config import PORTS
+from headrace.contract.config import PORTS, port
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local import readiness
 from headrace.deploy.local.layout import HOST, STATE_VERSION, Layout
@@ -133,20 +134,72 @@ def _state(layout: Layout, running: bool) -> list[Finding]:
 
 
 def _ports(layout: Layout) -> Iterator[Finding]:
-    mine = {p.pid for p in orphans(layout.home)}
     skipped = set(OUTSIDE_ONLY)
     skipped |= set() if layout.own_kafka else {"kafka", "kafka_controller"}
     skipped |= set() if layout.own_hdfs else {n for n in PORTS if n.startswith(("namenode", "datanode"))}
-    wanted = [(n, layout.port(n)) for n in PORTS if n not in skipped]
-    wanted += [("ceph-mon", layout.ceph_port)] if layout.own_cephfs else []
+    more = [("ceph-mon", layout.ceph_port)] if layout.own_cephfs else []
+    mine = {p.pid for p in orphans(layout.home)}
+    yield from port_findings(layout.port_base, skipped=skipped, more=more, mine=mine)
+    if (near := ephemeral_finding(layout.port_base)).level != "ok":
+        yield near
+
+
+def port_findings(
+    base: int | None,
+    *,
+    skipped: Collection[str] = OUTSIDE_ONLY,
+    more: Sequence[tuple[str, int]] = (),
+    mine: Collection[int] = (),
+) -> list[Finding]:
+    """Return which ports of a stack at this base are taken, and by whom; those of processes `mine` are not."""
+    wanted = [*((n, port(n, base)) for n in PORTS if n not in skipped), *more]
     taken = [(name, number) for name, number in wanted if not free_port(number)]
-    taken = [(name, number) for name, number in taken if not mine & set(holders(number))]
-    for name, number in taken:
-        who = ", ".join(_describe(pid) for pid in holders(number)) or "a process of another user"
-        remedy = "stop it, or move all ports with PORT_BASE=30000"
-        yield Finding(f"port {number} ({name})", f"taken by {who}", "trouble", remedy)
-    if not taken:
-        yield Finding("ports", "all free", "ok")
+    found = [_taken(name, number) for name, number in taken if not set(mine) & set(holders(number))]
+    return found or [Finding("ports", "all free", "ok")]
+
+
+def _taken(name: str, number: int) -> Finding:
+    what = f"port {number} ({name})"
+    if who := [_describe(pid) for pid in holders(number)]:
+        return Finding(what, f"taken by {', '.join(who)}", "trouble", _MOVE)
+    ends = [c for c in _connections() if c.laddr and c.laddr.port == number and c.status != psutil.CONN_LISTEN]
+    if ends and all(c.status in _ENDED for c in ends):
+        wait = "nothing to do: the kernel lets go of it within a minute; `make up` then, or PORT_BASE=30000 now"
+        return Finding(what, "held by a connection that has ended (TIME_WAIT), by no process", "note", wait)
+    if ends:
+        who = sorted({_describe(c.pid) if c.pid else "a process of another user" for c in ends})
+        return Finding(what, f"the own end of a connection of {', '.join(who)}", "trouble", _MOVE)
+    return Finding(what, "taken by a process of another user", "trouble", _MOVE)
+
+
+_MOVE = "stop it, or move all ports with PORT_BASE=30000"
+_ENDED = frozenset({psutil.CONN_TIME_WAIT, psutil.CONN_CLOSE, psutil.CONN_CLOSING, psutil.CONN_LAST_ACK})
+
+
+def ephemeral_finding(base: int | None, ports: tuple[int, int] | None = None) -> Finding:
+    """Return a note where the stack's ports lie among those that the kernel gives to outgoing connections: one of them
+    may then have a port when its server wants it.
+
+    >>> ephemeral_finding(43_000, (32_768, 60_999)).level, ephemeral_finding(30_000, (32_768, 60_999)).level
+    ('note', 'ok')
+    """
+    low, high = ports or _ephemeral()
+    inside = [port(name, base) for name in PORTS if low <= port(name, base) <= high]
+    if not inside:
+        return Finding("ephemeral ports", "none of this stack's ports is among them", "ok")
+    found = (
+        f"{len(inside)} ports from {min(inside)} to {max(inside)} lie in {low} to {high}, of which the kernel gives one"
+    )
+    remedy = f"choose a PORT_BASE from 1025 to {low - len(PORTS)}" if low > 1_025 + len(PORTS) else "choose another"
+    return Finding("ephemeral ports", f"{found} to each outgoing connection", "note", remedy)
+
+
+def _ephemeral() -> tuple[int, int]:
+    try:
+        low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+        return int(low), int(high)
+    except (OSError, ValueError):
+        return 32_768, 60_999
 
 
 def free_port(number: int) -> bool:
@@ -162,12 +215,15 @@ def free_port(number: int) -> bool:
 
 def holders(number: int) -> list[int]:
     """Return the processes that listen on a port, as far as this user may see."""
+    listening = {c.pid for c in _connections() if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == number}
+    return sorted(pid for pid in listening if pid)
+
+
+def _connections() -> list[Any]:
     try:
-        connections = psutil.net_connections("tcp")
+        return list(psutil.net_connections("tcp"))
     except psutil.Error:
         return []
-    listening = {c.pid for c in connections if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == number}
-    return sorted(pid for pid in listening if pid)
 
 
 def _describe(pid: int) -> str:

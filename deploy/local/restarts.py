@@ -20,7 +20,9 @@ HEALTHY_S = 300.0
 """Above every bound after which a stage ends by itself, such as 120 s without an assignment: one that ends at its bound
 again and again is in a crash loop too."""
 WORDS_MAX = 300
-_TROUBLE = re.compile(r"\b(ERROR|CRITICAL|FATAL|\w*(?:Error|Exception|Rejected|Unavailable|Broken|Overloaded)\b:)")
+_TROUBLE = re.compile(
+    r"^headrace [a-z-]+: |\b(ERROR|CRITICAL|FATAL|\w*(?:Error|Exception|Rejected|Unavailable|Broken|Overloaded)\b:)"
+)
 
 
 class Crashes(Struct):
@@ -69,6 +71,8 @@ def last_words(lines: Sequence[str]) -> str:
 
     >>> last_words(["a", "x ERROR headrace.engine stopping: no store", "bye", ""])
     'x ERROR headrace.engine stopping: no store'
+    >>> last_words(["headrace ingest: the key is missing.", "    cookie", "Set it."])
+    'headrace ingest: the key is missing.'
     >>> last_words(["one", "two", ""]), last_words([])
     ('two', '')
     """

@@ -28,11 +28,11 @@ from contextlib import contextmanager
 
 from headrace.backends.log.kafka import KafkaAdmin
 from headrace.contract.config import LogConfig
-from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.contract.errors import ConfigRejected, Unavailable, meant
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import readiness
 from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder
-from headrace.deploy.local.restarts import MAX_S
+from headrace.deploy.local.restarts import MAX_S, Crashes
 from headrace.deploy.local.servers import cephfs, hdfs, kafka
 from headrace.deploy.local.servers.jars import ensure_jars
 from headrace.deploy.local.servers.java import find_java
@@ -46,6 +46,11 @@ WATCH = "watch"
 INFRASTRUCTURE_S = 180.0
 STAGES_S = 300.0
 """A machine's first start compiles the kernels of four stages at once: two minutes and more on two busy cores."""
+
+LOOK_S = 0.3
+ENDS_MAX = 3
+REFUSED = "exit 2"
+"""How a process ends that refuses its project, its settings or its environment: a new one would refuse them too."""
 
 Say = Callable[[str], None]
 
@@ -73,6 +78,7 @@ def start(
         supervisor = Supervisor(layout)
         if supervisor.running():
             say("taking over what runs already")
+            take_environment(supervisor, say)
         else:
             if orphans(layout.home):
                 say(f"ended {end_orphans(layout.home)} processes that a killed supervisor had left")
@@ -96,8 +102,9 @@ def start(
             late: list[list[str]] = [[name] for name in ("shop", "crawl") if name in names]
             early = [name for name in names if [name] not in late]
             for group in [early, *late]:
+                died = Died(supervisor)
                 supervisor.begin(group)
-                await_all({name: probes[name] for name in group if name in probes}, STAGES_S, say)
+                await_all({name: probes[name] for name in group if name in probes}, STAGES_S, say, died)
 
 
 def start_infrastructure(layout: Layout, supervisor: Supervisor, say: Say) -> None:
@@ -142,20 +149,57 @@ def restart(layout: Layout, names: Sequence[str], say: Say) -> None:
     """End these processes and start them again; returns when those that can tell are ready.
 
     Raises `ConfigRejected` where the stack does not run or has no such process, `Unavailable` when one is not ready in
-    time.
+    time, or ends again and again.
     """
+    supervisor = _with_these(layout, names)
+    with _only_one(layout):
+        supervisor.end(names)
+        _begin(layout, supervisor, names, say)
+
+
+def start_named(layout: Layout, names: Sequence[str], say: Say) -> None:
+    """Start these processes, those that do not run; returns and raises as `restart` does."""
+    supervisor = _with_these(layout, names)
+    with _only_one(layout):
+        _begin(layout, supervisor, names, say)
+
+
+def stop_named(layout: Layout, names: Sequence[str], say: Say) -> None:
+    """End these processes; they stay ended until somebody starts them. Raises `ConfigRejected` as `restart` does."""
+    supervisor = _with_these(layout, names)
+    with _only_one(layout):
+        supervisor.end(names)
+    for name in names:
+        say(f"{name} is stopped; `headrace start {name}` starts it")
+
+
+def take_environment(supervisor: Supervisor, say: Say) -> None:
+    """Give the caller's environment to what is started from now on, and say what that changes for what runs."""
+    if changed := supervisor.take_environment():
+        say(
+            f"new values of {', '.join(changed)}: for what starts from now on; what runs keeps the old ones until "
+            "`headrace restart NAME`"
+        )
+
+
+def _with_these(layout: Layout, names: Sequence[str]) -> Supervisor:
     supervisor = Supervisor(layout)
     known = [p.name for p in supervisor.processes()]
     if not known:
         raise ConfigRejected(f"nothing runs in {layout.home}; `make up` starts it.")
     if unknown := [name for name in names if name not in known]:
-        raise ConfigRejected(f"no process {', '.join(unknown)} here; there are {', '.join(known)}.")
-    with _only_one(layout):
-        supervisor.end(names)
-        supervisor.begin(names)
-        probes = readiness.stage_probes(layout) | infrastructure_probes(layout)
-        wanted = {"hdfs" if name in ("namenode", "datanode") else name for name in names}
-        await_all({name: ask for name, ask in probes.items() if name in wanted}, STAGES_S, say)
+        near = meant(unknown[0], known)
+        raise ConfigRejected(f"no process {', '.join(unknown)} here; there are {', '.join(known)}.{near}")
+    return supervisor
+
+
+def _begin(layout: Layout, supervisor: Supervisor, names: Sequence[str], say: Say) -> None:
+    take_environment(supervisor, lambda _: None)
+    died = Died(supervisor)
+    supervisor.begin(names)
+    probes = readiness.stage_probes(layout) | infrastructure_probes(layout)
+    wanted = {"hdfs" if name in ("namenode", "datanode") else name for name in names}
+    await_all({name: ask for name, ask in probes.items() if name in wanted}, STAGES_S, say, died)
 
 
 def own_cephfs(layout: Layout) -> cephfs.CephFs:
@@ -210,30 +254,68 @@ def shipper_command(layout: Layout) -> list[str]:
     return [binary, "-c", str(file)]
 
 
-def await_all(probes: Mapping[str, Callable[[], str]], timeout_s: float, say: Say) -> None:
+class Died:
+    """Tells of a process that waiting does not help: it refused its configuration, or ended three times since this was
+    made. One end alone may be of a broker that was not quite there."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor, self._lock = supervisor, threading.Lock()
+        self._before = {name: each.total for name, each in supervisor.crashes().items()}
+        self._seen: dict[str, Crashes] = {}
+        self._asked_s = -LOOK_S
+
+    def __call__(self, name: str) -> str:
+        """Return how a process ended, with its last words; "" while there is hope."""
+        with self._lock:
+            if time.monotonic() - self._asked_s >= LOOK_S:
+                self._seen, self._asked_s = self._supervisor.crashes(), time.monotonic()
+        crashes = self._seen.get(name, Crashes())
+        ended = crashes.total - self._before.get(name, 0)
+        if ended >= ENDS_MAX or (ended and crashes.last_exit == REFUSED):
+            times = f"{ended} times, the last time " if ended > 1 else ""
+            return f"it ended {times}with {crashes.last_exit}: {crashes.last_words or 'no last words'}"
+        return ""
+
+
+def await_all(
+    probes: Mapping[str, Callable[[], str]],
+    timeout_s: float,
+    say: Say,
+    died: Callable[[str], str] = lambda name: "",
+) -> None:
     """Ask each probe until it answers "", side by side; tells each that becomes ready.
 
-    Raises `Unavailable` with the reasons of those that did not in `timeout_s`. An interrupt ends the asking.
+    Raises `Unavailable` with the reasons of those that did not in `timeout_s`, and at once when `died` tells that one
+    of them will not. An interrupt ends the asking.
     """
     begin, given_up = time.monotonic(), threading.Event()
 
-    def wait(name: str, ask: Callable[[], str]) -> str:
+    def wait(name: str, ask: Callable[[], str]) -> tuple[str, str]:
         while reason := ask():
-            if time.monotonic() - begin > timeout_s or given_up.wait(0.1):
-                return f"{name}: {reason}"
+            if end := died(name):
+                given_up.set()
+                return "died", f"{name}: {end}"
+            if given_up.wait(0.1) or time.monotonic() - begin > timeout_s:
+                return "late", f"{name}: {reason}"
         say(f"{name} is ready after {time.monotonic() - begin:.1f} s")
-        return ""
+        return "", ""
 
     with ThreadPoolExecutor(max(1, len(probes))) as pool:
         try:
-            reasons = [reason for reason in pool.map(lambda item: wait(*item), probes.items()) if reason]
+            found = [each for each in pool.map(lambda item: wait(*item), probes.items()) if each[0]]
         except BaseException:
             given_up.set()
             raise
-    if reasons:
+    if dead := [reason for how, reason in found if how == "died"]:
         raise Unavailable(
-            f"not ready after {timeout_s:.0f} s: {'; '.join(reasons)}. `headrace logs NAME` shows why; "
-            "`headrace down` stops the rest."
+            f"{'; '.join(dead).rstrip('.')}. Mend what it says, then run the same again: what is ready stays, and the "
+            "rest starts with the files and the environment of then. `headrace logs NAME` shows more, `headrace down` "
+            "stops all."
+        )
+    if found:
+        raise Unavailable(
+            f"not ready after {timeout_s:.0f} s: {'; '.join(reason for _, reason in found)}. "
+            "`headrace logs NAME` shows why; `headrace down` stops the rest."
         )
 
 

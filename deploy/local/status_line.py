@@ -37,9 +37,7 @@ class StatusLine:
         line = (
             f"{time.strftime('%H:%M:%S')}  {rate:,.0f} events/s  lag {_number(_value(now, 'stream', 'lag_records'), 0)}"
             f"+{_number(_value(now, 'train', 'lag_records'), 0)} records  freshness {self._freshness(now)}"
-            f"  AUC {_number(_value(now, 'train', 'auc'), 4)}"
-            f" (constant {_number(_value(now, 'train', 'auc_constant'), 4)},"
-            f" item rate {_number(_value(now, 'train', 'auc_item_rate'), 4)})"
+            f"  {figures(now['train'])}"
             f" over {_number(_value(now, 'train', 'samples_learnt_total'), 0)} rows  version {self._version()}"
         )
         self._before, self._at = now, at
@@ -69,6 +67,24 @@ class StatusLine:
             return str(msgspec.json.decode(body).get("version") or "-")
         except (msgspec.DecodeError, AttributeError):
             return "-"
+
+
+def figures(train: Mapping[str, float]) -> str:
+    """Return what the trainer's metrics say of the main task: AUC beside its baselines, or when a figure comes. What is
+    provisional says so, and when it is settled."""
+
+    def of(name: Name) -> float:
+        return train.get(f"headrace_train_{name}", math.nan)
+
+    away_s = of("main_next_figure_seconds")
+    minutes = f"{math.ceil(away_s / 60)} min" if away_s >= 60 else f"{away_s:.0f} s"
+    if math.isnan(of("auc")):
+        return f"AUC - (first figure in {minutes})" if away_s > 0 else "AUC -"
+    marked = f" provisional, settled in {minutes}" if away_s > 0 else ""
+    return (
+        f"AUC {_number(of('auc'), 4)}{marked}"
+        f" (constant {_number(of('auc_constant'), 4)}, item rate {_number(of('auc_item_rate'), 4)})"
+    )
 
 
 def _value(now: Reading, stage: Stage, name: Name) -> float:

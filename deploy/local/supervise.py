@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import secrets
 import shlex
@@ -109,6 +110,15 @@ class Supervisor:
                 f"supervisord did not start (exit {status}): {words or 'no output'}. Is port "
                 f"{self.layout.port('supervisor')} taken? `headrace doctor` says by whom."
             )
+
+    def take_environment(self) -> list[str]:
+        """Give the caller's environment to what is started from now on; returns the names of Headrace's variables that
+        changed. What is set is taken, what is not set stays; what runs keeps what it was started with."""
+        given = xmlrpc.client.Binary(json.dumps(self.layout.environment()).encode())
+        try:
+            return [str(name) for name in self._ask("setEnvironment", given, space="headrace")]
+        except xmlrpc.client.Fault:
+            return []  # One of before this method.
 
     def begin(self, names: Sequence[str]) -> None:
         """Start these processes, those that do not run; one that waits for its next start waits no longer."""

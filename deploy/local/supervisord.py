@@ -7,6 +7,7 @@ method `headrace.getCrashes` of its XML-RPC tells the ends of each process.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ from headrace.deploy.local.restarts import MAX_S, Crashes, last_words
 
 FACTORY = "headrace.deploy.local.supervisord:tell_crashes"
 _TAIL_BYTES = 8_192
+_SAID = frozenset({"DATA", "RATE", "SHIPPER"})
+"""Variables of Headrace's that do not begin with its name."""
 _WAITING = (ProcessStates.EXITED, ProcessStates.BACKOFF)
 
 
@@ -111,6 +114,14 @@ class CrashTeller:
             name: msgspec.to_builtins(msgspec.structs.replace(crashes, next_start_s=crashes.left_s(now_s)))
             for name, crashes in _Known.crashes.items()
         }
+
+    def setEnvironment(self, given: str) -> list[str]:
+        """Take variables, a JSON object, for what is started from now on; return those of Headrace's that changed. They
+        are kept in memory alone: some are secrets."""
+        wanted: dict[str, str] = json.loads(given)
+        changed = [name for name, value in wanted.items() if os.environ.get(name) != value]
+        os.environ.update(wanted)
+        return sorted(name for name in changed if name.startswith("HEADRACE_") or name in _SAID)
 
 
 def tell_crashes(_supervisord: Any, **told: str) -> CrashTeller:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from headrace.backends.health import BeatingStop
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli.rules_topic import rules_topic
+from headrace.cli.rules_topic import has_states, rules_topic
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.metrics import Stage
 
@@ -43,7 +43,15 @@ class Consumer:
         self.create_topics()
         with rules_topic(self.runtime.brokers, self.runtime.topics) as writer:
             now_ms = self.runtime.clock.now_ms()
-            project = begin_rules(writer, self.runtime.project, now_ms=now_ms, pause=time.sleep)
+            project = begin_rules(
+                writer,
+                self.runtime.project,
+                now_ms=now_ms,
+                pause=time.sleep,
+                has_states=lambda: has_states(
+                    self.runtime.blobs, self.runtime.topics.generation, self.runtime.config.log.partitions
+                ),
+            )
         return StageDependencies(
             project=project,
             config=self.runtime.config,

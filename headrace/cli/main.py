@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -13,9 +16,14 @@ from headrace.contract.errors import ConfigRejected, HeadraceError
 from headrace.kernels.code_cache import keep_compiled_code
 
 VERBS: dict[str, tuple[str, str]] = {
+    "init": ("tools.init", "make the folder of a new project, with traffic for a try"),
+    "check": ("tools.check", "look at a project before anything runs: what it declares and takes, what is wrong"),
     "up": ("stack.up", "start everything on this machine: Kafka, HDFS, all stages, the demo"),
     "down": ("stack.down", "stop everything that `up` started"),
     "restart": ("stack.restart", "stop and start named processes; the others go on"),
+    "start": ("stack.start", "start named processes that were stopped or wait for their next start"),
+    "stop": ("stack.stop", "stop named processes until `start`; the others go on"),
+    "follow": ("stack.follow", "print the lines of `make up` for a stack that runs detached"),
     "status": ("stack.status", "show each process, its state, port, memory and log file"),
     "logs": ("stack.logs", "show and follow a process's log file"),
     "doctor": ("stack.doctor", "find what keeps the stack from running, and say the remedy"),
@@ -35,6 +43,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("stages.train", "learn from the lake, then from the topic; publish snapshots and deltas"),
     "serve": ("stages.serve", "answer POST /v1/rank with the newest model"),
     "shop": ("stages.shop", "demo traffic: ask, show, log, click"),
+    "traffic": ("tools.traffic", "play a project's made-up visitors to a running stack, for a try"),
     "watch": ("stages.watch", "restart stages of this machine that do not work; `up` starts it"),
     "tensorboard": ("stages.tensorboard", "serve TensorBoard on the trainer's scalars"),
 }
@@ -42,7 +51,7 @@ VERBS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 is success, 1 a named error, 2 a wrong call, 130 an interrupt."""
+    """Run one verb; 0 is success, 1 a named error, 2 a wrong call, 130 an interrupt, 141 a reader that is gone."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in words if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(
@@ -73,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(of_verb)
     args = of_verb.parse_args(words[1:])
     try:
-        return int(module.main(args))
+        status = int(module.main(args))
+        sys.stdout.flush()
+        return status
     except ConfigRejected as error:
         print(f"headrace {verb}: {in_words(str(error), args)}", file=sys.stderr)
         return 2
@@ -82,6 +93,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # What is left in the buffer would be written, and fail, once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _reader_is_gone() -> bool:
+    """Say whether standard output is a pipe that nobody reads any more, as after `| head`; not some other socket."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(flags & select.POLLERR for _, flags in poll.poll(0))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+from headrace.cli.project_lines import failed, line_of
 from headrace.contract.config import Config, decode_config
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import Project
@@ -41,29 +42,55 @@ def is_demo(folder: Path) -> bool:
 def load_project(folder: Path) -> tuple[Config, Project]:
     """Return the decoded headrace.toml and the checked Project that it names. Raises `ConfigRejected`."""
     file = folder / "headrace.toml"
+    if not folder.is_dir():
+        raise ConfigRejected(f"{folder} is no folder; --project or HEADRACE_PROJECT names the one of a project.")
     if not file.exists():
-        raise ConfigRejected(f"{file} does not exist; --project or HEADRACE_PROJECT names the folder that holds it.")
-    config = decode_config(file.read_bytes(), where=str(file))
+        raise ConfigRejected(
+            f"{file} does not exist; --project or HEADRACE_PROJECT names the folder that holds it. It may be empty: "
+            f"touch {file}"
+        )
+    config = decode_config(_read(file), where=str(file))
     module_file = folder / config.module
     spec = importlib.util.spec_from_file_location("headrace_project", module_file)
-    if spec is None or spec.loader is None or not module_file.exists():
+    if spec is None or spec.loader is None or not module_file.is_file():
         there = " or ".join(f'module = "{path.name}"' for path in sorted(folder.glob("*.py")))
         raise ConfigRejected(
             f"{file}: module {config.module!r} is no Python file in {folder}"
             + (f"; name the one that declares the Project: {there}." if there else ", and no other is there.")
         )
+    _read(module_file)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("headrace_project", module)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     try:
         spec.loader.exec_module(module)
-    except ConfigRejected:
-        raise
-    except Exception as error:
-        at = f"{module_file}, line {_line(error, module_file)}"
-        raise ConfigRejected(f"{at}: {type(error).__name__}: {error}") from error
-    return config, _project(module, config.object, module_file).checked()
+    except ConfigRejected as error:
+        raise ConfigRejected(_placed(error, module_file, config.object, error)) from error
+    except (Exception, SystemExit) as error:
+        raise ConfigRejected(failed(error, module_file, vars(module))) from error
+    found = _project(module, config.object, module_file)
+    try:
+        return config, found.checked()
+    except ConfigRejected as error:
+        raise ConfigRejected(_placed(error, module_file, config.object)) from error
+
+
+def _read(file: Path) -> bytes:
+    """Return a file's bytes. Raises `ConfigRejected` for one that cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigRejected(
+            f"{file} cannot be read: {error.strerror}. Give it to this user: chmod u+r {file}, or sudo chown."
+        ) from error
+
+
+def _placed(error: ConfigRejected, file: Path, name: str, raised: BaseException | None = None) -> str:
+    """Return a refusal with the file and, where it is found, the line of the declaration."""
+    frames = [f.lineno for f in traceback.extract_tb(raised.__traceback__) if f.filename == str(file)] if raised else []
+    line = (frames[-1] if frames else 0) or line_of(file, name, error.at, str(error))
+    return f"{file}{f', line {line}' if line else ''}: {error}"
 
 
 def _project(module: ModuleType, name: str, file: Path) -> Project:
@@ -73,13 +100,9 @@ def _project(module: ModuleType, name: str, file: Path) -> Project:
     there = " or ".join(f'object = "{other}"' for other, value in vars(module).items() if isinstance(value, Project))
     raise ConfigRejected(
         f"{file} has no Project named {name!r}; "
-        + (f"say in headrace.toml which one is meant: {there}." if there else "it declares none.")
+        + (
+            f"say in headrace.toml which one is meant: {there}."
+            if there
+            else f"it declares none: write {name} = Project(...), see docs/project.md."
+        )
     )
-
-
-def _line(error: Exception, file: Path) -> int:
-    """Return the line of the user's file at which it failed: the innermost one, or that of its own wrong syntax."""
-    if isinstance(error, SyntaxError) and error.filename == str(file):
-        return error.lineno or 1
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    return (lines[-1] if lines else None) or 1

@@ -124,6 +124,10 @@ class Runtime:
         )
         return self.calls.wrap("admin", admin)
 
+    def require_kafka(self) -> None:
+        """Ask a broker once, for a verb that somebody waits for. Raises `Unavailable` after 5 s without an answer."""
+        self.admin(timeout_s=_ANSWER_S).answers()
+
     def blobs(self) -> Blobs:
         """Return the store's blobs, below `<store>/blobs`."""
         return self.calls.wrap("blobs", open_blobs(self.store, self.webhdfs))

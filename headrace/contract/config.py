@@ -7,14 +7,15 @@ PORT_BASE, HEADRACE_HOME (where local state lies, `.headrace`).
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime, time
 from ipaddress import ip_network
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, listed, meant, wanted
 
 Millis = Annotated[int, Meta(gt=0, le=86_400_000)]
 Count = Annotated[int, Meta(gt=0)]
@@ -314,6 +315,8 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     workers: Annotated[int, Meta(gt=0, le=64)] = 1
     """Processes that share the port and answer; all read one model in shared memory. Unit: processes."""
+    connections_max: Count = 2_048
+    """Most connections to one process. Beyond it the one that has been idle longest gives way. Unit: connections."""
     candidates_max: Count = 1_000
     """Most candidates in one request to `POST /v1/rank`. Unit: candidates."""
     rows_max: Count = 1_048_576
@@ -357,10 +360,73 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def decode_config(text: bytes, *, where: str = "headrace.toml") -> Config:
-    """Return the configuration. Raises `ConfigRejected` with the path of the wrong key."""
+    """Return the configuration. Raises `ConfigRejected` with the line and the path of the wrong key.
+
+    A byte order mark, which some editors write, does no harm.
+    """
     try:
-        return msgspec.toml.decode(text, type=Config)
+        return msgspec.toml.decode(text.removeprefix(b"\xef\xbb\xbf"), type=Config)
     except msgspec.ValidationError as error:
-        raise ConfigRejected(f"{where}: {error}. docs/settings.md lists every setting.") from error
+        raise ConfigRejected(_setting_words(str(error), text, where)) from error
+    except UnicodeDecodeError as error:
+        number = text[: error.start].count(b"\n") + 1
+        raise ConfigRejected(f"{where}, line {number}: this is not UTF-8. Save the file as UTF-8.") from error
     except msgspec.DecodeError as error:
-        raise ConfigRejected(f"{where} is not TOML: {error}.") from error
+        at = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error))
+        line = f", line {at[2]}, column {at[3]}" if at else ""
+        raise ConfigRejected(
+            f"{where}{line} is not TOML: {at[1] if at else error}. A setting is written NAME = VALUE, a text in "
+            '"quotes", below the [TABLE] that it is of; docs/settings.md lists every setting.'
+        ) from error
+
+
+_UNKNOWN_KEY = re.compile(r"Object contains unknown field `([^`]*)`")
+_AT = re.compile(r" - at `\$([^`]*)`$")
+
+
+def _setting_words(said: str, text: bytes, where: str) -> str:
+    """Return a decoder's message with the key's line and, of an unknown key, the one that may be meant."""
+    found = _AT.search(said)
+    path, said = (found[1] if found else "").lstrip("."), _AT.sub("", said)
+    unknown = _UNKNOWN_KEY.search(said)
+    table, _, key = (f"{path}.{unknown[1]}" if unknown else path).rpartition(".")
+    plain = re.sub(r"\[[^\]]*\]", "", table)
+    known = _keys_of(plain)
+    line = _line_of(text.decode(errors="replace"), plain, key)
+    at = f"{where}{f', line {line}' if line else ''}"
+    if unknown:
+        said = f"[{plain}] has no setting {key!r}." if plain else f"there is no setting or table {key!r}."
+        near = meant(key, known)
+        return f"{at}: {said}{near or f' There are {listed(known)}.'} docs/settings.md lists every setting."
+    key = re.sub(r"\[[^\]]*\]", "", key)
+    name = f"{plain}.{key}".strip(".") or "a setting"
+    return f"{at}: {name}: {wanted(said)}. docs/settings.md says what {key or 'each setting'} takes."
+
+
+def _keys_of(table: str) -> tuple[str, ...]:
+    """Return the settings of a table, () where there is no such table."""
+    struct: type[Struct] = Config
+    for name in filter(None, table.split(".")):
+        types = {field.name: field.type for field in msgspec.structs.fields(struct)}
+        inner = [t for t in (types.get(name), *get_args(types.get(name))) if isinstance(t, type)]
+        found = [t for t in inner if issubclass(t, Struct)]
+        if not found:
+            return ()
+        struct = found[0]
+    return struct.__struct_fields__
+
+
+def _line_of(text: str, table: str, key: str) -> int:
+    """Return the line of a table's key, of the table itself where the key has none, 0 where neither is found."""
+    here, heading = "", 0
+    assigned = re.compile(rf"\s*\"?{re.escape(key.partition('[')[0])}\"?\s*[=.]")
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\[?\s*([\w.\"-]+)\s*\]", line):
+            here = header[1].replace('"', "")
+            if here in {table, f"{table}.{key}".lstrip(".")}:
+                heading = number
+            if here == f"{table}.{key}".lstrip("."):
+                return number
+        elif here == table and assigned.match(line):
+            return number
+    return heading

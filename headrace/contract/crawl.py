@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, listed
 
 PREFIX = "external"
 CRAWL_TIME = "crawl_time_ms"
@@ -153,7 +153,7 @@ def check_crawls(crawls: Sequence[Crawl], impression_fields: Mapping[str, str]) 
         if joined is None or joined.startswith("list"):
             raise ConfigRejected(
                 f"crawl {crawl.name!r} joins {crawl.joins!r}, which is {joined or 'no field of the impression'}; one "
-                f"value is wanted, of {sorted(n for n, k in impression_fields.items() if not k.startswith('list'))}."
+                f"value is wanted, of {listed(n for n, k in impression_fields.items() if not k.startswith('list'))}."
             )
         if not crawl.fields:
             raise ConfigRejected(f"crawl {crawl.name!r} declares no fields: it would bring nothing.")

@@ -10,6 +10,10 @@ HeadraceError
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
+
 
 class HeadraceError(Exception):
     """Base of all errors below; a message holds values with units, the limit and the next step."""
@@ -26,6 +30,11 @@ class EventRejected(HeadraceError):
 class ConfigRejected(HeadraceError):
     """The configuration or the user's project is wrong; nothing was started."""
 
+    def __init__(self, message: str, *, at: str = "") -> None:
+        super().__init__(message)
+        self.at = at
+        """Path of the declaration in the `Project`, such as `tasks[0].window_ms`; "" where it is not known."""
+
 
 class Overloaded(HeadraceError):
     """A bound is reached; the caller slows down and offers again, nothing was taken."""
@@ -37,3 +46,47 @@ class Unavailable(HeadraceError):
 
 class InvariantBroken(HeadraceError):
     """Data contradicts a guarantee; stop and keep the evidence."""
+
+
+def listed(names: Iterable[object]) -> str:
+    """Return names as a message lists them.
+
+    >>> listed(["b", "a"]), listed([])
+    ("'a', 'b'", 'none')
+    """
+    return ", ".join(sorted(map(repr, names))) or "none"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the known word nearest to a misspelt one, "" where none is near.
+
+    >>> meant("windw_ms", ["window_ms", "name"]), meant("x", ["window_ms"])
+    (" Did you mean 'window_ms'?", '')
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a tuple or list",
+    "object": "a declaration such as Task(...) or Categorical(...), or a table,",
+    "null": "None",
+}
+
+
+def wanted(said: str) -> str:
+    """Return in plain words which value a decoder expects, from its message.
+
+    >>> wanted("Expected `int` >= 1"), wanted("Expected `array`, got `str`")
+    ('a whole number >= 1 is wanted', 'a tuple or list is wanted')
+    >>> wanted("day is out of range")
+    'day is out of range'
+    """
+    if not said.startswith("Expected "):
+        return said
+    first = said.removeprefix("Expected ").partition(", got")[0]
+    return re.sub(r"`(\w+)`", lambda found: _TYPES.get(found[1], found[1]), first) + " is wanted"

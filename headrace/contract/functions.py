@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, listed
 
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
@@ -57,8 +57,8 @@ class _Registry:
         except KeyError:
             known = sorted(v for n, v in self._known if n == name)
             raise ConfigRejected(
-                f"no {self._what} {name!r} of version {version} is declared; versions of that name: {known}. Declare "
-                f"it with @{self._decorator} in the project's Python file."
+                f"no {self._what} {name!r} of version {version} is declared; versions of that name: {listed(known)}. "
+                f"Declare it with @{self._decorator} in the project's Python file."
             ) from None
 
 

@@ -22,7 +22,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, listed
 
 SOURCE_KINDS = ("path", "query", "cookie", "header", "log")
 ENVELOPE_FIELDS = frozenset({"event_id", "request_id", "place", "event_time_ms", "value", "version"})
@@ -77,7 +77,9 @@ def check_mappings(mappings: Sequence[AccessLog], fields_by_tag: Mapping[str, Co
         for route in mapping.routes:
             where = f"mapping {mapping.tag!r}, route {route.path!r}"
             if route.event not in fields_by_tag:
-                raise ConfigRejected(f"{where}: no declared event has tag {route.event!r}: {sorted(fields_by_tag)}.")
+                raise ConfigRejected(
+                    f"{where}: no declared event has tag {route.event!r}; there are {listed(fields_by_tag)}."
+                )
             _check_route(route, where, {*fields_by_tag[route.event], key}, key)
 
 
@@ -92,7 +94,7 @@ def _check_route(route: Route, where: str, known: set[str], key: str) -> None:
         raise ConfigRejected(f"{where}: status {route.status} is (lowest, highest).")
     unknown = route.fields.keys() - known - ENVELOPE_FIELDS
     if unknown:
-        raise ConfigRejected(f"{where}: the event has no field {sorted(unknown)}; it has {sorted(known)}.")
+        raise ConfigRejected(f"{where}: the event has no field {listed(unknown)}; it has {listed(known)}.")
     for name, source in route.fields.items():
         kind, colon, value = source.partition(":")
         if source.startswith("="):
@@ -103,8 +105,8 @@ def _check_route(route: Route, where: str, known: set[str], key: str) -> None:
     given = route.fields.keys() | (set(names) & (known | ENVELOPE_FIELDS))
     missing = {"request_id", key} - given
     if missing:
-        raise ConfigRejected(f"{where}: nothing gives {sorted(missing)}; every line would be a dead letter.")
+        raise ConfigRejected(f"{where}: nothing gives {listed(missing)}; every line would be a dead letter.")
     if set(route.skip_without) - given:
         raise ConfigRejected(
-            f"{where}: skip_without names {sorted(set(route.skip_without) - given)}, which nothing gives."
+            f"{where}: skip_without names {listed(set(route.skip_without) - given)}, which nothing gives."
         )

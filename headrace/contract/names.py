@@ -34,11 +34,14 @@ _SENT = frozenset(column.name for column in (*ENVELOPE, VERSION, VALUE))
 def check_names(project: Project) -> None:
     """Raise `ConfigRejected` for the first declared name that is ours, or that two declarations share."""
     if not _NAME.fullmatch(project.name):
-        raise ConfigRejected(f"name {project.name!r}: begin with a-z or 0-9, and go on with these, `_` and `-`.")
+        raise ConfigRejected(
+            f"name {project.name!r}: begin with a-z or 0-9, and go on with these, `_` and `-`.", at="name"
+        )
     kinds: tuple[ImpressionType | FeedbackType, ...] = (project.impression, *project.feedback)
-    for kind in kinds:
+    for number, kind in enumerate(kinds):
         for field in kind.fields:
-            _check_field(field, kind.tag)
+            at = f"feedback[{number - 1}]" if number else "impression"
+            _check_field(field, kind.tag, at=f"{at}.fields['{field}']")
         dropped = sorted(_SENT & kind.private.keys())
         if dropped:
             raise ConfigRejected(
@@ -66,16 +69,18 @@ def clashing(before: Iterable[str], after: Iterable[str]) -> tuple[str, str] | N
     return next(((known[n.lower()], n) for n in after if known.get(n.lower(), n) != n), None)
 
 
-def _check_field(field: str, tag: str) -> None:
+def _check_field(field: str, tag: str, *, at: str) -> None:
     if not field or not field.isprintable():
-        raise ConfigRejected(f"{tag!r} declares a field {field!r}: a name has letters that can be read, one at least.")
+        what = "is empty" if not field else "has signs that cannot be read"
+        raise ConfigRejected(f"{tag!r} declares a field {field!r}: the name {what}. Give it one of letters.", at=at)
     ours = field.lower()
     if ours in RESERVED or ours.startswith(PREFIXES):
         raise ConfigRejected(
             f"{tag!r} declares a field {field!r}, which is a name of Headrace's own columns: give it another one, such "
             f"as {'my_' + ours.replace('.', '_')!r}, here and in what sends it. Where the log is read with it already, "
             "`headrace spec apply` then puts the new name in force from there on; raise log.generation where samples "
-            "were stored under the old one. docs/project.md lists the names."
+            "were stored under the old one. docs/project.md lists the names.",
+            at=at,
         )
 
 

@@ -12,14 +12,17 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, listed
 from headrace.contract.functions import model_of
 from headrace.contract.spec import Feature, FeatureSpec
 
 Model = Literal["deepfm", "dcn", "fm", "logistic", "module"]
 Optimizer = Literal["adagrad_row", "adagrad", "ftrl", "adam"]
 """Of a row of the tables. `adagrad_row`: one sum of squares for the embedding, one for the linear weight."""
-Delayed = Literal["none", "fake_negative_weighted", "fake_negative_calibrated"]
+Delayed = Literal["none", "fake_negative_weighted", "fake_negative_calibrated", "taken_back"]
+Objective = Literal["log_loss", "weighted", "squared", "huber", "tweedie"]
+"""What a task learns: `log_loss` whether its feedback comes, the others the feedback's `value`, which is 0 where none
+comes. See `headrace.trainer.model.objectives`."""
 
 TASKS_MAX = 16
 LAYERS_MAX = 8
@@ -35,6 +38,16 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tasks: Annotated[tuple[str, ...], Meta(max_length=TASKS_MAX)] = ()
     """Tasks that are learnt together, `task` among them: tables and hidden layers are shared, each task has a head. A
     sample is of one task and trains that task's head. Empty: `task` alone."""
+    objectives: dict[str, Objective] = {}
+    """What a task learns where that is not whether its feedback comes: the expected `value` of it, on its own scale, 0
+    for impressions without feedback. `weighted` (log loss, a positive weighs its value) and `tweedie` are for values
+    from 0 on that are mostly 0, such as money; `squared` and `huber` for any number."""
+    tweedie_power: Annotated[float, Meta(gt=1, lt=2)] = 1.5
+    """Objective `tweedie`: the variance grows with the mean to this power. Nearer 1 for counts, nearer 2 for rare and
+    large values."""
+    huber_delta: Rate = 1.0
+    """Objective `huber`: errors beyond so many standard deviations of the value count linearly. It learns something
+    between median and mean."""
     model: Model = "deepfm"
     module: str = ""
     """Model `module`: name of a function that the project declares with `@model_function`, which returns the
@@ -68,6 +81,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     squares_half_life_ms: Annotated[int, Meta(ge=0)] = 0
     """Adagrad's rows: in so much event time a sum of squares halves, so that a row's rate does not end at 0 over weeks
     and an idle row learns fast again. 0: never."""
+    squares_init: NotNegative = 0.0
+    """Adagrad's rows: what a new row's sums of squares begin with. From 0 the first gradient of a row, large or small,
+    moves it by lr_table; positives come first, and would move it more than their share."""
     init_scale: NotNegative = 0.01
     """A new row's embedding is uniform in +- this, by its key and the seed."""
     slot_dims: dict[str, Annotated[int, Meta(ge=0, le=256)]] = {}
@@ -84,10 +100,27 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Share of the negatives that is learnt, chosen by a hash of the sample's id and the seed. The log-odds are
     corrected for it where they are learnt: what the model says is the probability among all samples."""
     delayed: Delayed = "none"
-    """For tasks of policy `eager`, whose positives were first learnt as negatives. `fake_negative_weighted`: samples
+    """How a positive is learnt whose impression was learnt as a negative before. `taken_back`: the gradient of that
+    negative is taken back, so that the model says the true rate; for tasks of policy `eager` and of `correct_ms`, and
+    the only way for a task with an objective, whatever this says. The two others are for tasks of policy `eager`.
+    `fake_negative_weighted`: samples
     are weighted so that the model says the true rate. `fake_negative_calibrated`: they are learnt as they come, and
     what the model learns, b = q / (1 + q), is turned into q when it scores. Source: Ktena et al., "Addressing delayed
     feedback for continuous training with neural networks in CTR prediction", RecSys 2019."""
+    standardize: bool = False
+    """Numbers are learnt as (x - mean) / standard deviation, both running, and a task's log-odds are learnt as what is
+    added to those of its base rate so far. All of it is part of the model's state."""
+    wait_for_negative: bool = False
+    """Positives of a task are not learnt before its first negative. Positives come at once and negatives when their
+    window ends, so that a log's first window would teach that all are positive."""
+    stored_order: Literal["event_time", "position"] = "event_time"
+    """Order in which the lake is learnt. `position`: as samples followed one another in the log, which is how they come
+    live. By `event_time` the lake ends with the positives of a window whose negatives are still to come."""
+    rate_rows: Annotated[int, Meta(ge=0, le=65_536)] = 0
+    """Rows of a step that `lr_dense` is for. With it every sample weighs the same for the dense weights; where steps
+    have n rows on average, fewer than these, the rate is lr_dense sqrt(n / rate_rows). So live steps make the weights
+    swing no more than a backfill's. 0: a step is along the mean of its gradients, at `lr_dense`, whatever its size;
+    live, a positive that comes alone then counts for more than negatives that come together."""
     calibrate: bool = False
     """Learn a scale and an offset of the log-odds, a pair a task, from scores made before their labels were learnt, and
     apply them to every score. Source: Platt, "Probabilistic outputs for support vector machines", 1999."""
@@ -106,6 +139,24 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         (('click',), ('like', 'click'))
         """
         return self.tasks or (self.task,)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Return the tasks that learn a value, in the order of the heads.
+
+        >>> Recipe(tasks=("click", "revenue"), objectives={"revenue": "tweedie"}).values
+        ('revenue',)
+        """
+        return tuple(name for name in self.heads if self.objective(name) != "log_loss")
+
+    def objective(self, task: str) -> Objective:
+        """Return what a task learns."""
+        return self.objectives.get(task, "log_loss")
+
+    @property
+    def has_moments(self) -> bool:
+        """Say whether running moments are part of the model's state: of numbers, base rates and values."""
+        return self.standardize or bool(self.values)
 
     @property
     def row_dim(self) -> int:
@@ -137,6 +188,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ConfigRejected(
                 "recipe.calibrate and delayed='fake_negative_calibrated' both change the scores: drop one."
             )
+        self._check_objectives()
         if self.calibrate and self.dense_average:
             raise ConfigRejected(
                 "recipe.calibrate learns from scores of the newest dense weights, dense_average scores with others: "
@@ -148,10 +200,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             or self.dense_average
             or self.slot_dims
             or self.slot_optimizers
+            or self.objectives
+            or self.rate_rows
         ):
             raise ConfigRejected(
                 "recipe.updates='sample' is for model 'logistic' or 'fm' with one task and without slot_dims, "
-                "slot_optimizers and dense_average: drop those, or learn by batch."
+                "slot_optimizers, dense_average, objectives and rate_rows: drop those, or learn by batch."
             )
         kinds = {self.optimizer, *self.slot_optimizers.values()}
         if self.l1_table and "ftrl" not in kinds:
@@ -164,7 +218,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         unknown = (self.slot_dims.keys() | self.slot_optimizers.keys()) - labels
         if unknown:
             raise ConfigRejected(
-                f"recipe.slot_dims and slot_optimizers name {sorted(unknown)}; slots have {sorted(labels)}."
+                f"recipe.slot_dims and slot_optimizers name {listed(unknown)}; slots have {listed(labels)}."
             )
         wide = {name: dim for name, dim in self.slot_dims.items() if dim > self.dim}
         if wide:
@@ -174,6 +228,18 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if labels and all(self.slot_dims.get(label, self.dim) < self.dim for label in labels):
             raise ConfigRejected(f"recipe.slot_dims leave no slot of recipe.dim {self.dim}: lower it to the widest.")
         return self
+
+    def _check_objectives(self) -> None:
+        if unknown := self.objectives.keys() - set(self.heads):
+            raise ConfigRejected(
+                f"recipe.objectives names {sorted(unknown)}, which the recipe does not learn; it learns "
+                f"{list(self.heads)}: add them to recipe.tasks."
+            )
+        if self.values and (self.calibrate or self.delayed.startswith("fake_negative")):
+            raise ConfigRejected(
+                f"recipe.calibrate and delayed={self.delayed!r} are of log-odds, and {sorted(self.values)} learn "
+                'values: drop them, or take delayed="taken_back".'
+            )
 
 
 def label_of(feature: Feature) -> str:

@@ -18,12 +18,10 @@ from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.events import ExternalValue
 from headrace.contract.interfaces.frontier import Frontier
 from headrace.contract.interfaces.log import Reader, Record, read_range
+from headrace.process.moved import moved
 from headrace.process.waits import Waits
 
 log = logging.getLogger("headrace.crawl")
-
-READ_MAX_S = 300.0
-"""Longest read of `features`: millions of values come in half a minute, and every start of serving reads them too."""
 
 Served = dict[tuple[str, str], ExternalValue]
 """What is served of each entity, by source and key."""
@@ -50,7 +48,7 @@ async def begin(
     """
     if not frontier.is_new():
         return frontier.next_epoch(now_ms)
-    served = await waits.call(f"read of {features}", lambda: read_served(open_reader, features), READ_MAX_S)
+    served = await waits.call(f"read of {features}", lambda: read_served(open_reader, features))
     highest = max((value.epoch for value in served.values()), default=0)
     if served:
         what = f"the crawler's memory is new, and {len(served)} crawled values are served, up to epoch {highest}"
@@ -70,6 +68,7 @@ def read_served(open_reader: Callable[[], Reader], features: str) -> Served:
     served: Served = {}
     reader = open_reader()
     for record in read_range(reader, features):
+        moved()
         _note(served, record)
     reader.close()
     return served

@@ -222,7 +222,7 @@ class LookUp:
         if joined is None or joined.watermark_ms < over_ms:
             return False
         # After the state was read: what it led to had been delivered when it was stored.
-        samples_end = self._reader.end_offsets(self._topics.samples).get(partition, 0)
+        samples_end = self._reader.end_offsets(self._topics.samples)[partition]
         return state.next_offsets.get(partition, 0) >= samples_end
 
 

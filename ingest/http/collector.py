@@ -40,9 +40,10 @@ from headrace.ingest.http.access import Origins, Tokens, is_loopback
 from headrace.ingest.http.body import BadRequest, messages_of, read_events
 from headrace.ingest.http.forwarded import Proxies
 from headrace.ingest.http.page import page_routes
-from headrace.ingest.http.uvicorn_server import BoundedConfig, ConnectionBounds, listen, serve
-from headrace.ingest.open_files import allow_open_files
+from headrace.ingest.http.uvicorn_server import collector_config, listen, serve
 from headrace.ingest.tls_identity import TlsIdentity
+from headrace.process.http_bounds import ConnectionBounds
+from headrace.process.open_files import connections_within
 
 log = logging.getLogger("headrace.ingest")
 
@@ -123,12 +124,12 @@ class Collector:
             host = LOOPBACK
         listener = listen(host, self._endpoint.port, share_port=self._endpoint.share_port)
         self.port = listener.getsockname()[1]
-        allow_open_files(more=self._config.collector_connections_max)
+        most = connections_within(self._config.collector_connections_max)
         asks = "asks for a token" if self._tokens else "open to all of this machine (no HEADRACE_TOKENS)"
         scheme = "http" if self._identity is None else "https"
         log.info("collector on %s://%s:%d/, %s", scheme, host, self.port, asks)
-        bounds = ConnectionBounds(self._config.collector_connections_max, admission.refuse)
-        await serve(BoundedConfig(self.app(), bounds, self._identity), listener, stopping)
+        bounds = ConnectionBounds(most, admission.refuse, lambda client: peer_of(client).origin)
+        await serve(collector_config(self.app(), bounds, self._identity), listener, stopping)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""

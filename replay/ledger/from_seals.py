@@ -13,7 +13,7 @@ Raises `NotSealed` where the seals do not tell: then all is read by id.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -91,9 +91,11 @@ class SealedStock:
         for name, totals in runs.items():
             known = before.runs.get(name)
             found = _Run(self, ledger, topic, totals, known, _choices(heads.get(name), self.project, tasks))
-            ledger.models[name] = counts = found.draw()
+            ledger.models[name] = found.draw()
             after.runs[name] = KeptRun(totals=totals, heads=found.heads, others=found.others)
-            watch.draw(ledger, "model", totals.upto(), None if totals.positions else counts.in_flight)
+            # A run that stands at the end of what it learnt of the lake has not said yet how far that goes.
+            left = None if totals.positions else watch.count(found.heads) - totals.rows
+            watch.draw(ledger, "model", totals.upto(), left, found.heads)
         told, retried = letters()
         dead, fates = count_letters(ledger, told, retried, tags_of(self.project))
         # After the letters: what they say was appended is in the log by now.
@@ -111,7 +113,7 @@ class SealedStock:
         project, generation = self.project.name, self.topics.generation
         try:
             account = get_account(self.blobs, project, generation, self.topic_ids)
-            end = self.reader.end_offsets(self.topics.steps).get(0, 0)
+            end = self.reader.end_offsets(self.topics.steps)[0]
             if account is not None and account.steps_offset > end:
                 raise NotSealed(f"the kept account has steps up to {account.steps_offset}, the topic ends at {end}")
         except NotSealed as error:
@@ -121,7 +123,7 @@ class SealedStock:
 
     def _add_steps(self, runs: dict[str, RunTotals], begin: int) -> int:
         """Add this model's steps from `begin` on to their runs; return the offset to go on from."""
-        end = self.reader.end_offsets(self.topics.steps).get(0, 0)
+        end = self.reader.end_offsets(self.topics.steps)[0]
         add_steps(runs, (step for step in self.steps(begin, end) if step.model == self.project.name))
         return end
 
@@ -364,7 +366,7 @@ class _Run:
 
     def _new_steps(self) -> list[Step]:
         begin = self.known.totals.number if self.known is not None else 0
-        end = self.stock.reader.end_offsets(self.stock.topics.steps).get(0, 0)
+        end = self.stock.reader.end_offsets(self.stock.topics.steps)[0]
         ours: dict[int, Step] = {}
         for step in self.stock.steps(0, end):
             if step.run == self.totals.run and begin < step.step <= self.totals.number:
@@ -386,13 +388,35 @@ class _Ages:
         told = [place.seal.watermark_ms for p in joined if (place := topic.newest(p)) is not None]
         self._newest_ms = max([NO_TIME, *told, *(one.watermark_ms for one in joined.values())])
 
-    def draw(self, ledger: Ledger, where: str, upto: Mapping[int, Position], left: int | None = None) -> None:
-        """Say how old the oldest sample beyond `upto` is; none is where `left` is 0."""
+    def draw(
+        self,
+        ledger: Ledger,
+        where: str,
+        upto: Mapping[int, Position],
+        left: int | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> None:
+        """Say how old the oldest sample beyond `upto` is; none is where `left` is at most 0. With `tasks`, a partition
+        counts where one of theirs is beyond: a run that learns some of the tasks does not move on for the others'."""
         if self._newest_ms == NO_TIME:
             return
         oldest_ms = self._newest_ms
-        for partition in self._partitions if left != 0 else ():
+        for partition in self._partitions if left is None or left > 0 else ():
             place = self._topic.following(partition, upto.get(partition, START))
-            if place is not None:
+            if place is not None and (tasks is None or self._has_more(partition, upto.get(partition, START), tasks)):
                 oldest_ms = min(oldest_ms, place.seal.watermark_ms)
         ledger.behind_ms[where] = max(0, self._newest_ms - oldest_ms)
+
+    def count(self, tasks: Sequence[str]) -> int:
+        """Return how many samples of these tasks the topic has had."""
+        places = [self._topic.newest(partition) for partition in self._partitions]
+        return sum(whole(place.seal.tasks, tasks).count for place in places if place is not None)
+
+    def _has_more(self, partition: int, position: Position, tasks: Sequence[str]) -> bool:
+        """Say whether a sample of these tasks is beyond a position; true where the seals do not tell."""
+        newest = self._topic.newest(partition)
+        try:
+            before = self._topic.at(partition, position)
+        except NotSealed:
+            return True
+        return newest is not None and whole(without_rows(newest.seal.tasks, before), tasks).count > 0

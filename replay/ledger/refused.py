@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.replay.ledger.keys import JOINED, sample_ids
 from headrace.trainer.source.judged import refused_rows
@@ -15,6 +16,7 @@ from headrace.trainer.source.judged import refused_rows
 JUDGED = pa.schema(
     [
         *JOINED,
+        pa.field("value", pa.float64()),
         pa.field("weight", pa.float32()),
         pa.field("numeric", pa.list_(pa.float32())),
         pa.field("spec", pa.string()),
@@ -23,9 +25,9 @@ JUDGED = pa.schema(
 """JOINED and what a learner looks at before it takes a sample."""
 
 
-def refused_ids(rows: pa.Table, spec: FeatureSpec) -> pa.Array:
-    """Return the ids of those JUDGED rows that a learner of `spec` refuses."""
+def refused_ids(rows: pa.Table, spec: FeatureSpec, recipe: Recipe) -> pa.Array:
+    """Return the ids of those JUDGED rows that a learner of `spec` and `recipe` refuses."""
     refused, digest = [pa.array([], pa.string())], spec.digest()
     for batch in rows.to_batches():
-        refused.append(sample_ids(batch.filter(pa.array(refused_rows(batch, spec, digest)))))
+        refused.append(sample_ids(batch.filter(pa.array(refused_rows(batch, spec, digest, recipe)))))
     return pa.concat_arrays(refused)

@@ -134,14 +134,17 @@ def _from_log(
     letters = _letters(reader, topics)
 
     steps = [step for step in steps if step.model == project.name]
+    recipes = _recipes(project, steps, manifests)
     retained_before_ms = state.retained_before_ms if state is not None else 0
 
     def stored_keys(version: int, tasks: tuple[str, ...], run: Sequence[Step]) -> pa.Table | None:
+        recipe = recipes.get(run[0].run) if run else None
+        by = "event_time" if recipe is None else recipe.stored_order
         try:
-            return stored_order(lake.read(version, TIMED_KEYS.names), tasks).select(KEYS.names).cast(KEYS)
+            return stored_order(lake.read(version, TIMED_KEYS.names), tasks, by).select(KEYS.names).cast(KEYS)
         except (Unavailable, InvariantBroken):
             # The version is beyond lake.history_ms, or retention dropped rows of it: the log has them still.
-            return stored_by_log(expected.samples, run, version, tasks, retained=retained_before_ms > 0)
+            return stored_by_log(expected.samples, run, version, tasks, by=by, retained=retained_before_ms > 0)
 
     found = Found(
         topic=topic.select(KEYS.names),
@@ -155,8 +158,8 @@ def _from_log(
         punctuations=punctuations,
         retried=superseded(letters, marks),
         retained_before_ms=retained_before_ms,
-        refused=refused_ids(pa.concat_tables([stored, topic]), project.features),
-        recipes=_recipes(project, steps, manifests),
+        refused=refused_ids(pa.concat_tables([stored, topic]), project.features, project.recipe),
+        recipes=recipes,
     )
     ledger = draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)
     ledger.events_begin = trimmed

@@ -19,7 +19,7 @@ from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.recipe import Recipe
 from headrace.kernels.sample_ids import id_hashes
 from headrace.replay.ledger.keys import KEYS, covers, order, sample_ids
-from headrace.trainer.source.stored import stored_order
+from headrace.trainer.source.stored import StoredOrder, stored_order
 
 StoredKeys = Callable[[int], pa.Table | None]
 """Gives KEYS of the lake at a version, in total order (event time, partition, offset, rank); None where the version is
@@ -104,7 +104,13 @@ def _ends(live: Sequence[StepRange], here_R: npt.NDArray[np.bool_]) -> tuple[lis
 
 
 def stored_by_log(
-    samples: pa.Table, steps: Iterable[Step], version: int, tasks: tuple[str, ...], *, retained: bool
+    samples: pa.Table,
+    steps: Iterable[Step],
+    version: int,
+    tasks: tuple[str, ...],
+    *,
+    by: StoredOrder = "event_time",
+    retained: bool,
 ) -> pa.Table | None:
     """Return KEYS of a version of the lake that is no more, in total order; None where the steps do not say.
 
@@ -122,7 +128,7 @@ def stored_by_log(
             positions = Positions.from_json(0, step.positions).by_partition
             befores = {r.partition: Position(*r.after) for r in reversed(step.ranges)}
             held_N = covers(samples, Positions(0, {**positions, **befores}))
-            found = stored_order(samples.filter(pa.array(held_N)), tasks)
+            found = stored_order(samples.filter(pa.array(held_N)), tasks, by)
             return (found.slice(max(0, found.num_rows - rows)) if retained else found).select(KEYS.names)
     return None
 

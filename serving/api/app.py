@@ -20,11 +20,11 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
+from headrace.serving.api.body import BadRequest, Bodies
 from headrace.serving.features import FeatureMemory, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of
 from headrace.serving.model.shared_region import SharedModel, Told, View
 
-BODY_BYTES_MAX = 4_194_304
 READING = "the counters are still being read from `features`; ask again when /readyz says so."
 BEHIND = (
     "the counters are more than {} ms (serve.counters_behind_ms) behind the end of `features`: give serving more "
@@ -84,7 +84,7 @@ class ServingApp:
     """The answers to each route."""
 
     def __init__(self, dependencies: ServingDependencies) -> None:
-        self.deps = dependencies
+        self.deps, self._bodies = dependencies, Bodies()
 
     async def rank(self, request: Request) -> Response:
         """Score all candidates of a request with exactly one version of the model."""
@@ -95,10 +95,8 @@ class ServingApp:
         return response
 
     async def _rank(self, request: Request) -> Response:
-        sent = await request.body()
-        if len(sent) > BODY_BYTES_MAX:
-            return problem(413, f"{len(sent)} bytes; at most {BODY_BYTES_MAX} are taken.", "send fewer candidates")
         try:
+            sent = await self._bodies.read(request)
             ask = msgspec.json.decode(sent, type=RankRequest)
             count, most = len(ask.candidates), self.deps.config.candidates_max
             if count > most:
@@ -131,6 +129,8 @@ class ServingApp:
                     served=served,
                     event_time_ms=now_ms,
                 )
+        except BadRequest as error:
+            return problem(error.status, error.error, error.step)
         except msgspec.ValidationError as error:
             return problem(422, str(error), "see POST /v1/rank in docs/serving.md")
         except msgspec.DecodeError as error:
@@ -257,4 +257,6 @@ def problem(status: int, error: str, step: str) -> Response:
     response = answer(status, {"error": error, "next": step})
     if status == 503:
         response.headers["Retry-After"] = "1"
+    if status in (408, 413):
+        response.headers["Connection"] = "close"
     return response

@@ -23,7 +23,8 @@ import pyarrow as pa
 from headrace.contract.errors import EventRejected, Unavailable
 from headrace.contract.formats.events import AGGREGATE, AGGREGATE_SCHEMA, EPOCH_MAX, decode_batch, encode_batch
 from headrace.contract.interfaces.log import Producer, Reader, Record, read_range
-from headrace.process.waits import LOAD_MAX_S, RECEIPT_MAX_S, Waits
+from headrace.process.moved import moved
+from headrace.process.waits import RECEIPT_MAX_S, Waits
 
 _TAIL_RECORDS = 1_000
 _FURTHER = 8
@@ -62,12 +63,12 @@ class Epochs:
     async def claim(self, seen: int, offsets: Sequence[int]) -> None:
         """Claim an epoch above `seen` and above all beyond these offsets, one a partition. Raises as `read_range`."""
         look = partial(_newest, self._open_reader, self._topic, offsets)
-        found, looked = await self._waits.call("look for the newest epoch in the log", look, LOAD_MAX_S)
+        found, looked = await self._waits.call("look for the newest epoch in the log", look)
         while True:
             epoch = max(seen, found) + 1
             mine = await self._append(epoch)
             again = partial(_newest_between, self._open_reader, self._topic, looked, mine)
-            found = await self._waits.call("look for another claim of the epoch", again, LOAD_MAX_S)
+            found = await self._waits.call("look for another claim of the epoch", again)
             if found < epoch:
                 self.epoch, self._following = epoch, mine + 1
                 return
@@ -148,6 +149,7 @@ def _epochs(reader: Reader, topic: str, begins: Mapping[int, int], ends: Mapping
     """Return the newest epoch of each partition that has one in this range."""
     found: dict[int, int] = {}
     for record in read_range(reader, topic, begins=begins, ends=ends):
+        moved()  # Hours of a log may be read; `read_range` and `Waits` bound how long nothing may come.
         if epoch := epoch_of(record):
             found[record.partition] = max(epoch, found.get(record.partition, 0))
     return found

@@ -48,13 +48,15 @@ GONE = 255
 
 
 class EarlyFeedback:
-    """The table of one partition, with the texts of the ids beside it."""
+    """The table of one partition, with the texts of the ids and the values beside it."""
 
     def __init__(self, tasks_K: U8s, wait_ms: int) -> None:
         self.wait_ms = wait_ms
         self.tasks_K = tasks_K
         self.ids: dict[int, str] = {}
         """Sequence number to feedback id, ascending."""
+        self.values: dict[int, float] = {}
+        """The same to its value, where it has one."""
         self._clear(1_024, 0)
 
     def _clear(self, capacity: int, first: int) -> None:
@@ -86,11 +88,18 @@ class EarlyFeedback:
         """Make orphans of what waited long enough; what came before the first watermark waits from that one on."""
         _advance(self.arrays, watermark_ms, self.wait_ms, counts_T9)
 
-    def forget_ids(self) -> None:
-        """Drop the texts of rows that have left the front, once samples have been made of what was matched."""
+    def keep(self, seq: int, feedback_id: str, value: float | None) -> None:
+        """Keep what a sample of it will say."""
+        self.ids[seq] = feedback_id
+        if value is not None:
+            self.values[seq] = value
+
+    def forget(self) -> None:
+        """Drop what was kept of rows that have left the front, once samples have been made of what was matched."""
         first = self.arrays.ring.head[FIRST]
         while self.ids and (seq := next(iter(self.ids))) < first:
             del self.ids[seq]
+            self.values.pop(seq, None)
 
     def rows(self) -> tuple[int, U64s, I64s, U8s]:
         """Return the first sequence number and copies of all rows."""
@@ -98,8 +107,10 @@ class EarlyFeedback:
         span = int(ring.head[FIRST]), int(ring.head[NEXT])
         return span[0], *(stretch(ring, column, *span) for column in (ring.keys_C2, facts_C3, kinds_C))
 
-    def load(self, first: int, keys_N2: U64s, facts_N3: I64s, kinds_N: U8s, ids: dict[int, str]) -> None:
-        """Take over what `rows` gave."""
+    def load(
+        self, first: int, keys_N2: U64s, facts_N3: I64s, kinds_N: U8s, ids: dict[int, str], values: dict[int, float]
+    ) -> None:
+        """Take over what `rows` gave, ids and values."""
         rows = len(kinds_N)
         self._clear(max(1_024, rows + rows // 4), first)
         ring, facts_C3, kinds_C, _ = self.arrays
@@ -107,7 +118,7 @@ class EarlyFeedback:
         ring.head[NEXT] = first + rows
         ring.head[USED] = np.count_nonzero(kinds_N != GONE)
         reindex_rows(ring, (kinds_C != GONE).astype(np.uint8))
-        self.ids = ids
+        self.ids, self.values = ids, values
 
 
 @numba.njit(cache=True)

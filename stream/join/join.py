@@ -20,7 +20,7 @@ Legend: N rows of a record, L labels, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -265,7 +265,7 @@ class JoinState:
         emitted = self._emit(gathered) if gathered.labels else None
         for seq_L in gathered.released:
             self.payload.release(seq_L)
-        self.early.forget_ids()
+        self.early.forget()
         if len(self.rules_in_force) > 1:
             self.rules_in_force = [rules for rules in self.rules_in_force if len(rules.pending) or rules is self.rules]
         return emitted
@@ -419,11 +419,13 @@ class JoinState:
             fresh_N.append(fresh_R[:fresh].astype(np.int64) + start)
             early_N.append(early_R)
         if any(map(len, labels)):
-            gathered.label(np.concatenate(labels), record.offset, batch.column(0))
+            gathered.label(np.concatenate(labels), record.offset, batch)
         self._count_feedback(name, kind, batch, np.concatenate(fresh_N))
         arrivals_N = np.concatenate(early_N)
         for row in np.flatnonzero(arrivals_N >= 0).tolist():
-            self.early.ids[int(arrivals_N[row])] = batch.column(0)[row].as_py()
+            self.early.keep(
+                int(arrivals_N[row]), batch.column("event_id")[row].as_py(), batch.column("value")[row].as_py()
+            )
 
     def _count_feedback(self, name: str, kind: int, batch: pa.RecordBatch, fresh_N: I64s) -> None:
         self._rows.repeated_in_log += batch.num_rows - len(fresh_N)
@@ -471,7 +473,8 @@ class JoinState:
             "task": self._task_names.take(pa.array(task_L)),
             "label": pa.array(positive_L.astype(np.float32)),
             "weight": pa.array(weight_L),
-            "feedback_id": self._feedback_ids(labels_L5[:, ID], gathered.ids),
+            "feedback_id": _of_feedback(labels_L5[:, ID], gathered.ids, self.early.ids, pa.string()),
+            "value": _of_feedback(labels_L5[:, ID], gathered.values, self.early.values, pa.float64()),
             "feedback_time_ms": pa.array(labels_L5[:, TIME], mask=~positive_L),
             "correction": pa.array(corrects_L),
         }
@@ -479,12 +482,14 @@ class JoinState:
         batch = pa.RecordBatch.from_arrays([columns[f.name] for f in schema], schema=schema)
         return Emitted(batch, after, self.last)
 
-    def _feedback_ids(self, id_L: I64s, ids: list[pa.Array]) -> pa.Array:
-        early_L = np.flatnonzero(id_L <= -2)
-        known = pa.concat_arrays(ids) if ids else pa.array([], pa.string())
-        row_L = id_L.copy()
-        if len(early_L):
-            texts = [self.early.ids[-2 - seq] for seq in id_L[early_L].tolist()]
-            row_L[early_L] = len(known) + np.arange(len(early_L))
-            known = pa.concat_arrays([known, pa.array(texts, pa.string())])
-        return known.take(pa.array(row_L, mask=row_L < 0))
+
+def _of_feedback(id_L: I64s, rows: list[pa.Array], early: Mapping[int, Any], kind: pa.DataType) -> pa.Array:
+    """Return what the feedback of each label brought, from the rows of records or from what came early."""
+    early_L = np.flatnonzero(id_L <= -2)
+    known = pa.concat_arrays(rows) if rows else pa.array([], kind)
+    row_L = id_L.copy()
+    if len(early_L):
+        found = [early.get(-2 - seq) for seq in id_L[early_L].tolist()]
+        row_L[early_L] = len(known) + np.arange(len(early_L))
+        known = pa.concat_arrays([known, pa.array(found, kind)])
+    return known.take(pa.array(row_L, mask=row_L < 0))

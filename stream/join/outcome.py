@@ -63,15 +63,18 @@ class Gathered:
         """Sequence numbers of impressions whose columns are dropped without a sample: no feedback came after an eager
         negative, or none came late."""
         self.ids: list[pa.Array] = []
+        self.values: list[pa.Array] = []
+        """Ids and values of feedback, row by row."""
         self.ids_rows = 0
 
-    def label(self, labels_L5: I64s, offset: int, ids: pa.Array | None) -> None:
-        """Add the labels of one record, whose feedback ids are `ids`."""
+    def label(self, labels_L5: I64s, offset: int, feedback: pa.RecordBatch | None) -> None:
+        """Add the labels of one record, whose rows are `feedback` where it is feedback."""
         rows_L = labels_L5[:, ID]
-        if ids is not None:
+        if feedback is not None:
             rows_L[rows_L >= 0] += self.ids_rows
-            self.ids.append(ids)
-            self.ids_rows += len(ids)
+            self.ids.append(feedback.column("event_id"))
+            self.values.append(feedback.column("value"))
+            self.ids_rows += feedback.num_rows
         settled_L = labels_L5[:, CODE] == SETTLED
         if settled_L.any():
             self.released.append(labels_L5[settled_L, SEQ])

@@ -24,7 +24,7 @@ from headrace.stream.join.pending import Pending
 # Columns of a sample that the label decides; all others are the impression's and kept while it waits.
 LABEL_COLUMNS = (
     *("partition", "offset", "rank", "task", "label", "weight", "feedback_id", "feedback_time_ms"),
-    "correction",
+    *("correction", "value"),
 )
 
 Lane = tuple[str, str]

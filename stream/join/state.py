@@ -134,6 +134,7 @@ class StateWriter:
         plain["locals"] = [self._take_counter(table, snapshot) for table in state.local_counters]
         first, *columns = state.early.rows()
         plain["early"] = [first, *columns, list(state.early.ids.items())]
+        plain["early_values"] = list(state.early.values.items())
         return snapshot
 
     def resume(self, plain: Mapping[str, Any]) -> None:
@@ -286,7 +287,7 @@ def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes
     state.payload.load([piece for pieces in loaded for piece in pieces])
     first, keys, facts, kinds, ids = plain["early"]
     columns = _array(keys, np.uint64, 2), _array(facts, np.int64, 3), _array(kinds, np.uint8)
-    state.early.load(first, *columns, dict(ids))
+    state.early.load(first, *columns, dict(ids), dict(plain.get("early_values", ())))
     writer = StateWriter(state)
     writer.resume(plain)
     return writer

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import confluent_kafka as ck
 import confluent_kafka.admin
@@ -220,9 +221,21 @@ def test_topics_are_made_once_and_never_reshaped(world: World) -> None:
 
 def test_a_missing_topic_is_told(world: World) -> None:
     reader = world.reader()
-    with pytest.raises(Unavailable):
-        reader.end_offsets("no-such-topic")
+    for told in (reader.begin_offsets, reader.end_offsets):
+        with pytest.raises(Unavailable):
+            told("no-such-topic")
     reader.close()
+
+
+@pytest.mark.parametrize("told", [{}, {"t": {}}, {"t": {1: None}}, {"t": {0: None, 2: None}}])
+def test_metadata_that_lack_a_partition_are_never_nothing_to_read(told: dict[str, dict[int, None]]) -> None:
+    reader = KafkaReader("127.0.0.1:1")
+    topics = {name: SimpleNamespace(error=None, partitions=partitions) for name, partitions in told.items()}
+    reader.close()
+    reader._consumer = SimpleNamespace(list_topics=lambda *_, **__: SimpleNamespace(topics=topics))
+    for ask in (reader.begin_offsets, reader.end_offsets):
+        with pytest.raises(Unavailable, match="partitions are missing"):
+            ask("t")
 
 
 def test_retention_in_memory_stops_a_reader_that_is_behind() -> None:

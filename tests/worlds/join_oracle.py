@@ -150,7 +150,8 @@ class _Label:
     waiting: Waiting
     task: int
     label: float
-    feedback_id: str | None = None
+    fed: tuple[str | None, float | None] = (None, None)
+    """Id and value of the feedback."""
     feedback_time_ms: int | None = None
     is_late: bool = False
 
@@ -159,7 +160,7 @@ class _Label:
 class Early:
     """Feedback that came before its impression."""
 
-    feedback_id: str
+    fed: tuple[str, float | None]
     event_time_ms: int
     since_ms: int
     arrival: int
@@ -371,7 +372,7 @@ class PlainJoin:
                 self.early_rows -= 1
                 for task in self._tasks_of(name):
                     self.counts[task].pending -= 1
-                self._answer(key, name, early.feedback_id, early.event_time_ms, labels, waiting)
+                self._answer(key, name, early.fed, early.event_time_ms, labels, waiting)
 
     def _featurized(self, batch: pa.RecordBatch, offset: int, rows: list[int]) -> pa.RecordBatch:
         """Return the columns of `source_schema`: counters as served, else as known here and now."""
@@ -415,8 +416,8 @@ class PlainJoin:
             for s in self.locals
             for feed in feeds(s.counter, name)
         ]
-        rows = zip(*(batch.column(i).to_pylist() for i in range(5)), strict=True)
-        for n, (event_id, request, place, _, time_ms) in enumerate(rows):
+        rows = zip(*(batch.column(i).to_pylist() for i in range(5)), batch.column("value").to_pylist(), strict=True)
+        for n, (event_id, request, place, _, time_ms, value) in enumerate(rows):
             seen = key_of(FEEDBACK, name, event_id)
             late = self.seen.get(seen) is None and self._is_too_late(record, time_ms)
             self.rows.too_late += late
@@ -430,14 +431,20 @@ class PlainJoin:
                 key = keys[n]
                 if key is not None:
                     state.add(key, feed.entry, time_ms, int(amount_N[n]))
-            self._answer(key_of(request, str(place)), name, event_id, time_ms, labels)
+            self._answer(key_of(request, str(place)), name, (event_id, value), time_ms, labels)
 
     def _answer(
-        self, key: bytes, name: str, event_id: str, time_ms: int, labels: list[_Label], found: Waiting | None = None
+        self,
+        key: bytes,
+        name: str,
+        fed: tuple[str, float | None],
+        time_ms: int,
+        labels: list[_Label],
+        found: Waiting | None = None,
     ) -> None:
         waiting, remembered = found or self.waiting.get(key), self.resolved.get(key)
         if waiting is None and remembered is None:
-            self._wait_early(key, name, event_id, time_ms)
+            self._wait_early(key, name, fed, time_ms)
             return
         for task in self._tasks_of(name):
             counts, late = self.counts[task], self._late_lane(task)
@@ -455,7 +462,7 @@ class PlainJoin:
                 counts.duplicate += 1
             elif waiting.open >> task & 1 and after_ms <= declared.window_ms:
                 counts.matched += 1
-                self._resolve(key, waiting, task, _Label(waiting, task, 1.0, event_id, time_ms), labels)
+                self._resolve(key, waiting, task, _Label(waiting, task, 1.0, fed, time_ms), labels)
                 if late >= 0 and waiting.open >> late & 1:
                     self._shut(key, waiting, late)
             elif late >= 0 and waiting.positive >> late & 1:
@@ -465,15 +472,15 @@ class PlainJoin:
                 if late >= 0 and waiting.open >> late & 1 and after_ms <= declared.window_ms + declared.correct_ms:
                     waiting.positive |= 1 << late
                     self._shut(key, waiting, late)
-                    labels.append(_Label(waiting, task, 1.0, event_id, time_ms, is_late=True))
+                    labels.append(_Label(waiting, task, 1.0, fed, time_ms, is_late=True))
 
-    def _wait_early(self, key: bytes, name: str, event_id: str, time_ms: int) -> None:
+    def _wait_early(self, key: bytes, name: str, fed: tuple[str, float | None], time_ms: int) -> None:
         if self.early_rows >= self.config.pending_max:
             (oldest, of), rows = min(self.early.items(), key=lambda item: min(r.arrival for r in item[1]))
             first = min(rows, key=lambda r: r.arrival)
             self._forget_early(oldest, of, rows, [r for r in rows if r is not first])
         self.arrival += 1
-        early = Early(event_id, time_ms, self.watermark.time_ms, self.arrival)
+        early = Early(fed, time_ms, self.watermark.time_ms, self.arrival)
         self.early.setdefault((key, name), []).append(early)
         self.early_rows += 1
         for task in self._tasks_of(name):
@@ -518,7 +525,8 @@ class PlainJoin:
                     "task": task.name,
                     "label": label.label,
                     "weight": task.correction_weight if corrects else 1.0,
-                    "feedback_id": label.feedback_id,
+                    "feedback_id": label.fed[0],
+                    "value": label.fed[1],
                     "feedback_time_ms": label.feedback_time_ms,
                     "correction": corrects,
                 }

@@ -95,6 +95,8 @@ def traffic(seed: int, steps: int = 400) -> list[Item]:
                 shown.append(row)
             elif shown and random.random() < 0.6:
                 row["request_id"] = random.choice(shown[-15:])["request_id"]
+            if kind != "impression":
+                row["value"] = n / 4 if n % 3 else None
             items.append((kind, row))
     return items
 

@@ -55,6 +55,8 @@ def recipe_of(model: str, **changes) -> Recipe:
     return Recipe(**(values | changes))
 
 
+LIVE = {"standardize": True, "wait_for_negative": True, "delayed": "taken_back"}
+VALUES = {"tasks": ("click", "like", "dwell"), "objectives": {"like": "tweedie", "dwell": "squared"}}
 RECIPES = {
     **{
         f"{model}-{kind}": recipe_of(model, optimizer=kind) for model in get_args(Model) for kind in get_args(Optimizer)
@@ -79,6 +81,16 @@ RECIPES = {
     },
     "fm-in-order-calibrated": recipe_of("fm", updates="sample", calibrate=True, negative_share=0.5),
     "fm-in-order-admitted": recipe_of("fm", updates="sample", admit_after=2, expire_after_ms=2_000),
+    "deepfm-live": recipe_of("deepfm", **LIVE, rate_rows=64, dense_average=0.9),
+    "logistic-live": recipe_of("logistic", **LIVE, negative_share=0.5),
+    "module-live": recipe_of("module", **LIVE, calibrate=True),
+    "fm-in-order-live": recipe_of("fm", updates="sample", **LIVE),
+    "logistic-in-order-live": recipe_of("logistic", updates="sample", **LIVE, optimizer="adagrad", squares_init=0.1),
+    "deepfm-values": recipe_of("deepfm", **VALUES, **LIVE),
+    "fm-values": recipe_of("fm", tasks=("click", "dwell"), objectives={"dwell": "huber"}, rate_rows=64),
+    "logistic-values": recipe_of("logistic", **VALUES, negative_share=0.5),
+    "dcn-values": recipe_of("dcn", objectives={"click": "weighted"}, dense_average=0.9),
+    "module-values": recipe_of("module", **VALUES, optimizer="adagrad", squares_init=0.5),
     "fm-sketch": recipe_of("fm", admit_after=2, admit_by="sketch", expire_after_ms=2_000),
 }
 """Every model with every optimizer, with several tasks, and each choice of a recipe at least once."""

@@ -42,7 +42,7 @@ class RiverLearner:
 
     def learn(self, batch: Batch) -> StepReport:
         self.step += 1
-        keep_B = acceptable(batch, tasks=1)
+        keep_B = acceptable(batch, Recipe())
         out_B = keep_B & left_out(self.recipe, batch.label_B, batch.id_B)
         prediction_B = np.full(len(batch), np.nan, np.float32)
         prediction_B[keep_B] = self.predict(batch.where(keep_B))

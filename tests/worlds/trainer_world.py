@@ -105,6 +105,7 @@ def samples(seed: int, partition: int, count: int, *, offset: int = 0, spec: str
         "numeric": list_column(numeric_ND, pa.float32()),
         "spec": pa.array([spec or PROJECT.features.digest()] * count),
         "correction": pa.array([None] * count, pa.bool_()),
+        "value": pa.array([None] * count, pa.float64()),
     }
     schema = sample_schema(PROJECT)
     return pa.RecordBatch.from_arrays(

@@ -11,6 +11,7 @@ from headrace.trainer.model.scoring import Float32s
 from headrace.trainer.model.tables.table import Int64s
 
 Int8s = npt.NDArray[np.int8]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,15 @@ class Batch:
     slots_BF: Int64s
     numeric_BD: Float32s
     label_B: Float32s
+    """1 for a positive and 0 for a negative; of a task that learns a value that value, NaN where it is missing."""
     weight_B: Float32s
     event_time_ms_B: Int64s
     task_B: Int8s = field(default_factory=lambda: np.empty(0, np.int8))
     """Which of the recipe's `heads` a sample is of; left out, the first."""
     id_B: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
     """Hash of the sample's id, by which negatives are left out; zeros where all are learnt."""
+    correction_B: Bools = field(default_factory=lambda: np.empty(0, np.bool_))
+    """True on a positive that comes beside a negative of the same impression and task."""
 
     def __post_init__(self) -> None:
         """Fill what was left out with zeros."""
@@ -33,11 +37,13 @@ class Batch:
             object.__setattr__(self, "task_B", np.zeros(len(self.label_B), np.int8))
         if len(self.id_B) != len(self.label_B):
             object.__setattr__(self, "id_B", np.zeros(len(self.label_B), np.int64))
+        if len(self.correction_B) != len(self.label_B):
+            object.__setattr__(self, "correction_B", np.zeros(len(self.label_B), np.bool_))
 
     def __len__(self) -> int:
         return len(self.label_B)
 
-    def where(self, keep_B: npt.NDArray[np.bool_]) -> Batch:
+    def where(self, keep_B: Bools) -> Batch:
         """Return the samples that `keep_B` marks, in their order."""
         return Batch(
             self.slots_BF[keep_B],
@@ -47,4 +53,5 @@ class Batch:
             self.event_time_ms_B[keep_B],
             self.task_B[keep_B],
             self.id_B[keep_B],
+            self.correction_B[keep_B],
         )

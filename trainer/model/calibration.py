@@ -7,6 +7,8 @@
    too. `fake_negative_weighted` weighs a positive by 1 + p and a negative by (1 - p)(1 + p), p being what the model
    says; then the loss is least where p is the true rate. `fake_negative_calibrated` learns them as they come, which
    gives b = q / (1 + q), whose log-odds are log q. Source: Ktena et al., RecSys 2019, equations 6 to 8.
+   `taken_back` needs no rate: the positive's gradient is that of a positive less that of the negative before, which is
+   -1 whatever the model says. Both together are what a positive alone would have been.
 3. **Calibration.** Two numbers a task, a and b: sigmoid(a z + b). They learn by Adagrad from z as it was before its
    labels were learnt. So they correct a model that is too sure of itself, which it cannot see from samples that it has
    learnt. Ranking of one task does not change while a > 0. Source: Platt, 1999.
@@ -27,8 +29,11 @@ from headrace.trainer.model.scoring import Float32s
 from headrace.trainer.model.tables.row_index import Int64s
 
 Bools = npt.NDArray[np.bool_]
+Float64s = npt.NDArray[np.float64]
 
 _PLATT_RATE = 0.02
+_VALUE_MAX = 1e12
+"""Of a value, either way: its square is far from float32's end."""
 _UNIT = 1.0 / 9007199254740992.0
 
 
@@ -54,6 +59,10 @@ def corrections(recipe: Recipe) -> tuple[np.float32, bool]:
     return np.float32(-math.log(recipe.negative_share)), recipe.delayed == "fake_negative_weighted"
 
 
+TAKEN_BACK = np.float32(2.0)
+"""The label, for `gradient_of`, of a positive that takes the negative before it back."""
+
+
 @numba.njit(cache=True)
 def _gradients(
     logit_B: Float32s, label_B: Float32s, weight_B: Float32s, offset: np.float32, is_weighted: bool, out_B: Float32s
@@ -68,6 +77,8 @@ def gradient_of(
 ) -> np.float32:
     """Return the derivative of one sample's weighted log loss by its log-odds; `offset` is -log(negative_share)."""
     one = np.float32(1.0)
+    if label > one:
+        return np.float32(-weight)
     if is_weighted:
         p = _sigmoid(logit)
         weight *= (one + p) * (one if label > 0 else one - p)
@@ -82,19 +93,22 @@ def _sigmoid(logit: np.float32) -> np.float32:
     return out
 
 
-def acceptable(batch: Batch, *, tasks: int) -> Bools:
+def acceptable(batch: Batch, recipe: Recipe) -> Bools:
     """Say which samples may be learnt, see `Learner.learn`: bool [B]. Every learner refuses the others."""
     keep_B = np.empty(len(batch), np.bool_)
-    _acceptable(batch.numeric_BD, batch.label_B, batch.weight_B, batch.task_B, tasks, keep_B)
+    bounds = {"log_loss": (0.0, 1.0), "weighted": (0.0, _VALUE_MAX), "tweedie": (0.0, _VALUE_MAX)}
+    bound_T2 = np.array([bounds.get(recipe.objective(n), (-_VALUE_MAX, _VALUE_MAX)) for n in recipe.heads])
+    _acceptable(batch.numeric_BD, batch.label_B, batch.weight_B, batch.task_B, bound_T2, keep_B)
     return keep_B
 
 
 @numba.njit(cache=True)
 def _acceptable(
-    numeric_BD: Float32s, label_B: Float32s, weight_B: Float32s, task_B: Int8s, tasks: int, keep_B: Bools
+    numeric_BD: Float32s, label_B: Float32s, weight_B: Float32s, task_B: Int8s, bound_T2: Float64s, keep_B: Bools
 ) -> None:
     for b in range(label_B.shape[0]):
-        keep = np.isfinite(weight_B[b]) and weight_B[b] >= 0 and 0 <= label_B[b] <= 1 and 0 <= task_B[b] < tasks
+        keep = np.isfinite(weight_B[b]) and weight_B[b] >= 0 and 0 <= task_B[b] < bound_T2.shape[0]
+        keep = keep and bound_T2[task_B[b], 0] <= label_B[b] <= bound_T2[task_B[b], 1]
         for d in range(numeric_BD.shape[1]):
             keep = keep and np.isfinite(numeric_BD[b, d])
         keep_B[b] = keep

@@ -24,13 +24,15 @@ from headrace.contract.recipe import Optimizer as Kind
 from headrace.contract.recipe import Recipe, slot_labels
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.batch import Batch
-from headrace.trainer.model.calibration import Platt, acceptable, gradients, left_out
+from headrace.trainer.model.calibration import TAKEN_BACK, Platt, acceptable, gradients, left_out
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.layers.average import Average
 from headrace.trainer.model.layers.in_order import learn_in_order
 from headrace.trainer.model.layers.linear_models import LinearModel
 from headrace.trainer.model.layers.norms import Norms
-from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, probabilities, score
+from headrace.trainer.model.moments import Known, Moments
+from headrace.trainer.model.objectives import LOG_LOSS, kinds_of, value_gradients, values_said
+from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, said, score
 from headrace.trainer.model.tables.admission import Admission
 from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 from headrace.trainer.model.tables.group import SlotTable, Tables
@@ -70,12 +72,14 @@ class Learner(Protocol):
         """Return how many ids have a row of their own."""
 
     def predict(self, batch: Batch) -> Float32s:
-        """Return the probability of a positive for each sample, of its own task: float32 [B]; changes nothing."""
+        """Return what the model says of each sample, of its own task: float32 [B]; changes nothing. That is the
+        probability of a positive, or the expected value for a task that learns one."""
 
     def learn(self, batch: Batch) -> StepReport:
         """Score the batch, then take one step on it; or score and learn sample after sample, where the recipe says so.
 
-        A sample with a NaN or infinite number, a label outside 0..1, a weight that is negative or not finite or a task
+        A sample with a NaN or infinite number, a label outside 0..1, a value that its objective does not take, a weight
+        that is negative or not finite or a task
         that the recipe does not have is refused; a step whose gradients are not finite is refused whole and changes
         no weight. The step counts all the same.
         """
@@ -218,6 +222,7 @@ def _optimizer(recipe: Recipe, kind: Kind) -> Optimizer:
         beta1=recipe.adam_beta1,
         beta2=recipe.adam_beta2,
         half_life_ms=recipe.squares_half_life_ms if kind.startswith("adagrad") else 0,
+        squares=recipe.squares_init if kind.startswith("adagrad") else 0.0,
     )
 
 
@@ -227,6 +232,10 @@ class TableLearner:
     def __init__(self, recipe: Recipe, features: FeatureSpec, table: Store, dense: DensePart) -> None:
         self.recipe, self.features, self.table, self.net = recipe, features, table, dense
         self.step = 0
+        self._kind_T = kinds_of(recipe)
+        self._moments = Moments(recipe, features.numerics) if recipe.has_moments else None
+        self._waits_T = np.full(len(recipe.heads), recipe.wait_for_negative)
+        """Tasks that have had no negative yet, whose positives are not learnt."""
         self._platt = Platt(recipe) if recipe.calibrate else None
         self._average = Average(recipe.dense_average, dense.dense()) if recipe.dense_average else None
 
@@ -236,7 +245,7 @@ class TableLearner:
         return len(self.table)
 
     def predict(self, batch: Batch) -> Float32s:
-        """Return the probability of a positive for each sample, of its own task; changes nothing."""
+        """Return what the model says of each sample, of its own task; see `Learner.predict`."""
         return self.score(batch, lookup=self.lookup, dense=self.dense())
 
     def score(self, batch: Batch, *, lookup: Lookup, dense: Dense) -> Float32s:
@@ -258,6 +267,8 @@ class TableLearner:
     def dense(self) -> dict[str, Float32s]:
         """Return copies of the dense weights that score, by name, in the order of `shapes_of`."""
         dense = self.net.dense() if self._average is None else self._average.means()
+        if self._moments is not None:
+            dense |= self._moments.dense()
         if self._platt is not None:
             dense[PLATT] = self._platt.weights_2T.copy()
         return dense
@@ -271,7 +282,7 @@ class TableLearner:
         self._check_shape(batch)
         self.step += 1
         prediction_B = np.full(len(batch), np.nan, np.float32)
-        keep_B = acceptable(batch, tasks=len(self.recipe.heads))
+        keep_B = acceptable(batch, self.recipe)
         refused = len(batch) - int(keep_B.sum())
         sampled_out = 0
         if self.recipe.negative_share < 1:
@@ -282,31 +293,97 @@ class TableLearner:
         part = batch if keep_B.all() else batch.where(keep_B)
         if not len(part):
             return StepReport(prediction_B, _NO_KEYS, 0, refused, sampled_out)
+        if self._waits_T.any():
+            part = self._without_early_positives(part)
         report = self._learn_in_order(part) if self.recipe.updates == "sample" else self._take_step(part)
         prediction_B[keep_B] = report.prediction_B
         refused += report.refused
         return replace(report, prediction_B=prediction_B, refused=refused, sampled_out=sampled_out)
 
+    def _without_early_positives(self, batch: Batch) -> Batch:
+        """Let positives weigh nothing whose task has had no negative, with this batch (or, sample after sample, before
+        them); note which tasks have had one."""
+        weight_B = batch.weight_B.copy()
+        for task in np.flatnonzero(self._waits_T):
+            here_B = batch.task_B == task
+            negative_B = here_B & (batch.label_B == 0) & ~batch.correction_B
+            self._waits_T[task] = not negative_B.any()
+            if self._waits_T[task]:
+                weight_B[here_B] = 0
+            elif self.recipe.updates == "sample":
+                early_B = here_B & (np.arange(len(batch)) < np.argmax(negative_B))
+                weight_B[early_B] = 0
+        return replace(batch, weight_B=weight_B)
+
+    def _prepared(self, batch: Batch) -> tuple[Batch, Known | None, Float32s]:
+        """Return the batch as it is learnt, what was known of its targets, and what is added to its log-odds.
+
+        Moments count the batch here.
+        """
+        recipe, back_B = self.recipe, batch.correction_B
+        if recipe.delayed != "taken_back":
+            back_B = back_B & (self._kind_T != LOG_LOSS)[batch.task_B]
+        more_B = back_B
+        if recipe.delayed == "fake_negative_weighted":
+            more_B = batch.correction_B
+        known, prior_B = None, np.zeros(len(batch), np.float32)
+        if self._moments is not None:
+            in_order = recipe.updates == "sample"
+            what = batch.numeric_BD, batch.label_B, batch.weight_B, batch.task_B
+            known = self._moments.take(*what, more_B=more_B, in_order=in_order)
+            log_odds_B = (self._kind_T == LOG_LOSS)[batch.task_B]
+            prior_B[log_odds_B] = known.before_2B[0, log_odds_B]
+            batch = replace(batch, numeric_BD=known.numeric_BD)
+        if back_B.any():
+            # A negative that was left out was not learnt, so there is nothing to take back.
+            back_B = back_B & ~left_out(recipe, np.zeros(len(batch), np.float32), batch.id_B)
+            log_odds_B = back_B & (self._kind_T == LOG_LOSS)[batch.task_B]
+            label_B = np.where(log_odds_B, TAKEN_BACK, batch.label_B).astype(np.float32)
+            batch = replace(batch, label_B=label_B, correction_B=back_B)
+        elif batch.correction_B.any():
+            batch = replace(batch, correction_B=back_B)
+        return batch, known, prior_B
+
+    def _gradients(self, batch: Batch, known: Known | None, logit_B: Float32s, z_B: Float32s) -> Float32s:
+        """Return the derivatives of the losses by the log-odds and, of value tasks, by z: float32 [B]."""
+        value_B = (self._kind_T != LOG_LOSS)[batch.task_B]
+        if known is None or not value_B.any():
+            return gradients(self.recipe, logit_B, batch.label_B, batch.weight_B)
+        weight_B = batch.weight_B
+        if self.recipe.negative_share < 1:
+            # Zeros that are learnt stand for those that are left out.
+            kept = np.float32(1 / self.recipe.negative_share)
+            with np.errstate(over="ignore"):  # An infinite gradient is refused.
+                weight_B = weight_B * np.where(batch.label_B == 0, kept, np.float32(1))
+        rest = batch.task_B, batch.correction_B, known.after_2B
+        out_B = value_gradients(self.recipe, z_B, batch.label_B, weight_B, *rest)
+        own_B = ~value_B
+        out_B[own_B] = gradients(self.recipe, logit_B[own_B], batch.label_B[own_B], batch.weight_B[own_B])
+        return out_B
+
     def _take_step(self, batch: Batch) -> StepReport:
+        raw, moments = batch, self._moments.state() if self._moments is not None else None
+        before = self.dense() if self._average is not None else {}
+        batch, known, prior_B = self._prepared(batch)
         ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
         values_UV = self.table.gather(ids)
         logits_BT = self.net.forward(values_UV, ids, batch.numeric_BD)
-        if logits_BT.shape[1] == 1:
-            logit_B = logits_BT[:, 0]
-            grad_BT = gradients(self.recipe, logit_B, batch.label_B, batch.weight_B)[:, None]
-        else:
-            own_B = np.arange(len(batch)), batch.task_B
-            logit_B, grad_BT = logits_BT[own_B], np.zeros_like(logits_BT)
-            grad_BT[own_B] = gradients(self.recipe, logit_B, batch.label_B, batch.weight_B)
+        own_B = np.arange(len(batch)), batch.task_B
+        z_B = np.ascontiguousarray(logits_BT[own_B])
+        logit_B = z_B if known is None else z_B + prior_B
+        grad_BT = np.zeros_like(logits_BT)
+        grad_BT[own_B] = self._gradients(batch, known, logit_B, z_B)
         grad_UV, norms = self.net.backward(grad_BT)
         if not norms.are_finite or not np.isfinite(logit_B).all():
+            if self._moments is not None and moments is not None:
+                self._moments.load(moments)
             return StepReport(np.full(len(batch), np.nan, np.float32), _NO_KEYS, 0, len(batch))
         if self._average is None:
-            said_B = self._said(logit_B, batch)
+            said_B = self._said(logit_B, z_B, batch, known)
         else:
             if not isinstance(values_UV, np.ndarray):
                 values_UV = self.table.lookup(ids.keys_U)
-            said_B = self._score(batch, values_UV, ids.index_FB, self.dense())
+            said_B = self._score(raw, values_UV, ids.index_FB, before)
         touched_K = self._expired_too(self.table.update(ids, grad_UV, batch.event_time_ms_B), batch)
         self.net.update(len(batch))
         if self._average is not None:
@@ -317,10 +394,14 @@ class TableLearner:
 
     def _learn_in_order(self, batch: Batch) -> StepReport:
         assert isinstance(self.net, LinearModel) and isinstance(self.table, Tables), "see Recipe.checked"
+        moments = self._moments.state() if self._moments is not None else None
+        batch, _, prior_B = self._prepared(batch)
         ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
-        done = learn_in_order(self.recipe, self.table, self.net, batch, ids)
+        done = learn_in_order(self.recipe, self.table, self.net, batch, ids, prior_B)
         learnt = int(done.learnt_B.sum())
-        said_B = np.where(done.learnt_B, self._said(done.logit_B, batch), np.float32(np.nan))
+        if not learnt and self._moments is not None and moments is not None:
+            self._moments.load(moments)
+        said_B = np.where(done.learnt_B, self._said(done.logit_B, done.logit_B, batch, None), np.float32(np.nan))
         touched_K = self._expired_too(done.touched_K, batch) if learnt else _NO_KEYS
         if self._platt is not None and learnt:
             own = batch.where(done.learnt_B)
@@ -328,9 +409,15 @@ class TableLearner:
         norm = done.norms.dense / max(learnt, 1)
         return StepReport(said_B, touched_K, learnt, len(batch) - learnt, 0, norm, done.norms.rows)
 
-    def _said(self, logit_B: Float32s, batch: Batch) -> Float32s:
+    def _said(self, logit_B: Float32s, z_B: Float32s, batch: Batch, known: Known | None) -> Float32s:
+        """Return what was said before the step."""
         platt_2B = self._platt.weights_2T[:, batch.task_B] if self._platt is not None else None
-        return probabilities(self.recipe, logit_B, platt_2B)
+        out_B = said(self.recipe, logit_B, platt_2T=platt_2B, targets_2T=None, kind_T=self._kind_T)
+        value_B = (self._kind_T != LOG_LOSS)[batch.task_B]
+        if known is not None and value_B.any():
+            known_2B = known.before_2B[:, value_B].astype(np.float32)
+            out_B[value_B] = values_said(self._kind_T[batch.task_B[value_B]], z_B[value_B], known_2B)
+        return out_B
 
     def _expired_too(self, touched_K: Int64s, batch: Batch) -> Int64s:
         forgotten_K = self.table.expire(int(batch.event_time_ms_B.max()))
@@ -346,6 +433,10 @@ class TableLearner:
         out: State = {"step": np.array([self.step], np.int64)}
         out |= {f"table.{name}": array for name, array in self.table.state().items()}
         out |= {f"dense.{name}": array for name, array in self.net.state().items()}
+        if self._moments is not None:
+            out |= {f"moments.{name}": array for name, array in self._moments.state().items()}
+        if self.recipe.wait_for_negative:
+            out["waits"] = self._waits_T.copy()
         if self._platt is not None:
             out |= {"platt.weights": self._platt.weights_2T.copy(), "platt.squares": self._platt.squares_2T.copy()}
         if self._average is not None:
@@ -357,6 +448,10 @@ class TableLearner:
         self.step = int(state["step"][0])
         self.table.load({n.removeprefix("table."): a for n, a in state.items() if n.startswith("table.")})
         self.net.load({n.removeprefix("dense."): a for n, a in state.items() if n.startswith("dense.")})
+        if self._moments is not None:
+            self._moments.load({n.removeprefix("moments."): a for n, a in state.items() if n.startswith("moments.")})
+        if self.recipe.wait_for_negative:
+            self._waits_T = np.array(state["waits"], np.bool_)
         if self._platt is not None:
             self._platt.weights_2T = np.array(state["platt.weights"], np.float32)
             self._platt.squares_2T = np.array(state["platt.squares"], np.float32)

@@ -11,6 +11,8 @@
 w_f and v_f are a row's linear weight and embedding, x the D numbers, t a task. With one task `mix` is 1 and left out;
 with several the tables, the pairs and the hidden layers are shared. `shapes_of` names the dense weights. What
 learns (`layers/`) computes the same in torch or compiled; both agree within 1e-5.
+What is said from the log-odds is told in `objectives`; numbers are standardized first where the recipe says so
+(`moments`).
 
 Axes: B samples, F slots, V = 1 + dim values of a row, E = dim, D numbers, X = F * E + D, T tasks.
 
@@ -28,6 +30,8 @@ import numpy.typing as npt
 
 from headrace.contract.recipe import Recipe, slot_labels
 from headrace.contract.spec import FeatureSpec
+from headrace.trainer.model.moments import NUMBERS, TARGETS, as_learnt
+from headrace.trainer.model.objectives import LOG_LOSS, Int8s, kinds_of, values_said
 
 Float32s = npt.NDArray[np.float32]
 Lookup = Callable[[npt.NDArray[np.int64]], Float32s]
@@ -37,6 +41,8 @@ Shapes = dict[str, list[int]]
 
 PLATT = "platt"
 """Name of the dense weights [2, T] that calibrate: scale and offset of the log-odds."""
+BESIDE = frozenset({PLATT, NUMBERS, TARGETS})
+"""Dense weights that the dense part does not learn; see `moments` for the last two."""
 
 
 def shapes_of(recipe: Recipe, features: FeatureSpec) -> Shapes:
@@ -62,6 +68,10 @@ def shapes_of(recipe: Recipe, features: FeatureSpec) -> Shapes:
                 shapes[f"w{i}"], shapes[f"b{i}"] = [fan_in, fan_out], [fan_out]
     if recipe.calibrate:
         shapes[PLATT] = [2, tasks]
+    if recipe.has_moments:
+        shapes[TARGETS] = [2, tasks]
+    if recipe.standardize:
+        shapes[NUMBERS] = [2, numerics]
     return shapes
 
 
@@ -131,16 +141,28 @@ def _sigmoid(logits_N: Float32s, out_N: Float32s) -> None:
         out_N[i] = one / (one + small) if logits_N[i] >= 0 else small / (one + small)
 
 
-def probabilities(recipe: Recipe, logits_NT: Float32s, platt_2T: Float32s | None) -> Float32s:
-    """Return what the model says, from its log-odds: float32 [..., T].
+def said(
+    recipe: Recipe, logits_NT: Float32s, *, platt_2T: Float32s | None, targets_2T: Float32s | None, kind_T: Int8s
+) -> Float32s:
+    """Return what the model says from its log-odds: probabilities, and of value tasks values; float32 [..., T].
 
     With delayed `fake_negative_calibrated` the log-odds are those of b = q / (1 + q), so q = exp(logit), at most 1.
     With `calibrate` they are scaled and moved first by `platt_2T`, which is None without it.
+
+    Args:
+        targets_2T: `moments.TARGETS`, None where the recipe has none.
+        kind_T: see `objectives.kinds_of`.
     """
+    raw_NT = logits_NT
+    if targets_2T is not None:
+        logits_NT = (logits_NT + np.where(kind_T == LOG_LOSS, targets_2T[0], 0)).astype(np.float32)
     if recipe.delayed == "fake_negative_calibrated":
         out_NT: Float32s = np.exp(np.minimum(logits_NT, 0)).astype(np.float32)
         return out_NT
-    return sigmoid(logits_NT if platt_2T is None else logits_NT * platt_2T[0] + platt_2T[1])
+    out_NT = sigmoid(logits_NT if platt_2T is None else logits_NT * platt_2T[0] + platt_2T[1])
+    if targets_2T is not None and (kind_T != LOG_LOSS).any():
+        out_NT = np.where(kind_T == LOG_LOSS, out_NT, values_said(kind_T, raw_NT, targets_2T))
+    return out_NT
 
 
 def dims_of(recipe: Recipe, features: FeatureSpec) -> npt.NDArray[np.int64]:
@@ -157,7 +179,8 @@ def score(
     lookup: Lookup,
     dense: Dense,
 ) -> Float32s:
-    """Return the probability of a positive of each task, in the order of `recipe.heads`: float32 [B, T]."""
+    """Return what the model says of each task, in the order of `recipe.heads`: float32 [B, T]. That is the probability
+    of a positive, or the expected value for a task that learns one."""
     batch, slots = slots_BF.shape
     values_NV = lookup(np.ascontiguousarray(slots_BF).reshape(-1))
     values_BFV = values_NV.reshape(batch, slots, values_NV.shape[-1])
@@ -165,4 +188,9 @@ def score(
         used_FV = np.arange(values_BFV.shape[2])[None, :] <= dims_of(recipe, features)[:, None]
         values_BFV = np.where(used_FV, values_BFV, np.float32(0))
     with np.errstate(over="ignore", invalid="ignore"):  # Numbers that no model takes score as NaN.
-        return probabilities(recipe, logits(recipe, values_BFV, numeric_BD, dense), dense.get(PLATT))
+        if NUMBERS in dense:
+            numeric_BD = as_learnt(numeric_BD, dense[NUMBERS])
+        logits_BT = logits(recipe, values_BFV, numeric_BD, dense)
+        return said(
+            recipe, logits_BT, platt_2T=dense.get(PLATT), targets_2T=dense.get(TARGETS), kind_T=kinds_of(recipe)
+        )

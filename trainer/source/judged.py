@@ -23,13 +23,13 @@ from headrace.contract.spec import FeatureSpec
 from headrace.kernels.sample_ids import id_hashes
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.calibration import acceptable, left_out
-from headrace.trainer.source.batch import sample_hashes
+from headrace.trainer.source.batch import heads_of, sample_hashes, targets
 
 U64s = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 
 
-JUDGED = ("event_id", "task", "correction", "label", "weight", "numeric", "spec")
+JUDGED = ("event_id", "task", "correction", "label", "value", "weight", "numeric", "spec")
 """The columns that are looked at."""
 Judge = Callable[[pa.RecordBatch], U64s]
 """Gives running totals of rows of the run's tasks, uint64 [S, J], the first row zeros."""
@@ -60,7 +60,7 @@ def judge_of(project: Project) -> Judge:
 
     def judge(rows: pa.RecordBatch) -> U64s:
         totals_SJ = np.zeros((rows.num_rows + 1, 3), np.uint64)
-        refused_B = refused_rows(rows, spec, digest)
+        refused_B = refused_rows(rows, spec, digest, recipe)
         np.cumsum(id_hashes(rows), out=totals_SJ[1:, 0])
         if refused_B.any():
             np.cumsum(refused_B, out=totals_SJ[1:, 1])
@@ -71,8 +71,8 @@ def judge_of(project: Project) -> Judge:
     return judge
 
 
-def refused_rows(rows: pa.RecordBatch, spec: FeatureSpec, digest: str) -> Bools:
-    """Say which rows no learner of `spec` takes: bool [B].
+def refused_rows(rows: pa.RecordBatch, spec: FeatureSpec, digest: str, recipe: Recipe) -> Bools:
+    """Say which rows no learner of `spec` and `recipe` takes: bool [B].
 
     Numbers that another spec made are not looked at: the trainer featurizes those rows again.
     """
@@ -80,10 +80,10 @@ def refused_rows(rows: pa.RecordBatch, spec: FeatureSpec, digest: str) -> Bools:
     refused_B = np.zeros(rows.num_rows, np.bool_)
     for is_ours, here_B in ((True, ours_B), (False, ~ours_B)):
         if here_B.all() and len(here_B):
-            return ~_acceptable(rows, spec.numerics if is_ours else 0)
+            return ~_acceptable(rows, spec.numerics if is_ours else 0, recipe)
         if here_B.any():
             part = rows.filter(pa.array(here_B))
-            refused_B[here_B] = ~_acceptable(part, spec.numerics if is_ours else 0)
+            refused_B[here_B] = ~_acceptable(part, spec.numerics if is_ours else 0, recipe)
     return refused_B
 
 
@@ -91,16 +91,17 @@ def _left_out(rows: pa.RecordBatch, recipe: Recipe) -> Bools:
     return left_out(recipe, rows["label"].to_numpy(), sample_hashes(rows))
 
 
-def _acceptable(rows: pa.RecordBatch, numerics: int) -> Bools:
+def _acceptable(rows: pa.RecordBatch, numerics: int, recipe: Recipe) -> Bools:
     count = rows.num_rows
     numeric_BD = matrix(rows["numeric"], numerics) if numerics else np.zeros((count, 0))
     batch = Batch(
         np.zeros((count, 0), np.int64),
         np.array(numeric_BD, np.float32),
-        np.array(rows["label"], np.float32),
+        targets(rows, recipe),
         np.array(rows["weight"], np.float32),
         np.zeros(count, np.int64),
-        np.zeros(count, np.int8),
+        # Rows of other tasks are not the run's; they are not judged here.
+        np.maximum(heads_of(rows, recipe), 0),
         np.zeros(count, np.int64),
     )
-    return acceptable(batch, tasks=1)
+    return acceptable(batch, recipe)

@@ -49,7 +49,8 @@ class Source:
         self._generation = generation
         schema, tasks = sample_schema(project), project.recipe.heads
         judge = judge_of(project)
-        self._stored = StoredRows(lake, schema, tasks, f"train-{project.name}", judge=judge)
+        holder, order = f"train-{project.name}", project.recipe.stored_order
+        self._stored = StoredRows(lake, schema, tasks, holder, order=order, judge=judge)
         self._live = LiveRows(schema, tasks, metrics, judge=judge)
         self._ranges = RangeReader(self._stored, self._live, schema)
         self._assigned = False

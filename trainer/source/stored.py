@@ -1,7 +1,12 @@
-"""Stored rows: one version of the lake, in total order (event time, partition, offset, rank)."""
+"""Stored rows: one version of the lake in total order, by event time or as they were known, ties by partition, offset
+and rank."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Literal
+
+import numpy as np
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
@@ -10,17 +15,25 @@ from headrace.contract.interfaces.lake import LakeReader, LakeState
 from headrace.trainer.source.batch import conform, of_tasks
 from headrace.trainer.source.judged import Judge, with_judged
 
-TOTAL_ORDER = [
-    ("event_time_ms", "ascending"),
-    ("partition", "ascending"),
-    ("offset", "ascending"),
-    ("rank", "ascending"),
-]
+StoredOrder = Literal["event_time", "position"]
+"""`Recipe.stored_order`."""
+PLACE = ["partition", "offset", "rank"]
 
 
-def stored_order(rows: pa.Table, tasks: tuple[str, ...]) -> pa.Table:
-    """Return the rows of these tasks in total order."""
-    return of_tasks(rows, tasks).sort_by(TOTAL_ORDER)
+def stored_order(rows: pa.Table, tasks: tuple[str, ...], by: StoredOrder = "event_time") -> pa.Table:
+    """Return the rows of these tasks in total order.
+
+    By `position` each partition's rows follow one another as they did in the log. Those of several partitions go by the
+    newest event time among a partition's rows up to there, which is about when they were known.
+    """
+    ours = of_tasks(rows, tasks)
+    if by == "event_time":
+        return ours.sort_by([(name, "ascending") for name in ("event_time_ms", *PLACE)])
+    ours = ours.sort_by([(name, "ascending") for name in PLACE])
+    partition_N, reached_N = ours["partition"].to_numpy(), ours["event_time_ms"].to_numpy().copy()
+    for begin, end in itertools.pairwise([0, *(np.flatnonzero(np.diff(partition_N)) + 1), len(partition_N)]):
+        np.maximum.accumulate(reached_N[begin:end], out=reached_N[begin:end])
+    return ours.take(pa.array(np.argsort(reached_N, kind="stable")))
 
 
 class StoredRows:
@@ -39,8 +52,10 @@ class StoredRows:
         tasks: tuple[str, ...],
         holder: str,
         *,
+        order: StoredOrder = "event_time",
         judge: Judge | None = None,
     ) -> None:
+        self._order = order
         self._judge = judge
         self._lake, self._schema, self._tasks, self._holder = lake, schema, tasks, holder
         self._rows: pa.Table = schema.empty_table()
@@ -76,7 +91,10 @@ class StoredRows:
         state = self._lake.state(version)
         if state is None:
             raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
-        rows, self.state = stored_order(conform(self._lake.read(version), self._schema), self._tasks), state
+        rows, self.state = (
+            stored_order(conform(self._lake.read(version), self._schema), self._tasks, self._order),
+            state,
+        )
         if not rows.num_rows:
             self.release()
             return

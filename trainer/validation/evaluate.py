@@ -12,6 +12,10 @@ learner's values of today, replaced by the old values of the overlays, from the 
 follows what `OVERLAYS` grid steps touch and not the table, and any learner that can look up and score can be evaluated.
 A row that expired since then scores as one that was never learnt.
 
+Each task has a grid and windows of its own (`windows`), so a fast task does not wait for a slow one. Overlays begin at
+the steps of every grid; a task is scored by those of its own grid, whatever the label. One that no grid needs any more
+is put into the one before it.
+
 Baselines, by the same rules: the constant (AUC 0.5; its log loss is that of the windows' own base rate) and the item's
 click rate so far. Figures are kept for each task, and for each slice of it.
 """
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -38,11 +42,15 @@ from headrace.trainer.model.tables.table import Int64s, KeyIndex
 from headrace.trainer.validation.drift import LabelRateWatch, RateChange
 from headrace.trainer.validation.figures import Bools, Figures, Float64s, Scored, State, Tally
 from headrace.trainer.validation.slices import Slices
+from headrace.trainer.validation.value_figures import ValueFigures, ValueTally
+from headrace.trainer.validation.windows import AnyTally, TaskWindows
 
 logger = logging.getLogger("headrace.train")
 
+AnyFigures = Figures | ValueFigures
 OVERLAYS = 8
-FORMAT = 2
+"""Of each grid."""
+FORMAT = 3
 """The format of `state`. Figures begin anew where a checkpoint holds another."""
 _PRIOR, _STRENGTH = 0.5, 10.0
 
@@ -53,8 +61,8 @@ class ClosedWindow:
 
     end_ms: int
     task: str
-    figures: Figures
-    slices: Mapping[str, Figures]
+    figures: AnyFigures
+    slices: Mapping[str, AnyFigures]
     change: RateChange | None
     """The label rate compared with the usual one; None while too few samples came since the last comparison."""
 
@@ -70,6 +78,21 @@ class Scorer(Protocol):
 
     def dense(self) -> dict[str, Float32s]:
         """Return copies of all other weights by name."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is told of one task before and after its first window is closed."""
+
+    figures: AnyFigures
+    slices: Mapping[str, AnyFigures]
+    is_provisional: bool
+    """True while no window is closed: the figures are of what is resolved so far, and late feedback may change them."""
+    next_in_ms: int
+    """Event time to the first provisional figure, then to the first closed window; then 0."""
+    recent_samples: int
+    recent_calibration: float
+    """Of the newest impressions whose windows have passed, a window's length or more of them; late feedback aside."""
 
 
 class _OldValues:
@@ -94,6 +117,11 @@ class _OldValues:
             self._values_RV = grown_RV
         self._values_RV[before:count] = values_of(self.index.keys_R[before:count].copy())
 
+    def take_in(self, later: _OldValues) -> None:
+        """Become the old values of both spans: what both touched has this one's."""
+        keys_K = later.index.keys_R[: len(later.index)].copy()
+        self.remember(keys_K, lambda fresh_K: later._values_RV[later.index.find(fresh_K)])
+
     def put_over(self, keys_K: Int64s, values_KV: npt.NDArray[np.floating]) -> None:
         """Replace values by the old ones, where a key has one here."""
         rows_K = self.index.find(keys_K)
@@ -107,30 +135,36 @@ class _Overlay:
     dense: dict[str, Float32s]
     rows: _OldValues
     items: _OldValues
+    grids: set[int]
+    """Grids, by their step, of which it is."""
 
 
 class Evaluation:
     """Scores samples honestly and keeps the figures. Changes nothing of the learner."""
 
-    def __init__(self, features: FeatureSpec, tasks: Sequence[Task], *, key_field: str, slices: Slices) -> None:
-        window_ms = max(task.window_ms + task.correct_ms for task in tasks)
+    def __init__(
+        self,
+        features: FeatureSpec,
+        tasks: Sequence[Task],
+        *,
+        key_field: str,
+        slices: Slices,
+        values: Collection[str] = (),
+    ) -> None:
         self.tasks, self.slices = tuple(task.name for task in tasks), slices
-        self.grid_ms = max(max(task.window_ms for task in tasks) // 4, 100)
-        self.span_ms = max(5 * max(task.window_ms for task in tasks), 10_000)
-        self.close_after_ms = window_ms
+        self.is_value_T = np.array([task.name in values for task in tasks])
+        """Tasks that learn a value."""
+        self.windows = [TaskWindows(task, ValueTally if task.name in values else Tally) for task in tasks]
+        self.grid_ms_T = [max(task.window_ms // 4, 100) for task in tasks]
         self.item_slot = item_slot(features, key_field)
         self.known_ms = -1
-        self.totals = [Tally() for _ in tasks]
-        self.newest = [Tally() for _ in tasks]
         self.label_rates = [LabelRateWatch() for _ in tasks]
         self.unscored = 0
         """Samples that no lagged model could score: those of the first moments after a start, and very late ones."""
-        self._open: dict[int, list[Tally]] = {}
-        self._closed_below = -1
-        self._overlays: deque[_Overlay] = deque(maxlen=OVERLAYS)
+        self._overlays: deque[_Overlay] = deque()
         self._items = KeyIndex()
         self._counts_RC: Float64s = np.zeros((0, 2 * len(tasks)))
-        """By item: clicks and impressions of each task."""
+        """By item: clicks, or the sum of values, and impressions of each task."""
 
     def before(self, learner: Scorer, batch: Batch) -> tuple[Float32s, Float32s]:
         """Return the lagged scores of the model and of the item rate; NaN where no lagged model is old enough.
@@ -138,9 +172,7 @@ class Evaluation:
         Call it before each batch is learnt: what the batch will change is remembered here.
         """
         score_B, item_B = np.full(len(batch), np.nan, np.float32), np.full(len(batch), np.nan, np.float32)
-        which_B = (
-            np.searchsorted([overlay.known_ms for overlay in self._overlays], batch.event_time_ms_B, side="right") - 1
-        )
+        which_B = self._which(batch)
         for which in np.unique(which_B[which_B >= 0]):
             here_B = which_B == which
             part = batch.where(here_B)
@@ -161,95 +193,122 @@ class Evaluation:
         """Count a batch that was learnt, `rows` its samples; return the windows that it closed, oldest first."""
         good_B = np.isfinite(score_B)
         self.unscored += int((~good_B).sum())
+        good_B &= np.isfinite(batch.label_B)
         correction_B = _marked(rows)
-        scored = Scored(score_B, item_B, batch.label_B > 0.5, correction_B, self.slices.numbers(rows))
-        window_B = batch.event_time_ms_B // self.span_ms
-        for window in np.unique(window_B[good_B]):
-            late = int(window) <= self._closed_below
-            tallies = self.totals if late else self._open.setdefault(int(window), [Tally() for _ in self.tasks])
-            for task, tally in enumerate(tallies):
-                here_B = good_B & (window_B == window) & (batch.task_B == task)
-                if here_B.any():
-                    tally.add(scored.where(here_B))
+        scored = Scored(
+            *(score_B, item_B, batch.label_B > 0.5, correction_B, self.slices.numbers(rows)),
+            batch.label_B if self.is_value_T.any() else np.empty(0, np.float32),
+        )
+        for task, windows in enumerate(self.windows):
+            here_B = good_B & (batch.task_B == task)
+            if here_B.any():
+                windows.add(scored.where(here_B), batch.event_time_ms_B[here_B])
         self._count_items(batch, correction_B)
         known = max(self.known_ms, int(known_ms_B.max(initial=-1)))
-        if known // self.grid_ms > self.known_ms // self.grid_ms or not self._overlays:
+        due = {g for g in self.grid_ms_T if known // g > self.known_ms // g or not self._overlays}
+        if due:
             self._begin_overlay(learner, known)
+            self._overlays[-1].grids = due
+            self._thin_out()
         self.known_ms = known
         return self._close()
 
     def state(self) -> State:
         """Return what a checkpoint keeps; overlays are not kept, so a restart leaves a window unscored."""
-        windows = sorted(self._open)
         out: State = {
             "format": np.array([FORMAT]),
             "tasks": np.array(self.tasks),
+            "values": self.is_value_T.copy(),
             "slices": np.array(list(self.slices.names), np.str_),
-            "windows": np.array(windows, np.int64),
-            "times": np.array([self.known_ms, self._closed_below, self.unscored], np.int64),
+            "times": np.array([self.known_ms, self.unscored], np.int64),
             "item_keys": self._items.keys_R[: len(self._items)].copy(),
             "item_counts": self._counts_RC[: len(self._items)].copy(),
         }
         out |= {f"label_rate.{task}": watch.state() for task, watch in enumerate(self.label_rates)}
-        for number, tallies in enumerate((self.totals, self.newest, *(self._open[w] for w in windows))):
-            for task, tally in enumerate(tallies):
-                out |= {f"{number}.{task}.{name}": array for name, array in tally.state().items()}
+        for task, windows in enumerate(self.windows):
+            out |= {f"windows.{task}.{name}": array for name, array in windows.state().items()}
         return out
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Replace everything by what `state` returned; a state of another format or other tasks changes nothing."""
-        if int(state.get("format", np.zeros(1))[0]) != FORMAT or tuple(state["tasks"].tolist()) != self.tasks:
+        if int(state.get("format", np.zeros(1))[0]) != FORMAT or (
+            tuple(state["tasks"].tolist()) != self.tasks or state["values"].tolist() != self.is_value_T.tolist()
+        ):
             logger.warning("the checkpoint holds figures of another format or other tasks: figures begin anew")
             return
         self.slices.load([str(name) for name in state["slices"].tolist()])
-        windows = [int(w) for w in state["windows"]]
-        loaded = [
-            [
-                Tally.load({n.removeprefix(lead): a for n, a in state.items() if n.startswith(lead)})
-                for lead in (f"{number}.{task}." for task in range(len(self.tasks)))
-            ]
-            for number in range(2 + len(windows))
-        ]
-        self.totals, self.newest = loaded[0], loaded[1]
-        self._open = dict(zip(windows, loaded[2:], strict=True))
+        for task, windows in enumerate(self.windows):
+            lead = f"windows.{task}."
+            windows.load({n.removeprefix(lead): a for n, a in state.items() if n.startswith(lead)})
         for task, watch in enumerate(self.label_rates):
             watch.load(np.asarray(state[f"label_rate.{task}"], np.float64))
-        self.known_ms, self._closed_below, self.unscored = (int(x) for x in state["times"])
+        self.known_ms, self.unscored = (int(x) for x in state["times"])
         self._overlays.clear()
         self._items = KeyIndex()
         self._items.insert(state["item_keys"].astype(np.int64))
         self._counts_RC = np.array(state["item_counts"], np.float64)
 
-    def total(self, task: str) -> tuple[Figures, dict[str, Figures]]:
+    def total(self, task: str) -> tuple[AnyFigures, dict[str, AnyFigures]]:
         """Return a task's figures over all closed windows, and those of its slices by name."""
-        return self._named(self.totals[self.tasks.index(task)])
+        return self._named(self.windows[self.tasks.index(task)].total)
 
-    def _named(self, tally: Tally) -> tuple[Figures, dict[str, Figures]]:
+    def standing(self, task: str) -> Standing:
+        """Return what is known of a task now: `total`, or before that what is resolved so far."""
+        windows = self.windows[self.tasks.index(task)]
+        settled = windows.is_settled or windows.total.figures().samples > 0
+        tally = windows.total if settled else windows.provisional(self.known_ms)
+        figures, slices = self._named(tally)
+        next_in_ms = 0 if settled else windows.next_in_ms(self.known_ms, provisional=figures.samples > 0)
+        return Standing(figures, slices, not settled, next_in_ms, *windows.recent())
+
+    def _named(self, tally: AnyTally) -> tuple[AnyFigures, dict[str, AnyFigures]]:
         names = self.slices.names
         return tally.figures(), {names[g]: figures for g, figures in tally.slice_figures().items()}
 
     def _close(self) -> list[ClosedWindow]:
         closed = []
-        for window in sorted(self._open):
-            end = (window + 1) * self.span_ms
-            if end + self.close_after_ms > self.known_ms:
-                break
-            self.newest = self._open.pop(window)
-            self._closed_below = window
-            for task, tally in enumerate(self.newest):
-                self.totals[task].merge(tally)
+        for task, windows in enumerate(self.windows):
+            for end, tally in windows.close(self.known_ms):
                 figures, slices = self._named(tally)
                 if figures.samples > 0:
-                    positives = float(tally.model_2N[1].sum())
-                    change = self.label_rates[task].take(positives, figures.samples)
+                    change = self.label_rates[task].take(tally.positives, figures.samples)
                     closed.append(ClosedWindow(end, self.tasks[task], figures, slices, change))
-        return closed
+        return sorted(closed, key=lambda window: window.end_ms)
+
+    def _which(self, batch: Batch) -> Int64s:
+        """Return which overlay scores each sample, the newest of its task's grid that knew nothing later: int64 [B]."""
+        which_B = np.full(len(batch), -1, np.int64)
+        for grid in set(self.grid_ms_T):
+            own = np.array([i for i, overlay in enumerate(self._overlays) if grid in overlay.grids], np.int64)
+            if not len(own):
+                continue
+            known = [self._overlays[i].known_ms for i in own]
+            at_B = np.searchsorted(known, batch.event_time_ms_B, side="right") - 1
+            here_B = np.array([g == grid for g in self.grid_ms_T])[batch.task_B] & (at_B >= 0)
+            which_B[here_B] = own[at_B[here_B]]
+        return which_B
+
+    def _thin_out(self) -> None:
+        """Keep the newest `OVERLAYS` of each grid."""
+        for grid in set(self.grid_ms_T):
+            for overlay in [o for o in self._overlays if grid in o.grids][:-OVERLAYS]:
+                overlay.grids.discard(grid)
+        while not self._overlays[0].grids:
+            self._overlays.popleft()
+        kept: deque[_Overlay] = deque()
+        for overlay in self._overlays:
+            if overlay.grids:
+                kept.append(overlay)
+            else:
+                kept[-1].rows.take_in(overlay.rows)
+                kept[-1].items.take_in(overlay.items)
+        self._overlays = kept
 
     def _begin_overlay(self, learner: Scorer, known_ms: int) -> None:
-        """Begin an overlay; where there are `OVERLAYS` already, the oldest goes."""
+        """Begin an overlay."""
         width = learner.lookup(np.empty(0, np.int64)).shape[1]
         rows, items = _OldValues(width, np.float32), _OldValues(self._counts_RC.shape[1], np.float64)
-        self._overlays.append(_Overlay(known_ms, learner.dense(), rows, items))
+        self._overlays.append(_Overlay(known_ms, learner.dense(), rows, items, set()))
 
     def _rows_at(self, learner: Scorer, which: int, keys_K: Int64s) -> Float32s:
         values_KV = learner.lookup(keys_K)
@@ -283,7 +342,13 @@ class Evaluation:
         counts_BC = self._items_at(which, np.ascontiguousarray(batch.slots_BF[:, self.item_slot]))
         at_B, task_B = np.arange(len(batch)), 2 * batch.task_B.astype(np.int64)
         clicks_B, shown_B = counts_BC[at_B, task_B], counts_BC[at_B, task_B + 1]
-        rate_B: Float32s = ((clicks_B + _PRIOR * _STRENGTH) / (shown_B + _STRENGTH)).astype(np.float32)
+        prior_T = np.full(len(self.tasks), _PRIOR)
+        if self.is_value_T.any():
+            sums_C = self._counts_RC.sum(axis=0)
+            mean_T = sums_C[0::2] / np.maximum(sums_C[1::2], 1)
+            prior_T = np.where(self.is_value_T, mean_T, prior_T)
+        prior_B = prior_T[batch.task_B] * _STRENGTH
+        rate_B: Float32s = ((clicks_B + prior_B) / (shown_B + _STRENGTH)).astype(np.float32)
         return rate_B
 
     def _count_items(self, batch: Batch, correction_B: Bools) -> None:
@@ -293,7 +358,7 @@ class Evaluation:
         missing = len(self._items) - len(self._counts_RC)
         if missing > 0:
             self._counts_RC = np.concatenate([self._counts_RC, np.zeros((missing, self._counts_RC.shape[1]))])
-        known_B = rows_B >= 0
+        known_B = (rows_B >= 0) & np.isfinite(batch.label_B)
         task_B = 2 * batch.task_B.astype(np.int64)
         np.add.at(self._counts_RC, (rows_B[known_B], task_B[known_B]), batch.label_B[known_B])
         shown_B = known_B & ~correction_B

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +67,10 @@ class Figures:
             "calibration": self.calibration,
         }
 
+    def beside(self) -> dict[str, float]:
+        """Return the baselines."""
+        return {"auc_item_rate": self.auc_item_rate, "log_loss_constant": self.log_loss_constant}
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -77,6 +81,8 @@ class Scored:
     positive_B: Bools
     correction_B: Bools
     groups_BK: Int64s
+    label_B: Float32s = field(default_factory=lambda: np.empty(0, np.float32))
+    """Values, of a task that learns one."""
 
     def where(self, keep_B: Bools) -> Scored:
         """Return the samples that `keep_B` marks, in their order."""
@@ -86,6 +92,7 @@ class Scored:
             self.positive_B[keep_B],
             self.correction_B[keep_B],
             self.groups_BK[keep_B],
+            self.label_B[keep_B] if len(self.label_B) else self.label_B,
         )
 
 
@@ -116,6 +123,16 @@ class Tally:
         self._reserve(groups)
         self.slices_G2N[:groups] += other.slices_G2N
         self.slice_sums_G2[:groups] += other.slice_sums_G2
+
+    @property
+    def balance(self) -> tuple[float, float, float]:
+        """Samples, sum of their labels, sum of the scores."""
+        return float(self.model_2N.sum()), self.positives, float(self.sums_2[1])
+
+    @property
+    def positives(self) -> float:
+        """How many samples are positive."""
+        return float(self.model_2N[1].sum())
 
     def figures(self) -> Figures:
         """Return the figures of all samples."""

@@ -38,12 +38,18 @@ _WINDOWS: dict[str, Name] = {
     "log_loss": "window_log_loss",
     "normalized_entropy": "window_normalized_entropy",
     "calibration": "window_calibration",
+    "mae": "window_mae",
+    "rmse": "window_rmse",
+    "concordance": "window_concordance",
 }
 _SLICES: dict[str, Name] = {
     "auc": "slice_auc",
     "log_loss": "slice_log_loss",
     "normalized_entropy": "slice_normalized_entropy",
     "calibration": "slice_calibration",
+    "mae": "slice_mae",
+    "rmse": "slice_rmse",
+    "concordance": "slice_concordance",
 }
 
 
@@ -93,8 +99,7 @@ class Report:
                     for kind, value in figures.shown().items()
                 }
                 values |= {
-                    f"2_windows/auc_item_rate/{window.task}": window.figures.auc_item_rate,
-                    f"2_windows/log_loss_constant/{window.task}": window.figures.log_loss_constant,
+                    **{f"2_windows/{kind}/{window.task}": value for kind, value in window.figures.beside().items()},
                     f"2_windows/label_rate/{window.task}": window.figures.label_rate,
                     f"2_windows/predicted_rate/{window.task}": window.figures.predicted_rate,
                     f"2_windows/samples/{window.task}": window.figures.samples,
@@ -152,26 +157,38 @@ class Report:
 
     def _tell_totals(self, evaluation: Evaluation) -> dict[str, float]:
         values: dict[str, float] = {}
+        metrics = self._metrics
         for task in evaluation.tasks:
-            figures, slices = evaluation.total(task)
+            standing = evaluation.standing(task)
+            metrics.set("figures_provisional", float(standing.is_provisional), task=task)
+            metrics.set("next_figure_seconds", standing.next_in_ms / 1000, task=task)
+            if task == self._main:
+                metrics.set("main_next_figure_seconds", standing.next_in_ms / 1000)
+            if math.isfinite(standing.recent_calibration):
+                metrics.set("recent_calibration", standing.recent_calibration, task=task)
+                metrics.set("recent_samples", standing.recent_samples, task=task)
+            figures = standing.figures
             if not figures.samples:
                 continue
-            if task == self._main:
+            if task == self._main and isinstance(figures, Figures):
                 self._tell_main(figures)
-            by_slice = {"": figures, **slices} if len(evaluation.tasks) > 1 else slices
+            is_alone = len(evaluation.tasks) == 1 and isinstance(figures, Figures)
+            by_slice = standing.slices if is_alone else {"": figures, **standing.slices}
             for name, of_slice in by_slice.items():
                 for kind, value in of_slice.shown().items():
                     if math.isfinite(value):
-                        self._metrics.set(_SLICES[kind], value, task=task, slice=name)
-            values |= {f"1_figures/{kind}/{task}": value for kind, value in figures.shown().items()}
-            values[f"1_figures/auc_item_rate/{task}"] = figures.auc_item_rate
-            values[f"1_figures/log_loss_constant/{task}"] = figures.log_loss_constant
+                        metrics.set(_SLICES[kind], value, task=task, slice=name)
+            group = "1_figures_provisional" if standing.is_provisional else "1_figures"
+            values |= {
+                f"{group}/{kind}/{task}": value for kind, value in {**figures.shown(), **figures.beside()}.items()
+            }
         return values
 
     def _tell_main(self, figures: Figures) -> None:
         shown = figures.shown()
         for name in _TOTALS:
-            self._metrics.set(name, shown[name])
+            if math.isfinite(shown[name]):
+                self._metrics.set(name, shown[name])
         self._metrics.set("auc_constant", figures.auc_constant)
         self._metrics.set("auc_item_rate", figures.auc_item_rate)
 

@@ -171,7 +171,12 @@ class Upkeep:
     def history(self, limit: int | None = None) -> list[Version]:
         """Return the versions that the log knows, newest first. Raises `Unavailable`."""
         try:
-            return [_version(entry) for entry in self._open().history(limit)]
+            while True:
+                # delta-rs reads what the log has by then, and counts back from the version that it opened.
+                table = self._open()
+                entries = table.history(limit)
+                if self._open().version() == table.version():
+                    return [_version(entry) for entry in entries]
         except (DeltaError, OSError) as error:
             raise self._away("asked for its history", error) from error
 

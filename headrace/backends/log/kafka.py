@@ -287,11 +287,13 @@ class KafkaReader:
 
     def _partitions(self, topic: str, timeout_s: float | None = None) -> list[int]:
         try:
-            meta = self._consumer.list_topics(topic, timeout=timeout_s or self._timeout_s).topics[topic]
+            meta = self._consumer.list_topics(topic, timeout=timeout_s or self._timeout_s).topics.get(topic)
         except ck.KafkaException as error:
             raise Unavailable(f"Kafka does not answer: {error}. `headrace status` shows the broker.") from error
-        if meta.error is not None or not meta.partitions:
-            raise Unavailable(f"topic {topic!r}: {meta.error or 'no partitions'}; `headrace up` creates it.")
+        # After a broker's crash the metadata may lack some for a while: that is never "nothing to read".
+        if meta is None or meta.error is not None or sorted(meta.partitions) != [*range(len(meta.partitions) or 1)]:
+            why = (meta and meta.error) or "partitions are missing"
+            raise Unavailable(f"topic {topic!r}: {why}; `headrace up` creates it.")
         self._link.back()
         return sorted(meta.partitions)
 
@@ -394,6 +396,8 @@ class KafkaAdmin:
         told = self._told(names)
         topics = self._metadata().topics
         for name in names:
+            if name not in topics or not topics[name].partitions:
+                raise Unavailable(f"topic {name!r}: the brokers' metadata lack it; a new start asks again.")
             found = min(len(partition.replicas) for partition in topics[name].partitions.values())
             if found < replication:
                 self._tell_copies(

@@ -22,6 +22,14 @@ def add_stack_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port-base", type=int, metavar="N", help="moves all ports together (PORT_BASE)")
 
 
+def add_names(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a verb that is about named processes."""
+    add_stack_flags(parser)
+    parser.add_argument(
+        "names", metavar="NAME", nargs="+", help="as `headrace status` shows them, such as ingest, train"
+    )
+
+
 def new_layout(args: argparse.Namespace) -> Layout:
     """Return the stack that flags and environment ask for; what an earlier `up` wrote does not count.
 

@@ -9,17 +9,11 @@ from __future__ import annotations
 import argparse
 import time
 
-from headrace.cli.stack.flags import add_stack_flags, present_layout
+from headrace.cli.stack.flags import add_names, present_layout
 from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.stack import restart
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this verb's flags."""
-    add_stack_flags(parser)
-    parser.add_argument(
-        "names", metavar="NAME", nargs="+", help="as `headrace status` shows them, such as ingest, train"
-    )
+add_arguments = add_names
 
 
 def main(args: argparse.Namespace) -> int:

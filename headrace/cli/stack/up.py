@@ -17,17 +17,15 @@ from headrace.cli.addresses import HOST
 from headrace.cli.project_folder import is_demo, load_project
 from headrace.cli.rules_topic import rules_topic
 from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, table
+from headrace.cli.stack.follow import follow
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.stack import STAGES, start, stop
-from headrace.deploy.local.status_line import StatusLine
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.stream.rule_changes import unapplied
-
-LINE_S = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +70,8 @@ def main(args: argparse.Namespace) -> int:
             print("\n".join(f"  {line}" for line in (*lines, "`headrace spec apply` puts it in force.")), flush=True)
         if args.detach:
             return 0
-        _follow(layout)
+        print("a line every few seconds; Ctrl-C stops everything", flush=True)
+        follow(layout)
     except KeyboardInterrupt:
         print("\nstopping", flush=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -112,15 +111,3 @@ def _show(layout: Layout, took_s: float) -> None:
     )
     print(f"  lake         {layout.store.removeprefix('file:')}/lake/samples")
     print("  make status, make logs STAGE=train, make down", flush=True)
-
-
-def _follow(layout: Layout) -> None:
-    status = StatusLine(layout)
-    print("a line every few seconds; Ctrl-C stops everything", flush=True)
-    while True:
-        time.sleep(LINE_S)
-        print(status.line(), flush=True)
-        supervisor = Supervisor(layout)
-        if not supervisor.running() and not supervisor.unanswered():
-            print("the stack was stopped from outside", flush=True)
-            return

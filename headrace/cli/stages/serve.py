@@ -100,7 +100,16 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
     metrics.health.expect(LOOP, ready_s=LOOP_READY_S, healthy_s=LOOP_HEALTHY_S)
     turned = partial(metrics.health.seen, LOOP)
     try:
-        return answer_requests(make_app(app), listener, stop, jobs=jobs, workers=workers, turned=turned)
+        return answer_requests(
+            make_app(app),
+            listener,
+            stop,
+            jobs=jobs,
+            workers=workers,
+            turned=turned,
+            connections_max=runtime.config.serve.connections_max,
+            refused=lambda reason: metrics.add("connections_refused_total", reason=reason),
+        )
     finally:
         impressions.close()
 

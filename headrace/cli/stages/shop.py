@@ -14,6 +14,7 @@ import os
 from functools import partial
 
 from headrace.cli.addresses import HOST
+from headrace.cli.project_folder import is_demo
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected
 from headrace.examples.shop.catalogue import Catalogue, Site, load_items
@@ -38,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run until SIGTERM."""
     runtime, stop = open_runtime(args), stop_event()
+    if not is_demo(runtime.project_dir):
+        raise ConfigRejected(
+            f"{runtime.project_dir} is not the demo shop, whose visitors would send it events that it does not know. "
+            "`headrace traffic` plays the visitors of its own traffic.py."
+        )
     metrics = runtime.metrics("shop")
     rate = args.rate if args.rate is not None else _rate(os.environ.get("RATE") or str(RATE))
     folder = find_data(runtime.project_dir, os.environ.get("DATA"))

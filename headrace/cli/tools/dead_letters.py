@@ -86,6 +86,7 @@ def main(args: argparse.Namespace) -> int:
     """Run one of the three."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
+    runtime.require_kafka()
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
     chosen = _filter(args, runtime.clock.now_ms())
     if args.action == "retry":

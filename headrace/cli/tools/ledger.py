@@ -29,6 +29,7 @@ def main(args: argparse.Namespace) -> int:
     """Draw the ledger of the running stack and print it."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
+    runtime.require_kafka()
     lake = runtime.lake(with_leases=False)
     topics, admin = runtime.topics, runtime.admin()
     ledger = take_stock(

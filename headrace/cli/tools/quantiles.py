@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.contract.crawl import external_columns
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, listed
 from headrace.contract.project import LISTS
 from headrace.stream.features.sketch import Sketch
 
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     if kind is None or kind in LISTS or kind in ("string", "bool"):
         numbers = [name for name, kind in columns.items() if kind not in (*LISTS, "string", "bool")]
         raise ConfigRejected(
-            f"--field {args.field!r} is {kind or 'not declared'}; quantiles are of numbers, which are {numbers}."
+            f"--field {args.field!r} is {kind or 'not declared'}; quantiles are of numbers: {listed(numbers)}."
         )
     if args.bins < 2:
         raise ConfigRejected(f"--bins is {args.bins}; two parts are the least.")

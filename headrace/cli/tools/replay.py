@@ -33,6 +33,7 @@ def main(args: argparse.Namespace) -> int:
     from headrace.replay.as_trained import as_trained
 
     runtime = open_runtime(args)
+    runtime.require_kafka()
     # Whatever else is silent: a replay takes as long as the training did.
     logger.setLevel(logging.INFO)
     torch.set_num_threads(runtime.config.train.threads)

@@ -19,10 +19,15 @@ from typing import Any
 
 import msgspec
 
-from headrace.cli.rules_topic import rules_topic
+from headrace.cli.rules_topic import has_states, rules_topic
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.project import Project
 from headrace.contract.rules import Change, Rules, differences, rules_of
+from headrace.contract.spec import Custom
+from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.stack import restart
+from headrace.deploy.local.supervise import Supervisor
 from headrace.stream.rule_changes import Applied, History, apply, check_follows, read_history
 
 
@@ -31,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.add_argument("what", choices=["show", "apply", "history"], nargs="?", default="show")
     parser.add_argument("--dry-run", action="store_true", help="apply: say what would change, and write nothing")
+    parser.add_argument("--restart", action="store_true", help="apply: restart the stages here that it concerns")
     parser.add_argument("--json", action="store_true", help="print one JSON object for programs")
     parser.set_defaults(log_level="WARNING")
 
@@ -38,9 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Show or change; 0 when done, and when there was nothing to do."""
     runtime = open_runtime(args)
+    runtime.require_kafka()
     runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
     if args.what == "apply":
         said, text = _apply(runtime, dry=args.dry_run)
+        if args.restart and said["applied"]:
+            text += "\n" + "\n".join(_restarted(runtime, said["restart"]))
     else:
         with rules_topic(runtime.brokers, runtime.topics) as writer:
             history = read_history(writer)
@@ -62,16 +71,19 @@ def _apply(runtime: Runtime, *, dry: bool) -> tuple[dict[str, Any], str]:
             runtime.project,
             now_ms=runtime.clock.now_ms(),
             dry=dry,
+            has_states=lambda: has_states(runtime.blobs, runtime.topics.generation, partitions),
         )
     lines = differences(before.rules, rules_of(runtime.project)) if before is not None else []
+    stages = concerned(before.rules if before is not None else None, runtime.project)
     said = {
         "applied": applied.is_new and not dry,
         "repaired": applied.is_repaired and not dry,
         "digest": rules_of(runtime.project).digest(),
         "number": _number(applied),
         "changes": lines,
+        "restart": stages,
     }
-    return said, "\n".join([*_repaired(applied, before, dry=dry), *_outcome(applied, lines, dry=dry)])
+    return said, "\n".join([*_repaired(applied, before, dry=dry), *_outcome(applied, lines, stages, dry=dry)])
 
 
 def _number(applied: Applied) -> int:
@@ -86,7 +98,7 @@ def _repaired(applied: Applied, before: Change | None, *, dry: bool) -> list[str
     return [f"change {before.number} was begun and not finished: it {done} into every partition again."]
 
 
-def _outcome(applied: Applied, lines: list[str], *, dry: bool) -> list[str]:
+def _outcome(applied: Applied, lines: list[str], stages: list[str], *, dry: bool) -> list[str]:
     newest = applied.history.newest
     if not applied.is_new and newest is not None:
         return [f"nothing to do: rules {newest.digest} are in force (change {newest.number})."]
@@ -99,10 +111,43 @@ def _outcome(applied: Applied, lines: list[str], *, dry: bool) -> list[str]:
         f"change {newest.number}, rules {newest.digest}:",
         *told,
         f"in force from these offsets of events: {where}." if offsets else f"in force from {where}.",
-        "What waits is labelled by the rules it was read under. Now restart `ingest`, which takes new fields, then",
-        "`train` (here: `headrace restart ingest train`): a new model learns the lake while the old one is served, and",
-        "serving goes over when it is done. Where the new features read new fields, restart `serve` before `train`.",
+        "What waits is labelled by the rules it was read under. Restart, in this order, what read the old ones:",
+        f"  headrace restart {' '.join(stages)}",
+        "`--restart` does so. A new model learns the lake while the old one is served, until it is done.",
     ]
+
+
+def concerned(before: Rules | None, project: Project) -> list[str]:
+    """Return the stages that a change concerns, in the order in which they are restarted.
+
+    `ingest` takes new fields; `stream` and `aggregate` load own functions that are new; `crawl` fetches new sources;
+    `serve` asks for what new features read, before `train` publishes a model of them.
+    """
+    after = rules_of(project)
+    if before is None:
+        return []
+    old, new = before.features, after.features
+    customs = [{f for f in spec.features if isinstance(f, Custom)} for spec in (old, new)]
+    found = {
+        "ingest": (before.fields, before.feedback) != (after.fields, after.feedback),
+        "stream": not customs[1] <= customs[0],
+        "aggregate": not customs[1] <= customs[0],
+        "crawl": before.crawls != after.crawls,
+        "serve": old != new or before.fields != after.fields or before.crawls != after.crawls,
+        "train": True,
+    }
+    return [stage for stage, is_concerned in found.items() if is_concerned]
+
+
+def _restarted(runtime: Runtime, stages: list[str]) -> list[str]:
+    layout = Layout.saved(runtime.home)
+    here = {p.name for p in Supervisor(layout).processes()} if layout is not None else set()
+    if layout is None or not here:
+        return [f"no stack runs in {runtime.home}: restart {', '.join(stages)} where they run."]
+    said: list[str] = []
+    for stage in (each for each in stages if each in here):
+        restart(layout, [stage], said.append)
+    return said
 
 
 def _show(runtime: Runtime, history: History) -> tuple[dict[str, Any], str]:

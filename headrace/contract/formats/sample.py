@@ -55,9 +55,11 @@ TAIL = (
     pa.field("numeric", pa.list_(pa.float32()), nullable=False),
     pa.field("spec", pa.string(), nullable=False),
     pa.field("correction", pa.bool_()),
+    pa.field("value", pa.float64()),
 )
 """`slots` has F ids a row (uint64 bits in int64, since the lake knows no unsigned), `numeric` D numbers. `correction`
-is true on a positive that comes beside a negative of the same impression and task."""
+is true on a positive that comes beside a negative of the same impression and task. `value` is that of the feedback;
+null for a negative, and where the feedback brought none."""
 
 LAKE_HOURS = (
     pa.field("event_date", pa.date32(), nullable=False),

@@ -82,11 +82,12 @@ class Reader(Protocol):
         returned. It moves past offsets without such a record too, in a `poll` that waits for the next one."""
 
     def begin_offsets(self, topic: str) -> dict[int, int]:
-        """Return the first kept offset of each partition."""
+        """Return the first kept offset of every partition. Raises `Unavailable` where the log does not tell all."""
 
     def end_offsets(self, topic: str) -> dict[int, int]:
         """Return, a partition, the offset that a reader can read up to now: the one that the next record will get, or
-        that of the first record of the oldest open transaction."""
+        that of the first record of the oldest open transaction. Every partition is told, or it raises `Unavailable`:
+        a log that does not know a topic does not say that there is nothing to read."""
 
     def close(self) -> None:
         """Stop reading and free what the reader holds."""

@@ -31,7 +31,11 @@ INGEST: Mapping[Name, MetricDoc] = {
     "chunks_acked_total": MetricDoc("counter", "chunks", ("ingest",), "Chunks whose shippers got an ack."),
     "connections_open": MetricDoc("gauge", "connections", ("ingest",), "Connections of shippers that are open now."),
     "connections_refused_total": MetricDoc(
-        "counter", "connections", ("ingest",), "Connections and requests that were refused.", labels=("reason",)
+        "counter",
+        "connections",
+        ("ingest", "serve"),
+        "Connections and requests that were refused.",
+        labels=("reason",),
     ),
     "buffer_bytes": MetricDoc(
         "gauge", "bytes", ("ingest",), "Bytes that were read and that Kafka has not confirmed yet."

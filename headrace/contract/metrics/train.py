@@ -69,6 +69,55 @@ TRAIN: Mapping[Name, MetricDoc] = {
     "slice_calibration": MetricDoc(
         "gauge", "ratio", ("train",), "Calibration over all closed windows.", labels=("task", "slice")
     ),
+    "window_mae": MetricDoc(
+        "gauge", "value", ("train",), "Mean absolute error of the newest closed window.", labels=("task", "slice")
+    ),
+    "window_rmse": MetricDoc(
+        "gauge", "value", ("train",), "Root mean square error of the newest closed window.", labels=("task", "slice")
+    ),
+    "window_concordance": MetricDoc(
+        "gauge",
+        "ratio",
+        ("train",),
+        "Share of pairs of different values that are scored in order, of the newest closed window.",
+        labels=("task", "slice"),
+    ),
+    "slice_mae": MetricDoc(
+        "gauge", "value", ("train",), "Mean absolute error over all closed windows.", labels=("task", "slice")
+    ),
+    "slice_rmse": MetricDoc(
+        "gauge", "value", ("train",), "Root mean square error over all closed windows.", labels=("task", "slice")
+    ),
+    "slice_concordance": MetricDoc(
+        "gauge", "ratio", ("train",), "Concordance over all closed windows.", labels=("task", "slice")
+    ),
+    "figures_provisional": MetricDoc(
+        "gauge",
+        "bool",
+        ("train",),
+        "1 until a task's first window is closed: figures over closed windows are of what is resolved so far.",
+        labels=("task",),
+    ),
+    "next_figure_seconds": MetricDoc(
+        "gauge",
+        "seconds",
+        ("train",),
+        "Event time to a task's first provisional figure, then to its first closed window; then 0.",
+        labels=("task",),
+    ),
+    "main_next_figure_seconds": MetricDoc(
+        "gauge", "seconds", ("train",), "next_figure_seconds of the main task: above 0 its figures are provisional."
+    ),
+    "recent_calibration": MetricDoc(
+        "gauge",
+        "ratio",
+        ("train",),
+        "Calibration of the newest impressions whose windows have passed, before late feedback.",
+        labels=("task",),
+    ),
+    "recent_samples": MetricDoc(
+        "gauge", "samples", ("train",), "Samples that recent_calibration is of.", labels=("task",)
+    ),
     "label_rate": MetricDoc(
         "gauge", "ratio", ("train",), "Share of positives among the newest samples.", labels=("task",)
     ),

@@ -313,6 +313,21 @@ def test_time_travel_by_version_and_by_time(new_lake: NewLake):
         parse_at("yesterday")
 
 
+def test_a_history_that_a_commit_came_into_has_the_right_numbers(new_lake: NewLake, monkeypatch: pytest.MonkeyPatch):
+    lake, others = new_lake(), new_lake()
+    fill(lake, 2)
+    open_table, late = lake.open, [2]
+
+    def open_then_commit(*args: object) -> object:
+        table = open_table(*args)
+        if late:
+            fill(others, 1, first=late.pop())
+        return table
+
+    monkeypatch.setattr(lake, "open", open_then_commit)
+    assert [entry.version for entry in Upkeep(lake).history()] == [2, 1, 0]
+
+
 def test_duckdb_reads_the_table(uri: str, new_lake: NewLake):
     """The line of docs/lake.md: a version's files, with the hours as columns."""
     if "://" in uri:

@@ -74,6 +74,23 @@ def begun() -> World:
     return world
 
 
+def test_rules_that_were_lost_are_never_begun_anew_beside_what_they_made():
+    world = begun()
+    world.apply(WIDE)
+    world.log.delete(TOPICS.rules)
+    world.log.admin().ensure_topics(TOPICS.specs(PARTITIONS))
+    for ask in (
+        lambda: begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None, has_states=lambda: True),
+        lambda: apply(
+            world.writer(), world.log.producer(), TOPICS.events, PARTITIONS, LATE, now_ms=7, has_states=lambda: True
+        ),
+    ):
+        with pytest.raises(ConfigRejected, match="deleted or emptied"):
+            ask()
+    assert not world.log.partitions(TOPICS.rules)[0], "nothing was written"
+    begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None, has_states=lambda: False)
+
+
 def test_the_first_rules_are_the_projects_and_lie_in_no_partition():
     world = begun()
     # Another stage that starts with an edited file reads what is there.

@@ -146,13 +146,13 @@ def test_the_digest_of_a_spec_moves_with_its_content_only() -> None:
         ({"features": FeatureSpec(features=(Categorical(field="colour"),))}, "colour"),
         ({"features": FeatureSpec(counters=(Counter(name="c", key="price"),))}, "price"),
         ({"impression": ImpressionType(tag="t", key="nobody", fields={"item_id": "int64"})}, "nobody"),
-        ({"features": FeatureSpec(features=(Categorical(field="itemid"),))}, r"declared: .*'item_id'"),
-        ({"features": FeatureSpec(counters=(Counter(name="c", key="item_id", counts=("view",)),))}, "counts .'view'."),
+        ({"features": FeatureSpec(features=(Categorical(field="itemid"),))}, r"there are: .*'item_id'"),
+        ({"features": FeatureSpec(counters=(Counter(name="c", key="item_id", counts=("view",)),))}, "counts 'view'"),
         ({"features": FeatureSpec(counters=(Counter(name="c", key="item_id", counts="click"),))}, "A tuple of one"),
-        ({"tasks": (Task(name="click", feedback="click", window_ms=0),)}, r"\$\.tasks\[0\]\.window_ms"),
-        ({"tasks": (Task(name="click", feedback="click", window_ms="10s"),)}, r"\$\.tasks\[0\]\.window_ms"),
+        ({"tasks": (Task(name="click", feedback="click", window_ms=0),)}, r"tasks\[0\]\.window_ms"),
+        ({"tasks": (Task(name="click", feedback="click", window_ms="10s"),)}, r"tasks\[0\]\.window_ms"),
         ({"tasks": (Task(name="click", feedback="click", window_ms=1, policy="eagr"),)}, "eagr"),
-        ({"recipe": Recipe(dim=-8)}, r"\$\.recipe\.dim"),
+        ({"recipe": Recipe(dim=-8)}, r"recipe.dim"),
         ({"feedback": (FeedbackType(name="click", tag="c", fields={"item_id": "strng"}),)}, "strng"),
         ({"feedback": (FeedbackType(name="impression", tag="c"),)}, "'impression' and 'impression' are one"),
         ({"feedback": (FeedbackType(name="click", tag="shop.impression"),)}, "the tags 'shop.impression'"),
@@ -173,7 +173,7 @@ def test_configuration_names_the_wrong_key() -> None:
     assert decode_config(b"").log.partitions == 4
     with pytest.raises(ConfigRejected, match="partition_count"):
         decode_config(b"[log]\npartition_count = 3\n")
-    with pytest.raises(ConfigRejected, match=r"\$\.log\.partitions"):
+    with pytest.raises(ConfigRejected, match=r"log.partitions"):
         decode_config(b"[log]\npartitions = 0\n")
     with pytest.raises(ConfigRejected, match="not TOML"):
         decode_config(b"[log\n")

@@ -30,6 +30,24 @@ CASES = """
                 the line of the jump: from, to, samples, standard deviations. Look for a deploy that changed what is
                 shown or what is logged."
       - {eval_time: 60m, alertname: HeadraceLabelRateJumped, exp_alerts: []}
+  - name: scores drift from what comes, and few samples say nothing
+    interval: 1m
+    input_series:
+      - {series: "headrace_train_recent_calibration{instance='a',task='click'}", values: "1.04x10 1.58x20"}
+      - {series: "headrace_train_recent_samples{instance='a',task='click'}", values: "5000x30"}
+      - {series: "headrace_train_recent_calibration{instance='a',task='like'}", values: "3x30"}
+      - {series: "headrace_train_recent_samples{instance='a',task='like'}", values: "90x30"}
+    alert_rule_test:
+      - {eval_time: 10m, alertname: HeadraceCalibrationDrifts, exp_alerts: []}
+      - eval_time: 20m
+        alertname: HeadraceCalibrationDrifts
+        exp_alerts:
+          - exp_labels: {severity: warning, instance: a, task: click}
+            exp_annotations:
+              summary: "The scores of click drift: of the newest impressions they say 1.58 times what came"
+              description: "Rankings may still be right, prices and thresholds are not. Look for a watermark that stands
+                still (positives come, negatives wait), a change of the label rate, or a recipe that learns numbers as
+                they are (standardize)."
   - name: no events come, nobody is behind
     interval: 1m
     input_series:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from headrace.cli.main import main
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.deploy.local import stack
 from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.restarts import Crashes
 from headrace.deploy.local.supervise import Process
 
 
@@ -22,9 +23,17 @@ class MemorySupervisor:
 
     def __init__(self, *names: str) -> None:
         self.names, self.told = names, list[tuple[str, list[str]]]()
+        self.ends: dict[str, list[Crashes]] = {}
+        """A process -> what it is said of its ends, look by look."""
 
     def processes(self) -> list[Process]:
         return [Process(name, "running", 1, 0, 0, "", 0) for name in self.names]
+
+    def crashes(self) -> dict[str, Crashes]:
+        return {name: each.pop(0) if len(each) > 1 else each[0] for name, each in self.ends.items()}
+
+    def take_environment(self) -> list[str]:
+        return []
 
     def end(self, names: Sequence[str]) -> None:
         self.told.append(("end", list(names)))
@@ -79,3 +88,34 @@ def test_only_what_was_named_is_stopped_and_started(layout: Layout, monkeypatch:
     stack.restart(layout, ["train"], print)
     assert supervisor.told == [("end", ["train"]), ("begin", ["train"])]
     assert asked == [], "of what was not named, nothing is awaited"
+
+
+def test_stop_and_start_say_what_they_do(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor = supervised(monkeypatch, "ingest", "train")
+    monkeypatch.setattr(stack.readiness, "stage_probes", lambda layout: {"ingest": lambda: ""})
+    layout.save()
+    assert main(["stop", "ingest", "--home", str(layout.home)]) == 0
+    assert "headrace start ingest" in capsys.readouterr().out
+    assert main(["start", "ingest", "--home", str(layout.home)]) == 0
+    assert "ingest is ready" in capsys.readouterr().out
+    assert supervisor.told == [("end", ["ingest"]), ("begin", ["ingest"])]
+    assert main(["start", "tain", "--home", str(layout.home)]) == 2
+    assert "mean 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["exit 2", "exit 1", "SIGKILL"])
+def test_a_stage_that_died_is_not_waited_for(how: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that refuses its configuration ends the waiting at its first end, any other at its third."""
+    supervisor = supervised(monkeypatch, "ingest", "train")
+    looks = [Crashes(total=5, last_exit=how, last_words="of before")]
+    looks += [Crashes(total=5 + n, last_exit=how, last_words=f"ERROR no {n}") for n in (0, 1, 2, 3)]
+    supervisor.ends = {"train": looks}
+    monkeypatch.setattr(stack, "LOOK_S", 0.0)
+    probes = {"train": lambda: "refused", "ingest": lambda: ""}
+    monkeypatch.setattr(stack.readiness, "stage_probes", lambda layout: probes)
+    said: list[str] = []
+    last = 1 if how == stack.REFUSED else 3
+    with pytest.raises(Unavailable, match=rf"train: it ended .*{how}: ERROR no {last}. Mend .*run the same again"):
+        stack.restart(layout, ["ingest", "train"], said.append)

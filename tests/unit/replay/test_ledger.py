@@ -249,9 +249,9 @@ def test_samples_that_no_learner_takes():
         )
     ]
     table = pa.Table.from_pylist(rows, schema=JUDGED)
-    refused = refused_ids(table, spec)
+    refused = refused_ids(table, spec, Recipe())
     assert pa.compute.is_in(sample_ids(table), value_set=refused).to_pylist() == [False, True, True, True, False, True]
-    assert len(refused_ids(JUDGED.empty_table(), spec)) == 0
+    assert len(refused_ids(JUDGED.empty_table(), spec, Recipe())) == 0
 
 
 def test_every_run_is_held_against_its_own_steps():

@@ -15,6 +15,7 @@ import pytest
 from headrace.backends.clock import VirtualClock
 from headrace.contract.errors import Unavailable
 from headrace.process.awake import Awake
+from headrace.process.moved import moved
 from headrace.process.waits import Waits
 from headrace.process.watchdog import LOOK_S, STILL_MAX_S, Watchdog
 
@@ -49,6 +50,37 @@ def test_a_call_beyond_its_bound_is_named_and_its_late_answer_ignored() -> None:
         go_on.set()
         await asyncio.wait([calling])
         waits.check()
+
+    asyncio.run(run())
+
+
+def test_a_call_that_goes_on_may_be_long_and_one_that_stands_still_may_not() -> None:
+    async def run() -> None:
+        clock = VirtualClock()
+        waits = Waits(clock)
+        pieces, read = threading.Semaphore(0), threading.Semaphore(0)
+
+        def load() -> None:
+            while True:
+                pieces.acquire()
+                moved()
+                read.release()
+
+        calling = asyncio.ensure_future(waits.call("look for x", load, 5.0))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            for _ in range(2):
+                clock.advance(2.0)
+                waits.check()
+            pieces.release()
+            read.acquire()
+        for step_s in (2.5, 2.5, 0.1):
+            waits.check()
+            clock.advance(step_s)
+        with pytest.raises(Unavailable, match=r"look for x: no answer in 5 s, 5 s are allowed"):
+            waits.check()
+        calling.cancel()
+        await asyncio.wait([calling])
 
     asyncio.run(run())
 

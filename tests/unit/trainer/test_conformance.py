@@ -19,7 +19,9 @@ from headrace.contract.spec import PAD
 from headrace.trainer.commit.checkpoint import Checkpoint, Meta, decode_checkpoint, encode_checkpoint
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.learner import device_of, make_learner
-from headrace.trainer.model.scoring import logits, probabilities, shapes_of
+from headrace.trainer.model.moments import NUMBERS, as_learnt
+from headrace.trainer.model.objectives import kinds_of, value_tasks
+from headrace.trainer.model.scoring import PLATT, TARGETS, logits, said, shapes_of
 from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))]
@@ -110,7 +112,8 @@ def test_scoring_changes_nothing_and_learning_reports_the_score_of_before(name, 
     learner, batch = trained(name, device), batch_of(50, tasks=TASKS[name])
     before, digest = learner.predict(batch), learner.digest()
     assert before.dtype == np.float32 and before.shape == (len(batch),) and learner.digest() == digest
-    assert ((before >= 0) & (before <= 1)).all()
+    value_T = value_tasks(RECIPES[name]) if name in RECIPES else np.zeros(1, bool)
+    assert ((before >= 0) & (before <= 1) | value_T[batch.task_B]).all() and np.isfinite(before).all()
     told = 1 if IN_ORDER[name] and name != "river" else len(batch)
     np.testing.assert_allclose(learner.learn(batch).prediction_B[:told], before[:told], atol=1e-5)
     assert learner.digest() != digest
@@ -163,7 +166,8 @@ def test_what_is_not_finite_is_refused_counted_and_never_learnt(name, device):
     tasks = TASKS[name]
     dirty = batch_of(3, tasks=tasks)
     dirty.numeric_BD[4, 0], dirty.numeric_BD[5, 1] = np.nan, np.inf
-    dirty.label_B[6], dirty.label_B[7], dirty.label_B[8] = 2, np.nan, -np.inf
+    too_much = np.inf if name in RECIPES and RECIPES[name].values else 2
+    dirty.label_B[6], dirty.label_B[7], dirty.label_B[8] = too_much, np.nan, -np.inf
     dirty.weight_B[9], dirty.weight_B[10], dirty.weight_B[11] = -1, np.nan, np.inf
     dirty.task_B[12] = tasks
     keep = np.ones(len(dirty), bool)
@@ -294,12 +298,14 @@ def test_serving_scores_without_torch_as_the_trainer_does(name):
     weights = learner.weights()
     assert {n: list(a.shape) for n, a in weights.dense.items()} == shapes_of(recipe, SPEC)
     values_BFV = learner.table.lookup(batch.slots_BF.reshape(-1)).reshape(*batch.slots_BF.shape, -1)
-    newest_BT = logits(recipe, values_BFV, batch.numeric_BD, learner.net.dense())
+    numeric_BD = as_learnt(batch.numeric_BD, weights.dense[NUMBERS]) if recipe.standardize else batch.numeric_BD
+    newest_BT = logits(recipe, values_BFV, numeric_BD, learner.net.dense())
     keys_U, index_FB, begin_F = distinct(batch.slots_BF)
     values_UV, ids = learner.table.lookup(keys_U), DistinctIds(keys_U, np.full(len(keys_U), -1), index_FB, begin_F)
-    np.testing.assert_allclose(newest_BT, learner.net.forward(values_UV, ids, batch.numeric_BD), atol=1e-5)
-    said_BT = logits(recipe, values_BFV, batch.numeric_BD, weights.dense)
-    own_B = probabilities(recipe, said_BT, weights.dense.get("platt"))[np.arange(len(batch)), batch.task_B]
+    np.testing.assert_allclose(newest_BT, learner.net.forward(values_UV, ids, numeric_BD), atol=1e-5)
+    said_BT = logits(recipe, values_BFV, numeric_BD, weights.dense)
+    beside = {"platt_2T": weights.dense.get(PLATT), "targets_2T": weights.dense.get(TARGETS)}
+    own_B = said(recipe, said_BT, **beside, kind_T=kinds_of(recipe))[np.arange(len(batch)), batch.task_B]
     np.testing.assert_allclose(own_B, learner.predict(batch), atol=1e-6)
 
 

@@ -291,7 +291,8 @@ def test_eager_figures_are_of_true_labels():
         learner.learn(b)
         evaluation.after(learner, b, rows, score, rate, known_times(rows, (eager,)))
     figures, _ = evaluation.total("click")
-    inside = (time_ms >= 1_000) & (time_ms < evaluation._closed_below * evaluation.span_ms + evaluation.span_ms)
+    windows = evaluation.windows[0]
+    inside = (time_ms >= 1_000) & (time_ms < (windows._closed_below + 1) * windows.span_ms)
     assert abs(figures.samples - inside.sum()) < 200
     assert abs(figures.label_rate - label[inside].mean()) < 0.01
     assert figures.auc > 0.75

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.trainer.model.layers.kernels import BETA1, BETA2, adam
+from headrace.trainer.model.layers.kernels import BETA1, BETA2, StepSizes, adam
 from headrace.trainer.model.scoring import Float32s, Shapes
 
 _EPSILON = 1e-8
@@ -18,8 +18,8 @@ _EPSILON = 1e-8
 class FlatWeights:
     """Weights, gradients and moments of one model, each one flat float32 tensor on `device` with named views."""
 
-    def __init__(self, shapes: Shapes, *, lr: float, device: str) -> None:
-        self.shapes, self.lr, self.device, self.step = shapes, lr, device, 0
+    def __init__(self, shapes: Shapes, *, lr: float, rate_rows: int = 0, device: str) -> None:
+        self.shapes, self.device, self.step, self.sizes = shapes, device, 0, StepSizes(lr, rate_rows)
         size = sum(math.prod(shape) for shape in shapes.values())
         self.weight, self.grad, self._first, self._second = (torch.zeros(size, device=device) for _ in range(4))
         self.weights, self.grads = self._views(self.weight), self._views(self.grad)
@@ -43,12 +43,13 @@ class FlatWeights:
         """
         self.step += 1
         flat = (self.weight, self.grad, self._first, self._second)
+        lr, count = self.sizes.next(samples, self.step)
         if self.device == "cpu":
-            adam(*(tensor.numpy() for tensor in flat), lr=self.lr, step=self.step, samples=samples)
+            adam(*(tensor.numpy() for tensor in flat), lr=lr, step=self.step, samples=count)
             return
-        rate = self.lr * math.sqrt(1 - BETA2**self.step) / (1 - BETA1**self.step)
-        self._first.mul_(BETA1).add_(self.grad, alpha=(1 - BETA1) / samples)
-        self._second.mul_(BETA2).addcmul_(self.grad, self.grad, value=(1 - BETA2) / samples**2)
+        rate = lr * math.sqrt(1 - BETA2**self.step) / (1 - BETA1**self.step)
+        self._first.mul_(BETA1).add_(self.grad, alpha=(1 - BETA1) / count)
+        self._second.mul_(BETA2).addcmul_(self.grad, self.grad, value=(1 - BETA2) / count**2)
         self.weight.addcdiv_(self._first, self._second.sqrt().add_(_EPSILON), value=-rate)
 
     def dense(self) -> dict[str, Float32s]:
@@ -62,7 +63,7 @@ class FlatWeights:
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return copies of weights, moments and step; `load` reads them."""
-        return {
+        return self.sizes.state() | {
             "step": np.array([self.step], np.int64),
             "weight": self.weight.cpu().numpy().copy(),
             "first": self._first.cpu().numpy().copy(),
@@ -72,5 +73,6 @@ class FlatWeights:
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Replace everything by what `state` returned."""
         self.step = int(state["step"][0])
+        self.sizes.load(state)
         for name, target in (("weight", self.weight), ("first", self._first), ("second", self._second)):
             target.copy_(torch.from_numpy(np.array(state[name], np.float32)))

@@ -29,7 +29,7 @@ from headrace.trainer.model.layers.first_layer import (
     norm_of,
 )
 from headrace.trainer.model.layers.norms import Norms
-from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
+from headrace.trainer.model.scoring import BESIDE, Float32s, shapes_of
 from headrace.trainer.model.tables.distinct_ids import DistinctIds
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
@@ -43,8 +43,8 @@ class DeepModel:
         self.device = device
         self.layers = len(recipe.hidden) + 1
         self.crosses = recipe.cross_layers if recipe.model == "dcn" else 0
-        shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name != PLATT}
-        self.flat = FlatWeights(shapes, lr=recipe.lr_dense, device=device)
+        shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name not in BESIDE}
+        self.flat = FlatWeights(shapes, lr=recipe.lr_dense, rate_rows=recipe.rate_rows, device=device)
         first = FirstLayerWeights(
             *(by_name[name] for by_name in (self.flat.weights, self.flat.grads) for name in ("w0", "b0"))
         )

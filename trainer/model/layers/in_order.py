@@ -40,8 +40,13 @@ class Outcome(NamedTuple):
     """Of all samples' gradients side by side."""
 
 
-def learn_in_order(recipe: Recipe, tables: Tables, net: LinearModel, batch: Batch, ids: DistinctIds) -> Outcome:
-    """Score and learn each sample in turn. The tables must be of one kind and the recipe of one task."""
+def learn_in_order(
+    recipe: Recipe, tables: Tables, net: LinearModel, batch: Batch, ids: DistinctIds, prior_B: Float32s
+) -> Outcome:
+    """Score and learn each sample in turn, `prior_B` added to its log-odds.
+
+    The tables must be of one kind and the recipe of one task.
+    """
     table, samples = tables.tables[0], len(batch)
     logit_B, learnt_B = np.empty(samples, np.float32), np.empty(samples, np.bool_)
     learnt_U = np.zeros(len(ids.keys_U), np.bool_)
@@ -55,6 +60,7 @@ def learn_in_order(recipe: Recipe, tables: Tables, net: LinearModel, batch: Batc
         np.ascontiguousarray(batch.numeric_BD),
         batch.label_B,
         batch.weight_B,
+        prior_B,
         offset,
         is_weighted,
         recipe.model == "fm",
@@ -79,29 +85,11 @@ def learn_in_order(recipe: Recipe, tables: Tables, net: LinearModel, batch: Batc
 
 @numba.njit(cache=True, fastmath={"contract"})
 def _learn(
-    words_RW: Int32s,
-    floats_RW: Float32s,
-    rows_U: Int64s,
-    index_FB: Int32s,
-    values_UV: Float32s,
-    numeric_BD: Float32s,
-    label_B: Float32s,
-    weight_B: Float32s,
-    offset: np.float32,
-    is_weighted: bool,
-    is_fm: bool,
-    kind: int,
-    numbers: Float32s,
-    now_s: int,
-    weight_P: Float32s,
-    first_P: Float32s,
-    second_P: Float32s,
-    lr: np.float32,
-    steps: int,
-    logit_B: Float32s,
-    learnt_B: Bools,
-    learnt_U: Bools,
-) -> tuple[float, float]:
+    words_RW: Int32s, floats_RW: Float32s, rows_U: Int64s, index_FB: Int32s, values_UV: Float32s,
+    numeric_BD: Float32s, label_B: Float32s, weight_B: Float32s, prior_B: Float32s, offset: np.float32,
+    is_weighted: bool, is_fm: bool, kind: int, numbers: Float32s, now_s: int, weight_P: Float32s, first_P: Float32s,
+    second_P: Float32s, lr: np.float32, steps: int, logit_B: Float32s, learnt_B: Bools, learnt_U: Bools,
+) -> tuple[float, float]:  # fmt: skip
     """Write log-odds, what was learnt, and the weights; `values_UV` serves ids without a row.
 
     Returns the sums of the squares of the rows' and of the dense weights' gradients.
@@ -114,7 +102,11 @@ def _learn(
     power1, power2 = BETA1**steps, BETA2**steps
     all_rows, all_dense = 0.0, 0.0
     for b in range(samples):
-        logit = weight_P[0] + _read(floats_RW, rows_U, values_UV, index_FB[:, b], is_fm, rows_F, value_FV, sum_V)
+        logit = (
+            prior_B[b]
+            + weight_P[0]
+            + _read(floats_RW, rows_U, values_UV, index_FB[:, b], is_fm, rows_F, value_FV, sum_V)
+        )
         for d in range(numeric_BD.shape[1]):
             logit += numeric_BD[b, d] * weight_P[1 + d]
         logit_B[b] = logit

@@ -11,9 +11,11 @@ X = F * E + D, H the first layer's width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from headrace.trainer.model.scoring import Float32s
 from headrace.trainer.model.tables.row_index import Int32s, Int64s
@@ -211,8 +213,41 @@ def squares_of(array_UV: Float32s) -> np.float32:
     return squares
 
 
+class StepSizes:
+    """How dense weights learn from steps of unlike sizes: every sample weighs the same, whatever step it comes in.
+
+    With `rate_rows` of 0 a step is along the mean of its gradients. Live, positives come alone and negatives together
+    when time moves on, so that in a mean a sample of a small step counts for more: a positive, mostly. With `rate_rows`
+    gradients are divided by what is the same for neighbouring steps, sqrt(rate_rows n) for steps of n rows on average;
+    and the rate is lr sqrt(n / rate_rows) while n is below, since Adam makes the many steps of few rows as long as
+    others.
+
+    Source: Malladi et al., "On the SDEs and scaling rules for adaptive gradient algorithms", NeurIPS 2022.
+    """
+
+    def __init__(self, lr: float, rate_rows: int) -> None:
+        self.lr, self.rate_rows, self.mean_rows = lr, rate_rows, 0.0
+
+    def next(self, samples: int, step: int) -> tuple[float, float]:
+        """Return the rate of step number `step`, from 1, and by what its summed gradients are divided."""
+        if not self.rate_rows:
+            return self.lr, samples
+        self.mean_rows += (samples - self.mean_rows) * max(1 - BETA2, 1 / step)
+        rate = self.lr * math.sqrt(min(1.0, self.mean_rows / self.rate_rows))
+        return rate, math.sqrt(self.rate_rows * self.mean_rows)
+
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return what `load` takes; empty with `rate_rows` of 0."""
+        return {"mean_rows": np.array([self.mean_rows])} if self.rate_rows else {}
+
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Go on from `state`."""
+        if self.rate_rows:
+            self.mean_rows = float(state["mean_rows"][0])
+
+
 def adam(
-    weight_P: Float32s, grad_P: Float32s, first_P: Float32s, second_P: Float32s, *, lr: float, step: int, samples: int
+    weight_P: Float32s, grad_P: Float32s, first_P: Float32s, second_P: Float32s, *, lr: float, step: int, samples: float
 ) -> None:
     """Take step number `step` (from 1) along the mean of gradients that are summed over so many samples.
 

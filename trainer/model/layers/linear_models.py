@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.layers.kernels import adam, squares_of
+from headrace.trainer.model.layers.kernels import StepSizes, adam, squares_of
 from headrace.trainer.model.layers.norms import Norms
-from headrace.trainer.model.scoring import PLATT, Float32s, shapes_of
+from headrace.trainer.model.scoring import BESIDE, Float32s, shapes_of
 from headrace.trainer.model.tables.distinct_ids import DistinctIds
 from headrace.trainer.model.tables.row_index import Int32s
 
@@ -126,8 +126,9 @@ class LinearModel:
     """Dense weights of `logistic` and `fm`. Call `forward`, then `backward`, then perhaps `update`."""
 
     def __init__(self, recipe: Recipe, features: FeatureSpec) -> None:
-        self.shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name != PLATT}
+        self.shapes = {name: shape for name, shape in shapes_of(recipe, features).items() if name not in BESIDE}
         self.lr, self.step, self._is_fm, self._tasks = recipe.lr_dense, 0, recipe.model == "fm", len(recipe.heads)
+        self.sizes = StepSizes(recipe.lr_dense, recipe.rate_rows)
         self._row_values = 1 + recipe.row_dim
         size = sum(math.prod(shape) for shape in self.shapes.values())
         self.weight_P, self.grad_P, self.first_P, self.second_P = (np.zeros(size, np.float32) for _ in range(4))
@@ -152,7 +153,8 @@ class LinearModel:
     def update(self, samples: int) -> None:
         """Take one Adam step along the gradients' mean."""
         self.step += 1
-        adam(self.weight_P, self.grad_P, self.first_P, self.second_P, lr=self.lr, step=self.step, samples=samples)
+        lr, count = self.sizes.next(samples, self.step)
+        adam(self.weight_P, self.grad_P, self.first_P, self.second_P, lr=lr, step=self.step, samples=count)
 
     def named(self, flat_P: Float32s) -> dict[str, Float32s]:
         """Return views of a flat array by the names of its weights."""
@@ -169,7 +171,7 @@ class LinearModel:
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return copies of weights, moments and step."""
-        return {
+        return self.sizes.state() | {
             "step": np.array([self.step], np.int64),
             "weight": self.weight_P.copy(),
             "first": self.first_P.copy(),
@@ -179,4 +181,5 @@ class LinearModel:
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Replace everything by what `state` returned."""
         self.step = int(state["step"][0])
+        self.sizes.load(state)
         self.weight_P[:], self.first_P[:], self.second_P[:] = state["weight"], state["first"], state["second"]

@@ -86,7 +86,8 @@ class UserModule:
         self.tasks, self.device = len(recipe.heads), device
         self._module = build(recipe, _shape(recipe, features.slots, features.numerics)).to(device)
         begin = {name: weight.detach().clone() for name, weight in self._module.named_parameters()}
-        self.flat = FlatWeights({name: list(w.shape) for name, w in begin.items()}, lr=recipe.lr_dense, device=device)
+        shapes = {name: list(w.shape) for name, w in begin.items()}
+        self.flat = FlatWeights(shapes, lr=recipe.lr_dense, rate_rows=recipe.rate_rows, device=device)
         for name, weight in begin.items():
             self.flat.weights[name].copy_(weight)
 

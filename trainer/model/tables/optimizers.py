@@ -59,12 +59,16 @@ class Optimizer:
     half_life_ms: int = 0
     """Adagrad only: in so much event time a sum of squares halves, so that the rate of a row does not end at 0 and an
     idle row learns fast again. Sums shrink when their row is touched, before g^2 is added. 0: never."""
+    squares: float = 0.0
+    """Adagrad only: what the sums of a new row begin with."""
 
     def __post_init__(self) -> None:
         if self.kind not in _STEPS:
             raise ConfigRejected(f"optimizer {self.kind!r} of the tables is not one of {sorted(_STEPS)}.")
         if self.lr <= 0 or self.l1 < 0 or self.l2 < 0 or self.beta < 0:
             raise ConfigRejected(f"{self}: lr must be above 0; l1, l2 and beta must not be below.")
+        if self.squares < 0 or (self.squares and not self.kind.startswith("adagrad")):
+            raise ConfigRejected(f"{self}: squares is for adagrad and adagrad_row, and not below 0; leave it 0.")
         if self.half_life_ms < 0 or (self.half_life_ms and not self.kind.startswith("adagrad")):
             raise ConfigRejected(f"{self}: half_life_ms is for adagrad and adagrad_row, and not below 0; leave it 0.")
         if self.l1 and self.kind != "ftrl":
@@ -77,7 +81,8 @@ class Optimizer:
     def begin(self, floats_RW: Float32s, rows_K: Int64s, *, values: int) -> None:
         """Set the optimizer's numbers of new rows whose values are set."""
         z = np.float32(self.beta / self.lr + self.l2) if self.kind == "ftrl" else np.float32(-1)
-        _begin(floats_RW, rows_K, values, self.state_words(values), z, np.float32(self.l1))
+        first = (np.float32(self.squares), z, np.float32(self.l1))
+        _begin(floats_RW, rows_K, values, self.state_words(values), *first)
 
     def step(self, words_RW: Int32s, floats_RW: Float32s, rows_N: Int64s, grad_NV: Float32s, *, now_s: int) -> Int64s:
         """Apply one step and return the touched rows in order of first appearance; row -1 is left out."""
@@ -102,11 +107,13 @@ class Optimizer:
 
 
 @numba.njit(cache=True)
-def _begin(floats_RW: Float32s, rows_K: Int64s, values: int, states: int, z: np.float32, l1: np.float32) -> None:
+def _begin(
+    floats_RW: Float32s, rows_K: Int64s, values: int, states: int, squares: np.float32, z: np.float32, l1: np.float32
+) -> None:
     for i in range(rows_K.shape[0]):
         row = rows_K[i]
         for j in range(_V + values, _V + values + states):
-            floats_RW[row, j] = np.float32(0.0)
+            floats_RW[row, j] = squares
         if z >= 0:
             for j in range(values):
                 w = floats_RW[row, _V + j]

@@ -24,8 +24,9 @@ from gateway_world import Authority
 
 from headrace.contract.errors import ConfigRejected
 from headrace.ingest.gateway.late_events import LateEvents
-from headrace.ingest.http import collector, uvicorn_server
+from headrace.ingest.http import collector
 from headrace.ingest.http.access import Origins, Tokens, read_tokens
+from headrace.process import http_bounds
 
 JSON, LINES, PACKED = "application/json", "application/x-ndjson", "application/msgpack"
 
@@ -504,7 +505,7 @@ def test_connections_have_a_bound_and_an_idle_one_gives_way() -> None:
 
 
 def test_headers_and_bodies_that_come_drop_by_drop_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uvicorn_server, "HEADERS_S", 0.2)
+    monkeypatch.setattr(http_bounds, "HEADERS_S", 0.2)
     monkeypatch.setattr(collector, "_BODY_S", 0.2)
     with site() as made:
         with socket.create_connection(("127.0.0.1", made.port)) as slow:

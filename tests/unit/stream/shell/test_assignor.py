@@ -26,7 +26,7 @@ def assign(kind: type[Assignor], known: dict[str, set[int]], members: int = 2) -
     )
     metadata = {str(n): ConsumerProtocolMemberMetadata(4, [TOPIC], told.dumps()) for n in range(members)}
     made = kind(app)._perform_assignment(SimpleNamespace(partitions_for_topic=known.get), metadata)
-    return {member: {topic: owned for topic, owned in each.assignment}.get(TOPIC, []) for member, each in made.items()}
+    return {member: dict(each.assignment).get(TOPIC, []) for member, each in made.items()}
 
 
 @pytest.mark.parametrize("kind", [Assignor, OneOwner])

@@ -1,0 +1,164 @@
+"""Words for what is wrong in a user's Python file: which file and line, what it says there, and what to do."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.contract.errors import listed, meant
+
+_UNEXPECTED = re.compile(r"(?:[Uu]nexpected keyword argument|has no field) '(\w+)'")
+_MISSING = re.compile(r"Missing required argument '(\w+)'")
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.)+)'")
+SNIPPET_MAX = 100
+
+
+def failed(error: BaseException, file: Path, names: Mapping[str, Any]) -> str:
+    """Return how running the user's file failed: place, what, the line itself, and what to do.
+
+    `names` is what the file had defined until then.
+    """
+    frames = _own_frames(error, file)
+    where, line = frames[-1] if frames else (file, 1)
+    if isinstance(error, SyntaxError):
+        where, line = Path(error.filename or file), error.lineno or 1
+        error = type(error)(error.msg)
+    way = "".join(f" (imported by {path.name}, line {at})" for path, at in frames[:1] if path != where)
+    text = _source_line(where, line)
+    shown = f"\n    {text}" if text else ""
+    head = f"{where}, line {line}{way}: {type(error).__name__}"
+    said = str(error)
+    return f"{head}{f': {said}' if said else ''}.{shown}\n{_remedy(error, text, where, line, names)}".replace(
+        "..\n", ".\n"
+    )
+
+
+def line_of(file: Path, name: str, path: str, said: str) -> int:
+    """Return the line of a declaration, 0 where it is not found.
+
+    Args:
+        name: of the `Project` in the file.
+        path: such as `tasks[0].window_ms`; "" where it is not known: then the first text that `said` quotes counts.
+    """
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return 0
+    assigned = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    if path:
+        return _followed(assigned.get(name), path, assigned)
+    texts: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts[node.value] = max(node.lineno, texts.get(node.value, 0))
+    return next((texts[word] for word in _QUOTED.findall(said) if word in texts), 0)
+
+
+def _followed(node: ast.expr | None, path: str, assigned: Mapping[str, ast.expr]) -> int:
+    line = 0
+    for name, index, key in re.findall(r"(\w+)|\[(\d+)\]|\['([^']*)'\]", path):
+        while isinstance(node, ast.Name):
+            node = assigned.get(node.id)
+        if isinstance(node, ast.Call) and name:
+            line = node.lineno
+            node = next((word.value for word in node.keywords if word.arg == name), None)
+        elif (
+            isinstance(node, ast.Tuple | ast.List) and index and not any(isinstance(e, ast.Starred) for e in node.elts)
+        ):
+            node = node.elts[int(index)] if int(index) < len(node.elts) else None
+        elif isinstance(node, ast.Dict) and key:
+            pairs = zip(node.keys, node.values, strict=True)
+            node = next((v for k, v in pairs if isinstance(k, ast.Constant) and k.value == key), None)
+        else:
+            return line
+        line = node.lineno if node is not None else line
+    return line
+
+
+def _own_frames(error: BaseException, file: Path) -> list[tuple[Path, int]]:
+    """Return the user's own files and lines that led to the error, the innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [(Path(f.filename), f.lineno or 1) for f in frames if Path(f.filename).is_relative_to(file.parent)]
+    return [(path, line) for path, line in own if "site-packages" not in path.parts]
+
+
+def _source_line(file: Path, line: int) -> str:
+    try:
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except OSError:
+        return ""
+    text = lines[line - 1].strip() if line <= len(lines) else ""
+    return "".join(c if c.isprintable() else " " for c in text)[:SNIPPET_MAX]
+
+
+def _remedy(error: BaseException, text: str, file: Path, line: int, names: Mapping[str, Any]) -> str:
+    said = str(error)
+    match error:
+        case TabError() | IndentationError():
+            return "Indent with spaces alone, the same number for lines of one block."
+        case SyntaxError():
+            return (
+                "Correct this line, or the end of the one before it: a bracket, comma or quote is missing or too many."
+            )
+        case ModuleNotFoundError():
+            module = str(error.name)
+            near = meant(module, [name for name in sys.modules if name.startswith("headrace")])
+            return near.strip() or (
+                f"Put {module.partition('.')[0]}.py beside {file.name}, or install the package: "
+                f"{sys.executable} -m pip install {module.partition('.')[0]}."
+            )
+        case ImportError():
+            wanted = re.search(r"cannot import name '(\w+)'", said)
+            known = [n for n in vars(sys.modules.get(str(error.name), object())) if n[:1].isalpha()] if wanted else []
+            near = meant(wanted[1], known).strip() if wanted else ""
+            return near or "Correct the import; docs/project.md names the modules that projects use."
+        case NameError():
+            return f"Define or import it first.{meant(str(error.name), [*names])}"
+        case TypeError() if unexpected := _UNEXPECTED.search(said):
+            known = _fields_of(file, line, unexpected[1], names)
+            near = meant(unexpected[1], known)
+            return f"Leave it out, or correct its name.{near or (f' There are: {listed(known)}.' if known else '')}"
+        case TypeError() if missing := _MISSING.search(said):
+            return f"Add {missing[1]}=... to the declaration that begins there."
+        case SystemExit():
+            return "The file must not end the process: it is read by every stage. Take the exit out."
+        case OSError():
+            return "Every stage reads this file, anywhere: give a path that is there, or take the reading out."
+    return "Correct this line: every stage runs the file when it starts."
+
+
+def _fields_of(file: Path, line: int, keyword: str, names: Mapping[str, Any]) -> list[str]:
+    """Return what the declaration at a line may be given, [] where it is not known which one it is."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        spans = call.lineno <= line <= (call.end_lineno or call.lineno)
+        if spans and keyword in {word.arg for word in call.keywords} and isinstance(call.func, ast.Name):
+            kind = names.get(call.func.id)
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                return [*kind.__struct_fields__]
+            if callable(kind) and "headrace" in str(getattr(kind, "__module__", "")):
+                recipe = sys.modules.get("headrace.contract.recipe")
+                return [*recipe.Recipe.__struct_fields__] if recipe else []
+    return []
+
+
+def own_lines(error: BaseException, folder: Path) -> Iterator[str]:
+    """Give the user's own lines that an error went through, a line each: what is ours of a traceback helps nobody."""
+    for path, line in _own_frames(error, folder / "any"):
+        yield f"{path}, line {line}: {_source_line(path, line)}"

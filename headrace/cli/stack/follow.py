@@ -1,0 +1,42 @@
+"""Print the lines of `make up` for a stack that runs detached: a line every 3 s, until Ctrl-C, which stops nothing."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from headrace.cli.stack.flags import add_stack_flags, present_layout
+from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.status_line import StatusLine
+from headrace.deploy.local.supervise import Supervisor
+
+LINE_S = 3.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    add_stack_flags(parser)
+    parser.add_argument("-n", "--lines", type=int, default=0, help="end after so many lines; 0 never (%(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print until Ctrl-C, the last line, or the stack's end."""
+    layout = present_layout(args)
+    if not Supervisor(layout).running():
+        raise ConfigRejected(f"nothing runs in {layout.home}; `make up` starts it.")
+    follow(layout, lines=args.lines)
+    return 0
+
+
+def follow(layout: Layout, *, lines: int = 0) -> None:
+    """Print a line every few seconds until the stack was stopped, or `lines` of them; 0: no bound."""
+    status, said = StatusLine(layout), 0
+    while not lines or said < lines:
+        time.sleep(LINE_S)
+        print(status.line(), flush=True)
+        said += 1
+        supervisor = Supervisor(layout)
+        if not supervisor.running() and not supervisor.unanswered():
+            print("the stack was stopped from outside", flush=True)
+            return

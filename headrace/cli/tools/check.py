@@ -1,0 +1,280 @@
+"""Look at a project before anything runs: what it declares, what it takes at a stated rate, and what is wrong.
+
+No servers are needed, and nothing is written. Own functions are called with made-up rows. Exits 1 when something is
+wrong; a `note` is worth knowing and stops nothing. `headrace doctor` looks at the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.cli.addresses import find_addresses, find_home
+from headrace.cli.project_folder import find_project, load_project
+from headrace.cli.project_lines import line_of, own_lines
+from headrace.contract.config import Config
+from headrace.contract.errors import ConfigRejected, HeadraceError
+from headrace.contract.privacy import KEY_NAME, Privacy
+from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
+from headrace.contract.recipe import label_of
+from headrace.deploy.local.doctor import ephemeral_finding, port_findings
+from headrace.deploy.local.layout import Layout
+from headrace.deploy.local.supervise import Supervisor
+from headrace.trainer.validation.windows import CELL_MS_MIN, CELLS
+
+RATE, RATE_MAX = 500.0, 10_000_000.0
+FEEDBACK_SHARE = 0.1
+"""Feedback of each type by impressions, where nobody knows better."""
+DAY_S = 86_400
+
+
+class Report(msgspec.Struct):
+    """What was found; `wrong` stops the project, `notes` do not."""
+
+    project: str = ""
+    folder: str = ""
+    declares: dict[str, Any] = {}
+    takes: dict[str, Any] = {}
+    wrong: list[str] = []
+    notes: list[str] = []
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's flags."""
+    parser.add_argument("folder", metavar="PROJECT", nargs="?", help="the project's folder (HEADRACE_PROJECT)")
+    parser.add_argument("--rate", type=float, default=RATE, help="impressions a second to reckon with (%(default)g)")
+    parser.add_argument("--home", metavar="DIR", help="local state (HEADRACE_HOME; .headrace)")
+    parser.add_argument("--port-base", type=int, metavar="N", help="moves all ports together (PORT_BASE)")
+    parser.add_argument("--json", action="store_true", help="project, declares, takes, wrong, notes as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Look, print, and return 1 when something is wrong."""
+    report = examine(args)
+    if args.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
+    else:
+        print("\n".join(lines_of(report)))
+    return 1 if report.wrong else 0
+
+
+def examine(args: argparse.Namespace) -> Report:
+    """Return what was found. It raises nothing that a user can cause."""
+    report = Report()
+    try:
+        if not 0 < args.rate <= RATE_MAX:
+            raise ConfigRejected(
+                f"--rate {args.rate:g}: impressions a second are wanted, above 0 and at most {RATE_MAX:,.0f}."
+            )
+        folder = Path(args.folder).absolute() if args.folder else find_project(os.environ.get("HEADRACE_PROJECT", ""))
+        report.folder = str(folder)
+        config, project = load_project(folder)
+    except ConfigRejected as error:
+        report.wrong.append(str(error))
+        return report
+    report.project, report.declares = project.name, _declares(project, config)
+    file = folder / config.module
+    try:
+        Privacy(project, os.environ.get(KEY_NAME, ""))
+    except ConfigRejected as error:
+        line = line_of(file, config.object, "impression.private", "")
+        report.wrong.append(f"{file}, line {line}: {error} For a try: export {KEY_NAME}=$(openssl rand -hex 16)")
+    report.wrong += _own_functions(project, config, file)
+    report.wrong += _slices(project, config, folder)
+    if not report.wrong:
+        report.takes = _takes(project, config, args.rate)
+        report.wrong += _too_much(project, config, args.rate)
+        report.notes += _worth_knowing(project)
+    _ports(args, report)
+    return report
+
+
+def lines_of(report: Report) -> list[str]:
+    """Return the report for people."""
+    lines = [f"project {report.project or '-'} in {report.folder or '-'}"]
+    for title, found in (*report.declares.items(), *report.takes.items()):
+        if isinstance(found, dict):
+            lines += [title, *(f"  {name:<14}{text}" for name, text in found.items())]
+        else:
+            lines.append(f"{title:<16}{found}")
+    lines += [f"note: {text}" for text in report.notes]
+    lines += [f"wrong: {text}" for text in report.wrong]
+    return [*lines, f"{len(report.wrong)} wrong" if report.wrong else "all is well: make up PROJECT=" + report.folder]
+
+
+def _declares(project: Project, config: Config) -> dict[str, Any]:
+    shown = project.impression
+    events = {"impression": f"tag {shown.tag}, key {shown.key}; {_fields(shown.fields)}"}
+    events |= {each.name: f"tag {each.tag}; {_fields(each.fields)}" for each in project.feedback}
+    kinds: tuple[ImpressionType | FeedbackType, ...] = (shown, *project.feedback)
+    private = {
+        kind.tag: ", ".join(f"{name}: {how}" for name, how in kind.private.items()) for kind in kinds if kind.private
+    }
+    features = project.features
+    return {
+        "events": events,
+        "tasks": {task.name: _task(task) for task in project.tasks} or "none: nothing is learnt",
+        "features": f"{len(features.features)}: "
+        + ", ".join(f"{type(each).__name__}({label_of(each)})" for each in features.features)
+        + f"; {features.slots} slots and {features.numerics} numbers a row",
+        "counters": {
+            each.name: f"over {', '.join(each.key_fields)} for {_time(each.window_ms)}: {', '.join(each.counts)}"
+            for each in features.counters
+        }
+        or "none",
+        "private": private or "none",
+        "crawl": {each.name: f"{each.kind}, joins {each.joins}; {', '.join(each.fields)}" for each in project.crawls}
+        or "none",
+        "recipe": f"{project.recipe.model}, learns {', '.join(project.recipe.heads)}",
+        "settings": ", ".join(_changed(config)) or "all default",
+    }
+
+
+def _takes(project: Project, config: Config, rate: float) -> dict[str, Any]:
+    # Here, since a project that is wrong needs neither Arrow's writers nor compiled kernels.
+    from headrace.cli.tools.project_try import measure
+    from headrace.serving.model.shared_region import region_bytes
+
+    per_record = rate * config.ingest.batch_ms / 1_000 / config.log.partitions
+    row = measure(project, max(1, min(config.ingest.batch_rows, round(per_record))))
+    samples = rate * sum(1 + FEEDBACK_SHARE * (t.policy == "eager" or t.correct_ms > 0) for t in project.tasks)
+    events = rate * (row.event + FEEDBACK_SHARE * len(project.feedback) * row.feedback)
+    waiting = rate * _longest_ms(project) / 1_000
+    in_memory = min(waiting * row.waiting, config.log.partitions * config.join.payload_bytes)
+    serving = region_bytes(project.recipe.row_dim, config.serve.rows_max)
+    return {
+        f"at {rate:g} impressions/s, {FEEDBACK_SHARE:.0%} of them answered by each feedback": {
+            "events": f"{_size(events)}/s to Kafka ({row.event:.0f} bytes an impression)",
+            "samples": f"{samples:,.0f}/s, {_size(samples * row.sample)}/s to Kafka ({row.sample:.0f} bytes each)",
+            "lake": f"{_size(samples * row.stored * DAY_S)} a day before compaction ({row.stored:.0f} bytes a sample)",
+            "join": f"{waiting:,.0f} impressions wait for {_time(_longest_ms(project))}, {_size(in_memory)} of memory",
+            "serving": f"up to {_size(serving)} for {config.serve.rows_max:,} rows in two copies, taken as rows come",
+        },
+        "first figure, after the first sample": {
+            task.name: f"provisional within {_time(_provisional_ms(task))}, settled within {_time(_settled_ms(task))}"
+            for task in project.tasks
+        },
+    }
+
+
+def _longest_ms(project: Project) -> int:
+    return max((task.window_ms + task.correct_ms for task in project.tasks), default=0)
+
+
+def _provisional_ms(task: Task) -> int:
+    return max(task.window_ms, CELL_MS_MIN) + task.window_ms
+
+
+def _settled_ms(task: Task) -> int:
+    return CELLS * max(task.window_ms, CELL_MS_MIN) + task.window_ms + task.correct_ms
+
+
+def _own_functions(project: Project, config: Config, file: Path) -> Iterator[str]:
+    from headrace.cli.tools.project_try import try_functions
+
+    for at, error in try_functions(project):
+        line = line_of(file, config.object, at, "")
+        own = list(own_lines(error.__cause__, file.parent)) if error.__cause__ else []
+        yield "\n    ".join([f"{file}, line {line}: {error}", *own])
+    if project.recipe.module:
+        yield from _own_module(project, config, file)
+
+
+def _own_module(project: Project, config: Config, file: Path) -> Iterator[str]:
+    # torch takes seconds to load, and only a module of the user's own needs it here.
+    from headrace.trainer.model.layers.user_module import module_shapes
+
+    what = f"{file}, line {line_of(file, config.object, 'recipe', '')}: model function {project.recipe.module!r}"
+    try:
+        module_shapes(project.recipe, project.features)
+    except HeadraceError as error:
+        yield f"{what}: {error}"
+    except Exception as error:
+        own = list(own_lines(error, file.parent))
+        yield "\n    ".join([f"{what} raised {type(error).__name__}: {error}. Correct it:", *own])
+
+
+def _slices(project: Project, config: Config, folder: Path) -> Iterator[str]:
+    unknown = [name for name in config.train.slices if name not in project.impression.fields]
+    if unknown:
+        yield (
+            f"{folder / 'headrace.toml'}: train.slices names {unknown[0]!r}, which is no field of the impression: "
+            f"{', '.join(project.impression.fields)}."
+        )
+
+
+def _too_much(project: Project, config: Config, rate: float) -> Iterator[str]:
+    waiting, most = rate * _longest_ms(project) / 1_000 / config.log.partitions, config.join.pending_max
+    if waiting > most:
+        yield (
+            f"at {rate:g} impressions/s {waiting:,.0f} wait in each of {config.log.partitions} partitions for the "
+            f"longest task's window of {_time(_longest_ms(project))}, and join.pending_max allows {most:,}: "
+            "raise it or log.partitions in headrace.toml, or shorten window_ms or correct_ms of the task."
+        )
+
+
+def _worth_knowing(project: Project) -> Iterator[str]:
+    if not project.tasks:
+        yield "no task is declared: events are stored, and nothing is learnt."
+    unused = {each.name for each in project.feedback} - {task.feedback for task in project.tasks}
+    unused -= {entry.event for counter in project.features.counters for entry in counter.entries()}
+    for name in sorted(unused):
+        yield f"feedback {name!r} is in no task and no counter: it is stored in `events` alone."
+    if not project.features.features:
+        yield "no feature is declared: every score is the same."
+
+
+def _ports(args: argparse.Namespace, report: Report) -> None:
+    try:
+        home = find_home(args.home)
+        saved = Layout.saved(home)
+        if saved is not None and Supervisor(saved).running():
+            return
+        base = find_addresses(args, home / "no-earlier-stack").port_base
+    except ConfigRejected as error:
+        report.wrong.append(str(error))
+        return
+    report.wrong += [
+        f"{each.what}: {each.found}; {each.remedy}." for each in port_findings(base) if each.level == "trouble"
+    ]
+    near = ephemeral_finding(base)
+    report.notes += [f"{near.what}: {near.found}; {near.remedy}."] if near.level != "ok" else []
+
+
+def _fields(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {kind}" for name, kind in fields.items()) or "no fields of its own"
+
+
+def _task(task: Task) -> str:
+    text = f"1 where {task.feedback} comes within {_time(task.window_ms)}"
+    text += ", learnt at once as 0 (eager)" if task.policy == "eager" else ""
+    return text + (f", corrected up to {_time(task.correct_ms)} later" if task.correct_ms else "")
+
+
+def _changed(config: Config) -> Iterator[str]:
+    plain, default = msgspec.to_builtins(config), msgspec.to_builtins(Config())
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            yield from (f"{name}.{key} = {one!r}" for key, one in value.items() if one != default[name][key])
+        elif value != default[name]:
+            yield f"{name} = {value!r}"
+
+
+def _time(ms: float) -> str:
+    for unit, size in (("h", 3_600_000), ("min", 60_000), ("s", 1_000)):
+        if ms >= size:
+            return f"{ms / size:.3g} {unit}"
+    return f"{ms:.0f} ms"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"

@@ -1,0 +1,164 @@
+"""Goal: each mistake that a user makes in a project is answered by where it is and what to do, never by a traceback.
+
+Method: a sound project, one change, and `headrace check` on it; the mistakes and what must be said are in
+tests/unit/cli/mistakes.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from mistakes import DECLARED, PROJECT, PYTHON, SETTINGS, Mistake
+
+from headrace.cli.main import main
+from headrace.contract import functions
+from headrace.contract.config import PORTS, port
+from headrace.deploy.local.doctor import OUTSIDE_ONLY
+
+ALL = (*PYTHON, *DECLARED, *SETTINGS)
+LIMIT_LINES = 12
+NEVER = re.compile(r"Traceback|\[\]|See README|\b1 letters|\x1b|^wrong: *$|\bNone\b is", re.MULTILINE)
+"""What no answer says."""
+
+
+def planted(mistake: Mistake, folder: Path) -> Path:
+    """Write the project with its mistake."""
+    text = PROJECT
+    for old, new in mistake.change.items():
+        assert old in text, old
+        text = text.replace(old, new, 1)
+    files: dict[str, str | bytes] = {"project.py": text, "headrace.toml": mistake.toml, **mistake.files}
+    for name, content in files.items():
+        if name in mistake.without and name not in mistake.files:
+            continue
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing of this machine's own stack, of the environment, or of another test's functions and modules counts."""
+    for name in ("PORT_BASE", "HEADRACE_PRIVACY_KEY", "HEADRACE_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(functions._FEATURES, "_known", {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("headrace.cli.tools.check.port_findings", lambda base: [])
+
+
+def test_there_are_fifty() -> None:
+    assert len(ALL) >= 50 and len({mistake.name for mistake in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize("mistake", ALL, ids=lambda each: each.name.replace(" ", "-"))
+def test_a_mistake_is_answered(
+    mistake: Mistake, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = planted(mistake, tmp_path / "store")
+    for name, value in mistake.env.items():
+        monkeypatch.setenv(name, value)
+    assert main(["check", str(folder), *mistake.flags]) == 1
+    said = "".join(capsys.readouterr())
+    wrong = said[said.index("wrong: ") :]
+    missing = [words for words in mistake.words if not re.search(words, wrong)]
+    assert not missing and not NEVER.search(said), wrong
+    assert len(wrong.splitlines()) <= LIMIT_LINES
+
+
+def test_a_sound_project_is_said_to_be_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = planted(Mistake("none", ()), tmp_path / "store")
+    assert main(["check", str(folder), "--rate", "200"]) == 0
+    said = capsys.readouterr().out
+    for words in ("at 200 impressions/s", "click comes within 10 s", "store.impression", "settled within 1 min"):
+        assert words in said, said
+    assert main(["check", str(folder), "--json"]) == 0
+    told = msgspec.json.decode(capsys.readouterr().out)
+    assert told["wrong"] == [] and told["project"] == "store" and {"declares", "takes", "notes"} <= told.keys()
+
+
+@pytest.mark.parametrize("ends", ["crlf", "bom", "tabs"])
+def test_what_editors_do_to_a_file_is_no_mistake(ends: str, tmp_path: Path) -> None:
+    text, toml = PROJECT.encode(), b"[ingest]\nbatch_ms = 5\n"
+    if ends == "crlf":
+        text, toml = text.replace(b"\n", b"\r\n"), toml.replace(b"\n", b"\r\n")
+    elif ends == "bom":
+        text, toml = b"\xef\xbb\xbf" + text, b"\xef\xbb\xbf" + toml
+    else:
+        text, toml = text.replace(b"    ", b"\t"), toml.replace(b"\nb", b"\n\tb")
+    folder = planted(Mistake("none", (), files={"project.py": text}, toml=toml), tmp_path / "store")
+    assert main(["check", str(folder)]) == 0
+
+
+def test_lists_do_for_tuples(tmp_path: Path) -> None:
+    change = {
+        "features=(\n": "features=[\n",
+        "),\n        ),\n    ),\n    recipe": "),\n        ],\n    ),\n    recipe",
+    }
+    assert main(["check", str(planted(Mistake("none", (), change), tmp_path / "store"))]) == 0
+
+
+def test_a_folder_that_is_none_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere is no folder; --project or HEADRACE_PROJECT" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = planted(Mistake("none", ()), tmp_path / "store")
+    (folder / "project.py").chmod(0)
+    assert main(["check", str(folder)]) == 1
+    assert re.search(r"project\.py cannot be read: Permission denied.*chmod u\+r", capsys.readouterr().out)
+
+
+def test_ports_among_those_of_outgoing_connections_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.deploy.local.doctor._ephemeral", lambda: (32_768, 60_999))
+    folder = planted(Mistake("none", ()), tmp_path / "store")
+    assert main(["check", str(folder), "--port-base", "43000"]) == 0
+    assert re.search(r"note: ephemeral ports: .*43000.*PORT_BASE from 1025 to 327", capsys.readouterr().out)
+
+
+def command(folder: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the verb as a process of its own, piped."""
+    words = [sys.executable, "-m", "headrace.cli.main", *(more or ("check", str(folder)))]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False)
+
+
+def test_a_port_in_use_is_told_with_its_holder(tmp_path: Path) -> None:
+    folder = planted(Mistake("none", ()), tmp_path / "store")
+    names = [name for name in PORTS if name not in OUTSIDE_ONLY]
+    for base in range(20_011, 24_000, 61):
+        with socket.socket() as held:
+            try:
+                held.bind(("127.0.0.1", port(names[0], base)))
+            except OSError:
+                continue
+            held.listen()
+            done = command(folder, PORT_BASE=str(base))
+            assert done.returncode == 1, done.stdout
+            assert re.search(
+                rf"wrong: port {base} \({names[0]}\): taken by .*pid {os.getpid()}.*PORT_BASE", done.stdout
+            )
+            return
+    pytest.fail("no port could be held")
+
+
+@pytest.mark.parametrize("mistake", [PYTHON[0], DECLARED[2], SETTINGS[0]], ids=lambda each: each.name.replace(" ", "-"))
+@pytest.mark.parametrize("verb", ["check", "spec", "up"])
+def test_every_verb_answers_alike(mistake: Mistake, verb: str, tmp_path: Path) -> None:
+    folder = planted(mistake, tmp_path / "store")
+    more = ("check", str(folder)) if verb == "check" else (verb, "--project", str(folder))
+    done = command(folder, *more)
+    said = done.stdout + done.stderr
+    assert done.returncode == (1 if verb == "check" else 2)
+    assert all(re.search(words, said) for words in mistake.words) and not NEVER.search(said), said

@@ -1,0 +1,58 @@
+"""Goal: a port that no process holds is no foreign process's. Method: real sockets of this process, on the loopback."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+
+import pytest
+
+from headrace.contract.config import PORTS, port
+from headrace.deploy.local import doctor
+from headrace.deploy.local.doctor import ephemeral_finding, free_port, port_findings
+
+FIRST = next(iter(PORTS))
+SKIPPED = [name for name in PORTS if name != FIRST]
+"""So that one port is looked at."""
+
+
+def base_of(free_from: int) -> int:
+    """Return a base whose first port is free."""
+    return next(number for number in range(free_from, 24_000) if free_port(port(FIRST, number)))
+
+
+def test_an_ended_connection_is_no_process() -> None:
+    base = base_of(21_000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.socket()
+        client.bind(("127.0.0.1", base))
+        client.connect(server.getsockname())
+        taken, _ = server.accept()
+        client.close()  # Who closes first waits: TIME_WAIT.
+        assert taken.recv(1) == b""
+        taken.close()
+    found = port_findings(base, skipped=SKIPPED)
+    assert [each.level for each in found] == ["note"], found
+    assert "TIME_WAIT" in found[0].found and "no process" in found[0].found and "a minute" in found[0].remedy
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_what_holds_a_port_is_named(listens: bool) -> None:
+    base = base_of(22_000)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as holder:
+        holder.bind(("127.0.0.1", base))
+        if listens:
+            holder.listen()
+        else:
+            holder.connect(server.getsockname())
+        found = port_findings(base, skipped=SKIPPED)
+    assert [each.level for each in found] == ["trouble"] and f"pid {os.getpid()}" in found[0].found
+    assert ("connection" in found[0].found) != listens and "PORT_BASE" in found[0].remedy
+
+
+def test_a_base_among_the_kernels_own_ports_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ephemeral", lambda: (32_768, 60_999))
+    near = ephemeral_finding(32_760)
+    assert near.level == "note" and re.search(r"\b16 ports from 32768\b", near.found) and "to 32744" in near.remedy
+    assert ephemeral_finding(None).level == ephemeral_finding(30_000).level == "ok"
