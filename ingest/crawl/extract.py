@@ -14,7 +14,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urldefrag, urljoin, urlsplit
 
@@ -24,7 +24,7 @@ from parsel import Selector
 from w3lib.encoding import html_to_unicode
 
 from headrace.contract.crawl import Crawl, Extract
-from headrace.ingest.crawl.markup import base_of, selector_of
+from headrace.ingest.crawl.markup import base_of, flat_parts, selector_of
 from headrace.ingest.decode.numbers import INTEGER, NUMBER
 
 ROWS_MAX = 100_000
@@ -32,6 +32,10 @@ ROWS_MAX = 100_000
 LINKS_MAX = 50_000
 """Most links of one document: what a sitemap may hold by its protocol."""
 URL_CHARS_MAX, TEXT_CHARS_MAX, LIST_MAX = 2_048, 65_536, 256
+
+JSON_DEPTH_MAX = 200
+"""Where a document is nested more deeply than can be read (some 1,000), what lies below this is no value."""
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[][{}]', re.DOTALL)
 
 Value = int | float | str | bool | list[str] | None
 
@@ -109,7 +113,9 @@ def _read_markup(document: Document, crawl: Crawl, found: Extracted) -> None:
     selector = selector_of(_text(document), "html" if crawl.kind == "html" else "xml")
     base = base_of(selector, document.url) if crawl.kind == "html" else document.url
     chosen = crawl.rows or ("item, entry" if crawl.kind == "feed" else "")
-    parts: Sequence[Selector] = selector.css(chosen) if chosen else [selector]
+    parts, nested = flat_parts(selector.css(chosen)) if chosen else ([selector], 0)
+    if nested:
+        found.left_out["too_many"] += nested
     _add_rows(found, crawl, document, ((part, _find_markup) for part in parts))
     for follow in crawl.follow:
         addresses = (str(a) for a in selector.css(follow.at or "a::attr(href)").getall())
@@ -129,12 +135,36 @@ def _read_json(document: Document, crawl: Crawl, found: Extracted) -> None:
 
 def _json_of(text: str) -> Any:
     """Return what JSON says. NaN and infinities, which it has not and some programs write, spoil their value alone, and
-    so does a number of more digits than Python reads: it is beyond all bounds.
+    so do a number of more digits than Python reads, which is beyond all bounds, and a value nested too deeply.
     """
     try:
         return msgspec.json.decode(text.encode("utf-8", "replace"))
-    except msgspec.DecodeError:
-        return json.loads(text, parse_int=lambda digits: int(digits) if INTEGER.fullmatch(digits) else float(digits))
+    except (msgspec.DecodeError, RecursionError):
+        try:
+            return _lenient_json_of(text)
+        except RecursionError:
+            return _lenient_json_of(_shallow(text))
+
+
+def _lenient_json_of(text: str) -> Any:
+    return json.loads(text, parse_int=lambda digits: int(digits) if INTEGER.fullmatch(digits) else float(digits))
+
+
+def _shallow(text: str) -> str:
+    """Return JSON in which NaN stands for each value below `JSON_DEPTH_MAX` objects and lists. Linear in the length."""
+    kept: list[str] = []
+    depth, start = 0, 0
+    for token in _JSON_TOKEN.finditer(text):
+        if token[0] in ("[", "{"):
+            depth += 1
+            if depth == JSON_DEPTH_MAX + 1:
+                kept += [text[start : token.start()], "NaN"]
+        elif token[0] in ("]", "}"):
+            if depth == JSON_DEPTH_MAX + 1:
+                start = token.end()
+            depth -= 1
+    # What never ends is no JSON, and stays none.
+    return "".join(kept) + (text[start:] if depth <= JSON_DEPTH_MAX else "")
 
 
 def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
@@ -145,7 +175,7 @@ def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
             return
         document = msgspec.structs.replace(document, body=body)
     text = _text(document)
-    parts = _sitemap_parts(selector_of(text, "xml")) if "<" in text else ((line, False, "") for line in text.split())
+    parts = _sitemap_parts(text, found) if "<" in text else ((line, False, "") for line in text.split())
     wanted = [re.compile(follow.url) for follow in crawl.follow]
     for told, nested, changed in parts:
         address = _absolute(document.url, told, crawl) if told else None
@@ -157,9 +187,12 @@ def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
         found.links.append(Link(address, nested, changed))
 
 
-def _sitemap_parts(selector: Selector) -> Iterator[tuple[str, bool, str]]:
+def _sitemap_parts(text: str, found: Extracted) -> Iterator[tuple[str, bool, str]]:
     """Yield address, whether it is a sitemap, and when it changed last. A plain text has an address a line, no more."""
-    for part in selector.css("url, sitemap"):
+    parts, nested = flat_parts(selector_of(text, "xml").css("url, sitemap"))
+    if nested:
+        found.left_out["too_many"] += nested
+    for part in parts:
         changed = str(part.css("lastmod::text").get(default="")).strip()[:64]
         yield str(part.css("loc::text").get(default="")).strip(), part.root.tag == "sitemap", changed
 

@@ -11,7 +11,8 @@ import re
 _PATH = (b'"resourceLogs"', b'"scopeLogs"', b'"logRecords"')
 _DEPTH = 2 * len(_PATH)
 """Brackets around a log record: an object and a list for each part of the path."""
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[][{},]', re.DOTALL)
+# A string that never ends is one token to the end: else a search would begin at each of its quotes again.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[][{},]', re.DOTALL)
 
 
 def log_record_texts(message: bytes) -> list[bytes]:

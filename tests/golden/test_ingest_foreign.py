@@ -247,3 +247,21 @@ def test_a_log_record_without_a_body_has_its_attributes_alone(body: str) -> None
     text = f'{{"resourceLogs":[{{"scopeLogs":[{{"logRecords":[{text}]}}]}}]}}'
     (found,) = read_foreign(SourceConfig(topic="t", tag="a", format="otlp_json"), text.encode(), 5)
     assert (found.problem, found.record) == ("", {"a": 1, "b": None})
+
+
+def test_a_string_that_never_ends_behind_a_deep_value_takes_no_time() -> None:
+    source = SourceConfig(**{**FLB, "format": "otlp_json"})
+    value = b'{"resourceLogs":' + b"[" * 2_000 + b'"' + b'\\"' * 300_000
+    began_s = time.process_time()
+    read_foreign(source, value, 0)
+    assert time.process_time() - began_s < 5
+
+
+def test_attributes_of_resource_and_scope_are_no_fields() -> None:
+    source = SourceConfig(**{**FLB, "format": "otlp_json"})
+    attributes = [{"key": "service.name", "value": {"stringValue": "web"}}]
+    record = {"attributes": [{"key": "user_id", "value": {"intValue": "7"}}]}
+    scope = {"scope": {"name": "s", "attributes": attributes}, "logRecords": [record]}
+    message = {"resourceLogs": [{"resource": {"attributes": attributes}, "scopeLogs": [scope]}]}
+    (found,) = read_foreign(source, json.dumps(message).encode(), 1)
+    assert found.record == {"user_id": 7}

@@ -1,0 +1,71 @@
+"""Goal: no document, however it is nested, holds the crawler up, and a bad part costs itself alone. Method: hostile
+documents, and a bound on the CPU time that they take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+
+from headrace.contract.crawl import Crawl, Extract
+from headrace.ingest.crawl.extract import Document, Extracted, extract
+from headrace.ingest.crawl.markup import NESTED_MAX
+
+CPU_S_MAX = 5.0
+"""Each takes well below a second; before it was bounded, 9 s to many minutes."""
+
+
+def crawl_of(kind: str, rows: str) -> Crawl:
+    at = {"html": ("::attr(id)", ".p::text"), "json": ("id", "n")}[kind]
+    return Crawl(
+        name="shop", kind=kind, joins="item_id", start=("https://shop.example/",), rows=rows,
+        key=Extract(at=at[0]), fields={"p": Extract(at=at[1])},
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def quickly(body: bytes, crawl: Crawl, *, sitemap: bool = False) -> Extracted:
+    began_s = time.process_time()
+    found = extract(Document("https://shop.example/", body, sitemap=sitemap), crawl)
+    assert time.process_time() - began_s < CPU_S_MAX
+    return found
+
+
+def test_rows_in_rows_are_read_to_a_bound_and_counted_beyond_it() -> None:
+    nested = "".join(f"<div id={n}><i class=p>{n}</i>" for n in range(2_000)) + "</div>" * 2_000
+    found = quickly(f"{nested}<div id=after></div>".encode(), crawl_of("html", "div"))
+    assert [row.key for row in found.rows] == [*map(str, range(NESTED_MAX + 1)), "after"]
+    assert found.left_out == {"too_many": 1_999 - NESTED_MAX}
+
+
+def test_addresses_in_addresses_of_a_sitemap_are_read_to_the_same_bound() -> None:
+    inner = "".join(f"<url><loc>https://shop.example/{n}</loc>" for n in range(2_000)) + "</url>" * 2_000
+    found = quickly(f"<urlset>{inner}</urlset>".encode(), crawl_of("html", "div"), sitemap=True)
+    assert len(found.links) == NESTED_MAX + 1
+    assert found.left_out == {"too_many": 1_999 - NESTED_MAX}
+
+
+def test_a_page_whose_search_could_take_minutes_is_broken() -> None:
+    body = "<div class=a>" * 2_000 + "<b class=r id=x></b>" * 20_000
+    assert quickly(body.encode(), crawl_of("html", ".a .r")).left_out == {"broken": 1}
+
+
+def test_a_large_page_as_shops_write_them_is_read() -> None:
+    item = "<div class=r id={}><div><div><a href=/x><span><i class=p>7</i></span></a></div></div></div>"
+    page = "<main class=a><div><section><div>" + "".join(item.format(n) for n in range(15_000))
+    assert len(extract(Document("https://shop.example/", page.encode()), crawl_of("html", ".a .r")).rows) == 15_000
+
+
+@pytest.mark.parametrize("deep", [lambda n: "[" * n + "]" * n, lambda n: '{"a":' * n + "1" + "}" * n])
+@pytest.mark.parametrize("before", ["", "NaN,"])
+def test_a_json_row_that_is_nested_too_deeply_costs_itself_alone(deep: Callable[[int], str], before: str) -> None:
+    rows = f'[{before}{{"id": "a", "n": "x"}}, {{"id": "b", "n": {deep(100_000)}}}, {{"id": "c", "n": "[{{"}}]'
+    found = quickly(rows.encode(), crawl_of("json", "@"))
+    values = {row.key: json.loads(row.values)["p"] for row in found.rows}
+    assert values == {"a": "x", "b": None, "c": "[{"}
+
+
+@pytest.mark.parametrize("torn", ["[" * 100_000, "[" * 2_000 + '"' + '\\"' * 300_000, "[" * 2_000 + "]" * 1_000])
+def test_torn_json_stays_broken_and_takes_no_time(torn: str) -> None:
+    assert quickly(torn.encode(), crawl_of("json", "@")).left_out == {"broken": 1}
