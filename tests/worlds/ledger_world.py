@@ -7,6 +7,7 @@ fault is planted by changing what a stage took before it writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -51,8 +52,9 @@ TOPICS = Topics()
 Change = Callable[[pa.Table], pa.Table]
 
 
-def events(seed: int, partition: int, steps: int) -> list[Record]:
-    """Return a partition's events, its gateway's totals among them, with ids of its own."""
+@cache
+def events(seed: int, partition: int, steps: int) -> tuple[Record, ...]:
+    """Return a partition's events, its gateway's totals among them, with ids of its own. Made once for all worlds."""
     made, rows = [], 0
     for record in records_of(traffic(seed * 10 + partition, steps), Random(seed)):
         kind = record.headers["kind"]
@@ -69,7 +71,7 @@ def events(seed: int, partition: int, steps: int) -> list[Record]:
                 batch = batch.set_column(batch.schema.get_field_index(name), batch.schema.field(name), column)
             record = msgspec.structs.replace(record, value=encode_batch(batch))
         made.append(msgspec.structs.replace(record, partition=partition))
-    return made
+    return tuple(made)
 
 
 class World:

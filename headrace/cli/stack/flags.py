@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from headrace.cli.addresses import CEPHFS, find_addresses, find_home
 from headrace.cli.project_folder import find_project
@@ -28,6 +29,11 @@ def add_names(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", metavar="NAME", nargs="+", help="as `headrace status` shows them, such as ingest, train"
     )
+
+
+def timed_printer(begin_s: float) -> Callable[[str], None]:
+    """Return what prints a line of progress behind the seconds since `begin_s`, a monotonic time."""
+    return lambda text: print(f"{time.monotonic() - begin_s:6.1f} s  {text}", flush=True)
 
 
 def new_layout(args: argparse.Namespace) -> Layout:

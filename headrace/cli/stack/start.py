@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from headrace.cli.stack.flags import add_names, present_layout
+from headrace.cli.stack.flags import add_names, present_layout, timed_printer
 from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.stack import start_named
 
@@ -19,8 +19,5 @@ add_arguments = add_names
 def main(args: argparse.Namespace) -> int:
     """Start; 0 when all are ready."""
     quiet_clients()
-    begin = time.monotonic()
-    start_named(
-        present_layout(args), args.names, lambda text: print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True)
-    )
+    start_named(present_layout(args), args.names, timed_printer(time.monotonic()))
     return 0

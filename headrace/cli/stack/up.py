@@ -16,7 +16,7 @@ from pathlib import Path
 from headrace.cli.addresses import HOST
 from headrace.cli.project_folder import is_demo, load_project
 from headrace.cli.rules_topic import rules_topic
-from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, table
+from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, table, timed_printer
 from headrace.cli.stack.follow import follow
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
@@ -55,10 +55,7 @@ def main(args: argparse.Namespace) -> int:
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _interrupt(stopped))
-
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - begin:6.1f} s  {text}", flush=True)
-
+    say = timed_printer(begin)
     try:
         specs = Topics(config.log.generation).specs(config.log.partitions)
         start(layout, specs, say, stages=stages_of(layout.project), more=more, log=config.log)

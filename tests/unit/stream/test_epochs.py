@@ -4,13 +4,10 @@ Faust's assignor without a broker."""
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from aiokafka.coordinator.assignors.abstract import ConsumerProtocolMemberMetadata
-from faust.assignor.client_assignment import ClientAssignment, ClientMetadata
 from join_world import PROJECT, records, traffic
 from stream_world import Blobs
 
@@ -26,7 +23,6 @@ from headrace.process.waits import Waits
 from headrace.stream.aggregate.epochs import Epochs, epoch_of
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.shell.dependencies import StageDependencies
-from headrace.stream.shell.one_owner import OneOwner
 
 EVENTS = Topics().events
 
@@ -137,30 +133,3 @@ def test_who_was_replaced_stores_no_state():
 
     asyncio.run(run())
     assert not blobs.items
-
-
-class Assigned(OneOwner):
-    """The assignor without an app."""
-
-    def __init__(self) -> None:
-        tables = SimpleNamespace(changelog_topics=set(), data={})
-        super().__init__(SimpleNamespace(tables=tables))  # type: ignore[arg-type]
-
-
-def metadata(url: str, owned: list[int]) -> ConsumerProtocolMemberMetadata:
-    assignment = ClientAssignment(actives={EVENTS: owned} if owned else {}, standbys={})
-    told = ClientMetadata(assignment=assignment, url=url, changelog_distribution={})
-    return ConsumerProtocolMemberMetadata(4, [EVENTS], told.dumps())
-
-
-@pytest.mark.parametrize(
-    ("owned", "owner"),
-    [({"a": []}, "a"), ({"b": [], "a": []}, "a"), ({"a": [], "b": [0, 1, 2]}, "b"), ({"a": [0], "b": [1, 2]}, "b")],
-)
-def test_one_member_has_all_partitions_and_keeps_them(owned: dict[str, list[int]], owner: str):
-    cluster = SimpleNamespace(partitions_for_topic=lambda topic: {0, 1, 2})
-    told = Assigned()._perform_assignment(cluster, {m: metadata(f"http://{m}:1", p) for m, p in owned.items()})
-    assert told.keys() == owned.keys()
-    assert {m: list(t.assignment) for m, t in told.items()} == {
-        m: [(EVENTS, [0, 1, 2])] if m == owner else [] for m in owned
-    }
