@@ -64,3 +64,14 @@ def parse_at(text: str) -> datetime:
     except ValueError as error:
         raise ConfigRejected(f"{text!r} is no time; 2026-11-25T01:00:00Z or Unix seconds are.") from error
     return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+def has_zone(text: str) -> bool:
+    """Say whether a time that `parse_at` reads names its zone; Unix seconds do.
+
+    >>> has_zone("2026-11-25"), has_zone("2026-11-25T01:00+01:00"), has_zone("1795564800")
+    (False, True, True)
+    """
+    if text.isascii() and text.replace(".", "", 1).isdigit():
+        return True
+    return datetime.fromisoformat(text).tzinfo is not None

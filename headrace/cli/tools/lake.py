@@ -6,9 +6,12 @@
   upkeep    all three, as the sink does on its schedule
   history   the versions, newest first
   read      rows of a version (--version N), of a time (--at TIME), of a day (--day DATE)
+  export    labelled samples for training elsewhere, point-in-time correct: one row an impression, as Parquet
 
-All but `history` and `read` may run beside sinks, trainers and each other; killed, they are run again. `read` shows a
-few rows, or writes all of them with --out FILE (.parquet, .arrow, .csv, or .jsonl).
+    headrace lake export --from 2026-11-25T01:00Z --to 2026-11-25T09:00Z --to-parquet DIR
+
+All may run beside sinks, trainers and each other; killed, they are run again. `read` shows a few rows as stored, or
+writes all of them with --out FILE (.parquet, .arrow, .csv, or .jsonl).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.cli.tools.lake_export import add_export_arguments, export
 from headrace.contract.errors import Unavailable
 from headrace.process.call_watch import LAKE_MAX_S
 
@@ -39,7 +43,7 @@ KEEP_MAX_S = 21_600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""
-    actions = parser.add_subparsers(dest="action", metavar="compact|retain|vacuum|upkeep|history|read", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="compact|retain|vacuum|upkeep|history|read|export", required=True)
     compact = actions.add_parser("compact", help="small files of an hour into one")
     compact.add_argument("--files", type=int, metavar="N", help="hours of at least N small files (lake.compact_files)")
     retain = actions.add_parser("retain", help="drop hours older than lake.retention_ms")
@@ -57,19 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--columns", metavar="A,B", help="these only")
     read.add_argument("--limit", type=int, metavar="N", help=f"rows; {ROWS_SHOWN} when shown, all with --out")
     read.add_argument("--out", type=Path, metavar="FILE", help="write .parquet, .arrow, .csv or .jsonl")
-    for each in (compact, retain, vacuum, upkeep, history, read):
+    exporting = actions.add_parser("export", help="labelled samples of a time range as Parquet files")
+    add_export_arguments(exporting)
+    for each in (compact, retain, vacuum, upkeep, history, read, exporting):
         each.add_argument("--json", action="store_true", help="print JSON, one object a line")
         add_common(each)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do one of the six."""
+    """Do one of the seven."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
     if args.action == "history":
         return _history(runtime, args)
     if args.action == "read":
         return _read(runtime, args)
+    if args.action == "export":
+        return export(runtime, args)
     return _keep(runtime, args)
 
 
@@ -139,7 +147,8 @@ def _history(runtime: Runtime, args: argparse.Namespace) -> int:
 
 
 def _read(runtime: Runtime, args: argparse.Namespace) -> int:
-    from headrace.backends.lake.export import export, parse_at
+    from headrace.backends.lake.export import export as write_rows
+    from headrace.backends.lake.export import parse_at
 
     lake = runtime.lake()
     version = args.version
@@ -161,7 +170,7 @@ def _read(runtime: Runtime, args: argparse.Namespace) -> int:
     limit = args.limit if args.limit is not None else None if args.out else ROWS_SHOWN
     rows = rows if limit is None else rows.slice(0, limit)
     if args.out:
-        export(rows, args.out)
+        write_rows(rows, args.out)
         print(f"version {version}: {rows.num_rows:,} of {total:,} rows in {args.out}", file=sys.stderr)
         return 0
     if not args.json:

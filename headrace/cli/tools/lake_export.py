@@ -1,0 +1,117 @@
+"""`headrace lake export`: labelled samples of a time range as Parquet files."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from headrace.cli.progress_bar import duration, show_progress
+from headrace.cli.runtime import Runtime
+from headrace.contract.errors import Unavailable
+from headrace.process.call_watch import LAKE_MAX_S
+
+logger = logging.getLogger("headrace.lake")
+
+
+def add_export_arguments(export: argparse.ArgumentParser) -> None:
+    """Add the flags of `lake export`."""
+    export.add_argument(
+        "--from", dest="begin", required=True, metavar="TIME", help="first event time, such as 2026-11-25T01:00:00Z"
+    )
+    export.add_argument("--to", dest="end", required=True, metavar="TIME", help="event time before which the last is")
+    export.add_argument("--to-parquet", required=True, type=Path, metavar="DIR", help="folder to make")
+    known = export.add_mutually_exclusive_group()
+    known.add_argument("--as-of", metavar="TIME", help="labels as the lake knew them then; now by default")
+    known.add_argument("--version", type=int, metavar="N", help="the same by version, as `history` shows it")
+    export.add_argument("--tasks", metavar="A,B", help="labels of these tasks only, and rows that have one")
+    export.add_argument("--columns", metavar="A,B", help="these only; patterns such as 'feature.*' too")
+    export.add_argument("--overwrite", action="store_true", help="replace an older export in DIR")
+
+
+def export(runtime: Runtime, args: argparse.Namespace) -> int:
+    """Do it."""
+    from headrace.stream.export.export import ExportRequest, export_samples
+    from headrace.stream.export.source import iso
+
+    # What the lake logs is kept quiet, how far it is not.
+    logger.setLevel(logging.INFO)
+    begin_ms, end_ms = _time_ms("--from", args.begin), _time_ms("--to", args.end)
+    lake, began_s = runtime.lake(), runtime.clock.monotonic()
+    version = args.version
+    if version is None:
+        as_of = None if args.as_of is None else _time_ms("--as-of", args.as_of)
+        version = _version_at(runtime, as_of)
+    request = ExportRequest(
+        begin_ms=begin_ms,
+        end_ms=end_ms,
+        version=version,
+        tasks=_names(args.tasks),
+        columns=_names(args.columns),
+        overwrite=args.overwrite,
+    )
+    holder = f"export-{socket.gethostname()}-{os.getpid()}"
+    with runtime.calls.named("the lake", LAKE_MAX_S), lake.leased(version, holder):
+        done = export_samples(
+            lake,
+            runtime.project,
+            args.to_parquet,
+            request,
+            progress=show_progress(logger),
+            beat=_renewing(runtime, version, holder),
+        )
+    if args.json:
+        print(msgspec.json.encode(done).decode())
+        return 0
+    size = sum(file.bytes for file in done.files)
+    print(
+        f"version {done.version}, {iso(begin_ms)} to before {iso(end_ms)}: {done.rows:,} impressions of "
+        f"{done.samples:,} samples, {len(done.columns)} columns, {len(done.files)} files, {size:,} bytes in "
+        f"{args.to_parquet} ({duration(runtime.clock.monotonic() - began_s)})"
+    )
+    return 0
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _time_ms(flag: str, text: str) -> int:
+    """Read a time; say so where it names no zone."""
+    from headrace.backends.lake.export import has_zone, parse_at
+
+    when = parse_at(text)
+    if not has_zone(text):
+        print(f"{flag} {text} names no time zone: taken as UTC.", file=sys.stderr)
+    return round(when.timestamp() * 1_000)
+
+
+def _version_at(runtime: Runtime, as_of_ms: int | None) -> int:
+    from datetime import UTC, datetime
+
+    lake = runtime.lake()
+    at = None if as_of_ms is None else datetime.fromtimestamp(as_of_ms / 1_000, UTC)
+    table = lake.open(at)
+    if table is None:
+        raise Unavailable(f"there is no lake at {lake.uri} yet; the sink makes it with its first commit.")
+    return int(table.version())
+
+
+def _renewing(runtime: Runtime, version: int, holder: str) -> Callable[[], None]:
+    """Return what takes the lease anew when a quarter of it is over: an export may take longer than one."""
+    lake, every_s = runtime.lake(), runtime.config.lake.lease_ms / 4_000
+    taken_s = runtime.clock.monotonic()
+
+    def beat() -> None:
+        nonlocal taken_s
+        if runtime.clock.monotonic() - taken_s > every_s:
+            lake.hold(version, holder)
+            taken_s = runtime.clock.monotonic()
+
+    return beat
