@@ -6,7 +6,7 @@ of the lake knows. The rows are those of `impressions`, in its order; equal call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from headrace.stream.export.columns import (
     EVENT_TIMESTAMP,
     ExportColumns,
     input_types,
-    plan_columns,
     plain_type,
+    plan_columns,
     sample_columns,
 )
 from headrace.stream.export.folder import FILE_ROWS, ROW_GROUP_ROWS, FileEntry, parquet_folder, refuse_occupied
@@ -113,9 +113,7 @@ def export_samples(
             folder.finish(_manifest(project, source, request, plan))
     finally:
         shown.end()
-    return Exported(
-        version=source.version, rows=rows_done, samples=done, files=folder.files, columns=plan.schema.names
-    )
+    return Exported(version=source.version, rows=rows_done, samples=done, files=folder.files, columns=plan.schema.names)
 
 
 def _fitted(rows: pa.Table, wanted: dict[str, pa.DataType]) -> pa.Table:

@@ -106,9 +106,7 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
-def _feature(
-    one: FeatureColumn, slots_GF: npt.NDArray[np.int64], numeric_GD: npt.NDArray[np.float32]
-) -> pa.Array:
+def _feature(one: FeatureColumn, slots_GF: npt.NDArray[np.int64], numeric_GD: npt.NDArray[np.float32]) -> pa.Array:
     if not one.is_slots:
         return pa.array(np.ascontiguousarray(numeric_GD[:, one.first]))
     if not one.is_list:

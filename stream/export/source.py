@@ -23,6 +23,7 @@ from deltalake.exceptions import DeltaError
 
 from headrace.backends.lake.delta import DeltaLake, contained, files, partition_columns
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hour_ms, local_store, store_of
+from headrace.backends.lake.scan import dataset_of, fragments_by_path
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Positions
 from headrace.process.moved import moved
@@ -47,7 +48,9 @@ class Slice:
 class LakeSlices:
     """One version's samples of a range of event time; see the module. Take a lease of the version before."""
 
-    def __init__(self, lake: DeltaLake, version: int, begin_ms: int, end_ms: int, *, slice_rows: int = SLICE_ROWS):
+    def __init__(
+        self, lake: DeltaLake, version: int, begin_ms: int, end_ms: int, *, slice_rows: int = SLICE_ROWS
+    ) -> None:
         """Open the version. Raises `Unavailable`, and `InvariantBroken` where retention has dropped rows of it."""
         self._lake, self._begin_ms, self._end_ms, self._slice_rows = lake, begin_ms, end_ms, slice_rows
         self._positions: Positions | None = None
@@ -60,14 +63,12 @@ class LakeSlices:
         newest = lake.open()
         if not self._files_are_there(newest):
             self._go_by_positions(newest)
-        store = local_store(self._table)
-        self._data = self._table.to_pyarrow_dataset(filesystem=store)
-        self._store = store or store_of(self._table)
+        self._schema = dataset_of(self._table, []).schema
 
     @property
     def schema(self) -> pa.Schema:
         """The version's columns."""
-        return self._data.schema
+        return self._schema
 
     def slices(self) -> list[Slice]:
         """Return the slices that have rows, in order of event time."""
@@ -109,9 +110,11 @@ class LakeSlices:
         if mine is None or now is None:
             raise Unavailable(f"there is no lake at {self._lake.uri} any more.")
         dropped_ms = now.retained_before_ms
-        if dropped_ms > mine.retained_before_ms and self.extent_ms and max(
-            self.extent_ms[0], self._begin_ms
-        ) < min(dropped_ms, self._end_ms, self.extent_ms[1] + 1):
+        if (
+            dropped_ms > mine.retained_before_ms
+            and self.extent_ms
+            and max(self.extent_ms[0], self._begin_ms) < min(dropped_ms, self._end_ms, self.extent_ms[1] + 1)
+        ):
             raise InvariantBroken(
                 f"retention has dropped rows of version {self.version} of the lake, and vacuum its files. Begin the "
                 f"export at {iso(dropped_ms)} or later, or keep lake.retention_ms longer."
@@ -135,8 +138,8 @@ class LakeSlices:
 
     def _hours(self) -> Iterator[tuple[int, int, tuple[Any, ...]]]:
         """Yield the hours of the range: when each begins, about how many rows it has, and its files."""
-        fragments = {fragment.path: fragment for fragment in self._data.get_fragments()}
         listed = files(self._table)
+        fragments = fragments_by_path(self._table)
         if not partition_columns(self._table):
             yield from self._hours_by_reading(tuple(fragments.values()))
             return
@@ -146,7 +149,11 @@ class LakeSlices:
         for begin in np.unique(begins_N):
             if begin < self._end_ms and begin + HOUR_MS > self._begin_ms:
                 at = np.flatnonzero(begins_N == begin)
-                yield int(begin), int(rows_N[at].sum()), tuple(fragments[paths[i]] for i in sorted(at, key=paths.__getitem__))
+                yield (
+                    int(begin),
+                    int(rows_N[at].sum()),
+                    tuple(fragments[paths[i]] for i in sorted(at, key=paths.__getitem__)),
+                )
 
     def _hours_by_reading(self, fragments: tuple[Any, ...]) -> Iterator[tuple[int, int, tuple[Any, ...]]]:
         """Yield the hours of a table that is not partitioned by them."""
@@ -182,9 +189,11 @@ class LakeSlices:
     def _within(begin_ms: int, end_ms: int) -> ds.Expression:
         return (ds.field("event_time_ms") >= begin_ms) & (ds.field("event_time_ms") < end_ms)
 
-    def _scan(self, fragments: Sequence[Any], columns: Sequence[str], only: ds.Expression) -> tuple[Iterator[pa.RecordBatch], pa.Schema]:
+    def _scan(
+        self, fragments: Sequence[Any], columns: Sequence[str], only: ds.Expression
+    ) -> tuple[Iterator[pa.RecordBatch], pa.Schema]:
         """Return the rows of these files, batch by batch, few ahead of the reader; each says `moved`."""
-        data = ds.FileSystemDataset(list(fragments), self._data.schema, self._data.format, self._store)
+        data = dataset_of(self._table, fragments)
         scanner = data.scanner(
             columns=list(columns), filter=only, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=2
         )

@@ -188,7 +188,11 @@ def oracle(rows: Sequence[dict[str, Any]], project: Project, begin_ms: int, end_
 
 
 def _time(at_ms: int | None) -> datetime | None:
-    return None if at_ms is None else datetime.fromtimestamp(at_ms // 1_000, UTC).replace(microsecond=at_ms % 1_000 * 1_000)
+    return (
+        None
+        if at_ms is None
+        else datetime.fromtimestamp(at_ms // 1_000, UTC).replace(microsecond=at_ms % 1_000 * 1_000)
+    )
 
 
 def _shown(row: dict[str, Any], project: Project, digest: str, tasks: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pyarrow.dataset as ds
 from deltalake.exceptions import DeltaError
 
 from headrace.backends.lake.delta import DeltaLake, LakeState, partition_columns
-from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, local_store
+from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS
+from headrace.backends.lake.scan import dataset_of, fragments_by_path
 from headrace.contract.errors import Unavailable
 
 _HOURS_MAX = 1_000
@@ -42,7 +43,7 @@ class LakeIds:
             wanted &= _hours(begin_ms // HOUR_MS, -(-end_ms // HOUR_MS))
         found: set[str] = set()
         try:
-            data = table.to_pyarrow_dataset(filesystem=local_store(table))
+            data = dataset_of(table, list(fragments_by_path(table).values()))
             for batch in data.scanner(columns=[column], filter=wanted).to_batches():
                 found.update(pc.unique(batch.column(0)).to_pylist())
         except (DeltaError, OSError, pa.ArrowException) as error:

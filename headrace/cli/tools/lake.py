@@ -43,7 +43,9 @@ KEEP_MAX_S = 21_600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""
-    actions = parser.add_subparsers(dest="action", metavar="compact|retain|vacuum|upkeep|history|read|export", required=True)
+    actions = parser.add_subparsers(
+        dest="action", metavar="compact|retain|vacuum|upkeep|history|read|export", required=True
+    )
     compact = actions.add_parser("compact", help="small files of an hour into one")
     compact.add_argument("--files", type=int, metavar="N", help="hours of at least N small files (lake.compact_files)")
     retain = actions.add_parser("retain", help="drop hours older than lake.retention_ms")

@@ -8,14 +8,19 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from headrace.cli.progress_bar import duration, show_progress
 from headrace.cli.runtime import Runtime
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.process.call_watch import LAKE_MAX_S
+
+if TYPE_CHECKING:
+    from headrace.backends.lake.delta import DeltaLake
 
 logger = logging.getLogger("headrace.lake")
 
@@ -43,11 +48,9 @@ def export(runtime: Runtime, args: argparse.Namespace) -> int:
     # What the lake logs is kept quiet, how far it is not.
     logger.setLevel(logging.INFO)
     begin_ms, end_ms = _time_ms("--from", args.begin), _time_ms("--to", args.end)
+    as_of_ms = None if args.as_of is None else _time_ms("--as-of", args.as_of)
     lake, began_s = runtime.lake(), runtime.clock.monotonic()
-    version = args.version
-    if version is None:
-        as_of = None if args.as_of is None else _time_ms("--as-of", args.as_of)
-        version = _version_at(runtime, as_of)
+    version = _version_at(lake, as_of_ms) if args.version is None else args.version
     request = ExportRequest(
         begin_ms=begin_ms,
         end_ms=end_ms,
@@ -64,7 +67,7 @@ def export(runtime: Runtime, args: argparse.Namespace) -> int:
             args.to_parquet,
             request,
             progress=show_progress(logger),
-            beat=_renewing(runtime, version, holder),
+            beat=_renewing(runtime, lake, version, holder),
         )
     if args.json:
         print(msgspec.json.encode(done).decode())
@@ -92,20 +95,24 @@ def _time_ms(flag: str, text: str) -> int:
     return round(when.timestamp() * 1_000)
 
 
-def _version_at(runtime: Runtime, as_of_ms: int | None) -> int:
-    from datetime import UTC, datetime
-
-    lake = runtime.lake()
+def _version_at(lake: DeltaLake, as_of_ms: int | None) -> int:
+    """Return the newest version, of then or of now."""
     at = None if as_of_ms is None else datetime.fromtimestamp(as_of_ms / 1_000, UTC)
     table = lake.open(at)
     if table is None:
         raise Unavailable(f"there is no lake at {lake.uri} yet; the sink makes it with its first commit.")
+    # Of a time before its first one, Delta gives the first version.
+    if as_of_ms is not None and (first := table.history(1)) and first[0].get("timestamp", 0) > as_of_ms:
+        raise ConfigRejected(
+            f"--as-of {at:%Y-%m-%dT%H:%M:%SZ}: the lake has no version of that time; `headrace lake history` shows "
+            f"what it has, and version {table.version()} is the oldest that it knows."
+        )
     return int(table.version())
 
 
-def _renewing(runtime: Runtime, version: int, holder: str) -> Callable[[], None]:
+def _renewing(runtime: Runtime, lake: DeltaLake, version: int, holder: str) -> Callable[[], None]:
     """Return what takes the lease anew when a quarter of it is over: an export may take longer than one."""
-    lake, every_s = runtime.lake(), runtime.config.lake.lease_ms / 4_000
+    every_s = runtime.config.lake.lease_ms / 4_000
     taken_s = runtime.clock.monotonic()
 
     def beat() -> None:

@@ -1,0 +1,36 @@
+"""Goal: ids are found in the lake whether or not their hour was compacted: of the files that compaction writes, Delta's
+log has statistics of a few columns alone. Method: a lake of export_world, asked before and after a compaction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from export_world import DAY_MS, HOUR_MS, PROJECT, filled_lake, stored_rows
+
+from headrace.backends.lake.stored_ids import LakeIds
+from headrace.backends.lake.upkeep import Done, Upkeep
+from headrace.stream.export.export import ExportRequest, export_samples
+
+
+def test_a_compacted_hour_has_the_ids_that_it_had(tmp_path: Path) -> None:
+    lake = filled_lake(tmp_path / "lake", Random(3), older=20, newer=40)
+    ids, rows = LakeIds(lake), stored_rows(lake)
+    for column in ("event_id", "feedback_id"):
+        wanted = frozenset(row[column] for row in rows if row[column] is not None)
+        assert ids.stored([*wanted, "none"], column, DAY_MS, DAY_MS + 3 * HOUR_MS) == wanted
+    done = Done()
+    Upkeep(lake).compact(done, files_min=2)
+    assert done.hours_compacted == 3
+    for column in ("event_id", "feedback_id"):
+        wanted = frozenset(row[column] for row in rows if row[column] is not None)
+        assert ids.stored([*wanted, "none"], column, DAY_MS, DAY_MS + 3 * HOUR_MS) == wanted
+
+
+def test_an_export_finds_the_samples_of_a_compacted_hour(tmp_path: Path) -> None:
+    lake = filled_lake(tmp_path / "lake", Random(3), older=20, newer=40)
+    Upkeep(lake).compact(Done(), files_min=2)
+    state = lake.state()
+    assert state is not None
+    request = ExportRequest(begin_ms=DAY_MS, end_ms=DAY_MS + 3 * HOUR_MS, version=state.version)
+    assert export_samples(lake, PROJECT, tmp_path / "out", request).samples == len(stored_rows(lake))
