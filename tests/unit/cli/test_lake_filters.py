@@ -16,15 +16,20 @@ from headrace.stream.export.export import ExportRequest, export_samples
 def test_a_compacted_hour_has_the_ids_that_it_had(tmp_path: Path) -> None:
     lake = filled_lake(tmp_path / "lake", Random(3), older=20, newer=40)
     ids, rows = LakeIds(lake), stored_rows(lake)
-    for column in ("event_id", "feedback_id"):
-        wanted = frozenset(row[column] for row in rows if row[column] is not None)
-        assert ids.stored([*wanted, "none"], column, DAY_MS, DAY_MS + 3 * HOUR_MS) == wanted
+    wanted = {c: frozenset(row[c] for row in rows if row[c] is not None) for c in ("event_id", "feedback_id")}
+
+    def check() -> None:
+        for column, known in wanted.items():
+            assert ids.stored([*known, "none"], column, DAY_MS, DAY_MS + 3 * HOUR_MS) == known
+            # Arrow simplifies a filter on few values by what is said of the file, one on many not.
+            for one in sorted(known)[:9]:
+                assert ids.stored([one], column, DAY_MS, DAY_MS + 3 * HOUR_MS) == {one}
+
+    check()
     done = Done()
     Upkeep(lake).compact(done, files_min=2)
     assert done.hours_compacted == 3
-    for column in ("event_id", "feedback_id"):
-        wanted = frozenset(row[column] for row in rows if row[column] is not None)
-        assert ids.stored([*wanted, "none"], column, DAY_MS, DAY_MS + 3 * HOUR_MS) == wanted
+    check()
 
 
 def test_an_export_finds_the_samples_of_a_compacted_hour(tmp_path: Path) -> None:
