@@ -125,10 +125,10 @@ class LakeSlices:
         """Return the files that may have rows of the range."""
         listed = files(table)
         if not partition_columns(table):
-            return listed["path"].to_pylist()
+            return list(listed["path"].to_pylist())
         begins_N = self._hours_of(listed)
         is_in_N = (begins_N < self._end_ms) & (begins_N + HOUR_MS > self._begin_ms)
-        return listed["path"].filter(pa.array(is_in_N)).to_pylist()
+        return list(listed["path"].filter(pa.array(is_in_N)).to_pylist())
 
     @staticmethod
     def _hours_of(listed: pa.Table) -> npt.NDArray[np.int64]:

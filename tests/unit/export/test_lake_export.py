@@ -232,7 +232,7 @@ STOPS = {
 
 
 def stopped(lake: DeltaLake, out: Path, act: str) -> subprocess.CompletedProcess[str]:
-    worlds = str(Path(__file__).parents[2] / "worlds")
+    worlds = str(Path(__file__).parent)
     program = PROGRAM.format(worlds=worlds, act=act, uri=lake.uri, out=str(out))
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
 
@@ -283,7 +283,7 @@ def test_what_a_killed_one_had_set_aside_is_put_back(lake: DeltaLake, tmp_path: 
 def test_of_two_exports_to_one_folder_the_second_is_refused(lake: DeltaLake, tmp_path: Path) -> None:
     out, ready = tmp_path / "out", tmp_path / "home"
     act = f"open({str(ready)!r}, 'w').close(); time.sleep(600)"
-    worlds = str(Path(__file__).parents[2] / "worlds")
+    worlds = str(Path(__file__).parent)
     program = PROGRAM.format(worlds=worlds, act=act, uri=lake.uri, out=str(out))
     other = subprocess.Popen([sys.executable, "-c", program])
     try:
