@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from headrace.backends.log.kafka import KafkaAdmin
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.contract.config import LogConfig
 from headrace.contract.errors import ConfigRejected, Unavailable, meant
 from headrace.contract.interfaces.log import TopicSpec

@@ -17,8 +17,9 @@ from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.blobs_hdfs import PATIENCE_S, HdfsBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.health import RECEIPTS, BeatingStop, Health
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.fenced_kafka import FencedKafka
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.backends.reachable import (
     KAFKA,

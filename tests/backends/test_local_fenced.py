@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
-from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.interfaces.fenced import FencedWriter

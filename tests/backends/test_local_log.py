@@ -12,8 +12,9 @@ import confluent_kafka as ck
 import confluent_kafka.admin
 import pytest
 
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.fenced_kafka import FencedKafka
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.interfaces.log import Admin, Producer, Reader, Record, TopicSpec, read_range

@@ -26,8 +26,8 @@ from typing import TypeVar
 import msgspec
 
 from headrace.backends.health import READING, Health
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.group_kafka import KafkaGroup
-from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headrace.backends.log.kafka import KafkaAdmin, copies
+from headrace.backends.log.admin_kafka import KafkaAdmin, copies
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.interfaces.log import TopicSpec
 
