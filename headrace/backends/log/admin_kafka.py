@@ -14,12 +14,13 @@ from confluent_kafka.cimpl import NewTopic
 
 from headrace.backends.log.kafka import CLIENT, RECORD_BYTES_MAX, Link
 from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.contract.interfaces.log import TopicSpec
+from headrace.contract.interfaces.log import TopicSpec, check_outlasts
 from headrace.process.awake import awake_s
 
 log = logging.getLogger("headrace.kafka")
 
 _TIMES, _APPEND = "message.timestamp.type", "LogAppendTime"
+_KEPT, _SEGMENT = "retention.ms", "segment.ms"
 
 
 class KafkaAdmin:
@@ -37,8 +38,9 @@ class KafkaAdmin:
     def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
         """Create what is missing, and return when the broker shows all of it.
 
-        Raises `ConfigRejected` where a topic exists with another partition count, or with fewer copies than the
-        configuration asks for, `Unavailable` without a broker. Copies that nobody asked for are warned of.
+        Raises `ConfigRejected` where a topic exists with another partition count, with fewer copies than the
+        configuration asks for, or is kept for no longer than what it `outlasts`; `Unavailable` without a broker. Copies
+        that nobody asked for are warned of.
         """
         have = self._counts()
         replication, min_insync = copies(self._broker_count(), self._replication, self._min_insync)
@@ -66,6 +68,16 @@ class KafkaAdmin:
         if topics:
             self._check_copies([spec.name for spec in topics], replication, min_insync)
         self._set_append_time([spec.name for spec in topics if spec.append_time])
+        self._check_outlasts([spec for spec in topics if spec.outlasts in have])
+
+    def _check_outlasts(self, specs: Sequence[TopicSpec]) -> None:
+        """Hold what the broker keeps of topics against what it keeps of those that they tell of."""
+        told = self._told([name for spec in specs for name in (spec.name, spec.outlasts)]) if specs else {}
+        for spec in specs:
+            others_ms = int(told[spec.outlasts][_KEPT])
+            # A broker deletes whole segments: the first record of one stays until the last is old enough.
+            others_ms += int(told[spec.outlasts][_SEGMENT]) if others_ms >= 0 else 0
+            check_outlasts(spec, int(told[spec.name][_KEPT]), others_ms)
 
     def _set_append_time(self, names: Sequence[str]) -> None:
         """Let the broker date the records of topics that were made before they asked for it."""
@@ -100,7 +112,7 @@ class KafkaAdmin:
 
     def retention_ms(self, topic: str) -> int:
         """Return how long the broker keeps the topic's records; -1 for ever. Raises `Unavailable`."""
-        return int(self._told([topic])[topic]["retention.ms"])
+        return int(self._told([topic])[topic][_KEPT])
 
     def _check_copies(self, names: Sequence[str], replication: int, min_insync: int) -> None:
         told = self._told(names)
@@ -192,5 +204,5 @@ def _settings(spec: TopicSpec, min_insync: int) -> dict[str, str]:
     if spec.append_time:
         settings[_TIMES] = _APPEND
     if spec.compacted:
-        return settings | {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "3600000"}
-    return settings | {"cleanup.policy": "delete", "retention.ms": str(spec.retention_ms)}
+        return settings | {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", _SEGMENT: "3600000"}
+    return settings | {"cleanup.policy": "delete", _KEPT: str(spec.retention_ms)}
