@@ -111,6 +111,18 @@ def test_a_topic_has_an_id_of_its_own_that_stays(world: World) -> None:
     assert ids[0] == ids[2] != ids[1] and all(ids)
 
 
+def test_a_topic_tells_how_long_it_is_kept_and_what_it_tells_of_goes_first(world: World) -> None:
+    letters, marks = f"test-{uuid.uuid4().hex}", f"test-{uuid.uuid4().hex}"
+    kept = TopicSpec(letters, 1, retention_ms=7_200_000), TopicSpec(marks, 1, retention_ms=86_400_000_000)
+    world.admin.ensure_topics([kept[0], TopicSpec(marks, 1, retention_ms=86_400_000_000, outlasts=letters)])
+    assert [world.admin.retention_ms(name) for name in (letters, marks)] == [7_200_000, 86_400_000_000]
+    for told in (world.admin.topic_id, world.admin.retention_ms):
+        with pytest.raises(Unavailable):
+            told("no-such-topic")
+    with pytest.raises(ConfigRejected, match=r"would be forgotten while it is still there"):
+        world.admin.ensure_topics([kept[1], TopicSpec(letters, 1, outlasts=marks)])
+
+
 @pytest.mark.real
 def test_kafka_tells_what_it_keeps_and_refuses_copies_that_a_topic_does_not_have(
     stack: Layout, caplog: pytest.LogCaptureFixture

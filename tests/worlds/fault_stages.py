@@ -64,8 +64,8 @@ class GroupPositions(Protocol):
     def acknowledge(self, partition: int, upto: int) -> None:
         """Let the group commit the partition's records up to `upto`."""
 
-    def lag(self) -> int:
-        """Return how many records lie beyond what was taken."""
+    def lag(self) -> float:
+        """Return how many records lie beyond what was taken, NaN while not known."""
 
     def end(self, partition: int) -> int | None:
         """Return the partition's end as of the last look."""
@@ -84,7 +84,7 @@ class MemoryGroup:
         """Remember how far the group has committed."""
         self.acknowledged[partition] = max(upto, self.acknowledged.get(partition, -1))
 
-    def lag(self) -> int:
+    def lag(self) -> float:
         """Nothing hangs on it here."""
         return 0
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
 import threading
@@ -115,12 +116,13 @@ class Backlog:
             for stage, url in zip(_FOLLOWERS, self._urls, strict=True):
                 status, body = http_get(url)
                 lag = parse(body.decode()).get(f"headrace_{stage}_lag_records") if status == 200 else None
-                if lag is not None:
+                if lag is not None and math.isfinite(lag):
                     found[stage] = int(lag)
             self._lags = found
             if any(lag > BEHIND_MAX for lag in found.values()):
                 self._load.wait.set()
-            elif all(lag < BEHIND_MAX // 2 for lag in found.values()):
+            # A stage that does not tell may be behind: the load waits on.
+            elif len(found) == len(_FOLLOWERS) and all(lag < BEHIND_MAX // 2 for lag in found.values()):
                 self._load.wait.clear()
 
 
