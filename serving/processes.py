@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import logging
 import os
@@ -26,6 +25,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.process.awake import awake_s
 from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
 from headrace.process.open_files import connections_within
 from headrace.serving.model.shared_region import SharedModel
@@ -127,7 +127,7 @@ def answer_requests(
     bounds = ConnectionBounds(most, lambda _origin, reason, _why: refused(reason))
 
     async def tell() -> None:
-        bounds.sweep(asyncio.get_running_loop().time())
+        bounds.sweep(awake_s())
         turned()
 
     server = uvicorn.Server(
