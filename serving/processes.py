@@ -72,10 +72,10 @@ class Workers:
         A worker that hangs would keep the port of the next stage.
         """
         self.ask_to_end()
-        until = time.monotonic() + patience_s
+        until = awake_s() + patience_s
         for pid in self._pids:
             with suppress(ChildProcessError, ProcessLookupError):
-                while (is_left := os.waitpid(pid, os.WNOHANG) == (0, 0)) and time.monotonic() < until:
+                while (is_left := os.waitpid(pid, os.WNOHANG) == (0, 0)) and awake_s() < until:
                     time.sleep(0.02)
                 if is_left:
                     logger.error("worker %d did not end in %.0f s and is killed", pid, patience_s)
@@ -164,9 +164,9 @@ def answer_requests(
     if workers:
         workers.ask_to_end()
     # 1 s for all: a thread that still waits for a broker ends with the process.
-    until = time.monotonic() + 1.0
+    until = awake_s() + 1.0
     for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()))
+        thread.join(max(0.0, until - awake_s()))
     return 1 if failures else 0
 
 

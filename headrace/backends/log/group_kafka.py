@@ -86,6 +86,8 @@ class KafkaGroup:
         """Where the reading of a partition began: an offset, or librdkafka's number for the log's begin or end."""
         self._claimed = 0
         self._lag: int | None = None
+        self._is_assigned = False
+        """The group has said which partitions are this member's, be it none."""
         self._gap = self._bytes = 0
         self._failed: BaseException | None = None
         self._away_since: float | None = None
@@ -261,7 +263,8 @@ class KafkaGroup:
         """Count what lies beyond what was read; not known where one partition is not."""
         lags = [self._lag_of(partition) for partition in list(self._claims)]
         known = [lag for lag in lags if lag is not None]
-        self._lag = sum(known) if len(known) == len(lags) and self._away_since is None else None
+        is_known = self._is_assigned and self._away_since is None and len(known) == len(lags)
+        self._lag = sum(known) if is_known else None
 
     def _lag_of(self, partition: int) -> int | None:
         part = ck.TopicPartition(self._topic, partition)
@@ -281,6 +284,7 @@ class KafkaGroup:
         if found is None:
             # No answer: begin where the broker says once it speaks, by the error that a missing position is.
             found = [ck.TopicPartition(self._topic, p.partition, ck.OFFSET_STORED) for p in parts]
+        self._is_assigned = True
         with self._lock:
             for part in found:
                 self._claimed += 1

@@ -141,6 +141,9 @@ def test_a_lag_of_which_a_part_is_not_known_is_not_known(other: Any, lag: int | 
     group.close(5.0)
     assert group.status().lag_records is None, "nobody has looked yet"
     group._away_since = None
+    group._measure()
+    assert group.status().lag_records is None, "nobody has said yet which partitions it has"
+    group._is_assigned = True
     group._claims = {p: Claim("t", p, p) for p in (0, 1)}
     group._consumer = Client({0: (0, 10), 1: other})  # type: ignore[assignment]
     group._measure()
