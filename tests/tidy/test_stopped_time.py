@@ -34,7 +34,7 @@ READS_THE_CLOCK = {
     "headrace/sender/sender.py": SENDER,
     "ingest/crawl/politeness.py": "when a host may be asked next: later is polite",
     "replay/as_trained.py": SHOWN,
-    "serving/model/shared_region.py": "a reader that is still in a copy then reads again, by the copy's sequence number",
+    "serving/model/shared_region.py": "a reader still in a copy reads again, by its sequence number",
 }
 
 

@@ -66,7 +66,7 @@ def test_a_peer_is_not_too_slow_when_the_gateway_stood_still(is_handshake: bool,
         in_handshake=is_handshake,
         refuse=lambda reason, _why: refused.append(reason),
     )
-    server._unfinished.add(peer)  # type: ignore[arg-type]
+    server._unfinished = [peer]  # type: ignore[assignment]
     clock.advance(LONG_S)
     server.sweep()
     assert not refused
@@ -86,7 +86,7 @@ def test_a_broker_is_not_away_for_long_when_serving_stood_still() -> None:
 
 @contextmanager
 def clock_of(monkeypatch: pytest.MonkeyPatch, module: Any, jumps: bool) -> Iterator[VirtualClock]:
-    """Let a module's bounds read a clock that a sleep turns by a second; or, once, by far more while it stands still."""
+    """Let a module's bounds read a clock that a sleep turns by a second; or, once, by far more: it stood still."""
     clock = VirtualClock()
     awake, left = Awake(clock.monotonic), [jumps]
 
@@ -97,9 +97,8 @@ def clock_of(monkeypatch: pytest.MonkeyPatch, module: Any, jumps: bool) -> Itera
 
     monkeypatch.setattr(module, "awake_s", awake.monotonic)
     monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(
-        module, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=sleep, set=list)), False
-    )
+    event = SimpleNamespace(wait=sleep, set=list)
+    monkeypatch.setattr(module, "threading", SimpleNamespace(Event=lambda: event), raising=False)
     yield clock
 
 
