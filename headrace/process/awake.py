@@ -86,6 +86,7 @@ async def awake_timeout(seconds: float, monotonic: Callable[[], float] = awake_s
     """
     loop, end_s = asyncio.get_running_loop(), monotonic() + seconds
     async with asyncio.timeout(None) as bound:
+        due: asyncio.TimerHandle | None = None
 
         def look() -> None:
             nonlocal due
