@@ -143,12 +143,12 @@ class BoundedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """Wait for the client."""
         self._bounds.full(self, awake_s())
-        super().pause_writing()  # type: ignore[no-untyped-call]
+        super().pause_writing()
 
     def resume_writing(self) -> None:
         """Go on."""
         self._bounds.taken(self)
-        super().resume_writing()  # type: ignore[no-untyped-call]
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP."""
