@@ -2,6 +2,7 @@
 
 HeadraceError
 ├── EventRejected     dead-letter the event, go on with the next one
+├── BadRequest        answer the client with it, go on with the next request
 ├── ConfigRejected    refuse to start, tell the user which line to change
 ├── Overloaded        slow down and offer the same thing again
 ├── Unavailable       back off, retry, stop after a while: something outside is away
@@ -25,6 +26,14 @@ class EventRejected(HeadraceError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class BadRequest(HeadraceError):
+    """Nothing of an HTTP request was taken: `status` answers it, `error` says why, `step` what to do next."""
+
+    def __init__(self, status: int, error: str, step: str) -> None:
+        super().__init__(f"{error}; {step}")
+        self.status, self.error, self.step = status, error, step
 
 
 class ConfigRejected(HeadraceError):

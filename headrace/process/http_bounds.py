@@ -1,7 +1,8 @@
-"""The bounds that uvicorn (with h11) lacks: on connections, and on the time that a request takes to come.
+"""The bounds that uvicorn (with h11) lacks: on connections, and on the time that a request and its answer take.
 
 A connection beyond the bound takes the place of the one that has idled longest, or is refused; one that sends its
-headers drop by drop is closed; bytes that are no HTTP are counted.
+headers drop by drop is closed, and one that does not take its answer; bytes that are no HTTP are counted. Times are of
+the process awake (`awake.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from headrace.process.awake import awake_s
+
 KEEP_ALIVE_S = 15
 HEADERS_S = 20.0
 """Longest time between requests of one connection, headers included; longer than `KEEP_ALIVE_S`."""
+
+ANSWER_S = 30.0
+"""Longest time in which a client takes nothing of the answer that is written to it."""
 
 Refuse = Callable[[str, str, str], None]
 """(origin, reason, why): counts a refusal."""
@@ -32,6 +38,8 @@ class ConnectionBounds:
         self._idle: dict[BoundedProtocol, float] = {}
         """Oldest first."""
         self._open: set[BoundedProtocol] = set()
+        self._full: dict[BoundedProtocol, float] = {}
+        """Since when each waits until its client takes more of its answer. Oldest first."""
 
     def enter(self, protocol: BoundedProtocol, now_s: float) -> bool:
         """Add a connection; at the bound the longest idle one is closed. False where none is idle."""
@@ -48,6 +56,7 @@ class ConnectionBounds:
         """Forget a connection."""
         self._open.discard(protocol)
         self._idle.pop(protocol, None)
+        self._full.pop(protocol, None)
 
     def busy(self, protocol: BoundedProtocol) -> None:
         """Note that a request has begun."""
@@ -58,8 +67,22 @@ class ConnectionBounds:
         if protocol in self._open:
             self._idle[protocol] = now_s
 
+    def full(self, protocol: BoundedProtocol, now_s: float) -> None:
+        """Note that its client takes no more of its answer for now."""
+        if protocol in self._open:
+            self._full[protocol] = now_s
+
+    def taken(self, protocol: BoundedProtocol) -> None:
+        """Note that the client takes more."""
+        self._full.pop(protocol, None)
+
     def sweep(self, now_s: float) -> None:
-        """Close connections whose next request's headers do not end in time, or that send a body which is not read."""
+        """Close connections whose next request's headers do not end in time, that send a body which is not read, or
+        that do not take their answer."""
+        for protocol, since_s in list(self._full.items()):
+            if now_s - since_s <= ANSWER_S:
+                break
+            protocol.cut("answer_timeout", f"took nothing of its answer for {ANSWER_S:g} s")
         for protocol, since_s in list(self._idle.items()):
             if now_s - since_s <= HEADERS_S:
                 break
@@ -98,7 +121,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Enter, or be refused beyond the bound."""
         super().connection_made(transport)
-        if not self._bounds.enter(self, self.loop.time()):
+        if not self._bounds.enter(self, awake_s()):
             self.cut("connections_max", "every connection of the collector waits for an answer")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -114,8 +137,18 @@ class BoundedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Be idle again."""
-        self._bounds.idle(self, self.loop.time())
+        self._bounds.idle(self, awake_s())
         super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """Wait for the client."""
+        self._bounds.full(self, awake_s())
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        self._bounds.taken(self)
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP."""

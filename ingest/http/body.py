@@ -25,7 +25,7 @@ from typing import Any
 import msgpack
 import msgspec
 
-from headrace.contract.errors import HeadraceError
+from headrace.contract.errors import BadRequest
 from headrace.ingest.decode.compression import BodyTooLarge, decompress
 from headrace.ingest.decode.message import Message, message_of
 from headrace.ingest.decode.numbers import DECIMAL
@@ -40,14 +40,6 @@ TRANSFER_MS = 2_000
 _SHOWN_CHARS = 64
 
 Events = list[Any]
-
-
-class BadRequest(HeadraceError):
-    """Nothing of the request was taken; sent again as it is, it will fail again."""
-
-    def __init__(self, status: int, error: str, step: str) -> None:
-        super().__init__(f"{error}; {step}")
-        self.status, self.error, self.step = status, error, step
 
 
 def read_events(body: bytes, content_type: str, encoding: str, bytes_max: int) -> Events:

@@ -248,6 +248,13 @@ def read_manifest(data: bytes) -> dict[str, Any]:
     return plain
 
 
+def rules_kept(plain: Mapping[str, Any]) -> dict[int, Rules]:
+    """Return, by their numbers, the rules in force that a decoded manifest has; none of one of another format."""
+    if plain.get("v") != VERSION:
+        return {}
+    return {kept["number"]: msgspec.convert(kept["rules"], Rules) for kept in plain[_RULES]}
+
+
 def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes | None]) -> StateWriter:
     """Make a fresh `state` what was stored; the writer returned takes further snapshots on top of it.
 

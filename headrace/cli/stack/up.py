@@ -11,13 +11,17 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from headrace.cli.addresses import HOST
 from headrace.cli.project_folder import is_demo, load_project
 from headrace.cli.rules_topic import rules_topic
+from headrace.cli.runtime import open_blobs
 from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, table, timed_printer
 from headrace.cli.stack.follow import follow
+from headrace.contract.config import Config
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine
@@ -26,6 +30,7 @@ from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.stack import STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.stream.rule_changes import unapplied
+from headrace.stream.stored_rules import StoredRules, stored_rules
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
         start(layout, specs, say, stages=stages_of(layout.project), more=more, log=config.log)
         _show(layout, time.monotonic() - begin)
         with rules_topic(layout.brokers, Topics(config.log.generation)) as writer:
-            lines = unapplied(writer, project)
+            lines = unapplied(writer, project, _stored_rules(layout, config))
         if lines:
             print("the project on disk differs from the rules in force, which are the log's:")
             print("\n".join(f"  {line}" for line in (*lines, "`headrace spec apply` puts it in force.")), flush=True)
@@ -79,6 +84,11 @@ def main(args: argparse.Namespace) -> int:
 def stages_of(project: Path) -> tuple[str, ...]:
     """Return the stages that a stack of this project runs: the shop's synthetic traffic belongs to the demo alone."""
     return (*(stage for stage in STAGES if stage != "shop" or is_demo(project)), "tensorboard")
+
+
+def _stored_rules(layout: Layout, config: Config) -> Callable[[], Sequence[StoredRules]]:
+    blobs = open_blobs(layout.store, layout.webhdfs)
+    return partial(stored_rules, blobs, config.log.generation, config.log.partitions)
 
 
 def _interrupt(stopped: threading.Event) -> None:

@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     crawls = sources(runtime, args.sources)
     stop = stop_event()
     metrics = runtime.metrics("crawl")
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    runtime.open_topics()
     frontier = SqliteFrontier(
         runtime.home / "crawl" / f"g{runtime.config.log.generation}.sqlite",
         bodies_per_page=runtime.config.crawl.bodies_per_page,
