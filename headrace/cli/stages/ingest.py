@@ -84,6 +84,9 @@ def main(args: argparse.Namespace) -> int:
     config = _with_tls(runtime.config.ingest, args, runtime.project_dir)
     identity = TlsIdentity(config, os.environ.get("HEADRACE_TLS_PASSWORD", "")) if config.tls_cert else None
     port = args.port or runtime.port("forward")
+    for name in ("HEADRACE_SHARED_KEY", "HEADRACE_TLS_PASSWORD"):
+        if (secret := os.environ.get(name, "")) != secret.strip():
+            log.warning("%s begins or ends with a blank or a line break, as from a file; it counts as part of it", name)
     endpoint = Endpoint(
         host=args.host,
         port=port,
