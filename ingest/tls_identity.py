@@ -30,8 +30,13 @@ class TlsIdentity:
         self._client_ca = config.tls_client_ca
         self._seen = self._changed_ns()
         self.context = self._read()
+        self._ends_s = float("inf")
         self._warned_s = time.monotonic()
         self._warn()
+
+    def days_left(self, now_ms: int) -> float:
+        """Return the days until the certificate's end; below 0 where it is over."""
+        return (self._ends_s - now_ms / 1_000) / 86_400
 
     def renew(self) -> None:
         """Serve new connections with the files as they are now; keep the old certificate where they cannot be read."""
@@ -54,6 +59,7 @@ class TlsIdentity:
             certificate = x509.load_pem_x509_certificate(Path(self._files[0]).read_bytes())
         except (OSError, ValueError):
             return
+        self._ends_s = certificate.not_valid_after_utc.timestamp()
         for fault in faults_of(certificate, datetime.now(UTC)):
             log.warning("ingest.tls_cert %s %s", self._files[0], fault)
 

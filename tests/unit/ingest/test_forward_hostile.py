@@ -117,6 +117,14 @@ def test_half_a_ping_ends_by_its_deadline() -> None:
     assert isinstance(sock, socket.socket)
 
 
+def test_the_certificates_end_is_a_metric(tmp_path: Path) -> None:
+    cert, key = Authority(tmp_path).issue("gateway")
+    with Running(tls_cert=str(cert), tls_key=str(key)) as gateway:
+        assert "tls_days_left" in gateway.counts.totals and gateway.identity is not None
+        end = x509.load_pem_x509_certificate(cert.read_bytes()).not_valid_after_utc
+        assert gateway.identity.days_left(round((end - timedelta(days=3)).timestamp() * 1_000)) == pytest.approx(3)
+
+
 def test_a_certificate_that_clients_refuse_is_told_of(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     good = x509.load_pem_x509_certificate(authority.issue("gateway")[0].read_bytes())

@@ -201,8 +201,13 @@ def test_a_gateway_that_moves_is_found_again_and_one_that_is_gone_is_left(path: 
 def test_a_chunk_that_fluentd_gives_up_is_kept_where_a_reboot_leaves_it(path: Path) -> None:
     # An UnrecoverableError moves the chunk under root_dir, /tmp/fluent by default.
     root = str(_fluentd(path.name, "system")["root_dir"])
-    assert root and not root.startswith("/tmp") and root == _fluentd(path.name, "buffer")["path"].removesuffix(  # type: ignore[union-attr]
-        "/access-log"
+    assert (
+        root
+        and not root.startswith("/tmp")
+        and root
+        == _fluentd(path.name, "buffer")["path"].removesuffix(  # type: ignore[union-attr]
+            "/access-log"
+        )
     )
 
 
