@@ -4,7 +4,6 @@ nobody else. Method: real sockets on the real server, a good shipper beside them
 from __future__ import annotations
 
 import hashlib
-import socket
 import ssl
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
@@ -17,6 +16,7 @@ from cryptography import x509
 from gateway_world import Authority, Running, ended, eventually, frame, read_value, read_values
 from ingest_world import impression
 
+from headrace.cli.stages import ingest as ingest_stage
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.tls_identity import faults_of
 
@@ -92,12 +92,12 @@ def test_a_key_that_differs_by_a_character_is_another_one(key: str) -> None:
 
 
 def test_a_ping_for_another_connection_is_worth_nothing() -> None:
-    with Running(Endpoint(port=0, shared_key=KEY, users={"web": "pass"})) as gateway:
-        with gateway.connect() as heard, gateway.connect() as sock:
-            told = read_value(heard)[1]
-            helo = read_value(sock)[1]
-            sock.sendall(_ping(helo, nonce=told["nonce"]))
-            assert read_value(sock)[:2] == ["PONG", False] and ended(sock)
+    endpoint = Endpoint(port=0, shared_key=KEY, users={"web": "pass"})
+    with Running(endpoint) as gateway, gateway.connect() as heard, gateway.connect() as sock:
+        told = read_value(heard)[1]
+        helo = read_value(sock)[1]
+        sock.sendall(_ping(helo, nonce=told["nonce"]))
+        assert read_value(sock)[:2] == ["PONG", False] and ended(sock)
 
 
 @pytest.mark.parametrize("key", [KEY, "k" * 10_000, "é\0 \n"])
@@ -113,8 +113,6 @@ def test_half_a_ping_ends_by_its_deadline() -> None:
     with Running(Endpoint(port=0, shared_key=KEY), handshake_ms=200) as gateway, gateway.connect() as sock:
         sock.sendall(_ping(read_value(sock)[1])[:40])
         assert ended(sock) and gateway.refused("handshake_timeout") == 1
-        sock.close()
-    assert isinstance(sock, socket.socket)
 
 
 def test_the_certificates_end_is_a_metric(tmp_path: Path) -> None:
@@ -135,3 +133,11 @@ def test_a_certificate_that_clients_refuse_is_told_of(tmp_path: Path) -> None:
     assert ["ended at" in fault for fault in faults_of(good, end + timedelta(seconds=1))] == [True]
     assert faults_of(good, begin + timedelta(seconds=1))[0].startswith("ends at"), "it lives two hours"
     assert any("subjectAltName" in fault for fault in faults_of(bare, datetime.now(UTC)))
+
+
+def test_a_key_with_a_line_break_from_its_file_is_told_of_without_the_key(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HEADRACE_SHARED_KEY", KEY + "\n")
+    assert ingest_stage._secret("HEADRACE_SHARED_KEY") == KEY + "\n", "as shippers have it that read the same file"
+    assert "HEADRACE_SHARED_KEY" in caplog.text and KEY not in caplog.text
