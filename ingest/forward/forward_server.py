@@ -73,6 +73,8 @@ class ForwardServer:
         """Listen, and offer what comes; return the port. Raises `ConfigRejected` where it cannot be had."""
         self._admission = admission
         port = await self._listeners.open(self, self._endpoint)
+        if self._identity is not None:
+            self._tell_end(self._identity)
         how = "with TLS" if self._identity is not None else "plain"
         log.info("forward on %s:%d %s", self._endpoint.host, port, how)
         return port
@@ -98,6 +100,10 @@ class ForwardServer:
         if self._identity is not None and now_s - self._renewed_s > _RENEW_S:
             self._renewed_s = now_s
             self._identity.renew()
+            self._tell_end(self._identity)
+
+    def _tell_end(self, identity: TlsIdentity) -> None:
+        self._metrics.set("tls_days_left", identity.days_left(self._clock.now_ms()))
 
     def pause(self) -> None:
         """Read from nobody."""

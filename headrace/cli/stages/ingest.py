@@ -81,13 +81,13 @@ def main(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     runtime = open_runtime(args)
     config = _with_tls(runtime.config.ingest, args, runtime.project_dir)
-    identity = TlsIdentity(config, os.environ.get("HEADRACE_TLS_PASSWORD", "")) if config.tls_cert else None
+    identity = TlsIdentity(config, _secret("HEADRACE_TLS_PASSWORD")) if config.tls_cert else None
     port = args.port or runtime.port("forward")
     endpoint = Endpoint(
         host=args.host,
         port=port,
         name=args.name or f"{socket.gethostname()}-{port}",
-        shared_key=os.environ.get("HEADRACE_SHARED_KEY", ""),
+        shared_key=_secret("HEADRACE_SHARED_KEY"),
         users=read_users(os.environ.get("HEADRACE_USERS", "")),
         share_port=args.share_port,
         socket_path=args.socket,
@@ -179,6 +179,14 @@ def _with_tls(config: IngestConfig, args: argparse.Namespace, project_dir: Path)
     files = {name: str(project_dir / getattr(config, name)) for name in names if getattr(config, name)}
     files |= {name: told for name in names if (told := getattr(args, name))}
     return msgspec.structs.replace(config, **files)
+
+
+def _secret(name: str) -> str:
+    """Return a secret of the environment as it is, and say where it may be more than was meant."""
+    secret = os.environ.get(name, "")
+    if secret != secret.strip():
+        log.warning("%s begins or ends with a blank or a line break, as from a file; it counts as part of it", name)
+    return secret
 
 
 def _collector_endpoint(args: argparse.Namespace, runtime: Runtime) -> CollectorEndpoint | None:

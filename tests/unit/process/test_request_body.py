@@ -221,7 +221,7 @@ def test_a_client_that_takes_no_answer_is_ended_and_its_task_too(monkeypatch: py
     with serving() as door:
         deaf = [door.connect(door.head(f"Content-Length: {BYTES}") + b"x" * BYTES) for _ in range(3)]
         deaf[0].close()
-        until(lambda: refused.count("answer_timeout") == 2)
+        until(lambda: refused.count("slow_reader") == 2)
         assert door.asks() == 200
         for one in deaf[1:]:
             with contextlib.suppress(ConnectionResetError):
