@@ -24,7 +24,7 @@ from parsel import Selector
 from w3lib.encoding import html_to_unicode
 
 from headrace.contract.crawl import Crawl, Extract
-from headrace.ingest.crawl.markup import base_of, flat_parts, selector_of
+from headrace.ingest.crawl.markup import TooDeep, base_of, flat_parts, selector_of
 from headrace.ingest.decode.numbers import INTEGER, NUMBER
 
 ROWS_MAX = 100_000
@@ -81,7 +81,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Extracted(msgspec.Struct):
-    """What a document holds. `left_out` counts reasons: wrong_type, broken, no_key, bad_value, too_many."""
+    """What a document holds. `left_out` counts reasons: wrong_type, broken, too_deep, no_key, bad_value, too_many."""
 
     rows: list[Row] = []
     links: list[Link] = []
@@ -103,6 +103,8 @@ def extract(document: Document, crawl: Crawl) -> Extracted:
             _read_json(document, crawl, found)
         else:
             _read_markup(document, crawl, found)
+    except TooDeep:
+        return Extracted(left_out=Counter(too_deep=1))
     except (ValueError, TypeError, RecursionError, zlib.error, jmespath.exceptions.JMESPathError):
         # Bytes that cannot be read: the document gives nothing, and `left_out` counts it.
         return Extracted(left_out=Counter(broken=1))

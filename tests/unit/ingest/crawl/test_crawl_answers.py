@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from scrapy.http import Request, Response
+from extraction_here import ExtractionHere
 from stream_world import Blobs
 
 from headrace.backends.clock import VirtualClock
@@ -41,7 +42,7 @@ class World:
         log, self.metrics = MemoryLog(), MemoryMetrics()
         deps = CrawlDependencies(
             crawls=(crawl,), config=CrawlConfig(), topics=Topics(), partitions=1, frontier=self.frontier,
-            bodies=self.blobs, producer=log.producer(), metrics=self.metrics, clock=self.clock,
+            extraction=ExtractionHere(), bodies=self.blobs, producer=log.producer(), metrics=self.metrics, clock=self.clock,
             open_reader=log.reader,
         )  # fmt: skip
         self.answers = Answers(deps, Waits(self.clock))
