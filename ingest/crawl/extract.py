@@ -20,6 +20,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 
 import jmespath
 import msgspec
+from lxml import etree
 from parsel import Selector
 from w3lib.encoding import html_to_unicode
 
@@ -105,7 +106,7 @@ def extract(document: Document, crawl: Crawl) -> Extracted:
             _read_markup(document, crawl, found)
     except TooDeep:
         return Extracted(left_out=Counter(too_deep=1))
-    except (ValueError, TypeError, RecursionError, zlib.error, jmespath.exceptions.JMESPathError):
+    except (ValueError, TypeError, RecursionError, zlib.error, etree.LxmlError, jmespath.exceptions.JMESPathError):
         # Bytes that cannot be read: the document gives nothing, and `left_out` counts it.
         return Extracted(left_out=Counter(broken=1))
     return found
