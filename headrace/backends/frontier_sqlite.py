@@ -122,8 +122,8 @@ class SqliteFrontier:
     def due(self, now_ms: int, sources: Sequence[str], busy: Sequence[str], limit: int) -> list[Page]:
         """Return up to `limit` addresses that are due, the longest due first, none of a host that is busy or waits."""
         rows = self._db.execute(
-            "select source, url, host, sitemap, depth, etag, last_modified, failures, refused from pages where due_ms <= ? "
-            f"and source in ({_marks(sources)}) and host not in ({_marks(busy)}) "
+            "select source, url, host, sitemap, depth, etag, last_modified, failures, refused from pages "
+            f"where due_ms <= ? and source in ({_marks(sources)}) and host not in ({_marks(busy)}) "
             "and host not in (select host from hosts where not_before_ms > ?) order by due_ms, depth, url limit ?",
             (now_ms, *sources, *busy, now_ms, limit),
         )
@@ -244,9 +244,8 @@ class SqliteFrontier:
     def newest_bodies(self, source: str) -> list[Body]:
         """Return the newest body of every address of a source."""
         rows = self._db.execute(
-            "select digest, base, content_type, source, url, coalesce(sitemap, 0), coalesce(refused, ''), max(fetched_ms) "
-            "from bodies "
-            "left join pages using (source, url) where source=? group by url order by url",
+            "select digest, base, content_type, source, url, coalesce(sitemap, 0), coalesce(refused, ''), "
+            "max(fetched_ms) from bodies left join pages using (source, url) where source=? group by url order by url",
             (source,),
         )
         return [Body(d, b, c, s, u, bool(m), r) for d, b, c, s, u, m, r, _ in rows]

@@ -19,6 +19,7 @@ from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.extract import Document
 from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
 from headrace.ingest.crawl.refusals import KILLED, STALLED, Refusals, unread
+from headrace.ingest.crawl.scrapy_run import Torn
 from headrace.process.waits import Waits
 
 log = logging.getLogger("headrace.crawl")
@@ -47,7 +48,8 @@ class Answers:
         crawl, now_ms = self._crawls[page.source], self._clock.now_ms()
         self._metrics.observe("page_seconds", seconds)
         self._metrics.add("body_bytes_total", len(response.body))
-        if status == 304:
+        # Who answers 304 unasked has said nothing: the page is not known.
+        if status == 304 and (page.etag or page.last_modified):
             self._frontier.not_modified(page, now_ms + crawl.every_ms)
             self._count("not_modified")
         elif status in {404, 410}:
@@ -73,7 +75,13 @@ class Answers:
         wait_ms = self._back_off_ms(page) if is_passing else crawl.every_ms
         self._frontier.failed(page, now_ms + wait_ms)
         self._count(reason)
-        log.log(logging.INFO if reason != "failed" else logging.WARNING, "%s: %s: %s", page.url, reason, error)
+        log.log(
+            logging.INFO if reason != "failed" else logging.WARNING,
+            "%s: %s: %s",
+            page.url,
+            reason,
+            str(error) or repr(error),
+        )
 
     async def _take_body(self, page: Page, response: Response, now_ms: int) -> None:
         crawl = self._crawls[page.source]
@@ -81,8 +89,8 @@ class Answers:
         document = Document(response.url, response.body, content_type, page.sitemap)
         found, refused = await self.refusals.extract(document, crawl, page.refused, page.failures)
         reason = unread(found)
-        for reason, count in found.left_out.items():
-            self._metrics.add("left_out_total", count, reason=reason)
+        for left_out, count in found.left_out.items():
+            self._metrics.add("left_out_total", count, reason=left_out)
         if found.left_out["wrong_type"]:
             self._frontier.failed(page, now_ms + crawl.every_ms)
             self._count("wrong_type")
@@ -171,6 +179,8 @@ def _reason_of(error: BaseException) -> tuple[str, bool]:
         return "robots", False
     if isinstance(error, Unreadable):
         return "robots_unreadable", True
+    if isinstance(error, Torn):
+        return "torn", True
     if isinstance(error, OffHost):
         return "off_host", False
     if isinstance(error, DownloadTimeoutError):

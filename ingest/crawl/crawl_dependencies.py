@@ -17,7 +17,6 @@ from headrace.contract.metrics import Metrics
 from headrace.ingest.crawl.extract import Document, Extracted
 
 
-
 class Extraction(Protocol):
     """What reads documents: `extraction_pool`, or in a test this process itself."""
 

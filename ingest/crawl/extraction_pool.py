@@ -116,7 +116,9 @@ class _Worker:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             )  # fmt: skip
         except OSError as error:
-            raise Unavailable(f"no process for extraction: {error}. See how many processes and files may be.") from error
+            raise Unavailable(
+                f"no process for extraction: {error}. See how many processes and files may be."
+            ) from error
         self._input, self._output = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
         for pipe in (self._input, self._output):
             os.set_blocking(pipe.fileno(), False)

@@ -3,14 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from scrapy.downloadermiddlewares.httpcompression import HttpCompressionMiddleware
+from scrapy.exceptions import IgnoreRequest
 from scrapy.utils.reactor import install_reactor
 
 from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
 from headrace.ingest.crawl.politeness import host_settings
+
+_PIECE_BYTES = 1_048_576
+
+
+class Torn(IgnoreRequest):
+    """A compressed body that has no end, or is damaged."""
+
+
+class WholeBodies(HttpCompressionMiddleware):
+    """Decompression of whole bodies: Scrapy takes what there is of a torn one, which nothing else would tell."""
+
+    @staticmethod
+    def _decode(body: bytes, encoding: bytes, max_size: int) -> bytes:
+        """Return the body. Raises `Torn`, and `IgnoreRequest` where it swells beyond `max_size` bytes."""
+        plain = HttpCompressionMiddleware._decode(body, encoding, max_size)
+        if encoding in {b"gzip", b"x-gzip"} and not _is_whole_gzip(body):
+            raise Torn("the gzip of the body is torn")
+        if encoding == b"br":
+            import brotli
+
+            reader = brotli.Decompressor()
+            reader.process(body)
+            if not reader.is_finished():
+                raise Torn("the brotli of the body is torn")
+        return plain
+
+
+def _is_whole_gzip(body: bytes) -> bool:
+    """Say whether each member of a gzip is whole; what follows and is none does not count."""
+    while body[:2] == b"\x1f\x8b":
+        reader = zlib.decompressobj(31)
+        try:
+            while not reader.eof and body:
+                reader.decompress(body, _PIECE_BYTES)
+                body = reader.unconsumed_tail or reader.unused_data
+        except zlib.error:
+            return False
+        if not reader.eof:
+            return False
+    return True
 
 
 def scrapy_settings(crawls: Sequence[Crawl], config: CrawlConfig) -> dict[str, Any]:
@@ -21,6 +64,7 @@ def scrapy_settings(crawls: Sequence[Crawl], config: CrawlConfig) -> dict[str, A
         "USER_AGENT": config.user_agent,
         "ROBOTSTXT_OBEY": True,
         "HEADRACE_ROBOTS_S": config.robots_ms / 1000,
+        "HEADRACE_PLACES": frozenset(place for crawl in crawls for place in crawl.places()),
         "HEADRACE_PARALLEL": {host: slot["concurrency"] for host, slot in hosts.items()},
         "DOWNLOAD_SLOTS": hosts,
         "CONCURRENT_REQUESTS": config.requests_max,
@@ -46,6 +90,8 @@ def scrapy_settings(crawls: Sequence[Crawl], config: CrawlConfig) -> dict[str, A
             "scrapy.downloadermiddlewares.offsite.OffsiteMiddleware": None,
             f"{own}.AllowedHosts": 50,
             f"{own}.RobotsTxt": 100,
+            "scrapy.downloadermiddlewares.httpcompression.HttpCompressionMiddleware": None,
+            f"{__name__}.WholeBodies": 590,
         },
         "EXTENSIONS": {
             "scrapy.extensions.throttle.AutoThrottle": None,
