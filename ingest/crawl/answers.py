@@ -123,6 +123,8 @@ class Answers:
             )
         finally:
             self._being_settled[digest] -= 1
+        if reason == "too_deep":
+            log.warning("%s: too_deep: nobody knows what lies below; the page keeps the values that it had", page.url)
         self._count(reason or "taken")
         self.bounds.note(crawl, noted)
         await self._delete(noted.unneeded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 import zlib
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl
 from headrace.ingest.crawl.politeness import host_settings
 
+HEAD_BYTES_MAX = 1_048_576
+"""Most bytes of the headers of one answer, those before it (1xx) included. Servers send some 1,000."""
 _PIECE_BYTES = 1_048_576
 
 
@@ -101,12 +104,32 @@ def scrapy_settings(crawls: Sequence[Crawl], config: CrawlConfig) -> dict[str, A
     }
 
 
+def _bound_heads() -> None:
+    """Let Twisted give an answer up whose headers have no end: it keeps all of them in memory."""
+    from twisted.python.failure import Failure
+    from twisted.web import _newclient
+
+    plain = _newclient.HTTP11ClientProtocol.dataReceived
+    read: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def bounded(protocol: Any, data: bytes) -> None:
+        plain(protocol, data)
+        parser = protocol._parser
+        if parser is not None and parser.state in (_newclient.STATUS, _newclient.HEADER):
+            read[parser] = read.get(parser, 0) + len(data)
+            if read[parser] > HEAD_BYTES_MAX:
+                protocol._giveUp(Failure(ValueError(f"headers of more than {HEAD_BYTES_MAX} bytes")))
+
+    _newclient.HTTP11ClientProtocol.dataReceived = bounded
+
+
 def run_on_reactor(work: Coroutine[Any, Any, None]) -> None:
     """Run `work` on Twisted's reactor over asyncio, and end it; raise what `work` raised."""
     install_reactor("twisted.internet.asyncioreactor.AsyncioSelectorReactor")
     from twisted.internet import reactor as installed
 
     reactor: Any = installed
+    _bound_heads()
     raised: list[BaseException] = []
 
     async def whole() -> None:

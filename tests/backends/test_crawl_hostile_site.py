@@ -3,6 +3,7 @@ read once. Method: a site that lies, the crawler as a process, counts from outsi
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import sqlite3
 from collections.abc import Iterator
@@ -78,11 +79,25 @@ def test_a_robots_txt_leads_to_no_place_that_is_not_declared(sites: list[Site], 
 
 
 def test_a_robots_txt_of_very_many_agents_is_read(sites: list[Site], tmp_path: Path) -> None:
-    """Protego kept each rule of each agent: a quarter of an hour for this one, and tens of GB."""
-    robots = "".join(f"User-agent: a{n}\n" for n in range(30_000)) + "".join(f"Disallow: /{n}\n" for n in range(30_000))
+    """Protego kept each rule of each agent: minutes for this one, and tens of GB."""
+    robots = "".join(f"User-agent: a{n}\n" for n in range(20_000)) + "".join(f"Disallow: /{n}\n" for n in range(20_000))
     sites[0].pages["/robots.txt"] = (200, ROBOTS, f"{robots}User-agent: *\nDisallow: /item/2\n".encode())
     said, crawler = crawl(tmp_path, sites[0], {"/item/1": item(1, 1.0), "/item/2": item(2, 1.0)})
     assert list(crawler.newest()) == ["1"] and said["pages_total/robots"] == 1
+
+
+def test_headers_without_an_end_are_let_go(sites: list[Site], tmp_path: Path) -> None:
+    """All of them were kept, until the time of the request was over."""
+    sent = [0]
+
+    def endless(site: Site, handler: Any) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        with contextlib.suppress(OSError):
+            while sent[0] < 2**26:
+                sent[0] += handler.wfile.write(b"X-A: b\r\n" * 10_000)
+
+    said, crawler = crawl(tmp_path, sites[0], {"/item/1": endless, "/item/2": item(2, 1.0)}, timeout_ms=60_000)
+    assert said["pages_total/failed"] == 1 and list(crawler.newest()) == ["2"] and sent[0] < 2**25
 
 
 def test_a_page_that_is_too_dear_costs_itself_alone_and_once(sites: list[Site], tmp_path: Path) -> None:
