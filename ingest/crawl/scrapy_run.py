@@ -6,6 +6,7 @@ import asyncio
 import weakref
 import zlib
 from collections.abc import Coroutine, Sequence
+from importlib import import_module
 from typing import Any
 
 from scrapy.downloadermiddlewares.httpcompression import HttpCompressionMiddleware
@@ -35,9 +36,7 @@ class WholeBodies(HttpCompressionMiddleware):
         if encoding in {b"gzip", b"x-gzip"} and not _is_whole_gzip(body):
             raise Torn("the gzip of the body is torn")
         if encoding == b"br":
-            import brotli
-
-            reader = brotli.Decompressor()
+            reader = import_module("brotli").Decompressor()
             reader.process(body)
             if not reader.is_finished():
                 raise Torn("the brotli of the body is torn")
@@ -109,7 +108,9 @@ def _bound_heads() -> None:
     from twisted.python.failure import Failure
     from twisted.web import _newclient
 
-    plain = _newclient.HTTP11ClientProtocol.dataReceived
+    client: Any = _newclient.HTTP11ClientProtocol
+    failure: Any = Failure
+    plain = client.dataReceived
     read: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def bounded(protocol: Any, data: bytes) -> None:
@@ -118,9 +119,9 @@ def _bound_heads() -> None:
         if parser is not None and parser.state in (_newclient.STATUS, _newclient.HEADER):
             read[parser] = read.get(parser, 0) + len(data)
             if read[parser] > HEAD_BYTES_MAX:
-                protocol._giveUp(Failure(ValueError(f"headers of more than {HEAD_BYTES_MAX} bytes")))
+                protocol._giveUp(failure(ValueError(f"headers of more than {HEAD_BYTES_MAX} bytes")))
 
-    _newclient.HTTP11ClientProtocol.dataReceived = bounded
+    client.dataReceived = bounded
 
 
 def run_on_reactor(work: Coroutine[Any, Any, None]) -> None:

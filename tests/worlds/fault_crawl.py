@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-from extraction_here import ExtractionHere
+from crawl_world import ExtractionHere
 from fault_matrix import Hangs, Killed, Process, StageRow
 from fault_stages import LaggingProducer
 from scrapy.exceptions import DownloadTimeoutError

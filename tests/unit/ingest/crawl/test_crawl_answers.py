@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from extraction_here import ExtractionHere
+from crawl_world import ExtractionHere
 from scrapy.http import Request, Response
 from stream_world import Blobs
 
