@@ -262,6 +262,14 @@ class CrawlConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Newest bodies of an address that are kept, so that they can be extracted again. Unit: bodies an address."""
     outbox_max: Count = 50_000
     """Most versions that wait for Kafka. Beyond it nothing is fetched. Unit: versions."""
+    extract_processes: Annotated[int, Meta(gt=0, le=64)] = 2
+    """Most processes that extract. Of one source one page is extracted at a time. Unit: processes."""
+    extract_cpu_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 30_000
+    """Most CPU time that the extraction of one page takes, in whole seconds. Beyond it the page is refused. A page of
+    4 MB, a large shop's, takes 2 s. Unit: ms."""
+    extract_memory_bytes: Annotated[int, Meta(ge=67_108_864)] = 1_073_741_824
+    """Most memory of a process that extracts, beyond what it has at its start. Beyond it the page is refused. 1 GiB.
+    Unit: bytes."""
 
 
 class LakeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

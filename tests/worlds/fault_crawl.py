@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+from crawl_world import ExtractionHere
 from fault_matrix import Hangs, Killed, Process, StageRow
 from fault_stages import LaggingProducer, asked_of_log
 from scrapy.exceptions import DownloadTimeoutError
@@ -213,6 +214,7 @@ class CrawlWorld:
             bodies=process.wrap(Blobs, self.blobs),
             producer=process.wrap(Producer, LaggingProducer(self.log)),
             metrics=MemoryMetrics(),
+            extraction=ExtractionHere(),
             clock=self.clock,
             open_reader=lambda: process.wrap(Reader, self.log.reader()),
             begin_afresh=True,

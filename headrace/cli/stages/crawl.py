@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
     from headrace.backends.frontier_sqlite import SqliteFrontier
     from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
     from headrace.ingest.crawl.crawl_stage import CrawlStage
+    from headrace.ingest.crawl.extraction_pool import ExtractionPool
 
     runtime = open_runtime(args)
     crawls = sources(runtime, args.sources)
@@ -65,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
         begin_afresh=args.begin_afresh,
     )
     producer = runtime.producer(metrics, linger_ms=5.0)
+    pool = ExtractionPool(runtime.config.crawl)
     try:
         stage = CrawlStage(
             CrawlDependencies(
@@ -77,6 +79,7 @@ def main(args: argparse.Namespace) -> int:
                 producer=producer,
                 metrics=metrics,
                 clock=runtime.clock,
+                extraction=pool,
                 open_reader=runtime.reader,
                 begin_afresh=args.begin_afresh,
             )
@@ -90,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
             stage.run(stop, metrics.ready, once=args.once)
     finally:
         metrics.ready(False, "stopping")
+        pool.close()
         producer.close()
         frontier.close()
         metrics.close()
