@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import importlib
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -126,7 +128,7 @@ def _remedy(error: BaseException, text: str, file: Path, line: int, names: Mappi
             near = meant(wanted[1], known).strip() if wanted else ""
             return near or "Correct the import; docs/project.md names the modules that projects use."
         case NameError():
-            return f"Define or import it first.{meant(str(error.name), [*names])}"
+            return _import_of(str(error.name), names)
         case TypeError() if unexpected := _UNEXPECTED.search(said):
             known = _fields_of(file, line, unexpected[1], names)
             near = meant(unexpected[1], known)
@@ -156,6 +158,64 @@ def _fields_of(file: Path, line: int, keyword: str, names: Mapping[str, Any]) ->
                 recipe = sys.modules.get("headrace.contract.recipe")
                 return [*recipe.Recipe.__struct_fields__] if recipe else []
     return []
+
+
+def other_calls(error: BaseException, file: Path, names: Mapping[str, Any]) -> Iterator[str]:
+    """Give what is wrong with further declarations of a file that a wrong name or argument stopped: names that nothing
+    defines, arguments that a declaration does not have, and ones that it lacks. The one that stopped it is left out."""
+    if not isinstance(error, NameError | TypeError):
+        return
+    frames = [line for path, line in _own_frames(error, file) if path == file]
+    stopped = (frames or [0])[-1]
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    defined = {*names, *vars(builtins), *_defined(tree)}
+    told = {str(error.name)} if isinstance(error, NameError) else set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        name = cast("ast.Name", call.func).id
+        if name not in defined and name not in told:
+            told.add(name)
+            yield f"{file}, line {call.lineno}: NameError: name {name!r} is not defined.\n{_import_of(name, defined)}"
+        kind = names.get(name)
+        if call.lineno == stopped or not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+            continue
+        given = [word.arg for word in call.keywords]
+        fields = msgspec.structs.fields(kind)
+        known = [field.name for field in fields]
+        for word in (word for word in given if word is not None and word not in known):
+            near = meant(word, known) or f" There are: {listed(known)}."
+            yield f"{file}, line {call.lineno}: {name} has no {word!r}. Leave it out, or correct its name.{near}"
+        for field in fields:
+            if field.required and field.name not in given and None not in given and not call.args:
+                yield f"{file}, line {call.lineno}: {name} lacks {field.name!r}. Add {field.name}=... to it."
+
+
+def _defined(tree: ast.AST) -> Iterator[str]:
+    """Give each name that a file defines anywhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+
+
+DECLARING = ("contract.project", "contract.spec", "contract.crawl", "contract.mapping", "contract.functions")
+"""Modules whose names a project uses, and the recipes, which are ours too."""
+
+
+def _import_of(name: str, known: Iterable[str]) -> str:
+    """Return what to do about a name that nothing defines: its import, where it is one of ours."""
+    for module in (*(f"headrace.{each}" for each in DECLARING), "headrace.trainer.recipes"):
+        found = getattr(importlib.import_module(module), name, None)
+        if getattr(found, "__module__", "") == module:
+            return f"Import it: from {module} import {name}."
+    return f"Define or import it first.{meant(name, known)}"
 
 
 def own_lines(error: BaseException, folder: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from headrace.cli.addresses import find_addresses, find_home
-from headrace.cli.project_folder import find_project, load_project
+from headrace.cli.project_folder import bounded, find_project, look_at
 from headrace.cli.project_lines import line_of, own_lines
 from headrace.contract.config import Config
 from headrace.contract.errors import ConfigRejected, HeadraceError
@@ -73,26 +73,41 @@ def examine(args: argparse.Namespace) -> Report:
                 f"--rate {args.rate:g}: impressions a second are wanted, above 0 and at most {RATE_MAX:,.0f}."
             )
         folder = Path(args.folder).absolute() if args.folder else find_project(os.environ.get("HEADRACE_PROJECT", ""))
-        report.folder = str(folder)
-        config, project = load_project(folder)
     except ConfigRejected as error:
         report.wrong.append(str(error))
         return report
+    report = examine_project(folder, args.rate)
+    _ports(args, report)
+    return report
+
+
+def examine_project(folder: Path, rate: float = RATE) -> Report:
+    """Return what was found of a project alone, whatever runs on this machine."""
+    report = Report(folder=str(folder))
+    config, project, wrong = look_at(folder)
+    report.wrong += bounded(wrong)
+    if config is None or project is None or wrong:
+        return report
+    project = project.checked()
     report.project, report.declares = project.name, _declares(project, config)
+    report.wrong += cannot_run(config, project, folder)
+    if not report.wrong:
+        report.takes = _takes(project, config, rate)
+        report.wrong += _too_much(project, config, rate)
+        report.notes += _worth_knowing(project)
+    return report
+
+
+def cannot_run(config: Config, project: Project, folder: Path) -> Iterator[str]:
+    """Give what is wrong with a project whose declarations are sound: its key, its own functions, its settings."""
     file = folder / config.module
     try:
         Privacy(project, os.environ.get(KEY_NAME, ""))
     except ConfigRejected as error:
-        line = line_of(file, config.object, "impression.private", "")
-        report.wrong.append(f"{file}, line {line}: {error} For a try: export {KEY_NAME}=$(openssl rand -hex 16)")
-    report.wrong += _own_functions(project, config, file)
-    report.wrong += _slices(project, config, folder)
-    if not report.wrong:
-        report.takes = _takes(project, config, args.rate)
-        report.wrong += _too_much(project, config, args.rate)
-        report.notes += _worth_knowing(project)
-    _ports(args, report)
-    return report
+        line = line_of(file, config.object, error.at, "")
+        yield f"{file}, line {line}: {error} For a try: export {KEY_NAME}=$(openssl rand -hex 16)"
+    yield from _own_functions(project, config, file)
+    yield from _slices(project, config, folder)
 
 
 def lines_of(report: Report) -> list[str]:

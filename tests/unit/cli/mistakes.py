@@ -336,3 +336,67 @@ SETTINGS = (
     Mistake("more than may wait", ("join.pending_max", "raise it"), toml="[join]\npending_max = 10\n"),
 )
 """Of settings and environment."""
+
+SEVERAL = (
+    Mistake(
+        "two features and a window",
+        (AT.format(14) + ".*'10s'", AT.format(18) + ".*'itm'", AT.format(19) + ".*'prise'"),
+        {
+            "window_ms=10_000": 'window_ms="10s"',
+            'al(field="item_id")': 'al(field="itm")',
+            'field="price"': 'field="prise"',
+        },
+    ),
+    Mistake(
+        "two types and a feature that reads neither",
+        (AT.format(11) + ".*'float'", AT.format(11) + ".*'int'", AT.format(18) + ".*'itm'"),
+        {
+            '"price": "float64"': '"price": "float"',
+            '"item_id": "int64", "price"': '"item_id": "int", "price"',
+            'al(field="item_id")': 'al(field="itm")',
+        },
+    ),
+    Mistake(
+        "the key, a task and a counter",
+        (AT.format(10) + ".*'usr_id'", AT.format(14) + ".*'order'", AT.format(16) + ".*'itemid'.*mean 'item_id'"),
+        {
+            'key="user_id"': 'key="usr_id"',
+            'feedback="click", window': 'feedback="order", window',
+            'key="item_id"': 'key="itemid"',
+        },
+    ),
+    Mistake(
+        "a reserved name and one name twice",
+        (AT.format(11) + ".*'label'", "tasks 'click' and 'click' are one"),
+        {
+            '"price": "float64"}': '"price": "float64", "label": "int64"}',
+            "window_ms=10_000),": 'window_ms=10_000), Task(name="click", feedback="click", window_ms=5),',
+        },
+    ),
+    Mistake(
+        "two imports are missing",
+        (AT.format(18) + ".*'Categorical'", AT.format(20) + ".*'Rate'", "from headrace.contract.spec import Rate"),
+        {"import Categorical, Counter": "import Counter", "Numeric, Rate": "Numeric"},
+    ),
+    Mistake(
+        "three misspelt arguments",
+        (AT.format(14) + ".*'window'", AT.format(16) + ".*'keys'.*mean 'key'", AT.format(19) + ".*'fld'"),
+        {"window_ms": "window", 'key="item_id")': 'keys="item_id")', 'Numeric(field="price")': 'Numeric(fld="price")'},
+    ),
+    Mistake(
+        "two settings and a table",
+        (
+            TOML_AT.format(2) + ".*'batch_mz'",
+            TOML_AT.format(3) + r".*ingest\.batch_rows",
+            TOML_AT.format(4) + ".*'lgo'",
+        ),
+        toml='[ingest]\nbatch_mz = 5\nbatch_rows = "many"\n[lgo]\npartitions = 2\n',
+    ),
+    Mistake(
+        "a setting and a declaration",
+        (TOML_AT.format(2) + ".*'batch_mz'", AT.format(19) + ".*'prise'"),
+        {'field="price"': 'field="prise"'},
+        toml="[ingest]\nbatch_mz = 5\n",
+    ),
+)
+"""Two or three at once: each is told, in one go."""

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from mistakes import DECLARED, PROJECT, PYTHON, SETTINGS, Mistake
+from mistakes import DECLARED, PROJECT, PYTHON, SETTINGS, SEVERAL, Mistake
 
 from headrace.cli.main import main
 from headrace.contract import functions
 from headrace.contract.config import PORTS, port
 from headrace.deploy.local.doctor import OUTSIDE_ONLY
 
-ALL = (*PYTHON, *DECLARED, *SETTINGS)
+ALL = (*PYTHON, *DECLARED, *SETTINGS, *SEVERAL)
 LIMIT_LINES = 12
 NEVER = re.compile(r"Traceback|\[\]|See README|\b1 letters|\x1b|^wrong: *$|\bNone\b is", re.MULTILINE)
 """What no answer says."""

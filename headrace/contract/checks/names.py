@@ -7,7 +7,7 @@ other's place, or be taken for it; Delta takes names that differ only by case fo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from headrace.contract.crawl import PREFIX as EXTERNAL_PREFIX
@@ -31,32 +31,35 @@ _SENT = frozenset(column.name for column in (*ENVELOPE, VERSION, VALUE))
 """What an event brings beside its own fields."""
 
 
-def check_names(project: Project) -> None:
-    """Raise `ConfigRejected` for the first declared name that is ours, or that two declarations share."""
+def name_faults(project: Project) -> Iterator[ConfigRejected]:
+    """Give a fault for each declared name that is ours, or that two declarations share."""
     if not _NAME.fullmatch(project.name):
-        raise ConfigRejected(
+        yield ConfigRejected(
             f"name {project.name!r}: begin with a-z or 0-9, and go on with these, `_` and `-`.", at="name"
         )
     kinds: tuple[ImpressionType | FeedbackType, ...] = (project.impression, *project.feedback)
     for number, kind in enumerate(kinds):
+        at = f"feedback[{number - 1}]" if number else "impression"
         for field in kind.fields:
-            at = f"feedback[{number - 1}]" if number else "impression"
-            _check_field(field, kind.tag, at=f"{at}.fields['{field}']")
+            yield from _field_faults(field, kind.tag, at=f"{at}.fields['{field}']")
         dropped = sorted(_SENT & kind.private.keys())
         if dropped:
-            raise ConfigRejected(
+            yield ConfigRejected(
                 f"{kind.tag!r} calls {dropped[0]!r} private, which every event brings: what is personal in it belongs "
-                "in a field of its own."
+                "in a field of its own.",
+                at=f"{at}.private",
             )
     key = project.impression.key
-    for kind in kinds:
+    for number, kind in enumerate(kinds):
         own = kind.fields if kind is project.impression or key in kind.fields else [key, *kind.fields]
-        _check_apart(own, f"fields of {kind.tag!r}")
-    _check_apart(["impression", *(f.name for f in project.feedback)], "types of events", by_case=False)
-    _check_apart([kind.tag for kind in kinds], "tags", by_case=False)
-    _check_apart([task.name for task in project.tasks], "tasks", by_case=False)
-    _check_apart([counter.name for counter in project.features.counters], "counters")
-    _check_apart(project.features.counter_columns(), "columns of counters")
+        at = f"feedback[{number - 1}].fields" if number else "impression.fields"
+        yield from _apart(own, f"fields of {kind.tag!r}", at=at)
+    yield from _apart(["impression", *(f.name for f in project.feedback)], "types of events", by_case=False)
+    yield from _apart([kind.tag for kind in kinds], "tags", by_case=False)
+    yield from _apart([task.name for task in project.tasks], "tasks", by_case=False)
+    yield from _apart([counter.name for counter in project.features.counters], "counters")
+    if len({counter.name.lower() for counter in project.features.counters}) == len(project.features.counters):
+        yield from _apart(project.features.counter_columns(), "columns of counters")
 
 
 def clashing(before: Iterable[str], after: Iterable[str]) -> tuple[str, str] | None:
@@ -69,13 +72,13 @@ def clashing(before: Iterable[str], after: Iterable[str]) -> tuple[str, str] | N
     return next(((known[n.lower()], n) for n in after if known.get(n.lower(), n) != n), None)
 
 
-def _check_field(field: str, tag: str, *, at: str) -> None:
+def _field_faults(field: str, tag: str, *, at: str) -> Iterator[ConfigRejected]:
     if not field or not field.isprintable():
         what = "is empty" if not field else "has signs that cannot be read"
-        raise ConfigRejected(f"{tag!r} declares a field {field!r}: the name {what}. Give it one of letters.", at=at)
+        yield ConfigRejected(f"{tag!r} declares a field {field!r}: the name {what}. Give it one of letters.", at=at)
     ours = field.lower()
     if ours in RESERVED or ours.startswith(PREFIXES):
-        raise ConfigRejected(
+        yield ConfigRejected(
             f"{tag!r} declares a field {field!r}, which is a name of Headrace's own columns: give it another one, such "
             f"as {'my_' + ours.replace('.', '_')!r}, here and in what sends it. Where the log is read with it already, "
             "`headrace spec apply` then puts the new name in force from there on; raise log.generation where samples "
@@ -84,11 +87,11 @@ def _check_field(field: str, tag: str, *, at: str) -> None:
         )
 
 
-def _check_apart(names: Iterable[str], what: str, *, by_case: bool = True) -> None:
+def _apart(names: Iterable[str], what: str, *, by_case: bool = True, at: str = "") -> Iterator[ConfigRejected]:
     seen: dict[str, str] = {}
     for name in names:
         one = name.lower() if by_case else name
         if one in seen:
             how = "are one" if seen[one] == name else "differ only by case, and the lake takes them for one"
-            raise ConfigRejected(f"the {what} {seen[one]!r} and {name!r} {how}: give one of them another name.")
+            yield ConfigRejected(f"the {what} {seen[one]!r} and {name!r} {how}: give one of them another name.", at=at)
         seen[one] = name
