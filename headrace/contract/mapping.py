@@ -5,7 +5,7 @@ AccessLog(
     routes=(
         Route(
             path="/item/{item_id}",
-            event="shop.impression",
+            event="store.impression",
             fields={"user_id": "cookie:uid", "request_id": "query:rid", "event_id": "log:request_id"},
             skip_without=("user_id",),
         ),

@@ -1,8 +1,8 @@
 """What a user declares in one Python file: events, tasks, feature spec and recipe. Data only; no I/O.
 
 PROJECT = Project(
-    impression=ImpressionType(tag="shop.impression", key="user_id", fields={"user_id": "int64", ...}),
-    feedback=(FeedbackType(name="click", tag="shop.click", fields={"item_id": "int64"}),),
+    impression=ImpressionType(tag="store.impression", key="user_id", fields={"user_id": "int64", ...}),
+    feedback=(FeedbackType(name="click", tag="store.click", fields={"item_id": "int64"}),),
     tasks=(Task(name="click", feedback="click", window_ms=10_000),),
     features=FeatureSpec(...),
     recipe=Recipe(...),

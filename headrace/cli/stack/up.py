@@ -7,6 +7,7 @@ all is ready. Running it again takes over what runs, and starts what does not.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -14,10 +15,11 @@ import time
 from pathlib import Path
 
 from headrace.cli.addresses import HOST
-from headrace.cli.project_folder import is_demo, load_project
+from headrace.cli.project_folder import bounded, is_demo, load_project
 from headrace.cli.rules_topic import rules_topic
 from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, table, timed_printer
 from headrace.cli.stack.follow import follow
+from headrace.cli.tools.check import cannot_run
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine
@@ -44,6 +46,10 @@ def main(args: argparse.Namespace) -> int:
     quiet_clients()
     layout, begin = new_layout(args), time.monotonic()
     config, project = load_project(layout.project)
+    if wrong := list(cannot_run(config, project, layout.project)):
+        raise ConfigRejected("\n".join(bounded(wrong)))
+    if not (args.project or os.environ.get("HEADRACE_PROJECT")) and not is_demo(layout.project):
+        print(f"project {layout.project}, as at the last `up` in {layout.home}; --project names another", flush=True)
     # Only a project that declares sources has something to crawl.
     more = [Program("crawl", [sys.executable, "-m", "headrace.cli.main", "crawl"])] if project.crawls else []
     _same_as_running(args, layout)
