@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import traceback
@@ -65,6 +66,8 @@ def look_at(folder: Path) -> tuple[Config | None, Project | None, list[str]]:
     file, wrong = folder / "headrace.toml", list[str]()
     config: Config | None = None
     try:
+        if folder.is_file():
+            raise ConfigRejected(f"{folder} is a file; name the folder that holds it: {folder.parent}")
         if not folder.is_dir():
             raise ConfigRejected(f"{folder} is no folder; --project or HEADRACE_PROJECT names the one of a project.")
         if not file.exists():
@@ -104,13 +107,17 @@ def _declared(folder: Path, config: Config) -> Project:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     try:
-        spec.loader.exec_module(module)
+        # What the file prints is no part of what a verb says, which may be JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except ConfigRejected as error:
         first = _placed(error, module_file, config.object, error)
         raise ConfigRejected(
             first, others=[ConfigRejected(_placed(one, module_file, config.object)) for one in error.others]
         ) from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         others = other_calls(error, module_file, vars(module))
         raise ConfigRejected(
             failed(error, module_file, vars(module)), others=[ConfigRejected(text) for text in others]

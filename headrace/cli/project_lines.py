@@ -36,7 +36,7 @@ def failed(error: BaseException, file: Path, names: Mapping[str, Any]) -> str:
     text = _source_line(where, line)
     shown = f"\n    {text}" if text else ""
     head = f"{where}, line {line}{way}: {type(error).__name__}"
-    said = str(error)
+    said = "" if isinstance(error, SystemExit) else str(error)
     return f"{head}{f': {said}' if said else ''}.{shown}\n{_remedy(error, text, where, line, names)}".replace(
         "..\n", ".\n"
     )
@@ -111,6 +111,8 @@ def _remedy(error: BaseException, text: str, file: Path, line: int, names: Mappi
     match error:
         case TabError() | IndentationError():
             return "Indent with spaces alone, the same number for lines of one block."
+        case SyntaxError() if "null bytes" in said:
+            return "Save the file as UTF-8: it holds zero bytes, as UTF-16 has them."
         case SyntaxError():
             return (
                 "Correct this line, or the end of the one before it: a bracket, comma or quote is missing or too many."
@@ -122,9 +124,19 @@ def _remedy(error: BaseException, text: str, file: Path, line: int, names: Mappi
                 f"Put {module.partition('.')[0]}.py beside {file.name}, or install the package: "
                 f"{sys.executable} -m pip install {module.partition('.')[0]}."
             )
+        case ImportError() if "relative import" in said:
+            return f"Name the file beside {file.name} without the dot: from consts import ..."
+        case ImportError() | AttributeError() if hidden := _hidden(error, file):
+            return (
+                f"{hidden}.py beside {file.name} is not read: Python has a module {hidden!r} of its own. Give yours "
+                "another name."
+            )
+        case ImportError() if error.name == file.stem:
+            return "The file imports itself: write the name without the import."
         case ImportError():
             wanted = re.search(r"cannot import name '(\w+)'", said)
-            known = [n for n in vars(sys.modules.get(str(error.name), object())) if n[:1].isalpha()] if wanted else []
+            source = sys.modules.get(str(error.name))
+            known = [n for n in vars(source) if n[:1].isalpha()] if wanted and source is not None else []
             near = meant(wanted[1], known).strip() if wanted else ""
             return near or "Correct the import; docs/project.md names the modules that projects use."
         case NameError():
@@ -135,11 +147,19 @@ def _remedy(error: BaseException, text: str, file: Path, line: int, names: Mappi
             return f"Leave it out, or correct its name.{near or (f' There are: {listed(known)}.' if known else '')}"
         case TypeError() if missing := _MISSING.search(said):
             return f"Add {missing[1]}=... to the declaration that begins there."
+        case TypeError() if "positional arguments" in said:
+            return "Name each argument: Numeric(field=...)."
         case SystemExit():
             return "The file must not end the process: it is read by every stage. Take the exit out."
         case OSError():
             return "Every stage reads this file, anywhere: give a path that is there, or take the reading out."
     return "Correct this line: every stage runs the file when it starts."
+
+
+def _hidden(error: ImportError | AttributeError, file: Path) -> str:
+    """Return the module that lies beside a file and is hidden by one of Python's own, "" where none is."""
+    module = error.name if isinstance(error, ImportError) else getattr(error.obj, "__name__", "")
+    return str(module) if module in sys.stdlib_module_names and (file.parent / f"{module}.py").is_file() else ""
 
 
 def _fields_of(file: Path, line: int, keyword: str, names: Mapping[str, Any]) -> list[str]:

@@ -431,6 +431,8 @@ def _setting_words(said: str, text: bytes, where: str) -> str:
         return f"{at}: {said}{near or f' There are {listed(known)}.'} docs/settings.md lists every setting."
     key = re.sub(r"\[[^\]]*\]", "", key)
     name = f"{plain}.{key}".strip(".") or "a setting"
+    if said.startswith("Expected `object`"):
+        return f"{at}: {name} is a table: write [{name}] on a line of its own, and its settings below it."
     return f"{at}: {name}: {wanted(said)}. docs/settings.md says what {key or 'each setting'} takes."
 
 

@@ -101,8 +101,11 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         """Return all that is wrong in what is declared, each with its place; what follows from another one may be
         among them. [] for a sound project."""
         found = list(type_faults(self, Project))
+        wrong = tuple(fault.at for fault in found)
         try:
-            found += contradictions(self)
+            for fault in contradictions(self):
+                if not _follows(fault.at, wrong):
+                    found.append(fault)
         except (TypeError, AttributeError, KeyError, ValueError, IndexError):
             # A declaration of another type cannot be read any further, and is told.
             if not found:
@@ -123,3 +126,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         except TypeError:
             is_plain = False
         return self if is_plain else msgspec.structs.replace(self, features=typed.features)
+
+
+def _follows(at: str, wrong: tuple[str, ...]) -> bool:
+    """Say whether a fault of a whole declaration may come from a value in it that has the wrong type."""
+    return at.startswith(("recipe", "features.", "tasks[")) and any(path.startswith(at) for path in wrong)

@@ -1,6 +1,6 @@
-"""Find what keeps the stack from running, and say the remedy: this machine, and the project as `headrace check` sees it.
+"""Find what keeps the stack from running, and say the remedy.
 
-Exits 1 when something will not run.
+It looks at this machine, and at the project as `headrace check` does. Exits 1 when something will not run.
 """
 
 from __future__ import annotations

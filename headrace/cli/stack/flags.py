@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,8 +39,9 @@ def timed_printer(begin_s: float) -> Callable[[str], None]:
 
 
 def new_layout(args: argparse.Namespace) -> Layout:
-    """Return the stack that flags and environment ask for. Of what an earlier `up` wrote the project alone counts, where
-    none is asked for: the state in this home is its state.
+    """Return the stack that flags and environment ask for.
+
+    Of what an earlier `up` wrote the project alone counts, where none is asked for: the state in this home is its own.
 
     Raises `ConfigRejected` for a port, store or shipper that cannot be.
     """
@@ -56,6 +58,10 @@ def new_layout(args: argparse.Namespace) -> Layout:
     shipper = getattr(args, "shipper", None) or os.environ.get("SHIPPER") or ""
     if shipper not in SHIPPERS:
         raise ConfigRejected(f"SHIPPER={shipper!r}: fluentd or fluent-bit is wanted, or nothing.")
+    if odd := [each for each in at.brokers.split(",") if not re.fullmatch(r"\s*\S+:\d{1,5}\s*", each)]:
+        raise ConfigRejected(
+            f"BROKERS={at.brokers!r}: {odd[0]!r} has no port; host:port is wanted, such as kafka-1:9092."
+        )
     told_brokers = getattr(args, "brokers", None) or os.environ.get("HEADRACE_BROKERS")
     told_store = getattr(args, "store", None) or os.environ.get("HEADRACE_STORE")
     return Layout(

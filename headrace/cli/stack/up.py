@@ -101,7 +101,9 @@ def _same_as_running(args: argparse.Namespace, layout: Layout) -> None:
     for name in ("port_base", "brokers", "store", "project"):
         old, new = getattr(before, name), getattr(layout, name)
         if old != new:
-            raise ConfigRejected(f"the stack of {layout.home} runs with {name} {old} and not {new}; `make down` first.")
+            raise ConfigRejected(
+                f"the stack of {layout.home} runs with {name} {old} and not {new}; `headrace down` first."
+            )
 
 
 def _show(layout: Layout, took_s: float) -> None:
@@ -113,4 +115,4 @@ def _show(layout: Layout, took_s: float) -> None:
         f"  log events   forward protocol on {HOST}:{layout.shipper_port if layout.shipper else layout.port('forward')}"
     )
     print(f"  lake         {layout.store.removeprefix('file:')}/lake/samples")
-    print("  make status, make logs STAGE=train, make down", flush=True)
+    print("  headrace status, headrace logs train, headrace down", flush=True)

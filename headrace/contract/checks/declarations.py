@@ -76,9 +76,23 @@ def _of_events(project: Project) -> Iterator[ConfigRejected]:
     events: tuple[ImpressionType | FeedbackType, ...] = (shown, *project.feedback)
     for number, one in enumerate(events):
         yield from _field_faults(one, f"feedback[{number - 1}]" if number else "impression")
+    yield from _key_faults(project)
     fields_by_tag = {each.tag: each.fields for each in events}
     yield from mapping_faults(project.mappings, fields_by_tag, shown.key)
     yield from crawl_faults(project.crawls, shown.fields)
+
+
+def _key_faults(project: Project) -> Iterator[ConfigRejected]:
+    """Feedback finds its impression in the partition of its key, so both keep it plain or both hash it."""
+    key, how = project.impression.key, project.impression.private.get(project.impression.key)
+    for number, each in enumerate(project.feedback):
+        if (own := each.private.get(key)) != how and "drop" not in (own, how):
+            does, not_does = (project.impression.tag, each.tag) if how else (each.tag, project.impression.tag)
+            yield ConfigRejected(
+                f"{does!r} hashes the partition key {key!r} and {not_does!r} does not: they would never meet. Declare "
+                f'"{key}": "string" among the fields of both, and private={{"{key}": "hash"}} of both.',
+                at=f"feedback[{number}]",
+            )
 
 
 def _of_tasks(project: Project) -> Iterator[ConfigRejected]:
@@ -112,15 +126,16 @@ def _of_recipe(project: Project) -> Iterator[ConfigRejected]:
         recipe.checked(project.features)
     except ConfigRejected as error:
         yield ConfigRejected(str(error), at="recipe")
-    for name in recipe.heads:
-        if name not in declared:
-            named = min(declared, default="click")
-            yield ConfigRejected(
-                f"recipe.task {name!r} is not a declared task; there are: {listed(declared)}. Name the one that "
-                f"the model learns where the project is made: Project(..., recipe=deepfm(task={named!r})).",
-                at="recipe",
-            )
-            continue
+    if unknown := [name for name in recipe.heads if name not in declared]:
+        named = next(iter(declared), "click")
+        way = f"multitask({tuple(declared)!r})" if len(recipe.heads) > 1 < len(declared) else f"deepfm(task={named!r})"
+        verb = "is not a declared task" if len(unknown) == 1 else "are no declared tasks"
+        yield ConfigRejected(
+            f"recipe.task {', '.join(map(repr, unknown))} {verb}; there are: {listed(declared)}. Name what the model "
+            f"learns where the project is made: Project(..., recipe={way}).",
+            at="recipe",
+        )
+    for name in set(recipe.heads) & set(declared):
         task = declared[name]
         if recipe.delayed.startswith("fake_negative") and (task.policy != "eager" or task.correction_weight != 1.0):
             yield ConfigRejected(
@@ -153,19 +168,19 @@ def _counter_faults(project: Project, counter: Counter) -> Iterator[str]:
         missing = [
             name for name in ("impression", *sorted(known - {"impression"})) if field not in _fields(project, name)
         ]
-        if missing:
+        if _fields(project, "impression").get(field) in LISTS:
+            yield f"counter {counter.name!r} is kept over {field!r}, a list; a key is one value: name another field."
+        elif missing:
             yield (
                 f"counter {counter.name!r} over {counter.key!r}: {field!r} is not a field of {listed(missing)}."
                 f"{meant(field, _fields(project, missing[0]))} Declare the field there, or count something else."
             )
-        elif _fields(project, "impression")[field] in LISTS:
-            yield f"counter {counter.name!r} is kept over {field!r}, a list; a key is one value: name another field."
     for entry in entries:
         if entry.kind != "sum" or entry.event not in known:
             continue
         own = _fields(project, entry.event)
-        kind = own.get(entry.field, "missing")
-        if kind not in _NUMBERS and kind in {"missing", *_KNOWN}:
+        kind = own.get(entry.field, "no field of it")
+        if kind not in _NUMBERS and kind in {"no field of it", *_KNOWN}:
             yield (
                 f"counter {counter.name!r} sums {entry.field!r} of {entry.event!r}, which is {kind}; numbers of "
                 f"that event: {listed(n for n, k in own.items() if k in _NUMBERS)}."

@@ -25,6 +25,8 @@ RESERVED: frozenset[str] = frozenset(
 )
 """Every name of a column of ours, lower case. Names that begin with `PREFIXES` are ours too."""
 PREFIXES = ("counter.", f"{EXTERNAL_PREFIX}.")
+PROJECT_MAX, NAME_MAX, SHOWN_MAX = 64, 200, 40
+"""Letters of a project's name, of any other, and of one that a message shows. Files of 255 letters hold the first."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Of a project: it stands in names of blobs."""
 _SENT = frozenset(column.name for column in (*ENVELOPE, VERSION, VALUE))
@@ -33,10 +35,13 @@ _SENT = frozenset(column.name for column in (*ENVELOPE, VERSION, VALUE))
 
 def name_faults(project: Project) -> Iterator[ConfigRejected]:
     """Give a fault for each declared name that is ours, or that two declarations share."""
-    if not _NAME.fullmatch(project.name):
+    if not _NAME.fullmatch(project.name) or len(project.name) > PROJECT_MAX:
         yield ConfigRejected(
-            f"name {project.name!r}: begin with a-z or 0-9, and go on with these, `_` and `-`.", at="name"
+            f"name {_shown(project.name)}: begin with a-z or 0-9, and go on with these, `_` and `-`, {PROJECT_MAX} "
+            "at most.",
+            at="name",
         )
+    yield from _word_faults(project)
     kinds: tuple[ImpressionType | FeedbackType, ...] = (project.impression, *project.feedback)
     for number, kind in enumerate(kinds):
         at = f"feedback[{number - 1}]" if number else "impression"
@@ -62,6 +67,31 @@ def name_faults(project: Project) -> Iterator[ConfigRejected]:
         yield from _apart(project.features.counter_columns(), "columns of counters")
 
 
+def _word_faults(project: Project) -> Iterator[ConfigRejected]:
+    """Give a fault for each tag, type, task and counter whose name cannot stand in a log line, a metric or a column."""
+    kinds: tuple[ImpressionType | FeedbackType, ...] = (project.impression, *project.feedback)
+    words = [(f"feedback[{n - 1}].tag" if n else "impression.tag", kind.tag) for n, kind in enumerate(kinds)]
+    words += [(f"feedback[{n}].name", each.name) for n, each in enumerate(project.feedback)]
+    words += [(f"tasks[{n}].name", each.name) for n, each in enumerate(project.tasks)]
+    words += [(f"features.counters[{n}].name", each.name) for n, each in enumerate(project.features.counters)]
+    for at, word in words:
+        if what := _odd(word) or ("has a space in it" if word.split() != [word] else ""):
+            yield ConfigRejected(f"{at} {_shown(word)}: it {what}. Give it a short one of letters.", at=at)
+
+
+def _odd(word: str) -> str:
+    """Return what is wrong with a name, "" for a good one."""
+    if not word:
+        return "is empty"
+    if not word.isprintable():
+        return "has signs that cannot be read"
+    return f"has {len(word)} letters, {NAME_MAX} at most" if len(word) > NAME_MAX else ""
+
+
+def _shown(word: str) -> str:
+    return repr(word if len(word) <= SHOWN_MAX else f"{word[:SHOWN_MAX]}...")
+
+
 def clashing(before: Iterable[str], after: Iterable[str]) -> tuple[str, str] | None:
     """Return the first two names, of before and of after, that differ only by case.
 
@@ -73,9 +103,10 @@ def clashing(before: Iterable[str], after: Iterable[str]) -> tuple[str, str] | N
 
 
 def _field_faults(field: str, tag: str, *, at: str) -> Iterator[ConfigRejected]:
-    if not field or not field.isprintable():
-        what = "is empty" if not field else "has signs that cannot be read"
-        yield ConfigRejected(f"{tag!r} declares a field {field!r}: the name {what}. Give it one of letters.", at=at)
+    if what := _odd(field):
+        yield ConfigRejected(
+            f"{_shown(tag)} declares a field {_shown(field)}: the name {what}. Give it one of letters.", at=at
+        )
     ours = field.lower()
     if ours in RESERVED or ours.startswith(PREFIXES):
         yield ConfigRejected(

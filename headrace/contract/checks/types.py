@@ -9,6 +9,8 @@ import msgspec
 
 from headrace.contract.errors import ConfigRejected, listed, meant, wanted
 
+_NAMED: dict[type, str] = {int: "int64", float: "float64", str: "string", list: "list[string]"}
+"""Python's types -> what a field of them is called."""
 SHORT_MAX = 80
 """Signs of a value that a message shows."""
 _TUPLE_HINT = ' A tuple of one ends in a comma: ("click",).'
@@ -69,11 +71,15 @@ def _choices(hint: Any) -> Iterator[Any]:
 
 
 def _words(value: Any, hint: Any, said: str, path: str, owner: object) -> str:
+    name = path.rpartition(".")[2].partition("[")[0]
+    texts = [one for one in _choices(hint) if isinstance(one, str)]
+    if isinstance(value, type) and texts:
+        near = _NAMED.get(value) or meant(value.__name__, texts).partition("'")[2].rpartition("'")[0]
+        which = f'write "{near}"' if near in texts else f"one of {listed(texts)} is wanted"
+        return f"{path} is Python's type {value.__name__}: {which}, a text."
     if not isinstance(value, msgspec.Struct | str | int | float | bool | tuple | list | dict | None):
         call = f"call it: {value.__name__}(...)" if callable(value) else "write what is wanted there"
         return f"{path} is a {type(value).__name__}, which is no declaration: {call}."
-    name = path.rpartition(".")[2].partition("[")[0]
-    texts = [one for one in _choices(hint) if isinstance(one, str)]
     structs = [one.__name__ for one in _choices(hint) if isinstance(one, type) and issubclass(one, msgspec.Struct)]
     if isinstance(value, msgspec.Struct) and structs:
         said = f"one of {listed(structs)} is wanted there."

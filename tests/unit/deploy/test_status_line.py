@@ -1,5 +1,4 @@
-"""Goal: the line of `make up` tells what the first figure waits for and when it comes, and marks one that is provisional.
-"""
+"""Goal: the line of `make up` tells what the first figure waits for and when it comes, and marks provisional ones."""
 
 from __future__ import annotations
 
