@@ -54,8 +54,8 @@ class Crashes(Struct):
     def told(self, *, now_s: float, begun_s: float) -> Crashes:
         """Return what is known at a time, with `next_start_s` as seconds from it.
 
-        A process that has run for `HEALTHY_S`
-        since it began, and still does, is in no row any more."""
+        A process that has run for `HEALTHY_S` since it began, and still does, is in no row any more.
+        """
         left_s = self.left_s(now_s)
         is_over = left_s == 0.0 and now_s - begun_s >= HEALTHY_S
         return structs.replace(self, in_row=0 if is_over else self.in_row, next_start_s=left_s)
