@@ -16,11 +16,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from headrace.contract.checks.names import clashing
 from headrace.contract.errors import ConfigRejected, EventRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.events import SPEC
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Producer, Record
-from headrace.contract.names import clashing
 from headrace.contract.project import Project
 from headrace.contract.rules import (
     Change,

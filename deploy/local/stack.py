@@ -187,7 +187,7 @@ def _with_these(layout: Layout, names: Sequence[str]) -> Supervisor:
     supervisor = Supervisor(layout)
     known = [p.name for p in supervisor.processes()]
     if not known:
-        raise ConfigRejected(f"nothing runs in {layout.home}; `make up` starts it.")
+        raise ConfigRejected(f"nothing runs in {layout.home}; `headrace up` starts it.")
     if unknown := [name for name in names if name not in known]:
         near = meant(unknown[0], known)
         raise ConfigRejected(f"no process {', '.join(unknown)} here; there are {', '.join(known)}.{near}")

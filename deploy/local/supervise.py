@@ -173,7 +173,7 @@ class Supervisor:
         return (
             f"{said} {'does not answer' if parents else 'answers'} for {self.layout.home}, and {len(left)} processes "
             f"of the stack live, with the ids {sorted(p.pid for p in left)}. Whether they work, their logs in "
-            f"{self.layout.logs} tell. {goes_on}`make down` ends them, `make up` ends them and starts anew."
+            f"{self.layout.logs} tell. {goes_on}`headrace down` ends them, `headrace up` ends them and starts anew."
         )
 
     def processes(self) -> list[Process]:

@@ -20,7 +20,7 @@ Each field becomes a column of impressions and samples, `external.<name>.<field>
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -162,28 +162,35 @@ def external_columns(crawls: Sequence[Crawl]) -> dict[str, ExtractType]:
     return {name: kind for crawl in crawls for name, kind in crawl.columns().items()}
 
 
-def check_crawls(crawls: Sequence[Crawl], impression_fields: Mapping[str, str]) -> None:
-    """Raise `ConfigRejected` naming the first declaration that cannot work."""
+def crawl_faults(crawls: Sequence[Crawl], impression_fields: Mapping[str, str]) -> Iterator[ConfigRejected]:
+    """Give the first fault of each declaration that cannot work."""
     names = [crawl.name for crawl in crawls]
-    for crawl in crawls:
-        if names.count(crawl.name) > 1:
-            raise ConfigRejected(f"crawl {crawl.name!r} is declared twice.")
-        for name in (crawl.name, *crawl.fields):
-            if not _NAME.fullmatch(name) or name == CRAWL_TIME:
-                raise ConfigRejected(
-                    f"crawl {crawl.name!r}: {name!r} is no name: lower-case letters, digits and _, a letter first, "
-                    f"and not {CRAWL_TIME}."
-                )
-        joined = impression_fields.get(crawl.joins)
-        if joined is None or joined.startswith("list"):
+    for number, crawl in enumerate(crawls):
+        try:
+            _check_crawl(crawl, names, impression_fields)
+        except ConfigRejected as error:
+            yield ConfigRejected(str(error), at=f"crawls[{number}]")
+
+
+def _check_crawl(crawl: Crawl, names: Sequence[str], impression_fields: Mapping[str, str]) -> None:
+    if names.count(crawl.name) > 1:
+        raise ConfigRejected(f"crawl {crawl.name!r} is declared twice.")
+    for name in (crawl.name, *crawl.fields):
+        if not _NAME.fullmatch(name) or name == CRAWL_TIME:
             raise ConfigRejected(
-                f"crawl {crawl.name!r} joins {crawl.joins!r}, which is {joined or 'no field of the impression'}; one "
-                f"value is wanted, of {listed(n for n, k in impression_fields.items() if not k.startswith('list'))}."
+                f"crawl {crawl.name!r}: {name!r} is no name: lower-case letters, digits and _, a letter first, "
+                f"and not {CRAWL_TIME}."
             )
-        if not crawl.fields:
-            raise ConfigRejected(f"crawl {crawl.name!r} declares no fields: it would bring nothing.")
-        _check_addresses(crawl)
-        _check_extraction(crawl)
+    joined = impression_fields.get(crawl.joins)
+    if joined is None or joined.startswith("list"):
+        raise ConfigRejected(
+            f"crawl {crawl.name!r} joins {crawl.joins!r}, which is {joined or 'no field of the impression'}; one "
+            f"value is wanted, of {listed(n for n, k in impression_fields.items() if not k.startswith('list'))}."
+        )
+    if not crawl.fields:
+        raise ConfigRejected(f"crawl {crawl.name!r} declares no fields: it would bring nothing.")
+    _check_addresses(crawl)
+    _check_extraction(crawl)
 
 
 def _check_addresses(crawl: Crawl) -> None:

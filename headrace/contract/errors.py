@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class HeadraceError(Exception):
@@ -39,10 +39,12 @@ class BadRequest(HeadraceError):
 class ConfigRejected(HeadraceError):
     """The configuration or the user's project is wrong; nothing was started."""
 
-    def __init__(self, message: str, *, at: str = "") -> None:
+    def __init__(self, message: str, *, at: str = "", others: Sequence[ConfigRejected] = ()) -> None:
         super().__init__(message)
         self.at = at
         """Path of the declaration in the `Project`, such as `tasks[0].window_ms`; "" where it is not known."""
+        self.others = tuple(others)
+        """What else was found wrong at the same time."""
 
 
 class Overloaded(HeadraceError):

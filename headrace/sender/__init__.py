@@ -1,6 +1,6 @@
 """What a web service imports: fluent-logger's sender that loses nothing. Chunks with acks, kept on disk until acked.
 
-    sender = Sender("shop", port=24224, spool_dir="/var/spool/shop")
+    sender = Sender("store", port=24224, spool_dir="/var/spool/store")
     sender.emit("impression", {"event_id": ..., "request_id": ..., "user_id": ...})
 
 1. `emit` refuses what the gateway could not take, appends the rest to the spool and returns: from here on a kill -9 of
