@@ -31,12 +31,15 @@ ifdef RATE
 export RATE
 endif
 
+# Before a command about named processes: says which are wanted where none is named.
+NAMED = $(if $(STAGE),,echo 'name the processes as make status shows them: make $@ STAGE="ingest train"'; exit 2; )
+
 .DEFAULT_GOAL := help
-.PHONY: help install up down restart status logs doctor ledger chaos replay test test-long test-cephfs check format docs bench clean
+.PHONY: help install up down start stop restart status logs doctor ledger chaos replay test test-long test-cephfs check format docs bench clean
 
 help: ## show this
 	@echo "make TARGET [VENV=dir] [PORT_BASE=30000] [STORE=file:/dir|hdfs://host:port/dir|cephfs] [BROKERS=host:port] [PROJECT=dir]"
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/\1 \2/' | while read -r target words; do printf '  %-12s %s\n' "$$target" "$$words"; done
 
 # The environment is made anew when it is missing, and brought up to date when pyproject.toml or a version has changed.
 $(BIN)/python:
@@ -67,8 +70,14 @@ down: ## stop everything; nothing is left running
 status: $(VENV)/.installed ## each process, its state, port, memory, log file
 	@"$(BIN)/headrace" status
 
+start: $(VENV)/.installed ## start processes that were stopped, and wait until they are ready: make start STAGE="ingest train"
+	@$(NAMED)"$(BIN)/headrace" start $(STAGE)
+
+stop: $(VENV)/.installed ## stop processes until `make start`; the others go on: make stop STAGE=train
+	@$(NAMED)"$(BIN)/headrace" stop $(STAGE)
+
 restart: $(VENV)/.installed ## stop and start with the files on disk: make restart STAGE="ingest train"
-	@"$(BIN)/headrace" restart $(STAGE)
+	@$(NAMED)"$(BIN)/headrace" restart $(STAGE)
 
 logs: $(VENV)/.installed ## follow a log: make logs STAGE=train
 	@"$(BIN)/headrace" logs $(or $(STAGE),supervisor)

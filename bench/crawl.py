@@ -104,16 +104,20 @@ def crawl(folder: Path, url: str, pages: int, delay_ms: int) -> None:
     """Crawl what is due, once."""
     from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
     from headrace.ingest.crawl.crawl_stage import CrawlStage
+    from headrace.ingest.crawl.extraction_pool import ExtractionPool
 
     log = MemoryLog()
     log.admin().ensure_topics(Topics().specs(PARTITIONS))
     _all_due(folder / "frontier.sqlite")
     frontier = SqliteFrontier(folder / "frontier.sqlite")
     source = declared(url, pages, delay_ms, EVERY_MS)
+    config = CrawlConfig(requests_max=2 * PARALLEL)
+    pool = ExtractionPool(config)
     stage = CrawlStage(
         CrawlDependencies(
             crawls=(source,),
-            config=CrawlConfig(requests_max=2 * PARALLEL),
+            config=config,
+            extraction=pool,
             topics=Topics(),
             partitions=PARTITIONS,
             frontier=frontier,
@@ -125,6 +129,7 @@ def crawl(folder: Path, url: str, pages: int, delay_ms: int) -> None:
         )
     )
     stage.run(threading.Event(), lambda _: None, once=True)
+    pool.close()
     frontier.close()
 
 

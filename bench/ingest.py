@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness.broker import broker
 from harness.figures import beside, show
 
-from headrace.backends.log.kafka import KafkaAdmin
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.contract.config import port
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local.layout import HOST, Layout

@@ -49,6 +49,7 @@ from headrace.contract.formats.seals import HEADER, SUM_MASK, PartitionSeal, Rec
 from headrace.contract.formats.steps import Step, StepRange, encode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
+from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT
 from headrace.kernels.sample_ids import id_hashes, seal_of
@@ -156,6 +157,8 @@ class Day:
     def end_offsets(self, topic: str) -> dict[int, int]:
         if topic == TOPICS.steps:
             return {0: self.steps}
+        if topic == TOPICS.rules:
+            return {0: 1}
         return dict.fromkeys(self.begin_offsets(topic), self.records if topic in (TOPICS.events, TOPICS.samples) else 0)
 
     def assign(self, offsets: Mapping[tuple[str, int], int]) -> None:
@@ -173,6 +176,9 @@ class Day:
         return []
 
     def record(self, topic: str, partition: int, offset: int) -> Record:
+        if topic == TOPICS.rules:
+            value = encode_change(change_of(PROJECT, 1, now_ms=0))
+            return Record(topic, partition, offset, None, value, {}, 0)
         if topic == TOPICS.steps:
             self.file.seek(self.cuts[offset])
             return Record(topic, 0, offset, None, self.file.read(self.cuts[offset + 1] - self.cuts[offset]), {}, 0)
@@ -247,6 +253,7 @@ class Small:
     def __init__(self, folder: Path, rows: int) -> None:
         self.log, self.lake = MemoryLog(), DeltaLake(str(folder / "lake"), partitions=1, hash_ids=id_hashes)
         self.log.admin().ensure_topics(TOPICS.specs(1))
+        self.log.append(TOPICS.rules, 0, encode_change(change_of(PROJECT, 1, now_ms=0)), None, {})
         self.blobs: dict[str, bytes] = {}
         self.state, self.account = JoinState(PROJECT, Config().join, silent_ms=10_000, partition=0), fresh_account()
         self.visits = list(traffic.synthetic(PROJECT.impression.fields, rows=rows).visits())

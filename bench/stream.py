@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness.broker import broker
 from harness.figures import beside, show
 
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.admin_kafka import KafkaAdmin
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.cli.project_folder import load_project
 from headrace.contract.errors import Overloaded
 from headrace.contract.formats.events import (

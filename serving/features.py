@@ -33,6 +33,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.spec import Counter, FeatureSpec
+from headrace.process.awake import Awake
 from headrace.stream.features.counters import bucket_ms, key_strings, moves_within_bucket, value_as_of
 from headrace.stream.features.external_values import values_of
 
@@ -85,11 +86,14 @@ class FeatureMemory:
         self.current_s = 0.0
         """When the memory was known to hold all that there was, by the monotonic clock."""
         self.away_since_s: float | None = None
-        """Since when no broker answers; None while one does."""
+        """Since when no broker answers, in time awake; None while one does."""
+        self._awake: Awake | None = None
+        """Follows the thread that reads: while the process stood still, no broker could answer it."""
 
     def state(self, now_s: float, bound_s: float) -> State:
         """Return how far the memory is. `now_s` is of the monotonic clock."""
-        is_away = self.away_since_s is not None and now_s - self.away_since_s > bound_s
+        since_s, awake_s = self.away_since_s, now_s if self._awake is None else self._awake.monotonic()
+        is_away = since_s is not None and awake_s - since_s > bound_s
         if not self.is_caught_up:
             return "unread" if is_away else "reading"
         if is_away:
@@ -172,7 +176,9 @@ class FeatureMemory:
     def follow(self, reader: Reader, topic: str, stop: threading.Event, *, clock: Clock, metrics: Metrics) -> None:
         """Read the topic until `stop`. While the broker is away, the memory stays as it is."""
         begun, first_end, asked = False, 0, (0, clock.monotonic())
+        awake = self._awake = Awake(clock.monotonic)
         while not stop.is_set():
+            awake.stood_s()
             try:
                 if not begun:
                     begin, end = reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]
@@ -194,7 +200,7 @@ class FeatureMemory:
             except HeadraceError as error:
                 if self.away_since_s is None:
                     logger.warning("counters wait: %s", error)
-                    self.away_since_s = clock.monotonic()
+                    self.away_since_s = awake.monotonic()
                 # What was assigned is still assigned, unless compaction took the offset: then all is read again.
                 begun = begun and not isinstance(error, InvariantBroken)
                 stop.wait(0.5)

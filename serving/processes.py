@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import logging
 import os
@@ -26,6 +25,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.process.awake import awake_s
 from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
 from headrace.process.open_files import connections_within
 from headrace.serving.model.shared_region import SharedModel
@@ -72,10 +72,10 @@ class Workers:
         A worker that hangs would keep the port of the next stage.
         """
         self.ask_to_end()
-        until = time.monotonic() + patience_s
+        until = awake_s() + patience_s
         for pid in self._pids:
             with suppress(ChildProcessError, ProcessLookupError):
-                while (is_left := os.waitpid(pid, os.WNOHANG) == (0, 0)) and time.monotonic() < until:
+                while (is_left := os.waitpid(pid, os.WNOHANG) == (0, 0)) and awake_s() < until:
                     time.sleep(0.02)
                 if is_left:
                     logger.error("worker %d did not end in %.0f s and is killed", pid, patience_s)
@@ -127,7 +127,7 @@ def answer_requests(
     bounds = ConnectionBounds(most, lambda _origin, reason, _why: refused(reason))
 
     async def tell() -> None:
-        bounds.sweep(asyncio.get_running_loop().time())
+        bounds.sweep(awake_s())
         turned()
 
     server = uvicorn.Server(
@@ -164,9 +164,9 @@ def answer_requests(
     if workers:
         workers.ask_to_end()
     # 1 s for all: a thread that still waits for a broker ends with the process.
-    until = time.monotonic() + 1.0
+    until = awake_s() + 1.0
     for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()))
+        thread.join(max(0.0, until - awake_s()))
     return 1 if failures else 0
 
 

@@ -13,14 +13,14 @@ writes it. A partition never sees change n + 1 before change n.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from headrace.contract.checks.names import clashing
 from headrace.contract.errors import ConfigRejected, EventRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.events import SPEC
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Producer, Record
-from headrace.contract.names import clashing
 from headrace.contract.project import Project
 from headrace.contract.rules import (
     Change,
@@ -35,6 +35,7 @@ from headrace.contract.rules import (
     lanes_of,
     rules_of,
 )
+from headrace.stream.stored_rules import REMEDY, StoredRules, check_fits
 
 log = logging.getLogger("headrace.rules")
 
@@ -88,27 +89,28 @@ def history_of(values: list[bytes]) -> History:
 
 
 def read_history(writer: FencedWriter) -> History:
-    """Read the `rules` topic. Raises `Unavailable`."""
-    return history_of([value for _, value in writer.read(0)])
+    """Read the `rules` topic. Raises `Unavailable`, and `ConfigRejected` where its first records are gone."""
+    try:
+        records = writer.read(0)
+    except InvariantBroken as error:
+        raise ConfigRejected(f"the rules topic has lost its first records ({error}): {REMEDY}") from error
+    return history_of([value for _, value in records])
 
 
-def first_rules(project: Project, records: list[Record]) -> Project:
+def first_rules(
+    project: Project, records: list[Record], stored: Sequence[StoredRules] = (), *, begin: int = 0
+) -> Project:
     """Return `project` with the rules in force from the log's beginning, as the records of `rules` say.
 
-    A log without any is read by the project's own: no stage has begun to read it.
+    A log without any is read by the project's own: no stage has begun to read it. `begin` is the first offset that the
+    topic still has. Raises `ConfigRejected` where its first records are gone, and as `check_fits` where `stored` says
+    otherwise.
     """
+    if begin > 0:
+        raise ConfigRejected(f"the rules topic begins at offset {begin}, and its first records are gone: {REMEDY}")
     history = history_of([record.value for record in records if record.value is not None])
+    check_fits(history.changes, stored)
     return history.changes[0].rules.over(project) if history.changes else project
-
-
-def check_none_lost(history: History, has_states: Callable[[], bool]) -> None:
-    """Raise `ConfigRejected` where no rules are told and states are stored that were made by some."""
-    if not history.changes and has_states():
-        raise ConfigRejected(
-            "the rules topic holds no rules, and the join has stored states that were made by some: the topic was "
-            "deleted or emptied. Numbers would begin again at 1, and partitions ignore what is not above theirs. Bring "
-            "the topic back from a copy, or raise log.generation to begin anew."
-        )
 
 
 def ensure_first(
@@ -117,18 +119,19 @@ def ensure_first(
     *,
     now_ms: int,
     pause: Callable[[float], None],
-    has_states: Callable[[], bool] = lambda: False,
+    stored: Callable[[], Sequence[StoredRules]] = tuple,
 ) -> History:
     """Return the history, whose change 1 is the project's own rules when there was none. Waits while Kafka is away.
 
-    Raises `ConfigRejected` as `check_none_lost`.
+    `stored` says what the stored states were made by. Raises `ConfigRejected` as `check_fits`.
     """
+    made = stored()
     for turn in range(TURNS_MAX):
         try:
             history = read_history(writer)
+            check_fits(history.changes, made)
             if history.changes:
                 return history
-            check_none_lost(history, has_states)
             writer.open()
             if not read_history(writer).changes:
                 writer.append(encode_change(change_of(project, 1, now_ms=now_ms)))
@@ -147,14 +150,14 @@ def begin_rules(
     *,
     now_ms: int,
     pause: Callable[[float], None],
-    has_states: Callable[[], bool] = lambda: False,
+    stored: Callable[[], Sequence[StoredRules]] = tuple,
 ) -> Project:
     """Return `project` with the rules that the log begins with; they are written where there are none.
 
     Raises `ConfigRejected` when `project` has another partition key, or a function of the user's in other code than
-    when the newest change was applied, and as `check_none_lost`. Waits while Kafka is away.
+    when the newest change was applied, and as `check_fits`. Waits while Kafka is away.
     """
-    history = ensure_first(writer, project, now_ms=now_ms, pause=pause, has_states=has_states)
+    history = ensure_first(writer, project, now_ms=now_ms, pause=pause, stored=stored)
     first = history.changes[0].rules
     if first.key != project.impression.key:
         raise ConfigRejected(
@@ -165,9 +168,15 @@ def begin_rules(
     return first.over(project)
 
 
-def unapplied(writer: FencedWriter, project: Project) -> list[str]:
-    """Return what the project on disk would change of the rules in force, a line each."""
-    newest = read_history(writer).newest
+def unapplied(writer: FencedWriter, project: Project, stored: Callable[[], Sequence[StoredRules]] = tuple) -> list[str]:
+    """Return what the project on disk would change of the rules in force, a line each.
+
+    Raises `ConfigRejected` as `check_fits`: rules that were lost are not rules that nobody has written yet.
+    """
+    made = stored()
+    history = read_history(writer)
+    check_fits(history.changes, made)
+    newest = history.newest
     return [] if newest is None else differences(newest.rules, rules_of(project))
 
 
@@ -191,22 +200,23 @@ def apply(
     *,
     now_ms: int,
     dry: bool = False,
-    has_states: Callable[[], bool] = lambda: False,
+    stored: Callable[[], Sequence[StoredRules]] = tuple,
 ) -> Applied:
     """Put the project's rules in force in every partition of `topic`; see the module for the protocol.
 
     Args:
         dry: say what would be done, and do none of it.
-        has_states: says whether the join has stored states.
+        stored: says by which rules the join's stored states were made.
 
     Raises:
         ConfigRejected: when these rules may not follow those in force, or those were lost; nothing was written.
         Unavailable: when Kafka does not answer: apply again, which repairs what was begun.
     """
+    made = stored()
     if not dry:
         writer.open()
     history = read_history(writer)
-    check_none_lost(history, has_states)
+    check_fits(history.changes, made)
     is_repaired = not history.is_whole
     if is_repaired and not dry:
         _write(writer, producer, topic, partitions, history, history.changes[-1])

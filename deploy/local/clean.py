@@ -18,7 +18,7 @@ KEPT = frozenset({"jars"})
 def deletable(layout: Layout) -> list[Path]:
     """Return the files and folders that `delete` would delete. Raises `ConfigRejected` while the stack runs."""
     if Supervisor(layout).running() or orphans(layout.home) or (layout.own_cephfs and own_cephfs(layout).is_mounted()):
-        raise ConfigRejected(f"the stack of {layout.home} runs; `make down` first.")
+        raise ConfigRejected(f"the stack of {layout.home} runs; `headrace down` first.")
     model = region_in_memory(layout.home)
     return [*sorted(p for p in layout.home.glob("*") if p.name not in KEPT), *([model] if model.exists() else [])]
 

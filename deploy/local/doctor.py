@@ -83,7 +83,9 @@ def _disk(home: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     found = f"{free / 1e9:.1f} GB free for {home}"
     if free < DISK_BYTES:
-        remedy = f"{DISK_BYTES / 1e9:.0f} GB are wanted: make room, `make clean`, or put HEADRACE_HOME= on another disk"
+        remedy = (
+            f"{DISK_BYTES / 1e9:.0f} GB are wanted: make room, `headrace clean`, or put HEADRACE_HOME= on another disk"
+        )
         return Finding("disk", found, "trouble", remedy)
     return Finding("disk", found, "ok")
 
@@ -125,11 +127,13 @@ def _state(layout: Layout, running: bool) -> list[Finding]:
     stamp = layout.home / "VERSION"
     if stamp.exists() and stamp.read_text().strip() != str(STATE_VERSION):
         found = f"{layout.home} is of version {stamp.read_text().strip()}, this build writes {STATE_VERSION}"
-        return [Finding("state", found, "trouble", "`make clean` deletes it; HEADRACE_HOME= puts new state elsewhere")]
+        return [
+            Finding("state", found, "trouble", "`headrace clean` deletes it; HEADRACE_HOME= puts new state elsewhere")
+        ]
     left = [] if running else orphans(layout.home)
     if left:
         found = f"{len(left)} processes of a killed supervisor: {[p.pid for p in left]}"
-        return [Finding("state", found, "note", "`make up` and `make down` end them")]
+        return [Finding("state", found, "note", "`headrace up` and `headrace down` end them")]
     return [Finding("state", f"{layout.home}{'' if stamp.exists() else ' (new)'}", "ok")]
 
 
@@ -164,7 +168,7 @@ def _taken(name: str, number: int) -> Finding:
         return Finding(what, f"taken by {', '.join(who)}", "trouble", _MOVE)
     ends = [c for c in _connections() if c.laddr and c.laddr.port == number and c.status != psutil.CONN_LISTEN]
     if ends and all(c.status in _ENDED for c in ends):
-        wait = "nothing to do: the kernel lets go of it within a minute; `make up` then, or PORT_BASE=30000 now"
+        wait = "nothing to do: the kernel lets go of it within a minute; `headrace up` then, or PORT_BASE=30000 now"
         return Finding(what, "held by a connection that has ended (TIME_WAIT), by no process", "note", wait)
     if ends:
         who = sorted({_describe(c.pid) if c.pid else "a process of another user" for c in ends})

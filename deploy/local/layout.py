@@ -98,8 +98,8 @@ class Layout:
         found = stamp.read_text().strip()
         if found != str(STATE_VERSION):
             raise ConfigRejected(
-                f"{self.home} holds state of version {found}; this build writes version {STATE_VERSION}. `make clean` "
-                "deletes it, or HEADRACE_HOME= puts new state elsewhere and keeps the old."
+                f"{self.home} holds state of version {found}; this build writes version {STATE_VERSION}. "
+                "`headrace clean` deletes it, or HEADRACE_HOME= puts new state elsewhere and keeps the old."
             )
 
     def environment(self) -> dict[str, str]:

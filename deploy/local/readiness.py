@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from headrace.backends.blobs_hdfs import HdfsBlobs
-from headrace.backends.log.kafka import KafkaAdmin
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.contract.errors import Unavailable
 from headrace.deploy.local.layout import HOST, Layout
 

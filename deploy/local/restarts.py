@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 FIRST_S = 0.5
 MAX_S = 30.0
@@ -35,7 +35,7 @@ class Crashes(Struct):
     """`exit 1`, `SIGKILL`, or why it could not be started."""
     last_ran_s: float = 0.0
     last_words: str = ""
-    """The newest line of trouble in its log, else the newest line."""
+    """The newest line of trouble that it wrote in that life, else the newest line; "" where it wrote none."""
     next_start_s: float = 0.0
     """On the monotonic clock; 0 when no start is waited for."""
 
@@ -50,6 +50,15 @@ class Crashes(Struct):
     def asked(self) -> None:
         """Note that somebody asked for a start or a stop: what comes begins a new row."""
         self.in_row, self.next_start_s = 0, 0.0
+
+    def told(self, *, now_s: float, begun_s: float) -> Crashes:
+        """Return what is known at a time, with `next_start_s` as seconds from it.
+
+        A process that has run for `HEALTHY_S` since it began, and still does, is in no row any more.
+        """
+        left_s = self.left_s(now_s)
+        is_over = left_s == 0.0 and now_s - begun_s >= HEALTHY_S
+        return structs.replace(self, in_row=0 if is_over else self.in_row, next_start_s=left_s)
 
     def left_s(self, now_s: float) -> float:
         """Return how long the next start still waits."""

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from headrace.backends.log.kafka import KafkaAdmin
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.contract.config import LogConfig
 from headrace.contract.errors import ConfigRejected, Unavailable, meant
 from headrace.contract.interfaces.log import TopicSpec
@@ -37,6 +37,7 @@ from headrace.deploy.local.servers import cephfs, hdfs, kafka
 from headrace.deploy.local.servers.jars import ensure_jars
 from headrace.deploy.local.servers.java import find_java
 from headrace.deploy.local.supervise import Program, Supervisor, end_orphans, orphans
+from headrace.process.awake import awake_s
 from headrace.serving.model.region_file import region_in_memory
 
 INFRASTRUCTURE = ("kafka", "namenode", "datanode", *cephfs.SUPERVISED)
@@ -87,9 +88,9 @@ def start(
         layout.save()
         if layout.own_cephfs:
             supervisor.begin(("kafka",))
-            begin = time.monotonic()
+            begin = awake_s()
             own_cephfs(layout).start(lambda name: supervisor.begin((name,)))
-            say(f"cephfs is ready after {time.monotonic() - begin:.1f} s")
+            say(f"cephfs is ready after {awake_s() - begin:.1f} s")
         start_infrastructure(layout, supervisor, say)
         said = log or LogConfig()
         admin = KafkaAdmin(layout.brokers, replication=said.replication, min_insync_replicas=said.min_insync_replicas)
@@ -133,8 +134,8 @@ def stop(layout: Layout, say: Say) -> None:
             supervisor.end((name,))
         supervisor.end(INFRASTRUCTURE)
         supervisor.shutdown()
-        deadline = time.monotonic() + 5
-        while orphans(layout.home) and time.monotonic() < deadline:
+        deadline = awake_s() + 5
+        while orphans(layout.home) and awake_s() < deadline:
             time.sleep(0.05)
         say("stopped")
     if left := end_orphans(layout.home):
@@ -186,7 +187,7 @@ def _with_these(layout: Layout, names: Sequence[str]) -> Supervisor:
     supervisor = Supervisor(layout)
     known = [p.name for p in supervisor.processes()]
     if not known:
-        raise ConfigRejected(f"nothing runs in {layout.home}; `make up` starts it.")
+        raise ConfigRejected(f"nothing runs in {layout.home}; `headrace up` starts it.")
     if unknown := [name for name in names if name not in known]:
         near = meant(unknown[0], known)
         raise ConfigRejected(f"no process {', '.join(unknown)} here; there are {', '.join(known)}.{near}")
@@ -267,8 +268,8 @@ class Died:
     def __call__(self, name: str) -> str:
         """Return how a process ended, with its last words; "" while there is hope."""
         with self._lock:
-            if time.monotonic() - self._asked_s >= LOOK_S:
-                self._seen, self._asked_s = self._supervisor.crashes(), time.monotonic()
+            if awake_s() - self._asked_s >= LOOK_S:
+                self._seen, self._asked_s = self._supervisor.crashes(), awake_s()
         crashes = self._seen.get(name, Crashes())
         ended = crashes.total - self._before.get(name, 0)
         if ended >= ENDS_MAX or (ended and crashes.last_exit == REFUSED):
@@ -288,16 +289,16 @@ def await_all(
     Raises `Unavailable` with the reasons of those that did not in `timeout_s`, and at once when `died` tells that one
     of them will not. An interrupt ends the asking.
     """
-    begin, given_up = time.monotonic(), threading.Event()
+    begin, given_up = awake_s(), threading.Event()
 
     def wait(name: str, ask: Callable[[], str]) -> tuple[str, str]:
         while reason := ask():
             if end := died(name):
                 given_up.set()
                 return "died", f"{name}: {end}"
-            if given_up.wait(0.1) or time.monotonic() - begin > timeout_s:
+            if given_up.wait(0.1) or awake_s() - begin > timeout_s:
                 return "late", f"{name}: {reason}"
-        say(f"{name} is ready after {time.monotonic() - begin:.1f} s")
+        say(f"{name} is ready after {awake_s() - begin:.1f} s")
         return "", ""
 
     with ThreadPoolExecutor(max(1, len(probes))) as pool:

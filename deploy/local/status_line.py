@@ -37,7 +37,7 @@ class StatusLine:
         line = (
             f"{time.strftime('%H:%M:%S')}  {rate:,.0f} events/s  lag {_number(_value(now, 'stream', 'lag_records'), 0)}"
             f"+{_number(_value(now, 'train', 'lag_records'), 0)} records  freshness {self._freshness(now)}"
-            f"  {figures(now['train'])}"
+            f"  {figures(now['train'], now['ingest'], rate)}"
             f" over {_number(_value(now, 'train', 'samples_learnt_total'), 0)} rows  version {self._version()}"
         )
         self._before, self._at = now, at
@@ -69,22 +69,43 @@ class StatusLine:
             return "-"
 
 
-def figures(train: Mapping[str, float]) -> str:
-    """Return what the trainer's metrics say of the main task: AUC beside its baselines, or when a figure comes. What is
-    provisional says so, and when it is settled."""
+def figures(train: Mapping[str, float], ingest: Mapping[str, float], rate: float) -> str:
+    """Return what the trainer's metrics say of the main task: AUC beside its baselines, or what the first figure waits
+    for. What is provisional says so, and when it is settled.
+
+    Args:
+        train, ingest: what the two stages tell.
+        rate: events a second since the line before. The time to a figure is event time, which stands without events.
+    """
 
     def of(name: Name) -> float:
         return train.get(f"headrace_train_{name}", math.nan)
 
     away_s = of("main_next_figure_seconds")
-    minutes = f"{math.ceil(away_s / 60)} min" if away_s >= 60 else f"{away_s:.0f} s"
+    minutes = f"{math.ceil(away_s / 60)} min" if away_s >= 60 else f"{math.ceil(max(0.0, away_s))} s"
+    when = f"in {minutes}" if rate > 0 else f"after {minutes} more of events, and none comes"
     if math.isnan(of("auc")):
-        return f"AUC - (first figure in {minutes})" if away_s > 0 else "AUC -"
-    marked = f" provisional, settled in {minutes}" if away_s > 0 else ""
+        waits = _first(train, ingest)
+        if not waits and away_s > 0:
+            waits = f"first figure {when}"
+        return f"AUC - ({waits})" if waits else "AUC -"
+    marked = f" provisional, settled {when}" if away_s > 0 else ""
     return (
         f"AUC {_number(of('auc'), 4)}{marked}"
         f" (constant {_number(of('auc_constant'), 4)}, item rate {_number(of('auc_item_rate'), 4)})"
     )
+
+
+def _first(train: Mapping[str, float], ingest: Mapping[str, float]) -> str:
+    """Return what has not come yet since the stages began: an event, one that is taken, a sample; "" where all have."""
+    if not train or not ingest or train.get("headrace_train_samples_learnt_total", 0.0):
+        return ""
+    if not ingest.get("headrace_ingest_events_read_total", 0.0):
+        return "waits for the first event"
+    refused = ingest.get("headrace_ingest_events_dead_lettered_total", 0.0)
+    if not ingest.get("headrace_ingest_events_appended_total", 0.0) and refused:
+        return f"waits for an event that is taken: {refused:,.0f} were refused, see `headrace dead-letters list`"
+    return "waits for the first sample: it comes with feedback, or when a task's window is over"
 
 
 def _value(now: Reading, stage: Stage, name: Name) -> float:

@@ -26,6 +26,7 @@ import psutil
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.deploy.local.layout import HOST, MARK, Layout
 from headrace.deploy.local.restarts import MAX_S, Crashes
+from headrace.process.awake import awake_s
 
 ANSWER_S = 10.0
 """Longest wait for supervisord's answer, which comes within some ms."""
@@ -101,8 +102,8 @@ class Supervisor:
                 timeout=60,
                 check=False,
             ).returncode
-        deadline = time.monotonic() + 20
-        while status == 0 and not self.running() and time.monotonic() < deadline:
+        deadline = awake_s() + 20
+        while status == 0 and not self.running() and awake_s() < deadline:
             time.sleep(0.05)
         if not self.running():
             words = out.read_text(errors="replace").strip()[-500:]
@@ -140,8 +141,8 @@ class Supervisor:
                 with contextlib.suppress(xmlrpc.client.Fault):
                     self._ask("stopProcess", row["name"], False)
                     waiting.add(row["name"])
-        deadline = time.monotonic() + STOP_S + 4
-        while waiting and time.monotonic() < deadline:
+        deadline = awake_s() + STOP_S + 4
+        while waiting and awake_s() < deadline:
             states = {row["name"]: row["statename"] for row in self._ask("getAllProcessInfo")}
             waiting = {name for name in waiting if states.get(name) in ("RUNNING", "STARTING", "STOPPING", "BACKOFF")}
             time.sleep(0.05)
@@ -150,8 +151,8 @@ class Supervisor:
         """Ask supervisord to end with all that it runs; returns when it is gone or after 15 s."""
         with contextlib.suppress(OSError, xmlrpc.client.Error, http.client.HTTPException):
             self._ask("shutdown")
-        deadline = time.monotonic() + 15
-        while self.running() and time.monotonic() < deadline:
+        deadline = awake_s() + 15
+        while self.running() and awake_s() < deadline:
             time.sleep(0.05)
 
     def pids(self) -> dict[str, int]:
@@ -172,7 +173,7 @@ class Supervisor:
         return (
             f"{said} {'does not answer' if parents else 'answers'} for {self.layout.home}, and {len(left)} processes "
             f"of the stack live, with the ids {sorted(p.pid for p in left)}. Whether they work, their logs in "
-            f"{self.layout.logs} tell. {goes_on}`make down` ends them, `make up` ends them and starts anew."
+            f"{self.layout.logs} tell. {goes_on}`headrace down` ends them, `headrace up` ends them and starts anew."
         )
 
     def processes(self) -> list[Process]:

@@ -35,6 +35,8 @@ class _Known:
     crashes: ClassVar[dict[str, Crashes]] = {}
     started_s: ClassVar[dict[str, float]] = {}
     """On the monotonic clock, which no time service moves."""
+    log_at: ClassVar[dict[str, int]] = {}
+    """How long its log was when it was started."""
     max_s = MAX_S
 
 
@@ -58,6 +60,7 @@ def install() -> None:
         if self.state not in _WAITING:
             _crashes(self).asked()
         _Known.started_s[str(self.config.name)] = time.monotonic()
+        _Known.log_at[str(self.config.name)] = _log_bytes(self)
         pid = spawn(self)
         if self.state == ProcessStates.BACKOFF:
             _note(self, 0, f"no start: {self.spawnerr}", 0.0)
@@ -95,10 +98,19 @@ def how_ended(status: int) -> str:
     return f"exit {os.WEXITSTATUS(status)}"
 
 
+def _log_bytes(process: Any) -> int:
+    try:
+        return Path(process.config.stdout_logfile).stat().st_size
+    except OSError:
+        return 0
+
+
 def _words(process: Any) -> str:
     try:
         with Path(process.config.stdout_logfile).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            end, begun = file.seek(0, os.SEEK_END), _Known.log_at.get(str(process.config.name), 0)
+            # A log that is shorter than it was has been rotated since.
+            file.seek(max(0 if begun > end else begun, end - _TAIL_BYTES))
             return last_words(file.read().decode(errors="replace").splitlines())
     except OSError:
         return ""
@@ -111,7 +123,7 @@ class CrashTeller:
         """Return, a process, its crashes, with `next_start_s` as seconds from now."""
         now_s = time.monotonic()
         return {
-            name: msgspec.to_builtins(msgspec.structs.replace(crashes, next_start_s=crashes.left_s(now_s)))
+            name: msgspec.to_builtins(crashes.told(now_s=now_s, begun_s=_Known.started_s.get(name, now_s)))
             for name, crashes in _Known.crashes.items()
         }
 

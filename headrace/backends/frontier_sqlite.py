@@ -25,7 +25,7 @@ create table if not exists pages(
     source text not null, url text not null, host text not null, sitemap integer not null, depth integer not null,
     due_ms integer not null, etag text not null default '', last_modified text not null default '',
     said_modified text not null default '', failures integer not null default 0, is_start integer not null,
-    primary key (source, url)) without rowid;
+    refused text not null default '', primary key (source, url)) without rowid;
 create index if not exists pages_due on pages(due_ms, depth, url);
 create table if not exists bodies(
     source text not null, url text not null, fetched_ms integer not null, digest text not null, base text not null,
@@ -41,6 +41,8 @@ create table if not exists outbox(
 create table if not exists hosts(host text primary key, not_before_ms integer not null) without rowid;
 create table if not exists epochs(epoch integer not null);
 """
+_ADDED = {"pages": {"refused": "text not null default ''"}}
+"""Columns that a file of an earlier version lacks."""
 
 
 class SqliteFrontier:
@@ -120,14 +122,14 @@ class SqliteFrontier:
     def due(self, now_ms: int, sources: Sequence[str], busy: Sequence[str], limit: int) -> list[Page]:
         """Return up to `limit` addresses that are due, the longest due first, none of a host that is busy or waits."""
         rows = self._db.execute(
-            "select source, url, host, sitemap, depth, etag, last_modified, failures from pages where due_ms <= ? "
-            f"and source in ({_marks(sources)}) and host not in ({_marks(busy)}) "
+            "select source, url, host, sitemap, depth, etag, last_modified, failures, refused from pages "
+            f"where due_ms <= ? and source in ({_marks(sources)}) and host not in ({_marks(busy)}) "
             "and host not in (select host from hosts where not_before_ms > ?) order by due_ms, depth, url limit ?",
             (now_ms, *sources, *busy, now_ms, limit),
         )
         return [
-            Page(source, url, host, bool(sitemap), depth, etag, changed, failures)
-            for source, url, host, sitemap, depth, etag, changed, failures in rows
+            Page(source, url, host, bool(sitemap), depth, etag, changed, failures, refused)
+            for source, url, host, sitemap, depth, etag, changed, failures, refused in rows
         ]
 
     def next_due_ms(self, sources: Sequence[str]) -> int | None:
@@ -150,8 +152,8 @@ class SqliteFrontier:
             is_whole = not (noted.keys_over or noted.links_over)
             validators = (settled.etag, settled.last_modified) if is_whole else ("", "")
             self._db.execute(
-                "update pages set due_ms=?, etag=?, last_modified=?, failures=0 where source=? and url=?",
-                (settled.due_ms, *validators, page.source, page.url),
+                "update pages set due_ms=?, etag=?, last_modified=?, failures=0, refused=? where source=? and url=?",
+                (settled.due_ms, *validators, settled.refused, page.source, page.url),
             )
             noted.unneeded = self._keep_body(page, settled) if settled.body is not None else []
             noted.unneeded += [] if page is before else self._leave(before, settled.due_ms)
@@ -242,11 +244,11 @@ class SqliteFrontier:
     def newest_bodies(self, source: str) -> list[Body]:
         """Return the newest body of every address of a source."""
         rows = self._db.execute(
-            "select digest, base, content_type, source, url, coalesce(sitemap, 0), max(fetched_ms) from bodies "
-            "left join pages using (source, url) where source=? group by url order by url",
+            "select digest, base, content_type, source, url, coalesce(sitemap, 0), coalesce(refused, ''), "
+            "max(fetched_ms) from bodies left join pages using (source, url) where source=? group by url order by url",
             (source,),
         )
-        return [Body(d, b, c, s, u, bool(m)) for d, b, c, s, u, m, _ in rows]
+        return [Body(d, b, c, s, u, bool(m), r) for d, b, c, s, u, m, r, _ in rows]
 
     def extracted_again(self, body: Body, rows: Sequence[tuple[str, str, str]], at_ms: int, keys_max: int) -> Noted:
         """Write the versions that another extraction of a stored body changed; return what came of it."""
@@ -408,6 +410,10 @@ def _whole(path: Path) -> sqlite3.Connection:
         db.execute("pragma journal_mode=wal")
         db.execute("pragma synchronous=normal")
         db.executescript(_SCHEMA)
+        for table, columns in _ADDED.items():
+            known = {name for _, name, *_ in db.execute(f"pragma table_info({table})")}
+            for name in columns.keys() - known:
+                db.execute(f"alter table {table} add column {name} {columns[name]}")
     except BaseException:
         db.close()
         raise

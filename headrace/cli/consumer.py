@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headrace.backends.health import BeatingStop
 from headrace.backends.metrics_prometheus import PrometheusMetrics
-from headrace.cli.rules_topic import has_states, rules_topic
+from headrace.cli.rules_topic import rules_topic
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
+from headrace.cli.stage_topics import StageTopics
 from headrace.contract.metrics import Stage
 
 if TYPE_CHECKING:
@@ -31,16 +32,17 @@ class Consumer:
     begin_afresh: bool = False
     """Somebody has decided to begin without the state that was lost."""
 
-    def create_topics(self) -> None:
-        """Create the topics that are missing."""
-        self.runtime.admin().ensure_topics(self.runtime.topics.specs(self.runtime.config.log.partitions))
+    def topics(self, *, ids_of: Sequence[str] = (), kept_of: Sequence[str] = ()) -> StageTopics:
+        """Create the topics that are missing, and return what the log says of those that are named."""
+        return self.runtime.open_topics(ids_of=ids_of, kept_of=kept_of)
 
     def dependencies(self) -> StageDependencies:
         """Return what the join and the aggregator depend on, with the rules that the log begins with."""
         from headrace.stream.rule_changes import begin_rules
         from headrace.stream.shell.dependencies import StageDependencies
 
-        self.create_topics()
+        events = self.runtime.topics.events
+        ids = self.topics(ids_of=(events,)).ids
         with rules_topic(self.runtime.brokers, self.runtime.topics) as writer:
             now_ms = self.runtime.clock.now_ms()
             project = begin_rules(
@@ -48,9 +50,7 @@ class Consumer:
                 self.runtime.project,
                 now_ms=now_ms,
                 pause=time.sleep,
-                has_states=lambda: has_states(
-                    self.runtime.blobs, self.runtime.topics.generation, self.runtime.config.log.partitions
-                ),
+                stored=self.runtime.stored_rules,
             )
         return StageDependencies(
             project=project,
@@ -62,7 +62,7 @@ class Consumer:
             clock=self.runtime.clock,
             open_reader=self.runtime.reader,
             begin_afresh=self.begin_afresh,
-            topic_id=self.runtime.admin().topic_id(self.runtime.topics.events),
+            topic_id=ids[events],
         )
 
     def run(self, stage: RunnableStage) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import select
 import signal
@@ -23,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "restart": ("stack.restart", "stop and start named processes; the others go on"),
     "start": ("stack.start", "start named processes that were stopped or wait for their next start"),
     "stop": ("stack.stop", "stop named processes until `start`; the others go on"),
-    "follow": ("stack.follow", "print the lines of `make up` for a stack that runs detached"),
+    "follow": ("stack.follow", "print the lines of `headrace up` for a stack that runs detached"),
     "status": ("stack.status", "show each process, its state, port, memory and log file"),
     "logs": ("stack.logs", "show and follow a process's log file"),
     "doctor": ("stack.doctor", "find what keeps the stack from running, and say the remedy"),
@@ -53,6 +54,10 @@ VERBS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; 0 is success, 1 a named error, 2 a wrong call, 130 an interrupt, 141 a reader that is gone."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks is shown escaped, and ends nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     verb = next((word for word in words if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(
         prog="headrace",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from headrace.cli.project_lines import failed, line_of
+from headrace.cli.project_lines import failed, line_of, other_calls
 from headrace.contract.config import Config, decode_config
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import Project
@@ -16,6 +18,8 @@ from headrace.contract.project import Project
 SHOP = "headrace.examples.shop"
 DEMO_FILE = "shop.py"
 """What declares the demo shop."""
+WRONG_MAX = 20
+"""Faults of a project that are told at once."""
 
 
 def find_project(named: str) -> Path:
@@ -40,17 +44,56 @@ def is_demo(folder: Path) -> bool:
 
 
 def load_project(folder: Path) -> tuple[Config, Project]:
-    """Return the decoded headrace.toml and the checked Project that it names. Raises `ConfigRejected`."""
-    file = folder / "headrace.toml"
-    if not folder.is_dir():
-        raise ConfigRejected(f"{folder} is no folder; --project or HEADRACE_PROJECT names the one of a project.")
-    if not file.exists():
-        raise ConfigRejected(
-            f"{file} does not exist; --project or HEADRACE_PROJECT names the folder that holds it. It may be empty: "
-            f"touch {file}"
-        )
-    config = decode_config(_read(file), where=str(file))
-    module_file = folder / config.module
+    """Return the decoded headrace.toml and the checked Project that it names.
+
+    Raises `ConfigRejected` with all that was found wrong, a paragraph each.
+    """
+    config, project, wrong = look_at(folder)
+    if wrong or config is None or project is None:
+        raise ConfigRejected("\n".join(bounded(wrong)))
+    return config, project.checked()
+
+
+def bounded(wrong: Sequence[str]) -> list[str]:
+    """Return the first `WRONG_MAX` of what is wrong, and how many more there are."""
+    more = len(wrong) - WRONG_MAX
+    return [*wrong[:WRONG_MAX], *([f"and {more} more: correct these, and look again."] if more > 0 else [])]
+
+
+def look_at(folder: Path) -> tuple[Config | None, Project | None, list[str]]:
+    """Return a project's settings and declarations, None where they cannot be read, and all that is wrong in them, each
+    with its file, line or field, and remedy."""
+    file, wrong = folder / "headrace.toml", list[str]()
+    config: Config | None = None
+    try:
+        if folder.is_file():
+            raise ConfigRejected(f"{folder} is a file; name the folder that holds it: {folder.parent}")
+        if not folder.is_dir():
+            raise ConfigRejected(f"{folder} is no folder; --project or HEADRACE_PROJECT names the one of a project.")
+        if not file.exists():
+            raise ConfigRejected(
+                f"{file} does not exist; --project or HEADRACE_PROJECT names the folder that holds it. It may be "
+                f"empty: touch {file}"
+            )
+        config = decode_config(_read(file), where=str(file))
+    except ConfigRejected as error:
+        wrong += [str(error), *map(str, error.others)]
+        if not (folder / Config().module).is_file():
+            return None, None, wrong
+    # Where the settings are wrong, the usual file is looked at all the same.
+    settings = config or Config()
+    try:
+        project = _declared(folder, settings)
+    except ConfigRejected as error:
+        return config, None, [*wrong, str(error), *map(str, error.others)]
+    module_file = folder / settings.module
+    wrong += [_placed(fault, module_file, settings.object) for fault in project.faults()]
+    return config, project, wrong
+
+
+def _declared(folder: Path, config: Config) -> Project:
+    """Return what the project's Python file declares, unchecked. Raises `ConfigRejected`."""
+    file, module_file = folder / "headrace.toml", folder / config.module
     spec = importlib.util.spec_from_file_location("headrace_project", module_file)
     if spec is None or spec.loader is None or not module_file.is_file():
         there = " or ".join(f'module = "{path.name}"' for path in sorted(folder.glob("*.py")))
@@ -64,16 +107,22 @@ def load_project(folder: Path) -> tuple[Config, Project]:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     try:
-        spec.loader.exec_module(module)
+        # What the file prints is no part of what a verb says, which may be JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except ConfigRejected as error:
-        raise ConfigRejected(_placed(error, module_file, config.object, error)) from error
-    except (Exception, SystemExit) as error:
-        raise ConfigRejected(failed(error, module_file, vars(module))) from error
-    found = _project(module, config.object, module_file)
-    try:
-        return config, found.checked()
-    except ConfigRejected as error:
-        raise ConfigRejected(_placed(error, module_file, config.object)) from error
+        first = _placed(error, module_file, config.object, error)
+        raise ConfigRejected(
+            first, others=[ConfigRejected(_placed(one, module_file, config.object)) for one in error.others]
+        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        others = other_calls(error, module_file, vars(module))
+        raise ConfigRejected(
+            failed(error, module_file, vars(module)), others=[ConfigRejected(text) for text in others]
+        ) from error
+    return _project(module, config.object, module_file)
 
 
 def _read(file: Path) -> bytes:

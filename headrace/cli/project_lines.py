@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import importlib
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -34,7 +36,7 @@ def failed(error: BaseException, file: Path, names: Mapping[str, Any]) -> str:
     text = _source_line(where, line)
     shown = f"\n    {text}" if text else ""
     head = f"{where}, line {line}{way}: {type(error).__name__}"
-    said = str(error)
+    said = "" if isinstance(error, SystemExit) else str(error)
     return f"{head}{f': {said}' if said else ''}.{shown}\n{_remedy(error, text, where, line, names)}".replace(
         "..\n", ".\n"
     )
@@ -109,6 +111,8 @@ def _remedy(error: BaseException, text: str, file: Path, line: int, names: Mappi
     match error:
         case TabError() | IndentationError():
             return "Indent with spaces alone, the same number for lines of one block."
+        case SyntaxError() if "null bytes" in said:
+            return "Save the file as UTF-8: it holds zero bytes, as UTF-16 has them."
         case SyntaxError():
             return (
                 "Correct this line, or the end of the one before it: a bracket, comma or quote is missing or too many."
@@ -120,24 +124,42 @@ def _remedy(error: BaseException, text: str, file: Path, line: int, names: Mappi
                 f"Put {module.partition('.')[0]}.py beside {file.name}, or install the package: "
                 f"{sys.executable} -m pip install {module.partition('.')[0]}."
             )
+        case ImportError() if "relative import" in said:
+            return f"Name the file beside {file.name} without the dot: from consts import ..."
+        case ImportError() | AttributeError() if hidden := _hidden(error, file):
+            return (
+                f"{hidden}.py beside {file.name} is not read: Python has a module {hidden!r} of its own. Give yours "
+                "another name."
+            )
+        case ImportError() if error.name == file.stem:
+            return "The file imports itself: write the name without the import."
         case ImportError():
             wanted = re.search(r"cannot import name '(\w+)'", said)
-            known = [n for n in vars(sys.modules.get(str(error.name), object())) if n[:1].isalpha()] if wanted else []
+            source = sys.modules.get(str(error.name))
+            known = [n for n in vars(source) if n[:1].isalpha()] if wanted and source is not None else []
             near = meant(wanted[1], known).strip() if wanted else ""
             return near or "Correct the import; docs/project.md names the modules that projects use."
         case NameError():
-            return f"Define or import it first.{meant(str(error.name), [*names])}"
+            return _import_of(str(error.name), names)
         case TypeError() if unexpected := _UNEXPECTED.search(said):
             known = _fields_of(file, line, unexpected[1], names)
             near = meant(unexpected[1], known)
             return f"Leave it out, or correct its name.{near or (f' There are: {listed(known)}.' if known else '')}"
         case TypeError() if missing := _MISSING.search(said):
             return f"Add {missing[1]}=... to the declaration that begins there."
+        case TypeError() if "positional arguments" in said:
+            return "Name each argument: Numeric(field=...)."
         case SystemExit():
             return "The file must not end the process: it is read by every stage. Take the exit out."
         case OSError():
             return "Every stage reads this file, anywhere: give a path that is there, or take the reading out."
     return "Correct this line: every stage runs the file when it starts."
+
+
+def _hidden(error: ImportError | AttributeError, file: Path) -> str:
+    """Return the module that lies beside a file and is hidden by one of Python's own, "" where none is."""
+    module = error.name if isinstance(error, ImportError) else getattr(error.obj, "__name__", "")
+    return str(module) if module in sys.stdlib_module_names and (file.parent / f"{module}.py").is_file() else ""
 
 
 def _fields_of(file: Path, line: int, keyword: str, names: Mapping[str, Any]) -> list[str]:
@@ -156,6 +178,64 @@ def _fields_of(file: Path, line: int, keyword: str, names: Mapping[str, Any]) ->
                 recipe = sys.modules.get("headrace.contract.recipe")
                 return [*recipe.Recipe.__struct_fields__] if recipe else []
     return []
+
+
+def other_calls(error: BaseException, file: Path, names: Mapping[str, Any]) -> Iterator[str]:
+    """Give what is wrong with further declarations of a file that a wrong name or argument stopped: names that nothing
+    defines, arguments that a declaration does not have, and ones that it lacks. The one that stopped it is left out."""
+    if not isinstance(error, NameError | TypeError):
+        return
+    frames = [line for path, line in _own_frames(error, file) if path == file]
+    stopped = (frames or [0])[-1]
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    defined = {*names, *vars(builtins), *_defined(tree)}
+    told = {str(error.name)} if isinstance(error, NameError) else set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        name = cast("ast.Name", call.func).id
+        if name not in defined and name not in told:
+            told.add(name)
+            yield f"{file}, line {call.lineno}: NameError: name {name!r} is not defined.\n{_import_of(name, defined)}"
+        kind = names.get(name)
+        if call.lineno == stopped or not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+            continue
+        given = [word.arg for word in call.keywords]
+        fields = msgspec.structs.fields(kind)
+        known = [field.name for field in fields]
+        for word in (word for word in given if word is not None and word not in known):
+            near = meant(word, known) or f" There are: {listed(known)}."
+            yield f"{file}, line {call.lineno}: {name} has no {word!r}. Leave it out, or correct its name.{near}"
+        for field in fields:
+            if field.required and field.name not in given and None not in given and not call.args:
+                yield f"{file}, line {call.lineno}: {name} lacks {field.name!r}. Add {field.name}=... to it."
+
+
+def _defined(tree: ast.AST) -> Iterator[str]:
+    """Give each name that a file defines anywhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+
+
+DECLARING = ("contract.project", "contract.spec", "contract.crawl", "contract.mapping", "contract.functions")
+"""Modules whose names a project uses, and the recipes, which are ours too."""
+
+
+def _import_of(name: str, known: Iterable[str]) -> str:
+    """Return what to do about a name that nothing defines: its import, where it is one of ours."""
+    for module in (*(f"headrace.{each}" for each in DECLARING), "headrace.trainer.recipes"):
+        found = getattr(importlib.import_module(module), name, None)
+        if getattr(found, "__module__", "") == module:
+            return f"Import it: from {module} import {name}."
+    return f"Define or import it first.{meant(name, known)}"
 
 
 def own_lines(error: BaseException, folder: Path) -> Iterator[str]:

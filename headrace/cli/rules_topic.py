@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.blobs import Blobs
 from headrace.stream.rule_changes import WRITER_ID
 
 
@@ -19,9 +18,3 @@ def rules_topic(brokers: str, topics: Topics) -> Iterator[FencedKafka]:
         yield writer
     finally:
         writer.close()
-
-
-def has_states(open_blobs: Callable[[], Blobs], generation: int, partitions: int) -> bool:
-    """Say whether the join has stored a state of any partition, which it does by rules alone. Raises `Unavailable`."""
-    blobs = open_blobs()
-    return any(blobs.list(f"state/stream/g{generation}/{partition}") for partition in range(partitions))

@@ -6,7 +6,7 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +17,9 @@ from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.blobs_hdfs import PATIENCE_S, HdfsBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.health import RECEIPTS, BeatingStop, Health
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.fenced_kafka import FencedKafka
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.backends.reachable import (
     KAFKA,
@@ -30,6 +31,7 @@ from headrace.backends.reachable import (
 )
 from headrace.cli.addresses import CEPHFS, find_addresses, find_home
 from headrace.cli.project_folder import find_project, load_project
+from headrace.cli.stage_topics import StageTopics, open_topics
 from headrace.contract.config import Config, port
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
@@ -41,6 +43,7 @@ from headrace.process.call_watch import LAKE_CALLS, LAKE_MAX_S, CallWatch
 
 if TYPE_CHECKING:
     from headrace.backends.lake.delta import DeltaLake
+    from headrace.stream.stored_rules import StoredRules
 
 _ANSWER_S = 5.0
 _NO_BLOB = "probe/answers"
@@ -123,6 +126,17 @@ class Runtime:
             timeout_s=timeout_s,
         )
         return self.calls.wrap("admin", admin)
+
+    def open_topics(self, *, ids_of: Sequence[str] = (), kept_of: Sequence[str] = ()) -> StageTopics:
+        """Create the topics that are missing, and return what the log says of those that are named."""
+        partitions = self.config.log.partitions
+        return open_topics(self.admin(), self.topics, partitions, ids_of=ids_of, kept_of=kept_of)
+
+    def stored_rules(self) -> list[StoredRules]:
+        """Return by which rules the join's stored states were made. Raises `Unavailable`."""
+        from headrace.stream.stored_rules import stored_rules
+
+        return stored_rules(self.blobs(), self.topics.generation, self.config.log.partitions)
 
     def require_kafka(self) -> None:
         """Ask a broker once, for a verb that somebody waits for. Raises `Unavailable` after 5 s without an answer."""

@@ -8,9 +8,10 @@ PORT_BASE, HEADRACE_HOME (where local state lies, `.headrace`).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, time
 from ipaddress import ip_network
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -262,6 +263,14 @@ class CrawlConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Newest bodies of an address that are kept, so that they can be extracted again. Unit: bodies an address."""
     outbox_max: Count = 50_000
     """Most versions that wait for Kafka. Beyond it nothing is fetched. Unit: versions."""
+    extract_processes: Annotated[int, Meta(gt=0, le=64)] = 2
+    """Most processes that extract. Of one source one page is extracted at a time. Unit: processes."""
+    extract_cpu_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 30_000
+    """Most CPU time that the extraction of one page takes, in whole seconds. Beyond it the page is refused. A page of
+    4 MB, a large shop's, takes 2 s. Unit: ms."""
+    extract_memory_bytes: Annotated[int, Meta(ge=67_108_864)] = 1_073_741_824
+    """Most memory of a process that extracts, beyond what it has at its start. Beyond it the page is refused. 1 GiB.
+    Unit: bytes."""
 
 
 class LakeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -360,14 +369,18 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def decode_config(text: bytes, *, where: str = "headrace.toml") -> Config:
-    """Return the configuration. Raises `ConfigRejected` with the line and the path of the wrong key.
+    """Return the configuration. Raises `ConfigRejected` with the line and the path of the first wrong key, and the
+    `others` beside it.
 
     A byte order mark, which some editors write, does no harm.
     """
+    text = text.removeprefix(b"\xef\xbb\xbf")
     try:
-        return msgspec.toml.decode(text.removeprefix(b"\xef\xbb\xbf"), type=Config)
+        return msgspec.toml.decode(text, type=Config)
     except msgspec.ValidationError as error:
-        raise ConfigRejected(_setting_words(str(error), text, where)) from error
+        said = [*_wrong_settings(msgspec.toml.decode(text), Config, "")] or [str(error)]
+        first, *others = (ConfigRejected(_setting_words(each, text, where)) for each in said)
+        raise ConfigRejected(str(first), others=others) from error
     except UnicodeDecodeError as error:
         number = text[: error.start].count(b"\n") + 1
         raise ConfigRejected(f"{where}, line {number}: this is not UTF-8. Save the file as UTF-8.") from error
@@ -382,6 +395,32 @@ def decode_config(text: bytes, *, where: str = "headrace.toml") -> Config:
 
 _UNKNOWN_KEY = re.compile(r"Object contains unknown field `([^`]*)`")
 _AT = re.compile(r" - at `\$([^`]*)`$")
+
+
+def _wrong_settings(found: Any, kind: Any, path: str) -> Iterator[str]:
+    """Give a decoder's message, with its path, for each setting that is unknown or of another type."""
+    try:
+        msgspec.convert(found, kind)
+        return
+    except msgspec.ValidationError as error:
+        said, at, inside = str(error).partition(" - at `$")
+    inner = False
+    structs = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Struct)]
+    if isinstance(found, dict) and structs:
+        types = {field.name: field.type for field in msgspec.structs.fields(structs[0])}
+        for name, value in found.items():
+            unknown = f"Object contains unknown field `{name}` - at `${path}`"
+            of_name = _wrong_settings(value, types[name], f"{path}.{name}") if name in types else [unknown]
+            for each in of_name:
+                inner = True
+                yield each
+    elif isinstance(found, list) and structs:
+        for number, value in enumerate(found):
+            for each in _wrong_settings(value, structs[0], f"{path}[{number}]"):
+                inner = True
+                yield each
+    if not inner:
+        yield f"{said} - at `${path}{inside if at else '`'}"
 
 
 def _setting_words(said: str, text: bytes, where: str) -> str:
@@ -400,6 +439,8 @@ def _setting_words(said: str, text: bytes, where: str) -> str:
         return f"{at}: {said}{near or f' There are {listed(known)}.'} docs/settings.md lists every setting."
     key = re.sub(r"\[[^\]]*\]", "", key)
     name = f"{plain}.{key}".strip(".") or "a setting"
+    if said.startswith("Expected `object`"):
+        return f"{at}: {name} is a table: write [{name}] on a line of its own, and its settings below it."
     return f"{at}: {name}: {wanted(said)}. docs/settings.md says what {key or 'each setting'} takes."
 
 

@@ -20,7 +20,7 @@ Each field becomes a column of impressions and samples, `external.<name>.<field>
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -35,6 +35,7 @@ CRAWL_TIME = "crawl_time_ms"
 
 ExtractType = Literal["int64", "float64", "string", "bool", "list[string]"]
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_PORTS = {"http": 80, "https": 443}
 _VARIABLE = re.compile(r"\$([A-Z][A-Z0-9_]*)")
 
 
@@ -80,7 +81,8 @@ class Crawl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """CSS selector or JMESPath of the parts of a document that are an entity each. Empty: the document is one."""
     follow: tuple[Follow, ...] = ()
     hosts: tuple[str, ...] = ()
-    """Hosts beside those of `start` and `sitemaps` that links and redirects may lead to."""
+    """Hosts beside those of `start` and `sitemaps` that links and redirects may lead to, at port 80 and 443, or at
+    another one that is said too: `cdn.example:8080`."""
     every_ms: Annotated[int, Meta(ge=1_000)] = 3_600_000
     """Time between fetches of a document. One hour."""
     pages_max: Annotated[int, Meta(gt=0, le=10_000_000)] = 10_000
@@ -100,8 +102,13 @@ class Crawl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def all_hosts(self) -> frozenset[str]:
         """Return every host, lower case, that may be asked."""
-        own = {urlsplit(url).hostname or "" for url in (*self.start, *self.sitemaps)}
-        return frozenset(own | {host.lower() for host in self.hosts})
+        return frozenset(host for host, _ in self.places())
+
+    def places(self) -> frozenset[tuple[str, int]]:
+        """Return every host, lower case, and port that may be asked."""
+        own = {_place(url) for url in (*self.start, *self.sitemaps)}
+        told = {_place(f"http://{host}") for host in self.hosts}
+        return frozenset(own | told | {(host, port) for host, _ in own | told for port in _PORTS.values()})
 
     def columns(self) -> dict[str, ExtractType]:
         """Return the columns of this source and their types, crawl time last."""
@@ -109,6 +116,24 @@ class Crawl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             f"{PREFIX}.{self.name}.{field}": one.type for field, one in self.fields.items()
         }
         return {**named, f"{PREFIX}.{self.name}.{CRAWL_TIME}": "int64"}
+
+
+def is_within(url: str, places: Collection[tuple[str, int]]) -> bool:
+    """Say whether an address is HTTP or HTTPS of one of the places, and holds no user and no password.
+
+    >>> [is_within(f"{url}/x", {("a.example", 80)}) for url in ("http://A.example", "http://a.example:81", "ftp://a.example")]
+    [True, False, False]
+    """
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in _PORTS and "@" not in parts.netloc and _place(url) in places
+    except ValueError:
+        return False
+
+
+def _place(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 0)
 
 
 def located(crawl: Crawl, names: Mapping[str, str]) -> Crawl:
@@ -137,28 +162,35 @@ def external_columns(crawls: Sequence[Crawl]) -> dict[str, ExtractType]:
     return {name: kind for crawl in crawls for name, kind in crawl.columns().items()}
 
 
-def check_crawls(crawls: Sequence[Crawl], impression_fields: Mapping[str, str]) -> None:
-    """Raise `ConfigRejected` naming the first declaration that cannot work."""
+def crawl_faults(crawls: Sequence[Crawl], impression_fields: Mapping[str, str]) -> Iterator[ConfigRejected]:
+    """Give the first fault of each declaration that cannot work."""
     names = [crawl.name for crawl in crawls]
-    for crawl in crawls:
-        if names.count(crawl.name) > 1:
-            raise ConfigRejected(f"crawl {crawl.name!r} is declared twice.")
-        for name in (crawl.name, *crawl.fields):
-            if not _NAME.fullmatch(name) or name == CRAWL_TIME:
-                raise ConfigRejected(
-                    f"crawl {crawl.name!r}: {name!r} is no name: lower-case letters, digits and _, a letter first, "
-                    f"and not {CRAWL_TIME}."
-                )
-        joined = impression_fields.get(crawl.joins)
-        if joined is None or joined.startswith("list"):
+    for number, crawl in enumerate(crawls):
+        try:
+            _check_crawl(crawl, names, impression_fields)
+        except ConfigRejected as error:
+            yield ConfigRejected(str(error), at=f"crawls[{number}]")
+
+
+def _check_crawl(crawl: Crawl, names: Sequence[str], impression_fields: Mapping[str, str]) -> None:
+    if names.count(crawl.name) > 1:
+        raise ConfigRejected(f"crawl {crawl.name!r} is declared twice.")
+    for name in (crawl.name, *crawl.fields):
+        if not _NAME.fullmatch(name) or name == CRAWL_TIME:
             raise ConfigRejected(
-                f"crawl {crawl.name!r} joins {crawl.joins!r}, which is {joined or 'no field of the impression'}; one "
-                f"value is wanted, of {listed(n for n, k in impression_fields.items() if not k.startswith('list'))}."
+                f"crawl {crawl.name!r}: {name!r} is no name: lower-case letters, digits and _, a letter first, "
+                f"and not {CRAWL_TIME}."
             )
-        if not crawl.fields:
-            raise ConfigRejected(f"crawl {crawl.name!r} declares no fields: it would bring nothing.")
-        _check_addresses(crawl)
-        _check_extraction(crawl)
+    joined = impression_fields.get(crawl.joins)
+    if joined is None or joined.startswith("list"):
+        raise ConfigRejected(
+            f"crawl {crawl.name!r} joins {crawl.joins!r}, which is {joined or 'no field of the impression'}; one "
+            f"value is wanted, of {listed(n for n, k in impression_fields.items() if not k.startswith('list'))}."
+        )
+    if not crawl.fields:
+        raise ConfigRejected(f"crawl {crawl.name!r} declares no fields: it would bring nothing.")
+    _check_addresses(crawl)
+    _check_extraction(crawl)
 
 
 def _check_addresses(crawl: Crawl) -> None:
@@ -170,6 +202,15 @@ def _check_addresses(crawl: Crawl) -> None:
             raise ConfigRejected(f"crawl {crawl.name!r}: {url!r} is no http or https address.")
         if parts.username or parts.password:
             raise ConfigRejected(f"crawl {crawl.name!r}: an address holds a password; addresses are stored and logged.")
+    for host in crawl.hosts:
+        try:
+            is_one = _place(f"http://{host}")[0] and not set(host) & set("/@?#")
+        except ValueError:
+            is_one = False
+        if not is_one:
+            raise ConfigRejected(
+                f"crawl {crawl.name!r}: hosts has {host!r}; a host is wanted, `cdn.example` or with a port."
+            )
 
 
 def _check_extraction(crawl: Crawl) -> None:

@@ -2,6 +2,7 @@
 
 HeadraceError
 ├── EventRejected     dead-letter the event, go on with the next one
+├── BadRequest        answer the client with it, go on with the next request
 ├── ConfigRejected    refuse to start, tell the user which line to change
 ├── Overloaded        slow down and offer the same thing again
 ├── Unavailable       back off, retry, stop after a while: something outside is away
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class HeadraceError(Exception):
@@ -27,13 +28,23 @@ class EventRejected(HeadraceError):
         self.reason = reason
 
 
+class BadRequest(HeadraceError):
+    """Nothing of an HTTP request was taken: `status` answers it, `error` says why, `step` what to do next."""
+
+    def __init__(self, status: int, error: str, step: str) -> None:
+        super().__init__(f"{error}; {step}")
+        self.status, self.error, self.step = status, error, step
+
+
 class ConfigRejected(HeadraceError):
     """The configuration or the user's project is wrong; nothing was started."""
 
-    def __init__(self, message: str, *, at: str = "") -> None:
+    def __init__(self, message: str, *, at: str = "", others: Sequence[ConfigRejected] = ()) -> None:
         super().__init__(message)
         self.at = at
         """Path of the declaration in the `Project`, such as `tasks[0].window_ms`; "" where it is not known."""
+        self.others = tuple(others)
+        """What else was found wrong at the same time."""
 
 
 class Overloaded(HeadraceError):

@@ -5,7 +5,7 @@ AccessLog(
     routes=(
         Route(
             path="/item/{item_id}",
-            event="shop.impression",
+            event="store.impression",
             fields={"user_id": "cookie:uid", "request_id": "query:rid", "event_id": "log:request_id"},
             skip_without=("user_id",),
         ),
@@ -16,13 +16,13 @@ AccessLog(
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from headrace.contract.errors import ConfigRejected, listed
+from headrace.contract.errors import ConfigRejected, listed, meant
 
 SOURCE_KINDS = ("path", "query", "cookie", "header", "log")
 ENVELOPE_FIELDS = frozenset({"event_id", "request_id", "place", "event_time_ms", "value", "version"})
@@ -65,22 +65,34 @@ class AccessLog(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Whether the server writes its escapes (`\\x22`), as both do unless told `escape=none`; json has its own."""
 
 
-def check_mappings(mappings: Sequence[AccessLog], fields_by_tag: Mapping[str, Collection[str]], key: str) -> None:
-    """Raise `ConfigRejected` naming the first mapping that contradicts the events, given as their fields by tag."""
+def mapping_faults(
+    mappings: Sequence[AccessLog], fields_by_tag: Mapping[str, Collection[str]], key: str
+) -> Iterator[ConfigRejected]:
+    """Give the first fault of each mapping that contradicts the events, given as their fields by tag."""
     seen: set[str] = set()
-    for mapping in mappings:
-        if mapping.tag in fields_by_tag or mapping.tag in seen:
-            raise ConfigRejected(f"mapping {mapping.tag!r}: the tag is taken; a log has one of its own.")
-        if not mapping.routes:
-            raise ConfigRejected(f"mapping {mapping.tag!r} has no route: every line would be skipped.")
+    for number, mapping in enumerate(mappings):
+        try:
+            _check_mapping(mapping, fields_by_tag, key, seen)
+        except ConfigRejected as error:
+            yield ConfigRejected(str(error), at=f"mappings[{number}]")
         seen.add(mapping.tag)
-        for route in mapping.routes:
-            where = f"mapping {mapping.tag!r}, route {route.path!r}"
-            if route.event not in fields_by_tag:
-                raise ConfigRejected(
-                    f"{where}: no declared event has tag {route.event!r}; there are {listed(fields_by_tag)}."
-                )
-            _check_route(route, where, {*fields_by_tag[route.event], key}, key)
+
+
+def _check_mapping(
+    mapping: AccessLog, fields_by_tag: Mapping[str, Collection[str]], key: str, seen: Collection[str]
+) -> None:
+    if mapping.tag in fields_by_tag or mapping.tag in seen:
+        raise ConfigRejected(f"mapping {mapping.tag!r}: the tag is taken; a log has one of its own.")
+    if not mapping.routes:
+        raise ConfigRejected(f"mapping {mapping.tag!r} has no route: every line would be skipped.")
+    for route in mapping.routes:
+        where = f"mapping {mapping.tag!r}, route {route.path!r}"
+        if route.event not in fields_by_tag:
+            raise ConfigRejected(
+                f"{where}: no declared event has tag {route.event!r}; there are {listed(fields_by_tag)}."
+                f"{meant(route.event, fields_by_tag)}"
+            )
+        _check_route(route, where, {*fields_by_tag[route.event], key}, key)
 
 
 def _check_route(route: Route, where: str, known: set[str], key: str) -> None:

@@ -36,7 +36,13 @@ class Privacy:
         if hashed and len(self._key) < KEY_BYTES_MIN:
             raise ConfigRejected(
                 f"the fields {hashed} are hashed under a key, and {KEY_NAME} has {len(self._key)} bytes; set it to a "
-                f"secret of {KEY_BYTES_MIN} bytes at least, the same for every gateway and serving process, for ever."
+                f"secret of {KEY_BYTES_MIN} bytes at least, the same for every gateway and serving process, for ever.",
+                at=next(
+                    (f"feedback[{n}].private" for n, f in enumerate(project.feedback) if "hash" in f.private.values()),
+                    "",
+                )
+                if "hash" not in project.impression.private.values()
+                else "impression.private",
             )
 
     def hash(self, value: str) -> str:

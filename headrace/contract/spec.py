@@ -19,6 +19,9 @@ Positive = Annotated[int, Meta(gt=0)]
 ValuesMax = Annotated[int, Meta(gt=0, le=256)]
 EVENT_TIME = "event_time_ms"
 """The one column of the envelope that features may read."""
+FieldType = Literal["int64", "float64", "string", "bool", "list[string]", "list[int64]"]
+"""Of a raw field."""
+LISTS = frozenset({"list[string]", "list[int64]"})
 PAD = -1
 """Slot id where a multi-valued feature has no value left: it has no row, weighs nothing and learns nothing."""
 

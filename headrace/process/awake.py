@@ -6,10 +6,12 @@ and a laptop that sleeps are none of it: whoever counts them ends what is health
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 LATE_LOOKS = 3
 """A look that comes this many times later than planned: nothing of the process ran meanwhile."""
@@ -74,3 +76,28 @@ os.register_at_fork(after_in_child=_PROCESS.begin)
 def awake_s() -> float:
     """Return monotonic seconds of this process, without those in which it stood still. From any thread."""
     return _PROCESS.monotonic()
+
+
+@asynccontextmanager
+async def awake_timeout(seconds: float, monotonic: Callable[[], float] = awake_s) -> AsyncIterator[None]:
+    """Raise `TimeoutError` where the block takes longer than `seconds`, without those in which the process stood still.
+
+    `asyncio.timeout` counts them: what waited for a client when the process was stopped would end when it goes on.
+    """
+    loop, end_s = asyncio.get_running_loop(), monotonic() + seconds
+    async with asyncio.timeout(None) as bound:
+        due: asyncio.TimerHandle | None = None
+
+        def look() -> None:
+            nonlocal due
+            left_s = end_s - monotonic()
+            if left_s > 0:
+                due = loop.call_later(left_s, look)
+            else:
+                bound.reschedule(loop.time())
+
+        due = loop.call_later(seconds, look)
+        try:
+            yield
+        finally:
+            due.cancel()

@@ -1,6 +1,6 @@
 """What a web service imports: fluent-logger's sender that loses nothing. Chunks with acks, kept on disk until acked.
 
-    sender = Sender("shop", port=24224, spool_dir="/var/spool/shop")
+    sender = Sender("store", port=24224, spool_dir="/var/spool/store")
     sender.emit("impression", {"event_id": ..., "request_id": ..., "user_id": ...})
 
 1. `emit` refuses what the gateway could not take, appends the rest to the spool and returns: from here on a kill -9 of
@@ -11,7 +11,8 @@
 3. A chunk that is acked is noted, and a segment of the spool whose chunks are all acked is removed.
 4. After a lost connection or a restart everything without an ack is sent again under the *same* chunk ids, so that the
    gateway counts it once. A tag that the gateway leaves unacked while it acks others backs off by itself.
-5. What the gateway refuses for good goes to `rejects.ndjson` beside the spool, counted and logged.
+5. What somebody removes of the spool's folder is written anew, every few seconds, as far as it has no ack.
+6. What the gateway refuses for good goes to `rejects.ndjson` beside the spool, counted and logged.
 
 Several processes may name the same `spool_dir`: each takes a slot of it and adopts what dead processes left, at its
 start and every few seconds. A process that is forked from one with a sender goes on with a sender and a slot of its own

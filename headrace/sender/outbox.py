@@ -91,21 +91,66 @@ class Outbox:
 
     def close_chunks(self, now_s: float, flush_s: float, *, away: bool) -> None:
         """Close chunks that are due and note their ids. A tag that may not send goes on with its chunk while it can."""
+        is_taken = self.lanes.turn_is_taken()
         for lane in self.lanes:
             if lane.open is None:
                 continue
-            is_due = not away and now_s - lane.open.since_s >= flush_s and self.lanes.may_send(lane, now_s)
+            may_send = not away and self.lanes.may_send(lane, now_s, turn_is_taken=is_taken)
+            is_due = may_send and now_s - lane.open.since_s >= flush_s
             if is_due or lane.open.size >= self._chunk_bytes:
                 self._close_chunk(lane)
 
     def _close_chunk(self, lane: Lane) -> None:
         if (chunk := lane.open) is None:
             return
-        self.spool.note_chunk(chunk)
+        try:
+            self.spool.note_chunk(chunk)
+        except Overloaded:
+            # A full disk must not hold back what was taken: an id that a start after a crash would give it needs no
+            # note, so long as nothing is appended behind it.
+            chunk.id = chunk.unnoted_id()
+            lane.segment = None
         lane.open = None
         self.lanes.ready(chunk)
         if self.spool.is_full(chunk.segment):
             lane.segment = None
+
+    def keep_on_disk(self) -> None:
+        """Write anew what somebody removed from the spool's folder. Raises `Overloaded`; the next call goes on then."""
+        self.spool.keep_slot()
+        for lane in self.lanes:
+            open_chunks = [lane.open] if lane.open is not None else []
+            chunks = (*lane.sent.values(), *lane.ready, *open_chunks)
+            kept = {chunk.segment: chunk.segment.is_there() for chunk in chunks}
+            lost = [chunk for chunk in chunks if not kept[chunk.segment]]
+            for chunk in lost:
+                self._write_anew(lane, chunk)
+            if lane.segment is not None and not lane.segment.is_there():
+                self.spool.remove(lane.segment)
+                lane.segment = None
+            if lost:
+                events = sum(len(chunk.body) for chunk in lost)
+                log.error("somebody removed %d events of tag %s that have no ack; written anew", events, lane.tag)
+
+    def _write_anew(self, lane: Lane, chunk: Chunk) -> None:
+        lost, chunk.segment = chunk.segment, self.spool.begin()
+        try:
+            self._write(chunk, is_closed=chunk is not lane.open)
+        except Overloaded:
+            self.spool.remove(chunk.segment)
+            chunk.segment = lost
+            raise
+        self.spool.remove(lost)
+        if chunk is lane.open:
+            lane.segment = chunk.segment
+
+    def close(self) -> None:
+        """Close the spool; what has no ack stays in it."""
+        if not self.unacked:
+            for lane in self.lanes:
+                if lane.segment is not None:
+                    self.spool.remove(lane.segment)
+        self.spool.close()
 
     def acked(self, name: str) -> None:
         """Be done with the chunk of this id."""
@@ -164,10 +209,11 @@ class Outbox:
             self.unacked += len(part.body)
         self._settle(lane, chunk)
 
-    def _write(self, part: Chunk) -> None:
+    def _write(self, part: Chunk, *, is_closed: bool = True) -> None:
         for entry in part.body:
             self.spool.append_entry(part.segment, part.tag, entry)
-        self.spool.note_chunk(part)
+        if is_closed:
+            self.spool.note_chunk(part)
         part.segment.open_chunks += 1
 
     def _reject(self, chunk: Chunk, most: int) -> None:

@@ -24,26 +24,46 @@ class Segment:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = path.stat().st_size if path.exists() else 0
+        self.size, self.inode = 0, -1
+        if path.exists():
+            found = path.stat()
+            self.size, self.inode = found.st_size, found.st_ino
         self.open_chunks = 0
         """Chunks in it that are not acked."""
         self._fd = -1
+        self._is_removed = False
 
     def append(self, kind: int, payload: bytes) -> int:
         """Write one record whole and return its size, or raise `Overloaded` and leave the file as it was."""
         data = HEAD.pack(len(payload), zlib.crc32(payload), kind) + payload
         try:
             if self._fd < 0:
-                self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                self._open()
             written = os.write(self._fd, data)
             if written != len(data):
                 raise OSError(28, "a short write: the disk is full")
         except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._fd, self.size)
+            if self._fd >= 0:
+                with suppress(OSError):
+                    os.ftruncate(self._fd, self.size)
             raise Overloaded(f"the spool {self.path.parent} takes no more: {error}; free the disk.") from error
         self.size += len(data)
         return len(data)
+
+    def _open(self) -> None:
+        """Open it; not what another process has put in its place. Raises `OSError`."""
+        if self._is_removed or (self.inode >= 0 and not self.is_there()):
+            raise FileNotFoundError(2, "somebody removed it", str(self.path))
+        flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_EXCL if self.inode < 0 else 0)
+        self._fd = os.open(self.path, flags, 0o600)
+        self.inode = os.fstat(self._fd).st_ino
+
+    def is_there(self) -> bool:
+        """Say whether the file at its path is still this one."""
+        try:
+            return not self._is_removed and self.path.stat().st_ino == self.inode
+        except OSError:
+            return False
 
     def duplicate(self) -> int:
         """Return a descriptor of it that the caller closes. What an earlier process wrote may not be on the disk."""
@@ -60,9 +80,11 @@ class Segment:
                 os.close(fd)
 
     def remove(self) -> int:
-        """Delete the file; return how many bytes that frees."""
+        """Delete the file, not what another process has put in its place; return how many bytes that frees."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        if self.is_there():
+            self.path.unlink(missing_ok=True)
+        self._is_removed = True
         freed, self.size = self.size, 0
         return freed
 
@@ -71,13 +93,9 @@ class Segment:
         data = self.path.read_bytes()
         records: list[tuple[int, bytes]] = []
         at = 0
-        while at + HEAD.size <= len(data):
-            length, crc, kind = HEAD.unpack_from(data, at)
-            payload = data[at + HEAD.size : at + HEAD.size + length]
-            if len(payload) != length or zlib.crc32(payload) != crc:
-                break
-            at += HEAD.size + length
-            records.append((kind, payload))
+        while (record := _record(data, at)) is not None:
+            records.append(record)
+            at += HEAD.size + len(record[1])
         self.size = len(data)
         return records, data[at:]
 
@@ -85,3 +103,29 @@ class Segment:
         """Let the file end before its last bytes: what is appended behind a torn record could never be read."""
         self.size -= len(rest)
         os.truncate(self.path, self.size)
+
+
+def _record(data: bytes, at: int) -> tuple[int, bytes] | None:
+    """Return the whole record that begins here, None where none does."""
+    if at + HEAD.size > len(data):
+        return None
+    length, crc, kind = HEAD.unpack_from(data, at)
+    payload = data[at + HEAD.size : at + HEAD.size + length]
+    return (kind, payload) if len(payload) == length and zlib.crc32(payload) == crc else None
+
+
+def is_damage(rest: bytes) -> bool:
+    """Say whether bytes behind the last whole record are more than the torn tail of a crash, which is one record.
+
+    Either a whole record lies further on, or the first one is all there and its bytes have changed.
+    """
+    if len(rest) < HEAD.size:
+        return False
+    if HEAD.unpack_from(rest)[0] <= len(rest) - HEAD.size:
+        return True
+    kinds = bytes((ENTRY, CHUNK, ACK))
+    for at in range(1, len(rest) - HEAD.size):
+        # A look at one byte first: a segment has up to some MB.
+        if rest[at + HEAD.size - 1] in kinds and (record := _record(rest, at)) is not None and record[1]:
+            return True
+    return False

@@ -7,12 +7,13 @@ import logging
 import os
 import select
 import socket
-import struct
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ import msgpack
 from fluent.sender import EventTime, FluentSender
 
 from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded, Unavailable
+from headrace.sender.entry import pack_entry, time_ns_of
 from headrace.sender.lanes import Chunk
 from headrace.sender.outbox import Outbox
 from headrace.sender.segment import Segment
-from headrace.sender.spool import sync
+from headrace.sender.spool import acks_of, sync
 
 log = logging.getLogger("headrace.sender")
 
-_TIME = struct.Struct(">II")
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 2.0
 _STABLE_S = 1.0
 """A connection that lived so long is followed by the next one at once."""
@@ -152,22 +153,15 @@ class Sender(FluentSender):  # type: ignore[misc]
     def emit(self, label: str | None, data: dict[str, Any]) -> bool:
         """Keep one event until the gateway has it; its time is now.
 
-        Raises `EventRejected` on an event that the gateway could not take (too large, a number or a time beyond 64
-        bits), `TypeError` on a type that msgpack cannot write, `Overloaded` when the spool is full, `Unavailable`
-        when the thread died. Nothing was taken then.
+        Returns False after `close`. Raises `EventRejected` on an event that the gateway could not take (too large, a
+        number or a time beyond 64 bits), `TypeError` on a type that msgpack cannot write, `Overloaded` when the spool
+        is full or was busy for `block_s`, `Unavailable` when the thread died. Nothing was taken then.
         """
         return self._keep(label, time.time_ns(), data)
 
-    def emit_with_time(self, label: str | None, timestamp: float | EventTime, data: dict[str, Any]) -> bool:
-        """Like `emit`, at a time in seconds or an `EventTime`."""
-        if isinstance(timestamp, EventTime):
-            seconds, nanos = _TIME.unpack(timestamp.data)
-            return self._keep(label, seconds * 10**9 + nanos, data)
-        try:
-            time_ns = round(timestamp * 1e9) if isinstance(timestamp, float) else timestamp * 10**9
-        except (OverflowError, ValueError) as error:
-            raise EventRejected("bad_time", f"{timestamp!r} is no time in seconds since 1970.") from error
-        return self._keep(label, time_ns, data)
+    def emit_with_time(self, label: str | None, timestamp: float | Decimal | datetime | EventTime, data: Any) -> bool:
+        """Like `emit`, at a time in seconds since 1970, a `datetime` with its zone, or an `EventTime`."""
+        return self._keep(label, time_ns_of(timestamp), data)
 
     def _keep(self, label: str | None, time_ns: int, data: dict[str, Any]) -> bool:
         tag = (f"{self.tag}.{label}" if self.tag else label) if label else self.tag
@@ -175,7 +169,7 @@ class Sender(FluentSender):  # type: ignore[misc]
             self._begin_again()
         entry = self._entry(tag, time_ns, data)
         if not self._lock.acquire(timeout=self._block_s):
-            raise Overloaded(f"the spool was busy for {self._block_s} s; offer the event again.")
+            raise self._busy()
         try:
             if self._stop:
                 return False
@@ -190,16 +184,13 @@ class Sender(FluentSender):  # type: ignore[misc]
             self._wake()
         return True
 
+    def _busy(self) -> Overloaded:
+        return Overloaded(f"the spool was busy for {self._block_s} s; offer the event again.")
+
     def _entry(self, tag: str, time_ns: int, data: dict[str, Any]) -> bytes:
-        try:
-            entry = b"\x92\xd7\x00" + _TIME.pack(*divmod(time_ns, 10**9)) + bytes(msgpack.packb(data))
-            name = tag.encode()
-        except struct.error as error:
-            raise EventRejected("bad_time", f"{time_ns} ns is no time between 1970 and 2106.") from error
-        except (OverflowError, ValueError) as error:
-            raise EventRejected("bad_type", f"MessagePack cannot say this event of tag {tag!r}: {error}.") from error
+        entry = pack_entry(tag, time_ns, data)
         most = min(self._event_max, self._outbox.body_max(tag), self._outbox.spool.event_bytes_max())
-        if len(entry) > most or len(name) > 1_024:
+        if len(entry) > most or len(tag.encode()) > 1_024:
             raise EventRejected(
                 "too_large",
                 f"an event of tag {tag[:100]} takes {len(entry)} bytes, and {most} pass (of the tag 1024). Log less, "
@@ -207,22 +198,34 @@ class Sender(FluentSender):  # type: ignore[misc]
             )
         return entry
 
+    # No wait for the lock is without a bound: a signal handler may interrupt who holds it, in this very thread.
+
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything is acked; say whether that came in time."""
         if not self._is_ours:
             return True
-        with self._lock:
-            return self._lock.wait_for(lambda: self._outbox.unacked == 0, timeout)
+        until_s = time.monotonic() + timeout
+        if not self._lock.acquire(timeout=max(0.0, timeout)):
+            return False
+        try:
+            return self._lock.wait_for(lambda: self._outbox.unacked == 0, max(0.0, until_s - time.monotonic()))
+        finally:
+            self._lock.release()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Flush, then stop. What has no ack by then stays in the spool for the next sender."""
+        """Flush, then stop. What has no ack by then stays in the spool for the next sender.
+
+        Takes `timeout` twice, and 2 s, at most.
+        """
         _LIVE.discard(self)
         if self._stop or not self._is_ours:
             self._stop = True
             return
         self.flush(timeout)
-        with self._lock:
-            self._stop = True
+        is_held = self._lock.acquire(timeout=min(timeout, self._block_s))
+        self._stop = True
+        if is_held:
+            self._lock.release()
         self._wake()
         self._thread.join(timeout=min(timeout, self.timeout) + 2)
 
@@ -234,12 +237,19 @@ class Sender(FluentSender):  # type: ignore[misc]
 
     def _begin_again(self) -> None:
         """Begin in a process that was forked from the one that made this sender; what it holds stays the parent's."""
-        with _FORKED.lock:
+        if not _FORKED.lock.acquire(timeout=self._block_s):
+            raise self._busy()
+        try:
             if self._stop or self._is_ours:
                 return
             self._forsake()
-            self._begin()
+            try:
+                self._begin()
+            except OSError as error:
+                raise Overloaded(f"the spool {self._folder} takes no new slot: {error}; free the disk.") from error
             _LIVE.add(self)
+        finally:
+            _FORKED.lock.release()
 
     def _forsake(self) -> None:
         """Close the parent's descriptors here. No shutdown: the connection is the parent's, and goes on."""
@@ -292,25 +302,44 @@ class Sender(FluentSender):  # type: ignore[misc]
 
     def _end(self) -> None:
         with self._lock:
-            self._outbox.spool.close(remove=self._outbox.unacked == 0)
+            self._outbox.close()
             for fd in (self._wake_r, self._wake_w):
                 os.close(fd)
             self._wake_r = self._wake_w = -1
 
+    def _reconnect(self) -> None:
+        """Connect, to the first address of the name that answers, IPv6 too; the name is looked up each time."""
+        if self.socket is None and not self.host.startswith("unix://"):
+            self.socket = socket.create_connection((self.host, self.port), timeout=self.timeout)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super()._reconnect()
+
     def _adopt(self) -> None:
-        """Take over what dead processes left; a process that was forked for one request may leave something."""
+        """Write anew what somebody removed of ours, and take over what dead processes left.
+
+        A process that was forked for one request may leave something.
+        """
         if time.monotonic() - self._adopted_s < _ADOPT_S:
             return
         self._adopted_s = time.monotonic()
+        with self._lock, suppress(Overloaded):
+            self._outbox.keep_on_disk()
+        spool = self._outbox.spool
         try:
-            if found := self._outbox.spool.adopt():
-                with self._lock:
-                    self._outbox.requeue(self._outbox.spool.read(found))
-        except OSError as error:
+            found, error = spool.adopt()
+        except OSError as cause:
+            found, error = [], cause
+        if error is not None:
             # Such as a slot of another user. What is ours goes on.
             if repr(error) != repr(self._failure):
                 log.warning("what dead processes left in %s cannot be taken over: %s", self._folder, error)
             self._failure = error
+        contents = spool.load(found)
+        acked = acks_of(contents)
+        for segment, records in contents:
+            # A file at a time: reading a whole spool would keep callers waiting.
+            with self._lock:
+                self._outbox.requeue(spool.chunks(segment, records, acked))
 
     def _wait_away(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -323,18 +352,23 @@ class Sender(FluentSender):  # type: ignore[misc]
         """Send chunks and take acks until told to stop. Raises `OSError` when the connection is of no more use."""
         sock.setblocking(False)
         words = msgpack.Unpacker(max_buffer_size=1_048_576)
+        ready = select.poll()
+        ready.register(sock, select.POLLIN)
+        ready.register(self._wake_r, select.POLLIN)
         out = memoryview(b"")
         while not self._stop:
             self._adopt()
             if not out:
                 out = memoryview(self._next_messages())
-            readers: list[Any] = [sock, self._wake_r]
-            readable, writable, _ = select.select(readers, [sock] if out else [], [], self._pause_s())
-            if self._wake_r in readable:
+            # Not select(), which takes no descriptor above 1023: a service with a thousand connections has those.
+            ready.modify(sock, select.POLLIN | (select.POLLOUT if out else 0))
+            events = dict(ready.poll(self._pause_s() * 1_000))
+            if self._wake_r in events:
                 os.read(self._wake_r, 4_096)
-            if sock in readable:
+            told = events.get(sock.fileno(), 0)
+            if told & ~select.POLLOUT:
                 self._hear(sock, words)
-            if writable and out:
+            if told & select.POLLOUT and out:
                 try:
                     out = out[sock.send(out[:262_144]) :]
                 except BlockingIOError:
@@ -354,6 +388,11 @@ class Sender(FluentSender):  # type: ignore[misc]
             raise OSError("the gateway closed the connection")
         words.feed(data)
         for word in words:
+            if isinstance(word, list) and word[:1] == ["HELO"]:
+                raise OSError(
+                    "the gateway asks for a shared key (HEADRACE_SHARED_KEY), which this sender does not speak: send "
+                    "through a shipper on this host (deploy/fluentd/tls.conf, deploy/fluent-bit/tls.conf)"
+                )
             if not isinstance(word, dict):
                 continue
             if isinstance(word.get("ack"), str):

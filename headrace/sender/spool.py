@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import msgpack
 from headrace.contract.errors import Overloaded
 from headrace.sender.lanes import Chunk
 from headrace.sender.rejects import sync_folder
-from headrace.sender.segment import ACK, CHUNK, ENTRY, HEAD, Segment
+from headrace.sender.segment import ACK, CHUNK, ENTRY, HEAD, Segment, is_damage
 
 log = logging.getLogger("headrace.sender")
 
@@ -30,6 +31,9 @@ _KEPT = 65_536
 """A segment without an open chunk is used further up to this size: a file for each chunk would be many."""
 _OPEN_FILES = 32
 """Segments with an open descriptor; a service with more tags at once opens some anew."""
+
+Records = list[tuple[int, bytes]]
+Contents = list[tuple[Segment, Records]]
 
 
 class Spool:
@@ -43,7 +47,7 @@ class Spool:
             for each in (self._slot, *self._slot.parents):
                 with suppress(PermissionError):
                     sync_folder(each)
-        self._numbers = itertools.count(1 + max((int(path.stem) for path in self._slot.glob("*.seg")), default=0))
+        self._numbers = _numbers(self._slot)
         self._open: dict[Segment, None] = {}
         self._segment_max = max(4_096, min(_SEGMENT_MAX, bytes_max // 64))
         self.bytes = 0
@@ -70,6 +74,7 @@ class Spool:
         if self._fsync:
             try:
                 segment.path.touch(0o600)
+                segment = Segment(segment.path)
                 sync_folder(self._slot)
             except OSError as error:
                 raise Overloaded(f"the spool {self._slot} takes no new file: {error}; free the disk.") from error
@@ -132,13 +137,29 @@ class Spool:
         """Return descriptors for `sync`, which may be called without the lock."""
         return [segment.duplicate() for segment in segments] if self._fsync else []
 
-    def close(self, *, remove: bool) -> None:
-        """Close all files, with `remove` delete them, and free the slot."""
+    def keep_slot(self) -> None:
+        """Hold a slot that nobody removed: this one again, or another one. Raises `Overloaded` where none is to be had.
+
+        What lay in it is another matter: `Segment.is_there`.
+        """
+        if _is_lock(self._slot, self._slot_fd):
+            return
+        try:
+            self._slot.mkdir(parents=True, exist_ok=True)
+            slot, fd = self._slot, _lock(self._slot)
+            if fd < 0:
+                slot, fd = _take_slot(self.folder)
+            numbers = _numbers(slot)
+        except OSError as error:
+            raise Overloaded(f"the spool {self.folder} was removed and cannot be made anew: {error}.") from error
+        log.error("somebody removed %s while it was in use; its events go on in %s", self._slot / "lock", slot)
+        os.close(self._slot_fd)
+        self._slot, self._slot_fd, self._numbers = slot, fd, numbers
+
+    def close(self) -> None:
+        """Close all files and free the slot."""
         for segment in list(self._open):
             segment.close()
-        if remove:
-            for path in self._slot.glob("*.seg"):
-                path.unlink(missing_ok=True)
         os.close(self._slot_fd)
 
     def forsake(self) -> None:
@@ -151,52 +172,70 @@ class Spool:
 
     def recover(self) -> list[Chunk]:
         """Return what this slot holds without an ack, oldest first. Once, before anything is appended."""
-        return self.read([Segment(path) for path in sorted(self._slot.glob("*.seg"))])
+        return self.read([Segment(path) for path in _segments(self._slot)])
 
-    def adopt(self) -> list[Segment]:
-        """Move the segments of all free slots here and return them, for `read`."""
-        found = []
+    def adopt(self) -> tuple[list[Segment], OSError | None]:
+        """Move the segments of all free slots here and return them, for `load`; and why a slot could not be had."""
+        found: list[Segment] = []
+        failure = None
         for slot in sorted(self.folder.glob("slot-*")):
-            if slot == self._slot or not any(slot.glob("*.seg")) or (fd := _lock(slot)) < 0:
-                continue
             try:
-                for path in sorted(slot.glob("*.seg")):
-                    found.append(Segment(path.rename(self._next_path())))
-            finally:
-                os.close(fd)
-        return found
+                if slot == self._slot or not _segments(slot) or (fd := _lock(slot)) < 0:
+                    continue
+                try:
+                    for path in _segments(slot):
+                        found.append(Segment(path.rename(self._next_path())))
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                failure = error
+        return found, failure
 
     def read(self, segments: list[Segment]) -> list[Chunk]:
-        """Return the chunks in these segments that have no ack; events whose chunk was not closed become a new one."""
-        contents = [self._contents(segment) for segment in segments]
-        acked = {payload for records in contents for kind, payload in records if kind == ACK}
-        chunks: list[Chunk] = []
-        for segment, records in zip(segments, contents, strict=True):
-            self.bytes += segment.size
-            own = {payload for kind, payload in records if kind == ACK}
-            closed, loose = _chunks(segment, records)
-            for chunk in loose:
-                _name_loose(chunk, own)
-                # Where it cannot be noted, it is made again of the same after the next crash.
-                with suppress(Overloaded):
-                    self.note_chunk(chunk)
-            for chunk in closed + loose:
-                segment.open_chunks += 1
-                if chunk.id.encode() not in acked:
-                    chunks.append(chunk)
-                elif chunk.id.encode() in own:
-                    segment.open_chunks -= 1
-                else:
-                    self.note_ack(chunk)
+        """Return the chunks in these segments that have no ack."""
+        contents = self.load(segments)
+        acked = acks_of(contents)
+        return [chunk for segment, records in contents for chunk in self.chunks(segment, records, acked)]
+
+    def load(self, segments: list[Segment]) -> Contents:
+        """Return the records of these segments, for `chunks`. Without the lock. What cannot be read stays on disk."""
+        contents = []
         for segment in segments:
-            if not segment.open_chunks:
-                self.remove(segment)
+            try:
+                contents.append((segment, self._contents(segment)))
+            except OSError as error:
+                log.error("%s cannot be read: %s; it stays, and the next start tries it again", segment.path, error)
+        return contents
+
+    def chunks(self, segment: Segment, records: Records, acked: set[bytes]) -> list[Chunk]:
+        """Return the chunks of a segment that are not `acked`; events whose chunk was not closed become a new one.
+
+        `acked` has the acks of all segments that were loaded with it.
+        """
+        self.bytes += segment.size
+        own = {payload for kind, payload in records if kind == ACK}
+        closed, loose = _chunks(segment, records)
+        for chunk in loose:
+            _name_loose(chunk, own)
+            # Where it cannot be noted, it is made again of the same after the next crash.
+            with suppress(Overloaded):
+                self.note_chunk(chunk)
+        chunks: list[Chunk] = []
+        for chunk in closed + loose:
+            segment.open_chunks += 1
+            if chunk.id.encode() not in acked:
+                chunks.append(chunk)
+            elif chunk.id.encode() in own:
+                segment.open_chunks -= 1
+            else:
+                self.note_ack(chunk)
+        if not segment.open_chunks:
+            self.remove(segment)
         return chunks
 
-    def _contents(self, segment: Segment) -> list[tuple[int, bytes]]:
+    def _contents(self, segment: Segment) -> Records:
         records, rest = segment.read()
-        if len(rest) >= HEAD.size and HEAD.unpack_from(rest)[0] <= len(rest) - HEAD.size:
-            # Not the torn tail of a crash: a whole record whose bytes have changed.
+        if is_damage(rest):
             kept = self.folder / f"{self._slot.name}-{segment.path.stem}.damaged"
             # Before the segment loses them.
             with kept.open("wb") as file:
@@ -213,6 +252,11 @@ class Spool:
 def entry_cost(tag: str) -> int:
     """Return what an event of this tag takes beside its entry."""
     return HEAD.size + 2 + len(tag.encode())
+
+
+def acks_of(contents: Contents) -> set[bytes]:
+    """Return the ids that have an ack in any of them: older trees wrote acks into the newest file."""
+    return {payload for _, records in contents for kind, payload in records if kind == ACK}
 
 
 def sync(descriptors: list[int]) -> None:
@@ -247,14 +291,26 @@ def _chunks(segment: Segment, records: list[tuple[int, bytes]]) -> tuple[list[Ch
 
 
 def _name_loose(chunk: Chunk, acked: set[bytes]) -> None:
-    """Give an id to a chunk that has none, the same after each crash.
-
-    Its place is the file's inode, which a move into another slot keeps: two processes that were killed may leave the
-    same bytes. An ack under an id of the content alone is of an older tree.
-    """
+    """Give an id to a chunk that has none, the same after each crash; one of the content alone is of an older tree."""
     chunk.id = chunk.content_id()
     if chunk.id.encode() not in acked:
-        chunk.id = chunk.content_id(f"inode {chunk.segment.path.stat().st_ino}")
+        chunk.id = chunk.unnoted_id()
+
+
+def _segments(slot: Path) -> list[Path]:
+    return sorted(path for path in slot.glob("*.seg") if path.stem.isdecimal())
+
+
+def _numbers(slot: Path) -> Iterator[int]:
+    return itertools.count(1 + max((int(path.stem) for path in _segments(slot)), default=0))
+
+
+def _is_lock(slot: Path, fd: int) -> bool:
+    """Say whether the slot's lock is the file that this descriptor holds, and not one that was made after it."""
+    try:
+        return os.path.samestat(os.stat(slot / "lock"), os.fstat(fd))
+    except OSError:
+        return False
 
 
 def _lock(slot: Path) -> int:

@@ -16,8 +16,10 @@ from scrapy.http import Response
 from headrace.contract.interfaces.frontier import Body, Found, Page, Settled
 from headrace.ingest.crawl.bounds_reached import BoundsReached
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
-from headrace.ingest.crawl.extract import Document, extract
+from headrace.ingest.crawl.extract import Document
 from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
+from headrace.ingest.crawl.refusals import KILLED, STALLED, Refusals, unread
+from headrace.ingest.crawl.scrapy_run import Torn
 from headrace.process.waits import Waits
 
 log = logging.getLogger("headrace.crawl")
@@ -36,7 +38,7 @@ class Answers:
         self._crawls = {crawl.name: crawl for crawl in deps.crawls}
         self._config, self._frontier, self._bodies = deps.config, deps.frontier, deps.bodies
         self._metrics, self._clock = deps.metrics, deps.clock
-        self.bounds = BoundsReached(deps)
+        self.bounds, self.refusals = BoundsReached(deps), Refusals(deps)
         self._being_settled = Counter[str]()
         """Digests of bodies that are being stored: one of them must not be deleted meanwhile."""
 
@@ -46,7 +48,8 @@ class Answers:
         crawl, now_ms = self._crawls[page.source], self._clock.now_ms()
         self._metrics.observe("page_seconds", seconds)
         self._metrics.add("body_bytes_total", len(response.body))
-        if status == 304:
+        # Who answers 304 unasked has said nothing: the page is not known.
+        if status == 304 and (page.etag or page.last_modified):
             self._frontier.not_modified(page, now_ms + crawl.every_ms)
             self._count("not_modified")
         elif status in {404, 410}:
@@ -72,19 +75,29 @@ class Answers:
         wait_ms = self._back_off_ms(page) if is_passing else crawl.every_ms
         self._frontier.failed(page, now_ms + wait_ms)
         self._count(reason)
-        log.log(logging.INFO if reason != "failed" else logging.WARNING, "%s: %s: %s", page.url, reason, error)
+        log.log(
+            logging.INFO if reason != "failed" else logging.WARNING,
+            "%s: %s: %s",
+            page.url,
+            reason,
+            str(error) or repr(error),
+        )
 
     async def _take_body(self, page: Page, response: Response, now_ms: int) -> None:
         crawl = self._crawls[page.source]
         content_type = (response.headers.get("Content-Type") or b"").decode("latin-1")
         document = Document(response.url, response.body, content_type, page.sitemap)
-        # A body of megabytes takes a second: the loop goes on meanwhile.
-        found = await self._waits.call(f"extraction of {page.url}", partial(extract, document, crawl))
-        for reason, count in found.left_out.items():
-            self._metrics.add("left_out_total", count, reason=reason)
+        found, refused = await self.refusals.extract(document, crawl, page.refused, page.failures)
+        reason = unread(found)
+        for left_out, count in found.left_out.items():
+            self._metrics.add("left_out_total", count, reason=left_out)
         if found.left_out["wrong_type"]:
             self._frontier.failed(page, now_ms + crawl.every_ms)
             self._count("wrong_type")
+            return
+        if reason in (KILLED, STALLED) and not refused:
+            self._frontier.failed(page, now_ms + self._back_off_ms(page))
+            self._count(reason)
             return
         digest = hashlib.sha256(response.body).hexdigest()
         self._being_settled[digest] += 1
@@ -94,23 +107,25 @@ class Answers:
                     f"write of {body_name(digest)}", partial(self._put, body_name(digest), response.body)
                 )
             # With the validators of what could not be read, the next answer would be 304, and so for ever.
-            is_read = not (found.left_out["broken"] or found.left_out["too_large"])
             settled = Settled(
                 at_ms=now_ms,
                 due_ms=now_ms + crawl.every_ms,
-                etag=_header(response, "ETag") if is_read else "",
-                last_modified=_header(response, "Last-Modified") if is_read else "",
+                etag="" if reason else _header(response, "ETag"),
+                last_modified="" if reason else _header(response, "Last-Modified"),
                 rows=[(row.key, row.version, row.values) for row in found.rows],
                 links=[Found(link.url, link.sitemap, link.last_modified) for link in found.links],
                 body=Body(digest, response.url, content_type),
                 moved_to=_moved_to(response),
+                refused=refused,
             )
             noted = self._frontier.settle(
                 page, settled, pages_max=crawl.pages_max, keys_max=crawl.keys_max, depth_max=crawl.depth_max
             )
         finally:
             self._being_settled[digest] -= 1
-        self._count("broken" if found.left_out["broken"] else "taken")
+        if reason == "too_deep":
+            log.warning("%s: too_deep: nobody knows what lies below; the page keeps the values that it had", page.url)
+        self._count(reason or "taken")
         self.bounds.note(crawl, noted)
         await self._delete(noted.unneeded)
 
@@ -166,6 +181,8 @@ def _reason_of(error: BaseException) -> tuple[str, bool]:
         return "robots", False
     if isinstance(error, Unreadable):
         return "robots_unreadable", True
+    if isinstance(error, Torn):
+        return "torn", True
     if isinstance(error, OffHost):
         return "off_host", False
     if isinstance(error, DownloadTimeoutError):

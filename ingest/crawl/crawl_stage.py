@@ -25,7 +25,7 @@ from headrace.contract.interfaces.frontier import Body, Found
 from headrace.ingest.crawl.answers import Answers, body_name
 from headrace.ingest.crawl.begin import begin
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
-from headrace.ingest.crawl.extract import Document, extract
+from headrace.ingest.crawl.extract import Document
 from headrace.ingest.crawl.outbox_sender import OutboxSender
 from headrace.ingest.crawl.scheduler import Scheduler
 from headrace.ingest.crawl.scrapy_run import run_on_reactor, scrapy_settings
@@ -130,7 +130,8 @@ class CrawlRun:
         if not plain:
             log.warning("%s: its body %s is not in the store", body.url, body.digest)
             return 0
-        found = extract(Document(body.base, plain, body.content_type, body.sitemap), crawl)
+        document = Document(body.base, plain, body.content_type, body.sitemap)
+        found, _ = await self.answers.refusals.extract(document, crawl, body.refused)
         rows = [(row.key, row.version, row.values) for row in found.rows]
         noted = self._deps.frontier.extracted_again(body, rows, self._deps.clock.now_ms(), crawl.keys_max)
         self.answers.bounds.note(crawl, noted)

@@ -14,17 +14,18 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
-from urllib.parse import urldefrag, urljoin, urlsplit
+from urllib.parse import urldefrag, urljoin
 
 import jmespath
 import msgspec
+from lxml import etree
 from parsel import Selector
 from w3lib.encoding import html_to_unicode
 
-from headrace.contract.crawl import Crawl, Extract
-from headrace.ingest.crawl.markup import base_of, flat_parts, selector_of
+from headrace.contract.crawl import Crawl, Extract, is_within
+from headrace.ingest.crawl.markup import TooDeep, base_of, flat_parts, selector_of
 from headrace.ingest.decode.numbers import INTEGER, NUMBER
 
 ROWS_MAX = 100_000
@@ -36,6 +37,8 @@ URL_CHARS_MAX, TEXT_CHARS_MAX, LIST_MAX = 2_048, 65_536, 256
 JSON_DEPTH_MAX = 200
 """Where a document is nested more deeply than can be read (some 1,000), what lies below this is no value."""
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[][{}]', re.DOTALL)
+
+_NO_CHARSETS = frozenset({"hex", "idna", "punycode", "raw_unicode_escape", "unicode_escape"})
 
 Value = int | float | str | bool | list[str] | None
 
@@ -81,7 +84,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Extracted(msgspec.Struct):
-    """What a document holds. `left_out` counts reasons: wrong_type, broken, no_key, bad_value, too_many."""
+    """What a document holds. `left_out` counts reasons: wrong_type, broken, too_deep, no_key, bad_value, too_many."""
 
     rows: list[Row] = []
     links: list[Link] = []
@@ -103,7 +106,9 @@ def extract(document: Document, crawl: Crawl) -> Extracted:
             _read_json(document, crawl, found)
         else:
             _read_markup(document, crawl, found)
-    except (ValueError, TypeError, RecursionError, zlib.error, jmespath.exceptions.JMESPathError):
+    except TooDeep:
+        return Extracted(left_out=Counter(too_deep=1))
+    except (ValueError, TypeError, RecursionError, zlib.error, etree.LxmlError, jmespath.exceptions.JMESPathError):
         # Bytes that cannot be read: the document gives nothing, and `left_out` counts it.
         return Extracted(left_out=Counter(broken=1))
     return found
@@ -176,10 +181,13 @@ def _read_sitemap(document: Document, crawl: Crawl, found: Extracted) -> None:
         document = msgspec.structs.replace(document, body=body)
     text = _text(document)
     parts = _sitemap_parts(text, found) if "<" in text else ((line, False, "") for line in text.split())
-    wanted = [re.compile(follow.url) for follow in crawl.follow]
+    wanted, places = [re.compile(follow.url) for follow in crawl.follow], crawl.places()
     for told, nested, changed in parts:
-        address = _absolute(document.url, told, crawl) if told else None
+        address = _absolute(document.url, told, places) if told else None
         if address is None or not (nested or not wanted or any(w.search(address) for w in wanted)):
+            continue
+        if len(address) > URL_CHARS_MAX:
+            found.left_out["link_too_long"] += 1
             continue
         if len(found.links) >= LINKS_MAX:
             found.left_out["too_many"] += 1 + sum(1 for _ in parts)
@@ -209,7 +217,12 @@ def _unpacked(packed: bytes, bytes_max: int) -> bytes | None:
 
 def _text(document: Document) -> str:
     """Return the body as text by its byte order mark, header, declaration, else UTF-8, else Latin-1's superset."""
-    return html_to_unicode(document.content_type, document.body, auto_detect_fun=_utf8_or_western)[1]
+    try:
+        name, text = html_to_unicode(document.content_type, document.body, auto_detect_fun=_utf8_or_western)
+    except (LookupError, UnicodeError):
+        name, text = "hex", ""
+    # A codec of Python that is no character set: as where none is named.
+    return document.body.decode(_utf8_or_western(document.body), "replace") if name in _NO_CHARSETS else text
 
 
 def _utf8_or_western(body: bytes) -> str:
@@ -322,10 +335,13 @@ def _truth(value: Any) -> bool:
 
 
 def _add_links(found: Extracted, crawl: Crawl, base: str, addresses: Iterator[str], pattern: str) -> None:
-    wanted = re.compile(pattern)
+    wanted, places = re.compile(pattern), crawl.places()
     for address in addresses:
-        absolute = _absolute(base, address, crawl)
+        absolute = _absolute(base, address, places)
         if absolute is None or not wanted.search(absolute):
+            continue
+        if len(absolute) > URL_CHARS_MAX:
+            found.left_out["link_too_long"] += 1
             continue
         if len(found.links) >= LINKS_MAX:
             found.left_out["too_many"] += 1 + sum(1 for _ in addresses)
@@ -333,14 +349,10 @@ def _add_links(found: Extracted, crawl: Crawl, base: str, addresses: Iterator[st
         found.links.append(Link(absolute))
 
 
-def _absolute(base: str, address: str, crawl: Crawl) -> str | None:
-    """Return the address in full, without its fragment; None where it leaves the source's hosts or HTTP."""
+def _absolute(base: str, address: str, places: Collection[tuple[str, int]]) -> str | None:
+    """Return the address in full, without its fragment; None where it leaves the source's places."""
     try:
         absolute = urldefrag(urljoin(base, address.strip()))[0]
-        parts = urlsplit(absolute)
-        host = parts.hostname
     except ValueError:
         return None
-    if parts.scheme not in {"http", "https"} or host not in crawl.all_hosts() or len(absolute) > URL_CHARS_MAX:
-        return None
-    return None if parts.username or parts.password else absolute
+    return absolute if is_within(absolute, places) else None

@@ -33,12 +33,21 @@ SEARCH_STEPS_MAX = 10**11
 depths times their number, some 3e8 steps a second. 100,000 elements at a mean depth of 10, a page of 4 MB, pass."""
 NESTED_MAX = 16
 """Most rows around a row: each row is searched with all below it, so rows in rows cost the square of their number."""
+DEPTH_MAX = 2_040
+"""Most elements around an element. libxml2 leaves what lies below 2,048, and all that follows, out without a word."""
 _TAG = re.compile(r"""<[a-zA-Z](?:"[^"]*+"|'[^']*+'|[^>])*+""")
 _QUOTED = re.compile(r"""=\s*(?:"[^"]*"|'[^']*')""")
 
 
+class TooDeep(ValueError):
+    """The document is nested more deeply than is read: nobody knows what lies behind."""
+
+
 def selector_of(text: str, kind: str) -> Selector:
-    """Return a document, `html` or `xml`; names of XML as `_plain_names` says. Raises `ValueError` for an empty one."""
+    """Return a document, `html` or `xml`; names of XML as `_plain_names` says.
+
+    Raises `TooDeep`, and `ValueError` for an empty document and one that would take too long.
+    """
     if not text.strip():
         raise ValueError("an empty document")
     if _swarms(text):
@@ -52,12 +61,14 @@ def selector_of(text: str, kind: str) -> Selector:
 
 
 def _search_steps(root: etree._Element) -> int:
-    """Return the sum of the elements' depths times their number."""
+    """Return the sum of the elements' depths times their number. Raises `TooDeep`."""
     elements = depths = depth = 0
     for event, _ in etree.iterwalk(root, events=("start", "end")):
         if event == "start":
             elements, depth = elements + 1, depth + 1
             depths += depth
+            if depth > DEPTH_MAX:
+                raise TooDeep(f"nested more than {DEPTH_MAX} levels deep")
         else:
             depth -= 1
     return elements * depths

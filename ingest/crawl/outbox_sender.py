@@ -28,6 +28,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.frontier import Frontier, Version
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
+from headrace.process.awake import Awake
 from headrace.process.waits import RECEIPT_MAX_S
 
 log = logging.getLogger("headrace.crawl")
@@ -72,7 +73,8 @@ class OutboxSender:
         clock: Clock,
     ) -> None:
         self._frontier, self._producer, self._topics = frontier, producer, topics
-        self._partitions, self._metrics, self._epoch, self._clock = partitions, metrics, epoch, clock
+        self._partitions, self._metrics, self._epoch = partitions, metrics, epoch
+        self._awake = Awake(clock.monotonic)
         self._taken = 0
         self._unsettled: deque[_Sent] = deque()
         self._unsent: deque[_Record] = deque()
@@ -103,7 +105,7 @@ class OutboxSender:
             return False
         self._frontier.make_safe()
         self._taken = versions[-1].number
-        group = _Sent(self._taken, 1, self._clock.monotonic(), {(v.source, v.key) for v in versions})
+        group = _Sent(self._taken, 1, self._awake.monotonic(), {(v.source, v.key) for v in versions})
         self._unsettled.append(group)
         self._send(versions, group)
         # One more than the records: receipts that come at once must not settle a group that is half sent.
@@ -150,7 +152,8 @@ class OutboxSender:
             number = self._unsettled.popleft().number
         if number:
             self._frontier.sent(number)
-        waited_s = self._clock.monotonic() - self._unsettled[0].since_s if self._unsettled else 0.0
+        now_s = self._awake.monotonic()
+        waited_s = now_s - self._unsettled[0].since_s if self._unsettled else 0.0
         if waited_s > RECEIPT_MAX_S:
             raise Unavailable(
                 f"no receipt of versions up to number {self._unsettled[0].number} in {waited_s:.0f} s, "

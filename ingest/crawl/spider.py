@@ -79,7 +79,7 @@ class CrawlSpider(scrapy.Spider):
             errback=partial(self._failed, page),
             dont_filter=True,
             meta={
-                "hosts": crawl.all_hosts(),
+                "places": crawl.places(),
                 "download_timeout": crawl.timeout_ms / 1000,
                 "download_maxsize": crawl.bytes_max,
                 "download_warnsize": 0,

@@ -51,7 +51,8 @@ class LateBacklog:
                     self.waiting[letter.offset] = letter.content.seen_ms
                 self.next_letter = letter.offset + 1
             self.next_letter = max(self.next_letter, end)
-        for offset, value in writer.read(self._next_mark):
+        # Marks outlast letters: what retention has taken of them tells of letters that are gone.
+        for offset, value in writer.read(self._next_mark, kept_only=True):
             self._next_mark = offset + 1
             try:
                 mark = decode_retry_mark(value)

@@ -132,7 +132,7 @@ def read_marks(writer: FencedWriter) -> list[RetryMark]:
 def read_marks_at(writer: FencedWriter) -> list[tuple[int, RetryMark]]:
     """Return the same with each mark's offset."""
     marks = list[tuple[int, RetryMark]]()
-    for offset, value in writer.read(0):
+    for offset, value in writer.read(0, kept_only=True):
         try:
             marks.append((offset, decode_retry_mark(value)))
         except msgspec.DecodeError as error:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.forward.fluent_handshake import Handshake
@@ -46,12 +45,11 @@ class Connection(asyncio.Protocol):
         config: IngestConfig,
         endpoint: Endpoint,
         metrics: Metrics,
-        clock: Clock,
         *,
         trusted: bool = False,
     ) -> None:
         self._server, self._config, self._endpoint = server, config, endpoint
-        self._admission, self._metrics, self._clock = server.admission, metrics, clock
+        self._admission, self._metrics = server.admission, metrics
         self._in_handshake = bool(endpoint.shared_key) and not trusted
         self._decoder = Decoder(config.chunk_bytes_max, greets=self._in_handshake)
         self._handshake: Handshake | None = None
@@ -60,7 +58,7 @@ class Connection(asyncio.Protocol):
         self._unacked = 0
         self._closing: asyncio.TimerHandle | None = None
         self._is_first_read = True
-        self.since_s = clock.monotonic()
+        self.since_s = server.awake_s()
         """When the open handshake or the unfinished message began, or the peer sent its end."""
         self.half_closed = False
         self._has_undecoded = False
@@ -123,7 +121,7 @@ class Connection(asyncio.Protocol):
             if moved or not self.partial_bytes:
                 self._server.finish(self)
             if self.partial_bytes and self._server.begin(self):
-                self.since_s = self._clock.monotonic()
+                self.since_s = self._server.awake_s()
 
     def _offer_all(self, data: bytes) -> bool:
         """Return whether a message was completed."""
@@ -179,7 +177,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or not self._unacked or self._transport.get_extra_info("ssl_object") is not None:
             return False
         self.half_closed = True
-        self.since_s = self._clock.monotonic()
+        self.since_s = self._server.awake_s()
         self._server.begin(self)
         self._count_partial(0)
         return True
@@ -217,7 +215,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         # The time in which the gateway did not read is not the peer's.
-        self.since_s = self._clock.monotonic()
+        self.since_s = self._server.awake_s()
         if self._has_undecoded:
             self.take(b"")
         if self._transport is not None and self._admission.is_open() and not self._transport.is_reading():

@@ -20,6 +20,7 @@ from headrace.ingest.forward.listeners import Listeners
 from headrace.ingest.forward.tls_handshake import TlsHandshake
 from headrace.ingest.gateway.admission import Admission
 from headrace.ingest.tls_identity import TlsIdentity
+from headrace.process.awake import Awake
 
 log = logging.getLogger("headrace.ingest")
 
@@ -40,7 +41,7 @@ class ForwardServer:
         identity: TlsIdentity | None = None,
     ) -> None:
         self._endpoint, self._identity = endpoint or Endpoint(), identity
-        self._config, self._metrics, self._clock = config, metrics, clock
+        self._config, self._metrics = config, metrics
         self._listeners = Listeners()
         self._admission: Admission | None = None
         self._connections: dict[Connection, None] = {}
@@ -52,7 +53,9 @@ class ForwardServer:
         self._tls_handshakes: set[TlsHandshake] = set()
         self._beneath_tls: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self._partial_bytes = 0
-        self._renewed_s = clock.monotonic()
+        self._awake = Awake(clock.monotonic)
+        """Follows the sweeps: while the gateway stood still, no peer could be heard."""
+        self._renewed_s = self.awake_s()
 
     # -- the loop's calls
 
@@ -70,6 +73,8 @@ class ForwardServer:
         """Listen, and offer what comes; return the port. Raises `ConfigRejected` where it cannot be had."""
         self._admission = admission
         port = await self._listeners.open(self, self._endpoint)
+        if self._identity is not None:
+            self._tell_end(self._identity)
         how = "with TLS" if self._identity is not None else "plain"
         log.info("forward on %s:%d %s", self._endpoint.host, port, how)
         return port
@@ -79,7 +84,7 @@ class ForwardServer:
 
         While the gateway does not read, no message can be finished, so none is overdue.
         """
-        now_s = self._clock.monotonic()
+        now_s = self.awake_s()
         for connection in list(self._unfinished):
             waited_s = now_s - connection.since_s
             if connection.half_closed:
@@ -95,6 +100,10 @@ class ForwardServer:
         if self._identity is not None and now_s - self._renewed_s > _RENEW_S:
             self._renewed_s = now_s
             self._identity.renew()
+            self._tell_end(self._identity)
+
+    def _tell_end(self, identity: TlsIdentity) -> None:
+        self._metrics.set("tls_days_left", identity.days_left(self._clock.now_ms()))
 
     def pause(self) -> None:
         """Read from nobody."""
@@ -134,6 +143,10 @@ class ForwardServer:
 
     # -- the connections' calls
 
+    def awake_s(self) -> float:
+        """Return monotonic seconds, without those in which the gateway stood still."""
+        return self._awake.monotonic()
+
     @property
     def admission(self) -> Admission:
         """The gateway that listens."""
@@ -149,14 +162,14 @@ class ForwardServer:
 
     def connection(self, *, trusted: bool = False) -> Connection:
         """Return a connection that has not been made yet."""
-        return Connection(self, self._config, self._endpoint, self._metrics, self._clock, trusted=trusted)
+        return Connection(self, self._config, self._endpoint, self._metrics, trusted=trusted)
 
     def can_enter(self) -> bool:
         """Say whether one more may come. At the bound, the oldest connection that never sent a message is closed."""
         if self.open_connections < self._config.connections_max:
             return True
         oldest = next(iter(self._never_sent), None)
-        if oldest is None or (self._clock.monotonic() - self._never_sent[oldest]) * 1000 < self._config.handshake_ms:
+        if oldest is None or (self.awake_s() - self._never_sent[oldest]) * 1000 < self._config.handshake_ms:
             return False
         oldest.refuse("idle", "it never sent a message, and another connection wants its place")
         return True
@@ -166,7 +179,7 @@ class ForwardServer:
         if not self.can_enter():
             return False
         self._connections[connection] = None
-        self._never_sent[connection] = self._clock.monotonic()
+        self._never_sent[connection] = self.awake_s()
         self._metrics.set("connections_open", len(self._connections))
         return True
 

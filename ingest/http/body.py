@@ -2,7 +2,7 @@
 
 An event is a map with a `tag` and the fields of its record. `time` is optional; both are taken out of the record:
 
-    {"tag": "shop.click", "time": "2026-03-01T12:00:00.25Z", "event_id": "...", "request_id": "...", "item_id": 7}
+    {"tag": "store.click", "time": "2026-03-01T12:00:00.25Z", "event_id": "...", "request_id": "...", "item_id": 7}
 
 With `sent_at`, the sender's clock when it sent the request, a wrong clock is corrected: what it differs from the time
 of arrival is added to the times that the event brings, if that is more than `TRANSFER_MS`. It stands in the request's
@@ -25,7 +25,7 @@ from typing import Any
 import msgpack
 import msgspec
 
-from headrace.contract.errors import HeadraceError
+from headrace.contract.errors import BadRequest
 from headrace.ingest.decode.compression import BodyTooLarge, decompress
 from headrace.ingest.decode.message import Message, message_of
 from headrace.ingest.decode.numbers import DECIMAL
@@ -40,14 +40,6 @@ TRANSFER_MS = 2_000
 _SHOWN_CHARS = 64
 
 Events = list[Any]
-
-
-class BadRequest(HeadraceError):
-    """Nothing of the request was taken; sent again as it is, it will fail again."""
-
-    def __init__(self, status: int, error: str, step: str) -> None:
-        super().__init__(f"{error}; {step}")
-        self.status, self.error, self.step = status, error, step
 
 
 def read_events(body: bytes, content_type: str, encoding: str, bytes_max: int) -> Events:
@@ -84,7 +76,7 @@ def messages_of(events: Events, key: str, now_ms: int, sent_at: str = "") -> lis
 
 def _entry(event: Any, at: int, now_ms: int, sent_ns: int | None) -> tuple[str, int, dict[Any, Any]]:
     if not isinstance(event, dict):
-        raise BadRequest(400, f"event {at} is {_kind(event)}, not a map", 'send maps: {"tag": "shop.click", ...}')
+        raise BadRequest(400, f"event {at} is {_kind(event)}, not a map", 'send maps: {"tag": "store.click", ...}')
     tag = event.get("tag")
     if not isinstance(tag, str) or not 0 < len(tag) <= TAG_CHARS_MAX:
         what = "no tag" if tag is None else f"a tag that is no text of 1 to {TAG_CHARS_MAX} characters"

@@ -16,6 +16,7 @@ drops what was appended before, by the key or the events' own ids.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import traceback
 from collections.abc import Sequence
@@ -24,12 +25,12 @@ from typing import Any
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from headrace.contract.config import IngestConfig
-from headrace.contract.errors import InvariantBroken
+from headrace.contract.errors import BadRequest, InvariantBroken
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.ingest.decode.message import Message
@@ -37,13 +38,15 @@ from headrace.ingest.gateway.admission import BEYOND_CEILING, Admission
 from headrace.ingest.gateway.batcher import Outcome
 from headrace.ingest.gateway.chunk_identity import Peer, peer_of
 from headrace.ingest.http.access import Origins, Tokens, is_loopback
-from headrace.ingest.http.body import BadRequest, messages_of, read_events
+from headrace.ingest.http.body import messages_of, read_events
 from headrace.ingest.http.forwarded import Proxies
 from headrace.ingest.http.page import page_routes
 from headrace.ingest.http.uvicorn_server import collector_config, listen, serve
 from headrace.ingest.tls_identity import TlsIdentity
+from headrace.process.awake import awake_timeout
 from headrace.process.http_bounds import ConnectionBounds
 from headrace.process.open_files import connections_within
+from headrace.process.request_body import Bodies, BodyBounds
 
 log = logging.getLogger("headrace.ingest")
 
@@ -107,8 +110,7 @@ class Collector:
         self._metrics, self._clock = metrics, clock
         self._tokens, self._origins = Tokens(endpoint.tokens), Origins(config.cors_origins)
         self._proxies = Proxies(config.trusted_proxies, config.forwarded_header)
-        self._bodies_bytes_max = max(config.collector_bytes_max, config.buffer_bytes_max // 4)
-        self._bodies_bytes = 0
+        self._bodies = Bodies(bounds_of(config))
         self._requests = 0
         self._stopping = asyncio.Event()
         self._gateway: Admission | None = None
@@ -164,8 +166,6 @@ class Collector:
             response = await self._events(request)
         except BadRequest as error:
             response = problem(error.status, error.error, error.step)
-        except ClientDisconnect:
-            response = problem(400, "the body ended early", "send it again")
         except Exception as error:
             # A fault of ours must cost one request. Without the message: it may quote an event.
             log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
@@ -220,39 +220,13 @@ class Collector:
     # -- 2. read
 
     async def _read(self, request: Request, key: str) -> list[Message]:
-        most = self._config.collector_bytes_max
-        held = 0
-        parts: list[bytes] = []
-        declared = request.headers.get("content-length", "")
-        if declared.isascii() and declared.isdigit() and int(declared[:20]) > _DISCARD_BYTES_MAX:
-            raise BadRequest(413, f"the body is larger than {most} bytes", _SMALLER)
-        try:
-            async with asyncio.timeout(_BODY_S):
-                async for part in request.stream():
-                    held += len(part)
-                    self._bodies_bytes += len(part)
-                    if held <= most:
-                        parts.append(part)
-                        self._check_bodies()
-                    elif held > _DISCARD_BYTES_MAX:
-                        break
-        except TimeoutError as error:
-            raise BadRequest(408, f"the body took more than {_BODY_S:g} s", "send smaller batches") from error
-        finally:
-            self._bodies_bytes -= held
-        if held > most:
-            raise BadRequest(413, f"the body is larger than {most} bytes", _SMALLER)
         events = read_events(
-            b"".join(parts),
+            await self._bodies.read(request),
             request.headers.get("content-type", ""),
             request.headers.get("content-encoding", "").strip().lower(),
-            most,
+            self._config.collector_bytes_max,
         )
         return messages_of(events, key, self._admission.now_ms(), request.query_params.get("sent_at", ""))
-
-    def _check_bodies(self) -> None:
-        if self._bodies_bytes > self._bodies_bytes_max:
-            raise BadRequest(503, f"{self._bodies_bytes_max} bytes of bodies are being read", "send it again")
 
     # -- 3. offer, 4. answer
 
@@ -274,7 +248,9 @@ class Collector:
         stopping = asyncio.ensure_future(self._stopping.wait())
         either: set[asyncio.Future[Any]] = {waiting.done, stopping}
         try:
-            await asyncio.wait(either, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(TimeoutError):
+                async with awake_timeout(_ANSWER_S):
+                    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done.done() and stopping.done():
                 await asyncio.wait({waiting.done}, timeout=_LAST_S)
         finally:
@@ -338,6 +314,19 @@ _WHY = {
     415: "a content type or encoding that is not known",
     503: "it is told to send again: a bound or a ceiling is reached, Kafka is slow, or the gateway stops",
 }
+
+
+def bounds_of(config: IngestConfig) -> BodyBounds:
+    """Return the bounds of the collector's bodies."""
+    return BodyBounds(
+        bytes_max=config.collector_bytes_max,
+        together_max=max(config.collector_bytes_max, config.buffer_bytes_max // 4),
+        discard_max=max(config.collector_bytes_max, _DISCARD_BYTES_MAX),
+        seconds=_BODY_S,
+        if_large=_SMALLER,
+        if_slow="send smaller batches",
+        if_many="send it again",
+    )
 
 
 def answer(status: int, body: dict[str, Any]) -> Response:

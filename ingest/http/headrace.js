@@ -1,9 +1,9 @@
 /* Headrace in the browser: events to the collector, none lost on reload, none counted twice.
  *
  *   <script src="https://collect.example.com/v1/headrace.js" data-token="TOKEN" defer></script>
- *   headrace.track("shop.click", { request_id: "r1", user_id: 7, item_id: 42 });
+ *   headrace.track("store.click", { request_id: "r1", user_id: 7, item_id: 42 });
  *
- * Before the script has loaded: window.headrace = window.headrace || []; headrace.push(["shop.click", {...}]);
+ * Before the script has loaded: window.headrace = window.headrace || []; headrace.push(["store.click", {...}]);
  *
  * 1. track: the event gets its id and time, and lies in localStorage before track returns.
  * 2. send: after `flushMs`, or when a batch is full, in order, one request at a time; a beacon when the page hides.

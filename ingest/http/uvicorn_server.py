@@ -18,6 +18,7 @@ import uvicorn
 
 from headrace.contract.errors import ConfigRejected
 from headrace.ingest.tls_identity import TlsIdentity
+from headrace.process.awake import awake_s
 from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
 
 DRAIN_S = 1
@@ -59,7 +60,7 @@ async def serve(config: BoundedConfig, listener: socket.socket, stopping: asynci
     serving = asyncio.get_running_loop().create_task(server.serve([listener]))
     try:
         while not stopping.is_set() and not serving.done():
-            config.bounds.sweep(asyncio.get_running_loop().time())
+            config.bounds.sweep(awake_s())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), _SWEEP_S)
         server.should_exit = True

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -246,7 +247,8 @@ class KafkaSource:
 
     def _report(self, group: Group) -> None:
         status = group.status()
-        self._metrics.set("lag_records", status.lag_records, topic=self._config.topic)
+        lag = math.nan if status.lag_records is None else status.lag_records
+        self._metrics.set("lag_records", lag, topic=self._config.topic)
         if status.gap_records > self._gap:
             self._metrics.add("gap_total", status.gap_records - self._gap, topic=self._config.topic)
             self._gap = status.gap_records

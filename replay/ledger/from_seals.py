@@ -28,7 +28,7 @@ from headrace.contract.formats.steps import Step, decode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeReader
-from headrace.contract.interfaces.log import Reader, read_range
+from headrace.contract.interfaces.log import Reader, check_topic, read_range
 from headrace.contract.project import Project
 from headrace.kernels.sample_ids import seal_of
 from headrace.replay.ledger.draw import count_letters, draw_gateways, finish
@@ -124,8 +124,16 @@ class SealedStock:
     def _add_steps(self, runs: dict[str, RunTotals], begin: int) -> int:
         """Add this model's steps from `begin` on to their runs; return the offset to go on from."""
         end = self.reader.end_offsets(self.topics.steps)[0]
-        add_steps(runs, (step for step in self.steps(begin, end) if step.model == self.project.name))
+        add_steps(runs, self._ours(begin, end))
         return end
+
+    def _ours(self, begin: int, end: int) -> Iterator[Step]:
+        """Yield this model's steps. Raises `InvariantBroken` for one of a `samples` topic that is no more."""
+        samples = self.topics.samples
+        for step in self.steps(begin, end):
+            if step.model == self.project.name:
+                check_topic(step.samples_id, self.topic_ids.get(samples, ""), samples)
+                yield step
 
     def steps(self, begin: int, end: int) -> Iterator[Step]:
         """Yield the steps of all models from `begin` to below `end`; what is none is passed over."""

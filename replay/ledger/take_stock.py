@@ -22,7 +22,7 @@ from headrace.contract.formats.steps import Step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeReader, LakeState
-from headrace.contract.interfaces.log import Reader, read_range
+from headrace.contract.interfaces.log import Reader, check_topic, read_range
 from headrace.contract.project import Project
 from headrace.contract.recipe import Recipe
 from headrace.ingest.dead_letters.letters import Letter, superseded
@@ -40,6 +40,7 @@ from headrace.replay.ledger.taken import stored_by_log
 from headrace.replay.ledger.topic_seals import NotSealed
 from headrace.replay.recorded import recorded, recorded_steps
 from headrace.stream.rule_changes import first_rules
+from headrace.stream.stored_rules import stored_rules
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.source.stored import stored_order
@@ -67,9 +68,18 @@ def take_stock(
         mode: `full` reads everything and compares it with the seals; `auto` does where `events` is whole and has at
             most `ledger.full_records_max` records.
         topic_ids: of `events`, `samples` and `steps`, where the broker tells them.
+
+    Raises:
+        InvariantBroken: where what is stored or was learnt is of a topic `events` or `samples` that is no more, as
+            `check_topic`: its offsets say nothing of the one that is there.
+        ConfigRejected: where the rules topic lacks rules that stored states were made by, as `check_fits`.
     """
+    # The states before the rules: a change that is applied meanwhile is in the topic first.
+    made = stored_rules(blobs, topics.generation, config.log.partitions) if blobs is not None else []
+    begin = reader.begin_offsets(topics.rules)[0]
+    began = first_rules(project, list(read_range(reader, topics.rules)), made, begin=begin)
     if blobs is None or mode == "full" or (mode == "auto" and _is_small(reader, topics, config)):
-        ledger = _from_log(project, config, topics, reader, lake, blobs)
+        ledger = _from_log(project, config, topics, reader, lake, blobs, began=began, topic_ids=topic_ids)
         reader.close()
         return ledger
     stock = SealedStock(project, config, topics, reader, lake, blobs, dict(topic_ids))
@@ -85,7 +95,7 @@ def take_stock(
         if ledger.closes:
             _keep(stock, account)
     except NotSealed as error:
-        ledger = _from_log(project, config, topics, reader, lake, blobs)
+        ledger = _from_log(project, config, topics, reader, lake, blobs, began=began, topic_ids=topic_ids)
         ledger.not_sealed = str(error)
     reader.close()
     return ledger
@@ -108,21 +118,32 @@ def _letters(reader: Reader, topics: Topics) -> list[Letter]:
 
 
 def _from_log(
-    project: Project, config: Config, topics: Topics, reader: Reader, lake: LakeReader, blobs: Blobs | None
+    project: Project,
+    config: Config,
+    topics: Topics,
+    reader: Reader,
+    lake: LakeReader,
+    blobs: Blobs | None,
+    *,
+    began: Project,
+    topic_ids: Mapping[str, str],
 ) -> Ledger:
     """Read effects before causes (steps, lake, samples, events), so that what an effect contains is found in the log.
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
     """
-    steps = recorded_steps(reader, topics)
+    steps = [step for step in recorded_steps(reader, topics) if step.model == project.name]
+    for step in steps:
+        check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
     state = lake.state()
     stored = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
     topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
     manifests = read_manifests(reader, topics, project.name)
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
-    began = first_rules(project, list(read_range(reader, topics.rules)))
     trimmed = {str(p): offset for p, offset in sorted(reader.begin_offsets(topics.events).items()) if offset > 0}
     joined = read_joined(blobs, topics.generation, reader.end_offsets(topics.events)) if blobs is not None else {}
+    for one in joined.values():
+        check_topic(one.topic_id, topic_ids.get(topics.events, ""), topics.events)
     events = read_range(reader, topics.events)
     punctuations: list[Punctuation] = []
     noted: Noted = {}
@@ -133,7 +154,6 @@ def _from_log(
         expected, punctuations = rejoin(began, config, events, cuts=cuts, noted=noted)
     letters = _letters(reader, topics)
 
-    steps = [step for step in steps if step.model == project.name]
     recipes = _recipes(project, steps, manifests)
     retained_before_ms = state.retained_before_ms if state is not None else 0
 

@@ -15,12 +15,12 @@ from starlette.routing import Route
 
 from headrace.contract.config import ServeConfig
 from headrace.contract.crawl import external_columns
-from headrace.contract.errors import EventRejected, Overloaded, Unavailable
+from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
-from headrace.serving.api.body import BadRequest, Bodies
+from headrace.process.request_body import Bodies, BodyBounds
 from headrace.serving.features import FeatureMemory, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of
 from headrace.serving.model.shared_region import SharedModel, Told, View
@@ -34,6 +34,16 @@ _NEXT = {
     "bad_type": "send a value of the declared type, or null",
     "unknown_field": "leave the field out, or declare it in the project",
 }
+BODIES = BodyBounds(
+    bytes_max=4_194_304,
+    together_max=64 * 4_194_304,
+    discard_max=16_777_216,
+    # 4 MiB at 210 kB/s.
+    seconds=20.0,
+    if_large="send fewer candidates",
+    if_slow="send it at once, or smaller",
+    if_many="ask again in a second",
+)
 SAID = ("unread", "stale")
 """States of the counters that every answer names."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -84,7 +94,7 @@ class ServingApp:
     """The answers to each route."""
 
     def __init__(self, dependencies: ServingDependencies) -> None:
-        self.deps, self._bodies = dependencies, Bodies()
+        self.deps, self._bodies = dependencies, Bodies(BODIES)
 
     async def rank(self, request: Request) -> Response:
         """Score all candidates of a request with exactly one version of the model."""

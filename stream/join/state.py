@@ -8,9 +8,10 @@
 | counters | whole in the manifest while few; then a base and at most 16 parts of what changed |
 | bits of what is answered, early feedback, aggregates, watermark, totals, positions | the manifest |
 
-A part's name says what is in it, so two workers that write the same name write the same bytes. The manifest carries
-the offset it was taken at, the last emitted position and the rules in force there, which are what the log said: those
-of the project that a restarted worker loads are not asked.
+A part's name says what is in it: from which to which row, or since which offset. So two workers that write the same
+name write the same rows, also where one was declared dead and writes on, or dies between parts and manifest. The
+manifest carries the offset it was taken at, the last emitted position and the rules in force there, which are what the
+log said: those of the project that a restarted worker loads are not asked.
 
 Taking a snapshot copies little; encoding it touches nothing of the state any more and may run in another thread.
 """
@@ -92,7 +93,8 @@ class _Spans:
         if following - start >= INLINE_ROWS:
             self.spans.append((start, following))
         while len(last := self.spans[-MERGED:]) == MERGED and last[0][1] - last[0][0] <= MERGED * _rows(last[-1]):
-            self.spans[-MERGED:] = [(last[0][0], last[-1][1])]
+            # What is forgotten is not written: the span says what its part holds.
+            self.spans[-MERGED:] = [(max(last[0][0], first), last[-1][1])]
         return [span for span in self.spans if span not in before]
 
 
@@ -149,8 +151,7 @@ class StateWriter:
     def _take_memory(self, name: str, memory: RecentKeys, spans: _Spans, snapshot: Snapshot) -> dict[str, Any]:
         first, following = memory.live
         for a, b in spans.extend(first, following):
-            rows = memory.rows(max(a, first), b)
-            snapshot.fresh[f"{name}-{a}-{b}"] = _encoder([max(a, first), *rows])
+            snapshot.fresh[f"{name}-{a}-{b}"] = _encoder([a, *memory.rows(a, b)])
         rest = spans.spans[-1][1] if spans.spans else first
         return {
             "slices": memory.slices,
@@ -218,7 +219,8 @@ class StateWriter:
             whole = list(changed)
         elif rows:
             declared = hashlib.sha256(msgspec.json.encode(table.counter)).hexdigest()[:8]
-            name = f"counter-{declared}-{'delta' if chain else 'base'}-{self.state.offset}"
+            kind = f"delta-{chain[-1].rpartition('-')[2]}" if chain else "base"
+            name = f"counter-{declared}-{kind}-{self.state.offset}"
             snapshot.fresh[name] = _encoder(list(changed))
             chain.append(name)
             sizes.append(rows)
@@ -244,6 +246,13 @@ def read_manifest(data: bytes) -> dict[str, Any]:
     except (zlib.error, msgspec.DecodeError) as error:
         raise Damaged(f"a manifest of {len(data)} bytes: {error}") from error
     return plain
+
+
+def rules_kept(plain: Mapping[str, Any]) -> dict[int, Rules]:
+    """Return, by their numbers, the rules in force that a decoded manifest has; none of one of another format."""
+    if plain.get("v") != VERSION:
+        return {}
+    return {kept["number"]: msgspec.convert(kept["rules"], Rules) for kept in plain[_RULES]}
 
 
 def load(state: JoinState, plain: Mapping[str, Any], part: Callable[[str], bytes | None]) -> StateWriter:
@@ -309,6 +318,8 @@ def _load_memory(name: str, memory: RecentKeys, plain: Mapping[str, Any], fetch:
     keys, values = [np.empty((0, 2), np.uint64)], [np.empty(0, np.uint8)]
     for a, b in plain["spans"]:
         start, raw_keys, raw_values = _plain_of(fetch(f"{name}-{a}-{b}"))
+        if start > max(a, plain["first"]) or start + len(raw_values) != b:
+            raise Damaged(f"part {name}-{a}-{b} holds {len(raw_values)} rows from {start} on")
         gone = max(0, plain["first"] - start)
         keys.append(_array(raw_keys, np.uint64, 2)[gone:])
         values.append(_array(raw_values, np.uint8)[gone:])

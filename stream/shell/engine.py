@@ -155,8 +155,8 @@ class Engine:
         while held and held[0].offset <= upto:
             held.popleft().ack(self.app.consumer)
 
-    def lag(self) -> int:
-        """Return how many records lie in the log beyond what was taken, over all partitions."""
+    def lag(self) -> float:
+        """Return how many records lie in the log beyond what was taken, over all partitions; NaN while not known."""
         return self._ends.lag({**self._unbegun, **self.next})
 
     def end(self, partition: int) -> int | None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import msgspec
 import pyarrow.compute as pc
 
 from headrace.contract.formats.events import encode_batch
@@ -46,6 +47,7 @@ from headrace.stream.shell.durable_state import (
 )
 from headrace.stream.shell.engine import Engine
 from headrace.stream.shell.unreadable_events import tell_unreadable
+from headrace.stream.stored_rules import FIRST_RULES
 
 log = logging.getLogger("headrace.stream")
 
@@ -71,6 +73,8 @@ class _Partition:
     """What the metrics have counted so far."""
     topic_id: str = ""
     account: Account = field(default_factory=fresh_account)
+    first_rules: Mapping[str, Any] = field(default_factory=dict)
+    """Those that the log begins with, for who looks later whether the `rules` topic still says them."""
     shown_too_late: int = 0
 
     def snapshot(self) -> None:
@@ -81,6 +85,7 @@ class _Partition:
         taken = self.writer.take()
         # By the growth rules: a state without it is of a topic whose id nobody noted.
         taken.plain["topic_id"] = self.topic_id
+        taken.plain[FIRST_RULES] = self.first_rules
         taken.plain["account"] = self.account.to_plain()
         offsets, name = {self.number: taken.offset}, f"{taken.offset:020d}"
         return StateSnapshot(offsets, name, taken.manifest, taken.fresh, taken.names)
@@ -129,7 +134,15 @@ class StreamStage:
         state, writer, account = restored
         durable.stored = {partition: state.offset}
         self.partitions[partition] = _Partition(
-            partition, state, writer, durable, state.totals.tasks, self.deps.topic_id, account, state.totals.too_late
+            partition,
+            state,
+            writer,
+            durable,
+            state.totals.tasks,
+            self.deps.topic_id,
+            account,
+            msgspec.to_builtins(rules_of(self.deps.project)),
+            state.totals.too_late,
         )
         self._tell_rules(partition, state, None)
         return state.offset + 1 if state.offset >= 0 else None

@@ -7,6 +7,7 @@ that is away changes nothing of what is known; anything else that fails is raise
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 
@@ -16,6 +17,8 @@ from headrace.process.awake import awake_s
 
 LOOK_S = 5.0
 READ_S = 1.0
+KNOWN_S = 30.0
+"""For how long what a look told stands for what is there: six looks, and longer than a broker's restart."""
 STILL_LOOKS_MAX = 60
 """Looks after which a partition that is not moved on stops the stage: 60 looks of 5 s, 300 s."""
 
@@ -40,11 +43,21 @@ class LogEnds:
         self._failure: BaseException | None = None
         self._stopped = threading.Event()
 
-    def lag(self, following: Mapping[int, int | None]) -> int:
-        """Return how many records lie at and beyond these offsets, None for the topic's first, as of the last look."""
+    def lag(self, following: Mapping[int, int | None]) -> float:
+        """Return how many records lie at and beyond these offsets, None for the topic's first, as of the last look.
+
+        NaN while no look has told, or none did for `KNOWN_S`: what is not known is not nothing.
+        """
+        if not self.is_known:
+            return math.nan
         begins = self.begins
         at = {p: begins.get(p, 0) if offset is None else offset for p, offset in following.items()}
         return sum(max(0, self.ends.get(partition, 0) - offset) for partition, offset in at.items())
+
+    @property
+    def is_known(self) -> bool:
+        """Say whether the last look still tells what is there."""
+        return bool(self.ends) and awake_s() - self.answered_s <= KNOWN_S
 
     def look(self) -> None:
         """Raise what stopped the thread, or `Unavailable` where a partition was not moved on for too long."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -178,7 +179,10 @@ class SinkStage:
         waiting = [*self._since_ms.values(), *self._since_committing_ms.values()]
         if self.engine is not None and (unread_ms := self.engine.oldest_unread_ms()) is not None:
             waiting.append(unread_ms)
-        behind_ms = max(0, self.clock.now_ms() - min(waiting)) if waiting else 0
+        behind_ms: float = max(0, self.clock.now_ms() - min(waiting)) if waiting else 0
+        # Nobody knows what lies in the log unread: that nothing waits here is no sign that nothing waits.
+        if not waiting and self.engine is not None and math.isnan(self.engine.lag()):
+            behind_ms = math.nan
         self.metrics.set("behind_ms", behind_ms)
         if 0 <= self.kept_ms < 2 * behind_ms and self.clock.monotonic() >= self._alarm_due_s:
             self._alarm_due_s = self.clock.monotonic() + ALARM_EVERY_S

@@ -28,8 +28,9 @@ from local_world import free_base
 from retry_process import Turn, retry
 
 from headrace.backends.clock import SystemClock
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.fenced_kafka import FencedKafka
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.main import main
 from headrace.contract.config import IngestConfig, port

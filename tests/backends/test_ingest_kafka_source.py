@@ -23,8 +23,9 @@ import msgpack
 import pytest
 from local_world import CHECKOUT, free_base
 
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.group_kafka import KafkaGroup
-from headrace.backends.log.kafka import KafkaAdmin, KafkaReader
+from headrace.backends.log.kafka import KafkaReader
 from headrace.contract.formats.dead_letters import decode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics

@@ -15,8 +15,8 @@ import confluent_kafka as ck
 import pytest
 from local_world import free_base
 
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.group_kafka import KafkaGroup
-from headrace.backends.log.kafka import KafkaAdmin
 from headrace.contract.config import port
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import stack as local_stack

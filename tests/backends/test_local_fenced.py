@@ -5,11 +5,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 
+import confluent_kafka as ck
+import confluent_kafka.admin
 import pytest
 
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
-from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.interfaces.fenced import FencedWriter
@@ -17,19 +19,32 @@ from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local.layout import Layout
 
 Make = Callable[[], FencedWriter]
+Trim = Callable[[int], None]
 
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.real)])
-def make(request: pytest.FixtureRequest) -> Make:
-    """Return what makes writers of one fresh topic, with one transactional id."""
+def both(request: pytest.FixtureRequest) -> tuple[Make, Trim]:
+    """Return what makes writers of one fresh topic, with one transactional id, and what deletes its first records."""
     topic = f"test-{uuid.uuid4().hex}"
     if request.param == "memory":
         log, epochs = MemoryLog(), WriterEpochs()
         log.admin().ensure_topics([TopicSpec(topic, 1)])
-        return lambda: FencedMemory(log, topic, "writer", epochs)
+        return lambda: FencedMemory(log, topic, "writer", epochs), lambda begin: log.trim(topic, 0, begin)
     layout: Layout = request.getfixturevalue("stack")
     KafkaAdmin(layout.brokers).ensure_topics([TopicSpec(topic, 1)])
-    return lambda: FencedKafka(layout.brokers, topic, topic)
+
+    def trim(begin: int) -> None:
+        plain = ck.admin.AdminClient({"bootstrap.servers": layout.brokers})
+        for future in plain.delete_records([ck.TopicPartition(topic, 0, begin)]).values():
+            future.result()
+
+    return lambda: FencedKafka(layout.brokers, topic, topic), trim
+
+
+@pytest.fixture
+def make(both: tuple[Make, Trim]) -> Make:
+    """Return what makes writers of one fresh topic."""
+    return both[0]
 
 
 def values(writer: FencedWriter, offset: int = 0) -> list[bytes]:
@@ -60,6 +75,25 @@ def test_what_is_appended_is_read_back_from_any_offset(make: Make) -> None:
     assert values(writer, following) == []
     assert values(make()) == [b"one", b"two", b"three"], "reading needs no open"
     writer.close()
+
+
+def test_what_retention_has_deleted_is_told_or_passed_over_as_was_asked(both: tuple[Make, Trim]) -> None:
+    make, trim = both
+    writer = make()
+    writer.open()
+    offsets = []
+    for value in (b"one", b"two"):
+        writer.append(value)
+        offsets.append(read_back(writer, offsets[-1] + 1 if offsets else 0)[0])
+    trim(offsets[1])
+    for each in (writer, make()):
+        assert [value for _, value in each.read(0, kept_only=True)] == [b"two"]
+        with pytest.raises(InvariantBroken, match=r"offset 0 is not in the log"):
+            each.read(0)
+        assert [value for _, value in each.read(1_000, kept_only=True)] == [b"two"]
+        with pytest.raises(InvariantBroken, match=r"offset 1000 is not in the log"):
+            each.read(1_000)
+        each.close()
 
 
 def test_a_writer_is_opened_before_it_appends(make: Make) -> None:

@@ -12,8 +12,9 @@ import confluent_kafka as ck
 import confluent_kafka.admin
 import pytest
 
+from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.fenced_kafka import FencedKafka
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.interfaces.log import Admin, Producer, Reader, Record, TopicSpec, read_range
@@ -108,6 +109,18 @@ def test_a_topic_has_an_id_of_its_own_that_stays(world: World) -> None:
     one, other = world.topic(), world.topic()
     ids = [world.admin.topic_id(name) for name in (one, other, one)]
     assert ids[0] == ids[2] != ids[1] and all(ids)
+
+
+def test_a_topic_tells_how_long_it_is_kept_and_what_it_tells_of_goes_first(world: World) -> None:
+    letters, marks = f"test-{uuid.uuid4().hex}", f"test-{uuid.uuid4().hex}"
+    kept = TopicSpec(letters, 1, retention_ms=7_200_000), TopicSpec(marks, 1, retention_ms=86_400_000_000)
+    world.admin.ensure_topics([kept[0], TopicSpec(marks, 1, retention_ms=86_400_000_000, outlasts=letters)])
+    assert [world.admin.retention_ms(name) for name in (letters, marks)] == [7_200_000, 86_400_000_000]
+    for told in (world.admin.topic_id, world.admin.retention_ms):
+        with pytest.raises(Unavailable):
+            told("no-such-topic")
+    with pytest.raises(ConfigRejected, match=r"would be forgotten while it is still there"):
+        world.admin.ensure_topics([kept[1], TopicSpec(letters, 1, outlasts=marks)])
 
 
 @pytest.mark.real

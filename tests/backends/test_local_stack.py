@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from headrace.backends.blobs_hdfs import HdfsBlobs
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.admin_kafka import KafkaAdmin
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec

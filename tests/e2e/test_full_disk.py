@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.admin_kafka import KafkaAdmin
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.contract.config import Config
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec, read_range

@@ -16,7 +16,8 @@ from pathlib import Path
 import confluent_kafka as ck
 import pytest
 
-from headrace.backends.log.kafka import KafkaAdmin, KafkaReader
+from headrace.backends.log.admin_kafka import KafkaAdmin
+from headrace.backends.log.kafka import KafkaReader
 from headrace.cli.project_folder import load_project
 from headrace.contract.formats.events import PUNCTUATION, decode_batch
 from headrace.contract.formats.topics import Topics

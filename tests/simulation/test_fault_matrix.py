@@ -30,7 +30,7 @@ from fault_stages import no_threads
 
 from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.contract.interfaces.blobs import Blobs
-from headrace.contract.interfaces.log import Producer
+from headrace.contract.interfaces.log import Admin, Producer
 from headrace.ingest.crawl import outbox_sender
 from headrace.ingest.crawl.outbox_sender import OutboxSender
 from headrace.ingest.gateway import loop
@@ -40,6 +40,7 @@ from headrace.ingest.gateway.log_start import LogStart
 from headrace.ingest.gateway.send_queue import Receipts, SendQueue
 from headrace.ingest.sources.kafka_source import KafkaSource
 from headrace.process.background import Background
+from headrace.process.call_watch import CallWatch
 from headrace.process.waits import Waits
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState
@@ -50,7 +51,6 @@ ROWS = (*STREAM_ROWS, *CRAWL_ROWS, GATEWAY, RETRY)
 BY_NAME = {row.name: row for row in ROWS}
 PAIRS = [pytest.param(row, call, id=f"{row.name}-{call}") for row in ROWS for call in row.rows()]
 NOT_YET = {
-    "Admin": "called by the commands before a stage begins",
     "Clock": "leaves no process",
     "LakeReader": "the trainer's and replay's",
     "JoinedUpTo": "the gateway's settler's, whose tests let it be away",
@@ -102,6 +102,16 @@ def test_every_interface_of_the_contract_is_a_stages_or_says_whose_it_is():
     of_stages = {interface.__name__ for row in ROWS for interface in row.interfaces}
     contract = {interface.__name__ for interface in contract_interfaces()}
     assert contract - of_stages == set(NOT_YET)
+
+
+def test_every_method_of_the_admin_has_a_row_of_each_stage_that_calls_it():
+    """They are called before a stage's loop turns, and nobody but the watch of the calls would see one that hangs."""
+    rows = {str(call): {row.name for row in ROWS if call in row.rows()} for call in calls_of(Admin)}
+    assert rows == {
+        "Admin.ensure_topics": {row.name for row in ROWS},
+        "Admin.topic_id": {"stream", "aggregate", "sink"},
+        "Admin.retention_ms": {"sink"},
+    }
 
 
 def test_a_call_without_a_row_is_refused():
@@ -174,6 +184,11 @@ def test_planted_a_stage_that_goes_on_after_a_failure_is_caught(monkeypatch: pyt
     monkeypatch.setattr(AggregateStage, "fail", lambda self, error: None)
     monkeypatch.setattr(DurableState, "_fail", lambda self, error: self._owner.fail(error))
     assert is_caught("aggregate", "Blobs.put")
+
+
+def test_planted_a_start_that_nobody_watches_is_caught(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CallWatch, "wrap", lambda self, who, inner, bounds=None: inner)
+    assert is_caught("stream", "Admin.topic_id") and is_caught("sink", "Admin.retention_ms")
 
 
 def test_planted_a_join_that_skips_a_record_is_caught(monkeypatch: pytest.MonkeyPatch):

@@ -50,6 +50,7 @@ WHAT_HAPPENS = {
     "headrace/process/watchdog.py": ("Thread", "it has nothing to raise; what it finds ends the process"),
     "headrace/sender/sender.py": ("Thread", "it goes on after every exception; without it `emit` raises"),
     "ingest/crawl/crawl_stage.py": ("ensure_future", "Scrapy's end, which is waited for a second and then left"),
+    "ingest/crawl/extraction_pool.py": ("Popen", "its page is refused, with the reason; the next page gets a new one"),
     "ingest/crawl/scrapy_run.py": ("ensure_future", "the work that Twisted's reactor runs: what it raises is raised"),
     "ingest/dead_letters/settler.py": ("Thread", "`run`, several times a second, raises it"),
     "ingest/forward/listeners.py": ("to_thread", "awaited at once"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from headrace.contract.checks.names import LATER, PREFIXES, RESERVED
 from headrace.contract.formats.events import ENVELOPE, VALUE, VERSION
 from headrace.contract.formats.sample import LAKE_HOURS, LEAD, TAIL
-from headrace.contract.names import LATER, PREFIXES, RESERVED
 from headrace.ingest.decode.validate import ID_BYTES_MAX, PLACE_MAX
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "events.md").read_text()

@@ -55,6 +55,19 @@ def test_no_file_names_this_machine_or_a_registry() -> None:
     assert not wrong, "say it by a variable or a relative path"
 
 
+def test_the_demo_shops_events_stand_in_the_demo_alone() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=False).stdout
+    own = [name for name in listed.splitlines() if not name.startswith(("examples/shop/", "tests/", "bench/"))]
+    wrong = []
+    for name in own:
+        path = CHECKOUT / name
+        if path.suffix in {".bin", ".png", ".gz"} or not path.is_file() or name == "docs/CHANGELOG.md":
+            continue
+        found = re.search(r"\bshop\.(impression|click|dwell|purchase)|web-dwells|spool/shop\"", path.read_text())
+        wrong += [f"{name}: {found[0]}"] if found else []
+    assert not wrong, "show README's project, store: a user's own project meets this text"
+
+
 def test_pins_are_versions_and_nothing_else() -> None:
     lines = [line for line in (CHECKOUT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert len(lines) > 50

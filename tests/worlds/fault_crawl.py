@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+from crawl_world import ExtractionHere
 from fault_matrix import Hangs, Killed, Process, StageRow
-from fault_stages import LaggingProducer
+from fault_stages import LaggingProducer, asked_of_log
 from scrapy.exceptions import DownloadTimeoutError
 from scrapy.http import Request, Response
 from stream_world import Blobs as MemoryBlobs
@@ -33,7 +34,7 @@ from headrace.contract.formats.events import EXTERNAL, ExternalValue, decode_bat
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.frontier import GONE, Body, Found, Frontier, Settled, Version
-from headrace.contract.interfaces.log import Producer, Reader
+from headrace.contract.interfaces.log import Admin, Producer, Reader
 from headrace.ingest.crawl.answers import body_name
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.crawl_stage import CrawlRun
@@ -201,6 +202,9 @@ class CrawlWorld:
 
     def dependencies(self, process: Process) -> CrawlDependencies:
         self.process = process
+        asked_of_log(process, self.log)
+        # From here on the crawler's loop is watched.
+        process.is_starting = False
         return CrawlDependencies(
             crawls=(CRAWL,),
             config=CONFIG,
@@ -210,6 +214,7 @@ class CrawlWorld:
             bodies=process.wrap(Blobs, self.blobs),
             producer=process.wrap(Producer, LaggingProducer(self.log)),
             metrics=MemoryMetrics(),
+            extraction=ExtractionHere(),
             clock=self.clock,
             open_reader=lambda: process.wrap(Reader, self.log.reader()),
             begin_afresh=True,
@@ -330,6 +335,8 @@ _AGAIN = "`headrace crawl --extract-again` asks it: the row crawl-again"
 _ONLY_CRAWL = "extraction of stored bodies asks no site, and notes nothing of addresses"
 _OF_ADDRESSES = ("due", "next_due_ms", "settle", "not_modified", "failed", "gone", "wait_for", "pages", "has_body")
 _CLOSED = {
+    "Admin.topic_id": "it stores nothing that was made of a topic",
+    "Admin.retention_ms": "the sink alone asks it: the row sink",
     "Producer.flush": "the process flushes by closing",
     "Producer.close": "the command closes it when the stage has ended",
     "Blobs.list": "a body has its digest's name; nobody lists them",
@@ -337,7 +344,7 @@ _CLOSED = {
 ROWS = (
     StageRow(
         "crawl",
-        (Frontier, Blobs, Producer, Reader, Site),
+        (Admin, Frontier, Blobs, Producer, Reader, Site),
         CrawlWorld,
         {
             **_CLOSED,
@@ -350,7 +357,7 @@ ROWS = (
     ),
     StageRow(
         "crawl-again",
-        (Frontier, Blobs, Producer),
+        (Admin, Frontier, Blobs, Producer),
         AgainWorld,
         {
             **_CLOSED,

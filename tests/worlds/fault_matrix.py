@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from headrace.backends.clock import VirtualClock
 from headrace.contract import interfaces
 from headrace.contract.errors import Overloaded, Unavailable
+from headrace.process.call_watch import ANSWER_MAX_S, CallWatch
 from headrace.process.watchdog import STILL_MAX_S, Watchdog
 
 BEFORE_STEPS = 6
@@ -166,6 +167,8 @@ class Process:
     met: bool = False
     met_s: float | None = None
     in_thread: bool = False
+    is_starting: bool = False
+    """Its loop does not turn yet, and nobody looks whether it does: the watch of the calls alone ends the process."""
     called: Counter[Call] = field(default_factory=Counter)
     late: list[Callable[[], Any]] = field(default_factory=list)
     """What takes effect only after the process ended."""
@@ -175,6 +178,7 @@ class Process:
 
     def __post_init__(self) -> None:
         self.watchdog = Watchdog(self.clock.monotonic, self._end)
+        self.calls = CallWatch(self.clock.monotonic, self._end, by_itself=False)
 
     def wrap(self, interface: type, inner: Any) -> Any:
         """Return `inner` behind the process's faults."""
@@ -250,11 +254,12 @@ class Process:
     def _hang(self) -> None:
         if self.in_thread:
             raise Hangs
-        # On the loop itself: nobody is left to see it but the watchdog.
-        self.clock.advance(STILL_MAX_S + 1.0)
-        self.watchdog.look()
+        # Nobody is left to see it but who looks from outside.
+        watch, bound_s = (self.calls, ANSWER_MAX_S) if self.is_starting else (self.watchdog, STILL_MAX_S)
+        self.clock.advance(bound_s + 1.0)
+        watch.look()
         if not self.is_dead:
-            raise StandsStill("a call on the event loop does not return and nobody ends the process")
+            raise StandsStill("a call does not return and nobody ends the process")
         raise Killed
 
     def _end(self, _why: str) -> None:
@@ -297,7 +302,7 @@ class StageWorld(Protocol):
     clock: VirtualClock
 
     def start(self, process: Process) -> Stage:
-        """Start a process, all of whose outside calls go through `process`."""
+        """Start a process, all of whose outside calls go through `process`. Raises what ends it at its start."""
 
     def trouble(self) -> str:
         """Return what the checkers find once all work is done, "" when all is as it should be."""
@@ -327,10 +332,17 @@ class StageRow:
 
 
 async def _live(
-    stage: Stage, process: Process, *, late: Sequence[Callable[[], Any]] = (), killed_at: int = STEPS_MAX
+    world: StageWorld, process: Process, *, late: Sequence[Callable[[], Any]] = (), killed_at: int = STEPS_MAX
 ) -> BaseException | None:
     """Run a process to its end; return None when it ended its work, `Killed` when it died, or what stopped it."""
 
+    process.is_starting = True
+    try:
+        stage = world.start(process)
+    except (Exception, Killed) as error:
+        return Killed() if process.is_dead else error
+    finally:
+        process.is_starting = False
     pace = asyncio.Event()
 
     async def read() -> None:
@@ -404,9 +416,9 @@ def check_cell(row: StageRow, cell: Cell) -> bool:
     async def run() -> bool:
         if cell.goes_on:
             before = CURRENT.process = Process(world.clock)
-            await _live(world.start(before), before, killed_at=BEFORE_STEPS)
+            await _live(world, before, killed_at=BEFORE_STEPS)
         process = CURRENT.process = Process(world.clock, cell, row.outage_s)
-        ended = await _live(world.start(process), process)
+        ended = await _live(world, process)
         if isinstance(ended, AssertionError):
             raise ended
         if ended is None and (found := world.trouble()):
@@ -414,7 +426,7 @@ def check_cell(row: StageRow, cell: Cell) -> bool:
         if not process.met:
             return False
         following = CURRENT.process = Process(world.clock)
-        again = await _live(world.start(following), following, late=process.late)
+        again = await _live(world, following, late=process.late)
         if again is not None:
             raise AssertionError(f"{row.name}, {cell}: ended with {ended!r}; a restart ended with {again!r}")
         if found := world.trouble():
@@ -436,9 +448,9 @@ def calls_made(row: StageRow, *, goes_on: bool = False) -> Counter[Call]:
     async def run() -> Counter[Call]:
         if goes_on:
             before = CURRENT.process = Process(world.clock)
-            await _live(world.start(before), before, killed_at=BEFORE_STEPS)
+            await _live(world, before, killed_at=BEFORE_STEPS)
         process = CURRENT.process = Process(world.clock)
-        ended = await _live(world.start(process), process)
+        ended = await _live(world, process)
         if (found := world.trouble()) or ended is not None:
             raise AssertionError(f"{row.name}, undisturbed: ended with {ended!r}; {found}")
         return process.called

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -23,12 +23,13 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.cli.stage_topics import StageTopics, open_topics
 from headrace.contract.config import AggregateConfig, Config, IngestConfig, JoinConfig, LogConfig, SinkConfig
 from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeWriter
-from headrace.contract.interfaces.log import Producer, Reader, Record
+from headrace.contract.interfaces.log import Admin, Producer, Reader, Record
 from headrace.ingest.crawl import spider
 from headrace.process import waits
 from headrace.replay.ledger.settled import check_settled
@@ -63,8 +64,8 @@ class GroupPositions(Protocol):
     def acknowledge(self, partition: int, upto: int) -> None:
         """Let the group commit the partition's records up to `upto`."""
 
-    def lag(self) -> int:
-        """Return how many records lie beyond what was taken."""
+    def lag(self) -> float:
+        """Return how many records lie beyond what was taken, NaN while not known."""
 
     def end(self, partition: int) -> int | None:
         """Return the partition's end as of the last look."""
@@ -83,7 +84,7 @@ class MemoryGroup:
         """Remember how far the group has committed."""
         self.acknowledged[partition] = max(upto, self.acknowledged.get(partition, -1))
 
-    def lag(self) -> int:
+    def lag(self) -> float:
         """Nothing hangs on it here."""
         return 0
 
@@ -163,13 +164,23 @@ class Driven:
         return [partition.durable for partition in self.stage.partitions.values()]
 
 
+def asked_of_log(
+    process: Process, log: MemoryLog, *, ids_of: Sequence[str] = (), kept_of: Sequence[str] = (), partitions: int = 2
+) -> StageTopics:
+    """Ask the log what a command asks before its stage begins, by an admin that is watched as the command's is."""
+    admin = process.calls.wrap("admin", process.wrap(Admin, log.admin()))
+    return open_topics(admin, TOPICS, partitions, ids_of=ids_of, kept_of=kept_of)
+
+
 class _World:
-    def __init__(self) -> None:
+    def __init__(self, reads: str) -> None:
         self.log, self.blobs, self.clock = MemoryLog(lambda: 0), MemoryBlobs(), VirtualClock()
-        self.log.admin().ensure_topics(TOPICS.specs(PARTITIONS))
+        # What it reads is there; what it writes is created by the stage, as on a new log.
+        self.log.admin().ensure_topics([spec for spec in TOPICS.specs(PARTITIONS) if spec.name == reads])
         self.group = MemoryGroup()
 
     def dependencies(self, process: Process) -> tuple[StageDependencies, LaggingProducer]:
+        ids = asked_of_log(process, self.log, ids_of=(TOPICS.events,)).ids
         producer = LaggingProducer(self.log)
         deps = StageDependencies(
             project=PROJECT,
@@ -180,6 +191,7 @@ class _World:
             metrics=MemoryMetrics(),
             clock=self.clock,
             open_reader=lambda: process.wrap(Reader, self.log.reader()),
+            topic_id=ids[TOPICS.events],
         )
         return deps, producer
 
@@ -204,7 +216,7 @@ class EventsWorld(_World):
     """The log of events in memory, read by the join or by the aggregator."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(TOPICS.events)
         for partition, coming in enumerate(ARRIVALS):
             for record in coming:
                 self.log.append(TOPICS.events, partition, record.value, record.key, record.headers)
@@ -240,7 +252,7 @@ class SinkWorld(_World):
     """The sink on a real Delta table: each sample of the topic is in it once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(TOPICS.samples)
         self.folder = tempfile.TemporaryDirectory()
         self.expected = []
         for partition in range(PARTITIONS):
@@ -250,11 +262,14 @@ class SinkWorld(_World):
                 after = trainer_world.send(self.log, whole.slice(begin, SAMPLES_A_RECORD), after=after)
 
     def start(self, process: Process) -> Driven:
-        lake = process.wrap(LakeWriter, self.lake())
-        return Driven(self, process, SinkStage(CONFIG, lake, MemoryMetrics(), self.clock))
+        topic = TOPICS.samples
+        told = asked_of_log(process, self.log, ids_of=(topic,), kept_of=(topic,))
+        lake = process.wrap(LakeWriter, self.lake(samples_id=told.ids[topic]))
+        stage = SinkStage(CONFIG, lake, MemoryMetrics(), self.clock, kept_ms=told.kept_ms[topic])
+        return Driven(self, process, stage)
 
-    def lake(self) -> DeltaLake:
-        return DeltaLake(str(Path(self.folder.name) / "lake"), partitions=PARTITIONS)
+    def lake(self, *, samples_id: str = "") -> DeltaLake:
+        return DeltaLake(str(Path(self.folder.name) / "lake"), partitions=PARTITIONS, samples_id=samples_id)
 
     def close(self) -> None:
         self.folder.cleanup()
@@ -292,12 +307,13 @@ _CLOSED: dict[str, str] = {
     "Producer.flush": "the process flushes by closing",
     "Producer.close": "the command closes it when the stage has ended",
     "GroupPositions.oldest_unread_ms": "the sink alone tells an age",
+    "Admin.retention_ms": "the sink alone asks it: the row sink",
     **_UNDAMAGED,
 }
 ROWS = (
-    StageRow("stream", (Producer, Blobs, Spill, GroupPositions), StreamWorld, _CLOSED),
-    StageRow("aggregate", (Producer, Blobs, GroupPositions, Reader), AggregateWorld, _CLOSED),
-    StageRow("sink", (LakeWriter, GroupPositions), SinkWorld, _UNDAMAGED),
+    StageRow("stream", (Admin, Producer, Blobs, Spill, GroupPositions), StreamWorld, _CLOSED),
+    StageRow("aggregate", (Admin, Producer, Blobs, GroupPositions, Reader), AggregateWorld, _CLOSED),
+    StageRow("sink", (Admin, LakeWriter, GroupPositions), SinkWorld, _UNDAMAGED),
 )
 
 

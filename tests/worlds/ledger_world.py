@@ -20,6 +20,7 @@ from join_world import traffic
 from stream_world import Blobs
 
 from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import Config, IngestConfig, JoinConfig, LedgerConfig, LogConfig
 from headrace.contract.formats.events import Punctuation, encode_batch, encode_punctuation
@@ -29,12 +30,13 @@ from headrace.contract.formats.seals import HEADER
 from headrace.contract.formats.steps import Step, StepRange, encode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
-from headrace.contract.project import Task
+from headrace.contract.project import Project, Task
 from headrace.kernels.sample_ids import id_hashes, sum_of
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.take_stock import Mode, take_stock
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.state import StateWriter
+from headrace.stream.rule_changes import ensure_first
 from headrace.stream.shell.account import Account, fresh_account
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.source.stored import stored_order
@@ -50,6 +52,11 @@ CONFIG = Config(
 )
 TOPICS = Topics()
 Change = Callable[[pa.Table], pa.Table]
+
+
+def begin_rules(log: MemoryLog, project: Project = PROJECT) -> None:
+    """Write the rules that the log begins with, as the first stage does."""
+    ensure_first(FencedMemory(log, TOPICS.rules, "rules", WriterEpochs()), project, now_ms=0, pause=lambda _: None)
 
 
 @cache
@@ -80,6 +87,7 @@ class World:
     def __init__(self, folder: Path, seed: int = 1, steps: int = 250) -> None:
         self.log, self.blobs, self.random = MemoryLog(lambda: 0), Blobs(), Random(seed)
         self.log.admin().ensure_topics(TOPICS.specs(PARTITIONS))
+        begin_rules(self.log)
         self.lake = DeltaLake(str(folder / "lake"), partitions=PARTITIONS, hash_ids=id_hashes)
         self.waiting = {p: events(seed, p, steps) for p in range(PARTITIONS)}
         self.states = [JoinState(PROJECT, CONFIG.join, silent_ms=300_000, partition=p) for p in range(PARTITIONS)]

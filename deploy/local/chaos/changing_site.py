@@ -20,6 +20,7 @@ import msgspec
 from headrace.contract.crawl import Crawl, Extract, Follow
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local.layout import HOST
+from headrace.process.awake import awake_s
 from headrace.process.background import Background
 
 PAGES, KEYS = 20, 20
@@ -124,11 +125,11 @@ class ChangingSite:
         self._resting.set()
         self._threads[1].join()
         self._background.check()
-        until = time.monotonic() + timeout_s
+        until = awake_s() + timeout_s
         while True:
             with self._lock:
                 left = sum(page.etag not in page.acknowledged for page in self.pages.values())
-            if not left or time.monotonic() > until:
+            if not left or awake_s() > until:
                 return left
             time.sleep(_ASK_S)
 

@@ -26,6 +26,7 @@ from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.metrics_text import parse
 from headrace.deploy.local.readiness import http_get
 from headrace.deploy.local.supervise import Program, Supervisor
+from headrace.process.awake import awake_s
 
 
 class CrawlRun:
@@ -59,8 +60,8 @@ class CrawlRun:
     def settled(self, layout: Layout, quiet_s: float, say: Say) -> CrawlAccount:
         """Return the account with what is not settled once the site is at rest and the outbox empty."""
         account = CrawlAccount(unsettled=self.site.rest(quiet_s))
-        until = time.monotonic() + quiet_s
-        while time.monotonic() < until:
+        until = awake_s() + quiet_s
+        while awake_s() < until:
             status, body = http_get(f"http://{HOST}:{layout.port('metrics_crawl')}/metrics")
             if status == 200 and parse(body.decode()).get("headrace_crawl_outbox_rows") == 0:
                 break

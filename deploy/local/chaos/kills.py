@@ -17,6 +17,7 @@ from headrace.deploy.local.chaos.load import Load
 from headrace.deploy.local.chaos.own_stack import READY_S, Say, await_ready
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
+from headrace.process.awake import awake_s
 
 QUIET_S = 180.0
 
@@ -33,19 +34,19 @@ def load_and_break(
 ) -> None:
     """Load the stack, break it as `breaks` does, wait for quiet, and count the ids."""
     load = Load(project, layout.port("forward"), layout.home / "spool", account.rate, account.seed)
-    begin = time.monotonic()
+    begin = awake_s()
     load.start()
     try:
         breaks(load)
         time.sleep(1.0)
     finally:
         load.stop()
-    account.seconds, account.held_s = round(time.monotonic() - begin, 1), round(load.held_s, 1)
+    account.seconds, account.held_s = round(awake_s() - begin, 1), round(load.held_s, 1)
     account.rate_held = round(load.count / account.seconds, 1)
     await_ready(layout, ready_s, say)
     if not load.settled(QUIET_S):
         say(f"{load.unacked} events still have no ack after {QUIET_S:.0f} s")
-    quiet_s = time.monotonic() - begin - account.seconds
+    quiet_s = awake_s() - begin - account.seconds
     say(f"quiet: every shipper has its acks after {quiet_s:.1f} s more")
     reader = KafkaReader(layout.brokers)
     count(reader, Topics(config.log.generation), project, load, account)
@@ -59,10 +60,10 @@ def kill_all(layout: Layout, account: Account, load: Load, say: Say) -> None:
         if kill.when_ready:
             await_ready(layout)
         time.sleep(kill.after_s)
-        until = time.monotonic() + READY_S
+        until = awake_s() + READY_S
         while not kill.pid:
             kill.pid = supervisor.pids().get(kill.process, 0)
-            if not kill.pid and time.monotonic() > until:
+            if not kill.pid and awake_s() > until:
                 raise Unavailable(f"{kill.process} did not start again in {READY_S:.0f} s; see {layout.logs}.")
             time.sleep(0 if kill.pid else 0.05)
         try:

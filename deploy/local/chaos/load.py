@@ -20,6 +20,7 @@ import msgpack
 
 from headrace.contract.errors import Overloaded
 from headrace.contract.project import FieldType, Project
+from headrace.process.awake import awake_s
 from headrace.process.background import Background
 from headrace.sender import Sender
 
@@ -124,7 +125,7 @@ class RawShipper:
     def _converse(self, sock: socket.socket) -> None:
         """Send and take acks until the connection breaks. Raises `OSError` then."""
         acks = msgpack.Unpacker()
-        heard_s = time.monotonic()
+        heard_s = awake_s()
         while not self._stop:
             self._chunks()
             while self._todo and len(self._sent) < 32:
@@ -136,14 +137,14 @@ class RawShipper:
             try:
                 data = sock.recv(65_536)
             except TimeoutError:
-                if self._sent and time.monotonic() - heard_s > _ACK_TIMEOUT_S:
+                if self._sent and awake_s() - heard_s > _ACK_TIMEOUT_S:
                     raise OSError("no ack") from None
                 if not self._sent:
-                    heard_s = time.monotonic()
+                    heard_s = awake_s()
                 continue
             if not data:
                 raise OSError("closed by the gateway")
-            heard_s = time.monotonic()
+            heard_s = awake_s()
             acks.feed(data)
             for ack in acks:
                 wire_size = self._sent.pop(ack["ack"], None)
@@ -198,8 +199,8 @@ class Load(Emitted):
 
     def settled(self, timeout_s: float) -> bool:
         """Wait for the last ack, then close the shippers; say whether it came."""
-        until = time.monotonic() + timeout_s
-        while self.unacked and time.monotonic() < until:
+        until = awake_s() + timeout_s
+        while self.unacked and awake_s() < until:
             time.sleep(0.05)
         done = not self.unacked
         for raw in self._raw:
@@ -208,16 +209,16 @@ class Load(Emitted):
         return done
 
     def _drive(self) -> None:
-        begin, emitted = time.monotonic(), 0
+        begin, emitted = awake_s(), 0
         while not self._stop.is_set():
             if self.wait.is_set() or self.unacked > IN_FLIGHT_S * self._rate:
                 # What was not emitted meanwhile is not owed: the rate that was held says how much that was.
-                paused = time.monotonic()
+                paused = awake_s()
                 self._stop.wait(5 * TURN_S)
-                self.held_s += time.monotonic() - paused
-                begin, emitted = time.monotonic(), self.count
+                self.held_s += awake_s() - paused
+                begin, emitted = awake_s(), self.count
                 continue
-            due = emitted + int((time.monotonic() - begin) * self._rate)
+            due = emitted + int((awake_s() - begin) * self._rate)
             while self.count < due and not self._stop.is_set():
                 self._emit()
             self._stop.wait(TURN_S)

@@ -21,6 +21,7 @@ from headrace.deploy.local.doctor import free_port
 from headrace.deploy.local.layout import HOST, Layout
 from headrace.deploy.local.stack import ALSO, STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
+from headrace.process.awake import awake_s
 
 RESTART_MAX_S = 5.0
 """What is killed every few seconds by a plan is started again soon, not as late as what crashes by itself."""
@@ -126,16 +127,16 @@ def await_ready(layout: Layout, ready_s: float = READY_S, say: Say | None = None
     others = readiness.stage_probes(replace(layout, port_base=_second_base(layout)))
     probes |= {SECOND: others["ingest"], SECOND_WORKER: others["stream"]}
     asked = {p.name: probes[p.name] for p in Supervisor(layout).processes() if p.name in probes}
-    until, told_s = time.monotonic() + ready_s, time.monotonic()
+    until, told_s = awake_s() + ready_s, awake_s()
     while reasons := [f"{name}: {reason}" for name, ask in asked.items() if (reason := ask())]:
-        if time.monotonic() > until:
+        if awake_s() > until:
             raise Unavailable(f"not ready again after {ready_s:.0f} s: {'; '.join(reasons)}; see {layout.logs}.")
-        if say and time.monotonic() - told_s > TELL_S:
+        if say and awake_s() - told_s > TELL_S:
             say(f"not ready yet: {'; '.join(reasons)}")
-            told_s = time.monotonic()
+            told_s = awake_s()
         time.sleep(0.05)
     if layout.own_kafka and (trouble := readiness.kafka_trouble(layout.brokers, ready_s)):
         raise Unavailable(trouble)
     while layout.own_hdfs and (trouble := readiness.hdfs_trouble(layout)):
-        if time.monotonic() > until:
+        if awake_s() > until:
             raise Unavailable(f"not ready again after {ready_s:.0f} s: {trouble}; see {layout.logs}.")

@@ -36,6 +36,7 @@ from headrace.deploy.local.chaos.strikes import Strikes
 from headrace.deploy.local.chaos.whole import Backlog, await_steady, await_still, broker_is_settled, model_account
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
+from headrace.process.awake import awake_s
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.settled import SettledCounts, check_settled
 from headrace.replay.ledger.take_stock import take_stock
@@ -118,7 +119,7 @@ class ChaosRun:
 
     def _drained(self, layout: Layout, account: Account) -> Ledger:
         """Return the whole ledger once nothing moves any more, or after `DRAINED_S`."""
-        until = time.monotonic() + DRAINED_S
+        until = awake_s() + DRAINED_S
         while True:
             self._await_rest(layout, until)
             self.say("samples and lake stand still; drawing the ledger")
@@ -129,7 +130,7 @@ class ChaosRun:
                 KafkaReader(layout.brokers),
                 lake_of(layout, self.config),
             )
-            if all_there(ledger, account.stages) or time.monotonic() > until:
+            if all_there(ledger, account.stages) or awake_s() > until:
                 return ledger
             self.say(
                 f"draining: {ledger.waiting:,} wait for feedback, {ledger.samples:,} samples, {ledger.stored:,} stored"
@@ -138,7 +139,7 @@ class ChaosRun:
     def _await_rest(self, layout: Layout, until: float) -> None:
         """Return when neither `samples` nor the lake grew while the sink had time for two commits, or at `until`."""
         topics, reader, before = Topics(self.config.log.generation), KafkaReader(layout.brokers), ""
-        while time.monotonic() < until:
+        while awake_s() < until:
             state = lake_of(layout, self.config).state()
             now = f"{reader.end_offsets(topics.samples)} {state.version if state else -1}"
             if now == before:

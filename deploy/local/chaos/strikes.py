@@ -23,6 +23,7 @@ from headrace.deploy.local.chaos.own_stack import Say
 from headrace.deploy.local.chaos.small_disk import SmallDisk
 from headrace.deploy.local.servers.room import ROOM_BYTES
 from headrace.deploy.local.supervise import Supervisor
+from headrace.process.awake import awake_s
 
 AGAIN_S = 0.2
 ABSENT_S = 120.0
@@ -48,7 +49,7 @@ class Strikes:
 
     def run(self, faults: Sequence[Fault], told: Callable[[], str]) -> None:
         """Carry all out. `told` says how the load does, for the lines that tell of it."""
-        self._begin_s = time.monotonic()
+        self._begin_s = awake_s()
         for number, fault in enumerate(faults, 1):
             self._at(fault.at_s, lambda f=fault, n=number: self._begin(f, f"{n:>2} of {len(faults)}", told))  # type: ignore[misc]
         tell_s = TELL_S
@@ -67,7 +68,7 @@ class Strikes:
                 self._end(fault)
 
     def _now(self) -> float:
-        return time.monotonic() - self._begin_s
+        return awake_s() - self._begin_s
 
     def _at(self, at_s: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._due, (at_s, next(self._order), act))

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from headrace.deploy.local.metrics_text import parse
 from headrace.deploy.local.readiness import http_get, kafka_trouble
 from headrace.deploy.local.servers import room
 from headrace.deploy.local.supervise import Process, Supervisor
+from headrace.process.awake import awake_s
 from headrace.process.background import Background
 from headrace.replay.as_trained import Result
 from headrace.replay.recorded import recorded_steps
@@ -115,12 +117,13 @@ class Backlog:
             for stage, url in zip(_FOLLOWERS, self._urls, strict=True):
                 status, body = http_get(url)
                 lag = parse(body.decode()).get(f"headrace_{stage}_lag_records") if status == 200 else None
-                if lag is not None:
+                if lag is not None and math.isfinite(lag):
                     found[stage] = int(lag)
             self._lags = found
             if any(lag > BEHIND_MAX for lag in found.values()):
                 self._load.wait.set()
-            elif all(lag < BEHIND_MAX // 2 for lag in found.values()):
+            # A stage that does not tell may be behind: the load waits on.
+            elif len(found) == len(_FOLLOWERS) and all(lag < BEHIND_MAX // 2 for lag in found.values()):
                 self._load.wait.clear()
 
 
@@ -129,13 +132,13 @@ def await_steady(layout: Layout, say: Say) -> None:
 
     Raises `Unavailable` with those that are not after `STALLED_S`.
     """
-    begin = told_s = time.monotonic()
+    begin = told_s = awake_s()
     while loose := [f"{p.name} {p.state} for {p.uptime_s} s" for p in _processes(layout) if not _is_steady(p)]:
-        if time.monotonic() - begin > STALLED_S:
+        if awake_s() - begin > STALLED_S:
             raise Unavailable(f"not steady after {STALLED_S:.0f} s: {', '.join(loose)}; see {layout.logs}.")
-        if time.monotonic() - told_s > TELL_S:
+        if awake_s() - told_s > TELL_S:
             say(f"not steady yet: {', '.join(loose)}")
-            told_s = time.monotonic()
+            told_s = awake_s()
         time.sleep(1.0)
 
 
@@ -163,21 +166,21 @@ def await_still(layout: Layout, config: Config, say: Say) -> bool:
     """Return True when samples, lake and steps stood still for two commits of the sink, False after `AT_MOST_S`."""
     topics, reader = Topics(config.log.generation), KafkaReader(layout.brokers)
     # The sink commits every commit_ms and a commit to HDFS takes seconds; the trainer waits 50 ms.
-    still_s, begin = 2 * config.sink.commit_ms / 1000 + 6.0, time.monotonic()
+    still_s, begin = 2 * config.sink.commit_ms / 1000 + 6.0, awake_s()
     before, since_s, told_s = "", begin, begin
     try:
-        while time.monotonic() - begin < AT_MOST_S:
+        while awake_s() - begin < AT_MOST_S:
             state = lake_of(layout, config).state()
             samples, steps = sum(reader.end_offsets(topics.samples).values()), reader.end_offsets(topics.steps)
             now = f"{samples:,} records of samples, {sum(steps.values()):,} steps, lake version "
             now += str(state.version if state else -1)
             if now != before:
-                before, since_s = now, time.monotonic()
-            elif time.monotonic() - since_s > still_s:
+                before, since_s = now, awake_s()
+            elif awake_s() - since_s > still_s:
                 return True
-            if time.monotonic() - told_s > TELL_S:
+            if awake_s() - told_s > TELL_S:
                 say(f"waiting until these stand still: {now}")
-                told_s = time.monotonic()
+                told_s = awake_s()
             time.sleep(LOOK_S)
     finally:
         reader.close()
@@ -204,11 +207,11 @@ def model_account(layout: Layout, project: Project, config: Config, say: Say) ->
 
 
 def _await(ask: Callable[[], str], say: Say) -> None:
-    begin = told_s = time.monotonic()
-    while (reason := ask()) and time.monotonic() - begin < STALLED_S:
-        if time.monotonic() - told_s > TELL_S:
+    begin = told_s = awake_s()
+    while (reason := ask()) and awake_s() - begin < STALLED_S:
+        if awake_s() - told_s > TELL_S:
             say(f"waiting for {reason}")
-            told_s = time.monotonic()
+            told_s = awake_s()
         time.sleep(1.0)
 
 

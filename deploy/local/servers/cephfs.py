@@ -23,6 +23,7 @@ from pathlib import Path
 
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.deploy.local.layout import HOST
+from headrace.process.awake import awake_s
 
 PACKAGES = ("ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse", "ceph-common", "fuse3")
 PROGRAMS = ("ceph", "ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse", "monmaptool", "fusermount3")
@@ -205,9 +206,9 @@ class CephFs:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _await(self, what: str, there: Callable[[], bool]) -> None:
-        begin = time.monotonic()
+        begin = awake_s()
         while not there():
-            if time.monotonic() - begin > ACTIVE_S:
+            if awake_s() - begin > ACTIVE_S:
                 raise Unavailable(f"CephFS has not {what} after {ACTIVE_S:.0f} s; its logs are in {self.folder}/log.")
             time.sleep(0.5)
 
@@ -227,9 +228,9 @@ class CephFs:
             return False
 
     def _await_end(self, pids: list[int], patience_s: float) -> bool:
-        end = time.monotonic() + patience_s
+        end = awake_s() + patience_s
         while any(_runs(pid) for pid in pids):
-            if time.monotonic() > end:
+            if awake_s() > end:
                 return False
             time.sleep(0.05)
         return True

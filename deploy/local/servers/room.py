@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from headrace.process.awake import awake_s
+
 ROOM_BYTES = 1 << 30
 """Recovery of a small node takes seconds, and disks that are written to at 100 MB/s take ten to fill this."""
 PATIENCE_S = 60.0
@@ -37,10 +39,10 @@ def lacking(folder: str, room_bytes: int = ROOM_BYTES) -> str:
 def main(argv: Sequence[str]) -> int:
     """Become the command once there is room; 1 after `PATIENCE_S` without."""
     folder, *command = argv
-    until = time.monotonic() + PATIENCE_S
+    until = awake_s() + PATIENCE_S
     if reason := lacking(folder):
         print(f"waiting: {reason}", file=sys.stderr, flush=True)
-    while reason and time.monotonic() < until:
+    while reason and awake_s() < until:
         time.sleep(LOOK_S)
         reason = lacking(folder)
     if not reason:

@@ -74,11 +74,12 @@ class FencedKafka:
             self._producer = None
             raise self._named(error, "append to") from error
 
-    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
+    def read(self, offset: int, wait_s: float = 0.0, *, kept_only: bool = False) -> list[tuple[int, bytes]]:
         """Return committed records from `offset` on, with their offsets.
 
         `wait_s` 0 reads to the present end; else it returns what comes first within `wait_s`, perhaps nothing.
-        Raises `Unavailable` when the broker stays away.
+        Raises `Unavailable` when the broker stays away, `InvariantBroken` where `offset` is not in the log, unless
+        `kept_only`.
         """
         consumer = self._reading()
         if wait_s == 0 or self._at != offset:
@@ -103,6 +104,8 @@ class FencedKafka:
             elif error.code() == ck.KafkaError._PARTITION_EOF:
                 if wait_s == 0:
                     return found
+            elif error.code() == ck.KafkaError._AUTO_OFFSET_RESET and kept_only:
+                consumer.assign([ck.TopicPartition(self._topic, 0, ck.OFFSET_BEGINNING)])
             elif error.code() == ck.KafkaError._AUTO_OFFSET_RESET:
                 raise InvariantBroken(f"{self._topic}: offset {offset} is not in the log; was the topic made anew?")
         if wait_s == 0:

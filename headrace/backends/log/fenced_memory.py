@@ -32,9 +32,13 @@ class FencedMemory:
             raise InvariantBroken(f"another process became the writer of {self._topic} ({self._id}): this one stops.")
         self._log.append(self._topic, 0, value, None, {})
 
-    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
-        """Return all records from `offset` on; never waits."""
-        records = self._log.partitions(self._topic)[0]
+    def read(self, offset: int, wait_s: float = 0.0, *, kept_only: bool = False) -> list[tuple[int, bytes]]:
+        """Return all records from `offset` on; never waits. Raises `InvariantBroken` where the log does not have it."""
+        records, begin = self._log.partitions(self._topic)[0], self._log.begins[self._topic, 0]
+        if not begin <= offset <= begin + len(records):
+            if not kept_only:
+                raise InvariantBroken(f"{self._topic}: offset {offset} is not in the log; was the topic made anew?")
+            offset = begin
         return [(r.offset, r.value) for r in records if r.offset >= offset and r.value is not None]
 
     def close(self) -> None:

@@ -85,7 +85,10 @@ class KafkaGroup:
         self._began: dict[int, int] = {}
         """Where the reading of a partition began: an offset, or librdkafka's number for the log's begin or end."""
         self._claimed = 0
-        self._lag = self._gap = self._bytes = 0
+        self._lag: int | None = None
+        self._is_assigned = False
+        """The group has said which partitions are this member's, be it none."""
+        self._gap = self._bytes = 0
         self._failed: BaseException | None = None
         self._away_since: float | None = None
         self._told: set[str] = set()
@@ -257,16 +260,21 @@ class KafkaGroup:
             self._committed.pop(part.partition, None)
 
     def _measure(self) -> None:
-        lag = 0
-        for partition in list(self._claims):
-            part = ck.TopicPartition(self._topic, partition)
-            try:
-                begin, end = self._consumer.get_watermark_offsets(part, cached=True)
-                (at,) = self._consumer.position([part])
-            except ck.KafkaException:
-                continue
-            lag += _lag(begin, end, at.offset if at.offset >= 0 else self._began.get(partition, ck.OFFSET_STORED))
-        self._lag = lag
+        """Count what lies beyond what was read; not known where one partition is not."""
+        lags = [self._lag_of(partition) for partition in list(self._claims)]
+        known = [lag for lag in lags if lag is not None]
+        is_known = self._is_assigned and self._away_since is None and len(known) == len(lags)
+        self._lag = sum(known) if is_known else None
+
+    def _lag_of(self, partition: int) -> int | None:
+        part = ck.TopicPartition(self._topic, partition)
+        try:
+            begin, end = self._consumer.get_watermark_offsets(part, cached=True)
+            (at,) = self._consumer.position([part])
+        except (ck.KafkaException, TypeError):
+            # The latter for no answer at all, where the client gives None in place of a pair.
+            return None
+        return _lag(begin, end, at.offset if at.offset >= 0 else self._began.get(partition, ck.OFFSET_STORED))
 
     # -- the client's callbacks, in the thread
 
@@ -276,6 +284,7 @@ class KafkaGroup:
         if found is None:
             # No answer: begin where the broker says once it speaks, by the error that a missing position is.
             found = [ck.TopicPartition(self._topic, p.partition, ck.OFFSET_STORED) for p in parts]
+        self._is_assigned = True
         with self._lock:
             for part in found:
                 self._claimed += 1
@@ -374,13 +383,15 @@ class KafkaGroup:
             log.warning("source %s: %s", self._topic, what)
 
 
-def _lag(begin: int, end: int, at: int) -> int:
+def _lag(begin: int, end: int, at: int) -> int | None:
     """Return how many records of [begin, end) lie at and beyond `at`: an offset, or librdkafka's number for a place. A
-    place that nobody has told yet counts as the log's begin.
+    place that nobody has told yet counts as the log's begin. None where the client has not heard where the log ends.
 
     >>> _lag(10, 30, 25), _lag(10, 30, 5), _lag(10, 30, ck.OFFSET_BEGINNING), _lag(10, 30, ck.OFFSET_END)
     (5, 20, 20, 0)
     >>> _lag(10, 30, ck.OFFSET_STORED), _lag(-1001, -1001, ck.OFFSET_STORED)
-    (20, 0)
+    (20, None)
     """
+    if end < 0:
+        return None
     return 0 if at == ck.OFFSET_END else max(0, end - max(at, begin, 0))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
-from headrace.contract.interfaces.log import Delivered, Record, TopicSpec
+from headrace.contract.interfaces.log import Delivered, Record, TopicSpec, check_outlasts
 
 
 class _Marker(Record, frozen=True):
@@ -25,6 +25,8 @@ class MemoryLog:
         self.topics: dict[str, list[list[Record]]] = {}
         self.begins: dict[tuple[str, int], int] = {}
         self.ids: dict[str, str] = {}
+        self.kept_ms: dict[str, int] = {}
+        """How long each topic's records are kept, as it was created or as an operator has set it since; -1 for ever."""
 
     def partitions(self, topic: str) -> list[list[Record]]:
         """Return the topic's partitions. Raises `Unavailable` where there is no such topic."""
@@ -189,7 +191,8 @@ class MemoryAdmin:
         self._log = log
 
     def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
-        """Create what is missing; raise `ConfigRejected` where a topic has another partition count."""
+        """Create what is missing; raise `ConfigRejected` where a topic has another partition count, or is kept too
+        short."""
         with self._log.changed:
             for spec in topics:
                 have = self._log.topics.get(spec.name)
@@ -197,10 +200,16 @@ class MemoryAdmin:
                     self._log.begins.update({(spec.name, p): 0 for p in range(spec.partitions)})
                     self._log.topics[spec.name] = [[] for _ in range(spec.partitions)]
                     self._log.ids[spec.name] = uuid.uuid4().hex
+                    self._log.kept_ms[spec.name] = -1 if spec.compacted else spec.retention_ms
                 elif len(have) != spec.partitions:
                     raise ConfigRejected(
                         f"topic {spec.name!r} has {len(have)} partitions and the configuration says {spec.partitions}; "
                         "the count is fixed for a generation: raise log.generation, or set log.partitions back."
+                    )
+            for spec in topics:
+                if spec.outlasts:
+                    check_outlasts(
+                        spec, self._log.kept_ms[spec.name], self._log.kept_ms.get(spec.outlasts, spec.retention_ms)
                     )
 
     def topic_id(self, topic: str) -> str:
@@ -208,3 +217,9 @@ class MemoryAdmin:
         with self._log.changed:
             self._log.partitions(topic)
             return self._log.ids.get(topic, "")
+
+    def retention_ms(self, topic: str) -> int:
+        """Return for how long the topic's records are kept; -1 for ever."""
+        with self._log.changed:
+            self._log.partitions(topic)
+            return self._log.kept_ms[topic]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from headrace.cli.addresses import CEPHFS, find_addresses, find_home
 from headrace.cli.project_folder import find_project
 from headrace.contract.config import PORTS
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local.layout import Layout, cephfs_store
+from headrace.deploy.local.layout import Layout, cephfs_store, read_addresses
 from headrace.deploy.local.supervise import Process
 
 SHIPPERS = ("", "fluentd", "fluent-bit")
@@ -37,7 +39,9 @@ def timed_printer(begin_s: float) -> Callable[[str], None]:
 
 
 def new_layout(args: argparse.Namespace) -> Layout:
-    """Return the stack that flags and environment ask for; what an earlier `up` wrote does not count.
+    """Return the stack that flags and environment ask for.
+
+    Of what an earlier `up` wrote the project alone counts, where none is asked for: the state in this home is its own.
 
     Raises `ConfigRejected` for a port, store or shipper that cannot be.
     """
@@ -54,6 +58,10 @@ def new_layout(args: argparse.Namespace) -> Layout:
     shipper = getattr(args, "shipper", None) or os.environ.get("SHIPPER") or ""
     if shipper not in SHIPPERS:
         raise ConfigRejected(f"SHIPPER={shipper!r}: fluentd or fluent-bit is wanted, or nothing.")
+    if odd := [each for each in at.brokers.split(",") if not re.fullmatch(r"\s*\S+:\d{1,5}\s*", each)]:
+        raise ConfigRejected(
+            f"BROKERS={at.brokers!r}: {odd[0]!r} has no port; host:port is wanted, such as kafka-1:9092."
+        )
     told_brokers = getattr(args, "brokers", None) or os.environ.get("HEADRACE_BROKERS")
     told_store = getattr(args, "store", None) or os.environ.get("HEADRACE_STORE")
     return Layout(
@@ -62,12 +70,17 @@ def new_layout(args: argparse.Namespace) -> Layout:
         brokers=at.brokers,
         store=cephfs_store(home) if own_cephfs else at.store,
         webhdfs=at.webhdfs,
-        project=find_project(at.project),
+        project=find_project(at.project or _earlier_project(home)),
         own_kafka=not told_brokers,
         own_hdfs=not told_store,
         shipper=shipper,
         own_cephfs=own_cephfs,
     )
+
+
+def _earlier_project(home: Path) -> str:
+    saved = read_addresses(home)
+    return saved.project if saved is not None and Path(saved.project).is_dir() else ""
 
 
 def present_layout(args: argparse.Namespace) -> Layout:

@@ -1,4 +1,4 @@
-"""Print the lines of `make up` for a stack that runs detached: a line every 3 s, until Ctrl-C, which stops nothing."""
+"""Print the lines of `headrace up` for a stack that runs detached: one every 3 s, until Ctrl-C, which stops nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> int:
     """Print until Ctrl-C, the last line, or the stack's end."""
     layout = present_layout(args)
     if not Supervisor(layout).running():
-        raise ConfigRejected(f"nothing runs in {layout.home}; `make up` starts it.")
+        raise ConfigRejected(f"nothing runs in {layout.home}; `headrace up` starts it.")
     follow(layout, lines=args.lines)
     return 0
 

@@ -39,5 +39,5 @@ def main(args: argparse.Namespace) -> int:
     elif trouble:
         print(trouble)
     else:
-        print(f"nothing runs in {layout.home}; `make up` starts it.")
+        print(f"nothing runs in {layout.home}; `headrace up` starts it.")
     return 0 if processes else 2 if trouble else 1

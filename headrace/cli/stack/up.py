@@ -7,17 +7,23 @@ all is ready. Running it again takes over what runs, and starts what does not.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from headrace.cli.addresses import HOST
-from headrace.cli.project_folder import is_demo, load_project
+from headrace.cli.project_folder import bounded, is_demo, load_project
 from headrace.cli.rules_topic import rules_topic
+from headrace.cli.runtime import open_blobs
 from headrace.cli.stack.flags import add_stack_flags, new_layout, present_layout, table, timed_printer
 from headrace.cli.stack.follow import follow
+from headrace.cli.tools.check import cannot_run
+from headrace.contract.config import Config
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.topics import Topics
 from headrace.deploy.local.doctor import examine
@@ -26,6 +32,7 @@ from headrace.deploy.local.readiness import quiet_clients
 from headrace.deploy.local.stack import STAGES, start, stop
 from headrace.deploy.local.supervise import Program, Supervisor
 from headrace.stream.rule_changes import unapplied
+from headrace.stream.stored_rules import StoredRules, stored_rules
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +51,10 @@ def main(args: argparse.Namespace) -> int:
     quiet_clients()
     layout, begin = new_layout(args), time.monotonic()
     config, project = load_project(layout.project)
+    if wrong := list(cannot_run(config, project, layout.project)):
+        raise ConfigRejected("\n".join(bounded(wrong)))
+    if not (args.project or os.environ.get("HEADRACE_PROJECT")) and not is_demo(layout.project):
+        print(f"project {layout.project}, as at the last `up` in {layout.home}; --project names another", flush=True)
     # Only a project that declares sources has something to crawl.
     more = [Program("crawl", [sys.executable, "-m", "headrace.cli.main", "crawl"])] if project.crawls else []
     _same_as_running(args, layout)
@@ -61,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
         start(layout, specs, say, stages=stages_of(layout.project), more=more, log=config.log)
         _show(layout, time.monotonic() - begin)
         with rules_topic(layout.brokers, Topics(config.log.generation)) as writer:
-            lines = unapplied(writer, project)
+            lines = unapplied(writer, project, _stored_rules(layout, config))
         if lines:
             print("the project on disk differs from the rules in force, which are the log's:")
             print("\n".join(f"  {line}" for line in (*lines, "`headrace spec apply` puts it in force.")), flush=True)
@@ -81,6 +92,11 @@ def stages_of(project: Path) -> tuple[str, ...]:
     return (*(stage for stage in STAGES if stage != "shop" or is_demo(project)), "tensorboard")
 
 
+def _stored_rules(layout: Layout, config: Config) -> Callable[[], Sequence[StoredRules]]:
+    blobs = open_blobs(layout.store, layout.webhdfs)
+    return partial(stored_rules, blobs, config.log.generation, config.log.partitions)
+
+
 def _interrupt(stopped: threading.Event) -> None:
     if not stopped.is_set():
         stopped.set()
@@ -95,7 +111,9 @@ def _same_as_running(args: argparse.Namespace, layout: Layout) -> None:
     for name in ("port_base", "brokers", "store", "project"):
         old, new = getattr(before, name), getattr(layout, name)
         if old != new:
-            raise ConfigRejected(f"the stack of {layout.home} runs with {name} {old} and not {new}; `make down` first.")
+            raise ConfigRejected(
+                f"the stack of {layout.home} runs with {name} {old} and not {new}; `headrace down` first."
+            )
 
 
 def _show(layout: Layout, took_s: float) -> None:
@@ -107,4 +125,4 @@ def _show(layout: Layout, took_s: float) -> None:
         f"  log events   forward protocol on {HOST}:{layout.shipper_port if layout.shipper else layout.port('forward')}"
     )
     print(f"  lake         {layout.store.removeprefix('file:')}/lake/samples")
-    print("  make status, make logs STAGE=train, make down", flush=True)
+    print("  headrace status, headrace logs train, headrace down", flush=True)

@@ -53,18 +53,20 @@ def main(args: argparse.Namespace) -> int:
     from headrace.backends.frontier_sqlite import SqliteFrontier
     from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
     from headrace.ingest.crawl.crawl_stage import CrawlStage
+    from headrace.ingest.crawl.extraction_pool import ExtractionPool
 
     runtime = open_runtime(args)
     crawls = sources(runtime, args.sources)
     stop = stop_event()
     metrics = runtime.metrics("crawl")
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    runtime.open_topics()
     frontier = SqliteFrontier(
         runtime.home / "crawl" / f"g{runtime.config.log.generation}.sqlite",
         bodies_per_page=runtime.config.crawl.bodies_per_page,
         begin_afresh=args.begin_afresh,
     )
     producer = runtime.producer(metrics, linger_ms=5.0)
+    pool = ExtractionPool(runtime.config.crawl)
     try:
         stage = CrawlStage(
             CrawlDependencies(
@@ -77,6 +79,7 @@ def main(args: argparse.Namespace) -> int:
                 producer=producer,
                 metrics=metrics,
                 clock=runtime.clock,
+                extraction=pool,
                 open_reader=runtime.reader,
                 begin_afresh=args.begin_afresh,
             )
@@ -90,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
             stage.run(stop, metrics.ready, once=args.once)
     finally:
         metrics.ready(False, "stopping")
+        pool.close()
         producer.close()
         frontier.close()
         metrics.close()

@@ -27,14 +27,13 @@ import msgspec
 
 from headrace.backends.health import READING, Health
 from headrace.backends.log.group_kafka import KafkaGroup
-from headrace.backends.log.kafka import KafkaAdmin
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
+from headrace.cli.stage_topics import open_topics
 from headrace.cli.stored_ids import IdsOfLake, JoinedInStore
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.contract.interfaces.log import TopicSpec
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.ingest.dead_letters.ceiling_watch import CeilingWatch
 from headrace.ingest.dead_letters.settler import Clients, Settler
@@ -82,13 +81,13 @@ def main(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     runtime = open_runtime(args)
     config = _with_tls(runtime.config.ingest, args, runtime.project_dir)
-    identity = TlsIdentity(config, os.environ.get("HEADRACE_TLS_PASSWORD", "")) if config.tls_cert else None
+    identity = TlsIdentity(config, _secret("HEADRACE_TLS_PASSWORD")) if config.tls_cert else None
     port = args.port or runtime.port("forward")
     endpoint = Endpoint(
         host=args.host,
         port=port,
         name=args.name or f"{socket.gethostname()}-{port}",
-        shared_key=os.environ.get("HEADRACE_SHARED_KEY", ""),
+        shared_key=_secret("HEADRACE_SHARED_KEY"),
         users=read_users(os.environ.get("HEADRACE_USERS", "")),
         share_port=args.share_port,
         socket_path=args.socket,
@@ -101,7 +100,8 @@ def main(args: argparse.Namespace) -> int:
     partitions = runtime.config.log.partitions
     starting = Watchdog()
     starting.start()
-    if not _topics_exist(runtime.admin(timeout_s=_ADMIN_S), runtime.topics.specs(partitions), stop, starting.beat):
+    admin = runtime.admin(timeout_s=_ADMIN_S)
+    if once_kafka_answers(partial(open_topics, admin, runtime.topics, partitions), stop, starting.beat) is None:
         return 0
     start = _log_start(runtime, endpoint.name, stop, starting.beat)
     starting.stop()
@@ -181,6 +181,14 @@ def _with_tls(config: IngestConfig, args: argparse.Namespace, project_dir: Path)
     return msgspec.structs.replace(config, **files)
 
 
+def _secret(name: str) -> str:
+    """Return a secret of the environment as it is, and say where it may be more than was meant."""
+    secret = os.environ.get(name, "")
+    if secret != secret.strip():
+        log.warning("%s begins or ends with a blank or a line break, as from a file; it counts as part of it", name)
+    return secret
+
+
 def _collector_endpoint(args: argparse.Namespace, runtime: Runtime) -> CollectorEndpoint | None:
     """Return where the collector listens, if there is one: a second gateway beside the first must name a port."""
     port = args.collector_port
@@ -227,18 +235,6 @@ def _settler_clients(runtime: Runtime) -> Clients:
     writer = runtime.fenced(topic, f"headrace-{topic}")
     joined = JoinedInStore(runtime.blobs, runtime.topics.generation)
     return Clients(runtime.producer(), runtime.reader(), writer, IdsOfLake(runtime.lake), joined)
-
-
-def _topics_exist(
-    admin: KafkaAdmin, specs: tuple[TopicSpec, ...], stop: threading.Event, alive: Callable[[], None]
-) -> bool:
-    """Create the topics as soon as a broker answers; False when told to stop before."""
-
-    def ensured() -> bool:
-        admin.ensure_topics(specs)
-        return True
-
-    return once_kafka_answers(ensured, stop, alive) is True
 
 
 def _log_start(runtime: Runtime, name: str, stop: threading.Event, alive: Callable[[], None]) -> LogStart | None:

@@ -29,13 +29,12 @@ def main(args: argparse.Namespace) -> int:
 
     with open_consumer(args, "sink") as consumer:
         runtime, stop = consumer.runtime, consumer.stop
-        consumer.create_topics()
-        admin, topic = runtime.admin(), runtime.topics.samples
-        lake = runtime.lake(samples_id=admin.topic_id(topic))
+        topic = runtime.topics.samples
+        told = consumer.topics(ids_of=(topic,), kept_of=(topic,))
+        lake = runtime.lake(samples_id=told.ids[topic])
         _settle(lake)
         schedule = UpkeepSchedule(runtime.config.lake, upkeep_command(runtime), consumer.metrics, runtime.clock, stop)
-        kept_ms = admin.retention_ms(topic)
-        stage = SinkStage(runtime.config, lake, consumer.metrics, runtime.clock, kept_ms=kept_ms)
+        stage = SinkStage(runtime.config, lake, consumer.metrics, runtime.clock, kept_ms=told.kept_ms[topic])
         schedule.start()
         try:
             return consumer.run(stage)

@@ -58,9 +58,8 @@ def main(args: argparse.Namespace) -> int:
     lock = lock_home(runtime.home, runtime.project.name)
     stop = stop_event()
     metrics = runtime.metrics("train")
-    admin = runtime.admin()
-    admin.ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
-    samples_id = admin.topic_id(runtime.topics.samples)
+    ids = runtime.open_topics(ids_of=(runtime.topics.samples, runtime.topics.steps)).ids
+    samples_id = ids[runtime.topics.samples]
     producer = runtime.producer(metrics)
     stop.attach(metrics.health, healthy_s=_LOOP_HEALTHY_S)
     with lock, runtime.reachable(metrics.health):
@@ -81,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
                 calls=runtime.calls,
                 lake=runtime.lake(samples_id=samples_id),
                 samples_id=samples_id,
-                steps_id=admin.topic_id(runtime.topics.steps),
+                steps_id=ids[runtime.topics.steps],
                 board=Board(runtime.tensorboard_dir / "train"),
                 progress=show_progress(logging.getLogger("headrace.train")),
                 name=f"{socket.gethostname()}:{runtime.home.resolve()}",

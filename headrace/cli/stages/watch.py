@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
     set_logging()
     layout = Layout.saved(find_home(args.home))
     if layout is None:
-        raise ConfigRejected("no stack was started here; `make up` starts one, and this verb with it.")
+        raise ConfigRejected("no stack was started here; `headrace up` starts one, and this verb with it.")
     stop = stop_event()
     metrics = PrometheusMetrics("watch", layout.port("metrics_watch"))
     urls = {stage: f"http://{HOST}:{layout.port(f'metrics_{stage}')}" for stage in WATCHED}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from typing import Any
 import msgspec
 
 from headrace.cli.addresses import find_addresses, find_home
-from headrace.cli.project_folder import find_project, load_project
+from headrace.cli.project_folder import bounded, find_project, look_at
 from headrace.cli.project_lines import line_of, own_lines
-from headrace.contract.config import Config
+from headrace.cli.tools.example_request import example_request
+from headrace.contract.config import PORTS, Config, port
 from headrace.contract.errors import ConfigRejected, HeadraceError
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
@@ -32,6 +35,10 @@ RATE, RATE_MAX = 500.0, 10_000_000.0
 FEEDBACK_SHARE = 0.1
 """Feedback of each type by impressions, where nobody knows better."""
 DAY_S = 86_400
+SLOW_S = 3.0
+"""Reading a project takes less."""
+NAME_WIDTH = 14
+"""Least signs of a column of names."""
 
 
 class Report(msgspec.Struct):
@@ -41,6 +48,8 @@ class Report(msgspec.Struct):
     folder: str = ""
     declares: dict[str, Any] = {}
     takes: dict[str, Any] = {}
+    ask: str = ""
+    """Command that asks for scores."""
     wrong: list[str] = []
     notes: list[str] = []
 
@@ -73,26 +82,50 @@ def examine(args: argparse.Namespace) -> Report:
                 f"--rate {args.rate:g}: impressions a second are wanted, above 0 and at most {RATE_MAX:,.0f}."
             )
         folder = Path(args.folder).absolute() if args.folder else find_project(os.environ.get("HEADRACE_PROJECT", ""))
-        report.folder = str(folder)
-        config, project = load_project(folder)
     except ConfigRejected as error:
         report.wrong.append(str(error))
         return report
+    base, wrong, notes = _ports(args)
+    report = examine_project(folder, args.rate, port("serving", base))
+    report.wrong += wrong
+    report.notes += notes
+    return report
+
+
+def examine_project(folder: Path, rate: float = RATE, serving: int = PORTS["serving"]) -> Report:
+    """Return what was found of a project alone, whatever runs on this machine. `serving`: port that is asked."""
+    report, begun_s = Report(folder=str(folder)), time.perf_counter()
+    config, project, wrong = look_at(folder)
+    took_s = time.perf_counter() - begun_s
+    report.wrong += bounded(wrong)
+    if took_s > SLOW_S:
+        report.notes.append(
+            f"reading the project's Python file took {took_s:.1f} s, and every stage and verb reads it: take out what "
+            "waits, or loads what it does not need."
+        )
+    if config is None or project is None or wrong:
+        return report
+    project = project.checked()
     report.project, report.declares = project.name, _declares(project, config)
+    report.wrong += cannot_run(config, project, folder)
+    if not report.wrong:
+        report.takes = _takes(project, config, rate)
+        report.wrong += _too_much(project, config, rate)
+        report.notes += _worth_knowing(project)
+        report.ask = example_request(project, serving)
+    return report
+
+
+def cannot_run(config: Config, project: Project, folder: Path) -> Iterator[str]:
+    """Give what is wrong with a project whose declarations are sound: its key, its own functions, its settings."""
     file = folder / config.module
     try:
         Privacy(project, os.environ.get(KEY_NAME, ""))
     except ConfigRejected as error:
-        line = line_of(file, config.object, "impression.private", "")
-        report.wrong.append(f"{file}, line {line}: {error} For a try: export {KEY_NAME}=$(openssl rand -hex 16)")
-    report.wrong += _own_functions(project, config, file)
-    report.wrong += _slices(project, config, folder)
-    if not report.wrong:
-        report.takes = _takes(project, config, args.rate)
-        report.wrong += _too_much(project, config, args.rate)
-        report.notes += _worth_knowing(project)
-    _ports(args, report)
-    return report
+        line = line_of(file, config.object, error.at, "")
+        yield f"{file}, line {line}: {error} For a try: export {KEY_NAME}=$(openssl rand -hex 16)"
+    yield from _own_functions(project, config, file)
+    yield from _slices(project, config, folder)
 
 
 def lines_of(report: Report) -> list[str]:
@@ -100,12 +133,15 @@ def lines_of(report: Report) -> list[str]:
     lines = [f"project {report.project or '-'} in {report.folder or '-'}"]
     for title, found in (*report.declares.items(), *report.takes.items()):
         if isinstance(found, dict):
-            lines += [title, *(f"  {name:<14}{text}" for name, text in found.items())]
+            width = max(NAME_WIDTH, *(len(name) + 2 for name in found))
+            lines += [title, *(f"  {name:<{width}}{text}" for name, text in found.items())]
         else:
             lines.append(f"{title:<16}{found}")
     lines += [f"note: {text}" for text in report.notes]
     lines += [f"wrong: {text}" for text in report.wrong]
-    return [*lines, f"{len(report.wrong)} wrong" if report.wrong else "all is well: make up PROJECT=" + report.folder]
+    if report.wrong:
+        return [*lines, f"{len(report.wrong)} wrong"]
+    return [*lines, f"all is well: headrace up --project {shlex.quote(report.folder)}", f"then ask: {report.ask}"]
 
 
 def _declares(project: Project, config: Config) -> dict[str, Any]:
@@ -230,21 +266,19 @@ def _worth_knowing(project: Project) -> Iterator[str]:
         yield "no feature is declared: every score is the same."
 
 
-def _ports(args: argparse.Namespace, report: Report) -> None:
+def _ports(args: argparse.Namespace) -> tuple[int | None, list[str], list[str]]:
+    """Return the PORT_BASE, None for the usual ports; what is wrong with its ports; what is worth knowing of them."""
     try:
         home = find_home(args.home)
         saved = Layout.saved(home)
         if saved is not None and Supervisor(saved).running():
-            return
+            return saved.port_base, [], []
         base = find_addresses(args, home / "no-earlier-stack").port_base
     except ConfigRejected as error:
-        report.wrong.append(str(error))
-        return
-    report.wrong += [
-        f"{each.what}: {each.found}; {each.remedy}." for each in port_findings(base) if each.level == "trouble"
-    ]
+        return None, [str(error)], []
+    wrong = [f"{each.what}: {each.found}; {each.remedy}." for each in port_findings(base) if each.level == "trouble"]
     near = ephemeral_finding(base)
-    report.notes += [f"{near.what}: {near.found}; {near.remedy}."] if near.level != "ok" else []
+    return base, wrong, [f"{near.what}: {near.found}; {near.remedy}."] if near.level != "ok" else []
 
 
 def _fields(fields: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
     runtime.require_kafka()
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    runtime.open_topics()
     chosen = _filter(args, runtime.clock.now_ms())
     if args.action == "retry":
         if not (chosen != Filter() or args.all):

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
+from headrace.cli.project_folder import load_project
+from headrace.cli.tools.example_request import example_request
+from headrace.contract.config import port
 from headrace.contract.errors import ConfigRejected
 
 EXAMPLES = "headrace.examples"
@@ -77,11 +82,14 @@ def renamed(text: str, old: str, new: str) -> str:
 
 
 def next_steps(folder: str, like: str) -> list[str]:
-    """Return what a new user does next, a command a line."""
-    steps = [f"headrace check {folder}", f"make up PROJECT={folder}"]
+    """Return what a new user does next, a command a line: the shortest way to a score."""
+    quoted = shlex.quote(folder)
+    steps = [f"headrace check {quoted}", f"headrace up --detach --project {quoted}    # `headrace down` stops it"]
     if like == SHOP:
-        return [*steps, "the demo shop's traffic begins by itself"]
-    steps.append(f"headrace traffic --project {folder}    # made-up visitors, until Ctrl-C")
+        return [*steps, "the demo shop's traffic begins by itself; `headrace follow` shows it"]
+    base = os.environ.get("PORT_BASE", "")
+    steps.append(f"headrace traffic --project {quoted}    # made-up visitors, until Ctrl-C")
+    steps.append(example_request(load_project(Path(folder))[1], port("serving", int(base) if base.isdigit() else None)))
     if like == "ads":
         key = 'export HEADRACE_PRIVACY_KEY="$(openssl rand -hex 16)"    # keep it: cookies are hashed under it'
         return [key, *steps]

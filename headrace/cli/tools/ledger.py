@@ -30,8 +30,9 @@ def main(args: argparse.Namespace) -> int:
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
     runtime.require_kafka()
-    lake = runtime.lake(with_leases=False)
     topics, admin = runtime.topics, runtime.admin()
+    ids = {topic: admin.topic_id(topic) for topic in (topics.events, topics.samples, topics.steps)}
+    lake = runtime.lake(samples_id=ids[topics.samples], with_leases=False)
     ledger = take_stock(
         runtime.project,
         runtime.config,
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
         lake,
         blobs=runtime.blobs(),
         mode="full" if args.full else "auto",
-        topic_ids={topic: admin.topic_id(topic) for topic in (topics.events, topics.samples, topics.steps)},
+        topic_ids=ids,
     )
     if args.json:
         print(msgspec.json.encode(ledger).decode())

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.cli.rules_topic import has_states, rules_topic
+from headrace.cli.rules_topic import rules_topic
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import Project
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     """Show or change; 0 when done, and when there was nothing to do."""
     runtime = open_runtime(args)
     runtime.require_kafka()
-    runtime.admin().ensure_topics(runtime.topics.specs(runtime.config.log.partitions))
+    runtime.open_topics()
     if args.what == "apply":
         said, text = _apply(runtime, dry=args.dry_run)
         if args.restart and said["applied"]:
@@ -71,7 +71,7 @@ def _apply(runtime: Runtime, *, dry: bool) -> tuple[dict[str, Any], str]:
             runtime.project,
             now_ms=runtime.clock.now_ms(),
             dry=dry,
-            has_states=lambda: has_states(runtime.blobs, runtime.topics.generation, partitions),
+            stored=runtime.stored_rules,
         )
     lines = differences(before.rules, rules_of(runtime.project)) if before is not None else []
     stages = concerned(before.rules if before is not None else None, runtime.project)

@@ -119,7 +119,7 @@ def load_visits(folder: Path) -> Visits:
     """Return the function `visits` of the folder's traffic.py. Raises `ConfigRejected`, naming what is missing."""
     file = folder / FILE
     if is_demo(folder):
-        raise ConfigRejected("the demo shop has a stage that makes its traffic: `make up` starts it.")
+        raise ConfigRejected("the demo shop has a stage that makes its traffic: `headrace up` starts it.")
     if not file.is_file():
         raise ConfigRejected(
             f"{file} does not exist. `headrace init` writes one with each new project; it defines "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from headrace.contract.interfaces.log import TopicSpec
+from headrace.contract.interfaces.log import DAY_MS, TopicSpec
 
-DAY_MS = 86_400_000
+LETTERS_KEPT_MS = 28 * DAY_MS
+MARKS_KEPT_MS = 2 * LETTERS_KEPT_MS
+"""A mark says what came of a letter: without it a letter that was taken would be offered again. A broker deletes whole
+segments, so that a letter may stay for a week longer than it is kept; twice its time leaves room for that."""
 
 
 class Topics(msgspec.Struct, frozen=True):
@@ -71,7 +74,7 @@ class Topics(msgspec.Struct, frozen=True):
             TopicSpec(self.steps, 1),
             TopicSpec(self.model, 1, compacted=True),
             TopicSpec(self.deltas, 1, retention_ms=DAY_MS),
-            TopicSpec(self.dead_letters, 1, retention_ms=28 * DAY_MS),
-            TopicSpec(self.retries, 1),
+            TopicSpec(self.dead_letters, 1, retention_ms=LETTERS_KEPT_MS),
+            TopicSpec(self.retries, 1, retention_ms=MARKS_KEPT_MS, outlasts=self.dead_letters),
             TopicSpec(self.rules, 1),
         )

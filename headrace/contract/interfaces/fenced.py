@@ -22,10 +22,12 @@ class FencedWriter(Protocol):
         `InvariantBroken` when another process became the writer.
         """
 
-    def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
+    def read(self, offset: int, wait_s: float = 0.0, *, kept_only: bool = False) -> list[tuple[int, bytes]]:
         """Return committed records from `offset` on, with their offsets. Needs no `open`.
 
         `wait_s` 0 reads to the present end; else it returns what comes first within `wait_s`, perhaps nothing.
+        `kept_only` reads on from the first record that the topic still has, where `offset` lies before it or beyond the
+        end. Without it that raises `InvariantBroken`: what is not there any more may not be skipped in silence.
         Raises `Unavailable` when the broker stays away.
         """
 

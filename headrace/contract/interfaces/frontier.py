@@ -34,6 +34,8 @@ class Page(msgspec.Struct, frozen=True):
     last_modified: str
     failures: int
     """How often in a row it could not be fetched."""
+    refused: str = ""
+    """Reason, and digest of body and extraction, of a body whose extraction came to no end; empty: its last one did."""
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -65,6 +67,8 @@ class Body(msgspec.Struct, frozen=True):
     source: str = ""
     url: str = ""
     sitemap: bool = False
+    refused: str = ""
+    """As `Page.refused`."""
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +83,8 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
     body: Body | None = None
     moved_to: str = ""
     """Where the document lies from now on, by a redirect that is permanent; empty: where it was."""
+    refused: str = ""
+    """As `Page.refused`, for the next answer."""
 
 
 class Noted(msgspec.Struct):

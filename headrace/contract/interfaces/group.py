@@ -33,7 +33,8 @@ class MemberStatus(msgspec.Struct, frozen=True):
     """One member now: partitions held, records that wait in them beyond what was read, records deleted unread."""
 
     partitions: int
-    lag_records: int
+    lag_records: int | None
+    """None while it is not known of every partition held: what is not known is not nothing."""
     gap_records: int
     """Records that retention deleted before this group read them, since the start."""
     away: bool

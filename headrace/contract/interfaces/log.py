@@ -7,7 +7,9 @@ from typing import Protocol
 
 import msgspec
 
-from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
+
+DAY_MS = 86_400_000
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -26,6 +28,8 @@ class TopicSpec(msgspec.Struct, frozen=True):
     """A topic as `ensure_topics` creates it. `retention_ms` -1 keeps for ever; it is ignored when compacted.
 
     `append_time`: a record's time is the broker's own when it appended the record, not what its writer says.
+    `outlasts`: the topic that this one says something of, and whose records it must keep for longer than that keeps
+    them; "" for none.
     """
 
     name: str
@@ -33,6 +37,7 @@ class TopicSpec(msgspec.Struct, frozen=True):
     compacted: bool = False
     retention_ms: int = -1
     append_time: bool = False
+    outlasts: str = ""
 
 
 Delivered = Callable[[Exception | None, int], None]
@@ -99,14 +104,20 @@ class Admin(Protocol):
     def ensure_topics(self, topics: Sequence[TopicSpec]) -> None:
         """Create what is missing, and set `append_time` where an older topic lacks it.
 
-        Raises `ConfigRejected` where a topic exists with another partition count, or may not be set.
+        Raises `ConfigRejected` where a topic exists with another partition count, may not be set, or is kept for no
+        longer than what it `outlasts`; `Unavailable` where the log does not answer. What it had created by then stays,
+        and the next call goes on from there.
         """
 
     def topic_id(self, topic: str) -> str:
         """Return the id that a topic of this name got when it was made; "" where the log tells none.
 
-        A topic that was deleted and made anew has another one: offsets of the old mean nothing in it.
+        A topic that was deleted and made anew has another one: offsets of the old mean nothing in it. Raises
+        `Unavailable` where the log does not answer or knows no such topic: that is never "".
         """
+
+    def retention_ms(self, topic: str) -> int:
+        """Return for how long the log keeps a topic's records, as it is set now; -1 for ever. Raises `Unavailable`."""
 
 
 def check_topic(stored_id: str, topic_id: str, topic: str) -> None:
@@ -117,6 +128,26 @@ def check_topic(stored_id: str, topic_id: str, topic: str) -> None:
             "deleted and made anew. Its offsets begin at 0 again, and what comes would be taken for what was read "
             "already. Raise log.generation to begin anew beside what is stored."
         )
+
+
+def check_outlasts(spec: TopicSpec, kept_ms: int, others_ms: int) -> None:
+    """Raise `ConfigRejected` where a topic's records may go before those of the topic that it says something of.
+
+    Args:
+        spec: a topic with `outlasts`.
+        kept_ms: how long the log keeps its records; -1 for ever.
+        others_ms: the longest that the log keeps a record of `spec.outlasts`; -1 for ever.
+    """
+    if kept_ms < 0 or 0 <= others_ms < kept_ms:
+        return
+    others = f"up to {others_ms / DAY_MS:g} days" if others_ms >= 0 else "for ever"
+    wanted = f"more than {others_ms}, or to -1" if others_ms >= 0 else "-1"
+    raise ConfigRejected(
+        f"topic {spec.name!r} keeps its records {kept_ms / DAY_MS:g} days and {spec.outlasts!r} keeps its own "
+        f"{others}: what was done of one would be forgotten while it is still there, and be done twice. Set "
+        f"retention.ms of {spec.name!r} to {wanted} (kafka-configs.sh --alter --entity-type topics), or that of "
+        f"{spec.outlasts!r} lower; then start again."
+    )
 
 
 SILENT_S = 10.0

@@ -46,6 +46,12 @@ INGEST: Mapping[Name, MetricDoc] = {
         ("ingest",),
         "How far the gateway's clock is ahead of the broker's. Beyond 30,000 either way one of them is wrong.",
     ),
+    "tls_days_left": MetricDoc(
+        "gauge",
+        "days",
+        ("ingest",),
+        "Until the end of the certificate that is served; below 0 no client takes it. Only with ingest.tls_cert.",
+    ),
     "feedback_delay_seconds": MetricDoc(
         "gauge",
         "seconds",

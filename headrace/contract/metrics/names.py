@@ -14,6 +14,7 @@ Name = Literal[
     "connections_refused_total",
     "buffer_bytes",
     "clock_apart_ms",
+    "tls_days_left",
     "feedback_delay_seconds",
     "records_read_total",
     "samples_emitted_total",

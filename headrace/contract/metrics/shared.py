@@ -13,7 +13,8 @@ SHARED: Mapping[Name, MetricDoc] = {
         "gauge",
         "records",
         ("ingest", "stream", "sink", "aggregate", "train"),
-        "Records of its topic that the stage has not read yet (train: not learnt); ingest: of each source's topic.",
+        "Records of its topic that the stage has not read yet (train: not learnt); ingest: of each source's topic. NaN "
+        "while it is not known, since the broker has told no ends or not all of them.",
         labels=("topic",),
     ),
     "gap_total": MetricDoc(

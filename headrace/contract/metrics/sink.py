@@ -11,7 +11,12 @@ SINK: Mapping[Name, MetricDoc] = {
     "rows_stored_total": MetricDoc("counter", "rows", ("sink",), "Rows that were committed to the lake."),
     "lake_version": MetricDoc("gauge", "version", ("sink",), "The lake's version after the newest commit."),
     "commit_seconds": MetricDoc("histogram", "seconds", ("sink",), "Time that a commit to the lake took."),
-    "behind_ms": MetricDoc("gauge", "milliseconds", ("sink",), "Age of the oldest sample that is not in the lake."),
+    "behind_ms": MetricDoc(
+        "gauge",
+        "milliseconds",
+        ("sink",),
+        "Age of the oldest sample that is not in the lake. NaN while it is not known, since the broker does not tell.",
+    ),
     "lake_files": MetricDoc("gauge", "files", ("sink",), "Files of the lake's newest version, as of the last upkeep."),
     "lake_bytes": MetricDoc("gauge", "bytes", ("sink",), "Bytes of the lake's newest version, as of the last upkeep."),
     "lake_files_compacted_total": MetricDoc(

@@ -19,7 +19,8 @@ import confluent_kafka as ck
 import pytest
 from confluent_kafka.admin import AdminClient
 
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.admin_kafka import KafkaAdmin
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.cli.project_folder import load_project
 from headrace.contract.config import port
 from headrace.contract.formats.events import (

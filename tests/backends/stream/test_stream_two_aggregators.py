@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from local_world import free_base
 
-from headrace.backends.log.kafka import KafkaAdmin, KafkaProducer, KafkaReader
+from headrace.backends.log.admin_kafka import KafkaAdmin
+from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.cli.project_folder import load_project
 from headrace.contract.formats.events import (
     AGGREGATE_SCHEMA,

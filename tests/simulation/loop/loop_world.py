@@ -54,6 +54,7 @@ from headrace.serving.features import FeatureMemory
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater
 from headrace.stream.aggregate.stage import AggregateStage
+from headrace.stream.rule_changes import ensure_first
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.join_stage import StreamStage
 from headrace.stream.sink.stage import SinkStage
@@ -121,6 +122,8 @@ class Loop:
         self.clock, self.log = VirtualClock(START_MS), QuickLog(lambda: self.clock.now_ms())
         partitions = config.log.partitions
         self.log.admin().ensure_topics(self.topics.specs(partitions))
+        rules = FencedMemory(self.log, self.topics.rules, "rules", WriterEpochs())
+        ensure_first(rules, project, now_ms=START_MS, pause=lambda _: None)
         self.blobs, self.metrics = Blobs(), MemoryMetrics()
         self.privacy = Privacy(project, SECRET)
         gateway = GatewayDependencies(

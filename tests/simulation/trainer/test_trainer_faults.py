@@ -17,25 +17,36 @@ from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, Lake, World, cut,
 
 from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.backends.log.memory import MemoryReader
+from headrace.cli.stage_topics import open_topics
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.steps import Step, decode_step
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.lake import LakeReader
-from headrace.contract.interfaces.log import Producer, Reader
+from headrace.contract.interfaces.log import Admin, Producer, Reader
 from headrace.process.call_watch import LAKE_MAX_S, CallWatch
 from headrace.replay.as_trained import as_trained
 from headrace.trainer.bounds import WORK_MAX_S
 from headrace.trainer.run import Trainer
 
 SEED, STORED, COUNT = 2, 2, 80
-CONTRACTS = {"steps_writer": FencedWriter, "lake": LakeReader, "reader": Reader, "blobs": Blobs, "producer": Producer}
+CONTRACTS = {
+    "steps_writer": FencedWriter,
+    "lake": LakeReader,
+    "reader": Reader,
+    "blobs": Blobs,
+    "producer": Producer,
+    "admin": Admin,
+}
 NOT_AFTER_A_COMMIT = {
     ("steps_writer", "open"): "only before a step, or when an append failed",
     **{("lake", name): "read when the lake is opened" for name in ("state", "read", "hold")},
     ("lake", "seals"): "asked by the ledger only",
     ("reader", "position"): "read when the trainer starts",
+    ("admin", "ensure_topics"): "asked by the command before the trainer begins",
+    ("admin", "topic_id"): "asked by the command before the trainer begins",
+    ("admin", "retention_ms"): "asked by the sink only",
     **{(room, "close"): "the process ends" for room in ("steps_writer", "reader", "producer")},
 }
 FAILURES = ("unavailable", "unexpected", "no memory", "effect, then unavailable", "effect, then unexpected", "dies",
@@ -136,14 +147,18 @@ def live(world: World, fault: Fault | None = None) -> tuple[Trainer, int]:
             "reader": world.log.reader(),
             "blobs": world.blobs,
             "producer": world.log.producer(),
+            "admin": world.log.admin(),
         }
         changes = {room: fault.around(room, each) if fault else each for room, each in inner.items()}
         config = TrainConfig(wait_ms=20, publish_ms=20, snapshot_ms=100)
         calls = CallWatch(world.clock.monotonic, ended, by_itself=False)
         if fault:
             fault.calls = calls
-        trainer = Trainer(world.deps(config=config, stop=Process(world), calls=calls, **changes))
+        admin = calls.wrap("admin", changes.pop("admin"))
         try:
+            ids = open_topics(admin, TOPICS, PARTITIONS, ids_of=(TOPICS.samples, TOPICS.steps)).ids
+            told = {"samples_id": ids[TOPICS.samples], "steps_id": ids[TOPICS.steps]}
+            trainer = Trainer(world.deps(config=config, stop=Process(world), calls=calls, **told, **changes))
             trainer.run()
             return trainer, deaths
         except (Exception, Killed) as error:
@@ -199,6 +214,17 @@ def test_a_call_of_the_start_that_never_returns_ends_the_process(room, method, u
     fault = Fault(world, room, method, "never returns", after_steps=0)
     trainer, deaths = live(world, fault)
     assert deaths == fault.done
+    check(world, trainer, digest, steps)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("method", methods(Admin))
+def test_a_call_of_the_admin_at_the_start_that_fails(method, failure, undisturbed):
+    digest, steps, _ = undisturbed
+    world = whole_world()
+    fault = Fault(world, "admin", method, failure, after_steps=0)
+    trainer, deaths = live(world, fault)
+    assert deaths == fault.done == (("admin", method) != ("admin", "retention_ms"))
     check(world, trainer, digest, steps)
 
 

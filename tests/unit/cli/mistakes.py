@@ -274,6 +274,8 @@ DECLARED = (
         {
             '"user_id": "int64", ': '"user_id": "string", ',
             '"price": "float64"},': '"price": "float64"}, private={"user_id": "hash"},',
+            ', fields={"item_id": "int64"})': ', fields={"user_id": "string", "item_id": "int64"}, **HASHED)',
+            "\nPROJECT =": 'HASHED = {"private": {"user_id": "hash"}}\nPROJECT =',
         },
     ),
     Mistake(
@@ -282,6 +284,8 @@ DECLARED = (
         {
             '"user_id": "int64", ': '"user_id": "string", ',
             '"price": "float64"},': '"price": "float64"}, private={"user_id": "hash"},',
+            ', fields={"item_id": "int64"})': ', fields={"user_id": "string", "item_id": "int64"}, **HASHED)',
+            "\nPROJECT =": 'HASHED = {"private": {"user_id": "hash"}}\nPROJECT =',
         },
         env={"HEADRACE_PRIVACY_KEY": "abc"},
     ),
@@ -336,3 +340,144 @@ SETTINGS = (
     Mistake("more than may wait", ("join.pending_max", "raise it"), toml="[join]\npending_max = 10\n"),
 )
 """Of settings and environment."""
+
+SEVERAL = (
+    Mistake(
+        "two features and a window",
+        (AT.format(14) + ".*'10s'", AT.format(18) + ".*'itm'", AT.format(19) + ".*'prise'"),
+        {
+            "window_ms=10_000": 'window_ms="10s"',
+            'al(field="item_id")': 'al(field="itm")',
+            'field="price"': 'field="prise"',
+        },
+    ),
+    Mistake(
+        "two types and a feature that reads neither",
+        (AT.format(11) + ".*'float'", AT.format(11) + ".*'int'", AT.format(18) + ".*'itm'"),
+        {
+            '"price": "float64"': '"price": "float"',
+            '"item_id": "int64", "price"': '"item_id": "int", "price"',
+            'al(field="item_id")': 'al(field="itm")',
+        },
+    ),
+    Mistake(
+        "the key, a task and a counter",
+        (AT.format(10) + ".*'usr_id'", AT.format(14) + ".*'order'", AT.format(16) + ".*'itemid'.*mean 'item_id'"),
+        {
+            'key="user_id"': 'key="usr_id"',
+            'feedback="click", window': 'feedback="order", window',
+            'key="item_id"': 'key="itemid"',
+        },
+    ),
+    Mistake(
+        "a reserved name and one name twice",
+        (AT.format(11) + ".*'label'", "tasks 'click' and 'click' are one"),
+        {
+            '"price": "float64"}': '"price": "float64", "label": "int64"}',
+            "window_ms=10_000),": 'window_ms=10_000), Task(name="click", feedback="click", window_ms=5),',
+        },
+    ),
+    Mistake(
+        "two imports are missing",
+        (AT.format(18) + ".*'Categorical'", AT.format(20) + ".*'Rate'", "from headrace.contract.spec import Rate"),
+        {"import Categorical, Counter": "import Counter", "Numeric, Rate": "Numeric"},
+    ),
+    Mistake(
+        "three misspelt arguments",
+        (AT.format(14) + ".*'window'", AT.format(16) + ".*'keys'.*mean 'key'", AT.format(19) + ".*'fld'"),
+        {"window_ms": "window", 'key="item_id")': 'keys="item_id")', 'Numeric(field="price")': 'Numeric(fld="price")'},
+    ),
+    Mistake(
+        "two settings and a table",
+        (
+            TOML_AT.format(2) + ".*'batch_mz'",
+            TOML_AT.format(3) + r".*ingest\.batch_rows",
+            TOML_AT.format(4) + ".*'lgo'",
+        ),
+        toml='[ingest]\nbatch_mz = 5\nbatch_rows = "many"\n[lgo]\npartitions = 2\n',
+    ),
+    Mistake(
+        "a setting and a declaration",
+        (TOML_AT.format(2) + ".*'batch_mz'", AT.format(19) + ".*'prise'"),
+        {'field="price"': 'field="prise"'},
+        toml="[ingest]\nbatch_mz = 5\n",
+    ),
+)
+"""Two or three at once: each is told, in one go."""
+
+MORE = (
+    Mistake(
+        "a key that feedback leaves plain",
+        (AT.format(13), "'store.impression' hashes the partition key 'user_id' and 'store.click' does not", "of both"),
+        {
+            '"user_id": "int64", ': '"user_id": "string", ',
+            '"price": "float64"},': '"price": "float64"}, private={"user_id": "hash"},',
+        },
+    ),
+    Mistake(
+        "an error that is no Exception",
+        (AT.format(6), "BaseException", "Correct this line"),
+        {"\nPROJECT =": "\nraise BaseException\nPROJECT ="},
+    ),
+    Mistake(
+        "the file imports itself",
+        (AT.format(1), "ImportError", "imports itself"),
+        {"from headrace.contract.functions": "from project import NAME\nfrom headrace.contract.functions"},
+    ),
+    Mistake(
+        "a file that Python's own module hides",
+        (AT.format(2), r"queue\.py beside project\.py is not read", "another name"),
+        {"from headrace.contract.functions": "import queue\nN = queue.MINE\nfrom headrace.contract.functions"},
+        files={"queue.py": "MINE = 3\n"},
+    ),
+    Mistake(
+        "a relative import",
+        (AT.format(1), "without the dot"),
+        {"from headrace.contract.functions": "from .consts import A\nfrom headrace.contract.functions"},
+        files={"consts.py": "A = 1\n"},
+    ),
+    Mistake(
+        "UTF-16",
+        (AT.format(1), "Save the file as UTF-8"),
+        files={"project.py": PROJECT.encode("utf-16")},
+    ),
+    Mistake(
+        "exit without a number",
+        (AT.format(6), r"SystemExit\.\n", "Take the exit out"),
+        {"\nPROJECT =": "\nexit()\nPROJECT ="},
+    ),
+    Mistake("an empty tag", (AT.format(13), r"feedback\[0\]\.tag", "is empty"), {'tag="store.click"': 'tag=""'}),
+    Mistake(
+        "a tag with a space", (AT.format(13), "'store click'", "a space"), {'tag="store.click"': 'tag="store click"'}
+    ),
+    Mistake("a name that no file may have", (AT.format(7), "64 at most"), {'name="store"': f'name="{"s" * 300}"'}),
+    Mistake(
+        "a long field",
+        (AT.format(11), "has 300 letters, 200 at most"),
+        {'"price": "float64"': f'"{"p" * 300}": "float64"'},
+    ),
+    Mistake(
+        "a type of Python",
+        (AT.format(11), r"fields\['item_id'\] is Python's type int: write \"int64\""),
+        {'"item_id": "int64", "price"': '"item_id": int, "price"'},
+    ),
+    Mistake(
+        "an argument without its name",
+        (AT.format(19), "Name each argument"),
+        {'Numeric(field="price")': 'Numeric("price")'},
+    ),
+    Mistake(
+        "a recipe of tasks that are not declared",
+        (AT.format(23), r"'click2', 'like' are no declared tasks.*deepfm\(task='click'\)"),
+        {"dim=8": 'dim=8, task="click2", tasks=("click2", "like")'},
+    ),
+    Mistake(
+        "a counter over a list",
+        (AT.format(16), "over 'tags', a list", "name another field"),
+        {'"price": "float64"}': '"price": "float64", "tags": "list[string]"}', 'key="item_id")': 'key="tags")'},
+    ),
+    Mistake(
+        "a value where a table belongs", (TOML_AT.format(1), r"serve is a table: write \[serve\]"), toml="serve = 3\n"
+    ),
+)
+"""What a user of an own project met."""

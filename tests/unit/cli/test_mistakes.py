@@ -15,14 +15,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from mistakes import DECLARED, PROJECT, PYTHON, SETTINGS, Mistake
+from local_world import free_base
+from mistakes import DECLARED, MORE, PROJECT, PYTHON, SETTINGS, SEVERAL, Mistake
 
 from headrace.cli.main import main
+from headrace.cli.project_folder import WRONG_MAX
 from headrace.contract import functions
 from headrace.contract.config import PORTS, port
 from headrace.deploy.local.doctor import OUTSIDE_ONLY
 
-ALL = (*PYTHON, *DECLARED, *SETTINGS)
+ALL = (*PYTHON, *DECLARED, *SETTINGS, *SEVERAL, *MORE)
 LIMIT_LINES = 12
 NEVER = re.compile(r"Traceback|\[\]|See README|\b1 letters|\x1b|^wrong: *$|\bNone\b is", re.MULTILINE)
 """What no answer says."""
@@ -96,6 +98,60 @@ def test_what_editors_do_to_a_file_is_no_mistake(ends: str, tmp_path: Path) -> N
         text, toml = text.replace(b"    ", b"\t"), toml.replace(b"\nb", b"\n\tb")
     folder = planted(Mistake("none", (), files={"project.py": text}, toml=toml), tmp_path / "store")
     assert main(["check", str(folder)]) == 0
+
+
+def test_what_a_project_prints_is_no_part_of_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = planted(Mistake("none", (), {"\nPROJECT =": "\nprint('hello')\nPROJECT ="}), tmp_path / "store")
+    assert main(["check", str(folder), "--json"]) == 0
+    said = capsys.readouterr()
+    assert msgspec.json.decode(said.out)["wrong"] == [] and said.err == "hello\n"
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_nothing(tmp_path: Path) -> None:
+    folder = planted(
+        Mistake("none", (), {'"price"': '"preis_\u00fc"', 'field="price"': 'field="preis_\u00fc"'}), tmp_path / "s"
+    )
+    done = command(folder, PYTHONIOENCODING="ascii", PORT_BASE=str(free_base()))
+    assert done.returncode == 0 and "preis_\\xfc float64" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_follows_from_a_wrong_type_is_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = planted(Mistake("none", (), {"dim=8": 'dim=8, tasks="click"'}), tmp_path / "store")
+    assert main(["check", str(folder)]) == 1
+    assert capsys.readouterr().out.count("wrong: ") == 1
+
+
+def test_so_many_mistakes_are_told_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = ", ".join(f'Categorical(field="none{number}")' for number in range(40))
+    change = {'Categorical(field="item_id")': many}
+    assert main(["check", str(planted(Mistake("none", (), change), tmp_path / "store"))]) == 1
+    said = capsys.readouterr().out
+    assert said.count("reads 'none") == WRONG_MAX and "and 20 more: correct these" in said
+
+
+def test_a_file_in_a_folders_place_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = planted(Mistake("none", ()), tmp_path / "store")
+    assert main(["check", str(folder / "project.py")]) == 1
+    assert f"is a file; name the folder that holds it: {folder}" in capsys.readouterr().out
+
+
+def test_doctor_says_what_check_would_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--project", str(planted(Mistake("none", ()), tmp_path / "store"))])
+    assert re.search(r"ok +project: store in .*, 1 task\n", capsys.readouterr().out)
+    change = {"window_ms=10_000": 'window_ms="10s"', 'Numeric(field="price")': 'Numeric(field="prise")'}
+    folder = planted(Mistake("none", (), change), tmp_path / "other")
+    assert main(["doctor", "--project", str(folder)]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"trouble +project: .*project\.py, line 14: .*'10s'", said) and "'prise'" in said
+    assert said.count(f"`headrace check {folder}` looks again") == 2
+
+
+@pytest.mark.parametrize(("verb", "flags"), [("up", []), ("doctor", [])])
+def test_a_broker_without_a_port_is_refused(verb: str, flags: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HEADRACE_BROKERS", "kafka-1")
+    folder = planted(Mistake("none", ()), tmp_path / "store")
+    assert main([verb, "--project", str(folder), *flags]) == 2
+    assert "'kafka-1' has no port" in capsys.readouterr().err
 
 
 def test_lists_do_for_tuples(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from msgspec import structs
 
 from headrace.backends.lake.hour_files import with_hours
+from headrace.contract.checks.names import RESERVED
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import feedback_schema, impression_schema
 from headrace.contract.formats.sample import sample_schema
-from headrace.contract.names import RESERVED
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Counter, FeatureSpec
 

@@ -30,6 +30,7 @@ from headrace.contract.rules import (
 from headrace.contract.spec import Bucket, Categorical, Custom, FeatureSpec
 from headrace.stream.join.join import JoinState
 from headrace.stream.rule_changes import apply, begin_rules, ensure_first, first_rules, read_history, unapplied
+from headrace.stream.stored_rules import StoredRules
 
 TOPICS, PARTITIONS = Topics(), 3
 
@@ -79,16 +80,60 @@ def test_rules_that_were_lost_are_never_begun_anew_beside_what_they_made():
     world.apply(WIDE)
     world.log.delete(TOPICS.rules)
     world.log.admin().ensure_topics(TOPICS.specs(PARTITIONS))
+    made = [StoredRules(0)]
     for ask in (
-        lambda: begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None, has_states=lambda: True),
+        lambda: begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None, stored=lambda: made),
         lambda: apply(
-            world.writer(), world.log.producer(), TOPICS.events, PARTITIONS, LATE, now_ms=7, has_states=lambda: True
+            world.writer(),
+            world.log.producer(),
+            TOPICS.events,
+            PARTITIONS,
+            LATE,
+            now_ms=7,
+            stored=lambda: made,
         ),
     ):
         with pytest.raises(ConfigRejected, match="deleted or emptied"):
             ask()
+    with pytest.raises(ConfigRejected, match="Bring the topic back from a copy"):
+        unapplied(world.writer(), PROJECT, lambda: made)
     assert not world.log.partitions(TOPICS.rules)[0], "nothing was written"
-    begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None, has_states=lambda: False)
+    begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None, stored=list)
+
+
+def test_rules_whose_first_records_are_gone_are_refused_with_the_remedy():
+    world = begun()
+    world.apply(WIDE)
+    world.log.trim(TOPICS.rules, 0, 3)
+    for ask in (
+        lambda: begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None),
+        lambda: world.apply(LATE),
+        lambda: unapplied(world.writer(), PROJECT),
+        lambda: first_rules(PROJECT, [], begin=3),
+    ):
+        with pytest.raises(ConfigRejected, match=r"first records .*Bring the topic back from a copy"):
+            ask()
+
+
+@pytest.mark.parametrize("stored", [StoredRules(1, {2: rules_of(WIDE)}), StoredRules(1, {}, first=rules_of(WIDE))])
+def test_rules_that_were_filled_again_otherwise_are_refused_with_the_remedy(stored: StoredRules):
+    """By an older release too: what the states were made by is held against what the topic says, whoever filled it."""
+    world = begun()
+    for ask in (
+        lambda: begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None, stored=lambda: [stored]),
+        lambda: unapplied(world.writer(), PROJECT, lambda: [stored]),
+    ):
+        with pytest.raises(ConfigRejected, match=r"state of partition 1 was made by change .*raise log\.generation"):
+            ask()
+    world.apply(WIDE)
+    fits = StoredRules(1, {2: rules_of(WIDE)}, first=rules_of(PROJECT))
+    begin_rules(world.writer(), PROJECT, now_ms=2, pause=lambda _: None, stored=lambda: [fits])
+
+
+@pytest.mark.parametrize("project", [PROJECT, WIDE, LATE])
+def test_a_project_under_its_rules_declares_those_rules(project):
+    """What a state says of its first rules is told from the project that was put under them."""
+    assert rules_of(rules_of(project).over(PROJECT)) == rules_of(project)
 
 
 def test_the_first_rules_are_the_projects_and_lie_in_no_partition():

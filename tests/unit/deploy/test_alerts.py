@@ -183,6 +183,21 @@ CASES = """
               summary: "The project file of a is not what events are read by"
               description: "Change 3 is in force. `headrace spec` shows what the file would change, `headrace spec
                 apply` puts it in force; or deploy the file that was applied."
+  - name: a certificate near its end
+    interval: 1m
+    input_series:
+      - {series: "headrace_ingest_tls_days_left{instance='a'}", values: "7.02x30 6.94x60"}
+      - {series: "headrace_ingest_tls_days_left{instance='b'}", values: "90x90"}
+    alert_rule_test:
+      - {eval_time: 35m, alertname: HeadraceCertificateEnds, exp_alerts: []}
+      - eval_time: 60m
+        alertname: HeadraceCertificateEnds
+        exp_alerts:
+          - exp_labels: {severity: warning, instance: a}
+            exp_annotations:
+              summary: "The certificate of gateway a ends in 6.9 days"
+              description: "From then on every shipper refuses it, all at once. Renew the file of ingest.tls_cert; the
+                gateway serves the new one within 30 s, without a restart."
   - name: late events
     interval: 1m
     input_series:

@@ -189,6 +189,13 @@ CASES: dict[str, tuple[Series, set[str]]] = {
         },
         {"HeadraceCrawlBoundReached of crawl"},
     ),
+    "a page is too dear, the first of its series": (
+        {
+            at("headrace_crawl_pages_total", outcome="extraction_cpu"): "_x40 1x80",
+            at("headrace_crawl_pages_total", outcome="taken"): "0+9x120",
+        },
+        {"HeadraceCrawlPagesRefused of crawl"},
+    ),
     "many events are dead letters": (
         {at("headrace_ingest_events_dead_lettered_total", reason="bad_type"): "0+6x20 120+600x100"},
         {"HeadraceDeadLetters of ingest"},

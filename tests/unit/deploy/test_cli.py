@@ -81,10 +81,10 @@ def test_state_of_another_version_is_refused_with_the_remedy(tmp_path: Path) -> 
     made = local.new_layout(flags(tmp_path))
     made.prepare()
     (tmp_path / "VERSION").write_text("0\n")
-    with pytest.raises(ConfigRejected, match="make clean"):
+    with pytest.raises(ConfigRejected, match="headrace clean"):
         made.prepare()
     findings = {f.what: f for f in doctor.examine(made)}
-    assert findings["state"].level == "trouble" and "make clean" in findings["state"].remedy
+    assert findings["state"].level == "trouble" and "headrace clean" in findings["state"].remedy
 
 
 @pytest.mark.parametrize("store", ["s3://bucket/x", "relative/path", "file:relative"])

@@ -4,15 +4,17 @@ Method: the admin of Kafka, with a client that remembers what it is asked."""
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from headrace.backends.log.kafka import KafkaAdmin, copies
+from headrace.backends.log.admin_kafka import KafkaAdmin, copies
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.interfaces.log import TopicSpec
+from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.log import TopicSpec, check_outlasts
 
 
 class Answer:
@@ -47,9 +49,9 @@ class Cluster:
         return {one.topic: Answer(None) for one in topics}
 
     def describe_configs(self, resources: Any, **_: Any) -> dict[Any, Answer]:
+        said = {r: {"retention.ms": "1000", "segment.ms": "604800000"} | self.topics[r.name][2] for r in resources}
         return {
-            r: Answer({name: SimpleNamespace(value=value) for name, value in self.topics[r.name][2].items()})
-            for r in resources
+            r: Answer({name: SimpleNamespace(value=value) for name, value in each.items()}) for r, each in said.items()
         }
 
 
@@ -106,6 +108,36 @@ def test_what_these_brokers_cannot_give_is_refused() -> None:
         copies(2, 3, 0)
     with pytest.raises(ConfigRejected, match=r"log.min_insync_replicas is 4"):
         copies(3, 0, 4)
+
+
+WEEK_MS = 7 * 86_400_000
+MARKS = TopicSpec("marks", 1, retention_ms=3 * WEEK_MS, outlasts="letters")
+
+
+@pytest.mark.parametrize(
+    ("letters_ms", "marks_ms", "refused"),
+    [
+        (WEEK_MS, 3 * WEEK_MS, ""),
+        (WEEK_MS, -1, ""),
+        # A letter may stay until its segment of a week is closed and old enough.
+        (2 * WEEK_MS, 3 * WEEK_MS, f"to more than {3 * WEEK_MS}, or to -1"),
+        (-1, 3 * WEEK_MS, "for ever: .* to -1 "),
+    ],
+)
+def test_marks_that_would_go_before_what_they_tell_of_are_refused(letters_ms: int, marks_ms: int, refused: str) -> None:
+    """An operator may have set either since; a topic of an older release is kept for ever."""
+    cluster = Cluster(1)
+    specs = [TopicSpec("letters", 1, retention_ms=letters_ms), MARKS]
+    cluster.topics["marks"] = (1, 1, {"retention.ms": str(marks_ms), "min.insync.replicas": "1"})
+    with pytest.raises(ConfigRejected, match=refused) if refused else nullcontext():
+        admin(cluster).ensure_topics(specs)
+
+
+def test_retries_outlast_the_letters_that_they_tell_of() -> None:
+    """Of all topics they alone tell of another; a mark that is gone would have its letter offered again."""
+    specs = {spec.name: spec for spec in Topics().specs(1)}
+    assert {spec.name: spec.outlasts for spec in specs.values() if spec.outlasts} == {"retries": "dead-letters"}
+    check_outlasts(specs["retries"], specs["retries"].retention_ms, specs["dead-letters"].retention_ms + WEEK_MS)
 
 
 def test_every_verb_takes_its_admin_from_the_runtime_that_knows_the_settings() -> None:

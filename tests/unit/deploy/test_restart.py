@@ -65,7 +65,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch, *names: str) -> MemorySupervisor
 
 
 def test_where_nothing_runs_nothing_is_restarted(layout: Layout) -> None:
-    with pytest.raises(ConfigRejected, match=r"nothing runs in .*; `make up` starts it"):
+    with pytest.raises(ConfigRejected, match=r"nothing runs in .*; `headrace up` starts it"):
         stack.restart(layout, ["ingest"], print)
 
 

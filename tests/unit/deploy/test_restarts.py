@@ -48,6 +48,19 @@ def test_a_long_healthy_run_ends_the_row_and_not_the_count() -> None:
     assert (crashes.total, crashes.in_row) == (7, 1)
 
 
+def test_a_row_is_over_while_the_process_still_runs() -> None:
+    crashes = Crashes()
+    for _ in range(6):
+        crash(crashes, 1.0, now_s=50.0)
+    begun_s = crashes.next_start_s
+    assert crashes.told(now_s=begun_s + HEALTHY_S - 1.0, begun_s=begun_s).in_row == 6
+    later = crashes.told(now_s=begun_s + HEALTHY_S, begun_s=begun_s)
+    assert (later.total, later.in_row, later.next_start_s) == (6, 0, 0.0)
+    # One that waits for its next start does not run, however long ago it was started.
+    waits = crashes.told(now_s=begun_s - 5.0, begun_s=begun_s - 2 * HEALTHY_S)
+    assert (waits.in_row, waits.next_start_s) == (6, 5.0)
+
+
 def test_a_start_that_was_asked_for_waits_for_nothing() -> None:
     crashes = Crashes()
     for _ in range(6):
@@ -129,6 +142,18 @@ def test_supervisord_counts_crashes_waits_and_goes_on(supervisor: Supervisor) ->
     supervisor.begin(["dies"])
     again = awaited(supervisor, "dies", lambda p: p.crashes.total > found.crashes.total)
     assert again.crashes.in_row <= 2, "a start that was asked for begins a new row"
+
+
+def test_last_words_are_of_the_life_that_ended(supervisor: Supervisor, tmp_path: Path) -> None:
+    once = "import pathlib, sys, time; p = pathlib.Path(sys.argv[1]); new = not p.exists(); p.touch()"
+    once += "; new and sys.exit('x ERROR the disk is full'); time.sleep(600)"
+    supervisor.start([Program("kafka", [sys.executable, "-Sc", once, str(tmp_path / "begun")])])
+    supervisor.begin(["kafka"])
+    first = awaited(supervisor, "kafka", lambda p: p.state == "running" and p.crashes.total == 1)
+    assert first.crashes.last_words == "x ERROR the disk is full"
+    supervisor.kill("kafka")
+    second = awaited(supervisor, "kafka", lambda p: p.crashes.total == 2)
+    assert (second.crashes.last_exit, second.crashes.last_words) == ("SIGKILL", "")
 
 
 def test_status_tells_what_lives_when_supervisord_stands_still(

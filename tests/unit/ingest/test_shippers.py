@@ -98,7 +98,9 @@ def test_what_fluent_bit_reads_in_another_way_than_people_is_refused(wrong: str)
 
 @pytest.mark.parametrize("path", FLUENTD, ids=_name)
 def test_fluentd_takes_every_key_and_value_as_it_is_written(path: Path) -> None:
-    assert "For fluentd 1.16 to 1.19" in path.read_text()
+    # in_tail stalls at rotations before 1.16.3 (fluent/fluentd#4327).
+    first = "1.16.3" if path.name == "access-log.conf" else "1.16"
+    assert f"For fluentd {first} to 1.19" in path.read_text()
     fluentd_rules.read_all(fluentd_rules.parse(path.read_text()))
 
 
@@ -184,6 +186,29 @@ def test_secure_files_check_whom_they_speak_to() -> None:
     assert match["transport"] == "tls" and match["tls_verify_hostname"] is True and not match.get("tls_insecure_mode")
     (output,) = _fluent_bit("tls.conf", "OUTPUT")
     assert output["tls"] is True and output["tls.verify"] is True and output["tls.verify_hostname"] is True
+
+
+@pytest.mark.parametrize("path", [p for p in FLUENTD if p.name != "kafka.conf"], ids=_name)
+def test_a_gateway_that_moves_is_found_again_and_one_that_is_gone_is_left(path: Path) -> None:
+    # fluentd keeps the first address of a name until a heartbeat fails, and there are no heartbeats.
+    match, server = _fluentd(path.name, "match", "forward"), _fluentd(path.name, "server")
+    assert match["heartbeat_type"] == "none"
+    if str(server["host"]) != "127.0.0.1":
+        assert 0 < float(match["expire_dns_cache"]) <= 60 and 0 < float(match["connect_timeout"]) <= 30
+
+
+@pytest.mark.parametrize("path", FLUENTD, ids=_name)
+def test_a_chunk_that_fluentd_gives_up_is_kept_where_a_reboot_leaves_it(path: Path) -> None:
+    # An UnrecoverableError moves the chunk under root_dir, /tmp/fluent by default.
+    root = str(_fluentd(path.name, "system")["root_dir"])
+    assert (
+        root
+        and not root.startswith("/tmp")
+        and root
+        == _fluentd(path.name, "buffer")["path"].removesuffix(  # type: ignore[union-attr]
+            "/access-log"
+        )
+    )
 
 
 # -- the bounds along the way

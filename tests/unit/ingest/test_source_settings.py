@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import confluent_kafka as ck
 import pytest
 
+from headrace.backends.clock import VirtualClock
+from headrace.backends.log.group_kafka import KafkaGroup
+from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.stages.ingest import _client
 from headrace.contract.config import SourceConfig, decode_config
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.interfaces.group import Claim, Fetched
-from headrace.ingest.sources.kafka_source import Positions, Run, messages_of
+from headrace.ingest.sources.kafka_source import KafkaSource, Positions, Run, messages_of
 
 CLAIM = Claim("t", 0, 1)
 
@@ -100,3 +107,49 @@ def test_a_log_record_that_cannot_be_packed_is_a_dead_letter_of_its_own_bytes() 
 
 def test_the_demo_has_no_source(shop_dir: Path) -> None:
     assert decode_config((shop_dir / "headrace.toml").read_bytes()).ingest.sources == ()
+
+
+class Client:
+    """A client that knows the ends of some partitions; of the others it raises, knows nothing yet, or says nothing."""
+
+    def __init__(self, told: dict[int, Any]) -> None:
+        self.told = told
+
+    def get_watermark_offsets(self, part: Any, cached: bool) -> Any:
+        found = self.told[part.partition]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def position(self, parts: list[Any]) -> list[Any]:
+        return [SimpleNamespace(offset=4) for _ in parts]
+
+
+@pytest.mark.parametrize(
+    ("other", "lag"),
+    [
+        ((0, 9), 6 + 5),
+        (ck.KafkaException(ck.KafkaError(ck.KafkaError._TRANSPORT)), None),
+        ((ck.OFFSET_INVALID, ck.OFFSET_INVALID), None),
+        (None, None),
+    ],
+    ids=["told", "raises", "not heard yet", "no answer"],
+)
+def test_a_lag_of_which_a_part_is_not_known_is_not_known(other: Any, lag: int | None) -> None:
+    """Without that part it would look better than it is."""
+    group = KafkaGroup("127.0.0.1:1", "t", "g")
+    group.close(5.0)
+    assert group.status().lag_records is None, "nobody has looked yet"
+    group._away_since = None
+    group._measure()
+    assert group.status().lag_records is None, "nobody has said yet which partitions it has"
+    group._is_assigned = True
+    group._claims = {p: Claim("t", p, p) for p in (0, 1)}
+    group._consumer = Client({0: (0, 10), 1: other})  # type: ignore[assignment]
+    group._measure()
+    assert group.status().lag_records == lag
+    metrics = MemoryMetrics()
+    source = KafkaSource(SourceConfig(topic="t", tag="a"), lambda: group, metrics, VirtualClock())
+    source._report(group)
+    shown = metrics.gauges["lag_records", "t"]
+    assert math.isnan(shown) if lag is None else shown == lag

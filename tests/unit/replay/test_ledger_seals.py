@@ -293,11 +293,9 @@ def test_an_account_whose_lake_is_another_begins_at_the_beginning(tmp_path: Path
     assert ledger.reread[0].startswith("lake, partition 0, after (-1, -1)") and ledger.lost == 1
 
 
-def test_a_topic_that_was_made_anew_is_read_by_id(tmp_path: Path):
+def test_a_topic_of_which_no_id_is_told_is_read_by_id(tmp_path: Path):
+    """With an id it is refused: test_ledger_topics.py."""
     world = made(tmp_path)
-    world.snapshot(topic_id="old")
-    ledger = world.draw(topic_ids={TOPICS.events: "new"})
-    assert ledger.drawn_from == "log" and "topic with id old, this one has new" in ledger.not_sealed
     world.log.delete(TOPICS.events)
     world.log.admin().ensure_topics(TOPICS.specs(2))
     ledger = world.draw()

@@ -93,7 +93,7 @@ def test_crashes_lose_nothing_and_make_nothing_twice(tmp_path: Path, seed: int) 
     assert taken <= brought and set(side.chunks_of) <= taken
     assert {event: names for event, names in side.chunks_of.items() if len(names) > 1} == {}
     assert outbox.unacked == 0 and all(lane.bytes == 0 for lane in outbox.lanes)
-    outbox.spool.close(remove=True)
+    outbox.close()
     assert list(tmp_path.rglob("*.seg")) == [] and list(tmp_path.glob("*.damaged")) == []
 
 

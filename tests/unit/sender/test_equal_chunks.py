@@ -102,12 +102,12 @@ def test_two_killed_processes_that_leave_the_same_bytes_leave_two_chunks(tmp_pat
     alive = _outbox(tmp_path)
     for outbox in dead:
         _killed(outbox)
-    alive.requeue(alive.spool.read(alive.spool.adopt()))
+    alive.requeue(alive.spool.read(alive.spool.adopt()[0]))
     names = _ids(_taken(alive))
     assert len(set(names)) == alive.unacked == len(alive.lanes.of("t").sent) == 2
     _killed(alive)
     again = _outbox(tmp_path)
-    again.requeue(again.spool.read(again.spool.adopt()))
+    again.requeue(again.spool.read(again.spool.adopt()[0]))
     assert _ids(_taken(again)) == names, "the same after the next crash"
     for name in names:
         again.acked(name)
@@ -129,9 +129,9 @@ def test_a_chunk_whose_new_id_cannot_be_noted_gets_it_again(tmp_path: Path, monk
     _killed(outbox)
     mover = Spool(tmp_path / "other", bytes_max=1 << 20, fsync=False)
     mover.folder = tmp_path
-    (second,) = mover.read(mover.adopt())
+    (second,) = mover.read(mover.adopt()[0])
     assert second.id == first.id, "also once it lies in another slot"
-    mover.close(remove=True)
+    mover.close()
 
 
 def test_equal_parts_that_an_older_tree_gave_one_id_are_all_sent(tmp_path: Path) -> None:

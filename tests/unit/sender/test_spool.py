@@ -80,7 +80,7 @@ def test_a_torn_tail_is_no_damage_and_nothing_is_appended_behind_it(tmp_path: Pa
     spool = Spool(tmp_path, bytes_max=1 << 20, fsync=False)
     (chunk,) = spool.recover()
     spool.note_ack(chunk)
-    spool.close(remove=False)
+    spool.close()
     spool = Spool(tmp_path, bytes_max=1 << 20, fsync=False)
     assert spool.recover() == [] and list(tmp_path.rglob("*.seg")) == [] and list(tmp_path.glob("*.damaged")) == []
-    spool.close(remove=True)
+    spool.close()

@@ -13,7 +13,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,10 +25,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from headrace.contract.errors import BadRequest
 from headrace.process import http_bounds
-from headrace.serving.api import body
-from headrace.serving.api.app import problem
-from headrace.serving.api.body import BadRequest, Bodies
+from headrace.process.request_body import Bodies, BodyBounds
+from headrace.serving.api.app import BODIES, problem
 from headrace.serving.processes import answer_requests, listen
 
 HEAD = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"
@@ -35,8 +37,8 @@ HEAD = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"
 class Server:
     """The server, with an application that reads bodies as `POST /v1/rank` does; `hold` keeps answers back."""
 
-    def __init__(self, connections_max: int) -> None:
-        self.bodies, self.refused, self.ends = Bodies(), Counter[str](), list[int]()
+    def __init__(self, connections_max: int, bounds: BodyBounds) -> None:
+        self.bodies, self.refused, self.ends = Bodies(bounds), Counter[str](), list[int]()
         self.over = threading.Event()
         listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
@@ -75,14 +77,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(connections_max: int = 100) -> Iterator[Server]:
-    server = Server(connections_max)
+def running(connections_max: int = 100, **bounds: Any) -> Iterator[Server]:
+    server = Server(connections_max, replace(BODIES, **bounds))
     try:
         yield server
     finally:
         server.over.set()
         server.thread.join()
-    assert server.bodies._bytes == 0
+    assert server.bodies.held == 0
 
 
 def test_headers_that_do_not_end_and_silent_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +97,8 @@ def test_headers_that_do_not_end_and_silent_connections_are_closed(monkeypatch: 
         assert server.answers()
 
 
-def test_a_body_that_stops_in_the_middle_is_ended_and_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "BODY_S", 0.3)
-    with running() as server, server.connect(HEAD + b"[") as slow:
+def test_a_body_that_stops_in_the_middle_is_ended_and_others_are_answered() -> None:
+    with running(seconds=0.3) as server, server.connect(HEAD + b"[") as slow:
         assert server.answers()
         seen = b""
         while piece := slow.recv(1_000):
@@ -113,13 +114,12 @@ def test_a_client_that_leaves_in_the_middle_costs_its_own_request() -> None:
         assert server.answers()
 
 
-def test_bodies_have_a_bound_each_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "BODY_BYTES_MAX", 9)
-    with running() as server, server.connect(HEAD + b"0123456789") as large:
-        assert b" 413 " in large.recv(1_000)
-        monkeypatch.setattr(body, "BODIES_BYTES_MAX", 12)
+def test_bodies_have_a_bound_each_and_together() -> None:
+    with running(bytes_max=9, together_max=12) as server:
+        with server.connect(HEAD + b"0123456789") as large:
+            assert b" 413 " in large.recv(1_000)
         with server.connect(HEAD + b"01234567"):
-            until(lambda: server.bodies._bytes == 8)
+            until(lambda: server.bodies.held == 8)
             with server.connect(HEAD + b"01234567") as second:
                 assert b" 503 " in second.recv(1_000)
             assert server.answers()

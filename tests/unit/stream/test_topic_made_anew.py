@@ -21,12 +21,14 @@ from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics
+from headrace.contract.rules import rules_of
 from headrace.process.waits import Waits
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.state import read_manifest
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.join_stage import StreamStage
 from headrace.stream.sink.stage import SinkStage
+from headrace.stream.stored_rules import StoredRules, stored_rules
 
 TOPICS = Topics()
 
@@ -67,6 +69,16 @@ async def store_some(stage: Any) -> int:
     await stage.take_all(taken)
     await stage.finish()
     return taken[-1].offset + 1
+
+
+def test_a_state_of_the_join_says_by_which_rules_it_and_its_log_were_read() -> None:
+    world = World()
+    asyncio.run(store_some(world.stage(StreamStage)))
+    (found,) = stored_rules(world.blobs, 1, 1)
+    assert found == StoredRules(0, {1: rules_of(PROJECT)}, first=rules_of(PROJECT))
+    for name in world.blobs.list("state/stream/g1/0"):
+        world.blobs.put(name, b"damaged")
+    assert stored_rules(world.blobs, 1, 1) == [StoredRules(0)], "there is a state, and nobody can say of what"
 
 
 @pytest.mark.parametrize("kind", [StreamStage, AggregateStage])

@@ -31,6 +31,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Delivered
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.crawl_stage import CrawlStage
+from headrace.ingest.crawl.extraction_pool import ExtractionPool
 
 PARTITIONS = 3
 
@@ -94,6 +95,7 @@ def main() -> None:
     frontier = SqliteFrontier(folder / "state" / "g1.sqlite", bodies_per_page=declared.config.bodies_per_page)
     empty = MemoryLog()
     empty.admin().ensure_topics(Topics().specs(PARTITIONS))
+    pool = ExtractionPool(declared.config)
     stage = CrawlStage(
         CrawlDependencies(
             crawls=declared.crawls,
@@ -105,6 +107,7 @@ def main() -> None:
             producer=FileLog(folder / "log.jsonl", receipt_s),
             metrics=metrics,
             clock=SystemClock(),
+            extraction=pool,
             open_reader=empty.reader,
         )
     )
@@ -113,6 +116,7 @@ def main() -> None:
         changed = stage.extract_again()
     else:
         stage.run(stop, lambda _: None, once=mode == "once")
+    pool.close()
     frontier.close()
     counts = {f"{name}/{reason}" if reason else name: value for (name, reason), value in metrics.counters.items()}
     print(json.dumps({**counts, "changed": changed}))

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from headrace.contract.crawl import Crawl, Extract, Follow
+from headrace.ingest.crawl.extract import Document, Extracted, extract
 
 SCRIPT = Path(__file__).parent / "crawl_process.py"
 NEVER_S = 60.0
@@ -208,3 +209,13 @@ def eventually(what: Callable[[], Any]) -> Any:
 
 def gzipped(text: str) -> bytes:
     return gzip.compress(text.encode())
+
+
+class ExtractionHere:
+    """Extracts at once, in the test's own process and without bounds: for tests of what is around it."""
+
+    async def extract(self, document: Document, crawl: Crawl) -> Extracted:
+        return extract(document, crawl)
+
+    def bounds(self) -> tuple[int, int]:
+        return 0, 0

@@ -10,6 +10,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import msgpack
@@ -21,13 +22,14 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.log.group_memory import MemoryGroups
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.cli.stage_topics import open_topics
 from headrace.cli.stages.ingest import once_kafka_answers
 from headrace.contract.config import IngestConfig, SourceConfig
 from headrace.contract.formats.dead_letters import decode_dead_letter
 from headrace.contract.formats.events import PUNCTUATION, decode_batch, decode_punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.group import Group
-from headrace.contract.interfaces.log import Producer, Reader, TopicSpec
+from headrace.contract.interfaces.log import Admin, Producer, Reader, TopicSpec
 from headrace.ingest.forward.connection import Connection
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.forward.forward_server import ForwardServer
@@ -235,11 +237,11 @@ class GatewayStage:
     def begin(self) -> None:
         """Start as the command does."""
         world, process = self.world, self.process
+        admin, beat = process.wrap(Admin, world.log.admin()), process.watchdog.beat
+        assert once_kafka_answers(partial(open_topics, admin, TOPICS, PARTITIONS), self.stop, beat) is not None
         reader = process.wrap(Reader, world.log.reader())
         try:
-            start = once_kafka_answers(
-                lambda: read_start(reader, TOPICS.events, "gateway"), self.stop, process.watchdog.beat
-            )
+            start = once_kafka_answers(lambda: read_start(reader, TOPICS.events, "gateway"), self.stop, beat)
         finally:
             reader.close()
         assert start is not None
@@ -291,7 +293,7 @@ class GatewayWorld:
     def __init__(self) -> None:
         self.clock = VirtualClock(START_MS)
         self.log = MemoryLog(self.clock.now_ms)
-        self.log.admin().ensure_topics([*TOPICS.specs(PARTITIONS), TopicSpec(SOURCE.topic, 2)])
+        self.log.admin().ensure_topics([TopicSpec(SOURCE.topic, 2)])
         for partition, records in enumerate(SOURCED):
             for number in range(records):
                 value = {
@@ -318,7 +320,7 @@ class GatewayWorld:
     def rows(self) -> set[str]:
         """Return the ids of all appended events; the stream drops what is there twice."""
         found = set[str]()
-        for partition in self.log.partitions(TOPICS.events):
+        for partition in self.log.topics.get(TOPICS.events, ()):
             for record in partition:
                 if record.headers["kind"] != PUNCTUATION:
                     found |= set(decode_batch(record.value or b"").column("event_id").to_pylist())
@@ -326,19 +328,20 @@ class GatewayWorld:
 
     def letters(self) -> set[str]:
         """Return the ids of all dead letters."""
-        return {decode_dead_letter(r.value or b"").event_id for r in self.log.partitions(TOPICS.dead_letters)[0]}
+        partitions = self.log.topics.get(TOPICS.dead_letters, ())
+        return {decode_dead_letter(r.value or b"").event_id for partition in partitions for r in partition}
 
     def promised_ms(self) -> int:
         """Return how far the gateway's promises have come in every partition."""
         promises = [
             [decode_punctuation(r.value or b"").time_ms for r in partition if r.headers["kind"] == PUNCTUATION][-1:]
-            for partition in self.log.partitions(TOPICS.events)
+            for partition in self.log.topics.get(TOPICS.events, [[]])
         ]
         return min(promise[0] if promise else 0 for promise in promises)
 
     def newest_epoch(self) -> int:
         """Return the newest epoch in the log, 0 where there is none."""
-        records = [record for partition in self.log.partitions(TOPICS.events) for record in partition]
+        records = [record for partition in self.log.topics.get(TOPICS.events, ()) for record in partition]
         return max((int(record.headers["epoch"]) for record in records), default=0)
 
     def unread(self) -> bool:
@@ -369,9 +372,11 @@ def _unpacked(data: bytes) -> list[Any]:
 
 GATEWAY = StageRow(
     "gateway",
-    (Producer, Reader, Group, Sockets),
+    (Admin, Producer, Reader, Group, Sockets),
     GatewayWorld,
     {
+        "Admin.topic_id": "it stores nothing that was made of a topic",
+        "Admin.retention_ms": "the sink alone asks it: the row sink",
         "Producer.flush": "called when the loop has ended: what has no receipt has no ack",
         "Producer.close": "the command closes it when the stage has ended",
     },

@@ -8,11 +8,11 @@ from __future__ import annotations
 from random import Random
 
 from fault_matrix import Process, StageRow
-from fault_stages import LaggingProducer
-from letters_world import Dying, DyingProducer, DyingWriter, Killed, World, fill
+from fault_stages import LaggingProducer, asked_of_log
+from letters_world import Dying, DyingProducer, DyingWriter, Killed, P, World, fill
 
 from headrace.contract.interfaces.fenced import FencedWriter
-from headrace.contract.interfaces.log import Producer, Reader
+from headrace.contract.interfaces.log import Admin, Producer, Reader
 from headrace.ingest.dead_letters.letters import Filter
 from headrace.ingest.dead_letters.retry import Retry
 
@@ -57,6 +57,7 @@ class RetryWorld:
 
     def start(self, process: Process) -> RetryStage:
         world = self.letters
+        asked_of_log(process, world.log, partitions=P)
         retry = world.retry(
             producer=process.wrap(Producer, LaggingProducer(world.log)),
             reader=process.wrap(Reader, world.log.reader()),
@@ -79,9 +80,11 @@ class RetryWorld:
 _BY_COMMAND = "the command closes it when the retry has ended"
 RETRY = StageRow(
     "retry",
-    (FencedWriter, Producer, Reader),
+    (Admin, FencedWriter, Producer, Reader),
     RetryWorld,
     {
+        "Admin.topic_id": "it stores nothing that was made of a topic",
+        "Admin.retention_ms": "the sink alone asks it: the row sink",
         "FencedWriter.close": _BY_COMMAND,
         "Producer.close": _BY_COMMAND,
         "Producer.flush": "a retry waits for each receipt itself",

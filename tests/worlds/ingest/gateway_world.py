@@ -186,7 +186,7 @@ class Authority:
         self.file.write_bytes(own.public_bytes(serialization.Encoding.PEM))
 
     def _certificate(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, authority: bool = False
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, authority: bool = False, named: bool = True
     ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         unsigned = (
@@ -198,16 +198,19 @@ class Authority:
             .not_valid_before(now - datetime.timedelta(hours=1))
             .not_valid_after(now + datetime.timedelta(hours=1))
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
         )
+        if named:
+            names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+            unsigned = unsigned.add_extension(names, critical=False)
         return unsigned.sign(self._key, hashes.SHA256())
 
-    def issue(self, name: str, password: str = "") -> tuple[Path, Path]:
+    def issue(self, name: str, password: str = "", *, alternative_name: bool = True) -> tuple[Path, Path]:
         """Return the files of a new certificate and its key, encrypted where a password is given."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         cert_file, key_file = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        cert_file.write_bytes(self._certificate(subject, key.public_key()).public_bytes(serialization.Encoding.PEM))
+        certificate = self._certificate(subject, key.public_key(), named=alternative_name)
+        cert_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         lock = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
         key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock))
         return cert_file, key_file

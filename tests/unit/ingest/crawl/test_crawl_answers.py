@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from crawl_world import ExtractionHere
 from scrapy.http import Request, Response
 from stream_world import Blobs
 
@@ -22,7 +24,8 @@ from headrace.contract.crawl import Crawl, Extract, Follow
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.frontier import Found, Page
 from headrace.ingest.crawl.answers import Answers, body_name
-from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
+from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies, Extraction
+from headrace.ingest.crawl.extract import Document, Extracted
 from headrace.process.waits import Waits
 
 BOUNDS = "keys_max", "pages_max"
@@ -35,12 +38,13 @@ CRAWL = Crawl(
 class World:
     """A crawler's memory and store, and answers by hand."""
 
-    def __init__(self, folder: Path, crawl: Crawl = CRAWL) -> None:
+    def __init__(self, folder: Path, crawl: Crawl = CRAWL, extraction: Extraction | None = None) -> None:
         self.frontier, self.blobs, self.clock = SqliteFrontier(folder / "f.sqlite"), Blobs(), VirtualClock(1_000)
         self.frontier.set_starts("shop", [Found(url) for url in crawl.start])
         log, self.metrics = MemoryLog(), MemoryMetrics()
         deps = CrawlDependencies(
             crawls=(crawl,), config=CrawlConfig(), topics=Topics(), partitions=1, frontier=self.frontier,
+            extraction=extraction or ExtractionHere(),
             bodies=self.blobs, producer=log.producer(), metrics=self.metrics, clock=self.clock,
             open_reader=log.reader,
         )  # fmt: skip
@@ -219,3 +223,70 @@ def test_a_page_that_did_not_move_for_good_stays(site: World, url: str, at: str,
 def test_a_start_that_moved_stays_a_start(site: World) -> None:
     site.answer("http://site/", document("1"), at=NEW, hops=(301,))
     assert site.urls() == ["http://site/", OLD] and site.values() == {"1": '{"v":"x"}'}
+
+
+class Refusing(ExtractionHere):
+    """Refuses what has a word, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+        self.memory, self.reasons = 1, {b"dear": "extraction_cpu", b"killed": "extraction_killed"}
+
+    async def extract(self, document: Document, crawl: Crawl) -> Extracted:
+        self.asked.append(document.body)
+        reason = next((reason for word, reason in self.reasons.items() if word in document.body), "")
+        return Extracted(left_out=Counter({reason: 1})) if reason else await super().extract(document, crawl)
+
+    def bounds(self) -> tuple[int, int]:
+        return 1_000, self.memory
+
+
+def outcomes(world: World) -> dict[str, float]:
+    return {reason: count for (name, reason), count in world.metrics.counters.items() if name == "pages_total"}
+
+
+def test_a_refused_body_is_not_read_again_until_it_changes_also_by_the_next_crawler(tmp_path: Path) -> None:
+    extraction = Refusing()
+    world = World(tmp_path, extraction=extraction)
+    a = CRAWL.start[0]
+    world.answer(a, rows("1"))
+    for _ in range(2):
+        world.answer(a, rows("1", v="dear"))
+    assert len(extraction.asked) == 2 and outcomes(world) == {"taken": 1, "extraction_cpu": 2}
+    assert world.values() == {"1": '{"v":"x"}'}, "it keeps what it had"
+    assert (world.page(a).etag, world.page(a).failures) == ("", 0)
+    world.frontier.close()
+    world = World(tmp_path, extraction=extraction)
+    world.answer(a, rows("1", v="dear"))
+    assert len(extraction.asked) == 2 and outcomes(world) == {"extraction_cpu": 1}
+    world.answer(a, rows("1", v="y"))
+    assert world.values() == {"1": '{"v":"y"}'} and world.page(a).refused == ""
+    world.answer(a, rows("1", v="dear"))
+    extraction.memory, extraction.reasons = 2, {}
+    world.answer(a, rows("1", v="dear"))
+    assert world.values() == {"1": '{"v":"dear"}'}, "other bounds, another try"
+    world.frontier.close()
+
+
+def test_a_page_over_which_the_process_was_killed_is_tried_thrice(tmp_path: Path) -> None:
+    extraction = Refusing()
+    world = World(tmp_path, extraction=extraction)
+    a, b = CRAWL.start
+    for _ in range(4):
+        world.answer(a, rows("1", v="killed"))
+    assert len(extraction.asked) == 3 and outcomes(world) == {"extraction_killed": 4}
+    extraction.reasons = {b"killed": "extraction_stalled"}
+    for _ in range(5):
+        world.answer(b, rows("1", v="killed"))
+    assert len(extraction.asked) == 8 and world.page(b).refused == "" and world.page(b).failures == 5
+    world.frontier.close()
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_from(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.answer(CRAWL.start[0], rows("1"))
+    world.frontier._db.execute("alter table pages drop column refused")
+    world.frontier.close()
+    world = World(tmp_path)
+    assert world.page(CRAWL.start[0]).refused == "" and world.values() == {"1": '{"v":"x"}'}
+    world.frontier.close()

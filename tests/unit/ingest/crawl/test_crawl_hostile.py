@@ -8,13 +8,23 @@ import time
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from protego import Protego
 
 from headrace.contract.crawl import Crawl, Extract
 from headrace.ingest.crawl.extract import Document, Extracted, extract
 from headrace.ingest.crawl.markup import NESTED_MAX
+from headrace.ingest.crawl.politeness import own_rules
 
 CPU_S_MAX = 5.0
 """Each takes well below a second; before it was bounded, 9 s to many minutes."""
+
+
+FEED = Crawl(
+    name="shop", kind="feed", joins="item_id", start=("https://shop.example/",), key=Extract(at="::attr(id)"),
+    fields={"p": Extract(at="::text")},
+)  # fmt: skip
 
 
 def crawl_of(kind: str, rows: str) -> Crawl:
@@ -69,3 +79,46 @@ def test_a_json_row_that_is_nested_too_deeply_costs_itself_alone(deep: Callable[
 @pytest.mark.parametrize("torn", ["[" * 100_000, "[" * 2_000 + '"' + '\\"' * 300_000, "[" * 2_000 + "]" * 1_000])
 def test_torn_json_stays_broken_and_takes_no_time(torn: str) -> None:
     assert quickly(torn.encode(), crawl_of("json", "@")).left_out == {"broken": 1}
+
+
+AGENTS = ["headrace", "HeadRace", "head", "head*", "*", "race", "other", "me", "*x*", "bot"]
+LINES = st.one_of(
+    st.builds("User-agent{}{}".format, st.sampled_from([":", ": ", " "]), st.sampled_from(AGENTS)),
+    st.builds("{}: /{}".format, st.sampled_from(["Allow", "Disallow"]), st.sampled_from("ab")),
+    st.sampled_from(["", "# x", "Crawl-delay: 2", "Sitemap: /s", "user agent: headrace # me", "nonsense"]),
+)
+
+
+@given(st.lists(LINES, max_size=12), st.sampled_from(["headrace", "headrace (+mailto:me@example.org)", "big-bot/2"]))
+def test_rules_of_other_agents_change_nothing(lines: list[str], agent: str) -> None:
+    whole, own = (
+        Protego.parse(text) for text in ("\n".join(lines), own_rules("\n".join(lines).encode(), agent).decode())
+    )
+    for path in ("/", "/a", "/b"):
+        assert own.can_fetch(path, agent) == whole.can_fetch(path, agent)
+    assert own.crawl_delay(agent) == whole.crawl_delay(agent)
+
+
+def test_what_is_nested_too_deeply_to_be_read_whole_is_refused_by_name() -> None:
+    """libxml2 left what follows out, and after a hundred other errors it did not even say so to itself."""
+    after, bad = "<i id=last></i>", "<b>&bad;</b>" * 300
+    for kind, wrong in (("html", ""), ("html", bad), ("feed", ""), ("feed", bad)):
+        crawl = Crawl(**{**{f: getattr(FEED, f) for f in FEED.__struct_fields__}, "kind": kind, "rows": "i"})
+        for depth, left_out in ((1_900, {}), (2_100, {"too_deep": 1}), (50_000, {"too_deep": 1})):
+            body = f"<r>{wrong}{'<u>' * depth}{'</u>' * depth}{after.replace('last', chr(34) + 'last' + chr(34))}</r>"
+            found = quickly(body.encode(), crawl)
+            assert (found.left_out, [row.key for row in found.rows]) == (left_out, [] if left_out else ["last"])
+    deep = "<urlset>" + "<url>" * 3_000 + "<loc>https://shop.example/x</loc>"
+    assert quickly(deep.encode(), FEED, sitemap=True).left_out == {"too_deep": 1}
+
+
+@pytest.mark.parametrize(
+    "charset", ["hex", "rot13", "zip", "undefined", "punycode", "idna", "nonsense", "\x00", "utf-7"]
+)
+@pytest.mark.parametrize("where", ["header", "meta"])
+def test_a_character_set_that_is_none_costs_no_more_than_its_page(charset: str, where: str) -> None:
+    meta = f'<meta charset="{charset}">' if where == "meta" else ""
+    body = f"{meta}<i id=a class=p>x</i>".encode()
+    header = f"text/html; charset={charset}" if where == "header" else ""
+    found = extract(Document("https://shop.example/", body, header), crawl_of("html", "i"))
+    assert [row.key for row in found.rows] == ["a"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from headrace.backends.clock import VirtualClock
@@ -9,7 +11,7 @@ from headrace.backends.log.memory import MemoryLog
 from headrace.contract.errors import Unavailable
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.stream.shell import log_ends
-from headrace.stream.shell.log_ends import STILL_LOOKS_MAX, LogEnds
+from headrace.stream.shell.log_ends import KNOWN_S, STILL_LOOKS_MAX, LogEnds
 
 T = "samples"
 
@@ -27,7 +29,7 @@ class World:
         self.log.append(T, partition, b"", None, {})
         self.clock.advance(1.0)
 
-    def look(self) -> tuple[int, int | None]:
+    def look(self) -> tuple[float, int | None]:
         self.ends.read(self.reader)
         self.ends.look()
         return self.ends.lag(self.taken), self.ends.oldest_ms
@@ -88,3 +90,17 @@ def test_a_reader_that_cannot_be_opened_stops_the_stage() -> None:
     ends._run()
     with pytest.raises(MemoryError):
         ends.look()
+
+
+def test_what_no_look_has_told_lately_is_not_known_and_never_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    now_s = [100.0]
+    monkeypatch.setattr(log_ends, "awake_s", lambda: now_s[0])
+    assert math.isnan(world.ends.lag(world.taken))
+    world.append(0)
+    assert world.look()[0] == 1
+    now_s[0] += KNOWN_S
+    assert world.ends.lag(world.taken) == 1
+    now_s[0] += 0.1
+    assert math.isnan(world.ends.lag(world.taken)), "the broker has not answered since"
+    assert world.look()[0] == 1

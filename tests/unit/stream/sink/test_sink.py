@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,23 @@ def test_the_alarm_goes_by_what_the_broker_keeps(
     with caplog.at_level(logging.ERROR):
         asyncio.run(work())
     assert bool(caplog.messages) == alarms
+
+
+def test_an_age_that_nobody_knows_is_not_none(tmp_path: Path):
+    """What the sink holds has an age; whether something waits in a log that tells no ends, nobody knows."""
+
+    class Silent:
+        def lag(self) -> float:
+            return math.nan
+
+        def oldest_unread_ms(self) -> int | None:
+            return None
+
+    clock, metrics = VirtualClock(5_000), MemoryMetrics()
+    stage = SinkStage(Config(), DeltaLake(str(tmp_path / "lake"), partitions=1), metrics, clock)
+    stage.engine = Silent()  # type: ignore[assignment]
+    stage.look_behind()
+    assert math.isnan(metrics.gauges["behind_ms", ""])
+    stage._since_ms[0] = 2_000
+    stage.look_behind()
+    assert metrics.gauges["behind_ms", ""] == 3_000
