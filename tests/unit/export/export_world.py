@@ -52,8 +52,12 @@ PROJECT = Project(
         private={"cookie": "hash"},
     ),
     feedback=(
-        FeedbackType(name="click", tag="x.click", fields={"cookie": "string", "item": "int64"}),
-        FeedbackType(name="order", tag="x.order", fields={"cookie": "string", "item": "int64"}),
+        FeedbackType(
+            name="click", tag="x.click", fields={"cookie": "string", "item": "int64"}, private={"cookie": "hash"}
+        ),
+        FeedbackType(
+            name="order", tag="x.order", fields={"cookie": "string", "item": "int64"}, private={"cookie": "hash"}
+        ),
     ),
     tasks=(
         Task(name="click", feedback="click", window_ms=1_000, correct_ms=1_000),
