@@ -41,7 +41,7 @@ class ForwardServer:
         identity: TlsIdentity | None = None,
     ) -> None:
         self._endpoint, self._identity = endpoint or Endpoint(), identity
-        self._config, self._metrics = config, metrics
+        self._config, self._metrics, self._clock = config, metrics, clock
         self._listeners = Listeners()
         self._admission: Admission | None = None
         self._connections: dict[Connection, None] = {}
