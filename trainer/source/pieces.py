@@ -6,8 +6,9 @@ rows as the bytes allow; where they are cut changes no row and no order.
 1. By event time a piece is the rows of a span.
 2. By position a partition's rows follow one another as they did in the log, and go by the newest event time up to
    there. So what is reached before a time T ends, in each partition, at the first row of T or later: one pass over the
-   narrow columns finds these places for all spans. A piece is what lies between two of them, and it is looked for in the
-   spans that have rows there. A piece that is too big, since wrong times lie in it, is cut by its own order.
+   narrow columns finds these places for all spans. A piece is what lies between two of them, and it is looked for in
+   the spans that have rows there; what a span has for later pieces stays in memory, as far as it goes. A piece that is
+   too big, since wrong times lie in it, is cut by its own order.
 
 Legend: S spans, P partitions, N rows.
 """
@@ -35,8 +36,10 @@ PLACE = ["partition", "offset", "rank"]
 NARROW = [*PLACE, "event_time_ms", "task"]
 HOUR_MS = 3_600_000
 SECOND_MS = 1_000
-COPIES = 6
-"""Of a piece, at most: being learnt, read ahead, and what sorting and the spans beside it take."""
+SHARE = 6
+"""A piece takes at most so many parts of the memory: one is learnt, one is read ahead, one is being put in order."""
+KEPT_SHARE = 3
+"""So many parts of the memory are for what spans have for later pieces."""
 NONE = np.iinfo(np.int64).max
 """Beyond every position."""
 
@@ -116,9 +119,11 @@ class Pieces:
         self.rows = sum(hour.rows for hour in layout.hours)
         """How many rows of all tasks the version has."""
         self._columns = [name for name in schema.names if name in layout.columns]
-        self._rows_max = max(1, bytes_max // COPIES // self._row_bytes(layout.hours)) if layout.hours else 1
+        self._rows_max = max(1, bytes_max // SHARE // self._row_bytes(layout.hours)) if layout.hours else 1
         spans = _cut_at(self._spans(layout.hours), from_ms)
         self._partitions_P: Int64s = np.empty(0, np.int64)
+        self._kept: dict[_Span, pa.Table] = {}
+        """What spans that were read have for later pieces."""
         pieces = self._by_position(spans) if order == "position" else [_Piece((s,), s.span_ms[1]) for s in spans]
         self._left = [piece for piece in pieces if piece.end_ms > from_ms]
 
@@ -134,11 +139,26 @@ class Pieces:
         if not piece.is_cut and piece.since_P is not None and _rows_in(piece.spans) > self._rows_max:
             self._left[:1] = self._cut(piece)
             piece = self._left[0]
-        found = [self._read(span, self._columns, piece) for span in piece.spans]
-        rows = conform(pa.concat_tables(found), self._schema) if found else self._schema.empty_table()
+        found = [self._whole(span) for span in piece.spans]
+        ours = [_between(rows, piece.since_P, piece.before_P, self._partitions_P) for rows in found]
+        rows = conform(pa.concat_tables(ours), self._schema) if ours else self._schema.empty_table()
         ordered = rows.take(pa.array(rank_order(rows, self._order, piece.reached_ms)))
+        if piece.before_P is not None:
+            for span, whole in zip(piece.spans, found, strict=True):
+                self._keep(span, _between(whole, piece.before_P, None, self._partitions_P))
         del self._left[0]
         return ordered, piece.end_ms
+
+    def _whole(self, span: _Span) -> pa.Table:
+        """Return the rows of a span that are not given out."""
+        return self._kept[span] if span in self._kept else self._read(span, self._columns)
+
+    def _keep(self, span: _Span, rows: pa.Table) -> None:
+        self._kept.pop(span, None)
+        if not rows.num_rows:
+            return
+        if sum(each.nbytes for each in self._kept.values()) + rows.nbytes <= self._bytes_max // KEPT_SHARE:
+            self._kept[span] = rows
 
     def _by_position(self, spans: Sequence[_Span]) -> list[_Piece]:
         """Find where each partition first reaches the begin of each span."""
@@ -172,7 +192,8 @@ class Pieces:
 
     def _cut(self, piece: _Piece) -> list[_Piece]:
         """Cut a piece that is too big by the order of its rows: their places and times alone are read."""
-        rows = pa.concat_tables([self._read(span, NARROW, piece) for span in piece.spans])
+        found = [self._read(span, NARROW) for span in piece.spans]
+        rows = pa.concat_tables([_between(f, piece.since_P, piece.before_P, self._partitions_P) for f in found])
         if rows.num_rows <= self._rows_max or piece.since_P is None or piece.before_P is None:
             return [replace(piece, is_cut=True)]
         ordered_N = rank_order(rows, "position", piece.reached_ms)
@@ -197,8 +218,8 @@ class Pieces:
             since_P = before_P
         return cut
 
-    def _read(self, span: _Span, columns: list[str], piece: _Piece | None = None) -> pa.Table:
-        """Return the rows of our tasks in a span that are the piece's. Raises `InvariantBroken` where rows are gone."""
+    def _read(self, span: _Span, columns: list[str]) -> pa.Table:
+        """Return the rows of our tasks in a span. Raises `InvariantBroken` where rows are gone."""
         rows = self._lake.read(self._version, columns, span_ms=span.span_ms)
         if span.rows >= 0 and rows.num_rows != span.rows:
             raise InvariantBroken(
@@ -206,13 +227,7 @@ class Pieces:
                 f"{span.span_ms[1]} and {rows.num_rows} are left: retention dropped the others. Keep lake.retention_ms "
                 "longer than what is to be learnt."
             )
-        ours = of_tasks(rows, self._tasks)
-        if piece is None or piece.since_P is None or piece.before_P is None or not ours.num_rows:
-            return ours
-        order_N = _orders(ours)
-        number_N = np.searchsorted(self._partitions_P, ours["partition"].to_numpy())
-        here_N = (order_N >= piece.since_P[number_N]) & (order_N < piece.before_P[number_N])
-        return ours if here_N.all() else ours.filter(pa.array(here_N))
+        return of_tasks(rows, self._tasks)
 
     def _spans(self, hours: Sequence[StoredHour]) -> list[_Span]:
         """Put hours together, and cut those that are too big."""
@@ -228,7 +243,7 @@ class Pieces:
 
     def _seconds(self, hour: StoredHour) -> list[_Span]:
         """Return the seconds of an hour that have rows. Its times are read in as many parts as memory asks for."""
-        parts = min(3_600, 1 + 8 * COPIES * hour.rows // self._bytes_max)
+        parts = min(3_600, 1 + 8 * SHARE * hour.rows // self._bytes_max)
         edges = np.linspace(0, 3_600, parts + 1).astype(np.int64) * SECOND_MS + hour.begin_ms
         rows_S = np.zeros(3_600, np.int64)
         for begin_ms, end_ms in itertools.pairwise(edges.tolist()):
@@ -246,6 +261,18 @@ class Pieces:
                 rows = self._lake.read(self._version, self._columns, span_ms=span.span_ms)
                 most = max(most, -(-rows.nbytes // max(1, rows.num_rows)))
         return most
+
+
+def _between(rows: pa.Table, since_P: Int64s | None, before_P: Int64s | None, partitions_P: Int64s) -> pa.Table:
+    """Return the rows whose orders lie between those of their partitions."""
+    if not rows.num_rows or (since_P is None and before_P is None):
+        return rows
+    order_N = _orders(rows)
+    number_N = np.searchsorted(partitions_P, rows["partition"].to_numpy())
+    here_N = np.ones(len(order_N), np.bool_) if since_P is None else order_N >= since_P[number_N]
+    if before_P is not None:
+        here_N &= order_N < before_P[number_N]
+    return rows if here_N.all() else rows.filter(pa.array(here_N))
 
 
 def _orders(rows: pa.Table) -> Int64s:

@@ -35,15 +35,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
@@ -64,7 +61,7 @@ from headrace.backends.lake.scan import (
 )
 from headrace.backends.lake.scan import hours_in as hours_of_times
 from headrace.contract.config import LakeConfig
-from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
+from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position, Positions, order_of, position_of
 from headrace.contract.formats.seals import PartitionSeal
 from headrace.contract.interfaces.lake import LakeLayout, SpanMs

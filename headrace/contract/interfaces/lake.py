@@ -61,7 +61,7 @@ class LakeReader(Protocol):
     def read(
         self, version: int | None = None, columns: Sequence[str] | None = None, *, span_ms: SpanMs | None = None
     ) -> pa.Table:
-        """Return that version's rows, of event times in `span_ms` where told, in any order, with all columns or these."""
+        """Return that version's rows, of event times in `span_ms` where told, in any order, all columns or these."""
 
     def layout(self, version: int) -> LakeLayout:
         """Return which columns that version has, and how many rows of which hours."""

@@ -60,8 +60,12 @@ def lake_of(rng: Random, *, lone_clock: bool = False) -> Flaky:
             rows.append((partition, offset, rank, at, rng.choice(["click", "click", "order", "another"])))
             rank += 1
     rng.shuffle(rows)
-    table = pa.table([pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), SCHEMA, strict=False)] if rows
-                     else [pa.array([], f.type) for f in list(SCHEMA)[:5]], names=SCHEMA.names[:5])
+    table = pa.table(
+        [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), SCHEMA, strict=False)]
+        if rows
+        else [pa.array([], f.type) for f in list(SCHEMA)[:5]],
+        names=SCHEMA.names[:5],
+    )
     return Flaky(table, Positions(1), {})
 
 

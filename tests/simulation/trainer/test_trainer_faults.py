@@ -33,7 +33,8 @@ SEED, STORED, COUNT = 2, 2, 80
 CONTRACTS = {"steps_writer": FencedWriter, "lake": LakeReader, "reader": Reader, "blobs": Blobs, "producer": Producer}
 NOT_AFTER_A_COMMIT = {
     ("steps_writer", "open"): "only before a step, or when an append failed",
-    **{("lake", name): "asked when the lake is opened, and to read on in it" for name in ("state", "layout", "read", "hold")},
+    **{("lake", name): "asked when the lake is opened" for name in ("state", "layout", "hold")},
+    ("lake", "read"): "asked to read on in the lake",
     ("lake", "seals"): "asked by the ledger only",
     ("reader", "position"): "read when the trainer starts",
     **{(room, "close"): "the process ends" for room in ("steps_writer", "reader", "producer")},
