@@ -186,7 +186,7 @@ class Pieces:
         pieces = []
         for s, span in enumerate(spans):
             here_S = ((first_SP < before_SP[s]) & (last_SP >= since_SP[s])).any(axis=1)
-            there = tuple(spans[i] for i in np.flatnonzero(here_S))
+            there = tuple(spans[i] for i in np.flatnonzero(here_S).tolist())
             pieces.append(_Piece(there, span.span_ms[1], since_SP[s], before_SP[s]))
         return pieces
 
@@ -209,7 +209,7 @@ class Pieces:
             if not is_last:
                 np.maximum.at(before_P, number_N[here], order_N[here] + 1)
             end_ms = piece.end_ms if is_last else -1
-            spans = tuple(piece.spans[i] for i in np.unique(span_N[here]))
+            spans = tuple(piece.spans[i] for i in np.unique(span_N[here]).tolist())
             cut.append(_Piece(spans, end_ms, since_P, before_P, dict(reached), is_cut=True))
             for number in np.unique(number_N[here]):
                 partition = int(self._partitions_P[number])
