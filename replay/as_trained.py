@@ -33,7 +33,7 @@ from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.batch import conform, to_batch
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
-from headrace.trainer.source.stored import StoredRows
+from headrace.trainer.source.stored import LAKE_BYTES, StoredRows
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,15 +86,21 @@ def as_trained(
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
     shown = progress or Silent()
     shown.begin(f"replaying {target} steps of run {run}", sum(r.rows for s in steps for r in s.ranges))
-    ranges, in_lake = recorded_rows(project, topics, reader, lake, steps, holder, samples_id)
-    learner, learnt, from_lake = learner_for(project, train or TrainConfig()), 0, 0
-    for each in steps:
-        _open_stored(ranges.stored, each)
-        batch = to_batch(ranges.take(each.ranges), project)
-        learner.learn(batch)
-        learnt += len(batch)
-        from_lake += sum(r.rows for r in each.ranges if _is_in_lake(r, in_lake))
-        shown.done(learnt)
+    config = train or TrainConfig()
+    ranges, in_lake = recorded_rows(
+        project, topics, reader, lake, steps, holder, samples_id=samples_id, lake_bytes=config.lake_bytes
+    )
+    learner, learnt, from_lake = learner_for(project, config), 0, 0
+    try:
+        for each in steps:
+            _read_stored(ranges.stored, each)
+            batch = to_batch(ranges.take(each.ranges), project)
+            learner.learn(batch)
+            learnt += len(batch)
+            from_lake += sum(r.rows for r in each.ranges if _is_in_lake(r, in_lake))
+            shown.done(learnt)
+    finally:
+        ranges.stored.release()
     shown.end()
     digest = learner.digest()
     return Result(
@@ -111,12 +117,12 @@ def as_trained(
     )
 
 
-def _open_stored(stored: StoredRows, step: Step) -> None:
-    """Read the version of the lake whose rows the step takes, unless it is read."""
-    version = next((r.version for r in step.ranges if r.kind == "stored"), stored.version)
-    if version != stored.version:
-        stored.open(version)
-        stored.release()
+def _read_stored(stored: StoredRows, step: Step) -> None:
+    """Read on in the version of the lake whose rows the step takes, if it takes any."""
+    for each in (r for r in step.ranges if r.kind == "stored"):
+        if each.version != stored.version:
+            stored.open(each.version)
+        stored.read_ahead(each.stop - stored.taken)
 
 
 def _is_in_lake(taken: StepRange, in_lake: Positions) -> bool:
@@ -141,7 +147,9 @@ def recorded_rows(
     lake: LakeReader | None,
     steps: Sequence[Step],
     holder: str,
+    *,
     samples_id: str = "",
+    lake_bytes: int = LAKE_BYTES,
 ) -> tuple[RangeReader, Positions]:
     """Return a reader that has the rows of all live ranges of `steps`, from the lake's newest version and what the
     topic has beyond it, and the positions up to which they came from the lake.
@@ -177,7 +185,9 @@ def recorded_rows(
     missing = {p for p, position in upto.items() if in_lake.at(p) < position}
     if missing:
         _read_on(reader, topics.samples, live, {p: upto[p] for p in missing})
-    stored = StoredRows(lake, schema, tasks, holder, order=project.recipe.stored_order)
+    stored = StoredRows(
+        lake, schema, tasks, holder, order=project.recipe.stored_order, bytes_max=lake_bytes, background=True
+    )
     return RangeReader(stored, live, schema), in_lake
 
 

@@ -120,6 +120,8 @@ class Trainer:
             generation=deps.topics.generation,
             metrics=deps.metrics,
             lake=deps.lake,
+            lake_bytes=deps.config.lake_bytes,
+            background=deps.background,
         )
         self.steps = StepsLog(deps.steps_writer, self.project.name, deps.metrics, pause=self._pause)
         self.recipe = recipe_digest(self.project)
@@ -396,7 +398,7 @@ class Trainer:
 
     def _show_progress(self) -> None:
         if self.source.is_stored:
-            left = self.source.ready_rows()
+            left = self.source.stored_left
             if not self._stored_rows:
                 self._stored_rows = left
                 self.deps.progress.begin("learning the lake", left)

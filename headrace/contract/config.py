@@ -315,6 +315,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     slice_values_max: Annotated[int, Meta(gt=0, le=256)] = 16
     """Most values of a field that are slices of their own: the first that are learnt. All others share one slice. Unit:
     values."""
+    lake_bytes: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824
+    """About how much memory stored samples may take while the lake is learnt, however big it is. 1 GiB. Unit: bytes."""
     projector_ms: Annotated[int, Meta(ge=0)] = 60_000
     """Time between two sets of embeddings for TensorBoard's projector. 0: none. Unit: ms."""
 

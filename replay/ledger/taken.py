@@ -19,7 +19,8 @@ from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.recipe import Recipe
 from headrace.kernels.sample_ids import id_hashes
 from headrace.replay.ledger.keys import KEYS, covers, order, sample_ids
-from headrace.trainer.source.stored import StoredOrder, stored_order
+from headrace.trainer.source.pieces import StoredOrder
+from headrace.trainer.source.stored import stored_order
 
 StoredKeys = Callable[[int], pa.Table | None]
 """Gives KEYS of the lake at a version, in total order (event time, partition, offset, rank); None where the version is

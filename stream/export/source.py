@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake.exceptions import DeltaError
 
-from headrace.backends.lake.delta import DeltaLake, contained, files, partition_columns
+from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hour_ms, local_store, store_of
-from headrace.backends.lake.scan import dataset_of, fragments_by_path
+from headrace.backends.lake.scan import contained, dataset_of, files, fragments_by_path, partition_columns
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Positions
 from headrace.process.moved import moved

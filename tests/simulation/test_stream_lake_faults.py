@@ -28,9 +28,10 @@ from trainer_world import TOPICS, FaultyBlobs, Killed, samples, send
 from headrace.backends.clock import VirtualClock
 from headrace.backends.lake import delta as lake_delta
 from headrace.backends.lake import upkeep as lake_upkeep
-from headrace.backends.lake.delta import DeltaLake, count_rows, files, read_rows
+from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.hour_files import hour_ms
 from headrace.backends.lake.leases import Leases
+from headrace.backends.lake.scan import count_rows, files, read_rows
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics

@@ -8,8 +8,10 @@ from random import Random
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.backends.clock import VirtualClock
+from headrace.backends.lake.scan import hours_in
 from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
 from headrace.backends.log.memory import MemoryLog, MemoryReader
 from headrace.backends.metrics_memory import MemoryMetrics
@@ -18,6 +20,7 @@ from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.formats.sample import list_column, sample_schema
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.lake import LakeLayout, SpanMs
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
@@ -146,8 +149,17 @@ class Lake:
     def state(self, version: int | None = None) -> Lake:
         return self
 
-    def read(self, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        return self.rows if columns is None else self.rows.select(columns)
+    def read(
+        self, version: int | None = None, columns: Sequence[str] | None = None, *, span_ms: SpanMs | None = None
+    ) -> pa.Table:
+        rows = self.rows
+        if span_ms is not None:
+            times = rows["event_time_ms"]
+            rows = rows.filter(pc.and_(pc.greater_equal(times, span_ms[0]), pc.less(times, span_ms[1])))
+        return rows if columns is None else rows.select(columns)
+
+    def layout(self, version: int) -> LakeLayout:
+        return LakeLayout(tuple(self.rows.column_names), tuple(hours_in(self.rows["event_time_ms"])))
 
     def hold(self, version: int, holder: str) -> None:
         """Nothing is deleted here."""
@@ -191,7 +203,7 @@ class World:
         assert isinstance(project, Project)
         values: dict[str, object] = {
             "project": project,
-            "config": TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000),
+            "config": TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000, lake_bytes=30_000),
             "topics": TOPICS,
             "reader": self.log.reader(),
             "producer": self.log.producer(),

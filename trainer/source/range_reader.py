@@ -19,12 +19,7 @@ class RangeReader:
 
     def has(self, ranges: tuple[StepRange, ...]) -> bool:
         """Say whether every row of these ranges is read. Raises `InvariantBroken` where stored rows lie elsewhere."""
-        for each in ranges:
-            if each.kind == "stored":
-                self.stored.check(each)
-            elif not self.live.has(each):
-                return False
-        return True
+        return all(self.stored.has(each) if each.kind == "stored" else self.live.has(each) for each in ranges)
 
     def take(self, ranges: tuple[StepRange, ...]) -> pa.Table:
         """Return the rows of these ranges, in the ranges' order, and move on behind them.

@@ -24,7 +24,7 @@ from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.judged import judge_of
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
-from headrace.trainer.source.stored import StoredRows
+from headrace.trainer.source.stored import LAKE_BYTES, StoredRows
 
 logger = logging.getLogger("headrace.train")
 
@@ -44,13 +44,19 @@ class Source:
         generation: int,
         metrics: Metrics,
         lake: LakeReader | None = None,
+        lake_bytes: int = LAKE_BYTES,
+        background: bool = False,
     ) -> None:
+        """Read nothing yet. `lake_bytes` is about how much memory stored rows may take; `background` reads them ahead
+        in a thread."""
         self._project, self._reader, self._topic, self._lake = project, reader, topic, lake
         self._generation = generation
         schema, tasks = sample_schema(project), project.recipe.heads
         judge = judge_of(project)
         holder, order = f"train-{project.name}", project.recipe.stored_order
-        self._stored = StoredRows(lake, schema, tasks, holder, order=order, judge=judge)
+        self._stored = StoredRows(
+            *(lake, schema, tasks, holder), order=order, judge=judge, bytes_max=lake_bytes, background=background
+        )
         self._live = LiveRows(schema, tasks, metrics, judge=judge)
         self._ranges = RangeReader(self._stored, self._live, schema)
         self._assigned = False
@@ -95,9 +101,10 @@ class Source:
                 is_new = following in (None, begin)
                 self._place(p, START, afresh if following is None else following, is_new=is_new)
         if cursor.lake_version >= 0:
-            self._stored.open(cursor.lake_version, taken=cursor.lake_taken)
+            place = cursor.lake_from_ms, cursor.lake_before
+            self._stored.open(cursor.lake_version, taken=cursor.lake_taken, place=place)
             if self._stored.is_open:
-                logger.info("learning %d stored samples of lake version %d", self._stored.rows, cursor.lake_version)
+                logger.info("learning %d stored samples of lake version %d", self.stored_left, cursor.lake_version)
             elif self._stored.state is not None:
                 self._live.stored = self._stored.state.positions.by_partition
             self._leave_lake_if_done()
@@ -114,8 +121,15 @@ class Source:
         if self._lease_is_due:
             self._stored.release()
             self._lease_is_due = False
+        self._read_stored(self._project.recipe.batch_rows)
         if not self._stored.is_open and self._live.rows < BUFFER_ROWS:
             self._read(timeout_s)
+
+    def _read_stored(self, rows: int) -> None:
+        """Read on in the lake, and leave it where there is no more of it."""
+        if self._stored.is_open:
+            self._stored.read_ahead(rows)
+            self._leave_lake_if_done()
 
     def poll_for(self, ranges: tuple[StepRange, ...], timeout_s: float) -> None:
         """Read on towards the rows of recorded ranges. Where the buffer is full of other partitions' rows, only the
@@ -123,6 +137,9 @@ class Source:
 
         Raises as `poll`, and `InvariantBroken` when the topic ends before the ranges do.
         """
+        self._read_stored(max((r.rows for r in ranges if r.kind == "stored"), default=1))
+        if self._stored.is_open:
+            return
         missing = [r for r in ranges if r.kind == "live" and not self._live.has(r)]
         if self._live.rows >= BUFFER_ROWS:
             self._assign({r.partition for r in missing})
@@ -170,7 +187,7 @@ class Source:
     def ready_rows(self) -> int:
         """Return how many rows could be taken now."""
         if self._stored.is_open:
-            return self._stored.left
+            return self._stored.ready
         total = self._live.rows
         return 0 if total < BUFFER_ROWS and self._is_lopsided() else total
 
@@ -181,6 +198,15 @@ class Source:
             not each.chunks and max(each.next_offset, self._begins.get(p, 0)) < self._ends.get(p, 0)
             for p, each in partitions
         )
+
+    @property
+    def stored_left(self) -> int:
+        """How many of the lake's rows, of all tasks, are not learnt."""
+        return max(0, self._stored.rows - self._stored.taken) if self._stored.is_open else 0
+
+    def waiting_rows(self) -> int:
+        """Return how many rows are known of that are not learnt."""
+        return self.stored_left if self._stored.is_open else self._live.rows
 
     def lag(self, ends: Mapping[int, int]) -> int:
         """Return how many of the topic's records, which ends at `ends`, hold samples that are not learnt."""
@@ -226,7 +252,9 @@ class Source:
     def cursor(self) -> Cursor:
         """Return where to go on from, for a checkpoint."""
         offsets = {str(p): each.resume_offset for p, each in sorted(self._live.partitions.items())}
-        return Cursor(self.positions().to_json(), offsets, self._stored.version, self._stored.taken)
+        from_ms, before = self._stored.place
+        stored = self._stored.version, self._stored.taken, from_ms, before
+        return Cursor(self.positions().to_json(), offsets, *stored)
 
     def batch(self, rows: pa.Table) -> Batch:
         """Return rows as the learner takes them."""
@@ -234,7 +262,7 @@ class Source:
 
     def _leave_lake_if_done(self) -> None:
         state = self._stored.state
-        if state is None or not self._stored.is_open or self._stored.left > 0:
+        if state is None or not self._stored.is_done:
             return
         for p, each in self._live.partitions.items():
             following = state.next_offsets.get(p, each.next_offset)

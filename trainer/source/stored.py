@@ -1,39 +1,30 @@
-"""Stored rows: one version of the lake in total order, by event time or as they were known, ties by partition, offset
-and rank."""
+"""Stored rows: one version of the lake in total order, read ahead of training piece by piece."""
 
 from __future__ import annotations
 
-import itertools
-from typing import Literal
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Waited
 
-import numpy as np
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.steps import StepRange
 from headrace.contract.interfaces.lake import LakeReader, LakeState
-from headrace.trainer.source.batch import conform, of_tasks
+from headrace.process.moved import moved
+from headrace.trainer.source.batch import of_tasks
 from headrace.trainer.source.judged import Judge, with_judged
+from headrace.trainer.source.pieces import Pieces, StoredOrder, rank_order
 
-StoredOrder = Literal["event_time", "position"]
-"""`Recipe.stored_order`."""
-PLACE = ["partition", "offset", "rank"]
+LAKE_BYTES = 1 << 30
+"""`train.lake_bytes` where nothing is set."""
+_LOOK_S = 5.0
 
 
 def stored_order(rows: pa.Table, tasks: tuple[str, ...], by: StoredOrder = "event_time") -> pa.Table:
-    """Return the rows of these tasks in total order.
-
-    By `position` each partition's rows follow one another as they did in the log. Those of several partitions go by the
-    newest event time among a partition's rows up to there, which is about when they were known.
-    """
+    """Return the rows of these tasks in total order: `rank_order`."""
     ours = of_tasks(rows, tasks)
-    if by == "event_time":
-        return ours.sort_by([(name, "ascending") for name in ("event_time_ms", *PLACE)])
-    ours = ours.sort_by([(name, "ascending") for name in PLACE])
-    partition_N, reached_N = ours["partition"].to_numpy(), ours["event_time_ms"].to_numpy().copy()
-    for begin, end in itertools.pairwise([0, *(np.flatnonzero(np.diff(partition_N)) + 1), len(partition_N)]):
-        np.maximum.accumulate(reached_N[begin:end], out=reached_N[begin:end])
-    return ours.take(pa.array(np.argsort(reached_N, kind="stable")))
+    return ours.take(pa.array(rank_order(ours, by)))
 
 
 class StoredRows:
@@ -43,6 +34,8 @@ class StoredRows:
         lake: None where there is none; then nothing can be opened.
         holder: under which name versions are leased.
         judge: gives what proposed ranges say of their rows.
+        bytes_max: about how much memory the rows may take.
+        background: read the next piece while one is learnt, in a thread.
     """
 
     def __init__(
@@ -54,11 +47,22 @@ class StoredRows:
         *,
         order: StoredOrder = "event_time",
         judge: Judge | None = None,
+        bytes_max: int = LAKE_BYTES,
+        background: bool = False,
     ) -> None:
         self._order = order
         self._judge = judge
         self._lake, self._schema, self._tasks, self._holder = lake, schema, tasks, holder
-        self._rows: pa.Table = schema.empty_table()
+        self._bytes_max, self._background = bytes_max, background
+        self._pieces: Pieces | None = None
+        self._ahead: Future[tuple[pa.Table, int]] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._rows: deque[pa.Table] = deque()
+        """What was read and not taken, in order."""
+        self._ends: deque[tuple[int, int]] = deque()
+        """Times up to which all is given, and after how many rows; the first is at or before what was taken."""
+        self.read = 0
+        """How many rows were read ahead or taken."""
         self.state: LakeState | None = None
         """What the version opened last holds, so where the topic goes on. `open` reads it: leaving asks nobody."""
         self.version = -1
@@ -72,16 +76,31 @@ class StoredRows:
 
     @property
     def rows(self) -> int:
-        """How many rows the version has."""
-        return int(self._rows.num_rows)
+        """How many rows the version has, of all tasks."""
+        return 0 if self._pieces is None else self._pieces.rows
 
     @property
-    def left(self) -> int:
-        """How many of them are not taken yet."""
-        return self.rows - self.taken
+    def ready(self) -> int:
+        """How many rows can be taken now."""
+        return self.read - self.taken
 
-    def open(self, version: int, *, taken: int = 0) -> None:
-        """Lease the version and read it. A version without a row of these tasks is closed at once.
+    @property
+    def is_done(self) -> bool:
+        """True once every row is taken."""
+        return self.is_open and not self.ready and self._is_all_read
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Return a time up to which all is taken, and how many rows that is: where `open` can go on."""
+        return self._ends[0] if self.is_open else (0, 0)
+
+    @property
+    def _is_all_read(self) -> bool:
+        return self._pieces is not None and self._pieces.is_done and self._ahead is None
+
+    def open(self, version: int, *, taken: int = 0, place: tuple[int, int] = (0, 0)) -> None:
+        """Lease the version and go on behind the first `taken` rows; `place` is as the property said then. A version
+        without a row of these tasks is closed at once.
 
         The lease keeps the version's files from a vacuum until a checkpoint names the version.
         """
@@ -91,14 +110,20 @@ class StoredRows:
         state = self._lake.state(version)
         if state is None:
             raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
-        rows, self.state = (
-            stored_order(conform(self._lake.read(version), self._schema), self._tasks, self._order),
-            state,
+        from_ms, before = place
+        self._pieces = Pieces(
+            *(self._lake, version, self._schema, self._tasks, self._order), bytes_max=self._bytes_max, from_ms=from_ms
         )
-        if not rows.num_rows:
+        self._rows.clear()
+        self._ends = deque([place])
+        self.state, self.version, self.taken, self.read = state, version, before, before
+        while self.taken < taken and not self._is_all_read:
+            self.read_ahead(1)
+            self._drop(min(self.ready, taken - self.taken))
+        self.read_ahead(1)
+        if self.is_done and not self.taken:
             self.release()
-            return
-        self._rows, self.version, self.taken = rows, version, taken
+            self.close()
 
     def release(self) -> None:
         """Give the lease back; rows that were read stay."""
@@ -107,27 +132,92 @@ class StoredRows:
 
     def close(self) -> None:
         """Forget the rows."""
-        self._rows, self.version, self.taken = self._schema.empty_table(), -1, 0
+        if self._reader is not None:
+            self._reader.shutdown(wait=False, cancel_futures=True)
+        self._reader, self._ahead, self._pieces = None, None, None
+        self._rows.clear()
+        self.version, self.taken, self.read = -1, 0, 0
+
+    def read_ahead(self, rows: int) -> None:
+        """Read until so many rows are ready, or all are read. Raises what the lake raises; the next call goes on."""
+        while self.ready < rows and not self._is_all_read:
+            table, end_ms = self._next()
+            if table.num_rows:
+                self._rows.append(table)
+                self.read += table.num_rows
+            if end_ms >= 0:
+                self._ends.append((end_ms, self.read))
+        self._forget_ends()
+
+    def _next(self) -> tuple[pa.Table, int]:
+        """Return the next piece, and let the one after it be read meanwhile."""
+        assert self._pieces is not None
+        ahead, self._ahead = self._ahead, None
+        piece = self._pieces.next() if ahead is None else _result(ahead)
+        if self._background and not self._pieces.is_done:
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, "lake-ahead")
+            self._ahead = self._reader.submit(self._pieces.next)
+        return piece
 
     def propose(self, rows_max: int) -> StepRange:
-        """Return the next rows, `rows_max` at most, as a range."""
-        stop = self.taken + min(self.left, rows_max)
+        """Return the next rows of those that are ready, `rows_max` at most, as a range."""
+        stop = self.taken + min(self.ready, rows_max)
         proposed = StepRange(kind="stored", version=self.version, start=self.taken, stop=stop, rows=stop - self.taken)
         if self._judge is None:
             return proposed
-        rows = self._rows.slice(self.taken, stop - self.taken).to_batches()
-        return with_judged([proposed], [rows], self._judge)[0]
+        return with_judged([proposed], [self._first(stop - self.taken).to_batches()], self._judge)[0]
 
     def check(self, wanted: StepRange) -> None:
-        """Raise `InvariantBroken` when the range does not begin at the next row."""
+        """Raise `InvariantBroken` when the range does not begin at the next row, or the version ends before it does."""
         if wanted.version != self.version or wanted.start != self.taken:
             raise InvariantBroken(
                 f"a recorded step takes lake rows {wanted.start}..{wanted.stop} of version {wanted.version}; this run "
                 f"is at row {self.taken} of version {self.version}."
             )
 
+    def has(self, wanted: StepRange) -> bool:
+        """Say whether the range's rows are read: also where the version ends before them. Raises as `check`."""
+        self.check(wanted)
+        return self.read >= wanted.stop or self._is_all_read
+
     def take(self, wanted: StepRange) -> pa.Table:
         """Give out the rows of the next range."""
         self.check(wanted)
-        self.taken = wanted.stop
-        return self._rows.slice(wanted.start, wanted.stop - wanted.start)
+        rows = self._first(wanted.stop - wanted.start)
+        self._drop(rows.num_rows)
+        self._forget_ends()
+        return rows
+
+    def _first(self, count: int) -> pa.Table:
+        """Return the first rows of those that are ready."""
+        found, left = [], count
+        for table in self._rows:
+            found.append(table.slice(0, left))
+            left -= found[-1].num_rows
+            if left <= 0:
+                break
+        return pa.concat_tables(found) if found else self._schema.empty_table()
+
+    def _drop(self, count: int) -> None:
+        self.taken += count
+        while count:
+            table = self._rows.popleft()
+            if table.num_rows > count:
+                self._rows.appendleft(table.slice(count))
+            count -= min(count, table.num_rows)
+
+    def _forget_ends(self) -> None:
+        while len(self._ends) > 1 and self._ends[1][1] <= self.taken:
+            self._ends.popleft()
+
+
+def _result(ahead: Future[tuple[pa.Table, int]]) -> tuple[pa.Table, int]:
+    """Wait for a piece. The call of the lake that reads it is watched where it runs."""
+    while True:
+        try:
+            return ahead.result(_LOOK_S)
+        except Waited:
+            if ahead.done():
+                raise
+            moved()

@@ -119,9 +119,10 @@ class Report:
         metrics.set("model_step", learner.step)
         metrics.set("table_rows", learner.rows)
         metrics.set("lag_records", lag_records)
-        metrics.set("lag_samples", source.ready_rows())
+        metrics.set("lag_samples", source.waiting_rows())
         values = {"4_table/rows": float(learner.rows), "5_lag/records": float(lag_records)}
-        values |= {"5_lag/samples": float(source.ready_rows()), "3_learning/samples_learnt": float(self.samples_learnt)}
+        values["5_lag/samples"] = float(source.waiting_rows())
+        values["3_learning/samples_learnt"] = float(self.samples_learnt)
         if self._learnt_until_ms >= 0:
             behind = max(0.0, (self._clock.now_ms() - self._learnt_until_ms) / 1000)
             metrics.set("lag_seconds", behind)

@@ -35,36 +35,36 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from headrace.backends.lake.fsync import make_durable
-from headrace.backends.lake.hour_files import (
-    DATE,
-    HOUR,
-    HOUR_MS,
-    hour_ms,
-    hours_in,
-    local_store,
-    with_hours,
-    write_hours,
-)
+from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hours_in, with_hours, write_hours
 from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
 from headrace.backends.lake.leases import Leases
-from headrace.backends.lake.scan import scan
+from headrace.backends.lake.scan import (
+    columns_of,
+    contained,
+    count_rows,
+    hours_of,
+    least_positions,
+    partition_columns,
+    read_rows,
+    refuse_unknown,
+    span_of,
+)
+from headrace.backends.lake.scan import hours_in as hours_of_times
 from headrace.contract.config import LakeConfig
-from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
-from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.formats.positions import START, Position, Positions, order_of, position_of
 from headrace.contract.formats.seals import PartitionSeal
+from headrace.contract.interfaces.lake import LakeLayout, SpanMs
 
 logger = logging.getLogger("headrace.lake")
 
@@ -122,6 +122,8 @@ class DeltaLake:
         self.leases = leases
         self._samples_id, self._hash_ids = samples_id, hash_ids
         self._writer: Any = None
+        self._reading: tuple[int, Any] | None = None
+        """The version that was read last, and its table."""
         self._sealed: dict[int, PartitionSeal] = {}
         """What this writer stored last."""
 
@@ -195,21 +197,26 @@ class DeltaLake:
         return stored_seals(table, self.generation, self.partitions), count_rows(table)
 
     def read(
-        self, version: int | None = None, columns: Sequence[str] | None = None, *, day: date | None = None
+        self,
+        version: int | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        day: date | None = None,
+        span_ms: SpanMs | None = None,
     ) -> pa.Table:
-        """Return that version's rows (the newest one's by default), of one UTC day where told, in any order.
+        """Return that version's rows (the newest one's by default), of event times in one UTC day or in `span_ms` where
+        told, in any order.
 
         Where its files were vacuumed, its rows are found in the newest version by the positions that it holds. Raises
         `InvariantBroken` where retention has dropped rows of it or a file is damaged, `Unavailable` where it can't be
         read, `ConfigRejected` for a column that it does not have.
         """
+        span_ms = span_of(day) if day is not None else span_ms
         table: Any = None
         try:
-            table = self.open(version)
-            if table is None:
-                raise Unavailable(f"there is no lake at {self.uri} yet; the sink makes it with its first commit.")
-            _refuse_unknown(table, columns or ())
-            return read_rows(table, columns, day)
+            table = self._opened(version)
+            refuse_unknown(table, columns or ())
+            return read_rows(table, columns, span_ms)
         except pa.ArrowInvalid as error:
             raise InvariantBroken(
                 f"the lake at {self.uri} has a damaged file: {error}. After a power cut in the middle of a commit, "
@@ -218,7 +225,29 @@ class DeltaLake:
         except (DeltaError, OSError, Unavailable) as error:
             if version is None or (table is None and isinstance(error, Unavailable) and self.leases is None):
                 raise _unreadable(self.uri, error) from error
-            return self._read_by_positions(version, columns, day, error)
+            return self._read_by_positions(version, columns, span_ms, error)
+
+    def layout(self, version: int) -> LakeLayout:
+        """Return that version's columns and hours. Raises as `read`."""
+        try:
+            table = self._opened(version)
+            if (hours := hours_of(table)) is not None:
+                return LakeLayout(tuple(columns_of(table)), tuple(hours))
+        except (DeltaError, OSError, Unavailable):
+            table = self._opened(None)
+        times = self.read(version, ["event_time_ms"])["event_time_ms"]
+        return LakeLayout(tuple(columns_of(table)), tuple(hours_of_times(times)))
+
+    def _opened(self, version: int | None) -> Any:
+        """Return the table. One that was opened at a version stays open: it does not change. Raises `Unavailable`."""
+        if version is not None and self._reading is not None and self._reading[0] == version:
+            return self._reading[1]
+        table = self.open(version)
+        if table is None:
+            raise Unavailable(f"there is no lake at {self.uri} yet; the sink makes it with its first commit.")
+        if version is not None:
+            self._reading = version, table
+        return table
 
     def open(self, version: int | datetime | None = None) -> Any:
         """Return the Delta table, at a version or at a time; None while there is none. Raises `Unavailable`."""
@@ -378,7 +407,7 @@ class DeltaLake:
         return START if old is None else Position(old >> OLD_RANK_BITS, old & ((1 << OLD_RANK_BITS) - 1))
 
     def _read_by_positions(
-        self, version: int, columns: Sequence[str] | None, day: date | None, cause: Exception
+        self, version: int, columns: Sequence[str] | None, span_ms: SpanMs | None, cause: Exception
     ) -> pa.Table:
         """Return a version's rows from the newest one: those at or below the positions that the version holds."""
         state, newest = self.state(version), self.open()
@@ -387,14 +416,14 @@ class DeltaLake:
         keys = ["partition", "offset", "rank"]
         wanted = [*columns, *(k for k in keys if k not in columns)] if columns is not None else None
         try:
-            rows = read_rows(newest, wanted, day)
+            rows = read_rows(newest, wanted, span_ms)
             counted = self._count_of(version)
         except (DeltaError, OSError) as error:
             raise _unreadable(self.uri, error) from error
         if not set(keys) <= set(rows.column_names):
             raise _unreadable(self.uri, cause) from cause
         rows = rows.filter(pa.array(contained(rows, state.positions)))
-        if day is None and rows.num_rows != counted:
+        if span_ms is None and rows.num_rows != counted:
             raise InvariantBroken(
                 f"version {version} of the lake held {counted} rows and {rows.num_rows} are left: retention dropped "
                 "the others. Keep lake.retention_ms longer than what is to be replayed."
@@ -434,65 +463,6 @@ def properties(config: LakeConfig) -> dict[str, str]:
         "delta.logRetentionDuration": f"interval {max(1, config.history_ms // 1000)} seconds",
         "delta.checkpointInterval": str(CHECKPOINT_COMMITS),
     }
-
-
-def partition_columns(table: Any) -> list[str]:
-    """Return by which columns the table is partitioned."""
-    return list(table.metadata().partition_columns)
-
-
-def read_rows(table: Any, columns: Sequence[str] | None, day: date | None) -> pa.Table:
-    """Return rows of an open table, without the columns of its partitions unless they are asked for."""
-    if columns is None:
-        columns = [f.name for f in table.schema().fields if f.name not in (DATE, HOUR)]
-    store = local_store(table)
-    if day is None:
-        return scan(table, columns, store)
-    if partition_columns(table):
-        return scan(table, columns, store, pc.field(DATE) == day)
-    begin = hour_ms(day, 0)
-    end = hour_ms(day + timedelta(days=1), 0)
-    wanted = [*(c for c in columns if c != "event_time_ms"), "event_time_ms"]
-    rows = scan(table, wanted, store)
-    times = rows["event_time_ms"]
-    return rows.filter(pc.and_(pc.greater_equal(times, begin), pc.less(times, end))).select(list(columns))
-
-
-def files(table: Any) -> pa.Table:
-    """Return the table's files: path, size_bytes, num_records and, where it is partitioned, date and hour."""
-    return pa.table(table.get_add_actions(flatten=True))
-
-
-def count_rows(table: Any) -> int:
-    """Return how many rows the version holds, from its log alone."""
-    return int(pc.sum(files(table)["num_records"]).as_py() or 0)
-
-
-def least_positions(rows: pa.Table) -> dict[int, Position]:
-    """Return each partition's lowest position among the rows; nothing where rows have no positions."""
-    if not {"partition", "offset", "rank"} <= set(rows.column_names) or not rows.num_rows:
-        return {}
-    part_N, order_N = rows["partition"].to_numpy(), _orders(rows)
-    return {int(p): position_of(int(order_N[part_N == p].min())) for p in np.unique(part_N)}
-
-
-def _orders(rows: pa.Table) -> npt.NDArray[np.int64]:
-    return orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
-
-
-def contained(rows: pa.Table, positions: Positions) -> npt.NDArray[np.bool_]:
-    """Say of each row whether `positions` contain it: bool [N]."""
-    part_N, order_N = rows["partition"].to_numpy(), _orders(rows)
-    kept_N = np.zeros(len(part_N), np.bool_)
-    for partition, position in positions.by_partition.items():
-        kept_N |= (part_N == partition) & (order_N <= order_of(position))
-    return kept_N
-
-
-def _refuse_unknown(table: Any, columns: Sequence[str]) -> None:
-    known = [field.name for field in table.schema().fields]
-    if unknown := [name for name in columns if name not in known]:
-        raise ConfigRejected(f"version {table.version()} of the lake has no column {unknown}; it has {known}.")
 
 
 def _unreadable(uri: str, error: Exception) -> Unavailable:

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake.exceptions import DeltaError
 
-from headrace.backends.lake.delta import DeltaLake, LakeState, partition_columns
+from headrace.backends.lake.delta import DeltaLake, LakeState
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS
-from headrace.backends.lake.scan import dataset_of, fragments_by_path
+from headrace.backends.lake.scan import dataset_of, fragments_by_path, partition_columns
 from headrace.contract.errors import Unavailable
 
 _HOURS_MAX = 1_000

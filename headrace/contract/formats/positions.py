@@ -94,6 +94,10 @@ class Cursor(msgspec.Struct, frozen=True):
     """The version whose rows are being learnt; -1: the run began without a lake, or is done with it."""
     lake_taken: int = 0
     """How many of that version's rows, in total order, are learnt."""
+    lake_from_ms: int = 0
+    """An event time: of the version's rows, all that come before it in total order are learnt. 0: none is meant."""
+    lake_before: int = 0
+    """How many of `lake_taken` come before `lake_from_ms`, so that a reader can begin there."""
 
 
 def least(several: Iterable[Positions]) -> Positions:

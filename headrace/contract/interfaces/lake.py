@@ -6,12 +6,30 @@ The Delta table on files, CephFS, HDFS and S3 implements it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
 from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.formats.seals import PartitionSeal
+
+SpanMs = tuple[int, int]
+"""Event times from the first, which is in it, to the second, which is not. Unix ms."""
+
+
+class StoredHour(NamedTuple):
+    """An hour of event time that has rows."""
+
+    begin_ms: int
+    rows: int
+
+
+class LakeLayout(NamedTuple):
+    """How one version of the lake lies."""
+
+    columns: tuple[str, ...]
+    hours: tuple[StoredHour, ...]
+    """Oldest first."""
 
 
 class LakeState(Protocol):
@@ -40,8 +58,13 @@ class LakeReader(Protocol):
     def state(self, version: int | None = None) -> LakeState | None:
         """Return the newest version's state (or that version's); None while there is no lake."""
 
-    def read(self, version: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return that version's rows, in any order, with all columns or these."""
+    def read(
+        self, version: int | None = None, columns: Sequence[str] | None = None, *, span_ms: SpanMs | None = None
+    ) -> pa.Table:
+        """Return that version's rows, of event times in `span_ms` where told, in any order, all columns or these."""
+
+    def layout(self, version: int) -> LakeLayout:
+        """Return which columns that version has, and how many rows of which hours."""
 
     def seals(self) -> tuple[Mapping[int, PartitionSeal], int]:
         """Return the newest version's seal of each partition that has one, and how many rows the version holds."""

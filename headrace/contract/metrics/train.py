@@ -138,7 +138,12 @@ TRAIN: Mapping[Name, MetricDoc] = {
         "counter", "samples", ("train",), "Negatives that the recipe's `negative_share` left out."
     ),
     "samples_per_second": MetricDoc("gauge", "samples/s", ("train",), "Samples learnt a second, over the last second."),
-    "lag_samples": MetricDoc("gauge", "samples", ("train",), "Samples that were read and wait to be learnt."),
+    "lag_samples": MetricDoc(
+        "gauge",
+        "samples",
+        ("train",),
+        "Samples that wait to be learnt: of the lake all that is left, of the topic what was read.",
+    ),
     "lag_seconds": MetricDoc(
         "gauge", "seconds", ("train",), "Now minus the event time of the newest impression that was learnt."
     ),

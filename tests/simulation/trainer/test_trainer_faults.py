@@ -41,7 +41,8 @@ CONTRACTS = {
 }
 NOT_AFTER_A_COMMIT = {
     ("steps_writer", "open"): "only before a step, or when an append failed",
-    **{("lake", name): "read when the lake is opened" for name in ("state", "read", "hold")},
+    **{("lake", name): "asked when the lake is opened" for name in ("state", "layout", "hold")},
+    ("lake", "read"): "asked to read on in the lake",
     ("lake", "seals"): "asked by the ledger only",
     ("reader", "position"): "read when the trainer starts",
     ("admin", "ensure_topics"): "asked by the command before the trainer begins",
@@ -150,7 +151,7 @@ def live(world: World, fault: Fault | None = None) -> tuple[Trainer, int]:
             "admin": world.log.admin(),
         }
         changes = {room: fault.around(room, each) if fault else each for room, each in inner.items()}
-        config = TrainConfig(wait_ms=20, publish_ms=20, snapshot_ms=100)
+        config = TrainConfig(wait_ms=20, publish_ms=20, snapshot_ms=100, lake_bytes=20_000)
         calls = CallWatch(world.clock.monotonic, ended, by_itself=False)
         if fault:
             fault.calls = calls
@@ -194,6 +195,17 @@ def test_a_call_that_fails_after_the_commit_of_the_lakes_last_step(room, method,
     trainer, deaths = live(world, fault)
     assert fault.done, f"{room}.{method} is not called after a commit: say so in NOT_AFTER_A_COMMIT"
     assert deaths <= 1
+    check(world, trainer, digest, steps)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_piece_of_the_lake_that_cannot_be_read(failure, undisturbed):
+    """The lake is read piece by piece: one comes after every few steps."""
+    digest, steps, stored = undisturbed
+    world = whole_world()
+    fault = Fault(world, "lake", "read", failure, after_steps=stored - 2)
+    trainer, deaths = live(world, fault)
+    assert fault.done and deaths <= 1
     check(world, trainer, digest, steps)
 
 

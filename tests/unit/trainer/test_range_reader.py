@@ -72,7 +72,7 @@ def test_stored_ranges_come_in_total_order_and_the_topic_goes_on_behind_them(wor
         if ranges[0].kind == "stored":
             assert stored.take(ranges[0]).equals(rows)
             last = ranges[0]
-    assert sum(found) == PARTITIONS * COUNT and stored.left == 0 and last.stop == lake.rows.num_rows
+    assert sum(found) == PARTITIONS * COUNT and stored.is_done and last.stop == lake.rows.num_rows
 
 
 def test_rows_before_the_first_range_are_left_out(world):

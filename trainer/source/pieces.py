@@ -1,0 +1,294 @@
+"""One version of the lake in total order, piece by piece: memory follows a piece and not the lake.
+
+Rows are ordered by what `rank_order` says. Hours of event time are put together, or cut by seconds, to spans of as many
+rows as the bytes allow; where they are cut changes no row and no order.
+
+1. By event time a piece is the rows of a span.
+2. By position a partition's rows follow one another as they did in the log, and go by the newest event time up to
+   there. So what is reached before a time T ends, in each partition, at the first row of T or later: one pass over the
+   narrow columns finds these places for all spans. A piece is what lies between two of them, and it is looked for in
+   the spans that have rows there; what a span has for later pieces stays in memory, as far as it goes. A piece that is
+   too big, since wrong times lie in it, is cut by its own order.
+
+Legend: S spans, P partitions, N rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from headrace.contract.errors import InvariantBroken
+from headrace.contract.formats.positions import orders
+from headrace.contract.interfaces.lake import LakeLayout, LakeReader, SpanMs, StoredHour
+from headrace.trainer.source.batch import conform, of_tasks
+
+StoredOrder = Literal["event_time", "position"]
+"""`Recipe.stored_order`."""
+Int64s = npt.NDArray[np.int64]
+PLACE = ["partition", "offset", "rank"]
+NARROW = [*PLACE, "event_time_ms", "task"]
+HOUR_MS = 3_600_000
+SECOND_MS = 1_000
+SHARE = 6
+"""A piece takes at most so many parts of the memory: one is learnt, one is read ahead, one is being put in order."""
+KEPT_SHARE = 3
+"""So many parts of the memory are for what spans have for later pieces."""
+NONE = np.iinfo(np.int64).max
+"""Beyond every position."""
+
+
+def rank_order(rows: pa.Table, by: StoredOrder, reached_ms: Mapping[int, int] | None = None) -> Int64s:
+    """Return the total order of rows: indexes, int64 [N].
+
+    By `event_time`, ties by partition, offset and rank. By `position` each partition's rows follow one another as they
+    did in the log, and those of several go by the newest event time among a partition's rows up to there, which is
+    about when they were known.
+
+    Args:
+        reached_ms: by partition, the newest event time before these rows.
+    """
+    partition_N = rows["partition"].to_numpy()
+    time_N = rows["event_time_ms"].to_numpy()
+    order_N = orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
+    if by == "event_time":
+        return np.lexsort((order_N, partition_N, time_N))
+    placed_N = np.lexsort((order_N, partition_N))
+    partition_N, reached_N = partition_N[placed_N], time_N[placed_N].copy()
+    for begin, end in itertools.pairwise([0, *(np.flatnonzero(np.diff(partition_N)) + 1), len(partition_N)]):
+        if begin < end:
+            before_ms = (reached_ms or {}).get(int(partition_N[begin]), 0)
+            reached_N[begin] = max(int(reached_N[begin]), before_ms)
+            np.maximum.accumulate(reached_N[begin:end], out=reached_N[begin:end])
+    ordered_N: Int64s = placed_N[np.argsort(reached_N, kind="stable")]
+    return ordered_N
+
+
+class _Span(NamedTuple):
+    """Event times, and how many rows of all tasks have them; -1 where that is not known."""
+
+    span_ms: SpanMs
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where to look for rows, and which of them."""
+
+    spans: tuple[_Span, ...]
+    end_ms: int
+    """Where it is the last of its time: all rows of this version that are reached before `end_ms` are in it or before
+    it. Else -1."""
+    since_P: Int64s | None = None
+    """By position: the first order of each partition."""
+    before_P: Int64s | None = None
+    reached_ms: Mapping[int, int] | None = None
+    is_cut: bool = False
+
+
+class Pieces:
+    """The rows of some tasks in one version of the lake. For one thread at a time.
+
+    A call that raises what the lake raises has done nothing: the next one does it.
+
+    Args:
+        bytes_max: about how much memory rows may take, over all copies of a piece.
+        from_ms: leave out what is reached before this time, where a piece ended.
+    """
+
+    def __init__(
+        self,
+        lake: LakeReader,
+        version: int,
+        schema: pa.Schema,
+        tasks: tuple[str, ...],
+        order: StoredOrder,
+        *,
+        bytes_max: int,
+        from_ms: int = 0,
+    ) -> None:
+        self._lake, self._version, self._schema, self._tasks, self._order = lake, version, schema, tasks, order
+        self._bytes_max = bytes_max
+        layout: LakeLayout = lake.layout(version)
+        self.rows = sum(hour.rows for hour in layout.hours)
+        """How many rows of all tasks the version has."""
+        self._columns = [name for name in schema.names if name in layout.columns]
+        self._rows_max = max(1, bytes_max // SHARE // self._row_bytes(layout.hours)) if layout.hours else 1
+        spans = _cut_at(self._spans(layout.hours), from_ms)
+        self._partitions_P: Int64s = np.empty(0, np.int64)
+        self._kept: dict[_Span, pa.Table] = {}
+        """What spans that were read have for later pieces."""
+        pieces = self._by_position(spans) if order == "position" else [_Piece((s,), s.span_ms[1]) for s in spans]
+        self._left = [piece for piece in pieces if piece.end_ms > from_ms]
+
+    @property
+    def is_done(self) -> bool:
+        """True once all pieces were read."""
+        return not self._left
+
+    def next(self) -> tuple[pa.Table, int]:
+        """Return the rows of the next piece in order, none maybe, and the time up to which all is given then; -1 in the
+        middle of a time. Raises what the lake raises, and `InvariantBroken` where rows are gone."""
+        piece = self._left[0]
+        if not piece.is_cut and piece.since_P is not None and _rows_in(piece.spans) > self._rows_max:
+            self._left[:1] = self._cut(piece)
+            piece = self._left[0]
+        found = [self._whole(span) for span in piece.spans]
+        ours = [_between(rows, piece.since_P, piece.before_P, self._partitions_P) for rows in found]
+        rows = conform(pa.concat_tables(ours), self._schema) if ours else self._schema.empty_table()
+        ordered = rows.take(pa.array(rank_order(rows, self._order, piece.reached_ms)))
+        if piece.before_P is not None:
+            for span, whole in zip(piece.spans, found, strict=True):
+                self._keep(span, _between(whole, piece.before_P, None, self._partitions_P))
+        del self._left[0]
+        return ordered, piece.end_ms
+
+    def _whole(self, span: _Span) -> pa.Table:
+        """Return the rows of a span that are not given out."""
+        return self._kept[span] if span in self._kept else self._read(span, self._columns)
+
+    def _keep(self, span: _Span, rows: pa.Table) -> None:
+        self._kept.pop(span, None)
+        if not rows.num_rows:
+            return
+        if sum(each.nbytes for each in self._kept.values()) + rows.nbytes <= self._bytes_max // KEPT_SHARE:
+            self._kept[span] = rows
+
+    def _by_position(self, spans: Sequence[_Span]) -> list[_Piece]:
+        """Find where each partition first reaches the begin of each span."""
+        firsts: list[dict[int, int]] = []
+        lasts: list[dict[int, int]] = []
+        for span in spans:
+            first, last = {}, {}
+            rows = self._read(span, NARROW)
+            order_N, partition_N = _orders(rows), rows["partition"].to_numpy()
+            for partition in np.unique(partition_N).tolist():
+                here_N = order_N[partition_N == partition]
+                first[partition], last[partition] = int(here_N.min()), int(here_N.max())
+            firsts.append(first)
+            lasts.append(last)
+        self._partitions_P = np.array(sorted(set().union(*firsts)), np.int64) if firsts else self._partitions_P
+        first_SP, last_SP = (
+            np.array([[each.get(int(p), none) for p in self._partitions_P] for each in several], np.int64).reshape(
+                len(spans), -1
+            )
+            for several, none in ((firsts, NONE), (lasts, -1))
+        )
+        # Of the spans from each on, the lowest position.
+        since_SP = np.minimum.accumulate(first_SP[::-1], axis=0)[::-1]
+        before_SP = np.r_[since_SP[1:], np.full((1, len(self._partitions_P)), NONE)] if len(spans) else since_SP
+        pieces = []
+        for s, span in enumerate(spans):
+            here_S = ((first_SP < before_SP[s]) & (last_SP >= since_SP[s])).any(axis=1)
+            there = tuple(spans[i] for i in np.flatnonzero(here_S).tolist())
+            pieces.append(_Piece(there, span.span_ms[1], since_SP[s], before_SP[s]))
+        return pieces
+
+    def _cut(self, piece: _Piece) -> list[_Piece]:
+        """Cut a piece that is too big by the order of its rows: their places and times alone are read."""
+        found = [self._read(span, NARROW) for span in piece.spans]
+        rows = pa.concat_tables([_between(f, piece.since_P, piece.before_P, self._partitions_P) for f in found])
+        if rows.num_rows <= self._rows_max or piece.since_P is None or piece.before_P is None:
+            return [replace(piece, is_cut=True)]
+        ordered_N = rank_order(rows, "position", piece.reached_ms)
+        order_N, time_N = _orders(rows)[ordered_N], rows["event_time_ms"].to_numpy()[ordered_N]
+        number_N = np.searchsorted(self._partitions_P, rows["partition"].to_numpy()[ordered_N])
+        span_N = np.searchsorted([span.span_ms[0] for span in piece.spans], time_N, "right") - 1
+        since_P, reached = piece.since_P, dict(piece.reached_ms or {})
+        cut: list[_Piece] = []
+        for begin in range(0, len(order_N), self._rows_max):
+            here = slice(begin, begin + self._rows_max)
+            is_last = begin + self._rows_max >= len(order_N)
+            before_P = piece.before_P if is_last else since_P.copy()
+            if not is_last:
+                np.maximum.at(before_P, number_N[here], order_N[here] + 1)
+            end_ms = piece.end_ms if is_last else -1
+            spans = tuple(piece.spans[i] for i in np.unique(span_N[here]).tolist())
+            cut.append(_Piece(spans, end_ms, since_P, before_P, dict(reached), is_cut=True))
+            for number in np.unique(number_N[here]):
+                partition = int(self._partitions_P[number])
+                newest = int(time_N[here][number_N[here] == number].max())
+                reached[partition] = max(reached.get(partition, 0), newest)
+            since_P = before_P
+        return cut
+
+    def _read(self, span: _Span, columns: list[str]) -> pa.Table:
+        """Return the rows of our tasks in a span. Raises `InvariantBroken` where rows are gone."""
+        rows = self._lake.read(self._version, columns, span_ms=span.span_ms)
+        if span.rows >= 0 and rows.num_rows != span.rows:
+            raise InvariantBroken(
+                f"version {self._version} of the lake held {span.rows} rows of event times {span.span_ms[0]} to "
+                f"{span.span_ms[1]} and {rows.num_rows} are left: retention dropped the others. Keep lake.retention_ms "
+                "longer than what is to be learnt."
+            )
+        return of_tasks(rows, self._tasks)
+
+    def _spans(self, hours: Sequence[StoredHour]) -> list[_Span]:
+        """Put hours together, and cut those that are too big."""
+        spans: list[_Span] = []
+        for hour in hours:
+            whole = _Span((hour.begin_ms, hour.begin_ms + HOUR_MS), hour.rows)
+            for span in self._seconds(hour) if hour.rows > self._rows_max else [whole]:
+                if spans and spans[-1].rows + span.rows <= self._rows_max:
+                    spans[-1] = _Span((spans[-1].span_ms[0], span.span_ms[1]), spans[-1].rows + span.rows)
+                else:
+                    spans.append(span)
+        return spans
+
+    def _seconds(self, hour: StoredHour) -> list[_Span]:
+        """Return the seconds of an hour that have rows. Its times are read in as many parts as memory asks for."""
+        parts = min(3_600, 1 + 8 * SHARE * hour.rows // self._bytes_max)
+        edges = np.linspace(0, 3_600, parts + 1).astype(np.int64) * SECOND_MS + hour.begin_ms
+        rows_S = np.zeros(3_600, np.int64)
+        for begin_ms, end_ms in itertools.pairwise(edges.tolist()):
+            rows = self._lake.read(self._version, ["event_time_ms"], span_ms=(begin_ms, end_ms))
+            second_N = (rows["event_time_ms"].to_numpy() - hour.begin_ms) // SECOND_MS
+            rows_S += np.bincount(second_N, minlength=3_600)
+        begins = ((hour.begin_ms + s * SECOND_MS, int(rows_S[s])) for s in np.flatnonzero(rows_S).tolist())
+        return [_Span((begin_ms, begin_ms + SECOND_MS), rows) for begin_ms, rows in begins]
+
+    def _row_bytes(self, hours: Sequence[StoredHour]) -> int:
+        """Return how many bytes a row takes, from a second of the first hour and one of the last."""
+        most = 1
+        for hour in (hours[0], hours[-1]):
+            for span in self._seconds(hour)[:1]:
+                rows = self._lake.read(self._version, self._columns, span_ms=span.span_ms)
+                most = max(most, -(-rows.nbytes // max(1, rows.num_rows)))
+        return most
+
+
+def _between(rows: pa.Table, since_P: Int64s | None, before_P: Int64s | None, partitions_P: Int64s) -> pa.Table:
+    """Return the rows whose orders lie between those of their partitions."""
+    if not rows.num_rows or (since_P is None and before_P is None):
+        return rows
+    order_N = _orders(rows)
+    number_N = np.searchsorted(partitions_P, rows["partition"].to_numpy())
+    here_N = np.ones(len(order_N), np.bool_) if since_P is None else order_N >= since_P[number_N]
+    if before_P is not None:
+        here_N &= order_N < before_P[number_N]
+    return rows if here_N.all() else rows.filter(pa.array(here_N))
+
+
+def _orders(rows: pa.Table) -> Int64s:
+    return orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
+
+
+def _rows_in(spans: Sequence[_Span]) -> int:
+    return sum(max(0, span.rows) for span in spans)
+
+
+def _cut_at(spans: Sequence[_Span], at_ms: int) -> list[_Span]:
+    """Return the spans, one that has the time inside as two."""
+    cut: list[_Span] = []
+    for (begin_ms, end_ms), rows in spans:
+        if begin_ms < at_ms < end_ms:
+            cut += [_Span((begin_ms, at_ms), -1), _Span((at_ms, end_ms), -1)]
+        else:
+            cut.append(_Span((begin_ms, end_ms), rows))
+    return cut
