@@ -1,7 +1,7 @@
 """Goal: rows of the matrix of options work on real Kafka and HDFS, with every stage a process.
 
-Method: the events and the checks of tests/simulation/loop, at the pace of a real clock: a turn stands for what the clock
-says at its beginning.
+Method: the events and the checks of tests/simulation/loop, at the pace of a real clock: a turn stands for what the
+clock says at its beginning.
 """
 
 from __future__ import annotations
