@@ -1,7 +1,7 @@
 """The processes of serving: all of them answer on one port, the first one also updates the model that they share.
 
 1. The first process makes the shared region, or takes over the one of an earlier stage, and forks the workers. Each
-   worker opens the region for itself.
+   worker opens the region for itself. No thread is begun before, whose locks a worker would find held for ever.
 2. Each process answers requests in its main thread; the other jobs of a process are threads beside it.
 3. A job that fails ends its process. A worker that ends ends the stage: the supervisor starts all of it again.
 4. At the end the first process asks the workers to stop, waits for at most 3 s, and kills those that are left. The

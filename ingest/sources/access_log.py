@@ -73,6 +73,8 @@ LISTED = frozenset(
 )
 """Variables with one value for each upstream that was asked: `a, b`, and ` : ` before those of another group."""
 _NUMBERS = frozenset(("status", "body_bytes_sent", "bytes_sent", "request_length", "request_time", "msec"))
+JSON_DEPTH_MAX = 500
+"""Levels of a JSON line. How many more Python reads depends on its version: 1,000 to 10,000."""
 _KEYED = {"i": "http_", "C": "cookie_", "o": "sent_http_", "e": "env_", "n": "note_"}
 
 
@@ -212,12 +214,24 @@ def _apache_name(found: re.Match[str]) -> str:
 
 
 def _json_object(line: str) -> Variables | None:
+    if line.count("[") + line.count("{") > JSON_DEPTH_MAX and _is_deep(line):
+        return None
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         # Nested too deeply is no line of a log either, and must cost no more than its own line.
         return None
     return variables_of(value) if isinstance(value, dict) else None
+
+
+def _is_deep(line: str) -> bool:
+    """Say whether JSON is nested more than `JSON_DEPTH_MAX` deep. Linear in the length."""
+    depth = 0
+    for token in _JSON_TOKEN.finditer(line):
+        depth += 1 if token[0] in ("[", "{") else -1 if token[0] in ("]", "}") else 0
+        if depth > JSON_DEPTH_MAX:
+            return True
+    return False
 
 
 def variables_of(record: Mapping[Any, Any], *, escaped: bool = False) -> Variables:
@@ -382,6 +396,8 @@ def time_of(variables: Variables) -> int | None:
 _NGINX_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
 _APACHE_DIRECTIVE = re.compile(r"%[!\d,]*[<>]?(?:\{([^}]*)\})?[<>]?(\^t[io]|[a-zA-Z%])", re.ASCII)
 _ESCAPE = re.compile(rb"\\(?:x([0-9A-Fa-f]{2})|(.))", re.DOTALL)
+# A string that never ends is one token to the end: else a search would begin at each of its quotes again.
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[][{}]', re.DOTALL)
 _LETTERS = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"b": b"\b", b"v": b"\v", b"f": b"\f"}
 _REQUEST_LINE = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S++(?: (?!HTTP/)\S*+)*+)(?: HTTP/\d(?:\.\d)?)?", re.ASCII

@@ -175,17 +175,19 @@ def _otlp_record(source: SourceConfig, entry: Any, timestamp_ns: int | None) -> 
     return _tagged(source, record, nanos or timestamp_ns, b"")
 
 
-def _any_value(value: Any) -> Any:
+def _any_value(value: Any, depth: int = 1) -> Any:
     """Return what an OTLP `AnyValue` holds; 64-bit integers travel as strings in its JSON."""
+    if depth > _ANY_VALUES_MAX:
+        raise _Unreadable("it is nested too deeply")
     if not value:
         return None
     if not isinstance(value, dict) or len(value) != 1:
         raise _Unreadable("a value is a map of one kind")
     ((kind, inner),) = value.items()
     if kind == "kvlistValue":
-        return {item["key"]: _any_value(item.get("value")) for item in _list(inner, "values")}
+        return {item["key"]: _any_value(item.get("value"), depth + 1) for item in _list(inner, "values")}
     if kind == "arrayValue":
-        return [_any_value(item) for item in _list(inner, "values")]
+        return [_any_value(item, depth + 1) for item in _list(inner, "values")]
     if kind == "intValue":
         return _int(inner)
     if kind == "doubleValue":
@@ -278,6 +280,9 @@ def _time_of(value: Any, unit: str, otherwise: int | None) -> int | None:
     return decimal_ns(value, unit) if DECIMAL.fullmatch(value) else iso8601_ns(value)
 
 
+_ANY_VALUES_MAX = 100
+"""Values of OTLP in each other. Readers of protobuf give up at 100 messages; how many more Python reads depends on its
+version."""
 _DECODER = msgspec.json.Decoder(float_hook=_Number)
 _READERS: dict[str, Callable[[SourceConfig, bytes, int | None], list[Foreign]]] = {
     "json": _json,

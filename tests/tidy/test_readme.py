@@ -4,6 +4,7 @@ its sender's lines are run against a real gateway of that project."""
 from __future__ import annotations
 
 import re
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -52,3 +53,15 @@ def test_the_senders_lines_reach_the_log_as_events_of_the_project(
     assert rows["i-1"]["_kind"] == "impression" and rows["i-1"]["price"] == 3.5
     assert rows["c-1"]["_type"] == "click" and rows["c-1"]["request_id"] == rows["i-1"]["request_id"] == "r-1"
     assert len(rows) == 2 and not gateway.log.letters()
+
+
+def test_readme_and_the_package_name_the_same_versions_of_python() -> None:
+    root = Path(__file__).resolve().parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    said = [line.rpartition(" ")[2] for line in project["classifiers"] if "Python :: 3" in line]
+    assert f"Python {', '.join(said[:-1])} or {said[-1]}" in README and project["requires-python"] == f">={said[0]}"
+
+
+def test_what_a_passed_test_wrote_goes_at_once(pytestconfig: pytest.Config) -> None:
+    """The shared regions of the serving tests alone would be 30 GB."""
+    assert pytestconfig.getini("tmp_path_retention_policy") == "failed"

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter as Tally
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from loop_world import SECRET
-from option_world import CORRECT_MS, SHOWN_TAG, WINDOW_MS, Draft, Outcome, heads
+from option_draft import SHOWN_TAG, Draft, heads
 
 from headrace.contract.crawl import Crawl, Extract
 from headrace.contract.functions import ModelShape, feature_function, model_function
 from headrace.contract.mapping import AccessLog, Route
-from headrace.contract.privacy import Privacy
 from headrace.contract.project import Recipe, Task
 from headrace.contract.spec import (
     Bucket,
@@ -37,6 +35,9 @@ from headrace.contract.spec import (
 )
 from headrace.trainer.recipes import dcn, deepfm, fm, late_positives, logistic_ftrl, module_of
 
+if TYPE_CHECKING:
+    from option_world import Outcome
+
 Level = Callable[[Draft], None]
 
 
@@ -54,7 +55,7 @@ def int_key(draft: Draft) -> None:
 def hashed_key(draft: Draft) -> None:
     def check(out: Outcome) -> None:
         assert "person-" not in out.loop.stored_text()
-        known = {Privacy(out.project, SECRET).hash(f"person-{n}") for n in range(5)}
+        known = {out.loop.privacy.hash(f"person-{n}") for n in range(5)}
         assert {row["user"] for row in out.rows()} <= known and {row["key"] for row in out.rows()} <= known
 
     draft.private["user"] = "hash"
@@ -127,23 +128,29 @@ def unknown_refused(draft: Draft) -> None:
 
 
 def eager(draft: Draft) -> None:
-    draft.tasks = (Task(name="click", feedback="click", window_ms=WINDOW_MS, policy="eager"),)
+    draft.tasks = (Task(name="click", feedback="click", window_ms=draft.window_ms, policy="eager"),)
 
 
 def corrected(draft: Draft) -> None:
     draft.tasks = (
-        Task(name="click", feedback="click", window_ms=WINDOW_MS, correct_ms=CORRECT_MS, correction_weight=2.0),
+        Task(
+            name="click",
+            feedback="click",
+            window_ms=draft.window_ms,
+            correct_ms=draft.correct_ms,
+            correction_weight=2.0,
+        ),
     )
 
 
 def two_tasks(draft: Draft) -> None:
-    draft.tasks = (*draft.tasks, Task(name="order", feedback="order", window_ms=2 * WINDOW_MS))
+    draft.tasks = (*draft.tasks, Task(name="order", feedback="order", window_ms=2 * draft.window_ms))
 
 
 def mixed_tasks(draft: Draft) -> None:
     corrected(draft)
-    soon = Task(name="soon", feedback="order", window_ms=3 * WINDOW_MS // 4, policy="eager")
-    draft.tasks = (*draft.tasks, soon, Task(name="same", feedback="click", window_ms=WINDOW_MS))
+    soon = Task(name="soon", feedback="order", window_ms=3 * draft.window_ms // 4, policy="eager")
+    draft.tasks = (*draft.tasks, soon, Task(name="same", feedback="click", window_ms=draft.window_ms))
 
 
 # -- features
@@ -425,7 +432,7 @@ def own_module(draft: Draft) -> None:
 def valued(draft: Draft) -> None:
     """Tasks that learn what an order's value is, each in its own way, beside those that are there."""
     kinds: dict[str, Any] = {f"{kind}_value": kind for kind in ("weighted", "squared", "huber", "tweedie")}
-    draft.tasks += tuple(Task(name=name, feedback="order", window_ms=WINDOW_MS) for name in kinds)
+    draft.tasks += tuple(Task(name=name, feedback="order", window_ms=draft.window_ms) for name in kinds)
 
     def made(draft: Draft) -> Recipe:
         objectives = {draft.tasks[0].name: "log_loss", **kinds}
@@ -464,9 +471,9 @@ def is_possible(row: Row) -> bool:
     return row.get("recipe") not in DELAYED or row.get("tasks") in (eager, None)
 
 
-def drafted(row: Row) -> Draft:
+def drafted(row: Row, pace: int = 1) -> Draft:
     """Return the draft that a row's levels make."""
-    draft = Draft()
+    draft = Draft(pace)
     for factor in FACTORS:
         row[factor](draft)
     return draft

@@ -7,7 +7,6 @@ labels that must come out are known without asking the join.
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,22 +16,22 @@ from urllib.parse import urlencode
 import numpy as np
 import pyarrow as pa
 from loop_world import START_MS, Loop, opened, quiet
+from option_draft import SHOWN_TAG, Draft
 
 from headrace.contract.config import AggregateConfig, Config
-from headrace.contract.crawl import Crawl, external_columns
+from headrace.contract.crawl import external_columns
 from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.formats.sample import matrix
-from headrace.contract.mapping import AccessLog
-from headrace.contract.project import FeedbackType, FieldType, ImpressionType, Project, Recipe, Task
-from headrace.contract.spec import EVENT_TIME, Categorical, Counter, Cross, Feature, FeatureSpec
+from headrace.contract.project import Project
+from headrace.contract.spec import EVENT_TIME
 from headrace.replay.ledger.ledger import Ledger
 from headrace.serving.model.scorer import merge
 from headrace.stream.features.featurize import featurize
 
 TURN_MS, TURNS, ASKED_FROM = 500, 26, 8
 REQUESTS_A_TURN, SHOWN = 2, 2
-WINDOW_MS = CORRECT_MS = 2_000
 SOON_MS, LATE_MS, TOO_LATE_MS = 700, 3_000, 6_000
+"""Delays of feedback, against windows of `option_draft.WINDOW_MS`; a draft's pace makes both longer."""
 FATES: tuple[tuple[tuple[str, int], ...], ...] = (
     (("click", SOON_MS),),
     (),
@@ -43,65 +42,6 @@ FATES: tuple[tuple[tuple[str, int], ...], ...] = (
     (("order", LATE_MS),),
 )
 CRAWLED_TURN = 4
-SHOWN_TAG = "matrix.impression"
-
-
-@dataclass
-class Draft:
-    """A project in the making; each level of a row changes it."""
-
-    key: str = "user"
-    fields: dict[str, FieldType] = field(
-        default_factory=lambda: {"user": "string", "item": "int64", "page": "string", "price": "float64"}
-    )
-    told: dict[str, FieldType] = field(default_factory=lambda: {"user": "string", "item": "int64", "page": "string"})
-    """Fields of feedback, which says them again."""
-    private: dict[str, Any] = field(default_factory=dict)
-    unknown: Any = "drop"
-    tasks: tuple[Task, ...] = (Task(name="click", feedback="click", window_ms=WINDOW_MS),)
-    counters: list[Counter] = field(default_factory=list)
-    features: list[Feature] = field(default_factory=lambda: [Categorical(field="item"), Cross(fields=("user", "page"))])
-    last: list[Feature] = field(default_factory=list)
-    """Features that come after all others."""
-    crawls: list[Crawl] = field(default_factory=list)
-    page: tuple[bytes, str] = (b"", "")
-    mappings: list[AccessLog] = field(default_factory=list)
-    recipe: Callable[[Draft], Recipe] = lambda draft: Recipe(dim=4, hidden=(8,), **heads(draft))
-    shown: list[Callable[[int, dict[str, Any]], None]] = field(default_factory=list)
-    """Each adds to what the n-th impression says."""
-    before: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Events, by tag, that are sent before all others and refused."""
-    refused: dict[str, int] = field(default_factory=dict)
-    """Reason -> how many dead letters must come, besides those of every row."""
-    checks: list[Callable[[Outcome], None]] = field(default_factory=list)
-
-    def project(self) -> Project:
-        """Return the checked project."""
-        hashed = {name: "string" for name, how in self.private.items() if how == "hash"}
-        extra: dict[str, FieldType] = {"extra": "string"} if self.unknown == "keep" else {}
-        told = {"fields": {**self.told, **hashed, **extra}, "unknown": self.unknown, "private": self.private}
-        return Project(
-            name="matrix",
-            impression=ImpressionType(
-                tag=SHOWN_TAG,
-                key=self.key,
-                fields={**self.fields, **extra},
-                unknown=self.unknown,
-                private=self.private,
-            ),
-            feedback=tuple(FeedbackType(name=name, tag=f"matrix.{name}", **told) for name in ("click", "order")),
-            tasks=self.tasks,
-            features=FeatureSpec(counters=tuple(self.counters), features=(*self.features, *self.last)),
-            recipe=self.recipe(self),
-            mappings=tuple(self.mappings),
-            crawls=tuple(self.crawls),
-        ).checked()
-
-
-def heads(draft: Draft) -> dict[str, Any]:
-    """Return the recipe's tasks: all that are declared, the last one the main one."""
-    names = tuple(task.name for task in draft.tasks)
-    return {"task": names[-1], "tasks": names if len(names) > 1 else ()}
 
 
 @dataclass
@@ -175,10 +115,10 @@ def drive(out: Outcome) -> None:
         _bad(out, turn)
         _feedback(out, coming)
         loop.turn(TURN_MS)
-    for _ in range((TOO_LATE_MS + TURN_MS) // TURN_MS):
+    for _ in range((TOO_LATE_MS * out.draft.pace + TURN_MS) // TURN_MS):
         _feedback(out, coming)
         loop.turn(TURN_MS)
-    loop.settle(WINDOW_MS + CORRECT_MS, TURN_MS)
+    loop.settle(out.draft.window_ms + out.draft.correct_ms, TURN_MS)
 
 
 def question(out: Outcome) -> dict[str, Any]:
@@ -231,7 +171,7 @@ def _request(out: Outcome, number: int, coming: list[tuple[int, str, dict[str, A
         out.shown[event_id] = record
         out.answered[event_id] = list(FATES[(number * SHOWN + place) % len(FATES)])
         for name, delay_ms in out.answered[event_id]:
-            coming.append((loop.clock.now_ms() + delay_ms, name, record))
+            coming.append((loop.clock.now_ms() + delay_ms * out.draft.pace, name, record))
     loop.send(SHOWN_TAG, *records)
     if number % 10 == 3:
         loop.send(SHOWN_TAG, records[0])
@@ -269,7 +209,7 @@ def expected_samples(out: Outcome) -> Tally[tuple[str, str, float, bool, float]]
     found = Tally[tuple[str, str, float, bool, float]]()
     for event_id, answers in out.answered.items():
         for task in out.project.tasks:
-            delays = [delay_ms for name, delay_ms in answers if name == task.feedback]
+            delays = [delay_ms * out.draft.pace for name, delay_ms in answers if name == task.feedback]
             delay_ms = min(delays, default=10**9)
             late_ms = task.window_ms + task.correct_ms
             is_soon = delay_ms <= task.window_ms

@@ -19,9 +19,10 @@ from pathlib import Path
 import httpx
 import pytest
 import serving_process
+from local_world import free_base
 
 from headrace.contract.errors import ConfigRejected
-from headrace.serving.model.region_file import region_path
+from headrace.serving.model.region_file import region_in_memory, region_path
 from headrace.serving.model.shared_region import region_bytes
 from headrace.serving.processes import listen
 
@@ -126,6 +127,29 @@ def test_workers_end_with_the_first_process(tmp_path: Path):
     with running(tmp_path) as stage:
         stage.process.kill()
         assert stage.ended()[0] == -signal.SIGKILL
+
+
+FORKS = """
+import os, sys, threading
+from headrace.cli.main import main
+from headrace.serving import processes
+
+def fork():
+    print([thread.name for thread in threading.enumerate()], flush=True)
+    os._exit(0)
+
+processes.os.fork = fork
+sys.argv = ["headrace", "serve", "--workers", "2", "--home", sys.argv[1], "--port-base", sys.argv[2]]
+main()
+"""
+
+
+def test_the_verb_forks_before_it_has_threads(tmp_path: Path) -> None:
+    """A lock that another thread holds at the fork is held for ever in the worker; Python 3.12 warns of it."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, str(tmp_path), str(free_base())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0)
+    region_in_memory(tmp_path).unlink(missing_ok=True)
+    assert done.stdout == "['MainThread']\n", done.stderr
 
 
 def test_the_region_lies_in_memory_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
