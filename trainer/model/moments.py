@@ -125,7 +125,8 @@ class Moments:
 
     def base_rates(self) -> Float64s:
         """Return a copy of the mean of each task: float64 [T]."""
-        return self.targets_3T[1].copy()
+        mean_T: Float64s = self.targets_3T[1].copy()
+        return mean_T
 
     def dense(self) -> dict[str, Float32s]:
         """Return what scores: copies of `NUMBERS` and `TARGETS`."""

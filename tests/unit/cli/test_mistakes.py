@@ -93,8 +93,9 @@ def test_a_recipe_that_keeps_no_live_model_calibrated_is_noted(
         ("Recipe(standardize=True, model='fm')", "wait_for_negative=True, stored_order='position'. Set"),
         ("multitask(('click',))", ""),
     ):
-        text = PROJECT + f"\nfrom headrace.trainer.recipes import multitask\nfrom headrace.contract.project import Recipe\n"
-        text += f"import msgspec\nPROJECT = msgspec.structs.replace(PROJECT, recipe={recipe})\n"
+        text = PROJECT + "\nimport msgspec\nfrom headrace.contract.project import Recipe\n"
+        text += "from headrace.trainer.recipes import multitask\n"
+        text += f"PROJECT = msgspec.structs.replace(PROJECT, recipe={recipe})\n"
         folder = planted(Mistake("none", (), files={"project.py": text}), tmp_path / str(len(recipe)))
         assert main(["check", str(folder)]) == 0
         said = capsys.readouterr().out
