@@ -36,8 +36,8 @@ LIVE: dict[str, Any] = {
     "delayed": "taken_back",
 }
 """What keeps a live model calibrated, whatever its numbers, windows and base rates are: docs/models.md#calibration."""
-STEADY: dict[str, Any] = {"rate_rows": 512, "dense_average": 0.995, "recent_base": True}
-"""What keeps dense weights and base rates steady that learn from the few rows of a live step."""
+STEADY: dict[str, Any] = {"rate_rows": 512, "dense_average": 0.995}
+"""What keeps dense weights steady that learn from the few rows of a live step."""
 
 
 def logistic_ftrl(task: str = "click", **changes: Any) -> Recipe:

@@ -51,5 +51,5 @@ PROJECT = Project(
         ),
     ),
     # A chargeback takes back what its payment taught as a negative. Few ids, each seen often: rows may learn faster.
-    recipe=deepfm(task="chargeback", lr_table=0.05),
+    recipe=deepfm(task="chargeback", lr_table=0.05, recent_base=True),
 )
