@@ -21,20 +21,22 @@ or `dense_average` must be given up (`updates="batch"`). Their rates are the bes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from headrace.contract.project import Task
 from headrace.contract.recipe import Recipe
 
-_LIVE: dict[str, Any] = {
+LIVE: dict[str, Any] = {
     "standardize": True,
     "wait_for_negative": True,
     "stored_order": "position",
     "delayed": "taken_back",
 }
 """What keeps a live model calibrated, whatever its numbers, windows and base rates are: docs/models.md#calibration."""
-_STEADY: dict[str, Any] = {"rate_rows": 512, "dense_average": 0.995}
+STEADY: dict[str, Any] = {"rate_rows": 512, "dense_average": 0.995}
 """What keeps dense weights steady that learn from the few rows of a live step."""
 
 
@@ -52,7 +54,7 @@ def logistic_ftrl(task: str = "click", **changes: Any) -> Recipe:
             lr_table=0.15,
             ftrl_beta=0.5,
             lr_dense=0.0003,
-            **_LIVE,
+            **LIVE,
         ),
         changes,
     )
@@ -69,7 +71,7 @@ def logistic(task: str = "click", **changes: Any) -> Recipe:
             lr_table=0.105,
             l2_table=0.003,
             lr_dense=0.0001,
-            **_LIVE,
+            **LIVE,
         ),
         changes,
     )
@@ -80,12 +82,12 @@ def fm(task: str = "click", **changes: Any) -> Recipe:
 
     Source: Rendle, ICDM 2010.
     """
-    return _with(Recipe(task=task, model="fm", updates="sample", lr_table=0.02, lr_dense=0.0003, **_LIVE), changes)
+    return _with(Recipe(task=task, model="fm", updates="sample", lr_table=0.02, lr_dense=0.0003, **LIVE), changes)
 
 
 def deepfm(task: str = "click", **changes: Any) -> Recipe:
     """Return DeepFM: the factorization machine and layers over the same embeddings. Source: Guo et al., IJCAI 2017."""
-    return _with(Recipe(task=task, model="deepfm", lr_table=0.02, lr_dense=0.001, **_LIVE), _steady(changes))
+    return _with(Recipe(task=task, model="deepfm", lr_table=0.02, lr_dense=0.001, **LIVE), _steady(changes))
 
 
 def dcn(task: str = "click", **changes: Any) -> Recipe:
@@ -93,13 +95,13 @@ def dcn(task: str = "click", **changes: Any) -> Recipe:
 
     Source: Wang et al., "DCN V2: Improved deep & cross network", WWW 2021.
     """
-    recipe = Recipe(task=task, model="dcn", lr_table=0.02, lr_dense=0.001, cross_rank=16, **_LIVE)
+    recipe = Recipe(task=task, model="dcn", lr_table=0.02, lr_dense=0.001, cross_rank=16, **LIVE)
     return _with(recipe, _steady(changes))
 
 
 def module_of(name: str, *, version: int = 1, task: str = "click", **changes: Any) -> Recipe:
     """Return a recipe of the project's own `@model_function(name, version=version)`."""
-    recipe = Recipe(task=task, model="module", module=name, module_version=version, lr_table=0.02, **_LIVE)
+    recipe = Recipe(task=task, model="module", module=name, module_version=version, lr_table=0.02, **LIVE)
     return _with(recipe, _steady(changes))
 
 
@@ -127,9 +129,27 @@ def bounded(recipe: Recipe, *, admit_after: int = 3, expire_after_ms: int = 14 *
     return _with(recipe, {"admit_after": admit_after, "admit_by": "sketch", "expire_after_ms": expire_after_ms})
 
 
+def uncalibrated(recipe: Recipe, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return the fields of `LIVE` and `STEADY` that a recipe of these tasks does without, and what they would be.
+
+    What a recipe does in another way, such as `delayed`, is not among them.
+    """
+    late = any(task.policy == "eager" or task.correct_ms for task in tasks if task.name in recipe.heads)
+    by_batch = recipe.updates == "batch"
+    wanted = {
+        name: value
+        for name, value in (LIVE | (STEADY if by_batch else {})).items()
+        if (name != "delayed" or late) and (name != "dense_average" or not recipe.calibrate)
+    }
+    if recipe.model in ("logistic", "fm"):
+        wanted = {name: value for name, value in wanted.items() if name not in STEADY}
+    plain = Recipe()
+    return {name: value for name, value in wanted.items() if getattr(recipe, name) == getattr(plain, name)}
+
+
 def _steady(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the changes on top of `_STEADY`; what calibrates scores takes no average, see `Recipe.checked`."""
-    steady = _STEADY | ({"dense_average": 0.0} if changes.get("calibrate") else {})
+    """Return the changes on top of `STEADY`; what calibrates scores takes no average, see `Recipe.checked`."""
+    steady = STEADY | ({"dense_average": 0.0} if changes.get("calibrate") else {})
     return steady | changes
 
 

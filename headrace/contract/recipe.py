@@ -110,6 +110,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     standardize: bool = False
     """Numbers are learnt as (x - mean) / standard deviation, both running, and a task's log-odds are learnt as what is
     added to those of its base rate so far. All of it is part of the model's state."""
+    recent_base: bool = False
+    """With `standardize`, by batch: a task's base rate is of recent samples more than of early ones, and what the model
+    adds to it on average is taken off again. A base rate that rises while labels come late, and what weights had
+    learnt to make up for it, then do not add up. See `headrace.trainer.model.moments`."""
     wait_for_negative: bool = False
     """Positives of a task are not learnt before its first negative. Positives come at once and negatives when their
     window ends, so that a log's first window would teach that all are positive."""
@@ -202,10 +206,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             or self.slot_optimizers
             or self.objectives
             or self.rate_rows
+            or self.recent_base
         ):
             raise ConfigRejected(
                 "recipe.updates='sample' is for model 'logistic' or 'fm' with one task and without slot_dims, "
-                "slot_optimizers, dense_average, objectives and rate_rows: drop those, or learn by batch."
+                "slot_optimizers, dense_average, objectives, rate_rows and recent_base: drop those, or learn by batch."
             )
         kinds = {self.optimizer, *self.slot_optimizers.values()}
         if self.l1_table and "ftrl" not in kinds:

@@ -125,7 +125,7 @@ def finish(ledger: Ledger) -> Ledger:
         setattr(ledger, name, sum(getattr(counts, name) for counts in ledger.tasks.values()))
     if ledger.models:
         newest = list(ledger.models.values())[-1]
-        for name in ("learnt", "refused", "sampled_out", "in_flight", "unaccounted"):
+        for name in ("learnt", "refused", "sampled_out", "other_tasks", "in_flight", "unaccounted"):
             setattr(ledger, name, getattr(newest, name))
         ledger.lost_where["model"] = sum(counts.lost for counts in ledger.models.values())
         ledger.twice_where["model"] = sum(counts.twice for counts in ledger.models.values())
@@ -149,10 +149,11 @@ def count_letters(
 
 
 def _closes(ledger: Ledger) -> bool:
+    settled = ledger.learnt + ledger.refused + ledger.sampled_out + ledger.other_tasks
     return (
         ledger.read == ledger.appended + ledger.dead_lettered + ledger.repeated
         and ledger.appended == ledger.impressions + ledger.feedback + ledger.external + ledger.repeated_in_log
-        and ledger.samples == ledger.learnt + ledger.refused + ledger.sampled_out + ledger.in_flight
+        and ledger.samples == settled + ledger.in_flight
         and all(counts.closes() for counts in ledger.tasks.values())
         and all(counts.closes() for counts in ledger.models.values())
         and ledger.lost == ledger.twice == ledger.unaccounted == len(ledger.seals_wrong) == 0
@@ -258,9 +259,10 @@ def _draw_model(
     named -= counts.unaccounted
     counts.learnt = int((took_N & learnt_N).sum())
     counts.refused = int((took_N & refused_N).sum())
-    counts.sampled_out = int(took_N.sum()) - counts.learnt - counts.refused
-    counts.in_flight = max(0, int((topic_N & ~took_N).sum()) - counts.unaccounted)
-    counts.samples = int(took_N.sum()) + counts.in_flight
+    counts.sampled_out = int((took_N & ours_N).sum()) - counts.learnt - counts.refused
+    counts.other_tasks = int(((topic_N | took_N) & ~ours_N).sum())
+    counts.in_flight = max(0, int((topic_N & ours_N & ~took_N).sum()) - counts.unaccounted)
+    counts.samples = int((took_N & ours_N).sum()) + counts.other_tasks + counts.in_flight
     if not unknown:
         counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, ours_taken - named)
     counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - ours_taken)

@@ -88,11 +88,14 @@ class SealedStock:
         watch.draw(ledger, "lake", {p: seal.upto for p, seal in sealed.items()})
         watch.draw(ledger, "model", {})
         tasks = sorted(ledger.tasks)
+        due: dict[str, Seal] = {}
+        for place in (each for p in joined if (each := topic.newest(p)) is not None):
+            due = with_rows(due, place.seal.tasks)
         for name, totals in runs.items():
             known = before.runs.get(name)
-            found = _Run(self, ledger, topic, totals, known, _choices(heads.get(name), self.project, tasks))
+            found = _Run(self, ledger, topic, totals, known, _choices(heads.get(name), self.project, tasks), due)
             ledger.models[name] = found.draw()
-            after.runs[name] = KeptRun(totals=totals, heads=found.heads, others=found.others)
+            after.runs[name] = KeptRun(totals=totals, heads=found.heads)
             # A run that stands at the end of what it learnt of the lake has not said yet how far that goes.
             left = None if totals.positions else watch.count(found.heads) - totals.rows
             watch.draw(ledger, "model", totals.upto(), left, found.heads)
@@ -286,10 +289,11 @@ class _Run:
         totals: RunTotals,
         known: KeptRun | None,
         choices: list[tuple[str, ...]],
+        due: Mapping[str, Seal],
     ) -> None:
+        """`due`: what the topic has, by task."""
         self.stock, self.ledger, self.topic, self.totals, self.known = stock, ledger, topic, totals, known
-        self.choices = choices
-        self.heads, self.others = choices[0], 0
+        self.choices, self.heads, self.due = choices, choices[0], due
 
     def draw(self) -> ModelCounts:
         totals = self.totals
@@ -297,15 +301,16 @@ class _Run:
             raise NotSealed(f"run {totals.run}: {totals.irregular}")
         counts = ModelCounts(model=totals.model, run=totals.run, steps=totals.steps)
         if self.known is not None and self.known.totals.number == totals.number:
-            self.heads, self.others = self.known.heads, self.known.others
+            self.heads = self.known.heads
         elif totals.positions or not totals.stored:
             counts.lost, counts.twice = self._compare()
-            self.others = self._others()
         counts.refused = totals.refused
         counts.learnt = totals.rows - totals.refused - totals.left_out
-        counts.sampled_out = totals.left_out + self.others
-        counts.in_flight = max(0, self.ledger.samples - totals.rows - self.others)
-        counts.samples = totals.rows + self.others + counts.in_flight
+        counts.sampled_out = totals.left_out
+        ours = whole(self.due, self.heads).count
+        counts.other_tasks = whole(self.due).count - ours
+        counts.in_flight = max(0, ours - totals.rows)
+        counts.samples = totals.rows + counts.other_tasks + counts.in_flight
         return counts
 
     def _due(self, upto: Mapping[int, Position]) -> dict[str, Seal]:
@@ -331,15 +336,6 @@ class _Run:
         if known is not None:
             self.heads = known.heads
         return self._find_wrong()
-
-    def _others(self) -> int:
-        """Return how many samples of other tasks lie in the run's live ranges."""
-        count = 0
-        for partition, (after, upto) in self.totals.live.items():
-            first, last = (self.topic.at(partition, Position(*place)) for place in (after, upto))
-            here = without_rows(last, first)
-            count += whole(here).count - whole(here, self.heads).count
-        return count
 
     def _find_wrong(self) -> tuple[int, int]:
         """Return (lost, twice) of the ranges whose seal is not the topic's: by halving over the run's new steps."""

@@ -35,8 +35,6 @@ class KeptRun(msgspec.Struct, kw_only=True):
     totals: RunTotals
     heads: tuple[str, ...] = ()
     """Its tasks."""
-    others: int = 0
-    """Samples of other tasks in its live ranges."""
 
 
 class KeptAccount(msgspec.Struct, kw_only=True):

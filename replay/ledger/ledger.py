@@ -9,7 +9,7 @@ ROWS = (
     ("log", ("impressions", "feedback", "external", "repeated_in_log")),
     ("label", ("positives", "negatives", "waiting")),
     ("feedback", ("matched", "duplicate", "late", "orphans", "pending")),
-    ("model", ("samples", "learnt", "refused", "sampled_out", "in_flight")),
+    ("model", ("samples", "learnt", "refused", "sampled_out", "other_tasks", "in_flight")),
     ("lake", ("stored", "retained")),
     ("verdict", ("lost", "twice")),
 )
@@ -37,7 +37,8 @@ class TaskCounts(msgspec.Struct, kw_only=True):
 
 
 class ModelCounts(msgspec.Struct, kw_only=True):
-    """One run of one model: samples = learnt + refused + sampled_out + in_flight, of what can be accounted for."""
+    """One run of one model: samples = learnt + refused + sampled_out + other_tasks + in_flight, of what can be
+    accounted for."""
 
     model: str = ""
     run: str = ""
@@ -46,7 +47,11 @@ class ModelCounts(msgspec.Struct, kw_only=True):
     learnt: int = 0
     refused: int = 0
     sampled_out: int = 0
+    """Negatives that the recipe's `negative_share` leaves out."""
+    other_tasks: int = 0
+    """Samples of tasks that it does not learn."""
     in_flight: int = 0
+    """Samples of its tasks that it has still to learn."""
     lost: int = 0
     twice: int = 0
     unaccounted: int = 0
@@ -55,7 +60,8 @@ class ModelCounts(msgspec.Struct, kw_only=True):
 
     def closes(self) -> bool:
         """Say whether the sum holds."""
-        return self.samples == self.learnt + self.refused + self.sampled_out + self.in_flight
+        settled = self.learnt + self.refused + self.sampled_out + self.other_tasks
+        return self.samples == settled + self.in_flight
 
 
 class Ledger(msgspec.Struct, kw_only=True):
@@ -86,6 +92,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     learnt: int = 0
     refused: int = 0
     sampled_out: int = 0
+    other_tasks: int = 0
     in_flight: int = 0
     stored: int = 0
     lost: int = 0

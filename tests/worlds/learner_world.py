@@ -82,6 +82,8 @@ RECIPES = {
     "fm-in-order-calibrated": recipe_of("fm", updates="sample", calibrate=True, negative_share=0.5),
     "fm-in-order-admitted": recipe_of("fm", updates="sample", admit_after=2, expire_after_ms=2_000),
     "deepfm-live": recipe_of("deepfm", **LIVE, rate_rows=64, dense_average=0.9),
+    "deepfm-recent": recipe_of("deepfm", **LIVE, recent_base=True, tasks=("click", "like"), dense_average=0.9),
+    "logistic-recent": recipe_of("logistic", **LIVE, recent_base=True, negative_share=0.5),
     "logistic-live": recipe_of("logistic", **LIVE, negative_share=0.5),
     "module-live": recipe_of("module", **LIVE, calibrate=True),
     "fm-in-order-live": recipe_of("fm", updates="sample", **LIVE),

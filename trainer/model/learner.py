@@ -23,7 +23,7 @@ from headrace.contract.project import Project
 from headrace.contract.recipe import Optimizer as Kind
 from headrace.contract.recipe import Recipe, slot_labels
 from headrace.contract.spec import FeatureSpec
-from headrace.trainer.model.batch import Batch
+from headrace.trainer.model.batch import Batch, Bools
 from headrace.trainer.model.calibration import TAKEN_BACK, Platt, acceptable, gradients, left_out
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.layers.average import Average
@@ -315,17 +315,21 @@ class TableLearner:
                 weight_B[early_B] = 0
         return replace(batch, weight_B=weight_B)
 
+    def _beside(self, batch: Batch) -> Bools:
+        """Say which samples are beside one of the same impression that moments have counted: bool [B]."""
+        if self.recipe.delayed in ("taken_back", "fake_negative_weighted"):
+            return batch.correction_B
+        out_B: Bools = batch.correction_B & (self._kind_T != LOG_LOSS)[batch.task_B]
+        return out_B
+
     def _prepared(self, batch: Batch) -> tuple[Batch, Known | None, Float32s]:
         """Return the batch as it is learnt, what was known of its targets, and what is added to its log-odds.
 
         Moments count the batch here.
         """
-        recipe, back_B = self.recipe, batch.correction_B
+        recipe, back_B, more_B = self.recipe, batch.correction_B, self._beside(batch)
         if recipe.delayed != "taken_back":
             back_B = back_B & (self._kind_T != LOG_LOSS)[batch.task_B]
-        more_B = back_B
-        if recipe.delayed == "fake_negative_weighted":
-            more_B = batch.correction_B
         known, prior_B = None, np.zeros(len(batch), np.float32)
         if self._moments is not None:
             in_order = recipe.updates == "sample"
@@ -364,6 +368,7 @@ class TableLearner:
     def _take_step(self, batch: Batch) -> StepReport:
         raw, moments = batch, self._moments.state() if self._moments is not None else None
         before = self.dense() if self._average is not None else {}
+        base_T = self._moments.base_rates() if self._moments is not None else None
         batch, known, prior_B = self._prepared(batch)
         ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
         values_UV = self.table.gather(ids)
@@ -378,6 +383,9 @@ class TableLearner:
             if self._moments is not None and moments is not None:
                 self._moments.load(moments)
             return StepReport(np.full(len(batch), np.nan, np.float32), _NO_KEYS, 0, len(batch))
+        if self._moments is not None and base_T is not None:
+            rest = raw.label_B, raw.weight_B, raw.task_B
+            self._moments.follow(base_T, z_B, *rest, more_B=self._beside(raw))
         if self._average is None:
             said_B = self._said(logit_B, z_B, batch, known)
         else:

@@ -5,12 +5,19 @@
    does not flatten all others.
 2. **Targets.** The base rate of a task, or mean and standard deviation of its value. What is learnt is added to them,
    so that a model begins calibrated: see `headrace.trainer.model.objectives`.
+3. **Recent base rates** (`Recipe.recent_base`). A task's n-th sample weighs as n^3 in its base rate b, so that the
+   time in which no late label had come yet is soon forgotten. Weights have learnt to make up for the b of then. So
+   what the model gives, z, is followed too: s is the like mean of sigmoid(logit b + z) / b, and the log-odds that z is
+   added to are 2 logit(b) - logit(s b). To the first order the mean of what is said is then b, whatever z is on
+   average.
 
-Both are means over all samples up to `MEMORY`, and then over about the last `MEMORY`, each older one weighing less.
+All are means over all samples up to `MEMORY`, and then over about the last `MEMORY`, each older one weighing less.
 Rows count one after another. A batch is read by what was known before it; sample after sample each is read by what was
 known before itself.
 
-Source: Welford, Technometrics 1962; standard deviations of a stream as in Ioffe, Szegedy, ICML 2015, though by row.
+Source: Welford, Technometrics 1962; standard deviations of a stream as in Ioffe, Szegedy, ICML 2015, though by row;
+means that weigh the n-th as a power of n in Shamir, Zhang, "Stochastic gradient descent for non-smooth optimization",
+ICML 2013, section 4.
 
 Axes: B samples, D numbers, T tasks.
 """
@@ -34,6 +41,9 @@ CLIP = 10.0
 """Standard deviations."""
 _EARLY = 32
 _TINY = 1e-12
+_RECENT = 3.0
+_LEAST = 1e-6
+"""Of a base rate, and of its distance from 1."""
 NUMBERS, TARGETS = "numbers", "targets"
 """Names of the dense weights: mean and 1 / standard deviation of each number [2, D]; of each task [2, T] log-odds of
 the base rate and 1, or mean and standard deviation of the value."""
@@ -55,6 +65,9 @@ class Moments:
     def __init__(self, recipe: Recipe, numerics: int) -> None:
         self._kind_T, self._standardize = kinds_of(recipe), recipe.standardize
         self._share = recipe.negative_share
+        self._power_T = np.where((self._kind_T == LOG_LOSS) & recipe.recent_base & recipe.standardize, _RECENT, 0.0)
+        self.excess_T: Float64s = np.ones(len(self._kind_T))
+        """What the model says without it by the base rate, where base rates are recent."""
         # Count, mean, variance; of a task the second moment in place of the variance.
         self.numbers_3D: Float64s = np.zeros((3, numerics))
         self.targets_3T: Float64s = np.zeros((3, len(self._kind_T)))
@@ -80,7 +93,8 @@ class Moments:
         dense, before_2B, after_2B = self.dense(), np.empty((2, len(label_B))), np.empty((2, len(label_B)))
         own_T = (self._kind_T != LOG_LOSS) | self._standardize
         wide_B = weight_B.astype(np.float64) / np.where((label_B == 0) & ~more_B, self._share, 1.0)
-        _take(self._kind_T, own_T, label_B, wide_B, task_B, more_B, self.targets_3T, before_2B, after_2B)
+        targets_3T = self.targets_3T
+        _take(self._kind_T, own_T, self._power_T, label_B, wide_B, task_B, more_B, targets_3T, before_2B, after_2B)
         read_BD = numeric_BD
         if self._standardize and numeric_BD.shape[1]:
             read_BD = np.empty(numeric_BD.shape, np.float32)
@@ -91,12 +105,39 @@ class Moments:
             after_2B = self.dense()[TARGETS][:, task_B].astype(np.float64)
         return Known(read_BD, before_2B, after_2B)
 
+    def follow(
+        self, base_T: Float64s, z_B: Float32s, label_B: Float32s, weight_B: Float32s, task_B: Int8s, *, more_B: Bools
+    ) -> None:
+        """Take in what the model gave for a batch that `take` has counted, of the same labels and weights.
+
+        Args:
+            base_T: the base rates before the batch, `base_rates` of then.
+        """
+        for task in np.flatnonzero(self._power_T):
+            here_B = (task_B == task) & ~more_B
+            wide_B = weight_B[here_B] / np.where(label_B[here_B] == 0, self._share, 1.0)
+            total, base = float(wide_B.sum()), float(base_T[task])
+            if total <= 0:
+                continue
+            said_B = 1.0 / (1.0 + (1.0 - base) / base * np.exp(-np.clip(z_B[here_B].astype(np.float64), -30.0, 30.0)))
+            step = min(total * (_RECENT + 1.0) / (self.targets_3T[0, task] + _RECENT), 1.0)
+            self.excess_T[task] += step * (float((wide_B * said_B).sum()) / total / base - self.excess_T[task])
+
+    def base_rates(self) -> Float64s:
+        """Return a copy of the mean of each task: float64 [T]."""
+        mean_T: Float64s = self.targets_3T[1].copy()
+        return mean_T
+
     def dense(self) -> dict[str, Float32s]:
         """Return what scores: copies of `NUMBERS` and `TARGETS`."""
         targets_2T = np.empty((2, len(self._kind_T)), np.float32)
         for task, kind in enumerate(self._kind_T):
             is_own = kind != LOG_LOSS or self._standardize
             targets_2T[:, task] = _known(kind, self.targets_3T[:, task]) if is_own else (0.0, 1.0)
+            if self._power_T[task]:
+                base = float(self.targets_3T[1, task])
+                with_excess = min(max(float(self.excess_T[task]) * base, _LEAST), 1.0 - _LEAST)
+                targets_2T[0, task] = 2.0 * math.log(base / (1.0 - base)) - math.log(with_excess / (1.0 - with_excess))
         out = {TARGETS: targets_2T}
         if self._standardize:
             variance_D = self.numbers_3D[2]
@@ -106,12 +147,18 @@ class Moments:
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return copies of everything."""
-        return {"numbers": self.numbers_3D.copy(), "targets": self.targets_3T.copy()}
+        out: dict[str, npt.NDArray[np.generic]] = {
+            "numbers": self.numbers_3D.copy(),
+            "targets": self.targets_3T.copy(),
+        }
+        return out | ({"excess": self.excess_T.copy()} if self._power_T.any() else {})
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Replace everything by what `state` returned."""
         self.numbers_3D = np.array(state["numbers"], np.float64)
         self.targets_3T = np.array(state["targets"], np.float64)
+        if self._power_T.any():
+            self.excess_T = np.array(state["excess"], np.float64)
 
 
 def as_learnt(numeric_BD: Float32s, numbers_2D: Float32s) -> Float32s:
@@ -156,6 +203,7 @@ def _known(kind: int, target_3: Float64s) -> tuple[float, float]:
 def _take(
     kind_T: Int8s,
     own_T: Bools,
+    power_T: Float64s,
     label_B: Float32s,
     weight_B: Float64s,
     task_B: Int8s,
@@ -174,14 +222,20 @@ def _take(
         if kind_T[task] == LOG_LOSS:
             y = min(y, 1.0)
         if weight > 0:
+            power = power_T[task]
+            wide, most = weight * (power + 1.0), MEMORY * (power + 1.0)
             if not more_B[b]:
-                count = min(count + weight, MEMORY + weight)
-                targets_3T[1, task] -= weight * targets_3T[1, task] / count
-                targets_3T[2, task] -= weight * targets_3T[2, task] / count
+                count = min(count + weight, most + weight)
+            over = count + power
+            if power > 0:
+                wide = min(wide, over)
+            if not more_B[b]:
+                targets_3T[1, task] -= wide * targets_3T[1, task] / over
+                targets_3T[2, task] -= wide * targets_3T[2, task] / over
             if count > 0:
-                targets_3T[1, task] += weight * y / count
-                targets_3T[2, task] += weight * y * y / count
+                targets_3T[1, task] += wide * y / over
+                targets_3T[2, task] += wide * y * y / over
             targets_3T[0, task] = count
             if kind_T[task] == LOG_LOSS:
-                targets_3T[1, task] = min(max(targets_3T[1, task], 1e-6), 1.0 - 1e-6)
+                targets_3T[1, task] = min(max(targets_3T[1, task], _LEAST), 1.0 - _LEAST)
         after_2B[0, b], after_2B[1, b] = _known(kind_T[task], targets_3T[:, task])

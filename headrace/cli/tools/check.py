@@ -29,6 +29,7 @@ from headrace.contract.recipe import label_of
 from headrace.deploy.local.doctor import ephemeral_finding, port_findings
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
+from headrace.trainer.recipes import uncalibrated
 from headrace.trainer.validation.windows import CELL_MS_MIN, CELLS
 
 RATE, RATE_MAX = 500.0, 10_000_000.0
@@ -264,6 +265,12 @@ def _worth_knowing(project: Project) -> Iterator[str]:
         yield f"feedback {name!r} is in no task and no counter: it is stored in `events` alone."
     if not project.features.features:
         yield "no feature is declared: every score is the same."
+    if project.tasks and (lacks := uncalibrated(project.recipe, project.tasks)):
+        fields = ", ".join(f"{name}={value!r}" for name, value in lacks.items())
+        yield (
+            f"recipe: a live model may say far more or less than comes without {fields}. Set them, or take a function "
+            "of headrace.trainer.recipes, which does (docs/models.md, Calibration)."
+        )
 
 
 def _ports(args: argparse.Namespace) -> tuple[int | None, list[str], list[str]]:

@@ -231,7 +231,7 @@ def check(out: Outcome) -> None:
     _check_answer(out)
     loop.train_anew(seed=99)
     again = loop.check()
-    assert len(again.models) == 2 and again.learnt + again.sampled_out + again.in_flight == out.samples.num_rows
+    assert len(again.models) == 2 and again.learnt + again.sampled_out + again.other_tasks == out.samples.num_rows
     _check_answer(out)
 
 
@@ -248,7 +248,7 @@ def _check_samples(out: Outcome, ledger: Ledger) -> None:
     assert found == wanted, f"too many {sorted(found - wanted)[:5]}, missing {sorted(wanted - found)[:5]}"
     learnt = list(out.project.recipe.heads)
     assert sorted(ledger.models) == [loop.trainer.run_id]
-    assert ledger.learnt + ledger.sampled_out + ledger.in_flight == len(rows)
+    assert ledger.learnt + ledger.sampled_out + ledger.other_tasks == len(rows)
     if out.project.recipe.negative_share == 1:
         assert ledger.learnt == sum(row["task"] in learnt for row in rows)
 

@@ -54,21 +54,22 @@ def tried(folder: Path, like: str, seed: int, **how: float) -> tuple[Project, di
 
 
 CALIBRATED = 0.05
-DRIFTING = 0.15
-"""How far an eager task's calibration was seen to move from 1, 0.93 to 1.12, with each way to learn corrections."""
+"""How far the sum of scores may be from that of the true probabilities, as a share."""
 
 
-def check(found: dict[str, Quality], apart: float = CALIBRATED) -> None:
+def check(found: dict[str, Quality]) -> None:
     for name, quality in found.items():
         told = f"{name}: {quality.line()}, {quality.gain_share:.1%} of the gain"
+        print(told)
         assert quality.auc_oracle > 0.65 and quality.positives > 300, told
-        assert quality.gain_share >= 0.9 and abs(quality.calibration - 1) <= apart, told
+        assert quality.gain_share >= 0.9 and abs(quality.calibration - 1) <= CALIBRATED, told
 
 
 WAYS = {
     "store": {"visits": 3_000, "turns": 150, "turn_ms": 3_000, "asked_from": 0.75},
     "ads": {"visits": 5_400, "turns": 270, "turn_ms": 20_000, "asked_from": 0.8},
-    "fraud": {"visits": 22_500, "turns": 450, "turn_ms": 30_000, "asked_from": 0.8},
+    # With the chargebacks fewer than 20,000 samples.
+    "fraud": {"visits": 17_600, "turns": 360, "turn_ms": 30_000, "asked_from": 0.75},
 }
 
 
@@ -76,7 +77,7 @@ WAYS = {
 def test_a_new_project_reaches_a_good_score(tmp_path: Path, like: str) -> None:
     project, found, loop = tried(tmp_path, like, 1, **WAYS[like])
     assert project.name == "mine" and set(found) == {task.name for task in project.tasks}
-    check(found, DRIFTING if like == "fraud" else CALIBRATED)
+    check(found)
     if like == "ads":
         # No cookie is in the log or in the lake, and one cookie is one key all the same.
         assert "hmac:" in loop.stored_text() and "visitor-" not in loop.stored_text()
@@ -85,14 +86,25 @@ def test_a_new_project_reaches_a_good_score(tmp_path: Path, like: str) -> None:
         assert SECRET not in str(keys)
 
 
+@pytest.mark.parametrize("seed", [2, 3])
+def test_late_labels_are_learnt_at_their_true_rate(tmp_path: Path, seed: int) -> None:
+    """Negatives at once and corrections hours later, within the same 20,000 samples."""
+    _, found, loop = tried(tmp_path, "fraud", seed, **WAYS["fraud"])
+    assert loop.samples().num_rows <= 20_000
+    check(found)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(2, 6))
-@pytest.mark.parametrize(
-    "like",
-    ["store", "ads", pytest.param("fraud", marks=pytest.mark.xfail(reason="an eager task's calibration drifts"))],
-)
+@pytest.mark.parametrize("like", ["store", "ads"])
 def test_so_it_does_with_other_visitors(tmp_path: Path, like: str, seed: int) -> None:
     check(tried(tmp_path, like, seed, **{**WAYS[like], "visits": 2 * WAYS[like]["visits"]})[1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4, 9))
+def test_late_labels_of_other_visitors_are_too(tmp_path: Path, seed: int) -> None:
+    check(tried(tmp_path, "fraud", seed, **WAYS["fraud"])[1])
 
 
 @pytest.mark.parametrize("like", LIKE)

@@ -87,6 +87,23 @@ def test_a_sound_project_is_said_to_be_well(tmp_path: Path, capsys: pytest.Captu
     assert told["wrong"] == [] and told["project"] == "store" and {"declares", "takes", "notes"} <= told.keys()
 
 
+def test_a_recipe_that_keeps_no_live_model_calibrated_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for recipe, lacks in (
+        ("Recipe()", "standardize=True, wait_for_negative=True, stored_order='position', rate_rows=512"),
+        ("Recipe(standardize=True, model='fm')", "wait_for_negative=True, stored_order='position'. Set"),
+        ("multitask(('click',))", ""),
+    ):
+        text = PROJECT + "\nimport msgspec\nfrom headrace.contract.project import Recipe\n"
+        text += "from headrace.trainer.recipes import multitask\n"
+        text += f"PROJECT = msgspec.structs.replace(PROJECT, recipe={recipe})\n"
+        folder = planted(Mistake("none", (), files={"project.py": text}), tmp_path / str(len(recipe)))
+        assert main(["check", str(folder)]) == 0
+        said = capsys.readouterr().out
+        assert ("note: recipe: a live model" in said) == bool(lacks) and lacks in said and "delayed" not in said, said
+
+
 @pytest.mark.parametrize("ends", ["crlf", "bom", "tabs"])
 def test_what_editors_do_to_a_file_is_no_mistake(ends: str, tmp_path: Path) -> None:
     text, toml = PROJECT.encode(), b"[ingest]\nbatch_ms = 5\n"
