@@ -1,4 +1,4 @@
-"""PyIceberg's side of bench/lake.py, run by the Python that has it: the same commits, partitioned by hour, and a day.
+"""PyIceberg's side of bench/store/lake.py, run by the Python that has it: the same commits, by hour, and a day.
 
 Prints one JSON object: the seconds of each commit, and of reading the day back.
 """

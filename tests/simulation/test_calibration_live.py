@@ -156,6 +156,75 @@ def test_a_recipe_without_it_is_not():
     assert at_once[0] > 1.15 and at_once[1] > 3, at_once
 
 
+def growing(rows: int, minutes: int) -> tuple[Served, FeatureSpec]:
+    """Return impressions of a service that has just begun: its features are a campaign's counts so far."""
+    fixed, rng = np.random.default_rng(99), np.random.default_rng(0)
+    campaigns, users = 120, 3_000
+    campaign_w, user_w = fixed.normal(0, 0.7, campaigns), fixed.normal(0, 0.5, users)
+    time = np.sort(rng.uniform(0, minutes * 60_000, rows)).astype(np.int64)
+    user, campaign = (rng.zipf(1.3, rows) - 1) % users, rng.integers(0, campaigns, rows)
+    click, buy = 1 / (1 + np.exp(-(campaign_w[campaign] + user_w[user] - 0.3))), 0.33
+    clicked = rng.random(rows) < click
+    after = np.minimum(rng.exponential(8_000, rows), 80_000).astype(np.int64)
+    later = after + np.minimum(rng.exponential(120_000, rows), 500_000).astype(np.int64)
+    counts = np.zeros((2, rows))
+    for number in range(campaigns):
+        here = np.flatnonzero(campaign == number)
+        counts[0, here] = np.arange(len(here))
+        counts[1, here] = np.searchsorted(np.sort((time + after)[here[clicked[here]]]), time[here])
+    shown, clicks = np.log1p(counts)
+    spec = FeatureSpec(
+        features=(
+            Categorical(field="user"),
+            Categorical(field="campaign"),
+            Numeric(field="shown"),
+            Numeric(field="clicks"),
+        )
+    )
+    columns = {"user": user, "campaign": campaign, "shown": shown, "clicks": clicks}
+    positive = np.stack([clicked, clicked & (rng.random(rows) < buy)])
+    rates, delays = np.stack([click, click * buy]), np.stack([after, later])
+    taken = featurize({name: pa.array(column) for name, column in columns.items()}, spec)
+    return Served(*taken, time, rates, positive, delays, (90_000, 600_000)), spec
+
+
+def eager_arrivals(served: Served) -> Iterator[tuple[bool, int, Batch]]:
+    """Give batches of tasks of policy `eager`: a negative at once, the positive when feedback comes."""
+    tasks, count = served.rate_TN.shape
+    row_S, task_S = np.tile(np.arange(count), tasks), np.repeat(np.arange(tasks), count)
+    late_S = np.flatnonzero(served.positive_TN[task_S, row_S])
+    known_S = np.r_[served.time_ms_N[row_S], (served.time_ms_N[row_S] + served.delay_ms_TN[task_S, row_S])[late_S]]
+    row_S, task_S = np.r_[row_S, row_S[late_S]], np.r_[task_S, task_S[late_S]]
+    is_late_S = np.arange(len(row_S)) >= tasks * count
+    order_S = np.argsort(known_S, kind="stable")
+    order_S = order_S[known_S[order_S] <= served.time_ms_N[-1]]
+    for some in np.split(order_S, np.flatnonzero(np.diff(known_S[order_S] // 50)) + 1):
+        batch = batch_of(served, row_S[some], task_S[some])
+        labels = is_late_S[some].astype(np.float32), np.ones(len(some), np.float32)
+        told = batch.event_time_ms_B, batch.task_B, np.zeros(len(some), np.int64), is_late_S[some]
+        yield True, int(known_S[some[-1]]), Batch(batch.slots_BF, batch.numeric_BD, *labels, *told)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("policy", ["eager", "window"])
+def test_while_counters_fill_an_eager_task_says_what_is_true_and_one_of_a_long_window_does_not(policy):
+    served, spec = growing(60_000, 40)
+    recipe = multitask(("click", "conversion"))
+    learner = make_learner(recipe, spec)
+    for _, now_ms, batch in eager_arrivals(served) if policy == "eager" else arrivals(served, recipe, 0.0):
+        learner.learn(batch)
+        if now_ms > 36 * 60_000:
+            break
+    first = int(np.searchsorted(served.time_ms_N, now_ms))
+    row_B = np.arange(first, first + 1_500)
+    said = [learner.predict(batch_of(served, row_B, np.full(1_500, task))).mean() for task in range(2)]
+    off = said / served.rate_TN[:, row_B].mean(axis=1)
+    if policy == "eager":
+        assert (abs(off - 1) < 0.1).all(), off
+    else:
+        assert off[1] > 3, off
+
+
 @pytest.mark.long
 def test_a_live_model_of_kuairand_is_calibrated():
     folder = find_data(CHECKOUT / "examples" / "shop", None)

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pyarrow import feather
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.figures import Figure, show
 
@@ -210,7 +210,7 @@ def iceberg(python: str, folder: Path, batches: list[pa.RecordBatch]) -> Took:
     source = folder / "commits.arrow"
     folder.mkdir()
     feather.write_feather(pa.Table.from_batches(batches), source, chunksize=len(batches[0]), compression="uncompressed")
-    program = Path(__file__).parent / "peers" / "lake.py"
+    program = Path(__file__).parents[1] / "peers" / "lake.py"
     ran = subprocess.run([python, str(program), str(source), str(folder)], capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"PyIceberg: {ran.stderr[-800:]}")

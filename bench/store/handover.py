@@ -8,7 +8,7 @@ before and as who reads Delta into pandas does. Once the batches are only taken,
 Each side is a process of its own, sides take turns, figures are medians of the rounds. Memory is the most that the
 process had resident, less what it had before the lake was opened. Files are in the page cache.
 
-    python bench/handover.py --rows 8000000
+    python bench/store/handover.py --rows 8000000
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.figures import Figure, show
 
