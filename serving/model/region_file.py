@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from headrace.contract.errors import HeadraceError
-from headrace.process.awake import awake_s
+from headrace.process.awake import Awake
 from headrace.serving.model.shared_region import Meta, SharedModel, region_bytes
 
 logger = logging.getLogger("headrace.serve")
@@ -84,7 +84,8 @@ def _locked(path: Path, wait_s: float) -> int:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return -1
-    about, until = os.fstat(file), awake_s() + wait_s
+    awake = Awake(time.monotonic)
+    about, until = os.fstat(file), awake.monotonic() + wait_s
     # In a folder that all may write to, another user's file could have been put there to be served.
     if about.st_uid == os.geteuid() and stat.S_ISREG(about.st_mode) and not about.st_mode & 0o022:
         while True:
@@ -92,7 +93,7 @@ def _locked(path: Path, wait_s: float) -> int:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return file
             except OSError:
-                if awake_s() >= until:
+                if awake.monotonic() >= until:
                     logger.warning("%s is still in use after %g s; another region is begun", path, wait_s)
                     break
                 time.sleep(0.02)

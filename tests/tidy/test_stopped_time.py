@@ -35,6 +35,7 @@ READS_THE_CLOCK = {
     "ingest/crawl/politeness.py": "when a host may be asked next: later is polite",
     "ingest/tls_identity.py": "when a certificate near its end is told of again: later is fine",
     "replay/as_trained.py": SHOWN,
+    "serving/model/region_file.py": "is what its `Awake` follows: no thread may run before the workers are forked",
     "serving/model/shared_region.py": "a reader still in a copy reads again, by its sequence number",
 }
 

@@ -205,7 +205,10 @@ def project(*, counters: tuple = (), features: tuple = (), key: str = "k", buy: 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"counters": (Counter(name="c", key="k", counts=("sum:buy.title",)),)}, "which is missing; numbers of"),
+        (
+            {"counters": (Counter(name="c", key="k", counts=("sum:buy.title",)),)},
+            "which is no field of it; numbers of that event",
+        ),
         ({"counters": (Counter(name="c", key="k", counts=("sum:impression.title",)),)}, "which is string"),
         ({"counters": (Counter(name="c", key="k", counts=("last:view",)),)}, "no event has that name"),
         ({"counters": (Counter(name="c", key="title", counts=("last:buy",)),)}, "'title' is not a field of 'buy'"),

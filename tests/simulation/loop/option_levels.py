@@ -383,6 +383,7 @@ def layered(draft: Draft) -> None:
         return deepfm(
             hidden=(8, 4),
             dense_average=0.9,
+            recent_base=True,
             slot_dims={"item": 4},
             slot_optimizers={"item": "adam", "user*page": "ftrl"},
             admit_after=2,

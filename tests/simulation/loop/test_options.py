@@ -32,7 +32,9 @@ def test_a_model_of_one_task_is_not_overdue_for_the_samples_of_others(tmp_path: 
     row = {factor: levels[0] for factor, levels in FACTORS.items()}
     out = run(drafted({**row, "tasks": two_tasks, "recipe": machine}), tmp_path)
     ledger = out.loop.ledger("full")
-    assert (ledger.in_flight, ledger.sampled_out) == (0, 0) and ledger.other_tasks > 0
+    assert ledger.in_flight == 0 and ledger.other_tasks > 0
+    # Its recipe leaves three negatives of ten out: of its own task.
+    assert 0 < ledger.sampled_out < 0.4 * (ledger.samples - ledger.other_tasks)
 
 
 @pytest.mark.long

@@ -74,6 +74,7 @@ def test_it_is_learnt_as_the_log_had_it():
     trainer.recover()
     while trainer.source.is_stored:
         trainer.turn()
+        world.clock.advance(0.03)
     names = in_order(lake.rows)
     place = {name: i for i, name in enumerate(lake.rows["event_id"].to_pylist())}
     ordered, by_hand = lake.rows.take([place[name] for name in names]), make_learner(project.recipe, project.features)

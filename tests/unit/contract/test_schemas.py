@@ -193,4 +193,4 @@ def test_every_error_says_what_the_caller_does_next() -> None:
     import headrace.contract.errors as errors
 
     kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.HeadraceError)]
-    assert len(kinds) == 6 and all(e.__doc__ for e in kinds)
+    assert len(kinds) == 7 and all(e.__doc__ for e in kinds)

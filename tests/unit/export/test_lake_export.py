@@ -214,6 +214,8 @@ from export_world import DAY_MS, HOUR_MS, PROJECT
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.scan import files as lake_files
 from headrace.stream.export.export import ExportRequest, export_samples
+# A shell's job in the background ignores the signal, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 count = 0
 def beat():
     global count

@@ -138,7 +138,15 @@ def test_clients_beyond_a_full_backlog_are_answered_when_there_is_room(door: Doo
     holder.start()
     assert blocked.wait(30.0)
     door.listener.listen(2)
-    clients = [threading.Thread(target=lambda: statuses.append(door.asks())) for _ in range(12)]
+
+    def ask() -> None:
+        for _ in range(5):
+            # The kernel may end a connection that it had no room for when its data come.
+            with contextlib.suppress(httpx.TransportError):
+                statuses.append(door.asks())
+                return
+
+    clients = [threading.Thread(target=ask) for _ in range(12)]
     for one in clients:
         one.start()
     with contextlib.ExitStack() as idle, pytest.raises(TimeoutError):
