@@ -1,9 +1,9 @@
 """Point-in-time export of one hour of the lake: impressions/s and peak memory, beside deltalake -> pandas -> Parquet.
 
 Method: samples of bench/store/lake.py's shape (a task each, 28 columns) in a folder's lake, compacted. Sides take
-turns, each in a process of its own; figures are medians of the rounds. The peer reads the table whole, sorts it by event time and
-writes it with pandas: it joins no labels, names no features, and writes no manifest. Memory is the process's highest
-resident size, libraries included.
+turns, each in a process of its own; figures are medians of the rounds. The peer reads the table whole, sorts it by
+event time and writes it with pandas: it joins no labels, names no features, and writes no manifest. Memory is the
+process's highest resident size, libraries included.
 """
 
 from __future__ import annotations
