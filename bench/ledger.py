@@ -44,7 +44,7 @@ from headrace.contract.formats.events import (
     impression_schema,
 )
 from headrace.contract.formats.positions import START, Position, Positions
-from headrace.contract.formats.sample import format_position
+from headrace.contract.formats.sample import conform, format_position
 from headrace.contract.formats.seals import HEADER, SUM_MASK, PartitionSeal, RecordSeal, Seal, encode_seal, whole
 from headrace.contract.formats.steps import Step, StepRange, encode_step
 from headrace.contract.formats.topics import Topics
@@ -60,7 +60,7 @@ from headrace.stream.join.state import StateWriter
 from headrace.stream.shell.account import fresh_account
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.source.batch import conform, to_batch
+from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.judged import judge_of
 
 PARTITIONS = 8

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.formats.positions import Position, Positions, orders
-from headrace.contract.formats.sample import sample_schema
+from headrace.contract.formats.sample import conform, sample_schema
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.lake import LakeReader
@@ -30,7 +30,7 @@ from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.model.learner import learner_for
-from headrace.trainer.source.batch import conform, to_batch
+from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
 from headrace.trainer.source.stored import LAKE_BYTES, StoredRows

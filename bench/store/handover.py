@@ -38,13 +38,13 @@ from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import TrainConfig
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.positions import Position
-from headrace.contract.formats.sample import format_position, list_column, sample_schema
+from headrace.contract.formats.sample import conform, format_position, list_column, sample_schema
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.recipes import logistic
-from headrace.trainer.source.batch import conform, to_batch
+from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.source import Source
 from headrace.trainer.source.stored import StoredRows, stored_order
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.formats.sample import conform
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.stream.export.columns import (
@@ -27,7 +28,7 @@ from headrace.stream.export.columns import (
     sample_columns,
 )
 from headrace.stream.export.folder import FILE_ROWS, ROW_GROUP_ROWS, FileEntry, parquet_folder, refuse_occupied
-from headrace.stream.export.impressions import conform, impressions
+from headrace.stream.export.impressions import impressions
 from headrace.stream.export.source import SLICE_ROWS, LakeSlices, iso
 
 FORMAT = 1
@@ -118,7 +119,7 @@ def export_samples(
 
 def _fitted(rows: pa.Table, wanted: dict[str, pa.DataType]) -> pa.Table:
     try:
-        return conform(rows, wanted)
+        return conform(rows, pa.schema(list(wanted.items())))
     except pa.ArrowException as error:
         differ = [n for n, kind in wanted.items() if n in rows.column_names and plain_type(rows[n].type) != kind]
         raise InvariantBroken(

@@ -25,6 +25,7 @@ import msgspec
 import pyarrow as pa
 from pyarrow import parquet
 
+from headrace.backends.lake.fsync import sync
 from headrace.contract.errors import ConfigRejected, Overloaded, Unavailable
 
 MANIFEST = "_manifest.json"
@@ -192,18 +193,10 @@ def _store(path: Path, data: bytes) -> None:
 
 
 def _put_in_place(making: Path, target: Path, aside: Path) -> None:
-    _sync(making)
+    sync(making)
     if target.exists() and any(target.iterdir()):
         target.rename(aside)
     making.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     if aside.exists():
         shutil.rmtree(aside)
-
-
-def _sync(folder: Path) -> None:
-    at = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(at)
-    finally:
-        os.close(at)

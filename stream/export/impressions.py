@@ -9,8 +9,6 @@ Legend: N samples, G impressions, F slots a row, D dense numbers a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -24,13 +22,6 @@ from headrace.stream.features.featurize import featurize
 ORDER = ("event_time_ms", "partition", "impression_offset", "impression_row", "event_id")
 """The order of an export: the impression's event time, its place in the log, its id."""
 _SAMPLES = ("correction", "offset", "rank")
-
-
-def conform(rows: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """Return the rows with exactly these columns: missing ones null, unknown ones gone (growth rule)."""
-    have = set(rows.schema.names)
-    columns = [rows[name].cast(kind) if name in have else pa.nulls(len(rows), kind) for name, kind in types.items()]
-    return pa.Table.from_arrays(columns, schema=pa.schema(list(types.items())))
 
 
 def impressions(rows: pa.Table, plan: ExportColumns, spec: FeatureSpec) -> pa.Table:

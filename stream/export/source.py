@@ -54,9 +54,7 @@ class LakeSlices:
         """Open the version. Raises `Unavailable`, and `InvariantBroken` where retention has dropped rows of it."""
         self._lake, self._begin_ms, self._end_ms, self._slice_rows = lake, begin_ms, end_ms, slice_rows
         self._positions: Positions | None = None
-        self._table = lake.open(version)
-        if self._table is None:
-            raise Unavailable(f"there is no lake at {lake.uri} yet; the sink makes it with its first commit.")
+        self._table = lake.opened(version)
         self.version = int(self._table.version())
         self.extent_ms = _extent(self._table)
         """Event time of the version's first and last sample, None where the log does not say."""

@@ -16,13 +16,6 @@ from headrace.stream.features.featurize import featurize
 from headrace.trainer.model.batch import Batch
 
 
-def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return stored rows with exactly `schema`'s columns: missing ones null, unknown ones gone (growth rule)."""
-    have = set(rows.schema.names)
-    columns = [rows[f.name].cast(f.type) if f.name in have else pa.nulls(len(rows), f.type) for f in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
 def of_tasks(rows: pa.Table, tasks: tuple[str, ...]) -> pa.Table:
     """Return the rows of these tasks."""
     return rows.filter(pc.is_in(rows["task"], value_set=pa.array(tasks)))

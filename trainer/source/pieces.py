@@ -26,8 +26,9 @@ import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import orders
+from headrace.contract.formats.sample import conform
 from headrace.contract.interfaces.lake import LakeLayout, LakeReader, SpanMs, StoredHour
-from headrace.trainer.source.batch import conform, of_tasks
+from headrace.trainer.source.batch import of_tasks
 
 StoredOrder = Literal["event_time", "position"]
 """`Recipe.stored_order`."""

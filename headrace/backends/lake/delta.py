@@ -214,7 +214,7 @@ class DeltaLake:
         span_ms = span_of(day) if day is not None else span_ms
         table: Any = None
         try:
-            table = self._opened(version)
+            table = self.opened(version)
             refuse_unknown(table, columns or ())
             return read_rows(table, columns, span_ms)
         except pa.ArrowInvalid as error:
@@ -230,22 +230,25 @@ class DeltaLake:
     def layout(self, version: int) -> LakeLayout:
         """Return that version's columns and hours. Raises as `read`."""
         try:
-            table = self._opened(version)
+            table = self.opened(version)
             if (hours := hours_of(table)) is not None:
                 return LakeLayout(tuple(columns_of(table)), tuple(hours))
         except (DeltaError, OSError, Unavailable):
-            table = self._opened(None)
+            table = self.opened(None)
         times = self.read(version, ["event_time_ms"])["event_time_ms"]
         return LakeLayout(tuple(columns_of(table)), tuple(hours_of_times(times)))
 
-    def _opened(self, version: int | None) -> Any:
-        """Return the table. One that was opened at a version stays open: it does not change. Raises `Unavailable`."""
-        if version is not None and self._reading is not None and self._reading[0] == version:
+    def opened(self, version: int | datetime | None = None) -> Any:
+        """Return the Delta table as `open`. One that was opened at a version stays open: it does not change.
+
+        Raises `Unavailable`, also while there is none.
+        """
+        if isinstance(version, int) and self._reading is not None and self._reading[0] == version:
             return self._reading[1]
         table = self.open(version)
         if table is None:
             raise Unavailable(f"there is no lake at {self.uri} yet; the sink makes it with its first commit.")
-        if version is not None:
+        if isinstance(version, int):
             self._reading = version, table
         return table
 

@@ -58,7 +58,7 @@ def parse_at(text: str) -> datetime:
     ('2026-11-25T01:00:00+00:00', '1970-01-01T00:00:00+00:00')
     """
     try:
-        if text.isascii() and text.replace(".", "", 1).isdigit():
+        if _is_seconds(text):
             return datetime.fromtimestamp(float(text), UTC)
         when = datetime.fromisoformat(text)
     except ValueError as error:
@@ -72,6 +72,8 @@ def has_zone(text: str) -> bool:
     >>> has_zone("2026-11-25"), has_zone("2026-11-25T01:00+01:00"), has_zone("1795564800")
     (False, True, True)
     """
-    if text.isascii() and text.replace(".", "", 1).isdigit():
-        return True
-    return datetime.fromisoformat(text).tzinfo is not None
+    return _is_seconds(text) or datetime.fromisoformat(text).tzinfo is not None
+
+
+def _is_seconds(text: str) -> bool:
+    return text.isascii() and text.replace(".", "", 1).isdigit()

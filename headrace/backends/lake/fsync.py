@@ -29,10 +29,11 @@ def make_durable(root: Path, versions: Iterable[int]) -> None:
     folders = {folder for path in added for folder in path.parents if folder.is_relative_to(root)}
     # A commit that is there without its rows would be worse than none: rows first.
     for path in (*added, *sorted(folders), *entries, log):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or which files a folder has, are on the disk. Raises `OSError`."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -46,7 +46,7 @@ def fragments_by_path(table: Any) -> dict[str, Any]:
     (all but four in a file that compaction wrote), and then a filter on that column finds no row of the file.
     """
     store = local_store(table) or store_of(table)
-    listed, form = pa.table(table.get_add_actions(flatten=True)), ds.ParquetFileFormat()
+    listed, form = files(table), ds.ParquetFileFormat()
     names = {f"partition.{DATE}", f"partition.{HOUR}", "min.event_time_ms", "max.event_time_ms"}
     found = {}
     for row in listed.select(["path", *sorted(names & set(listed.column_names))]).to_pylist():

@@ -176,10 +176,7 @@ class Upkeep:
             raise self._away("asked for its history", error) from error
 
     def _open(self) -> Any:
-        table = self.lake.open()
-        if table is None:
-            raise Unavailable(f"there is no lake at {self.lake.uri} yet; the sink makes it with its first commit.")
-        return table
+        return self.lake.opened()
 
     def _small_files(self, table: Any, hour: EventHour) -> list[str]:
         """Return small files of an hour, the oldest first, that fit into one of the size aimed at."""

@@ -28,7 +28,6 @@ import msgspec
 
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.cli.tools.lake_export import add_export_arguments, export
-from headrace.contract.errors import Unavailable
 from headrace.process.call_watch import LAKE_MAX_S
 
 if TYPE_CHECKING:
@@ -101,9 +100,9 @@ def _keep_in_time(runtime: Runtime, args: argparse.Namespace) -> int:
 
     lake = runtime.lake()
     keeper, done = Upkeep(lake), Done()
-    if lake.open() is None:
-        if args.action != "upkeep":
-            raise Unavailable(f"there is no lake at {lake.uri} yet; the sink makes it with its first commit.")
+    if args.action != "upkeep":
+        lake.opened()
+    elif lake.open() is None:
         _show(done, args.json)
         return 0
     if args.action in ("retain", "upkeep"):
@@ -154,14 +153,8 @@ def _read(runtime: Runtime, args: argparse.Namespace) -> int:
 
     lake = runtime.lake()
     version = args.version
-    if args.at is not None:
-        table = lake.open(parse_at(args.at))
-        version = None if table is None else int(table.version())
-    if version is None:
-        table = lake.open()
-        version = None if table is None else int(table.version())
-    if version is None:
-        raise Unavailable(f"there is no lake at {lake.uri} yet; the sink makes it with its first commit.")
+    if args.at is not None or version is None:
+        version = int(lake.opened(None if args.at is None else parse_at(args.at)).version())
     columns = args.columns.split(",") if args.columns else None
     with (
         runtime.calls.named("the lake", LAKE_MAX_S),

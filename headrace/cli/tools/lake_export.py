@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.cli.progress_bar import duration, show_progress
 from headrace.cli.runtime import Runtime
-from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.contract.errors import ConfigRejected
 from headrace.process.call_watch import LAKE_MAX_S
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ def _time_ms(flag: str, text: str) -> int:
 def _version_at(lake: DeltaLake, as_of_ms: int | None) -> int:
     """Return the newest version, of then or of now."""
     at = None if as_of_ms is None else datetime.fromtimestamp(as_of_ms / 1_000, UTC)
-    table = lake.open(at)
-    if table is None:
-        raise Unavailable(f"there is no lake at {lake.uri} yet; the sink makes it with its first commit.")
+    table = lake.opened(at)
     # Of a time before its first one, Delta gives the first version.
     if as_of_ms is not None and (first := table.history(1)) and first[0].get("timestamp", 0) > as_of_ms:
         raise ConfigRejected(

@@ -84,6 +84,13 @@ def sample_schema(project: Project) -> pa.Schema:
     )
 
 
+def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return rows with exactly `schema`'s columns: missing ones null, unknown ones gone (growth rule)."""
+    have = set(rows.schema.names)
+    columns = [rows[f.name].cast(f.type) if f.name in have else pa.nulls(len(rows), f.type) for f in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
 def matrix(column: pa.Array, width: int) -> npt.NDArray[np.generic]:
     """Return a list column as a [rows, width] array without a copy where Arrow allows it."""
     values: npt.NDArray[np.generic] = column.flatten().to_numpy(zero_copy_only=False)

@@ -23,7 +23,7 @@ from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config
 from headrace.contract.formats.events import encode_batch
-from headrace.contract.formats.sample import format_position, matrix, sample_schema
+from headrace.contract.formats.sample import conform, format_position, matrix, sample_schema
 from headrace.contract.formats.topics import Topics
 from headrace.contract.rules import change_of, encode_change
 from headrace.replay.ledger.take_stock import take_stock
@@ -31,7 +31,7 @@ from headrace.serving.api.app import make_app
 from headrace.stream.features.featurize import featurize
 from headrace.stream.join.join import JoinState
 from headrace.stream.sink.stage import SinkStage
-from headrace.trainer.source.batch import conform, to_batch
+from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.source import Source
 
 TOPICS = Topics()

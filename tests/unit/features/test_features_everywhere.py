@@ -22,7 +22,7 @@ from headrace.contract.formats.events import (
     impression_schema,
 )
 from headrace.contract.formats.positions import Position
-from headrace.contract.formats.sample import matrix, sample_schema
+from headrace.contract.formats.sample import conform, matrix, sample_schema
 from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.functions import feature_function
 from headrace.contract.interfaces.log import Record
@@ -46,7 +46,7 @@ from headrace.serving.model.shared_region import Meta, SharedModel
 from headrace.stream.aggregate.core import AggregatorState
 from headrace.stream.join.join import JoinState
 from headrace.trainer.model.learner import make_learner
-from headrace.trainer.source.batch import conform, to_batch
+from headrace.trainer.source.batch import to_batch
 
 
 @feature_function("everywhere.title_length", version=3)
