@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,15 @@ from headrace.serving.model.region_file import region_in_memory
 # No example has a deadline: the first one of a compiled function waits for the compiler, and machines are busy.
 hypothesis.settings.register_profile("headrace", deadline=None)
 hypothesis.settings.load_profile("headrace")
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> Iterator[None]:
+    """What a verb makes its loggers leave out, for it ends its process, is told again in the next test."""
+    before = {name: logging.getLogger(name).level for name in [*logging.root.manager.loggerDict]}
+    yield
+    for name in [*logging.root.manager.loggerDict]:
+        logging.getLogger(name).setLevel(before.get(name, logging.NOTSET))
 
 
 @pytest.fixture(scope="session")
