@@ -4,69 +4,20 @@ stands.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from answers_world import CRAWL, World, outcomes, rows
 from crawl_world import ExtractionHere
-from scrapy.http import Request, Response
-from stream_world import Blobs
 
-from headrace.backends.clock import VirtualClock
-from headrace.backends.frontier_sqlite import SqliteFrontier
-from headrace.backends.log.memory import MemoryLog
-from headrace.backends.metrics_memory import MemoryMetrics
-from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl, Extract, Follow
-from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.frontier import Found, Page
-from headrace.ingest.crawl.answers import Answers, body_name
-from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies, Extraction
+from headrace.ingest.crawl.answers import body_name
 from headrace.ingest.crawl.extract import Document, Extracted
-from headrace.process.waits import Waits
 
 BOUNDS = "keys_max", "pages_max"
-CRAWL = Crawl(
-    name="shop", kind="json", joins="item_id", start=("http://site/a", "http://site/b"), rows="[]",
-    key=Extract(at="k"), fields={"v": Extract(at="v")},
-)  # fmt: skip
-
-
-class World:
-    """A crawler's memory and store, and answers by hand."""
-
-    def __init__(self, folder: Path, crawl: Crawl = CRAWL, extraction: Extraction | None = None) -> None:
-        self.frontier, self.blobs, self.clock = SqliteFrontier(folder / "f.sqlite"), Blobs(), VirtualClock(1_000)
-        self.frontier.set_starts("shop", [Found(url) for url in crawl.start])
-        log, self.metrics = MemoryLog(), MemoryMetrics()
-        deps = CrawlDependencies(
-            crawls=(crawl,), config=CrawlConfig(), topics=Topics(), partitions=1, frontier=self.frontier,
-            extraction=extraction or ExtractionHere(),
-            bodies=self.blobs, producer=log.producer(), metrics=self.metrics, clock=self.clock,
-            open_reader=log.reader,
-        )  # fmt: skip
-        self.answers = Answers(deps, Waits(self.clock))
-
-    def page(self, url: str) -> Page:
-        return next(page for page in self.frontier.due(2**60, ["shop"], [], 99) if page.url == url)
-
-    def urls(self) -> list[str]:
-        return sorted(page.url for page in self.frontier.due(2**60, ["shop"], [], 99))
-
-    def answer(self, url: str, body: bytes = b"", status: int = 200, at: str = "", hops: tuple[int, ...] = ()) -> None:
-        """Answer a page; `at` and `hops` say where redirects led to, and their statuses."""
-        page, request = self.page(url), Request(url, meta={"redirect_reasons": list(hops)} if hops else {})
-        headers = {"Content-Type": "application/json", "ETag": '"1"', "Last-Modified": "yesterday"}
-        response = Response(at or url, status, headers, body, request=request)
-        asyncio.run(self.answers.take(page, response, 0.1))
-        self.clock.advance(1.0)
-
-    def values(self) -> dict[str, str | None]:
-        """Return what was written last of each key."""
-        return {one.key: one.values for one in self.frontier.outbox(0, 999)}
 
 
 @pytest.fixture
@@ -74,10 +25,6 @@ def world(tmp_path: Path) -> Iterator[World]:
     one = World(tmp_path)
     yield one
     one.frontier.close()
-
-
-def rows(*keys: str, v: str = "x") -> bytes:
-    return json.dumps([{"k": key, "v": v} for key in keys]).encode()
 
 
 def test_a_document_that_cannot_be_read_is_asked_for_without_validators(world: World) -> None:
@@ -239,10 +186,6 @@ class Refusing(ExtractionHere):
 
     def bounds(self) -> tuple[int, int]:
         return 1_000, self.memory
-
-
-def outcomes(world: World) -> dict[str, float]:
-    return {reason: count for (name, reason), count in world.metrics.counters.items() if name == "pages_total"}
 
 
 def test_a_refused_body_is_not_read_again_until_it_changes_also_by_the_next_crawler(tmp_path: Path) -> None:
