@@ -4,49 +4,24 @@
 
 from __future__ import annotations
 
-import fcntl
-import itertools
-import logging
-import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 
-from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
+from headrace.backends.frontier_file import locked, opened, said_in_words
 from headrace.contract.interfaces.frontier import GONE, Body, Found, Noted, Page, Settled, Version
 
-log = logging.getLogger("headrace.crawl")
 
-_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_SCHEMA = """
-create table if not exists pages(
-    source text not null, url text not null, host text not null, sitemap integer not null, depth integer not null,
-    due_ms integer not null, etag text not null default '', last_modified text not null default '',
-    said_modified text not null default '', failures integer not null default 0, is_start integer not null,
-    refused text not null default '', primary key (source, url)) without rowid;
-create index if not exists pages_due on pages(due_ms, depth, url);
-create table if not exists bodies(
-    source text not null, url text not null, fetched_ms integer not null, digest text not null, base text not null,
-    content_type text not null, primary key (source, url, fetched_ms)) without rowid;
-create index if not exists bodies_digest on bodies(digest);
-create table if not exists entities(
-    source text not null, key text not null, version text not null, crawl_time_ms integer not null, url text not null,
-    primary key (source, key)) without rowid;
-create index if not exists entities_url on entities(source, url);
-create table if not exists outbox(
-    number integer primary key autoincrement, source text not null, key text not null, crawl_time_ms integer not null,
-    version text not null, "values" text, url text not null);
-create table if not exists hosts(host text primary key, not_before_ms integer not null) without rowid;
-create table if not exists epochs(epoch integer not null);
-"""
-_ADDED = {"pages": {"refused": "text not null default ''"}}
-"""Columns that a file of an earlier version lacks."""
-
-
+@said_in_words
 class SqliteFrontier:
-    """One crawler's file, locked: a second crawler on it is refused. For one thread."""
+    """One crawler's file, locked: a second crawler on it is refused. For one thread.
+
+    Each call raises `Unavailable` where the disk is full, read-only or fails: nothing of the call was noted then, but
+    what this object counts may be wrong, so that its process ends. `InvariantBroken` where the file is damaged.
+    """
 
     def __init__(self, path: Path, *, bodies_per_page: int = 5, begin_afresh: bool = False) -> None:
         """Open the file, or make it.
@@ -59,21 +34,16 @@ class SqliteFrontier:
             InvariantBroken: it is damaged.
             Unavailable: the disk does not give it.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = path.with_suffix(".lock").open("w")
+        self._lock = locked(path)
+        self._path, self._bodies_per_page = path, bodies_per_page
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise ConfigRejected(f"{path} belongs to a crawler that runs; one is enough, or give it --home.") from error
-        self._bodies_per_page = bodies_per_page
-        try:
-            self._db = _opened(path, begin_afresh=begin_afresh)
+            self._db = opened(path, begin_afresh=begin_afresh)
         except BaseException:
             self._lock.close()
             raise
-        self._pages = dict(self._db.execute("select source, count(*) from pages group by source").fetchall())
+        self._pages = Counter(dict(self._db.execute("select source, count(*) from pages group by source").fetchall()))
         self._living = self._count_living()
+        (self._waiting,) = self._db.execute("select count(*) from outbox").fetchone()
         self._unsafe = True
 
     def close(self) -> None:
@@ -121,25 +91,36 @@ class SqliteFrontier:
 
     def due(self, now_ms: int, sources: Sequence[str], busy: Sequence[str], limit: int) -> list[Page]:
         """Return up to `limit` addresses that are due, the longest due first, none of a host that is busy or waits."""
-        rows = self._db.execute(
-            "select source, url, host, sitemap, depth, etag, last_modified, failures, refused from pages "
-            f"where due_ms <= ? and source in ({_marks(sources)}) and host not in ({_marks(busy)}) "
-            "and host not in (select host from hosts where not_before_ms > ?) order by due_ms, depth, url limit ?",
-            (now_ms, *sources, *busy, now_ms, limit),
-        )
-        return [
-            Page(source, url, host, bool(sitemap), depth, etag, changed, failures, refused)
-            for source, url, host, sitemap, depth, etag, changed, failures, refused in rows
-        ]
+        waits = self._waits()
+        found: list[tuple[int, int, str, Page]] = []
+        for source, host in self._hosts(sources):
+            if host in busy or waits.get(host, 0) > now_ms:
+                continue
+            rows = self._db.execute(
+                "select due_ms, depth, url, sitemap, etag, last_modified, failures, refused, gone from pages "
+                "where source=? and host=? and due_ms <= ? order by due_ms, depth, url limit ?",
+                (source, host, now_ms, limit),
+            )
+            found += [
+                (
+                    due_ms,
+                    depth,
+                    url,
+                    Page(source, url, host, bool(sitemap), depth, etag, changed, failures, refused, gone),
+                )
+                for due_ms, depth, url, sitemap, etag, changed, failures, refused, gone in rows
+            ]
+        return [page for *_, page in sorted(found, key=lambda one: one[:3])[:limit]]
 
     def next_due_ms(self, sources: Sequence[str]) -> int | None:
         """Return when the next address is due, hosts' waits included; None where there is none."""
-        (found,) = self._db.execute(
-            "select min(max(due_ms, coalesce(not_before_ms, 0))) from pages left join hosts using (host) "
-            f"where source in ({_marks(sources)})",
-            tuple(sources),
-        ).fetchone()
-        return None if found is None else int(found)
+        waits, found = self._waits(), []
+        for source, host in self._hosts(sources):
+            (due_ms,) = self._db.execute(
+                "select min(due_ms) from pages where source=? and host=?", (source, host)
+            ).fetchone()
+            found.append(max(int(due_ms), waits.get(host, 0)))
+        return min(found, default=None)
 
     def settle(self, page: Page, settled: Settled, *, pages_max: int, keys_max: int, depth_max: int) -> Noted:
         """Note what an answer brought, in one transaction; return what came of it."""
@@ -152,7 +133,8 @@ class SqliteFrontier:
             is_whole = not (noted.keys_over or noted.links_over)
             validators = (settled.etag, settled.last_modified) if is_whole else ("", "")
             self._db.execute(
-                "update pages set due_ms=?, etag=?, last_modified=?, failures=0, refused=? where source=? and url=?",
+                "update pages set due_ms=?, etag=?, last_modified=?, failures=0, gone=0, refused=? "
+                "where source=? and url=?",
                 (settled.due_ms, *validators, settled.refused, page.source, page.url),
             )
             noted.unneeded = self._keep_body(page, settled) if settled.body is not None else []
@@ -163,7 +145,8 @@ class SqliteFrontier:
         """Note that the document is as it was."""
         with self._db:
             self._db.execute(
-                "update pages set due_ms=?, failures=0 where source=? and url=?", (due_ms, page.source, page.url)
+                "update pages set due_ms=?, failures=0, gone=0 where source=? and url=?",
+                (due_ms, page.source, page.url),
             )
 
     def failed(self, page: Page, due_ms: int) -> None:
@@ -175,7 +158,7 @@ class SqliteFrontier:
             )
 
     def gone(self, page: Page, at_ms: int, due_ms: int) -> list[str]:
-        """Forget an address that is no more, a start excepted, and its bodies; its entities end.
+        """Note that a document is no more: its entities end, and its bodies are forgotten; the address stays known.
 
         Return the digests of bodies that nothing needs any more.
         """
@@ -187,22 +170,23 @@ class SqliteFrontier:
             ).fetchall()
             for key, before_ms in ended:
                 self._write(page, key, GONE, max(at_ms, before_ms + 1), None)
-            self._living[page.source] = self._living.get(page.source, 0) - len(ended)
-            deleted = self._db.execute(
-                "delete from pages where source=? and url=? and not is_start", (page.source, page.url)
-            )
-            self._pages[page.source] -= deleted.rowcount
+            self._living[page.source] -= len(ended)
             self._db.execute(
-                "update pages set due_ms=?, etag='', last_modified='' where source=? and url=?",
+                "update pages set due_ms=?, etag='', last_modified='', failures=0, gone=gone + (not is_start) "
+                "where source=? and url=?",
                 (due_ms, page.source, page.url),
             )
             # Extracted again, a body of a page that is gone would bring back what has ended.
             return self._forget_bodies(page)
 
     def wait_for(self, host: str, not_before_ms: int) -> None:
-        """Ask nothing of the host before then."""
+        """Ask nothing of the host before then, or before what was noted already, if that is later."""
         with self._db:
-            self._db.execute("insert or replace into hosts values (?, ?)", (host, not_before_ms))
+            self._db.execute(
+                "insert into hosts values (?, ?) on conflict do update set "
+                "not_before_ms = max(not_before_ms, excluded.not_before_ms)",
+                (host, not_before_ms),
+            )
 
     def outbox(self, after: int, limit: int) -> list[Version]:
         """Return what waits for Kafka behind number `after`, in order."""
@@ -216,16 +200,16 @@ class SqliteFrontier:
     def sent(self, number: int) -> None:
         """Take out of the outbox what every partition has: all up to `number`."""
         with self._db:
-            self._db.execute("delete from outbox where number <= ?", (number,))
+            deleted = self._db.execute("delete from outbox where number <= ?", (number,))
+        self._waiting -= deleted.rowcount
 
     def waiting(self) -> int:
         """Return how many versions wait for Kafka."""
-        (count,) = self._db.execute("select count(*) from outbox").fetchone()
-        return int(count)
+        return self._waiting
 
     def pages(self, source: str) -> int:
         """Return how many addresses of a source are known."""
-        return int(self._pages.get(source, 0))
+        return self._pages[source]
 
     def make_safe(self) -> None:
         """Make all that was noted outlive a power cut; a crash of the process alone takes nothing anyway."""
@@ -240,6 +224,28 @@ class SqliteFrontier:
     def has_body(self, digest: str) -> bool:
         """Say whether a body of this digest is stored."""
         return self._db.execute("select 1 from bodies where digest=? limit 1", (digest,)).fetchone() is not None
+
+    def may_be_stored(self, digest: str) -> None:
+        """Note that a body is about to be stored: where no page comes to need it, `unneeded` names it."""
+        with self._db:
+            self._db.execute("insert or ignore into unneeded values (?, 0)", (digest,))
+
+    def unneeded(self) -> list[str]:
+        """Return the digests of bodies that may be in the store and that no page needs."""
+        rows = self._db.execute("select digest from unneeded where digest not in (select digest from bodies)")
+        return sorted(digest for (digest,) in rows)
+
+    def deleted(self, digest: str, *, may_return: bool = False) -> None:
+        """Note that a body is no longer in the store.
+
+        Args:
+            may_return: a process before this one may still be storing it: `unneeded` names it once more, at the next
+                start.
+        """
+        with self._db:
+            self._db.execute("begin immediate")
+            self._db.execute("update unneeded set deletions=deletions+1 where digest=?", (digest,))
+            self._db.execute("delete from unneeded where digest=? and deletions>=?", (digest, 1 + may_return))
 
     def newest_bodies(self, source: str) -> list[Body]:
         """Return the newest body of every address of a source."""
@@ -267,10 +273,10 @@ class SqliteFrontier:
                 self._note_owner(page, key, known[2])
                 continue
             if known is None or known[0] == GONE:
-                if self._living.get(page.source, 0) >= keys_max:
+                if self._living[page.source] >= keys_max:
                     noted.keys_over += 1
                     continue
-                self._living[page.source] = self._living.get(page.source, 0) + 1
+                self._living[page.source] += 1
             # A clock that was set back must not make a newer version look older.
             at_ms = settled.at_ms if known is None else max(settled.at_ms, known[1] + 1)
             self._write(page, key, version, at_ms, values)
@@ -282,16 +288,29 @@ class SqliteFrontier:
         if before != page.url:
             self._db.execute("update entities set url=? where source=? and key=?", (page.url, page.source, key))
 
-    def _count_living(self) -> dict[str, int]:
+    def _waits(self) -> dict[str, int]:
+        return dict(self._db.execute("select host, not_before_ms from hosts").fetchall())
+
+    def _hosts(self, sources: Sequence[str]) -> list[tuple[str, str]]:
+        """Return every source with each host that it has addresses of, by few steps in an index."""
+        found: list[tuple[str, str]] = []
+        for source in sources:
+            host = ""
+            while host is not None:
+                (host,) = self._db.execute(
+                    "select min(host) from pages where source=? and host>?", (source, host)
+                ).fetchone()
+                found += [] if host is None else [(source, host)]
+        return found
+
+    def _count_living(self) -> Counter[str]:
         """Return of each source how many entities are not gone; what is gone keeps its crawl time alone."""
-        return dict(
-            self._db.execute(
-                "select source, count(*) from entities where version<>? group by source", (GONE,)
-            ).fetchall()
-        )
+        rows = self._db.execute("select source, count(*) from entities where version<>? group by source", (GONE,))
+        return Counter(dict(rows.fetchall()))
 
     def _write(self, page: Page, key: str, version: str, at_ms: int, values: str | None) -> None:
         self._unsafe = True
+        self._waiting += 1
         self._db.execute(
             "insert or replace into entities values (?,?,?,?,?)", (page.source, key, version, at_ms, page.url)
         )
@@ -303,27 +322,43 @@ class SqliteFrontier:
     def _add_links(self, page: Page, settled: Settled, pages_max: int) -> int:
         """Add links that are not known, up to the bound; return how many are beyond it."""
         over = 0
-        room = pages_max - self._pages.get(page.source, 0)
         for link in settled.links:
             known = self._db.execute(
-                "select said_modified from pages where source=? and url=?", (page.source, link.url)
+                "select said_modified, sitemap, depth, gone from pages where source=? and url=?",
+                (page.source, link.url),
             ).fetchone()
-            if known is None and room > 0:
-                room -= 1
-                self._pages[page.source] = self._pages.get(page.source, 0) + 1
+            if known is None:
+                if not self._has_room(page.source, pages_max, settled.at_ms):
+                    over += 1
+                    continue
+                self._pages[page.source] += 1
                 self._db.execute(
                     "insert into pages(source, url, host, sitemap, depth, due_ms, said_modified, is_start) "
                     "values (?,?,?,?,?,0,?,0)",
                     (page.source, link.url, host_of(link.url), link.sitemap, page.depth + 1, link.said_modified),
                 )
-            elif known is None:
-                over += 1
-            elif link.said_modified and known[0] != link.said_modified:
+                continue
+            said, is_sitemap, depth, gone = known
+            # Of two sitemaps that name each other only one may call the other back, or they would do so for ever.
+            is_changed = link.said_modified not in ("", said) and (not is_sitemap or depth > page.depth)
+            if is_changed or (gone and link.url != page.url):
                 self._db.execute(
                     "update pages set due_ms=0, said_modified=? where source=? and url=?",
-                    (link.said_modified, page.source, link.url),
+                    (link.said_modified or said, page.source, link.url),
                 )
         return over
+
+    def _has_room(self, source: str, pages_max: int, at_ms: int) -> bool:
+        """Say whether one more address may be known; one that is gone makes room, unless it is being asked for."""
+        if self._pages[source] < pages_max:
+            return True
+        deleted = self._db.execute(
+            "delete from pages where source=? and url in (select url from pages where source=? and gone > 0 "
+            "and not is_start and due_ms > ? order by due_ms desc limit 1)",
+            (source, source, at_ms),
+        )
+        self._pages[source] -= deleted.rowcount
+        return deleted.rowcount > 0
 
     def _moved(self, page: Page, settled: Settled) -> Page:
         """Return the page under the address that it has moved to, which is known from now on; a start stays."""
@@ -331,13 +366,15 @@ class SqliteFrontier:
         stays = self._db.execute(
             "select 1 from pages where source=? and url=? and is_start", (page.source, page.url)
         ).fetchone()
-        if not url or url == page.url or stays is not None:
+        known = self._db.execute("select sitemap from pages where source=? and url=?", (page.source, url)).fetchone()
+        # What is read as a sitemap here is read as a document there: each keeps its own validators.
+        if not url or url == page.url or stays is not None or (known is not None and known[0] != page.sitemap):
             return page
         added = self._db.execute(
             "insert or ignore into pages(source, url, host, sitemap, depth, due_ms, is_start) values (?,?,?,?,?,0,0)",
             (page.source, url, host_of(url), page.sitemap, page.depth),
         )
-        self._pages[page.source] = self._pages.get(page.source, 0) + added.rowcount
+        self._pages[page.source] += added.rowcount
         return msgspec.structs.replace(page, url=url, host=host_of(url))
 
     def _leave(self, page: Page, due_ms: int) -> list[str]:
@@ -357,7 +394,13 @@ class SqliteFrontier:
         old = self._db.execute(
             "delete from bodies where source=? and url=? returning digest", (page.source, page.url)
         ).fetchall()
-        return sorted({digest for (digest,) in old if not self.has_body(digest)})
+        return self._note_unneeded(digest for (digest,) in old)
+
+    def _note_unneeded(self, digests: Iterable[str]) -> list[str]:
+        """Return those that no page needs; they are noted until they are deleted, whatever becomes of this process."""
+        left = sorted({digest for digest in digests if not self.has_body(digest)})
+        self._db.executemany("insert or ignore into unneeded values (?, 0)", ((digest,) for digest in left))
+        return left
 
     def _keep_body(self, page: Page, settled: Settled) -> list[str]:
         body = settled.body
@@ -375,49 +418,8 @@ class SqliteFrontier:
             self._db.execute(
                 "delete from bodies where source=? and url=? and fetched_ms=?", (page.source, page.url, fetched_ms)
             )
-        return [digest for _, digest in old if not self.has_body(digest)]
-
-
-def _opened(path: Path, *, begin_afresh: bool) -> sqlite3.Connection:
-    try:
-        return _whole(path)
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) not in _DAMAGED:
-            raise Unavailable(
-                f"{path}: {error}. See whether its disk is full and who may write there; then start again."
-            ) from error
-        if not begin_afresh:
-            raise InvariantBroken(
-                f"{path} is damaged ({error}). Bring it back from a copy. Where there is none, `headrace crawl "
-                "--begin-afresh` puts it aside and fetches everything again."
-            ) from error
-        log.warning("%s is damaged (%s) and is put aside, as --begin-afresh says", path, error)
-    number = next(n for n in itertools.count(1) if not path.with_suffix(f".damaged-{n}").exists())
-    for suffix in ("", "-wal", "-shm"):
-        found = path.with_name(path.name + suffix)
-        if found.exists():
-            found.rename(path.with_suffix(f".damaged-{number}{suffix}"))
-    return _whole(path)
-
-
-def _whole(path: Path) -> sqlite3.Connection:
-    """Return a connection to a file that was read from end to end. Raises `sqlite3.DatabaseError`."""
-    db = sqlite3.connect(path, isolation_level=None)
-    try:
-        (found,) = db.execute("pragma quick_check(1)").fetchone()
-        if found != "ok":
-            raise sqlite3.DatabaseError(" ".join(found.split()))
-        db.execute("pragma journal_mode=wal")
-        db.execute("pragma synchronous=normal")
-        db.executescript(_SCHEMA)
-        for table, columns in _ADDED.items():
-            known = {name for _, name, *_ in db.execute(f"pragma table_info({table})")}
-            for name in columns.keys() - known:
-                db.execute(f"alter table {table} add column {name} {columns[name]}")
-    except BaseException:
-        db.close()
-        raise
-    return db
+        self._db.execute("delete from unneeded where digest=?", (body.digest,))
+        return self._note_unneeded(digest for _, digest in old)
 
 
 def host_of(url: str) -> str:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import logging
-from collections import Counter
 from email.utils import parsedate_to_datetime
 from functools import partial
 from urllib.parse import urldefrag
+from weakref import WeakValueDictionary
 
-from scrapy.exceptions import DownloadCancelledError, DownloadTimeoutError, IgnoreRequest
+from scrapy.exceptions import (
+    CannotResolveHostError,
+    DownloadCancelledError,
+    DownloadConnectionRefusedError,
+    DownloadTimeoutError,
+    IgnoreRequest,
+)
 from scrapy.http import Response
 
 from headrace.contract.interfaces.frontier import Body, Found, Page, Settled
 from headrace.ingest.crawl.bounds_reached import BoundsReached
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.extract import Document
-from headrace.ingest.crawl.politeness import Forbidden, OffHost, Unreadable
+from headrace.ingest.crawl.politeness import NO_ADDRESS, REFUSED, UNREADABLE, Forbidden, HostsAway, OffHost, Unreadable
 from headrace.ingest.crawl.refusals import KILLED, STALLED, Refusals, unread
 from headrace.ingest.crawl.scrapy_run import Torn
 from headrace.process.waits import Waits
@@ -26,6 +33,8 @@ log = logging.getLogger("headrace.crawl")
 
 _HOST_WAIT_MAX_MS = 86_400_000
 """Longest wait that a Retry-After may ask for. One day."""
+_GONE_DOUBLED_MAX = 8
+"""How often the pause until a page that is gone is asked for again doubles: from an hour to 11 days."""
 _COUNTED = frozenset({401, 403, 429, 500, 502, 503, 504})
 """Statuses that are counted by themselves; others by their class."""
 
@@ -39,13 +48,23 @@ class Answers:
         self._config, self._frontier, self._bodies = deps.config, deps.frontier, deps.bodies
         self._metrics, self._clock = deps.metrics, deps.clock
         self.bounds, self.refusals = BoundsReached(deps), Refusals(deps)
-        self._being_settled = Counter[str]()
-        """Digests of bodies that are being stored: one of them must not be deleted meanwhile."""
+        self.noted = asyncio.Event()
+        """Set when an answer was noted: it may have brought something for the outbox."""
+        self._hosts_away = HostsAway(self._config)
+        self._of_body: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By digest: a body that one page leaves may be another's, which comes while it is deleted."""
 
     async def take(self, page: Page, response: Response, seconds: float) -> None:
         """Settle an answer that took `seconds`."""
+        try:
+            await self._take(page, response, seconds)
+        finally:
+            self.noted.set()
+
+    async def _take(self, page: Page, response: Response, seconds: float) -> None:
         status = response.status
         crawl, now_ms = self._crawls[page.source], self._clock.now_ms()
+        self._hosts_away.answered(page.host)
         self._metrics.observe("page_seconds", seconds)
         self._metrics.add("body_bytes_total", len(response.body))
         # Who answers 304 unasked has said nothing: the page is not known.
@@ -53,7 +72,8 @@ class Answers:
             self._frontier.not_modified(page, now_ms + crawl.every_ms)
             self._count("not_modified")
         elif status in {404, 410}:
-            unneeded = self._frontier.gone(page, now_ms, now_ms + crawl.every_ms)
+            pause_ms = crawl.every_ms << min(page.gone, _GONE_DOUBLED_MAX)
+            unneeded = self._frontier.gone(page, now_ms, now_ms + pause_ms)
             self._count("gone")
             await self._delete(unneeded)
         elif status == 200:
@@ -74,9 +94,12 @@ class Answers:
         reason, is_passing = _reason_of(error)
         wait_ms = self._back_off_ms(page) if is_passing else crawl.every_ms
         self._frontier.failed(page, now_ms + wait_ms)
+        host_wait_ms = self._hosts_away.failed(page.host, reason, now_ms)
+        if host_wait_ms:
+            self._frontier.wait_for(page.host, now_ms + host_wait_ms)
         self._count(reason)
         log.log(
-            logging.INFO if reason != "failed" else logging.WARNING,
+            logging.WARNING if reason in ("failed", NO_ADDRESS, REFUSED) else logging.INFO,
             "%s: %s: %s",
             page.url,
             reason,
@@ -100,9 +123,9 @@ class Answers:
             self._count(reason)
             return
         digest = hashlib.sha256(response.body).hexdigest()
-        self._being_settled[digest] += 1
-        try:
+        async with self._of_body.setdefault(digest, asyncio.Lock()):
             if not self._frontier.has_body(digest):
+                self._frontier.may_be_stored(digest)
                 await self._waits.call(
                     f"write of {body_name(digest)}", partial(self._put, body_name(digest), response.body)
                 )
@@ -121,18 +144,22 @@ class Answers:
             noted = self._frontier.settle(
                 page, settled, pages_max=crawl.pages_max, keys_max=crawl.keys_max, depth_max=crawl.depth_max
             )
-        finally:
-            self._being_settled[digest] -= 1
         if reason == "too_deep":
             log.warning("%s: too_deep: nobody knows what lies below; the page keeps the values that it had", page.url)
         self._count(reason or "taken")
         self.bounds.note(crawl, noted)
         await self._delete(noted.unneeded)
 
-    async def _delete(self, digests: list[str]) -> None:
+    async def delete_left(self) -> None:
+        """Delete the bodies that nothing needs and that a process before this one did not come to delete."""
+        await self._delete(self._frontier.unneeded(), may_return=True)
+
+    async def _delete(self, digests: list[str], *, may_return: bool = False) -> None:
         for old in digests:
-            if not self._being_settled[old]:
-                await self._waits.call(f"delete of {body_name(old)}", partial(self._bodies.delete, body_name(old)))
+            async with self._of_body.setdefault(old, asyncio.Lock()):
+                if not self._frontier.has_body(old):
+                    await self._waits.call(f"delete of {body_name(old)}", partial(self._bodies.delete, body_name(old)))
+                    self._frontier.deleted(old, may_return=may_return)
 
     def _put(self, name: str, body: bytes) -> None:
         self._bodies.put(name, gzip.compress(body, 6, mtime=0))
@@ -180,13 +207,17 @@ def _reason_of(error: BaseException) -> tuple[str, bool]:
     if isinstance(error, Forbidden):
         return "robots", False
     if isinstance(error, Unreadable):
-        return "robots_unreadable", True
+        return UNREADABLE, True
     if isinstance(error, Torn):
         return "torn", True
     if isinstance(error, OffHost):
         return "off_host", False
     if isinstance(error, DownloadTimeoutError):
         return "timeout", True
+    if isinstance(error, CannotResolveHostError):
+        return NO_ADDRESS, True
+    if isinstance(error, DownloadConnectionRefusedError):
+        return REFUSED, True
     if isinstance(error, DownloadCancelledError):
         return "too_large", False
     if isinstance(error, IgnoreRequest):

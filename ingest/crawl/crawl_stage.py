@@ -39,7 +39,7 @@ log = logging.getLogger("headrace.crawl")
 _DRAIN_S = 3.0
 """Longest wait for receipts at the end; what has none is sent again by the next start."""
 _SPIDER_STOP_S = 1.0
-_TICK_S = 0.05
+_TICK_S = 0.25
 
 
 class CrawlRun:
@@ -75,13 +75,20 @@ class CrawlRun:
     async def crawl(self, scrapy: Callable[[CrawlRun], Awaitable[None]]) -> None:
         """Begin, send and crawl until `scrapy` ends; then until the outbox is sent, unless the end was asked for."""
         sender = await self.begin()
-        self._sending = self.background.task("the outbox's sender", sender.run(self._crawled))
+        await self.answers.delete_left()
+        self._sending = self.background.task("the outbox's sender", sender.run(self._crawled, self.answers.noted))
         await scrapy(self)
         if not (self.shutdown.asked.is_set() or (self._once and self.scheduler.is_done())):
             raise Unavailable("Scrapy has ended the spider by itself. The stage stops; the next start makes a new one.")
         self._crawled.set()
+        self.answers.noted.set()
         if self._once and not self.shutdown.asked.is_set():
             await self._sending
+
+    async def tick(self) -> None:
+        """Wait until it is time to `check` again."""
+        if self._crawling is not None:
+            await asyncio.wait([self._crawling], timeout=_TICK_S)
 
     def begin_crawl(self, scrapy: Callable[[CrawlRun], Awaitable[None]]) -> None:
         """Crawl in the background."""
@@ -105,6 +112,7 @@ class CrawlRun:
         """End the spider, and wait a moment for receipts. Raises what failed."""
         self.shutdown.asked.set()
         self._crawled.set()
+        self.answers.noted.set()
         left = [task for task in (self._crawling, self._sending) if task is not None]
         if left:
             await asyncio.wait(left, timeout=_DRAIN_S)
@@ -117,7 +125,7 @@ class CrawlRun:
             for body in deps.frontier.newest_bodies(crawl.name):
                 changed += await self._extract_one(crawl, body)
         self._crawled.set()
-        await sender.run(self._crawled)
+        await sender.run(self._crawled, self.answers.noted)
         extracted(changed)
 
     async def _extract_one(self, crawl: Crawl, body: Body) -> int:
@@ -160,7 +168,7 @@ class CrawlStage:
             run = CrawlRun(self._deps, self._watchdog)
             run.begin_again(changed.append)
             while not run.check():
-                await asyncio.sleep(_TICK_S)
+                await run.tick()
             run.check()
 
         self._watchdog.start()
@@ -185,7 +193,7 @@ class CrawlStage:
         run.begin_crawl(scrapy)
         try:
             while not run.check() and not stop.is_set():
-                await asyncio.sleep(_TICK_S)
+                await run.tick()
         finally:
             run.shutdown.asked.set()
             # Answers on their way are not waited for: their addresses stay due.

@@ -30,6 +30,7 @@ from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.process.awake import Awake
 from headrace.process.waits import RECEIPT_MAX_S
+from headrace.process.woken import woken
 
 log = logging.getLogger("headrace.crawl")
 
@@ -38,6 +39,8 @@ RECORD_ROWS, RECORD_BYTES = 500, 512_000
 _IN_FLIGHT_MAX = 16
 _TURN_S = 0.03
 """Time between turns: what is settled meanwhile is sent together, after one wait for the disk."""
+_REST_S = 0.5
+"""Time between turns while there is nothing to send: Kafka's client wants to be asked now and then."""
 
 
 class _Sent(msgspec.Struct):
@@ -80,12 +83,19 @@ class OutboxSender:
         self._unsent: deque[_Record] = deque()
         self._refused: Exception | None = None
 
-    async def run(self, stopping: asyncio.Event) -> None:
-        """Send until `stopping` and the outbox is empty. Raises as `turn`."""
+    async def run(self, stopping: asyncio.Event, noted: asyncio.Event) -> None:
+        """Send until `stopping` and the outbox is empty. Raises as `turn`.
+
+        Args:
+            noted: set whenever something may have come into the outbox, and when it is to stop.
+        """
         while True:
+            noted.clear()
             busy = self.turn()
             if stopping.is_set() and not self._unsettled and not busy and not self._frontier.waiting():
                 return
+            if not (busy or self._unsettled or self._frontier.waiting()):
+                await woken(noted, _REST_S)
             await asyncio.sleep(_TURN_S)
 
     def turn(self) -> bool:

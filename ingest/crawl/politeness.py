@@ -9,6 +9,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,12 +20,21 @@ from scrapy.exceptions import IgnoreRequest
 from scrapy.extensions.throttle import AutoThrottle
 from scrapy.http import Request, Response
 
+from headrace.contract.config import CrawlConfig
 from headrace.contract.crawl import Crawl, is_within
 
 DELAY_MAX_S = 3_600.0
 """Longest delay that a robots.txt may ask for; a longer one is taken as this."""
-_UNREACHABLE_S = 30.0
-"""Time until an unreachable robots.txt is asked for again."""
+
+
+NO_ADDRESS, REFUSED, UNREADABLE = "no_address", "refused", "robots_unreadable"
+"""Why nothing of a host can be had now: its name has no address, nobody listens there, its robots.txt cannot be had."""
+_PAGES_MAX = 3
+"""Pages of a host in a row that gave no answer for other reasons, as a timeout: then the host is away, not these."""
+
+
+_OF_THE_PAGE = frozenset({"robots", "off_host", "redirects", "too_large", "torn"})
+"""Failures that an answer of the host has brought."""
 
 
 class Forbidden(IgnoreRequest):
@@ -39,13 +49,43 @@ class OffHost(IgnoreRequest):
     """A redirect leads to a host that the source does not name."""
 
 
+class HostsAway:
+    """Hosts that give no answers: they are asked again after a while that doubles, not once for each of their pages."""
+
+    def __init__(self, config: CrawlConfig) -> None:
+        self._config = config
+        self._held: dict[str, tuple[int, int]] = {}
+        """Of a host that is away: how often in a row it was held, and until when, in ms."""
+        self._failed: dict[str, int] = {}
+
+    def answered(self, host: str) -> None:
+        """Note an answer, whatever it says: the host is not away."""
+        self._held.pop(host, None)
+        self._failed.pop(host, None)
+
+    def failed(self, host: str, reason: str, now_ms: int) -> int:
+        """Note that a page gave no answer; return for how many ms the host is to be left alone, 0 where it is not."""
+        if reason in _OF_THE_PAGE:
+            return 0
+        times, until_ms = self._held.get(host, (0, 0))
+        if now_ms < until_ms:
+            # It was on its way when the host was held.
+            return until_ms - now_ms
+        self._failed[host] = self._failed.get(host, 0) + 1
+        if reason not in (NO_ADDRESS, REFUSED, UNREADABLE) and self._failed[host] < _PAGES_MAX:
+            return 0
+        wait_ms = min(self._config.retry_max_ms, self._config.retry_first_ms << min(times, 20))
+        self._held[host] = times + 1, now_ms + wait_ms
+        return wait_ms
+
+
 class RobotsTxt(RobotsTxtMiddleware):
     """robots.txt as RFC 9309 says: 4xx allows all, what cannot be reached nothing; asked again when it is old."""
 
     def __init__(self, crawler: Crawler) -> None:
         super().__init__(crawler)
         self._good_s = crawler.settings.getfloat("HEADRACE_ROBOTS_S")
-        self._asked_s: dict[str, float] = {}
+        self._had_s: dict[str, float] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def process_request(self, request: Request) -> None:  # type: ignore[override]
@@ -53,15 +93,17 @@ class RobotsTxt(RobotsTxtMiddleware):
         if request.meta.get("dont_obey_robotstxt"):
             return
         netloc = urlsplit(request.url).netloc
+        came_s = time.monotonic()
         # One at a time: of several that wait for the same answer, Scrapy 2.19 gives it to the first one only.
         async with self._locks[netloc]:
-            now_s = time.monotonic()
-            good_s = _UNREACHABLE_S if self._parsers.get(netloc) is None else self._good_s
-            if now_s - self._asked_s.get(netloc, now_s) > good_s:
+            had_s = self._had_s.get(netloc, -inf)
+            # One that cannot be had is good for those alone that waited for it; the host is left alone then.
+            good_s = self._good_s if self._parsers.get(netloc) is not None else 0.0
+            if came_s - had_s > good_s:
                 self._parsers.pop(netloc, None)
-            if netloc not in self._parsers:
-                self._asked_s[netloc] = now_s
             parser = await self.robot_parser(request)
+            if came_s - had_s > good_s:
+                self._had_s[netloc] = time.monotonic()
         if parser is None:
             raise Unreadable(f"{netloc}/robots.txt cannot be fetched")
         try:
@@ -133,22 +175,28 @@ class Throttle(AutoThrottle):
         self._parallel: Mapping[str, int] = crawler.settings.getdict("HEADRACE_PARALLEL")
         self._agent: str = crawler.settings["USER_AGENT"]
         self.delay_min_s: dict[str, float] = {}
+        self._declared: dict[str, dict[str, Any]] = dict(crawler.settings.getdict("DOWNLOAD_SLOTS"))
+        self._asked_s: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        """By host and place: the newest Crawl-delay of each of its robots.txt."""
         crawler.signals.connect(self._robots_parsed, signal=signals.robots_parsed)
 
     def _robots_parsed(self, robotparser: Any, request: Request) -> None:
-        asked_s = robotparser.crawl_delay(self._agent)
-        host = urlsplit(request.url).hostname or ""
-        slots = self.crawler.engine.downloader.per_slot_settings
-        declared_s = slots.get(host, {}).get("delay", 0.0)
-        delay_min_s = self.delay_min_s[host] = max(
-            self.delay_min_s.get(host, declared_s), min(float(asked_s or 0.0), DELAY_MAX_S)
-        )
-        if asked_s and delay_min_s > 0:
-            # A delay between requests is meant between all of them, however many the source would send at once.
-            slots[host] = {**slots.get(host, {}), "delay": delay_min_s, "concurrency": 1}
-            slot = self.crawler.engine.downloader.slots.get(host)
-            if slot is not None:
-                slot.delay, slot.concurrency = max(slot.delay, delay_min_s), 1
+        parts = urlsplit(request.url)
+        host, downloader = parts.hostname or "", self.crawler.engine.downloader
+        self._asked_s[host][parts.netloc] = min(float(robotparser.crawl_delay(self._agent) or 0.0), DELAY_MAX_S)
+        asked_s, declared = max(self._asked_s[host].values()), self._declared.get(host, {})
+        before_s = self.delay_min_s.get(host, declared.get("delay", 0.0))
+        delay_min_s = self.delay_min_s[host] = max(declared.get("delay", 0.0), asked_s)
+        if not asked_s and delay_min_s == before_s:
+            return
+        # A delay between requests is meant between all of them, however many the source would send at once.
+        concurrency = 1 if asked_s else declared.get("concurrency", 1)
+        downloader.per_slot_settings[host] = {**declared, "delay": delay_min_s, "concurrency": concurrency}
+        slot = downloader.slots.get(host)
+        if slot is not None:
+            # Where less is asked for than before, AutoThrottle would come down from it by half with each answer.
+            slot.delay = delay_min_s if delay_min_s < before_s else max(slot.delay, delay_min_s)
+            slot.concurrency = concurrency
 
     def _adjust_delay(self, slot: Any, latency: float, response: Response) -> None:
         host = urlsplit(response.url).hostname or ""

@@ -13,6 +13,8 @@ HOST_STILL_MAX_S = 2 * 3_600.0 + 6 * 600.0
 """A host's queue moves within the longest delay, an hour, and a request within the longest timeout, 600 s, for itself
 and each of a few redirects; the delay twice, for robots.txt."""
 _GAUGES_S = 1.0
+_REST_S, _REST_MAX_S = 0.1, 1.0
+"""Time between two looks for what is due: while something is, and at most."""
 
 
 class Scheduler:
@@ -77,6 +79,12 @@ class Scheduler:
             return False
         next_ms = self._frontier.next_due_ms(self._sources)
         return next_ms is None or next_ms > self._until_ms
+
+    def rest_s(self) -> float:
+        """Return when to look next, in seconds from now: what is due by then is asked for when it is."""
+        next_ms = self._frontier.next_due_ms(self._sources)
+        left_s = _REST_MAX_S if next_ms is None else (next_ms - self._clock.now_ms()) / 1_000
+        return min(max(left_s, _REST_S), _REST_MAX_S)
 
     def _due_ms(self) -> int:
         """Return up to when an address is due: a run that ends by itself asks for each at most once."""

@@ -8,7 +8,6 @@ in the frontier. So Scrapy's own retries, filter and queue on disk are off.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -21,8 +20,7 @@ from headrace.contract.interfaces.frontier import Page
 from headrace.ingest.crawl.answers import Answers
 from headrace.ingest.crawl.crawl_dependencies import CrawlDependencies
 from headrace.ingest.crawl.scheduler import Scheduler
-
-_IDLE_S = 0.1
+from headrace.process.woken import woken
 
 
 class Shutdown:
@@ -57,11 +55,10 @@ class CrawlSpider(scrapy.Spider):
         try:
             while not self._shutdown.asked.is_set() and not scheduler.is_done():
                 scheduler.set_gauges()
+                scheduler.freed.clear()
                 for page in scheduler.choose():
                     yield self._request(page)
-                scheduler.freed.clear()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(scheduler.freed.wait(), _IDLE_S)
+                await woken(scheduler.freed, scheduler.rest_s())
         except (asyncio.CancelledError, GeneratorExit):
             raise
         except BaseException as error:

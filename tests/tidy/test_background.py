@@ -47,6 +47,7 @@ WHAT_HAPPENS = {
     "headrace/process/background.py": ("Thread create_task", "the stage's `check` raises it"),
     "headrace/process/call_watch.py": ("Thread", "it logs what a look raises and looks again; a hang ends the process"),
     "headrace/process/waits.py": ("Thread", "who waits for the call gets it"),
+    "headrace/process/woken.py": ("ensure_future ensure_future", "an event and a pause, which have nothing to raise"),
     "headrace/process/watchdog.py": ("Thread", "it has nothing to raise; what it finds ends the process"),
     "headrace/sender/sender.py": ("Thread", "it goes on after every exception; without it `emit` raises"),
     "ingest/crawl/crawl_stage.py": ("ensure_future", "Scrapy's end, which is waited for a second and then left"),

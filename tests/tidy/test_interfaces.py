@@ -25,7 +25,6 @@ TIME = "the machine's own clock: it asks nobody"
 SHOWN = "writes a line on the terminal; what it raises ends the run, which goes on from its steps"
 LATE = "the settler waits while it is away, ends the gateway for what is unexpected, `CallWatch` where it hangs"
 WITHOUT_ROW = {
-    "Frontier.next_due_ms": "asked by `crawl --once` between two rounds: what it raises ends the command",
     "LakeReader.seals": "asked by the ledger, a command that changes nothing of what is stored",
     "Clock.now_ms": TIME,
     "Clock.monotonic": TIME,

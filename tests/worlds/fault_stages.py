@@ -30,7 +30,6 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeWriter
 from headrace.contract.interfaces.log import Admin, Producer, Reader, Record
-from headrace.ingest.crawl import spider
 from headrace.process import waits
 from headrace.replay.ledger.settled import check_settled
 from headrace.stream.aggregate.stage import AggregateStage
@@ -330,5 +329,4 @@ def no_threads() -> Iterator[None]:
         patch.setattr(payload, "PIECE_ROWS", 8)
         patch.setattr(waits, "in_thread", in_thread)
         patch.setattr(asyncio, "to_thread", lambda work, *args: in_thread("", lambda: work(*args)))
-        patch.setattr(spider, "_IDLE_S", 0.0)
         yield

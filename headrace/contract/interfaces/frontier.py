@@ -36,6 +36,8 @@ class Page(msgspec.Struct, frozen=True):
     """How often in a row it could not be fetched."""
     refused: str = ""
     """Reason, and digest of body and extraction, of a body whose extraction came to no end; empty: its last one did."""
+    gone: int = 0
+    """How often in a row it was no more."""
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -141,13 +143,14 @@ class Frontier(Protocol):
         """Note that the document could not be fetched."""
 
     def gone(self, page: Page, at_ms: int, due_ms: int) -> list[str]:
-        """Forget an address that is no more, a start excepted, and its bodies; its entities end.
+        """Note that a document is no more: its entities end, and its bodies are forgotten.
 
-        Return the digests of bodies that nothing needs any more.
+        The address stays known, so that it is read again when it is back, unless another one needs its room. Return the
+        digests of bodies that nothing needs any more.
         """
 
     def wait_for(self, host: str, not_before_ms: int) -> None:
-        """Ask nothing of the host before then."""
+        """Ask nothing of the host before then, or before what was noted already, if that is later."""
 
     def pages(self, source: str) -> int:
         """Return how many addresses of a source are known."""
@@ -166,6 +169,20 @@ class Frontier(Protocol):
 
     def has_body(self, digest: str) -> bool:
         """Say whether a body of this digest is stored."""
+
+    def may_be_stored(self, digest: str) -> None:
+        """Note that a body is about to be stored: where no page comes to need it, `unneeded` names it."""
+
+    def unneeded(self) -> list[str]:
+        """Return the digests of bodies that may be in the store and that no page needs."""
+
+    def deleted(self, digest: str, *, may_return: bool = False) -> None:
+        """Note that a body is no longer in the store.
+
+        Args:
+            may_return: a process before this one may still be storing it: `unneeded` names it once more, at the next
+                start.
+        """
 
     def newest_bodies(self, source: str) -> list[Body]:
         """Return the newest body of every address of a source."""

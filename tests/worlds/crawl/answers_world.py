@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 from crawl_world import ExtractionHere
 from scrapy.http import Request, Response
@@ -31,12 +32,24 @@ CRAWL = Crawl(
 class World:
     """A crawler's memory and store, and answers by hand."""
 
-    def __init__(self, folder: Path, crawl: Crawl = CRAWL, extraction: Extraction | None = None) -> None:
-        self.frontier, self.blobs, self.clock = SqliteFrontier(folder / "f.sqlite"), Blobs(), VirtualClock(1_000)
-        self.frontier.set_starts("shop", [Found(url) for url in crawl.start])
+    def __init__(
+        self,
+        folder: Path,
+        crawl: Crawl = CRAWL,
+        extraction: Extraction | None = None,
+        blobs: Blobs | None = None,
+        **config: Any,
+    ) -> None:
+        self.frontier, self.blobs, self.clock = (
+            SqliteFrontier(folder / "f.sqlite"),
+            blobs or Blobs(),
+            VirtualClock(1_000),
+        )
+        starts = [Found(url) for url in crawl.start] + [Found(url, sitemap=True) for url in crawl.sitemaps]
+        self.frontier.set_starts("shop", starts)
         log, self.metrics = MemoryLog(), MemoryMetrics()
         deps = CrawlDependencies(
-            crawls=(crawl,), config=CrawlConfig(), topics=Topics(), partitions=1, frontier=self.frontier,
+            crawls=(crawl,), config=CrawlConfig(**config), topics=Topics(), partitions=1, frontier=self.frontier,
             extraction=extraction or ExtractionHere(),
             bodies=self.blobs, producer=log.producer(), metrics=self.metrics, clock=self.clock,
             open_reader=log.reader,
@@ -47,15 +60,33 @@ class World:
         return next(page for page in self.frontier.due(2**60, ["shop"], [], 99) if page.url == url)
 
     def urls(self) -> list[str]:
-        return sorted(page.url for page in self.frontier.due(2**60, ["shop"], [], 99))
+        """Return all addresses that are known and not gone."""
+        return sorted(page.url for page in self.frontier.due(2**60, ["shop"], [], 99) if not page.gone)
 
-    def answer(self, url: str, body: bytes = b"", status: int = 200, at: str = "", hops: tuple[int, ...] = ()) -> None:
+    def answer(
+        self,
+        url: str,
+        body: bytes = b"",
+        status: int = 200,
+        at: str = "",
+        hops: tuple[int, ...] = (),
+        **headers: str,
+    ) -> None:
         """Answer a page; `at` and `hops` say where redirects led to, and their statuses."""
         page, request = self.page(url), Request(url, meta={"redirect_reasons": list(hops)} if hops else {})
-        headers = {"Content-Type": "application/json", "ETag": '"1"', "Last-Modified": "yesterday"}
-        response = Response(at or url, status, headers, body, request=request)
+        told = {"Content-Type": "application/json", "ETag": '"1"', "Last-Modified": "yesterday"}
+        told |= {name.replace("_", "-"): value for name, value in headers.items()}
+        response = Response(at or url, status, told, body, request=request)
         asyncio.run(self.answers.take(page, response, 0.1))
         self.clock.advance(1.0)
+
+    def fail(self, url: str, error: BaseException) -> None:
+        """Let a page give no answer."""
+        self.answers.take_failure(self.page(url), error)
+
+    def due(self) -> list[str]:
+        """Return what is asked for now, hosts that wait left out."""
+        return sorted(page.url for page in self.frontier.due(self.clock.now_ms(), ["shop"], [], 99))
 
     def values(self) -> dict[str, str | None]:
         """Return what was written last of each key."""

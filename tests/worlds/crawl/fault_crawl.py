@@ -284,9 +284,10 @@ class CrawlWorld:
         return "" if served == newest else f"served is {served}, settled was {newest}"
 
     def body_trouble(self) -> str:
-        digests = [digest for (digest,) in self.rows("select digest from bodies")]
-        lost = [digest for digest in digests if body_name(digest) not in self.blobs.items]
-        return f"bodies {lost} are not in the store" if lost else ""
+        needed = {body_name(digest) for (digest,) in self.rows("select digest from bodies")}
+        left = {body_name(digest) for (digest,) in self.rows("select digest from unneeded")}
+        lost, forgotten = needed - self.blobs.items.keys(), self.blobs.items.keys() - needed - left
+        return f"bodies {lost} are not in the store; {forgotten} are left there" if lost or forgotten else ""
 
 
 class AgainWorld(CrawlWorld):
@@ -333,7 +334,10 @@ class AgainWorld(CrawlWorld):
 
 _AGAIN = "`headrace crawl --extract-again` asks it: the row crawl-again"
 _ONLY_CRAWL = "extraction of stored bodies asks no site, and notes nothing of addresses"
-_OF_ADDRESSES = ("due", "next_due_ms", "settle", "not_modified", "failed", "gone", "wait_for", "pages", "has_body")
+_OF_ADDRESSES = (
+    *("due", "next_due_ms", "settle", "not_modified", "failed", "gone", "wait_for", "pages", "has_body"),
+    *("may_be_stored", "unneeded", "deleted"),
+)
 _CLOSED = {
     "Admin.topic_id": "it stores nothing that was made of a topic",
     "Admin.retention_ms": "the sink alone asks it: the row sink",
@@ -348,7 +352,6 @@ ROWS = (
         CrawlWorld,
         {
             **_CLOSED,
-            "Frontier.next_due_ms": "`headrace crawl --once` alone asks whether it is done",
             "Frontier.newest_bodies": _AGAIN,
             "Frontier.extracted_again": _AGAIN,
             "Blobs.get": _AGAIN,
