@@ -86,6 +86,7 @@ class RobotsTxt(RobotsTxtMiddleware):
         super().__init__(crawler)
         self._good_s = crawler.settings.getfloat("HEADRACE_ROBOTS_S")
         self._had_s: dict[str, float] = {}
+        self._why: dict[str, str] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def process_request(self, request: Request) -> None:  # type: ignore[override]
@@ -105,7 +106,7 @@ class RobotsTxt(RobotsTxtMiddleware):
             if came_s - had_s > good_s:
                 self._had_s[netloc] = time.monotonic()
         if parser is None:
-            raise Unreadable(f"{netloc}/robots.txt cannot be fetched")
+            raise Unreadable(f"{netloc}/robots.txt cannot be fetched: {self._why.get(netloc, 'no answer')}")
         try:
             self.process_request_2(parser, request)
         except IgnoreRequest as error:
@@ -118,6 +119,10 @@ class RobotsTxt(RobotsTxtMiddleware):
         if response.status >= 300:
             response = response.replace(body=b"")
         await super()._parse_robots(response, netloc, request)
+
+    def _robots_error(self, exc: Exception, netloc: str) -> None:
+        self._why[netloc] = str(exc) or repr(exc)
+        super()._robots_error(exc, netloc)
 
 
 _AGENT = re.compile(r"[ \t]*user[- ]?agent[ \t]*(?:[: \t])([^#]*)(?:#.*)?", re.IGNORECASE)

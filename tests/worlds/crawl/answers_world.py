@@ -48,7 +48,7 @@ class World:
         starts = [Found(url) for url in crawl.start] + [Found(url, sitemap=True) for url in crawl.sitemaps]
         self.frontier.set_starts("shop", starts)
         log, self.metrics = MemoryLog(), MemoryMetrics()
-        deps = CrawlDependencies(
+        self.deps = deps = CrawlDependencies(
             crawls=(crawl,), config=CrawlConfig(**config), topics=Topics(), partitions=1, frontier=self.frontier,
             extraction=extraction or ExtractionHere(),
             bodies=self.blobs, producer=log.producer(), metrics=self.metrics, clock=self.clock,
@@ -63,22 +63,19 @@ class World:
         """Return all addresses that are known and not gone."""
         return sorted(page.url for page in self.frontier.due(2**60, ["shop"], [], 99) if not page.gone)
 
-    def answer(
-        self,
-        url: str,
-        body: bytes = b"",
-        status: int = 200,
-        at: str = "",
-        hops: tuple[int, ...] = (),
-        **headers: str,
-    ) -> None:
-        """Answer a page; `at` and `hops` say where redirects led to, and their statuses."""
-        page, request = self.page(url), Request(url, meta={"redirect_reasons": list(hops)} if hops else {})
+    def answer(self, url: str, body: bytes = b"", status: int = 200, **told: Any) -> None:
+        """Answer a page; the rest as `response`."""
+        asyncio.run(self.answers.take(self.page(url), self.response(url, body, status, **told), 0.1))
+        self.clock.advance(1.0)
+
+    def response(
+        self, url: str, body: bytes = b"", status: int = 200, at: str = "", hops: tuple[int, ...] = (), **headers: str
+    ) -> Response:
+        """Return an answer; `at` and `hops` say where redirects led to, and their statuses."""
+        request = Request(url, meta={"redirect_reasons": list(hops)} if hops else {})
         told = {"Content-Type": "application/json", "ETag": '"1"', "Last-Modified": "yesterday"}
         told |= {name.replace("_", "-"): value for name, value in headers.items()}
-        response = Response(at or url, status, told, body, request=request)
-        asyncio.run(self.answers.take(page, response, 0.1))
-        self.clock.advance(1.0)
+        return Response(at or url, status, told, body, request=request)
 
     def fail(self, url: str, error: BaseException) -> None:
         """Let a page give no answer."""

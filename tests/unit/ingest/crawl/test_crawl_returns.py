@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 from answers_world import CRAWL, World, rows
-from scrapy.http import Request, Response
 from stream_world import Blobs
 
 from headrace.contract.crawl import Crawl, Extract, Follow
-from headrace.contract.interfaces.frontier import Page
 
 HOUR_S = 3_600.0
 START, ITEM = "http://site/", "http://site/item"
@@ -154,15 +152,11 @@ def test_a_body_that_comes_back_while_it_is_deleted_is_stored(tmp_path: Path) ->
     a, b = CRAWL.start
     world.answer(a, rows("1"))
 
-    def answer(page: Page, status: int) -> Response:
-        body = rows("1") if status == 200 else b""
-        return Response(page.url, status, {"Content-Type": "application/json"}, body, request=Request(page.url))
-
     async def both() -> None:
         page_a, page_b = world.page(a), world.page(b)
-        going = asyncio.ensure_future(world.answers.take(page_a, answer(page_a, 404), 0.1))
+        going = asyncio.ensure_future(world.answers.take(page_a, world.response(a, status=404), 0.1))
         await asyncio.to_thread(blobs.begun.wait)
-        coming = asyncio.ensure_future(world.answers.take(page_b, answer(page_b, 200), 0.1))
+        coming = asyncio.ensure_future(world.answers.take(page_b, world.response(b, rows("1")), 0.1))
         for _ in range(20):
             await asyncio.sleep(0)
         threading.Timer(0.05, blobs.go.set).start()
