@@ -83,6 +83,18 @@ def test_a_hold_is_not_shortened_by_a_page_that_was_on_its_way(world: World) -> 
     assert pause_s(world) >= 598
 
 
+@pytest.mark.parametrize("said", ["7", "Thu, 01 Jan 1970 00:00:19 GMT"])
+def test_retry_after_holds_the_host_for_as_long_as_it_says(tmp_path: Path, said: str) -> None:
+    world = World(tmp_path, CRAWL, retry_first_ms=1_000)
+    world.clock.advance(10.0)
+    before_s = world.clock.now_ms() / 1_000
+    world.answer(PAGES[0], status=429, Retry_After=said)
+    assert world.due() == [OTHER]
+    wanted_s = int(said) if said.isdigit() else 19 - before_s
+    assert 1 + pause_s(world) == wanted_s
+    world.frontier.close()
+
+
 def throttled(crawl: Crawl) -> tuple[Throttle, Any]:
     """Return a throttle and the downloader that it sets, of a crawler that asks nothing."""
     settings = Settings(scrapy_settings((crawl,), CrawlConfig()))
