@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -49,6 +50,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "tensorboard": ("stages.tensorboard", "serve TensorBoard on the trainer's scalars"),
 }
 """Verb -> (module of headrace.cli, phrase for the help)."""
+
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,6 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is left in the buffer would be written, and fail, once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        print(
+            f"headrace {verb}: {error}. Free the disk, or see who may write there; then start again.", file=sys.stderr
+        )
+        return 1
 
 
 def _reader_is_gone() -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import brotli
 import psutil
 import pytest
-from crawl_world import Answer, Crawler, Site, catalogue, eventually, item, links
+from crawl_world import NEVER_S, Answer, Crawler, Site, catalogue, eventually, item, links
 
 ROBOTS = {"Content-Type": "text/plain"}
 
@@ -119,6 +121,46 @@ def test_a_page_that_is_too_dear_costs_itself_alone_and_once(sites: list[Site], 
         eventually(lambda: "1" in crawler.newest())
         assert crawler.stop()["pages_total/extraction_cpu"] >= 1
     finally:
+        crawler.kill()
+
+
+def test_the_probes_answer_while_a_hostile_site_holds_everything(sites: list[Site], tmp_path: Path) -> None:
+    """Each page is held until the probes have answered: what one of them stops would stop the test."""
+    site, answered = sites[0], threading.Event()
+
+    def held(lead: bytes, piece: bytes) -> Any:
+        def page(site: Site, handler: Any) -> None:
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + lead)
+            with contextlib.suppress(OSError):
+                while not answered.wait(0.01):
+                    handler.wfile.write(piece)
+
+        return page
+
+    text = b"Content-Type: text/html\r\n"
+    pages = {
+        "/item/loris": held(b"", b"X-A: b\r\n"),
+        "/item/slow": held(text + b"Content-Length: 99999\r\n\r\n", b"x"),
+        "/item/endless": held(text + b"\r\n", b"x" * 1_000),
+        "/item/bomb": (200, {"Content-Encoding": "gzip"}, gzip.compress(b"x" * 50_000_000)),
+        "/item/links": html("".join(f"<a href=/item/{n}></a>" for n in range(100_000))),
+    }
+    site.pages |= {"/": (200, {}, links(*pages)), **pages}
+    hostile = catalogue(site, parallel=8, pages_max=1_000_000, timeout_ms=600_000, bytes_max=2**28)
+    crawler = Crawler(tmp_path, hostile)
+    try:
+        crawler.begin("probed")
+        eventually(lambda: all(site.asked[path] for path in pages))
+        port = int((tmp_path / "port").read_text())
+        for _ in range(20):
+            for path, said in (("readyz", b"ready\n"), ("healthz", b"alive\n")):
+                with urlopen(f"http://127.0.0.1:{port}/{path}", timeout=NEVER_S) as answer:
+                    assert answer.read() == said
+        eventually(lambda: sum(site.asked.values()) > 60)
+        with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=NEVER_S) as answer:
+            assert answer.status == 200
+    finally:
+        answered.set()
         crawler.kill()
 
 

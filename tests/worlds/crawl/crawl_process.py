@@ -1,7 +1,8 @@
-"""A crawler as a process of its own: `python crawl_process.py FOLDER once|serve|again RECEIPT_S`.
+"""A crawler as a process of its own: `python crawl_process.py FOLDER once|serve|probed|again RECEIPT_S`.
 
 FOLDER has crawls.json; the log is FOLDER/log.jsonl, a line a record, written RECEIPT_S after it was sent, and then its
-receipt comes. At the end it prints its counters.
+receipt comes. At the end it prints its counters. `probed` serves, and answers /readyz and /healthz on the port in
+FOLDER/port.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -20,8 +20,10 @@ import msgspec
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.frontier_sqlite import SqliteFrontier
+from headrace.backends.health import BeatingStop
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.runtime import set_logging
 from headrace.cli.stages.crawl import _quiet_scrapy
 from headrace.contract.config import CrawlConfig
@@ -88,10 +90,15 @@ def main() -> None:
     set_logging("INFO")
     _quiet_scrapy()
     declared = msgspec.json.decode((folder / "crawls.json").read_bytes(), type=Declared)
-    stop = threading.Event()
+    stop = BeatingStop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    metrics = MemoryMetrics()
+    metrics, ready = MemoryMetrics(), lambda _: None
+    if mode == "probed":
+        probed = PrometheusMetrics("crawl", 0)
+        stop.attach(probed.health)
+        ready = probed.ready
+        (folder / "port").write_text(str(probed.port))
     frontier = SqliteFrontier(folder / "state" / "g1.sqlite", bodies_per_page=declared.config.bodies_per_page)
     empty = MemoryLog()
     empty.admin().ensure_topics(Topics().specs(PARTITIONS))
@@ -115,7 +122,7 @@ def main() -> None:
     if mode == "again":
         changed = stage.extract_again()
     else:
-        stage.run(stop, lambda _: None, once=mode == "once")
+        stage.run(stop, ready, once=mode == "once")
     pool.close()
     frontier.close()
     counts = {f"{name}/{reason}" if reason else name: value for (name, reason), value in metrics.counters.items()}
