@@ -40,6 +40,8 @@ create table if not exists outbox(
     version text not null, "values" text, url text not null);
 create table if not exists hosts(host text primary key, not_before_ms integer not null) without rowid;
 create table if not exists epochs(epoch integer not null);
+create table if not exists made_safe(times integer primary key) without rowid;
+insert into made_safe select 0 where not exists (select 1 from made_safe);
 create table if not exists unneeded(digest text primary key, deletions integer not null) without rowid;
 """
 _ADDED = {"pages": {"refused": "text not null default ''", "gone": "integer not null default 0"}}

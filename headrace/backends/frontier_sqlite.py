@@ -214,10 +214,10 @@ class SqliteFrontier:
     def make_safe(self) -> None:
         """Make all that was noted outlive a power cut; a crash of the process alone takes nothing anyway."""
         if self._unsafe:
-            # One write that waits for the disk takes the log before it along.
+            # One write that waits for the disk takes the log before it along; SQLite writes none that changes nothing.
             self._db.execute("pragma synchronous=full")
             with self._db:
-                self._db.execute("update epochs set epoch = epoch")
+                self._db.execute("update made_safe set times = times + 1")
             self._db.execute("pragma synchronous=normal")
             self._unsafe = False
 

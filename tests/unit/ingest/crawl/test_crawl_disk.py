@@ -110,6 +110,20 @@ def test_a_file_that_is_damaged_while_it_is_open_is_no_full_disk(tmp_path: Path)
     world.frontier.close()
 
 
+def test_what_is_sent_was_written_so_that_the_disk_has_it(tmp_path: Path) -> None:
+    """SQLite waits for the disk when it writes its log, and an update that changes nothing writes nothing."""
+    world, wal = World(tmp_path), tmp_path / "f.sqlite-wal"
+    for key in ("1", "2", "3"):
+        world.answer(A, rows(key))
+        before = wal.stat().st_size
+        world.frontier.make_safe()
+        once = wal.stat().st_size
+        assert once > before
+        world.frontier.make_safe()
+        assert wal.stat().st_size == once, "nothing was noted since"
+    world.frontier.close()
+
+
 def test_what_is_due_is_found_without_reading_what_is_not_asked_for(tmp_path: Path) -> None:
     """A host with a million addresses that waits must not cost a read of them all, ten times a second."""
     world = World(tmp_path)
