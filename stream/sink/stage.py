@@ -78,6 +78,8 @@ class SinkStage:
         self.orders: dict[int, SampleOrder] = {}
         """How far each partition was taken. What is out of turn is left out, not held: its owner sends it again."""
         self.next: dict[int, int] = {}
+        self._stored: dict[int, int] = {}
+        """The offset, a partition, that the lake says to go on from."""
         self.damaged: dict[int, DamagedRecords] = {}
         self._left_out: dict[int, set[Position]] = {}
         """Where the records begin that were out of turn, behind a damaged one alone: else nothing is kept."""
@@ -103,6 +105,7 @@ class SinkStage:
         position = START if state is None else state.positions.at(partition)
         self.orders[partition] = SampleOrder(position, hold=False)
         following = None if state is None else state.next_offsets.get(partition)
+        self._stored[partition] = following or 0
         if following is None or position == START or self._open_reader is None:
             return following
         look = partial(_read_on_at, self._open_reader, self.topic, partition, position, following)
@@ -236,8 +239,11 @@ class SinkStage:
 
     def _begin_commit(self) -> None:
         self._due_s = self.clock.monotonic() + self.config.commit_ms / 1000
-        batches, moved = _alike([b for _, b in self.batches]), sorted(self._moved)
-        offsets = {p: self._resume(p) for p in moved}
+        batches, with_rows = _alike([b for _, b in self.batches]), {p for p, _ in self.batches}
+        offsets = {p: self._resume(p) for p in sorted(self._moved)}
+        # Repeats alone, read again behind a lost end, move nothing back.
+        moved = [p for p, following in offsets.items() if p in with_rows or following >= self._stored.get(p, 0)]
+        offsets = {p: offsets[p] for p in moved}
         positions = {p: self.orders[p].position for p in moved}
         self.batches, self.rows, self._moved = [], 0, set()
         self._since_committing_ms, self._since_ms = self._since_ms, {}
@@ -253,6 +259,7 @@ class SinkStage:
                 f"commit of {rows} samples to the lake", partial(self.lake.append, batches, offsets, positions)
             )
             self._since_committing_ms = {}
+            self._stored.update(offsets)
             for partition, following in offsets.items():
                 if self.engine is not None:
                     self.engine.acknowledge(partition, following - 1)

@@ -69,7 +69,7 @@ class StoresFirst(DurableState):
         return
 
 
-class CommitsBeforeTheEffect(Stage):
+class CommitsBeforeTheEffect(TrustsItsState):
     """Stores a state before its samples were delivered."""
 
     durable_state = StoresFirst

@@ -132,7 +132,6 @@ class World:
         self.events: list[Record] = records(traffic(seed, 250), Random(seed))
         self.log, self.blobs, self.clock = MemoryLog(lambda: 0), Blobs(), VirtualClock()
         self.log.admin().ensure_topics(Topics().specs(1))
-        self.log.topics[Topics().events][0] = list(self.events)
         self.stage_type, self.loses_end, self.went_back = stage_type, loses_end, 0
 
     def lose_end(self) -> None:
@@ -143,6 +142,7 @@ class World:
 
     async def run(self) -> None:
         """Work through the log, with faults; at last one worker goes on to the end."""
+        self.log.topics[Topics().events][0] = list(self.events)
         worker, ghosts = Worker(self, self.stage_type), list[Worker]()
         for _ in range(400):
             self.clock.advance(self.random.random() * 0.05)
