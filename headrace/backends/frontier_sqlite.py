@@ -43,7 +43,7 @@ class SqliteFrontier:
             raise
         self._pages = Counter(dict(self._db.execute("select source, count(*) from pages group by source").fetchall()))
         self._living = self._count_living()
-        (self._waiting,) = self._db.execute("select count(*) from outbox").fetchone()
+        self._waiting = int(self._db.execute("select count(*) from outbox").fetchone()[0])
         self._unsafe = True
 
     def close(self) -> None:

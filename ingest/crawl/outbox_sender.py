@@ -40,8 +40,8 @@ _IN_FLIGHT_MAX = 16
 _TURN_S = 0.03
 """Time between turns: receipts are taken, and what waits is sent."""
 _GATHER_S = 0.25
-"""Time after a turn that sent something: what is settled meanwhile is sent together, after one wait for the disk. A busy
-one takes 10 to 100 ms for it, in which the crawler does nothing else."""
+"""Time after a turn that sent something: what is settled meanwhile is sent together, after one wait for the disk. A
+busy one takes 10 to 100 ms for it, in which the crawler does nothing else."""
 _REST_S = 0.5
 """Time between turns while there is nothing to send: Kafka's client wants to be asked now and then."""
 
