@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import logging
+import os
 import sqlite3
 from collections.abc import Callable
 from functools import wraps
@@ -40,8 +41,6 @@ create table if not exists outbox(
     version text not null, "values" text, url text not null);
 create table if not exists hosts(host text primary key, not_before_ms integer not null) without rowid;
 create table if not exists epochs(epoch integer not null);
-create table if not exists made_safe(times integer primary key) without rowid;
-insert into made_safe select 0 where not exists (select 1 from made_safe);
 create table if not exists unneeded(digest text primary key, deletions integer not null) without rowid;
 """
 _ADDED = {"pages": {"refused": "text not null default ''", "gone": "integer not null default 0"}}
@@ -95,6 +94,8 @@ def _in_words(method: Callable[..., T]) -> Callable[..., T]:
     def called(self: Any, *args: Any, **kwargs: Any) -> T:
         try:
             return method(self, *args, **kwargs)
+        except OSError as error:
+            raise in_words(self._path, error) from error
         except sqlite3.DatabaseError as error:
             # What SQLite finds wrong with a statement is a fault of ours, and stays as it is.
             if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF not in (*_DAMAGED, *_OF_THE_DISK):
@@ -102,6 +103,16 @@ def _in_words(method: Callable[..., T]) -> Callable[..., T]:
             raise in_words(self._path, error) from error
 
     return called
+
+
+def wait_for_disk(path: Path) -> None:
+    """Wait until the disk has what SQLite has written of the file at `path`: all of it stands in its log before it is
+    anywhere else. From any thread."""
+    log_file = os.open(path.with_name(f"{path.name}-wal"), os.O_RDONLY)
+    try:
+        os.fdatasync(log_file)
+    finally:
+        os.close(log_file)
 
 
 def locked(path: Path) -> IO[str]:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from headrace.backends.frontier_file import locked, opened, said_in_words
+from headrace.backends.frontier_file import locked, opened, said_in_words, wait_for_disk
 from headrace.contract.interfaces.frontier import GONE, Body, Found, Noted, Page, Settled, Version
 
 
@@ -212,14 +212,17 @@ class SqliteFrontier:
         return self._pages[source]
 
     def make_safe(self) -> None:
-        """Make all that was noted outlive a power cut; a crash of the process alone takes nothing anyway."""
+        """Make all that was noted outlive a power cut; a crash of the process alone takes nothing anyway.
+
+        From any thread; what is noted meanwhile is perhaps not safe.
+        """
         if self._unsafe:
-            # One write that waits for the disk takes the log before it along; SQLite writes none that changes nothing.
-            self._db.execute("pragma synchronous=full")
-            with self._db:
-                self._db.execute("update made_safe set times = times + 1")
-            self._db.execute("pragma synchronous=normal")
             self._unsafe = False
+            try:
+                wait_for_disk(self._path)
+            except OSError:
+                self._unsafe = True
+                raise
 
     def has_body(self, digest: str) -> bool:
         """Say whether a body of this digest is stored."""

@@ -76,7 +76,9 @@ class CrawlRun:
         """Begin, send and crawl until `scrapy` ends; then until the outbox is sent, unless the end was asked for."""
         sender = await self.begin()
         await self.answers.delete_left()
-        self._sending = self.background.task("the outbox's sender", sender.run(self._crawled, self.answers.noted))
+        self._sending = self.background.task(
+            "the outbox's sender", sender.run(self._crawled, self.answers.noted, self.waits)
+        )
         await scrapy(self)
         if not (self.shutdown.asked.is_set() or (self._once and self.scheduler.is_done())):
             raise Unavailable("Scrapy has ended the spider by itself. The stage stops; the next start makes a new one.")
@@ -125,7 +127,7 @@ class CrawlRun:
             for body in deps.frontier.newest_bodies(crawl.name):
                 changed += await self._extract_one(crawl, body)
         self._crawled.set()
-        await sender.run(self._crawled, self.answers.noted)
+        await sender.run(self._crawled, self.answers.noted, self.waits)
         extracted(changed)
 
     async def _extract_one(self, crawl: Crawl, body: Body) -> int:

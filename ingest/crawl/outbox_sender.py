@@ -29,7 +29,7 @@ from headrace.contract.interfaces.frontier import Frontier, Version
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.process.awake import Awake
-from headrace.process.waits import RECEIPT_MAX_S
+from headrace.process.waits import RECEIPT_MAX_S, Waits
 from headrace.process.woken import woken
 
 log = logging.getLogger("headrace.crawl")
@@ -40,8 +40,8 @@ _IN_FLIGHT_MAX = 16
 _TURN_S = 0.03
 """Time between turns: receipts are taken, and what waits is sent."""
 _GATHER_S = 0.25
-"""Time after a turn that sent something: what is settled meanwhile is sent together, after one wait for the disk. A
-busy one takes 10 to 100 ms for it, in which the crawler does nothing else."""
+"""Time after a turn that sent something: what is settled meanwhile is sent together, after one wait for the disk: a
+busy one takes 10 to 100 ms for it."""
 _REST_S = 0.5
 """Time between turns while there is nothing to send: Kafka's client wants to be asked now and then."""
 
@@ -86,15 +86,21 @@ class OutboxSender:
         self._unsent: deque[_Record] = deque()
         self._refused: Exception | None = None
 
-    async def run(self, stopping: asyncio.Event, noted: asyncio.Event) -> None:
+    async def run(self, stopping: asyncio.Event, noted: asyncio.Event, waits: Waits) -> None:
         """Send until `stopping` and the outbox is empty. Raises as `turn`.
+
+        The disk is waited for in a thread: pages would look slow, and their sites be asked less often.
 
         Args:
             noted: set whenever something may have come into the outbox, and when it is to stop.
         """
         while True:
             noted.clear()
-            busy = self.turn()
+            versions = self._take()
+            if versions:
+                await waits.call("wait for the disk of the outbox", self._frontier.make_safe)
+                self._begin(versions)
+            busy = bool(versions or self._unsent)
             if stopping.is_set() and not self._unsettled and not busy and not self._frontier.waiting():
                 return
             if not (busy or self._unsettled or self._frontier.waiting()):
@@ -103,28 +109,32 @@ class OutboxSender:
             await asyncio.sleep(_GATHER_S if busy and not is_much and not stopping.is_set() else _TURN_S)
 
     def turn(self) -> bool:
-        """Send what waits and take receipts; say whether anything was sent, or waits for room. Never blocks.
+        """Send what waits and take receipts; say whether anything was sent, or waits for room. Waits for the disk.
 
         Raises what a receipt said that refused a record, and `Unavailable` where one does not come in time.
         """
+        versions = self._take()
+        if versions:
+            self._frontier.make_safe()
+            self._begin(versions)
+        return bool(versions or self._unsent)
+
+    def _take(self) -> list[Version]:
+        """Take receipts; return what is to be sent once it is safe, nothing while something waits for room."""
         self._producer.poll(0.0)
         self._settle()
         self._send_unsent()
-        if self._unsent:
-            return True
-        if len(self._unsettled) >= _IN_FLIGHT_MAX:
-            return False
-        versions = self._ready(_bounded(self._frontier.outbox(self._taken, RECORD_ROWS)))
-        if not versions:
-            return False
-        self._frontier.make_safe()
+        if self._unsent or len(self._unsettled) >= _IN_FLIGHT_MAX:
+            return []
+        return self._ready(_bounded(self._frontier.outbox(self._taken, RECORD_ROWS)))
+
+    def _begin(self, versions: list[Version]) -> None:
         self._taken = versions[-1].number
         group = _Sent(self._taken, 1, self._awake.monotonic(), {(v.source, v.key) for v in versions})
         self._unsettled.append(group)
         self._send(versions, group)
         # One more than the records: receipts that come at once must not settle a group that is half sent.
         group.open -= 1
-        return True
 
     def _ready(self, versions: list[Version]) -> list[Version]:
         """Return those before the first one of an entity that is on its way."""

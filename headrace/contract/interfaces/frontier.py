@@ -103,7 +103,7 @@ class Noted(msgspec.Struct):
 
 
 class Frontier(Protocol):
-    """The memory of one crawler, which outlives its process. For one thread; each call is one transaction."""
+    """The memory of one crawler, which outlives its process. For one thread, `make_safe` apart; each call is one transaction."""
 
     def is_new(self) -> bool:
         """Say whether no crawler has begun with this memory yet: none has taken an epoch."""
@@ -159,7 +159,10 @@ class Frontier(Protocol):
         """Return what waits for Kafka behind number `after`, in order."""
 
     def make_safe(self) -> None:
-        """Make all that was noted outlive a power cut; a crash of the process alone takes nothing anyway."""
+        """Make all that was noted outlive a power cut; a crash of the process alone takes nothing anyway.
+
+        It may take a busy disk a while, and may be called in another thread than the other methods.
+        """
 
     def sent(self, number: int) -> None:
         """Take out of the outbox what every partition has: all up to `number`."""

@@ -5,6 +5,7 @@ waits there costs nothing. Method: SQLite's own bounds and modes on the real mem
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.ingest.crawl import outbox_sender
 from headrace.ingest.crawl.outbox_sender import OutboxSender
 from headrace.ingest.crawl.scheduler import Scheduler
+from headrace.process.waits import Waits
 
 A, B = CRAWL.start
 LARGE = "x" * 20_000
@@ -110,17 +112,43 @@ def test_a_file_that_is_damaged_while_it_is_open_is_no_full_disk(tmp_path: Path)
     world.frontier.close()
 
 
-def test_what_is_sent_was_written_so_that_the_disk_has_it(tmp_path: Path) -> None:
+def test_what_is_sent_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite waits for the disk when it writes its log, and an update that changes nothing writes nothing."""
-    world, wal = World(tmp_path), tmp_path / "f.sqlite-wal"
-    for key in ("1", "2", "3"):
-        world.answer(A, rows(key))
-        before = wal.stat().st_size
+    world, log, wal = World(tmp_path), MemoryLog(), tmp_path / "f.sqlite-wal"
+    synced: list[int] = []
+
+    def fdatasync(file: int) -> None:
+        assert os.fstat(file).st_ino == wal.stat().st_ino and not sent(log)[len(synced) :]
+        synced.append(wal.stat().st_size)
+
+    turns = sender(world, log)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    for number in range(1, 4):
+        world.answer(A, rows(str(number)))
+        assert turns.turn() and len(sent(log)) == number
+        assert synced[number - 1 :] == [synced[-1]] and not turns.turn()
         world.frontier.make_safe()
-        once = wal.stat().st_size
-        assert once > before
-        world.frontier.make_safe()
-        assert wal.stat().st_size == once, "nothing was noted since"
+        assert len(synced) == number, "nothing was noted since"
+    assert sorted(set(synced)) == synced
+    world.frontier.close()
+
+
+def test_a_disk_that_fails_while_it_is_waited_for_sends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, log = World(tmp_path), MemoryLog()
+    turns = sender(world, log)
+    world.answer(A, rows("1"))
+
+    def failed(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failed)
+        for _ in range(2):
+            with pytest.raises(Unavailable, match=r"f\.sqlite: .*Input/output error"):
+                turns.turn()
+    assert not sent(log) and turns.turn() and len(sent(log)) == 1
     world.frontier.close()
 
 
@@ -168,6 +196,6 @@ def test_a_sender_at_rest_waits_until_something_is_noted(tmp_path: Path, monkeyp
         assert event.is_set() or stopping.is_set()
 
     monkeypatch.setattr(outbox_sender, "woken", woken)
-    asyncio.run(turns.run(stopping, world.answers.noted))
+    asyncio.run(turns.run(stopping, world.answers.noted, Waits(world.clock)))
     assert rests == [2] and len(sent(log)) == 1
     world.frontier.close()
