@@ -103,7 +103,7 @@ class Noted(msgspec.Struct):
 
 
 class Frontier(Protocol):
-    """The memory of one crawler, which outlives its process. For one thread but `make_safe`; a call is a transaction."""
+    """The memory of one crawler, which outlives it. For one thread but `make_safe`; each call is one transaction."""
 
     def is_new(self) -> bool:
         """Say whether no crawler has begun with this memory yet: none has taken an epoch."""
