@@ -37,6 +37,10 @@ _ADOPT_S = 5.0
 _BATCH = 1_048_576
 _MESSAGE_MAX = 16_777_216
 """The gateway's `ingest.chunk_bytes_max` where it is not changed; a gateway with another says so when it refuses."""
+_SILENT = (
+    " without a word; its log says why. Where it has a certificate (ingest.tls_cert), it takes TLS alone, which this "
+    "sender does not speak: send through a shipper on this host (deploy/fluentd/tls.conf, deploy/fluent-bit/tls.conf)"
+)
 _EXIT_S = 1.0
 """How long the interpreter's end waits for acks; what has none by then stays in the spool."""
 
@@ -383,9 +387,12 @@ class Sender(FluentSender):  # type: ignore[misc]
                 raise OSError(f"no ack for {self._ack_timeout_s} s")
 
     def _hear(self, sock: socket.socket, words: msgpack.Unpacker) -> None:
-        data = sock.recv(65_536)
+        try:
+            data = sock.recv(65_536)
+        except ConnectionResetError:
+            data = b""
         if not data:
-            raise OSError("the gateway closed the connection")
+            raise OSError("the gateway closed the connection" + (_SILENT if not words.tell() else ""))
         words.feed(data)
         for word in words:
             if isinstance(word, list) and word[:1] == ["HELO"]:
