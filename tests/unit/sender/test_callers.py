@@ -181,7 +181,7 @@ def test_what_msgpack_cannot_write_is_refused_and_nothing_of_it_is_kept(tmp_path
         deep = [deep]
     with AckingGateway() as gateway, Sender("", port=gateway.port, spool_dir=tmp_path) as sender:
         for value in (cycle, 1 << 64, -(1 << 63) - 1, "\ud800", deep):
-            with pytest.raises(EventRejected, match="MessagePack"):
+            with pytest.raises(EventRejected, match=r"MessagePack|100 levels"):
                 sender.emit("a", {"event_id": "bad", "value": value})
         for value in (Decimal(1), {1}, datetime.now(UTC), object(), 1j):
             with pytest.raises(TypeError):
