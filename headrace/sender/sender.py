@@ -20,12 +20,12 @@ from typing import Any
 import msgpack
 from fluent.sender import EventTime, FluentSender
 
-from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded, Unavailable
+from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded, Unavailable, disk_remedy
 from headrace.sender.entry import pack_entry, time_ns_of
 from headrace.sender.lanes import Chunk
 from headrace.sender.outbox import Outbox
 from headrace.sender.segment import Segment
-from headrace.sender.spool import acks_of, sync
+from headrace.sender.spool import acks_of
 
 log = logging.getLogger("headrace.sender")
 
@@ -91,7 +91,12 @@ class Sender(FluentSender):  # type: ignore[misc]
         self._folder = Path(spool_dir)
         self._failure: BaseException | None = None
         self._stop = False
-        self._begin()
+        try:
+            self._begin()
+        except OSError as error:
+            raise Unavailable(
+                f"the spool {self._folder} cannot be used: {error}; {disk_remedy(error)}, or name another spool_dir."
+            ) from error
         _LIVE.add(self)
 
     def _begin(self) -> None:
@@ -250,7 +255,8 @@ class Sender(FluentSender):  # type: ignore[misc]
             try:
                 self._begin()
             except OSError as error:
-                raise Overloaded(f"the spool {self._folder} takes no new slot: {error}; free the disk.") from error
+                told = f"the spool {self._folder} takes no new slot: {error}; {disk_remedy(error)}."
+                raise Overloaded(told) from error
             _LIVE.add(self)
         finally:
             _FORKED.lock.release()
@@ -420,12 +426,15 @@ class Sender(FluentSender):  # type: ignore[misc]
         with self._lock:
             with suppress(Overloaded):
                 self._outbox.close_chunks(now_s, self._flush_s, away=False)
+            if not self._outbox.spool.is_sound:
+                # Before it is sent: that the next sync succeeds says nothing of what an earlier one lost.
+                self._outbox.keep_on_disk()
             while size < _BATCH and (chunk := self._outbox.lanes.take(now_s)) is not None:
                 segments.add(chunk.segment)
                 parts.append(_message(chunk))
                 size += chunk.size
             to_sync = self._outbox.spool.duplicates(segments)
-        sync(to_sync)
+        self._outbox.spool.sync(to_sync)
         return b"".join(parts)
 
     def _pause_s(self) -> float:
