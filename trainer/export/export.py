@@ -37,7 +37,7 @@ from headrace.stream.export.whole_folder import names_in, store, whole_folder
 from headrace.trainer.export.inputs import describe
 from headrace.trainer.export.programs import onnx_bytes, require_packages, torch_bytes, torch_program
 from headrace.trainer.export.rows import ascending, row_bytes, write_parquet, write_safetensors
-from headrace.trainer.export.torch_scorer import TorchScorer
+from headrace.trainer.export.torch_scorer import SLOTS, TorchScorer
 from headrace.trainer.model.scoring import score
 from headrace.trainer.model.tables.table import initial_values
 
@@ -173,10 +173,12 @@ def _check_answers(
     found = Found(recipe, weights, order_K)
     wanted_NT = score(recipe, features, slots_NF, numeric_ND, lookup=found.values, dense=weights.dense)
     first = slots_NF
-    if scorer.inputs[0] != "slots":
+    if scorer.inputs[0] != SLOTS:
         first = found.values(slots_NF.reshape(-1)).reshape(*slots_NF.shape, -1)
     session = onnxruntime.InferenceSession(onnx_model, providers=["CPUExecutionProvider"])
-    by_onnx_NT = np.stack(session.run(list(recipe.heads), dict(zip(scorer.inputs, (first, numeric_ND), strict=True))), 1)
+    by_onnx_NT = np.stack(
+        session.run(list(recipe.heads), dict(zip(scorer.inputs, (first, numeric_ND), strict=True))), 1
+    )
     said = program.module()(torch.from_numpy(first), torch.from_numpy(numeric_ND))
     by_torch_NT = np.stack([said[name].numpy() for name in recipe.heads], 1)
     for what, answer_NT in ((ONNX_FILE, by_onnx_NT), (TORCH_FILE, by_torch_NT)):
@@ -209,9 +211,7 @@ class Found:
 
 def _told(path: Path) -> File:
     with path.open("rb") as file:
-        return File(
-            name=path.name, bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
-        )
+        return File(name=path.name, bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _manifest(exported: Exported, manifest: Manifest, recipe: Recipe, features: FeatureSpec) -> dict[str, Any]:

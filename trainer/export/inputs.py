@@ -30,9 +30,7 @@ _LOG_ODDS = "the probability of a positive, 0 to 1"
 _VALUE = "the expected value of an impression, on the value's own scale"
 
 
-def describe(
-    recipe: Recipe, features: FeatureSpec, types: Mapping[str, str], *, rows_file: str
-) -> dict[str, Any]:
+def describe(recipe: Recipe, features: FeatureSpec, types: Mapping[str, str], *, rows_file: str) -> dict[str, Any]:
     """Return what `inputs.json` says.
 
     Args:

@@ -72,7 +72,7 @@ def torch_bytes(program: ExportedProgram, about: Mapping[str, str]) -> bytes:
 def onnx_bytes(program: ExportedProgram, scorer: TorchScorer, about: Mapping[str, str]) -> bytes:
     """Return the program as an ONNX model, whose `metadata_props` are `about`.
 
-    Raises `ConfigRejected`: ONNX lacks an operation of a layer, a task is called as an input, the weights are too large.
+    Raises `ConfigRejected`: ONNX lacks an operation of a layer, a task is called as an input, weights are too large.
     """
     import onnx
 

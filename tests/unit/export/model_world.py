@@ -102,7 +102,9 @@ def learnt(recipe: Recipe, seed: int = 1, steps: int = 5) -> TableLearner:
     for step in range(steps):
         slots, numeric = featurize(events(Random(seed * 100 + step), 48), SPEC)
         task = rng.integers(0, len(recipe.heads), 48).astype(np.int8)
-        label = np.where(value_T[task], rng.exponential(3.0, 48) * rng.integers(0, 2, 48), rng.integers(0, 2, 48)).astype(np.float32)
+        label = np.where(
+            value_T[task], rng.exponential(3.0, 48) * rng.integers(0, 2, 48), rng.integers(0, 2, 48)
+        ).astype(np.float32)
         at_ms = np.full(48, step * 1_000)
         learner.learn(Batch(slots, numeric, label, np.ones(48, np.float32), at_ms, task, at_ms * 48 + np.arange(48)))
     return learner

@@ -277,9 +277,7 @@ def test_the_folder_tells_what_is_in_it(tmp_path: Path) -> None:
         assert places == list(range(width)) and each["shape"] == ["rows", width]
         assert all(column["made"] and column["name"].startswith("feature.") for column in each["columns"])
     model = onnx.load(out / "model.onnx")
-    shapes = {
-        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input
-    }
+    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
     assert {each["name"]: each["shape"] for each in said["inputs"]} == shapes
     assert {p.key: p.value for p in model.metadata_props}["headrace.version"] == "r1-5"
     assert {each["name"]: each["type"] for each in said["reads"]}.items() <= TYPES.items()
