@@ -172,7 +172,7 @@ def _check_answers(
     numeric_ND = rng.normal(size=(_ASKED_ROWS, features.numerics)).astype(np.float32)
     found = Found(recipe, weights, order_K)
     wanted_NT = score(recipe, features, slots_NF, numeric_ND, lookup=found.values, dense=weights.dense)
-    first = slots_NF
+    first: npt.NDArray[Any] = slots_NF
     if scorer.inputs[0] != SLOTS:
         first = found.values(slots_NF.reshape(-1)).reshape(*slots_NF.shape, -1)
     session = onnxruntime.InferenceSession(onnx_model, providers=["CPUExecutionProvider"])

@@ -87,7 +87,7 @@ def onnx_bytes(program: ExportedProgram, scorer: TorchScorer, about: Mapping[str
         )
     with _quiet():
         try:
-            found = torch.onnx.export(
+            found: Any = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, input_names=list(scorer.inputs), verbose=False
             )
         except Exception as error:

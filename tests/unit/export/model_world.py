@@ -121,7 +121,8 @@ def manifest_of(recipe: Recipe, spec: FeatureSpec = SPEC) -> Manifest:
 
 def exported(recipe: Recipe, weights: Weights, target: Path, spec: FeatureSpec = SPEC, **how: Any) -> Exported:
     """Export into `target`."""
-    return export_model(manifest_of(recipe, spec), weights, target, types=TYPES, **how)
+    types = TYPES | {name: "string" for feature in spec.features for name in feature.inputs() if name not in TYPES}
+    return export_model(manifest_of(recipe, spec), weights, target, types=types, **how)
 
 
 def served(
@@ -129,7 +130,7 @@ def served(
 ) -> dict[str, np.ndarray]:
     """Return what serving's shared memory holds and scores of these features, by task."""
     path = folder / "region"
-    shared = SharedModel(path, dim=recipe.row_dim, rows_max=10_000, create=True)
+    shared = SharedModel(path, dim=recipe.row_dim, rows_max=1_000, create=True)
     kept, _ = split_initial(weights, recipe)
     manifest = manifest_of(recipe, spec)
     shapes = {name: list(array.shape) for name, array in weights.dense.items()}
