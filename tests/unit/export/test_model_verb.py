@@ -12,6 +12,7 @@ import pytest
 from model_world import PROJECT, learnt, manifest_of
 
 from headrace.backends.blobs_file import FileBlobs
+from headrace.backends.clock import SystemClock
 from headrace.backends.log.memory import MemoryLog
 from headrace.cli.main import main
 from headrace.cli.runtime import Runtime
@@ -46,7 +47,7 @@ class World:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     world = World(tmp_path / "blobs")
     runtime = Runtime.__new__(Runtime)
-    for name, value in {"project": PROJECT, "topics": Topics()}.items():
+    for name, value in {"project": PROJECT, "topics": Topics(), "clock": SystemClock()}.items():
         object.__setattr__(runtime, name, value)
     monkeypatch.setattr(Runtime, "require_kafka", lambda self: None)
     monkeypatch.setattr(Runtime, "reader", lambda self: world.log.reader())
