@@ -177,7 +177,7 @@ class TorchScorer(torch.nn.Module):
         z_NT, has_targets = logits_NT, TARGETS in self._names
         targets_2T = self._kept(TARGETS) if has_targets else torch.zeros(2, 1)
         if has_targets:
-            z_NT = z_NT + torch.where(self._kept("is_log_loss"), targets_2T[0], torch.zeros(()))
+            z_NT = z_NT + targets_2T[0]  # A value task's is not used.
         if self.recipe.delayed == "fake_negative_calibrated":
             return torch.exp(torch.clamp(z_NT, max=0.0))
         if PLATT in self._names:

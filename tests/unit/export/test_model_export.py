@@ -252,7 +252,7 @@ def test_the_same_snapshot_gives_the_same_bytes_in_another_process_and_place(tmp
         assert digests(tmp_path / name) == digests(other / name)
         for path in (tmp_path / name).iterdir():
             text = path.read_bytes()
-            assert str(tmp_path).encode() not in text and str(Path(__file__).parents[2]).encode() not in text, path
+            assert str(tmp_path).encode() not in text and str(Path(__file__).parents[3]).encode() not in text, path
 
 
 def digests(folder: Path) -> dict[str, str]:
