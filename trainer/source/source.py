@@ -162,8 +162,9 @@ class Source:
             have = tuple(self._live.partitions[wanted.partition].order.position)
             raise InvariantBroken(
                 f"a recorded step takes the samples of {self._topic}/{wanted.partition} up to {wanted.upto}; the "
-                f"topic, read to its end at offset {end}, has them up to {have}. If it has lost its end, `stream` sends "
-                "them again and a next start finds them. If it was made anew, change recipe.seed: that begins a new run."
+                f"topic, read to its end at offset {end}, has them up to {have}. If it has lost its end, `stream` "
+                "sends them again and a next start finds them. If it was made anew, change recipe.seed: that begins a "
+                "new run."
             )
 
     def _read(self, timeout_s: float) -> Sequence[Record]:
