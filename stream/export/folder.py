@@ -1,21 +1,13 @@
-"""A folder of Parquet files that is there whole, or not at all.
+"""A folder of Parquet files that is there whole, or not at all: see `headrace.stream.export.whole_folder`.
 
-1. Everything is written in a hidden folder beside the wanted one, which a lock keeps for one writer.
-2. The manifest is written last, and all is on the disk.
-3. The hidden folder is renamed to the wanted one: an empty one, or, where it may be overwritten, an older export, which
-   is set aside before and deleted after.
-
-A writer that is killed leaves hidden folders, which the next one deletes, or puts back where it had set one aside.
-Row groups and files are cut by rows alone, however the rows came: equal rows are equal bytes.
+The manifest is written last. Row groups and files are cut by rows alone, however the rows came: equal rows are equal
+bytes.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +17,8 @@ import msgspec
 import pyarrow as pa
 from pyarrow import parquet
 
-from headrace.backends.lake.fsync import sync
-from headrace.contract.errors import ConfigRejected, Overloaded, Unavailable
+from headrace.contract.errors import ConfigRejected
+from headrace.stream.export.whole_folder import names_in, store, whole_folder
 
 MANIFEST = "_manifest.json"
 """Readers of Parquet folders leave out names that begin with `_`."""
@@ -74,7 +66,7 @@ class ParquetFolder:
         self._close()
         body = {**manifest, "rows": sum(file.rows for file in self.files), "files": self.files}
         text = msgspec.json.format(msgspec.json.encode(body), indent=2)
-        _store(self._folder / MANIFEST, text + b"\n")
+        store(self._folder / MANIFEST, text + b"\n")
 
     def _path(self) -> Path:
         return self._folder / f"part-{len(self.files):05d}.parquet"
@@ -111,51 +103,18 @@ def parquet_folder(
 ) -> Iterator[ParquetFolder]:
     """Yield the writer of a folder, which is at `target` when the block has ended without an exception.
 
-    Raises:
-        ConfigRejected: something is at `target` that may not be replaced, or the place cannot be written.
-        Overloaded: another export to `target` is under way.
-        Unavailable: the disk is full or fails. Nothing of this export is left then.
+    Raises `ConfigRejected` where something is at `target` that may not be replaced; else as `whole_folder`.
     """
     target = target.resolve()
-    making, aside = (target.parent / f".{target.name}.{end}" for end in ("exporting", "replaced"))
     refuse_occupied(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        making.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigRejected(f"{target} can't be written: {error.strerror}. Name another folder.") from error
-    lock = os.open(making, os.O_RDONLY)
-    try:
-        _take(lock, target)
-        _clear(making)
-        if aside.exists():
-            shutil.rmtree(aside)
-        writer = ParquetFolder(making, schema, row_group_rows=row_group_rows, file_rows=file_rows)
-        try:
-            yield writer
-            _put_in_place(making, target, aside)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "the disk is full" if full else str(error)
-            raise Unavailable(f"{target} was not written: {what}. Nothing of it is left; make room there.") from error
-        finally:
-            if _is_locked_folder(lock, making):
-                shutil.rmtree(making, ignore_errors=True)
-    finally:
-        os.close(lock)
+    with whole_folder(target) as making:
+        yield ParquetFolder(making, schema, row_group_rows=row_group_rows, file_rows=file_rows)
 
 
 def refuse_occupied(target: Path, *, overwrite: bool) -> None:
     """Raise `ConfigRejected` unless nothing, an empty folder or, to overwrite, an older export is at `target`. What a
     killed writer had set aside is put back."""
-    aside = target.parent / f".{target.name}.replaced"
-    if aside.is_dir() and not target.exists():
-        aside.rename(target)
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConfigRejected(f"{target} is a file; name a folder that is not there yet.")
-    names = sorted(path.name for path in target.iterdir())
+    names = names_in(target)
     if not names:
         return
     own = MANIFEST in names and all(n == MANIFEST or (n.startswith("part-") and n.endswith(".parquet")) for n in names)
@@ -163,40 +122,3 @@ def refuse_occupied(target: Path, *, overwrite: bool) -> None:
         raise ConfigRejected(f"{target} is not empty and is no export ({names[0]} is in it): name another folder.")
     if not overwrite:
         raise ConfigRejected(f"{target} holds an export already: name another folder, or add --overwrite.")
-
-
-def _take(lock: int, target: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Overloaded(f"another export to {target} is under way: wait until it is done.") from None
-
-
-def _is_locked_folder(lock: int, making: Path) -> bool:
-    """Say whether the folder of that name is still the one that the lock is on, not renamed or another's."""
-    try:
-        return os.path.samestat(os.fstat(lock), making.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
-def _store(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _put_in_place(making: Path, target: Path, aside: Path) -> None:
-    sync(making)
-    if target.exists() and any(target.iterdir()):
-        target.rename(aside)
-    making.rename(target)
-    sync(target.parent)
-    if aside.exists():
-        shutil.rmtree(aside)

@@ -38,7 +38,7 @@ Bools = npt.NDArray[np.bool_]
 
 KINDS: tuple[Objective, ...] = get_args(Objective)
 LOG_LOSS, WEIGHTED, SQUARED, HUBER, TWEEDIE = range(5)
-_LOW, _HIGH = np.float32(-30.0), np.float32(15.0)
+Z_LOW, Z_HIGH = np.float32(-30.0), np.float32(15.0)
 """Of z where e^z is taken: e^15 times the mean is beyond every value."""
 
 
@@ -62,7 +62,7 @@ def is_exponential(kind: int) -> bool:
 def values_said(kind_T: Int8s, z_NT: Float32s, targets_2T: Float32s) -> Float32s:
     """Return what the value tasks say from z, shaped as z; what stands for other tasks has no meaning."""
     mean_T, scale_T = targets_2T
-    grown_NT = mean_T * np.exp(np.clip(z_NT, _LOW, _HIGH))
+    grown_NT = mean_T * np.exp(np.clip(z_NT, Z_LOW, Z_HIGH))
     exponential_T = (kind_T == WEIGHTED) | (kind_T == TWEEDIE)
     out_NT: Float32s = np.where(exponential_T, grown_NT, mean_T + scale_T * z_NT).astype(np.float32)
     return out_NT
@@ -129,7 +129,7 @@ def _derivative(kind: int, z: np.float32, y: np.float32, power: np.float32, delt
         return np.float32(z - y)
     if kind == HUBER:
         return np.float32(min(max(z - y, -delta), delta))
-    at = min(max(z, _LOW), _HIGH)
+    at = min(max(z, Z_LOW), Z_HIGH)
     if kind == WEIGHTED:
         return np.float32((one + y) / (one + np.exp(-at)) - y)
     return np.float32(np.exp((np.float32(2.0) - power) * at) - y * np.exp((one - power) * at))

@@ -266,7 +266,7 @@ def test_a_full_disk_is_named(
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folders, "_store", full)
+    monkeypatch.setattr(folders, "store", full)
     assert exported(tmp_path / "out") == 1
     assert "the disk is full" in capsys.readouterr().err and left(tmp_path) == []
 
