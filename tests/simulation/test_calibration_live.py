@@ -56,8 +56,8 @@ class Served:
 def ads(spec: FeatureSpec, *, rows: int, has_amount: bool) -> Served:
     """Return impressions of ads; with `has_amount` an amount of thousands decides much, and clicks are rarer.
 
-    The seed is one whose labels come as often as they should, within 0.5 %: with a window of 300 s only 1,500 conversions
-    are learnt while the test goes on, and 3.7 % fewer of them (seed 0) are 4 % in what is said.
+    The seed is one whose labels come as often as they should, within 0.5 %: with a window of 300 s only 1,500
+    conversions are learnt while the test goes on, and 3.7 % fewer of them (seed 0) are 4 % in what is said.
     """
     fixed, rng = np.random.default_rng(99), np.random.default_rng(1)
     users, campaigns, publishers, words = 3_000, 120, 40, 200
