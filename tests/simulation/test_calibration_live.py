@@ -155,7 +155,7 @@ def plain(recipe: Recipe) -> Recipe:
 
 @pytest.mark.parametrize("has_amount", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_live_model_of_ads_is_calibrated(has_amount):
-    """Clicks and conversions within 5 % (rare conversions 8 %), and right after the lake, of which conversions had a third, within 15 %."""
+    """Within 5 % (rare conversions 8 %), and right after the lake, of which conversions had a third, within 15 %."""
     spec = FeatureSpec(features=(*ADS, Numeric(field="amount")) if has_amount else ADS)
     served = ads(spec, rows=66_000, has_amount=has_amount)
     whole, at_once = calibration(served, multitask(("click", "conversion")), spec, stored=0.7)
