@@ -8,16 +8,20 @@ import msgspec
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.project import Project, Task
+from headrace.trainer.model.held import ordered_tasks
 from headrace.trainer.validation.evaluate import Evaluation
 from headrace.trainer.validation.slices import slices_of
 
 
 def recipe_digest(project: Project) -> str:
-    """Return 16 hex digits over what makes a run's bits: the recipe and the feature spec, by name.
+    """Return 16 hex digits over what makes a run's bits: the recipe and the feature spec, by name, and which tasks are
+    learnt in the order of impressions, where any is.
 
     A project with another digest begins another run.
     """
     parts = {"recipe": msgspec.json.encode(project.recipe), "spec": msgspec.json.encode(project.features)}
+    if ordered := ordered_tasks(project.recipe, project.tasks):
+        parts["ordered"] = msgspec.json.encode(ordered)
     sha = hashlib.sha256()
     for name, data in sorted(parts.items()):
         sha.update(f"{name} {len(data)}\n".encode() + data)

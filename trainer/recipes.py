@@ -28,10 +28,12 @@ import msgspec
 
 from headrace.contract.project import Task
 from headrace.contract.recipe import Recipe
+from headrace.trainer.model.held import ordered_tasks
 
 LIVE: dict[str, Any] = {
     "standardize": True,
     "wait_for_negative": True,
+    "ordered_from_ms": 60_000,
     "stored_order": "position",
     "delayed": "taken_back",
 }
@@ -134,12 +136,15 @@ def uncalibrated(recipe: Recipe, tasks: Sequence[Task]) -> dict[str, Any]:
 
     What a recipe does in another way, such as `delayed`, is not among them.
     """
-    late = any(task.policy == "eager" or task.correct_ms for task in tasks if task.name in recipe.heads)
+    own = [task for task in tasks if task.name in recipe.heads]
+    needless = {
+        "delayed": not any(task.policy == "eager" or task.correct_ms for task in own),
+        "ordered_from_ms": not ordered_tasks(_with(recipe, {"ordered_from_ms": LIVE["ordered_from_ms"]}), own),
+        "dense_average": recipe.calibrate,
+    }
     by_batch = recipe.updates == "batch"
     wanted = {
-        name: value
-        for name, value in (LIVE | (STEADY if by_batch else {})).items()
-        if (name != "delayed" or late) and (name != "dense_average" or not recipe.calibrate)
+        name: value for name, value in (LIVE | (STEADY if by_batch else {})).items() if not needless.get(name, False)
     }
     if recipe.model in ("logistic", "fm"):
         wanted = {name: value for name, value in wanted.items() if name not in STEADY}

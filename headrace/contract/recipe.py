@@ -117,6 +117,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     wait_for_negative: bool = False
     """Positives of a task are not learnt before its first negative. Positives come at once and negatives when their
     window ends, so that a log's first window would teach that all are positive."""
+    ordered_from_ms: Annotated[int, Meta(ge=0)] = 0
+    """Tasks of policy `window` whose window is this long or longer are learnt in the order of their impressions: a
+    positive waits for the negatives of its impression's time. 0: no task; a positive is learnt when it comes, beside
+    the negatives of a window ago, and with features that grow, such as counters that fill, the model then takes what
+    has grown for what is positive. See `headrace.trainer.model.held`."""
     stored_order: Literal["event_time", "position"] = "event_time"
     """Order in which the lake is learnt. `position`: as samples followed one another in the log, which is how they come
     live. By `event_time` the lake ends with the positives of a window whose negatives are still to come."""

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 from trainer_world import PARTITIONS, PROJECT, TOPICS, FaultyBlobs, Killed, World, cut, send
 
 from headrace.backends.log.fenced_memory import FencedMemory
+from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.contract.formats.steps import decode_step
-from headrace.trainer.model.learner import TableLearner, make_learner
+from headrace.contract.project import Project
+from headrace.trainer.model.learner import TableLearner, learner_for
 from headrace.trainer.run import Trainer
 from headrace.trainer.source.source import Source
 
@@ -63,11 +66,17 @@ class FaultyStore(FaultyBlobs):
             raise Killed
 
 
-def replayed(world: World) -> tuple[TableLearner, Counter[str], int]:
+ORDERED = msgspec.structs.replace(
+    PROJECT, recipe=msgspec.structs.replace(PROJECT.recipe, ordered_from_ms=1, standardize=True)
+)
+"""Positives wait for the negatives of their time, over any crash."""
+
+
+def replayed(world: World, project: Project = PROJECT) -> tuple[TableLearner, Counter[str], int]:
     """Learn the recorded steps from nothing; return the learner, how often each event was learnt, and the last step."""
-    source = Source(PROJECT, world.log.reader(), TOPICS.samples, generation=1, metrics=world.deps().metrics)
+    source = Source(project, world.log.reader(), TOPICS.samples, generation=1, metrics=world.deps().metrics)
     source.begin(Cursor())
-    learner, taken = make_learner(PROJECT.recipe, PROJECT.features), Counter()
+    learner, taken = learner_for(project, TrainConfig()), Counter()
     steps = [decode_step(r.value) for r in world.log.partitions(TOPICS.steps)[0]]
     runs = [s.run for s in steps]
     assert runs == sorted(runs)
@@ -82,12 +91,12 @@ def replayed(world: World) -> tuple[TableLearner, Counter[str], int]:
     return learner, taken, len(steps)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_crashes_change_nothing(seed):
+@pytest.mark.parametrize(("seed", "project"), [*((seed, PROJECT) for seed in range(8)), (8, ORDERED), (9, ORDERED)])
+def test_crashes_change_nothing(seed, project):
     rng, world = Random(seed), World()
     todo = [r for p in range(PARTITIONS) for r in cut(seed, p, COUNT)]
     todo.sort(key=lambda r: r[0]["event_time_ms"][0].as_py())
-    trainer, deaths = None, 0
+    trainer, deaths, waited = None, 0, 0
     while todo or trainer is None:
         for rows, after in todo[:3]:
             send(world.log, rows, after=after)
@@ -97,23 +106,26 @@ def test_crashes_change_nothing(seed):
                 writer = FaultyWriter(
                     world.log, TOPICS.steps, f"steps-{PROJECT.name}", world.epochs, rng=rng, rate=0.04
                 )
-                trainer = Trainer(world.deps(steps_writer=writer, blobs=FaultyStore(world.blobs, rng)))
+                blobs = FaultyStore(world.blobs, rng)
+                trainer = Trainer(world.deps(project=project, steps_writer=writer, blobs=blobs))
                 trainer.recover()
             for _ in range(rng.randint(1, 12)):
                 trainer.turn()
                 world.clock.advance(0.05)
+            waited = max(waited, trainer.learner.held)
             if rng.random() < 0.1:
                 raise Killed
         except Killed:
             trainer, deaths = None, deaths + 1
-    last = Trainer(world.deps())
+    last = Trainer(world.deps(project=project))
     last.recover()
     world.drain(last)
-    learner, taken, steps = replayed(world)
+    learner, taken, steps = replayed(world, project)
     assert deaths > 0
     assert set(taken.values()) == {1} and len(taken) == PARTITIONS * COUNT
     assert last.learner.step == steps
     assert last.learner.digest() == learner.digest()
+    assert (waited > 0) == (project is ORDERED)
 
 
 def test_what_is_published_is_the_model():

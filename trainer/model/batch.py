@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +47,16 @@ class Batch:
 
     def where(self, keep_B: Bools) -> Batch:
         """Return the samples that `keep_B` marks, in their order."""
-        return Batch(
-            self.slots_BF[keep_B],
-            self.numeric_BD[keep_B],
-            self.label_B[keep_B],
-            self.weight_B[keep_B],
-            self.event_time_ms_B[keep_B],
-            self.task_B[keep_B],
-            self.id_B[keep_B],
-            self.correction_B[keep_B],
-        )
+        return Batch(*(array[keep_B] for array in self._arrays()))
+
+    def rows(self, at_M: Int64s) -> Batch:
+        """Return the samples at these places, in this order."""
+        return Batch(*(array[at_M] for array in self._arrays()))
+
+    def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return all samples of some batches, one batch after the other."""
+    return Batch(*(np.concatenate(arrays) for arrays in zip(*(each._arrays() for each in batches), strict=True)))

@@ -9,7 +9,7 @@ Axes: B samples, F slots, U distinct ids of a batch, D numbers, K keys, V = 1 + 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,23 +20,22 @@ from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.formats.snapshot import Weights
 from headrace.contract.project import Project
-from headrace.contract.recipe import Optimizer as Kind
-from headrace.contract.recipe import Recipe, slot_labels
+from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.model.batch import Batch, Bools
 from headrace.trainer.model.calibration import TAKEN_BACK, Platt, acceptable, gradients, left_out
 from headrace.trainer.model.digest import digest
+from headrace.trainer.model.held import Held, ordered_tasks
 from headrace.trainer.model.layers.average import Average
 from headrace.trainer.model.layers.in_order import learn_in_order
 from headrace.trainer.model.layers.linear_models import LinearModel
 from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.moments import Known, Moments
 from headrace.trainer.model.objectives import LOG_LOSS, kinds_of, value_gradients, values_said
-from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, dims_of, said, score
-from headrace.trainer.model.tables.admission import Admission
+from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, said, score
 from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
-from headrace.trainer.model.tables.group import SlotTable, Tables
-from headrace.trainer.model.tables.optimizers import Optimizer
+from headrace.trainer.model.tables.from_recipe import make_tables
+from headrace.trainer.model.tables.group import Tables
 from headrace.trainer.model.tables.row_index import Int32s
 from headrace.trainer.model.tables.table import Int64s
 
@@ -52,6 +51,7 @@ class StepReport:
     touched_K: Int64s
     """Keys whose rows changed, those that were forgotten among them: they have their initial values again."""
     learnt: int
+    """Samples that were taken: they are learnt, or wait for the negatives of their time (see `held`)."""
     refused: int
     sampled_out: int = 0
     """Negatives that the recipe's `negative_share` leaves out; they are scored all the same."""
@@ -150,20 +150,28 @@ class DensePart(Protocol):
         """Replace everything by what `state` returned."""
 
 
-def make_learner(recipe: Recipe, features: FeatureSpec, *, device: str = "cpu", device_rows: int = 0) -> TableLearner:
+def make_learner(
+    recipe: Recipe,
+    features: FeatureSpec,
+    *,
+    device: str = "cpu",
+    device_rows: int = 0,
+    ordered: Collection[str] = (),
+) -> TableLearner:
     """Return the learner that the recipe names, as it begins. Raises `ConfigRejected`; see `Recipe.checked`.
 
     Args:
         device: where the dense part of `deepfm`, `dcn` and a module is learnt.
         device_rows: rows that are kept there, see `HotRows`; with 0 they are read and learnt on the host.
+        ordered: tasks that are learnt in the order of impressions, see `held.ordered_tasks`.
     """
     recipe.checked(features)
     tables, dense = make_tables(recipe, features), make_dense(recipe, features, device=device, device_rows=device_rows)
     if not device_rows or isinstance(dense, LinearModel):
-        return TableLearner(recipe, features, tables, dense)
+        return TableLearner(recipe, features, tables, dense, ordered)
     from headrace.trainer.model.tables.hot_rows import HotRows  # torch
 
-    return TableLearner(recipe, features, HotRows(tables, device=device, rows=device_rows), dense)
+    return TableLearner(recipe, features, HotRows(tables, device=device, rows=device_rows), dense, ordered)
 
 
 def make_dense(recipe: Recipe, features: FeatureSpec, *, device: str, device_rows: int) -> DensePart:
@@ -183,7 +191,8 @@ def learner_for(project: Project, config: TrainConfig) -> TableLearner:
     """Return the project's learner on the device that the settings name. A replay must use the same settings."""
     device = device_of(config.device)
     rows = config.device_rows if device == "cuda" else 0
-    return make_learner(project.recipe, project.features, device=device, device_rows=rows)
+    ordered = ordered_tasks(project.recipe, project.tasks)
+    return make_learner(project.recipe, project.features, device=device, device_rows=rows, ordered=ordered)
 
 
 def device_of(setting: str) -> str:
@@ -196,46 +205,20 @@ def device_of(setting: str) -> str:
     return "cuda" if has_cuda and setting != "cpu" else "cpu"
 
 
-def make_tables(recipe: Recipe, features: FeatureSpec) -> Tables:
-    """Return the recipe's tables, empty."""
-    kinds = [recipe.slot_optimizers.get(label, recipe.optimizer) for label in slot_labels(features)]
-    slots = [
-        SlotTable(int(dim), _optimizer(recipe, kind))
-        for dim, kind in zip(dims_of(recipe, features), kinds, strict=True)
-    ]
-    return Tables(
-        slots or [SlotTable(recipe.row_dim, _optimizer(recipe, recipe.optimizer))],
-        seed=recipe.seed,
-        scale=recipe.row_scale,
-        admission=Admission(after=recipe.admit_after, by=recipe.admit_by),
-        expire_after_ms=recipe.expire_after_ms,
-    )
-
-
-def _optimizer(recipe: Recipe, kind: Kind) -> Optimizer:
-    return Optimizer(
-        kind=kind,
-        lr=recipe.lr_table,
-        l2=recipe.l2_table,
-        l1=recipe.l1_table if kind == "ftrl" else 0.0,
-        beta=recipe.ftrl_beta,
-        beta1=recipe.adam_beta1,
-        beta2=recipe.adam_beta2,
-        half_life_ms=recipe.squares_half_life_ms if kind.startswith("adagrad") else 0,
-        squares=recipe.squares_init if kind.startswith("adagrad") else 0.0,
-    )
-
-
 class TableLearner:
     """A dense part over collisionless tables: every model of `Recipe.model`."""
 
-    def __init__(self, recipe: Recipe, features: FeatureSpec, table: Store, dense: DensePart) -> None:
+    def __init__(
+        self, recipe: Recipe, features: FeatureSpec, table: Store, dense: DensePart, ordered: Collection[str]
+    ) -> None:
         self.recipe, self.features, self.table, self.net = recipe, features, table, dense
         self.step = 0
         self._kind_T = kinds_of(recipe)
         self._moments = Moments(recipe, features.numerics) if recipe.has_moments else None
         self._waits_T = np.full(len(recipe.heads), recipe.wait_for_negative)
         """Tasks that have had no negative yet, whose positives are not learnt."""
+        sizes = {"slots": features.slots, "numerics": features.numerics}
+        self._held = Held(recipe, ordered, **sizes) if ordered else None
         self._platt = Platt(recipe) if recipe.calibrate else None
         self._average = Average(recipe.dense_average, dense.dense()) if recipe.dense_average else None
 
@@ -243,6 +226,18 @@ class TableLearner:
     def rows(self) -> int:
         """Return how many ids have a row of their own."""
         return len(self.table)
+
+    @property
+    def held(self) -> int:
+        """Return how many positives wait for the negatives of their time."""
+        return len(self._held) if self._held is not None else 0
+
+    def slots_of(self, batch: Batch) -> Int64s:
+        """Return the slots of all samples that `learn` of this batch learns, those held before among them: [B, F]."""
+        if self._held is None or not len(self._held):
+            return batch.slots_BF
+        freed_HF = self._held.freed_slots(batch.where(acceptable(batch, self.recipe)))
+        return np.concatenate([batch.slots_BF, freed_HF])
 
     def predict(self, batch: Batch) -> Float32s:
         """Return what the model says of each sample, of its own task; see `Learner.predict`."""
@@ -283,22 +278,29 @@ class TableLearner:
         self.step += 1
         prediction_B = np.full(len(batch), np.nan, np.float32)
         keep_B = acceptable(batch, self.recipe)
-        refused = len(batch) - int(keep_B.sum())
-        sampled_out = 0
+        refused, part = len(batch) - int(keep_B.sum()), batch if keep_B.all() else batch.where(keep_B)
+        place_M, held, sampled_out = np.flatnonzero(keep_B), 0, 0
+        if self._held is not None:
+            taken = self._held.take(part)
+            held = int(taken.waits_B.sum())
+            prediction_B[place_M[taken.waits_B]] = self.predict(part.where(taken.waits_B))
+            part, place_M = taken.batch, np.where(taken.place_M < 0, -1, place_M[taken.place_M])
         if self.recipe.negative_share < 1:
-            out_B = keep_B & left_out(self.recipe, batch.label_B, batch.id_B)
-            sampled_out = int(out_B.sum())
-            prediction_B[out_B] = self.predict(batch.where(out_B))
-            keep_B &= ~out_B
-        part = batch if keep_B.all() else batch.where(keep_B)
+            out_M = left_out(self.recipe, part.label_B, part.id_B)
+            sampled_out = int(out_M.sum())
+            prediction_B[place_M[out_M]] = self.predict(part.where(out_M))
+            part, place_M = part.where(~out_M), place_M[~out_M]
         if not len(part):
-            return StepReport(prediction_B, _NO_KEYS, 0, refused, sampled_out)
+            return StepReport(prediction_B, _NO_KEYS, held, refused, sampled_out)
         if self._waits_T.any():
             part = self._without_early_positives(part)
         report = self._learn_in_order(part) if self.recipe.updates == "sample" else self._take_step(part)
-        prediction_B[keep_B] = report.prediction_B
-        refused += report.refused
-        return replace(report, prediction_B=prediction_B, refused=refused, sampled_out=sampled_out)
+        own_M, bad_M = place_M >= 0, np.zeros(len(part), np.bool_)
+        prediction_B[place_M[own_M]] = report.prediction_B[own_M]
+        if report.refused:
+            bad_M = np.isnan(report.prediction_B)
+        learnt, refused = held + int((own_M & ~bad_M).sum()), refused + int((own_M & bad_M).sum())
+        return replace(report, prediction_B=prediction_B, learnt=learnt, refused=refused, sampled_out=sampled_out)
 
     def _without_early_positives(self, batch: Batch) -> Batch:
         """Let positives weigh nothing whose task has had no negative, with this batch (or, sample after sample, before
@@ -445,6 +447,8 @@ class TableLearner:
             out |= {f"moments.{name}": array for name, array in self._moments.state().items()}
         if self.recipe.wait_for_negative:
             out["waits"] = self._waits_T.copy()
+        if self._held is not None:
+            out |= {f"held.{name}": array for name, array in self._held.state().items()}
         if self._platt is not None:
             out |= {"platt.weights": self._platt.weights_2T.copy(), "platt.squares": self._platt.squares_2T.copy()}
         if self._average is not None:
@@ -460,6 +464,8 @@ class TableLearner:
             self._moments.load({n.removeprefix("moments."): a for n, a in state.items() if n.startswith("moments.")})
         if self.recipe.wait_for_negative:
             self._waits_T = np.array(state["waits"], np.bool_)
+        if self._held is not None:
+            self._held.load({n.removeprefix("held."): a for n, a in state.items() if n.startswith("held.")})
         if self._platt is not None:
             self._platt.weights_2T = np.array(state["platt.weights"], np.float32)
             self._platt.squares_2T = np.array(state["platt.squares"], np.float32)

@@ -79,6 +79,9 @@ class Scorer(Protocol):
     def dense(self) -> dict[str, Float32s]:
         """Return copies of all other weights by name."""
 
+    def slots_of(self, batch: Batch) -> Int64s:
+        """Return the slots of all samples that learning this batch learns, those held before among them: [B, F]."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -320,7 +323,7 @@ class Evaluation:
         if not self._overlays:
             return
         newest = self._overlays[-1]
-        newest.rows.remember(batch.slots_BF.reshape(-1), learner.lookup)
+        newest.rows.remember(learner.slots_of(batch).reshape(-1), learner.lookup)
         if self.item_slot >= 0:
             newest.items.remember(np.ascontiguousarray(batch.slots_BF[:, self.item_slot]), self._item_counts)
 

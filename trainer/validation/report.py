@@ -118,6 +118,7 @@ class Report:
         metrics = self._metrics
         metrics.set("model_step", learner.step)
         metrics.set("table_rows", learner.rows)
+        metrics.set("samples_held", learner.held)
         metrics.set("lag_records", lag_records)
         metrics.set("lag_samples", source.waiting_rows())
         values = {"4_table/rows": float(learner.rows), "5_lag/records": float(lag_records)}

@@ -29,11 +29,10 @@ from headrace.contract.recipe import label_of
 from headrace.deploy.local.doctor import ephemeral_finding, port_findings
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
+from headrace.trainer.model.held import ordered_tasks
 from headrace.trainer.recipes import uncalibrated
 from headrace.trainer.validation.windows import CELL_MS_MIN, CELLS
 
-_LONG_WINDOW_MS = 60_000
-"""A task of this window or longer is 1.1 times too high while counters fill, one of 10 minutes 7 times."""
 RATE, RATE_MAX = 500.0, 10_000_000.0
 FEEDBACK_SHARE = 0.1
 """Feedback of each type by impressions, where nobody knows better."""
@@ -273,15 +272,14 @@ def _worth_knowing(project: Project) -> Iterator[str]:
             f"recipe: a live model may say far more or less than comes without {fields}. Set them, or take a function "
             "of headrace.trainer.recipes, which does (docs/models.md, Calibration)."
         )
-    if any(name.startswith("counter.") for each in project.features.features for name in each.inputs()):
-        for task in project.tasks:
-            if task.policy == "window" and task.window_ms >= _LONG_WINDOW_MS:
-                yield (
-                    f"task {task.name!r}: positives come at once and negatives {task.window_ms / 1000:g} s later. "
-                    "While counters still fill, a model with counters as features takes high counts for positives and "
-                    "says far too much. Where all tasks are policy='eager', each impression has a negative at once, "
-                    "and it says what is true (docs/models.md, Calibration)."
-                )
+    for task in project.tasks:
+        if task.name in ordered_tasks(project.recipe, project.tasks):
+            yield (
+                f"task {task.name!r} is learnt in the order of impressions: a positive is learnt when the negatives of "
+                f"its time are, up to {_time(task.window_ms)} after it came. A shorter window is learnt sooner; "
+                "policy='eager' at once, with a negative for each impression that its positive takes back "
+                "(docs/models.md, Calibration)."
+            )
 
 
 def _ports(args: argparse.Namespace) -> tuple[int | None, list[str], list[str]]:

@@ -110,6 +110,7 @@ Name = Literal[
     "label_rate_score",
     "label_rate_jumps_total",
     "samples_left_out_total",
+    "samples_held",
     "records_unreadable_total",
     "samples_per_second",
     "lag_samples",

@@ -137,6 +137,12 @@ TRAIN: Mapping[Name, MetricDoc] = {
     "samples_left_out_total": MetricDoc(
         "counter", "samples", ("train",), "Negatives that the recipe's `negative_share` left out."
     ),
+    "samples_held": MetricDoc(
+        "gauge",
+        "samples",
+        ("train",),
+        "Positives of tasks with a long window that wait for the negatives of their time; 65,536 at most.",
+    ),
     "samples_per_second": MetricDoc("gauge", "samples/s", ("train",), "Samples learnt a second, over the last second."),
     "lag_samples": MetricDoc(
         "gauge",

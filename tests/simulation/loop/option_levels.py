@@ -384,6 +384,7 @@ def layered(draft: Draft) -> None:
             hidden=(8, 4),
             dense_average=0.9,
             recent_base=True,
+            ordered_from_ms=1_000,
             slot_dims={"item": 4},
             slot_optimizers={"item": "adam", "user*page": "ftrl"},
             admit_after=2,

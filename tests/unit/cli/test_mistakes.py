@@ -104,6 +104,26 @@ def test_a_recipe_that_keeps_no_live_model_calibrated_is_noted(
         assert ("note: recipe: a live model" in said) == bool(lacks) and lacks in said and "delayed" not in said, said
 
 
+@pytest.mark.parametrize(
+    ("recipe", "policy", "said_of_it"),
+    [
+        ("deepfm()", "window", "task 'click' is learnt in the order of impressions: .* up to 5 min after it came"),
+        ("deepfm()", "eager", ""),
+        ("deepfm(ordered_from_ms=0)", "window", "recipe: a live model .* without ordered_from_ms=60000. Set"),
+    ],
+)
+def test_what_a_long_window_means_is_noted(
+    recipe: str, policy: str, said_of_it: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = PROJECT + "\nimport msgspec\nfrom headrace.trainer.recipes import deepfm\n"
+    text += f"task = msgspec.structs.replace(PROJECT.tasks[0], window_ms=300_000, policy={policy!r})\n"
+    text += f"PROJECT = msgspec.structs.replace(PROJECT, recipe={recipe}, tasks=(task,))\n"
+    folder = planted(Mistake("none", (), files={"project.py": text}), tmp_path / "own")
+    assert main(["check", str(folder)]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "port" not in line]
+    assert len(notes) == bool(said_of_it) and re.search(said_of_it, "".join(notes)), notes
+
+
 @pytest.mark.parametrize("ends", ["crlf", "bom", "tabs"])
 def test_what_editors_do_to_a_file_is_no_mistake(ends: str, tmp_path: Path) -> None:
     text, toml = PROJECT.encode(), b"[ingest]\nbatch_ms = 5\n"

@@ -36,7 +36,7 @@ RECIPES = RECIPES | CACHED
 MAKERS = {
     **{
         name: lambda device, r=recipe, rows=11 if name in CACHED else 0: make_learner(
-            r, SPEC, device=device, device_rows=rows
+            r, SPEC, device=device, device_rows=rows, ordered=r.heads if r.ordered_from_ms else ()
         )
         for name, recipe in RECIPES.items()
     },

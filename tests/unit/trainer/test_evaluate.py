@@ -14,6 +14,7 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric
 from headrace.trainer.model.batch import Batch
+from headrace.trainer.model.held import ordered_tasks
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.model.tables.table import initial_values
 from headrace.trainer.validation.evaluate import Evaluation, item_slot, known_times
@@ -204,6 +205,7 @@ RECIPES = {
     "logistic": Recipe(model="logistic", optimizer="ftrl", lr_table=0.1),
     "two tasks": Recipe(dim=4, hidden=(8,), tasks=("click", "like"), calibrate=True),
     "admission": Recipe(dim=4, hidden=(8,), admit_after=3),
+    "ordered": Recipe(dim=4, hidden=(8,), tasks=("click", "like"), ordered_from_ms=1_600),
 }
 
 
@@ -214,8 +216,9 @@ def test_overlays_equal_whole_copies(name, stored):
     tasks = tuple(Task(name=t, feedback="click", window_ms=2_000 - 500 * i) for i, t in enumerate(recipe.heads))
     for seed in range(2):
         ours, oracle = (evaluation_of(k, tasks, slices=("tab",), values_max=3) for k in (Evaluation, Copying))
-        one = run(ours, make_learner(recipe, SPEC), stream(seed, tasks=tasks), stored=stored)
-        two = run(oracle, make_learner(recipe, SPEC), stream(seed, tasks=tasks), stored=stored)
+        learners = [make_learner(recipe, SPEC, ordered=ordered_tasks(recipe, tasks)) for _ in range(2)]
+        one = run(ours, learners[0], stream(seed, tasks=tasks), stored=stored)
+        two = run(oracle, learners[1], stream(seed, tasks=tasks), stored=stored)
         assert np.array_equal(one, two, equal_nan=True)
         assert np.isfinite(one).mean() > 0.7
         for task in recipe.heads:

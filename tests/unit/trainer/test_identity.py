@@ -8,8 +8,12 @@ import hashlib
 import msgspec
 from trainer_world import PROJECT
 
+from headrace.contract.config import TrainConfig
+from headrace.contract.project import Project
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.identity import recipe_digest, tasks_of
+from headrace.trainer.model.held import ordered_tasks
+from headrace.trainer.model.learner import learner_for
 
 
 def test_the_digest_is_that_of_recipe_and_spec_by_name():
@@ -26,6 +30,23 @@ def test_another_recipe_or_spec_is_another_run():
     ]
     assert len({recipe_digest(project) for project in [PROJECT, *others]}) == 3
     assert recipe_digest(replace(PROJECT, name="other")) == recipe_digest(PROJECT)
+
+
+def test_a_task_that_begins_to_be_learnt_in_order_begins_a_run_and_no_other_window_does():
+    """Which tasks wait is decided by their windows, which are no part of the recipe, and makes the model's bits."""
+
+    def with_window(window_ms: int, ordered_from_ms: int, policy: str = "window") -> Project:
+        task = msgspec.structs.replace(PROJECT.tasks[0], window_ms=window_ms, policy=policy)
+        recipe = msgspec.structs.replace(PROJECT.recipe, ordered_from_ms=ordered_from_ms)
+        return msgspec.structs.replace(PROJECT, tasks=(task,), recipe=recipe)
+
+    assert recipe_digest(with_window(1_000, 0)) == recipe_digest(with_window(9_000, 0)) == recipe_digest(PROJECT)
+    short, long = with_window(59_999, 60_000), with_window(60_000, 60_000)
+    assert ordered_tasks(short.recipe, short.tasks) == () and ordered_tasks(long.recipe, long.tasks) == ("click",)
+    assert recipe_digest(short) != recipe_digest(long) == recipe_digest(with_window(90_000, 60_000))
+    eager = with_window(90_000, 60_000, "eager")
+    assert ordered_tasks(eager.recipe, eager.tasks) == () and recipe_digest(eager) == recipe_digest(short)
+    assert learner_for(long, TrainConfig()).state().keys() - learner_for(short, TrainConfig()).state().keys()
 
 
 def test_tasks_come_in_the_order_of_the_heads():

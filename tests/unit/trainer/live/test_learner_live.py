@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from learner_world import SPEC, batch_of, recipe_of
 
+from headrace.contract.project import Task
+from headrace.trainer.model.batch import Batch, joined
 from headrace.trainer.model.calibration import left_out
+from headrace.trainer.model.held import ordered_tasks
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.model.moments import Moments
 
@@ -70,3 +73,61 @@ def test_a_correction_of_a_negative_that_was_left_out_takes_nothing_back():
     taken.learn(replace(others, correction_B=np.ones(len(others), bool)))
     plain.learn(others)
     assert taken.digest() != plain.digest()
+
+
+def one(label: float, time_ms: int, *, row: int = 0, correction: bool = False) -> Batch:
+    """Return one sample of its own ids, or of those of another."""
+    slots = np.array([[10 * row, 10 * row + 1, 10 * row + 2, 10 * row + 3]], np.int64)
+    numbers = np.zeros((1, 2), np.float32)
+    rest = np.array([label], np.float32), np.ones(1, np.float32), np.array([time_ms])
+    return Batch(slots, numbers, *rest, correction_B=np.array([correction]))
+
+
+@pytest.mark.parametrize("updates", ["batch", "sample"])
+def test_a_click_of_a_long_window_waits_for_the_negatives_of_its_time_and_any_other_is_learnt_at_once(updates):
+    recipe = recipe_of("fm", updates=updates, ordered_from_ms=60_000)
+    for window_ms, waits in ((59_999, False), (60_000, True)):
+        tasks = [Task(name="click", feedback="click", window_ms=window_ms)]
+        learner = make_learner(recipe, SPEC, ordered=ordered_tasks(recipe, tasks))
+        learner.learn(one(0, 500, row=9))
+        asked = one(0, 2_000)
+        before = learner.predict(asked)[0]
+        report = learner.learn(one(1, 1_000))
+        assert report.learnt == 1 and report.prediction_B[0] == pytest.approx(before, abs=1e-6)
+        assert (learner.predict(asked)[0] > before) == (not waits) and learner.held == waits
+        assert (len(report.touched_K) == 0) == waits
+        # A negative of an earlier impression changes nothing of that, one of a later one does.
+        learner.learn(one(0, 999, row=8))
+        assert learner.held == waits
+        report = learner.learn(one(0, 1_000, row=7))
+        assert learner.held == 0 and learner.predict(asked)[0] > before and report.learnt == 1
+        assert set(one(1, 1_000).slots_BF[0].tolist()) <= set(report.touched_K.tolist()) or not waits
+
+
+def test_a_correction_never_waits():
+    learner = make_learner(recipe_of("fm", delayed="taken_back", ordered_from_ms=1), SPEC, ordered=("click",))
+    before = learner.predict(one(0, 0))[0]
+    learner.learn(one(1, 9_000, correction=True))
+    assert learner.held == 0 and learner.predict(one(0, 0))[0] > before
+
+
+def test_a_negative_that_is_not_learnt_frees_positives_all_the_same():
+    """Which negatives are left out is decided by a hash of the sample, and must not decide how long others wait."""
+    learner = make_learner(recipe_of("fm", negative_share=1e-9, ordered_from_ms=1), SPEC, ordered=("click",))
+    learner.learn(one(1, 1_000))
+    assert learner.held == 1
+    report = learner.learn(one(0, 2_000, row=7))
+    assert (report.learnt, report.sampled_out, learner.held) == (0, 1, 0) and len(report.touched_K) == SPEC.slots
+
+
+def test_what_waited_counts_once_whatever_becomes_of_it():
+    """Taken samples are learnt or wait, so that learnt, refused and left out are those that came."""
+    learner = make_learner(recipe_of("deepfm", ordered_from_ms=1), SPEC, ordered=("click",))
+    reports = [learner.learn(one(1, 1_000)), learner.learn(one(np.nan, 1_000)), learner.learn(one(0, 2_000, row=7))]
+    assert [(r.learnt, r.refused) for r in reports] == [(1, 0), (0, 1), (1, 0)] and learner.held == 0
+    # A step whose gradients overflow is refused whole: what was freed with it is lost, and is no refused sample of it.
+    assert learner.learn(one(1, 9_000)).learnt == 1
+    broken = one(0, 9_000, row=7)
+    broken.weight_B[:] = 3e38
+    report = learner.learn(joined([broken, one(1, 9_500, row=6)]))
+    assert (report.learnt, report.refused, learner.held) == (1, 1, 1)
