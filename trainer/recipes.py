@@ -28,12 +28,10 @@ import msgspec
 
 from headrace.contract.project import Task
 from headrace.contract.recipe import Recipe
-from headrace.trainer.model.held import ordered_tasks
 
 LIVE: dict[str, Any] = {
     "standardize": True,
     "wait_for_negative": True,
-    "ordered_from_ms": 60_000,
     "stored_order": "position",
     "delayed": "taken_back",
 }
@@ -139,7 +137,6 @@ def uncalibrated(recipe: Recipe, tasks: Sequence[Task]) -> dict[str, Any]:
     own = [task for task in tasks if task.name in recipe.heads]
     needless = {
         "delayed": not any(task.policy == "eager" or task.correct_ms for task in own),
-        "ordered_from_ms": not ordered_tasks(_with(recipe, {"ordered_from_ms": LIVE["ordered_from_ms"]}), own),
         "dense_average": recipe.calibrate,
     }
     by_batch = recipe.updates == "batch"

@@ -54,12 +54,8 @@ class Served:
 
 
 def ads(spec: FeatureSpec, *, rows: int, has_amount: bool) -> Served:
-    """Return impressions of ads; with `has_amount` an amount of thousands decides much, and clicks are rarer.
-
-    The seed is one whose labels come as often as they should, within 0.5 %: with a window of 300 s only 1,500
-    conversions are learnt while the test goes on, and 3.7 % fewer of them (seed 0) are 4 % in what is said.
-    """
-    fixed, rng = np.random.default_rng(99), np.random.default_rng(1)
+    """Return impressions of ads; with `has_amount` an amount of thousands decides much, and clicks are rarer."""
+    fixed, rng = np.random.default_rng(99), np.random.default_rng(0)
     users, campaigns, publishers, words = 3_000, 120, 40, 200
     user_w, campaign_w = fixed.normal(0, 0.6, users), fixed.normal(0, 1, campaigns)
     publisher_w = fixed.normal(0, 0.5, publishers)
@@ -155,12 +151,11 @@ def plain(recipe: Recipe) -> Recipe:
 
 @pytest.mark.parametrize("has_amount", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_live_model_of_ads_is_calibrated(has_amount):
-    """Within 5 % (rare conversions 8 %), and right after the lake, of which conversions had a third, within 15 %."""
+    """Clicks and conversions within 5 %, and right after the lake, of which conversions had a third, within 15 %."""
     spec = FeatureSpec(features=(*ADS, Numeric(field="amount")) if has_amount else ADS)
     served = ads(spec, rows=66_000, has_amount=has_amount)
     whole, at_once = calibration(served, multitask(("click", "conversion")), spec, stored=0.7)
-    # With the amount half as many convert: 1,000 are learnt, whose luck alone has a standard deviation of 3 %.
-    assert (abs(whole - 1) < (0.05, 0.08 if has_amount else 0.05)).all(), whole
+    assert (abs(whole - 1) < 0.05).all(), whole
     assert (abs(at_once - 1) < 0.15).all(), at_once
 
 
@@ -229,7 +224,7 @@ def eager_arrivals(served: Served, step_ms: int, tasks: tuple[int, ...] = (0, 1)
 def test_while_counters_fill_a_model_says_what_is_true(policy):
     """Positives of the longer task come ten minutes before the negatives of their time, with counts of their own."""
     served, spec = growing(24_000, 40)
-    recipe = multitask(("click", "conversion"))
+    recipe = multitask(("click", "conversion"), ordered_from_ms=60_000)
     batches = eager_arrivals(served, STEP_MS) if policy == "eager" else arrivals(served, recipe, 0.0, STEP_MS)
     off = after_36_minutes(served, make_learner(recipe, spec, ordered=ordered(recipe, served, policy)), batches)
     assert (abs(off - 1) < 0.1).all(), off
@@ -237,7 +232,7 @@ def test_while_counters_fill_a_model_says_what_is_true(policy):
 
 def test_where_positives_are_learnt_as_they_come_it_does_not():
     served, spec = growing(24_000, 40)
-    recipe = multitask(("click", "conversion"), ordered_from_ms=0)
+    recipe = multitask(("click", "conversion"))
     learner = make_learner(recipe, spec, ordered=ordered(recipe, served))
     off = after_36_minutes(served, learner, arrivals(served, recipe, 0.0, STEP_MS))
     assert off[1] > 3, off
@@ -246,7 +241,7 @@ def test_where_positives_are_learnt_as_they_come_it_does_not():
 @pytest.mark.long
 def test_an_eager_task_does_no_harm_to_one_of_a_window_beside_it():
     served, spec = growing(60_000, 40)
-    recipe = multitask(("click", "conversion"))
+    recipe = multitask(("click", "conversion"), ordered_from_ms=60_000)
     learner = make_learner(recipe, spec, ordered=("click",))
     off = after_36_minutes(served, learner, eager_arrivals(served, STEP_MS, tasks=(1,)))
     assert (abs(off - 1) < 0.1).all(), off

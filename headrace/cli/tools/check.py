@@ -33,6 +33,8 @@ from headrace.trainer.model.held import ordered_tasks
 from headrace.trainer.recipes import uncalibrated
 from headrace.trainer.validation.windows import CELL_MS_MIN, CELLS
 
+_LONG_WINDOW_MS = 60_000
+"""A task of this window or longer is 1.1 times too high while counters fill, one of 10 minutes 7 times."""
 RATE, RATE_MAX = 500.0, 10_000_000.0
 FEEDBACK_SHARE = 0.1
 """Feedback of each type by impressions, where nobody knows better."""
@@ -272,8 +274,18 @@ def _worth_knowing(project: Project) -> Iterator[str]:
             f"recipe: a live model may say far more or less than comes without {fields}. Set them, or take a function "
             "of headrace.trainer.recipes, which does (docs/models.md, Calibration)."
         )
+    has_counters = any(name.startswith("counter.") for each in project.features.features for name in each.inputs())
+    ordered = ordered_tasks(project.recipe, project.tasks)
     for task in project.tasks:
-        if task.name in ordered_tasks(project.recipe, project.tasks):
+        if has_counters and task.name not in ordered and task.policy == "window" and task.window_ms >= _LONG_WINDOW_MS:
+            yield (
+                f"task {task.name!r}: positives come at once and negatives {task.window_ms / 1000:g} s later. While "
+                "counters still fill, a model with counters as features takes high counts for positives and says far "
+                f"too much. ordered_from_ms={_LONG_WINDOW_MS} in the recipe lets a positive wait for the negatives of "
+                "its time. Where all tasks are policy='eager', each impression has a negative at once, and nothing "
+                "waits (docs/models.md, Calibration)."
+            )
+        if task.name in ordered:
             yield (
                 f"task {task.name!r} is learnt in the order of impressions: a positive is learnt when the negatives of "
                 f"its time are, up to {_time(task.window_ms)} after it came. A shorter window is learnt sooner; "
