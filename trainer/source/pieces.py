@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ import pyarrow as pa
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import orders
 from headrace.contract.formats.sample import conform
-from headrace.contract.interfaces.lake import LakeLayout, LakeReader, SpanMs, StoredHour
+from headrace.contract.interfaces.lake import LakeLayout, LakeReader, StoredHour, StoredSpan
 from headrace.trainer.source.batch import of_tasks
 
 StoredOrder = Literal["event_time", "position"]
@@ -36,7 +36,8 @@ Int64s = npt.NDArray[np.int64]
 PLACE = ["partition", "offset", "rank"]
 NARROW = [*PLACE, "event_time_ms", "task"]
 HOUR_MS = 3_600_000
-SECOND_MS = 1_000
+SAMPLED_ROWS = 2_000
+"""A row's bytes are measured on about so many."""
 SHARE = 6
 """A piece takes at most so many parts of the memory: one is learnt, one is read ahead, one is being put in order."""
 KEPT_SHARE = 3
@@ -71,18 +72,11 @@ def rank_order(rows: pa.Table, by: StoredOrder, reached_ms: Mapping[int, int] | 
     return ordered_N
 
 
-class _Span(NamedTuple):
-    """Event times, and how many rows of all tasks have them; -1 where that is not known."""
-
-    span_ms: SpanMs
-    rows: int
-
-
 @dataclass(frozen=True)
 class _Piece:
     """Where to look for rows, and which of them."""
 
-    spans: tuple[_Span, ...]
+    spans: tuple[StoredSpan, ...]
     end_ms: int
     """Where it is the last of its time: all rows of this version that are reached before `end_ms` are in it or before
     it. Else -1."""
@@ -121,9 +115,9 @@ class Pieces:
         """How many rows of all tasks the version has."""
         self._columns = [name for name in schema.names if name in layout.columns]
         self._rows_max = max(1, bytes_max // SHARE // self._row_bytes(layout.hours)) if layout.hours else 1
-        spans = _cut_at(self._spans(layout.hours), from_ms)
+        spans = _cut_at(lake.spans(version, self._rows_max), from_ms)
         self._partitions_P: Int64s = np.empty(0, np.int64)
-        self._kept: dict[_Span, pa.Table] = {}
+        self._kept: dict[StoredSpan, pa.Table] = {}
         """What spans that were read have for later pieces."""
         pieces = self._by_position(spans) if order == "position" else [_Piece((s,), s.span_ms[1]) for s in spans]
         self._left = [piece for piece in pieces if piece.end_ms > from_ms]
@@ -150,18 +144,18 @@ class Pieces:
         del self._left[0]
         return ordered, piece.end_ms
 
-    def _whole(self, span: _Span) -> pa.Table:
+    def _whole(self, span: StoredSpan) -> pa.Table:
         """Return the rows of a span that are not given out."""
         return self._kept[span] if span in self._kept else self._read(span, self._columns)
 
-    def _keep(self, span: _Span, rows: pa.Table) -> None:
+    def _keep(self, span: StoredSpan, rows: pa.Table) -> None:
         self._kept.pop(span, None)
         if not rows.num_rows:
             return
         if sum(each.nbytes for each in self._kept.values()) + rows.nbytes <= self._bytes_max // KEPT_SHARE:
             self._kept[span] = rows
 
-    def _by_position(self, spans: Sequence[_Span]) -> list[_Piece]:
+    def _by_position(self, spans: Sequence[StoredSpan]) -> list[_Piece]:
         """Find where each partition first reaches the begin of each span."""
         firsts: list[dict[int, int]] = []
         lasts: list[dict[int, int]] = []
@@ -219,7 +213,7 @@ class Pieces:
             since_P = before_P
         return cut
 
-    def _read(self, span: _Span, columns: list[str]) -> pa.Table:
+    def _read(self, span: StoredSpan, columns: list[str]) -> pa.Table:
         """Return the rows of our tasks in a span. Raises `InvariantBroken` where rows are gone."""
         rows = self._lake.read(self._version, columns, span_ms=span.span_ms)
         if span.rows >= 0 and rows.num_rows != span.rows:
@@ -230,37 +224,13 @@ class Pieces:
             )
         return of_tasks(rows, self._tasks)
 
-    def _spans(self, hours: Sequence[StoredHour]) -> list[_Span]:
-        """Put hours together, and cut those that are too big."""
-        spans: list[_Span] = []
-        for hour in hours:
-            whole = _Span((hour.begin_ms, hour.begin_ms + HOUR_MS), hour.rows)
-            for span in self._seconds(hour) if hour.rows > self._rows_max else [whole]:
-                if spans and spans[-1].rows + span.rows <= self._rows_max:
-                    spans[-1] = _Span((spans[-1].span_ms[0], span.span_ms[1]), spans[-1].rows + span.rows)
-                else:
-                    spans.append(span)
-        return spans
-
-    def _seconds(self, hour: StoredHour) -> list[_Span]:
-        """Return the seconds of an hour that have rows. Its times are read in as many parts as memory asks for."""
-        parts = min(3_600, 1 + 8 * SHARE * hour.rows // self._bytes_max)
-        edges = np.linspace(0, 3_600, parts + 1).astype(np.int64) * SECOND_MS + hour.begin_ms
-        rows_S = np.zeros(3_600, np.int64)
-        for begin_ms, end_ms in itertools.pairwise(edges.tolist()):
-            rows = self._lake.read(self._version, ["event_time_ms"], span_ms=(begin_ms, end_ms))
-            second_N = (rows["event_time_ms"].to_numpy() - hour.begin_ms) // SECOND_MS
-            rows_S += np.bincount(second_N, minlength=3_600)
-        begins = ((hour.begin_ms + s * SECOND_MS, int(rows_S[s])) for s in np.flatnonzero(rows_S).tolist())
-        return [_Span((begin_ms, begin_ms + SECOND_MS), rows) for begin_ms, rows in begins]
-
     def _row_bytes(self, hours: Sequence[StoredHour]) -> int:
-        """Return how many bytes a row takes, from a second of the first hour and one of the last."""
+        """Return how many bytes a row takes, from some of the first hour and some of the last."""
         most = 1
         for hour in (hours[0], hours[-1]):
-            for span in self._seconds(hour)[:1]:
-                rows = self._lake.read(self._version, self._columns, span_ms=span.span_ms)
-                most = max(most, -(-rows.nbytes // max(1, rows.num_rows)))
+            span = self._lake.spans(self._version, SAMPLED_ROWS, within_ms=(hour.begin_ms, hour.begin_ms + HOUR_MS))[0]
+            rows = self._lake.read(self._version, self._columns, span_ms=span.span_ms)
+            most = max(most, -(-rows.nbytes // max(1, rows.num_rows)))
         return most
 
 
@@ -280,16 +250,16 @@ def _orders(rows: pa.Table) -> Int64s:
     return orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
 
 
-def _rows_in(spans: Sequence[_Span]) -> int:
+def _rows_in(spans: Sequence[StoredSpan]) -> int:
     return sum(max(0, span.rows) for span in spans)
 
 
-def _cut_at(spans: Sequence[_Span], at_ms: int) -> list[_Span]:
+def _cut_at(spans: Sequence[StoredSpan], at_ms: int) -> list[StoredSpan]:
     """Return the spans, one that has the time inside as two."""
-    cut: list[_Span] = []
+    cut: list[StoredSpan] = []
     for (begin_ms, end_ms), rows in spans:
         if begin_ms < at_ms < end_ms:
-            cut += [_Span((begin_ms, at_ms), -1), _Span((at_ms, end_ms), -1)]
+            cut += [StoredSpan((begin_ms, at_ms), -1), StoredSpan((at_ms, end_ms), -1)]
         else:
-            cut.append(_Span((begin_ms, end_ms), rows))
+            cut.append(StoredSpan((begin_ms, end_ms), rows))
     return cut
