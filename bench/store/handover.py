@@ -45,6 +45,7 @@ from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.recipes import logistic
 from headrace.trainer.source.batch import to_batch
+from headrace.trainer.source.columns import stored_columns
 from headrace.trainer.source.source import Source
 from headrace.trainer.source.stored import StoredRows, stored_order
 
@@ -59,7 +60,7 @@ PROJECT = Project(
 )
 TOPICS = Topics(1)
 SCHEMA = sample_schema(PROJECT)
-PARTITIONS, BATCH, COMMIT = 8, 4_096, 500_000
+PARTITIONS, BATCH, COMMIT = 8, 4_096, 512_000
 BEGIN_MS = 1_795_564_800_000
 SIDES = ("pieces", "whole")
 
@@ -118,7 +119,8 @@ def batches_of(side: str, uri: str, order: str, bytes_max: int) -> Iterator[pa.T
         rows = stored_order(conform(lake.read(version), SCHEMA), ("click",), order)  # type: ignore[arg-type]
         yield from (rows.slice(at, BATCH) for at in range(0, rows.num_rows, BATCH))
         return
-    stored = StoredRows(lake, SCHEMA, ("click",), "bench", order=order, bytes_max=bytes_max, background=True)  # type: ignore[arg-type]
+    columns = stored_columns(PROJECT)
+    stored = StoredRows(lake, columns, ("click",), "bench", order=order, bytes_max=bytes_max, background=True)  # type: ignore[arg-type]
     stored.open(version)
     while not stored.is_done:
         stored.read_ahead(BATCH)

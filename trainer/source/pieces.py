@@ -29,6 +29,7 @@ from headrace.contract.formats.positions import orders
 from headrace.contract.formats.sample import conform
 from headrace.contract.interfaces.lake import LakeLayout, LakeReader, StoredHour, StoredSpan
 from headrace.trainer.source.batch import of_tasks
+from headrace.trainer.source.columns import StoredColumns
 
 StoredOrder = Literal["event_time", "position"]
 """`Recipe.stored_order`."""
@@ -101,19 +102,23 @@ class Pieces:
         self,
         lake: LakeReader,
         version: int,
-        schema: pa.Schema,
+        columns: StoredColumns,
         tasks: tuple[str, ...],
         order: StoredOrder,
         *,
         bytes_max: int,
         from_ms: int = 0,
     ) -> None:
-        self._lake, self._version, self._schema, self._tasks, self._order = lake, version, schema, tasks, order
+        self._lake, self._version, self._columns, self._tasks, self._order = lake, version, columns, tasks, order
         self._bytes_max = bytes_max
         layout: LakeLayout = lake.layout(version)
         self.rows = sum(hour.rows for hour in layout.hours)
         """How many rows of all tasks the version has."""
-        self._columns = [name for name in schema.names if name in layout.columns]
+        self._of_step, self._with_inputs = (
+            [name for name in schema.names if name in layout.columns] for schema in (columns.step, columns.inputs)
+        )
+        self._read_inputs, self._readings = False, 0
+        """Whether what features are made of is read at once, since the last rows needed it; how often rows were read."""
         self._rows_max = max(1, bytes_max // SHARE // self._row_bytes(layout.hours)) if layout.hours else 1
         spans = _cut_at(lake.spans(version, self._rows_max), from_ms)
         self._partitions_P: Int64s = np.empty(0, np.int64)
@@ -131,29 +136,51 @@ class Pieces:
         """Return the rows of the next piece in order, none maybe, and the time up to which all is given then; -1 in the
         middle of a time. Raises what the lake raises, and `InvariantBroken` where rows are gone."""
         piece = self._left[0]
-        if not piece.is_cut and piece.since_P is not None and _rows_in(piece.spans) > self._rows_max:
+        if not piece.is_cut and piece.since_P is not None and self._is_too_big(piece):
             self._left[:1] = self._cut(piece)
             piece = self._left[0]
-        found = [self._whole(span) for span in piece.spans]
-        ours = [_between(rows, piece.since_P, piece.before_P, self._partitions_P) for rows in found]
-        rows = conform(pa.concat_tables(ours), self._schema) if ours else self._schema.empty_table()
-        ordered = rows.take(pa.array(rank_order(rows, self._order, piece.reached_ms)))
-        if piece.before_P is not None:
-            for span, whole in zip(piece.spans, found, strict=True):
-                self._keep(span, _between(whole, piece.before_P, None, self._partitions_P))
+        ours, kept = [], self._kept.copy()
+        for span in piece.spans:
+            rows = kept.pop(span, None)
+            rows = self._fetch(span) if rows is None else rows
+            ours.append(_between(rows, piece.since_P, piece.before_P, self._partitions_P))
+            if piece.before_P is not None:
+                self._keep(kept, span, _between(rows, piece.before_P, None, self._partitions_P))
+        ordered = self._together(ours)
+        ordered = ordered.take(pa.array(rank_order(ordered, self._order, piece.reached_ms)))
+        self._kept = kept
         del self._left[0]
         return ordered, piece.end_ms
 
-    def _whole(self, span: StoredSpan) -> pa.Table:
-        """Return the rows of a span that are not given out."""
-        return self._kept[span] if span in self._kept else self._read(span, self._columns)
+    def _is_too_big(self, piece: _Piece) -> bool:
+        """Say whether more than one span of the piece must be read, or what is kept of spans is much."""
+        unread = sum(max(0, span.rows) for span in piece.spans if span not in self._kept)
+        kept = sum(self._kept[span].num_rows for span in piece.spans if span in self._kept)
+        return unread > self._rows_max or unread + kept > 2 * self._rows_max
 
-    def _keep(self, span: StoredSpan, rows: pa.Table) -> None:
-        self._kept.pop(span, None)
-        if not rows.num_rows:
-            return
-        if sum(each.nbytes for each in self._kept.values()) + rows.nbytes <= self._bytes_max // KEPT_SHARE:
-            self._kept[span] = rows
+    def _together(self, tables: Sequence[pa.Table]) -> pa.Table:
+        """Return rows of several spans as one table, with what features are made of where it was read for some."""
+        is_wide = any(each.num_columns > len(self._of_step) for each in tables)
+        schema = self._columns.inputs if is_wide else self._columns.step
+        return conform(pa.concat_tables(tables, promote_options="default"), schema) if tables else schema.empty_table()
+
+    def _fetch(self, span: StoredSpan) -> pa.Table:
+        """Read the rows of a span with the columns that they need."""
+        every = self._columns.shown_every
+        is_shown = every > 0 and self._readings % every == 0
+        self._readings += 1
+        if not self._read_inputs and not is_shown:
+            rows = self._read(span, self._of_step)
+            if not self._columns.needs_inputs(rows):
+                return rows
+        rows = self._read(span, self._with_inputs)
+        self._read_inputs = self._columns.needs_inputs(rows)
+        return rows
+
+    def _keep(self, kept: dict[StoredSpan, pa.Table], span: StoredSpan, rows: pa.Table) -> None:
+        """Keep what a span has for later pieces, as far as memory goes."""
+        if rows.num_rows and sum(each.nbytes for each in kept.values()) + rows.nbytes <= self._bytes_max // KEPT_SHARE:
+            kept[span] = rows
 
     def _by_position(self, spans: Sequence[StoredSpan]) -> list[_Piece]:
         """Find where each partition first reaches the begin of each span."""
@@ -187,7 +214,7 @@ class Pieces:
 
     def _cut(self, piece: _Piece) -> list[_Piece]:
         """Cut a piece that is too big by the order of its rows: their places and times alone are read."""
-        found = [self._read(span, NARROW) for span in piece.spans]
+        found = [self._kept[s].select(NARROW) if s in self._kept else self._read(s, NARROW) for s in piece.spans]
         rows = pa.concat_tables([_between(f, piece.since_P, piece.before_P, self._partitions_P) for f in found])
         if rows.num_rows <= self._rows_max or piece.since_P is None or piece.before_P is None:
             return [replace(piece, is_cut=True)]
@@ -229,7 +256,7 @@ class Pieces:
         most = 1
         for hour in (hours[0], hours[-1]):
             span = self._lake.spans(self._version, SAMPLED_ROWS, within_ms=(hour.begin_ms, hour.begin_ms + HOUR_MS))[0]
-            rows = self._lake.read(self._version, self._columns, span_ms=span.span_ms)
+            rows = self._lake.read(self._version, self._with_inputs, span_ms=span.span_ms)
             most = max(most, -(-rows.nbytes // max(1, rows.num_rows)))
         return most
 
@@ -248,10 +275,6 @@ def _between(rows: pa.Table, since_P: Int64s | None, before_P: Int64s | None, pa
 
 def _orders(rows: pa.Table) -> Int64s:
     return orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
-
-
-def _rows_in(spans: Sequence[StoredSpan]) -> int:
-    return sum(max(0, span.rows) for span in spans)
 
 
 def _cut_at(spans: Sequence[StoredSpan], at_ms: int) -> list[StoredSpan]:
