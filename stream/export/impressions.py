@@ -42,7 +42,7 @@ def impressions(rows: pa.Table, plan: ExportColumns, spec: FeatureSpec) -> pa.Ta
     found |= {name: first[name] for name in IMPRESSION if name in plan.names}
     found |= {name: first[source] for name, (source, _) in plan.raw.items() if name in plan.names}
     if plan.wanted_features:
-        slots_GF, numeric_GD = stored_features(first.to_batches()[0], spec)
+        slots_GF, numeric_GD = stored_features(first, spec)
         found |= {one.name: _feature(one, slots_GF, numeric_GD) for one in plan.wanted_features}
     for task in plan.tasks:
         wanted = {f"{kind}.{task}": how for kind, how in LABELS.items() if f"{kind}.{task}" in plan.names}

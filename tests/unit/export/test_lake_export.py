@@ -43,7 +43,8 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeltaLake:
     project.mkdir()
     (project / "headrace.toml").write_text("")
     declared = msgspec.json.encode(PROJECT).decode()
-    imports = "import msgspec\nfrom headrace.contract.project import Project\n"
+    # The world registers the project's own functions.
+    imports = "import export_world\nimport msgspec\nfrom headrace.contract.project import Project\n"
     text = f"{imports}PROJECT = msgspec.json.decode({declared!r}, type=Project)\n"
     (project / "project.py").write_text(text)
     monkeypatch.setenv("HEADRACE_PROJECT", str(project))
