@@ -16,7 +16,7 @@ Legend: S spans, P partitions, N rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,6 +36,8 @@ StoredOrder = Literal["event_time", "position"]
 Int64s = npt.NDArray[np.int64]
 PLACE = ["partition", "offset", "rank"]
 NARROW = [*PLACE, "event_time_ms", "task"]
+NARROW_BYTES = 96
+"""What `NARROW` and the numbers that are made of it take of a row."""
 HOUR_MS = 3_600_000
 SAMPLED_ROWS = 2_000
 """A row's bytes are measured on about so many."""
@@ -120,6 +122,7 @@ class Pieces:
         self._read_inputs, self._readings = False, 0
         """Whether what features are made of is read at once, since the last rows needed it; how often rows were read."""
         self._rows_max = max(1, bytes_max // SHARE // self._row_bytes(layout.hours)) if layout.hours else 1
+        self._narrow_max = max(self._rows_max, bytes_max // SHARE // NARROW_BYTES)
         spans = _cut_at(lake.spans(version, self._rows_max), from_ms)
         self._partitions_P: Int64s = np.empty(0, np.int64)
         self._kept: dict[StoredSpan, pa.Table] = {}
@@ -184,33 +187,45 @@ class Pieces:
 
     def _by_position(self, spans: Sequence[StoredSpan]) -> list[_Piece]:
         """Find where each partition first reaches the begin of each span."""
-        firsts: list[dict[int, int]] = []
-        lasts: list[dict[int, int]] = []
-        for span in spans:
-            first, last = {}, {}
-            rows = self._read(span, NARROW)
-            order_N, partition_N = _orders(rows), rows["partition"].to_numpy()
-            for partition in np.unique(partition_N).tolist():
-                here_N = order_N[partition_N == partition]
-                first[partition], last[partition] = int(here_N.min()), int(here_N.max())
-            firsts.append(first)
-            lasts.append(last)
-        self._partitions_P = np.array(sorted(set().union(*firsts)), np.int64) if firsts else self._partitions_P
+        if not spans:
+            return []
+        first_of: dict[tuple[int, int], int] = {}
+        last_of: dict[tuple[int, int], int] = {}
+        begins_S = np.array([span.span_ms[0] for span in spans], np.int64)
+        for some in self._in_groups(spans):
+            rows = self._read(some, NARROW)
+            span_N = np.searchsorted(begins_S, rows["event_time_ms"].to_numpy(), "right") - 1
+            for key, first, last in _extremes(span_N, rows["partition"].to_numpy(), _orders(rows)):
+                first_of[key], last_of[key] = first, last
+        self._partitions_P = np.array(sorted({partition for _, partition in first_of}), np.int64)
         first_SP, last_SP = (
-            np.array([[each.get(int(p), none) for p in self._partitions_P] for each in several], np.int64).reshape(
-                len(spans), -1
-            )
-            for several, none in ((firsts, NONE), (lasts, -1))
+            np.array([[of.get((s, p), none) for p in self._partitions_P.tolist()] for s in range(len(spans))], np.int64)
+            for of, none in ((first_of, NONE), (last_of, -1))
         )
         # Of the spans from each on, the lowest position.
         since_SP = np.minimum.accumulate(first_SP[::-1], axis=0)[::-1]
-        before_SP = np.r_[since_SP[1:], np.full((1, len(self._partitions_P)), NONE)] if len(spans) else since_SP
+        before_SP = np.r_[since_SP[1:], np.full((1, len(self._partitions_P)), NONE)]
         pieces = []
         for s, span in enumerate(spans):
             here_S = ((first_SP < before_SP[s]) & (last_SP >= since_SP[s])).any(axis=1)
             there = tuple(spans[i] for i in np.flatnonzero(here_S).tolist())
             pieces.append(_Piece(there, span.span_ms[1], since_SP[s], before_SP[s]))
         return pieces
+
+    def _in_groups(self, spans: Sequence[StoredSpan]) -> Iterator[StoredSpan]:
+        """Yield spans that follow one another as one, as many as their narrow columns leave room for."""
+        group: list[StoredSpan] = []
+        rows = 0
+        for span in [*spans, None]:
+            # Of a span whose rows are not known there are no more than of any.
+            more = 0 if span is None else span.rows if span.rows >= 0 else self._rows_max
+            if group and (span is None or rows + more > self._narrow_max):
+                is_known = all(each.rows >= 0 for each in group)
+                yield StoredSpan((group[0].span_ms[0], group[-1].span_ms[1]), rows if is_known else -1)
+                group, rows = [], 0
+            if span is not None:
+                group.append(span)
+                rows += more
 
     def _cut(self, piece: _Piece) -> list[_Piece]:
         """Cut a piece that is too big by the order of its rows: their places and times alone are read."""
@@ -271,6 +286,19 @@ def _between(rows: pa.Table, since_P: Int64s | None, before_P: Int64s | None, pa
     if before_P is not None:
         here_N &= order_N < before_P[number_N]
     return rows if here_N.all() else rows.filter(pa.array(here_N))
+
+
+def _extremes(span_N: Int64s, partition_N: Int64s, order_N: Int64s) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """Yield each span and partition that has rows, with the least and the greatest order of them."""
+    if not len(order_N):
+        return
+    placed_N = np.lexsort((order_N, partition_N, span_N))
+    span_N, partition_N, order_N = span_N[placed_N], partition_N[placed_N], order_N[placed_N]
+    is_first_N = np.r_[True, (np.diff(span_N) != 0) | (np.diff(partition_N) != 0)]
+    firsts = np.flatnonzero(is_first_N)
+    lasts = np.r_[firsts[1:], len(order_N)] - 1
+    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+        yield (int(span_N[first]), int(partition_N[first])), int(order_N[first]), int(order_N[last])
 
 
 def _orders(rows: pa.Table) -> Int64s:

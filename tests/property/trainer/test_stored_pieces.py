@@ -36,13 +36,13 @@ class Flaky(Lake):
 
     rng = Random(0)
     failing = 0.0
-    most = 0
+    most = total = 0
 
     def read(self, *args, **named):
         if self.rng.random() < self.failing:
             raise Unavailable("the store is away")
         rows = super().read(*args, **named)
-        self.most = max(self.most, rows.num_rows)
+        self.most, self.total = max(self.most, rows.num_rows), self.total + rows.num_rows
         return rows
 
 
@@ -156,3 +156,33 @@ def test_no_read_takes_more_rows_than_memory_allows():
     while not pieces.is_done:
         most = max(most, pieces.next()[0].num_rows)
     assert 0 < most < 30 < lake.rows.num_rows
+
+
+def test_rows_that_are_gone_of_an_hour_that_is_cut_are_told():
+    """What is cut is counted anew: what the log says of the hour tells that rows are missing."""
+    lake = lake_of(Random(4))
+    layout = lake.layout(5)
+    lake.layout = lambda version: layout  # type: ignore[method-assign]
+    lake.rows = lake.rows.slice(0, lake.rows.num_rows - 7)
+    with pytest.raises(InvariantBroken, match="are left"):
+        pieces = Pieces(lake, 5, COLUMNS, TASKS, "event_time", bytes_max=600)
+        while not pieces.is_done:
+            pieces.next()
+
+
+def test_late_rows_do_not_make_earlier_times_be_read_again():
+    """One row in twenty is up to an hour late, which is many spans: each span is read whole once."""
+    rng, rows, base = Random(9), [], 1_700_000_000_000 // HOUR_MS * HOUR_MS + HOUR_MS
+    for number in range(6_000):
+        late = rng.randrange(HOUR_MS) if rng.random() < 0.05 else 0
+        rows.append((number % 2, number, 0, base + number * 1_200 - late, "click"))
+    fields = list(SCHEMA)[:5]
+    columns = zip(*rows, strict=True)
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)], names=SCHEMA.names[:5])
+    lake = Flaky(table, Positions(1), {})
+    pieces, found = Pieces(lake, 5, COLUMNS, TASKS, "position", bytes_max=60_000), []
+    while not pieces.is_done:
+        found += places(pieces.next()[0])
+    assert found == expected(lake, "position")
+    # Once for hours that are cut, once for places, once whole; and a little more.
+    assert lake.total < 4 * len(rows)
