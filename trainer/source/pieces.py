@@ -43,6 +43,8 @@ SAMPLED_ROWS = 2_000
 """A row's bytes are measured on about so many."""
 SHARE = 6
 """A piece takes at most so many parts of the memory: one is learnt, one is read ahead, one is being put in order."""
+CHUNKS_MAX = 64
+"""What is kept is put together when it lies in more pieces: each costs every look at it."""
 KEPT_SHARE = 3
 """So many parts of the memory are for what spans have for later pieces."""
 NONE = np.iinfo(np.int64).max
@@ -125,8 +127,9 @@ class Pieces:
         self._narrow_max = max(self._rows_max, bytes_max // SHARE // NARROW_BYTES)
         spans = _cut_at(lake.spans(version, self._rows_max), from_ms)
         self._partitions_P: Int64s = np.empty(0, np.int64)
-        self._kept: dict[StoredSpan, pa.Table] = {}
-        """What spans that were read have for later pieces."""
+        self._pool: pa.Table | None = None
+        self._pooled: set[StoredSpan] = set()
+        """What spans that were read have for later pieces, and which spans."""
         pieces = self._by_position(spans) if order == "position" else [_Piece((s,), s.span_ms[1]) for s in spans]
         self._left = [piece for piece in pieces if piece.end_ms > from_ms]
 
@@ -139,27 +142,30 @@ class Pieces:
         """Return the rows of the next piece in order, none maybe, and the time up to which all is given then; -1 in the
         middle of a time. Raises what the lake raises, and `InvariantBroken` where rows are gone."""
         piece = self._left[0]
-        if not piece.is_cut and piece.since_P is not None and self._is_too_big(piece):
+        unread = sum(max(0, span.rows) for span in piece.spans if span not in self._pooled)
+        if not piece.is_cut and piece.since_P is not None and unread > self._rows_max:
             self._left[:1] = self._cut(piece)
             piece = self._left[0]
-        ours, kept = [], self._kept.copy()
+        ours, later, pooled, kept_bytes = [], [], set(self._pooled), 0
+        if self._pool is not None:
+            ours.append(self._between(self._pool, piece.since_P, piece.before_P))
+            later.append(self._between(self._pool, piece.before_P, None))
+            kept_bytes = later[0].nbytes
         for span in piece.spans:
-            rows = kept.pop(span, None)
-            rows = self._fetch(span) if rows is None else rows
-            ours.append(_between(rows, piece.since_P, piece.before_P, self._partitions_P))
-            if piece.before_P is not None:
-                self._keep(kept, span, _between(rows, piece.before_P, None, self._partitions_P))
+            if span in self._pooled:
+                continue
+            rows = self._fetch(span)
+            ours.append(self._between(rows, piece.since_P, piece.before_P))
+            rest = rows.slice(0, 0) if piece.before_P is None else self._between(rows, piece.before_P, None)
+            if rest.num_rows and kept_bytes + rest.nbytes <= self._bytes_max // KEPT_SHARE:
+                later.append(rest if self._columns.needs_inputs(rest) else rest.select(self._of_step))
+                pooled.add(span)
+                kept_bytes += rest.nbytes
         ordered = self._together(ours)
         ordered = ordered.take(pa.array(rank_order(ordered, self._order, piece.reached_ms)))
-        self._kept = kept
+        self._pool, self._pooled = _pool_of(later), pooled
         del self._left[0]
         return ordered, piece.end_ms
-
-    def _is_too_big(self, piece: _Piece) -> bool:
-        """Say whether more than one span of the piece must be read, or what is kept of spans is much."""
-        unread = sum(max(0, span.rows) for span in piece.spans if span not in self._kept)
-        kept = sum(self._kept[span].num_rows for span in piece.spans if span in self._kept)
-        return unread > self._rows_max or unread + kept > 2 * self._rows_max
 
     def _together(self, tables: Sequence[pa.Table]) -> pa.Table:
         """Return rows of several spans as one table, with what features are made of where it was read for some."""
@@ -179,11 +185,6 @@ class Pieces:
         rows = self._read(span, self._with_inputs)
         self._read_inputs = self._columns.needs_inputs(rows)
         return rows
-
-    def _keep(self, kept: dict[StoredSpan, pa.Table], span: StoredSpan, rows: pa.Table) -> None:
-        """Keep what a span has for later pieces, as far as memory goes."""
-        if rows.num_rows and sum(each.nbytes for each in kept.values()) + rows.nbytes <= self._bytes_max // KEPT_SHARE:
-            kept[span] = rows
 
     def _by_position(self, spans: Sequence[StoredSpan]) -> list[_Piece]:
         """Find where each partition first reaches the begin of each span."""
@@ -229,8 +230,9 @@ class Pieces:
 
     def _cut(self, piece: _Piece) -> list[_Piece]:
         """Cut a piece that is too big by the order of its rows: their places and times alone are read."""
-        found = [self._kept[s].select(NARROW) if s in self._kept else self._read(s, NARROW) for s in piece.spans]
-        rows = pa.concat_tables([_between(f, piece.since_P, piece.before_P, self._partitions_P) for f in found])
+        found = [] if self._pool is None else [self._pool.select(NARROW)]
+        found += [self._read(span, NARROW) for span in piece.spans if span not in self._pooled]
+        rows = pa.concat_tables([self._between(each, piece.since_P, piece.before_P) for each in found])
         if rows.num_rows <= self._rows_max or piece.since_P is None or piece.before_P is None:
             return [replace(piece, is_cut=True)]
         ordered_N = rank_order(rows, "position", piece.reached_ms)
@@ -255,6 +257,17 @@ class Pieces:
             since_P = before_P
         return cut
 
+    def _between(self, rows: pa.Table, since_P: Int64s | None, before_P: Int64s | None) -> pa.Table:
+        """Return the rows whose orders lie between those of their partitions."""
+        if not rows.num_rows or (since_P is None and before_P is None):
+            return rows
+        order_N = _orders(rows)
+        number_N = np.searchsorted(self._partitions_P, rows["partition"].to_numpy())
+        here_N = np.ones(len(order_N), np.bool_) if since_P is None else order_N >= since_P[number_N]
+        if before_P is not None:
+            here_N &= order_N < before_P[number_N]
+        return rows if here_N.all() else rows.filter(pa.array(here_N))
+
     def _read(self, span: StoredSpan, columns: list[str]) -> pa.Table:
         """Return the rows of our tasks in a span. Raises `InvariantBroken` where rows are gone."""
         rows = self._lake.read(self._version, columns, span_ms=span.span_ms)
@@ -276,16 +289,12 @@ class Pieces:
         return most
 
 
-def _between(rows: pa.Table, since_P: Int64s | None, before_P: Int64s | None, partitions_P: Int64s) -> pa.Table:
-    """Return the rows whose orders lie between those of their partitions."""
-    if not rows.num_rows or (since_P is None and before_P is None):
-        return rows
-    order_N = _orders(rows)
-    number_N = np.searchsorted(partitions_P, rows["partition"].to_numpy())
-    here_N = np.ones(len(order_N), np.bool_) if since_P is None else order_N >= since_P[number_N]
-    if before_P is not None:
-        here_N &= order_N < before_P[number_N]
-    return rows if here_N.all() else rows.filter(pa.array(here_N))
+def _pool_of(tables: Sequence[pa.Table]) -> pa.Table | None:
+    """Return tables as one, or None where they have no rows."""
+    if not any(each.num_rows for each in tables):
+        return None
+    pool = pa.concat_tables(tables, promote_options="default")
+    return pool.combine_chunks() if pool.column(0).num_chunks > CHUNKS_MAX else pool
 
 
 def _extremes(span_N: Int64s, partition_N: Int64s, order_N: Int64s) -> Iterator[tuple[tuple[int, int], int, int]]:
