@@ -6,7 +6,8 @@
    is set aside before and deleted after.
 
 A writer that is killed leaves hidden folders, which the next one deletes, or puts back where it had set one aside.
-Row groups and files are cut by rows alone, however the rows came: equal rows are equal bytes.
+Row groups and files are cut by rows alone, however the rows came: equal rows are equal bytes. One row group is written
+in a thread while the rows of the next are read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,9 +56,11 @@ class ParquetFolder:
         self._held: list[pa.Table] = []
         self._held_rows = self._rows = 0
         self._writer: Any = None
+        self._thread = ThreadPoolExecutor(1, "export-write")
+        self._under_way: Future[None] | None = None
 
     def write(self, rows: pa.Table) -> None:
-        """Add rows; they are on their way to the disk when a row group is full."""
+        """Add rows; they are on their way to the disk when a row group is full. Raises what the one before it met."""
         self._held.append(rows)
         self._held_rows += rows.num_rows
         if self._held_rows < self._group_rows:
@@ -71,15 +75,29 @@ class ParquetFolder:
         """Write what is left, and the manifest with the files' names, rows, sizes and digests."""
         if self._held_rows:
             self._write_group(pa.concat_tables(self._held))
+        self._wait()
         self._close()
         body = {**manifest, "rows": sum(file.rows for file in self.files), "files": self.files}
         text = msgspec.json.format(msgspec.json.encode(body), indent=2)
         _store(self._folder / MANIFEST, text + b"\n")
 
+    def stop(self) -> None:
+        """Return when nothing is written any more."""
+        self._thread.shutdown()
+
     def _path(self) -> Path:
         return self._folder / f"part-{len(self.files):05d}.parquet"
 
     def _write_group(self, rows: pa.Table) -> None:
+        self._wait()
+        self._under_way = self._thread.submit(self._write_now, rows)
+
+    def _wait(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _write_now(self, rows: pa.Table) -> None:
         if self._writer is None:
             self._writer = parquet.ParquetWriter(self._path(), self._schema, compression="zstd")
         # In one chunk, since how rows came must not show in the bytes.
@@ -132,7 +150,10 @@ def parquet_folder(
             shutil.rmtree(aside)
         writer = ParquetFolder(making, schema, row_group_rows=row_group_rows, file_rows=file_rows)
         try:
-            yield writer
+            try:
+                yield writer
+            finally:
+                writer.stop()
             _put_in_place(making, target, aside)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
