@@ -286,7 +286,7 @@ def stored_rows(lake: DeltaLake, version: int | None = None) -> list[dict[str, A
     return rows
 
 
-def filled_lake(folder: Path, rng: Random, *, older: int, newer: int, span_ms: int = 3 * HOUR_MS) -> DeltaLake:
+def filled_lake(folder: Path | str, rng: Random, *, older: int, newer: int, span_ms: int = 3 * HOUR_MS) -> DeltaLake:
     """Return a lake with samples of `older` impressions of the older project and `newer` of the project."""
     lake, offset = DeltaLake(str(folder), partitions=2), 0
     for project, count, first in ((OLDER, older, 0), (PROJECT, newer, older)):
