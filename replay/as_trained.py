@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
-from headrace.contract.formats.positions import Position, Positions, orders
+from headrace.contract.formats.kept_samples import read_on_at
+from headrace.contract.formats.positions import START, Position, Positions, orders
 from headrace.contract.formats.sample import conform, sample_schema
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
@@ -172,6 +173,8 @@ def recorded_rows(
     begins = reader.begin_offsets(topics.samples)
     for p, position in first.items():
         following = 0 if state is None else state.next_offsets.get(p, 0)
+        if in_lake.at(p) > START and following > begins[p]:
+            following = read_on_at(reader, topics.samples, p, in_lake.at(p), following)
         live.partitions[p] = LivePartition.at(position, max(begins[p], following))
     if lake is not None and state is not None:
         lake.hold(state.version, holder)

@@ -8,7 +8,9 @@ keys than the partition's to every partition of `events` (epoch first, then time
 1. Snapshot: take the state at its offsets, and count the records that were sent up to then.
 2. Deliver: wait until all of these records have their receipts, and make sure that no other aggregator took over.
 3. Store: put the snapshot's manifest, which makes it whole.
-4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete manifests beyond the three newest.
+4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete old manifests.
+
+A state whose counters `features` has lost since is left for an older one, or for the log's beginning.
 
 A restart settles the points after its state once more, under a higher epoch and with equal values. Of several
 aggregators one owns all partitions and the others wait (`headrace.stream.shell.one_owner`); one that was declared dead
@@ -17,8 +19,10 @@ and writes on has a lower epoch (`headrace.stream.aggregate.epochs`), and is ign
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -33,6 +37,7 @@ from headrace.stream.aggregate.epochs import Epochs, epoch_of, headers_of
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import (
+    AheadOfLog,
     DurableState,
     Outgoing,
     StateSnapshot,
@@ -40,7 +45,10 @@ from headrace.stream.shell.durable_state import (
     await_stored,
 )
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.kept_log import KeptLog, mark_of
 from headrace.stream.shell.unreadable_events import tell_unreadable
+
+log = logging.getLogger("headrace.aggregate")
 
 RECORD_ROWS = 5_000
 
@@ -68,6 +76,9 @@ class AggregateStage:
             every_ms=deps.config.aggregate.snapshot_ms,
             confirm=self._confirm,
         )
+        self._marks: dict[int, Sequence[int]] = {}
+        """Of each partition the record that the state contains last, as `mark_of` gives it."""
+        self._goes_back = False
         self._metrics_due_s = 0.0
         self._failure: BaseException | None = None
 
@@ -76,7 +87,7 @@ class AggregateStage:
         if self.state is None:
             self.state = await self._restore()
         offset = self.state.offsets[partition]
-        return offset + 1 if offset >= 0 else None
+        return offset + 1 if offset >= 0 or self._goes_back else None
 
     async def take_all(self, records: Sequence[Record]) -> None:
         """Take records of one partition, in order."""
@@ -94,7 +105,9 @@ class AggregateStage:
             if self._epochs is not None:
                 self._epochs.check(epoch_of(record))
             self.state.offsets[record.partition] = record.offset
+            self._marks[record.partition] = mark_of(record)
             return
+        self._marks[record.partition] = mark_of(record)
         settled = self.state.take(record)
         if settled:
             await self._write(settled)
@@ -146,7 +159,14 @@ class AggregateStage:
         self._failure = self._failure or error
 
     async def _restore(self) -> AggregatorState:
-        state = await self.durable.restore(_read, self._load)
+        self._marks = {}
+        kept_log = None if self.deps.open_reader is None else KeptLog(self.deps.open_reader)
+        try:
+            state = await self.durable.restore(_read, partial(self._load, kept_log))
+            self._goes_back = self.durable.is_ahead and await self._can_go_back(kept_log)
+        finally:
+            if kept_log is not None:
+                kept_log.close()
         if state is None:
             state = self._new_state()
         epoch = state.epoch_seen + 1
@@ -168,20 +188,49 @@ class AggregateStage:
             horizon_ms=config.join.repeat_horizon_ms,
         )
 
-    def _load(self, plain: dict[str, Any], _part: Callable[[str], bytes | None]) -> AggregatorState:
+    def _load(
+        self, kept_log: KeptLog | None, plain: dict[str, Any], _part: Callable[[str], bytes | None]
+    ) -> AggregatorState:
         check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
+        marks, reached = dict(plain.get("marks", ())), plain.get("features_reached", -1)
+        if kept_log is not None:
+            for partition, mark in marks.items():
+                kept_log.check_read(self.topic, partition, mark)
+            features = self.deps.topics.features
+            if (end := kept_log.ends_at(features)[0]) <= reached:
+                raise AheadOfLog(f"{features}/0 ends at {end}, and offset {reached} of it had been confirmed")
+            self.durable.reached[features, 0] = end - 1
         state = self._new_state()
         state.load_plain(plain)
+        self._marks = marks
         return state
+
+    async def _can_go_back(self, kept_log: KeptLog | None) -> bool:
+        """Say whether to begin with the log's first records, for all states are ahead of `features`. Raises
+        `InvariantBroken` where one of them is gone; False where a person has decided to do without."""
+        if kept_log is None or self.deps.begin_afresh:
+            return False
+        partitions, what = range(self.deps.config.log.partitions), self.deps.topics.features
+        look = partial(kept_log.check_whole, self.topic, partitions, what, self.name)
+        await self._waits.call(f"look where {self.topic} begins", look)
+        log.warning("all states are ahead of %s: counting from the log's first records again", what)
+        return True
 
     def _snapshot(self, state: AggregatorState) -> None:
         """Begin a snapshot, unless the state has been stored as it is."""
         offsets = dict(enumerate(state.offsets))
 
         def take() -> StateSnapshot:
-            data = zlib.compress(msgspec.msgpack.encode({**state.to_plain(), "topic_id": self.deps.topic_id}), 1)
+            plain = {**state.to_plain(), "topic_id": self.deps.topic_id, "marks": list(self._marks.items())}
+            packed = {name: msgspec.Raw(msgspec.msgpack.encode(value)) for name, value in plain.items()}
+
+            def encode() -> bytes:
+                # All of its records have their receipts by now: it is known how far `features` goes.
+                reached = self.durable.reached.get((self.deps.topics.features, 0), -1)
+                return zlib.compress(msgspec.msgpack.encode({**packed, "features_reached": reached}), 1)
+
             # Offsets only grow, and so does their sum: names sort in the order of the log.
-            return StateSnapshot(offsets, f"{sum(offsets.values()) + len(offsets):020d}", lambda: data)
+            return StateSnapshot(offsets, f"{sum(offsets.values()) + len(offsets):020d}", encode)
 
         self.durable.begin(offsets, take)
 

@@ -3,11 +3,12 @@
 1. Snapshot: take the state at its offsets, and count the records that were sent up to then.
 2. Deliver: wait until all of these records have their receipts.
 3. Store: put the snapshot's new parts, then its manifest, which makes it whole.
-4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete manifests beyond the three newest, and the
-   parts that only they needed.
+4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete the manifests that are too many, and the
+   parts that only they needed. The newest stay, and a few older ones that lie further apart.
 
-A worker that starts restores the newest snapshot that can be read. It reads on from its offsets and sends again what
-came after it. Where there are snapshots and none can be read it refuses: only a person decides to begin afresh.
+A worker that starts restores the newest snapshot that can be read, and whose records the log still holds. It reads on
+from its offsets and sends again what came after it. Where there are snapshots and none can be read it refuses: only a
+person decides to begin afresh.
 
 Whatever fails, a receipt, a call, anything nobody expected, stops the stage: from then on nothing is stored and nothing
 acknowledged, so that no state passes what was not delivered.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from headrace.contract.errors import InvariantBroken, Overloaded
+from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.log import Producer
 from headrace.process.waits import CALL_MAX_S, LOAD_MAX_S, RECEIPT_MAX_S, Waits
@@ -35,10 +36,18 @@ T = TypeVar("T")
 Encode = Callable[[], bytes]
 
 STATES_KEPT = 3
+SPACED_KEPT = 3
+"""Older states that are kept beside the newest ones: a broker that lost its end may have lost what they all sent."""
+SPACED = 12
+"""Each so many states one is kept longer: about one a minute."""
 RECEIPT_WAIT_S = 0.005
 """Between two looks at the receipts, which come every few milliseconds."""
 FULL_WAIT_S = 0.01
 """Between two tries to send while the producer's queue is full."""
+
+
+class AheadOfLog(Damaged):
+    """A state whose records are in the log no more, although they were confirmed: the log has lost its end."""
 
 
 class Outgoing(NamedTuple):
@@ -126,6 +135,12 @@ class DurableState:
         self._every_s, self._confirm = every_ms / 1000, confirm
         self._due_s = self._clock.monotonic() + first_ms / 1000
         self.sent = 0
+        self._offsets: dict[int, int] = {}
+        """Of the records since the newest snapshot that have their receipts, the offsets by number."""
+        self.ends_at = -1
+        """The offset of the last record that was sent before the newest snapshot; -1 where none was."""
+        self.reached: dict[tuple[str, int], int] = {}
+        """Of each topic and partition that it writes to, the highest offset that is known to be taken."""
         self._without_receipt: dict[int, None] = {}
         """Numbers of the records that have no receipt yet, in the order in which they were sent. Receipts of several
         partitions come in any order: how many came does not say which."""
@@ -133,6 +148,11 @@ class DurableState:
         """The offsets of the newest snapshot that is in the store."""
         self.kept: dict[str, Sequence[str]] = {}
         """Names of the kept manifests, oldest first, and of the parts that each needs."""
+        self._spaced: list[str] = []
+        """Those of the kept manifests that stay longer, oldest first."""
+        self._stored_count = 0
+        self.is_ahead = False
+        """True once states were found that had sent what the log does not hold any more, and none that had not."""
         self.storing: asyncio.Task[None] | None = None
         self.failure: BaseException | None = None
         """What stopped it: nothing is stored from then on."""
@@ -143,19 +163,22 @@ class DurableState:
         load: Callable[[Any, Callable[[str], bytes | None]], T],
         parts_of: Callable[[Any], Sequence[str]] | None = None,
     ) -> T | None:
-        """Return the newest state that can be read; None where none is stored.
+        """Return the newest state that can be read and is not ahead of the log; None where none is stored, or all that
+        can be read are ahead (`is_ahead`).
 
         Raises `InvariantBroken` where states are stored and none can be read, unless a person decided to begin afresh.
 
         Args:
             read: decodes a manifest. Raises `Damaged`.
-            load: makes a state of what was read, with a function that fetches a part. Raises `Damaged`.
+            load: makes a state of what was read, with a function that fetches a part. Raises `Damaged`, or `AheadOfLog`
+                where the log does not hold what was sent before it any more.
             parts_of: names the parts that a manifest needs; without it there are none, and older manifests stay unread.
         """
         listed = await self._store.run(f"list of {self._folder}", partial(self._store.blobs.list, self._folder))
         names = [_base(name) for name in listed]
         newest: T | None = None
         kept: dict[str, Sequence[str]] = {}
+        is_ahead = False
         for name in sorted(names, key=int, reverse=True):
             if newest is not None and parts_of is None:
                 kept[name] = ()
@@ -169,10 +192,16 @@ class DurableState:
                     newest = await self._store.run(
                         f"restore of {self._folder}/{name}", partial(load, plain, self._part), LOAD_MAX_S
                     )
+            except AheadOfLog as error:
+                is_ahead = True
+                log.error("%s/%s is ahead of the log: %s. Taking the one before", self._folder, name, error)
             except Damaged as error:
                 log.error("%s/%s is damaged (%s); taking the one before", self._folder, name, error)
         self.kept = dict(reversed(kept.items()))
-        if names and newest is None:
+        self._spaced = list(self.kept)[:-STATES_KEPT]
+        self._stored_count = 1 if self.kept else 0
+        self.is_ahead = newest is None and is_ahead
+        if names and newest is None and not is_ahead:
             self._refuse(names)
         return newest
 
@@ -225,6 +254,8 @@ class DurableState:
         try:
             # 2. Deliver.
             await self._await_receipts(sent)
+            self.ends_at = self._offsets.get(sent - 1, self.ends_at)
+            self._offsets = {number: offset for number, offset in self._offsets.items() if number >= sent}
             if self._confirm is not None:
                 await self._confirm()
             # 3. Store.
@@ -257,7 +288,12 @@ class DurableState:
             await self._put_one(f"{self._parts_folder}/{name}", encode)
         await self._put_one(f"{self._folder}/{snapshot.name}", snapshot.manifest)
         self.stored = snapshot.offsets
+        # A state that is stored anew under its name is the newest again.
+        self.kept.pop(snapshot.name, None)
         self.kept[snapshot.name] = snapshot.needed
+        if self._stored_count % SPACED == 0:
+            self._spaced = [*(name for name in self._spaced if name != snapshot.name), snapshot.name]
+        self._stored_count += 1
 
     async def _put_one(self, name: str, encode: Encode) -> None:
         if self.failure is not None:
@@ -268,10 +304,11 @@ class DurableState:
         await self._store.run(f"delete of {name}", partial(self._store.blobs.delete, name))
 
     async def _delete_old(self) -> None:
-        while len(self.kept) > STATES_KEPT:
-            oldest = next(iter(self.kept))
-            needed = self.kept.pop(oldest)
-            await self._delete_one(f"{self._folder}/{oldest}")
+        newest = {*list(self.kept)[-STATES_KEPT:]}
+        self._spaced = self._spaced[-SPACED_KEPT:]
+        for old in [name for name in self.kept if name not in newest and name not in self._spaced]:
+            needed = self.kept.pop(old)
+            await self._delete_one(f"{self._folder}/{old}")
             for name in set(needed).difference(*self.kept.values()):
                 await self._delete_one(f"{self._parts_folder}/{name}")
 
@@ -298,17 +335,28 @@ class DurableState:
                 record.value,
                 key=record.key,
                 headers=record.headers,
-                delivered=partial(self._on_delivered, number),
+                delivered=partial(self._on_delivered, number, record),
             )
         except Overloaded:
             return False
         return True
 
-    def _on_delivered(self, number: int, error: Exception | None, _offset: int) -> None:
+    def _on_delivered(self, number: int, record: Outgoing, error: Exception | None, offset: int) -> None:
+        place = record.topic, record.partition
+        reached = self.reached.get(place, -1)
+        # A receipt may tell no offset, which is negative then.
+        if error is None and 0 <= offset <= reached:
+            error = Unavailable(
+                f"{record.topic}/{record.partition} gave a record offset {offset}, and had given {reached} before: the "
+                "log has lost its end, which it had confirmed. The stage stops; a new process sends again what is "
+                "lost. Look at the brokers' logs and disks."
+            )
         if error is not None:
             # Never counted as delivered: no state that knows this record may be stored.
             self._fail(error)
             return
+        self.reached[place] = max(reached, offset)
+        self._offsets[number] = offset
         self._without_receipt.pop(number, None)
 
 

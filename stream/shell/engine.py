@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ import faust
 import faust.transport.drivers.aiokafka as aiokafka_driver
 from faust.types import TP
 
-from headrace.contract.errors import HeadraceError, InvariantBroken
+from headrace.contract.errors import HeadraceError, InvariantBroken, Unavailable
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.process.awake import awake_s
 from headrace.process.watchdog import Watchdog
@@ -77,7 +77,22 @@ class _Thread(aiokafka_driver.AIOKafkaConsumerThread):
         return consumer
 
 
+class _ReadOffsets(defaultdict[TP, int | None]):
+    """What Faust has read, which it drops no record by. A record that it holds while the consumer seeks back, or while
+    the client goes back to the log's begin, would make it drop all that was sought. What was taken, `Engine` knows."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None)
+
+    def __getitem__(self, tp: TP) -> int | None:
+        return None
+
+
 class _Consumer(aiokafka_driver.Consumer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._read_offset = _ReadOffsets()
+
     def _new_consumer_thread(self) -> Any:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
 
@@ -136,13 +151,15 @@ class Engine:
         self._durable: dict[int, int] = {}
         self._revoked: set[int] = set()
         self._held: dict[int, deque[Any]] = {}
+        self._last: dict[int, tuple[int, float, int]] = {}
+        """Of each partition the offset, time and length of the record that was taken last."""
         self._seeking: dict[int, float] = {}
         self._waiting: deque[Record] = deque()
         self._came = asyncio.Event()
         self._taken = asyncio.Event()
         self._failure: BaseException | None = None
         self._group = GroupWatch()
-        self._ends = LogEnds(topic, open_reader, self._standing)
+        self._ends = LogEnds(topic, open_reader, self._standing, lambda: dict(self.next))
         self._look_due_s = 0.0
         self._beginning = False
         self._watchdog = Watchdog()
@@ -286,6 +303,7 @@ class Engine:
             self._unbegun.pop(partition, None)
             self._durable.pop(partition, None)
             self._held.pop(partition, None)
+            self._last.pop(partition, None)
             self._seeking.pop(partition, None)
 
     async def _take(self, stage: Stage, event: Any) -> None:
@@ -304,6 +322,7 @@ class Engine:
         following = self.next[partition]
         if offset < following:
             # A repeat of what was taken and is not durable yet is acknowledged with it: the group must not be ahead.
+            self._check_repeat(partition, message)
             if offset < self._durable[partition]:
                 message.ack(self.app.consumer)
             return
@@ -314,6 +333,7 @@ class Engine:
         record = Record(
             self.topic, partition, offset, message.key, message.value, _headers(message), int(message.timestamp * 1000)
         )
+        self._last[partition] = _mark(message)
         # The value is the bulk; only the message's place is needed until it is acknowledged.
         message.value = None
         self._held.setdefault(partition, deque()).append(message)
@@ -323,6 +343,17 @@ class Engine:
         while len(self._waiting) >= WAITING_MAX:
             self._taken.clear()
             await self._taken.wait()
+
+    def _check_repeat(self, partition: int, message: Any) -> None:
+        """Raise `Unavailable` where a record comes again at an offset that was taken, and is another one: the log has
+        lost its end and was written on. Whoever comes again from before it comes to that record first."""
+        last = self._last.get(partition)
+        if last is not None and message.offset == last[0] and _mark(message) != last:
+            raise Unavailable(
+                f"{self.topic}/{partition}: another record lies at offset {message.offset} than was taken from there: "
+                "the log has lost its end, which it had confirmed. The stage stops; the next start tells what it can "
+                "go on from. See the brokers' logs and disks."
+            )
 
     async def _hand_on(self, stage: Stage) -> None:
         """Wait for records and hand them on, partition by partition, until none is left."""
@@ -420,6 +451,10 @@ async def _bounded(work: Any, what: str) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+def _mark(message: Any) -> tuple[int, float, int]:
+    return message.offset, message.timestamp, len(message.value or b"")
 
 
 def _headers(message: Any) -> dict[str, str]:

@@ -6,8 +6,11 @@ The state becomes durable, every `join.snapshot_ms`, as `headrace.stream.shell.d
 1. Snapshot: take the state at its offsets, and count the records that were sent up to then.
 2. Deliver: wait until all of these records have their receipts.
 3. Store: put the snapshot's new parts, then its manifest, which makes it whole.
-4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete manifests beyond the three newest, and the
-   parts that only they needed.
+4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete old manifests, and the parts that only they
+   needed.
+
+A state that sent samples which their topic has lost since is left, for an older one, or for the log's beginning: what
+is sent again has the same positions, and readers drop what they have.
 
 The rules that impressions are read by come from the log: those of change 1, then each change where it lies. What the
 project on disk declares is only compared with them.
@@ -16,15 +19,17 @@ project on disk declares is only compared with them.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow.compute as pc
 
 from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.kept_samples import SENDER, Sent
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.sample import format_position
 from headrace.contract.formats.seals import HEADER
@@ -46,6 +51,7 @@ from headrace.stream.shell.durable_state import (
     await_stored,
 )
 from headrace.stream.shell.engine import Engine
+from headrace.stream.shell.kept_log import KeptLog, mark_of
 from headrace.stream.shell.unreadable_events import tell_unreadable
 from headrace.stream.stored_rules import FIRST_RULES
 
@@ -76,6 +82,12 @@ class _Partition:
     first_rules: Mapping[str, Any] = field(default_factory=dict)
     """Those that the log begins with, for who looks later whether the `rules` topic still says them."""
     shown_too_late: int = 0
+    mark: Sequence[int] = ()
+    """The record that the state contains last, as `mark_of` gives it; empty while that is not known."""
+    sent: Sent | None = None
+    """What the state that this worker began with had sent last; None where that is not known."""
+    sender: str = ""
+    """What this worker's samples say of who sent them."""
 
     def snapshot(self) -> None:
         """Begin a snapshot, unless the state has been stored as it is."""
@@ -87,8 +99,23 @@ class _Partition:
         taken.plain["topic_id"] = self.topic_id
         taken.plain[FIRST_RULES] = self.first_rules
         taken.plain["account"] = self.account.to_plain()
+        taken.plain["mark"] = list(self.mark)
+        # Encoded when the samples have their receipts.
+        taken.plain["sent"] = self._sent_last
         offsets, name = {self.number: taken.offset}, f"{taken.offset:020d}"
         return StateSnapshot(offsets, name, taken.manifest, taken.fresh, taken.names)
+
+    def _sent_last(self) -> list[Any]:
+        sent = Sent(self.durable.ends_at, self.sender) if self.durable.ends_at >= 0 else self.sent
+        return [] if sent is None else msgspec.to_builtins(sent)
+
+
+class _Restored(NamedTuple):
+    state: JoinState
+    writer: StateWriter
+    account: Account
+    mark: Sequence[int] = ()
+    sent: Sent | None = None
 
 
 class StreamStage:
@@ -127,11 +154,18 @@ class StreamStage:
             # Partitions that begin together take turns.
             first_ms=every_ms * (1 + partition % 4 / 4),
         )
-        restored = await durable.restore(read_manifest, partial(self._load, partition), part_names)
+        kept_log = None if self.deps.open_reader is None else KeptLog(self.deps.open_reader)
+        try:
+            load_checked = partial(self._load, partition, durable, kept_log)
+            restored = await durable.restore(read_manifest, load_checked, part_names)
+            goes_back = durable.is_ahead and await self._can_go_back(partition, kept_log)
+        finally:
+            if kept_log is not None:
+                kept_log.close()
         if restored is None:
             state = self._new_state(partition)
-            restored = state, StateWriter(state), fresh_account()
-        state, writer, account = restored
+            restored = _Restored(state, StateWriter(state), fresh_account())
+        state, writer, account, mark, sent = restored
         durable.stored = {partition: state.offset}
         self.partitions[partition] = _Partition(
             partition,
@@ -143,9 +177,12 @@ class StreamStage:
             account,
             msgspec.to_builtins(rules_of(self.deps.project)),
             state.totals.too_late,
+            mark,
+            sent,
+            secrets.token_hex(4),
         )
         self._tell_rules(partition, state, None)
-        return state.offset + 1 if state.offset >= 0 else None
+        return state.offset + 1 if state.offset >= 0 or goes_back else None
 
     async def take_all(self, records: Sequence[Record]) -> None:
         """Join records of one partition, in order, and send what they resolved."""
@@ -153,6 +190,8 @@ class StreamStage:
         before, above = partition.state.rules, partition.state.offset
         bad = partition.state.row_totals()[-1]
         emitted = partition.state.take_all(records)
+        if records[-1].offset == partition.state.offset:
+            partition.mark = mark_of(records[-1])
         if partition.state.rules.number != before.number:
             self._tell_rules(partition.number, partition.state, before.declared)
         self.deps.metrics.add("records_read_total", len(records))
@@ -163,7 +202,7 @@ class StreamStage:
             # Before anything waits: a snapshot has the samples of the state in its account.
             watermark_ms = partition.state.watermark.time_ms
             seals = [partition.account.take_samples(piece.batch, watermark_ms) for piece in pieces]
-            await partition.durable.send(len(pieces), self._outgoing(partition.number, pieces, seals))
+            await partition.durable.send(len(pieces), self._outgoing(partition.number, partition.sender, pieces, seals))
             self.deps.metrics.add("samples_emitted_total", emitted.batch.num_rows)
 
     async def tick(self) -> None:
@@ -225,24 +264,51 @@ class StreamStage:
             )
 
     def _load(
-        self, partition: int, plain: Mapping[str, Any], part: Callable[[str], bytes | None]
-    ) -> tuple[JoinState, StateWriter, Account]:
+        self,
+        partition: int,
+        durable: DurableState,
+        kept_log: KeptLog | None,
+        plain: Mapping[str, Any],
+        part: Callable[[str], bytes | None],
+    ) -> _Restored:
         check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
+        # By the growth rules: an older state does not say either.
+        mark = plain.get("mark", ())
+        sent = Sent(*plain["sent"]) if plain.get("sent") else None
+        if kept_log is not None:
+            samples = self.deps.topics.samples
+            if mark:
+                kept_log.check_read(self.topic, partition, mark)
+            if sent is not None:
+                kept_log.check_sent(samples, partition, sent, Position(*plain["last"]))
+            durable.reached[samples, partition] = kept_log.ends_at(samples)[partition] - 1
         state = self._new_state(partition)
-        return state, load(state, plain, part), load_account(plain, state.last)
+        return _Restored(state, load(state, plain, part), load_account(plain, state.last), mark, sent)
+
+    async def _can_go_back(self, partition: int, kept_log: KeptLog | None) -> bool:
+        """Say whether the join may begin with the log's first record, for all states are ahead of `samples`. Raises
+        `InvariantBroken` where that record is gone; False where a person has decided to do without."""
+        if kept_log is None or self.deps.begin_afresh:
+            return False
+        what = f"{self.deps.topics.samples}/{partition}"
+        look = partial(kept_log.check_whole, self.topic, [partition], what, self.name)
+        await self._waits.call(f"look where {self.topic} begins", look)
+        log.warning("%s: all states are ahead of %s; joining from the log's first record again", self.topic, what)
+        return True
 
     def _new_state(self, partition: int) -> JoinState:
         config = self.deps.config
         silent_ms = config.ingest.silent_ms
         return JoinState(self.deps.project, config.join, silent_ms=silent_ms, partition=partition, spill=self.spill)
 
-    def _outgoing(self, partition: int, pieces: list[Emitted], seals: list[str]) -> Iterator[Outgoing]:
+    def _outgoing(self, partition: int, sender: str, pieces: list[Emitted], seals: list[str]) -> Iterator[Outgoing]:
         for piece, seal in zip(pieces, seals, strict=True):
             headers = {
                 "after": format_position(piece.after),
                 "last": format_position(piece.last),
                 "spec": ",".join(pc.unique(piece.batch.column("spec")).to_pylist()),
                 HEADER: seal,
+                SENDER: sender,
             }
             yield Outgoing(self.deps.topics.samples, partition, encode_batch(piece.batch), headers=headers)
 

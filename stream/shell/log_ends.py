@@ -27,10 +27,15 @@ class LogEnds:
     """The ends of one topic, and what waits before them."""
 
     def __init__(
-        self, topic: str, open_reader: Callable[[], Reader], taken: Callable[[], Mapping[int, int | None]]
+        self,
+        topic: str,
+        open_reader: Callable[[], Reader],
+        taken: Callable[[], Mapping[int, int | None]],
+        begun: Callable[[], Mapping[int, int]] = dict,
     ) -> None:
-        """`taken` says, from any thread, the next offset of each partition that the stage takes; None for the first."""
-        self.topic, self._open_reader, self._taken = topic, open_reader, taken
+        """`taken` says, from any thread, the next offset of each partition that the stage takes; None for the first.
+        `begun` says it of those alone from which this process has taken records."""
+        self.topic, self._open_reader, self._taken, self._begun = topic, open_reader, taken, begun
         self.begins: Mapping[int, int] = {}
         self.ends: Mapping[int, int] = {}
         self.answered_s = awake_s()
@@ -38,6 +43,8 @@ class LogEnds:
         self.oldest_ms: int | None = None
         """When the oldest record was written that a partition stands before; None while all move or nothing waits."""
         self._before: dict[int, int] = {}
+        self._cut: dict[int, tuple[int, int]] = {}
+        """Partitions that were taken further than the log goes, with both offsets, as of the last look."""
         self._still: dict[int, int] = {}
         """Of each partition that stands still before a record, in how many looks it did."""
         self._failure: BaseException | None = None
@@ -92,6 +99,7 @@ class LogEnds:
 
     def read(self, reader: Reader) -> None:
         """Look once."""
+        before = dict(self._begun())
         begins, ends = reader.begin_offsets(self.topic), reader.end_offsets(self.topic)
         self.answered_s = awake_s()
         taken = {p: begins.get(p, 0) if at is None else at for p, at in self._taken().items()}
@@ -104,5 +112,15 @@ class LogEnds:
             reader.assign({})
         # Offsets that belong to no record, such as a transaction's marker, are nothing that waits.
         self._still = {p: self._still.get(p, 0) + 1 for p in times}
+        cut = {p: (at, ends[p]) for p, at in before.items() if ends.get(p, at) < at}
+        for partition in cut.keys() & self._cut.keys():
+            # Twice: a new leader may not know at once how far its followers are.
+            at, end = cut[partition]
+            self._failure = Unavailable(
+                f"{self.topic}/{partition} was taken up to offset {at} and ends at {end}: the log has lost its end, "
+                "which it had confirmed. The stage stops; the next start tells what it can go on from. See the "
+                "brokers' logs and disks."
+            )
+        self._cut = cut
         self.oldest_ms = min(times.values(), default=None)
         self.begins, self.ends, self._before = begins, ends, taken

@@ -1,6 +1,7 @@
 """The sink: samples from their topic to the lake, each once.
 
-1. At an assignment ask the lake's newest version: the offset to go on from and the last position it holds.
+1. At an assignment ask the lake's newest version: the offset to go on from and the last position it holds. Where the
+   topic has lost its end since, read it from its first record.
 2. Drop rows that are not beyond the partition's position. A record that begins after a position not reached yet was
    written out of turn: it is left out, counted (`gap_total`) and comes again from the partition's owner. A record that
    is not ours, or damaged, is counted and skipped (`headrace.contract.formats.sample_record`); where samples were in it
@@ -26,15 +27,17 @@ import pyarrow as pa
 from headrace.contract.config import Config
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import fit
+from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.formats.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.lake import LakeState, LakeWriter
-from headrace.contract.interfaces.log import Record
+from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.process.awake import Awake
+from headrace.process.moved import moved
 from headrace.process.waits import Waits
 from headrace.stream.shell.engine import Engine
 
@@ -53,9 +56,19 @@ class SinkStage:
     has_one_owner = False
 
     def __init__(
-        self, config: Config, lake: LakeWriter, metrics: Metrics, clock: Clock, *, kept_ms: int | None = None
+        self,
+        config: Config,
+        lake: LakeWriter,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        kept_ms: int | None = None,
+        open_reader: Callable[[], Reader] | None = None,
     ) -> None:
-        """`kept_ms`: how long the broker keeps samples, -1 for ever; unless told, what the topic is created with."""
+        """`kept_ms`: how long the broker keeps samples, -1 for ever; unless told, what the topic is created with.
+        `open_reader` makes a reader to look whether the topic still holds what was stored of it.
+        """
+        self._open_reader = open_reader
         self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
         topics = Topics(config.log.generation)
         self.topic = topics.samples
@@ -65,6 +78,8 @@ class SinkStage:
         self.orders: dict[int, SampleOrder] = {}
         """How far each partition was taken. What is out of turn is left out, not held: its owner sends it again."""
         self.next: dict[int, int] = {}
+        self._stored: dict[int, int] = {}
+        """The offset, a partition, that the lake says to go on from."""
         self.damaged: dict[int, DamagedRecords] = {}
         self._left_out: dict[int, set[Position]] = {}
         """Where the records begin that were out of turn, behind a damaged one alone: else nothing is kept."""
@@ -89,7 +104,12 @@ class SinkStage:
         state = await self._waits.call("look at the lake", partial(_patiently, self.lake.state, self.clock))
         position = START if state is None else state.positions.at(partition)
         self.orders[partition] = SampleOrder(position, hold=False)
-        return None if state is None else state.next_offsets.get(partition)
+        following = None if state is None else state.next_offsets.get(partition)
+        self._stored[partition] = following or 0
+        if following is None or position == START or self._open_reader is None:
+            return following
+        look = partial(_read_on_at, self._open_reader, self.topic, partition, position, following)
+        return await self._waits.call("look whether samples go on where the lake ends", look)
 
     async def take_all(self, records: Sequence[Record]) -> None:
         """Take records of one partition, in order."""
@@ -219,8 +239,11 @@ class SinkStage:
 
     def _begin_commit(self) -> None:
         self._due_s = self.clock.monotonic() + self.config.commit_ms / 1000
-        batches, moved = _alike([b for _, b in self.batches]), sorted(self._moved)
-        offsets = {p: self._resume(p) for p in moved}
+        batches, with_rows = _alike([b for _, b in self.batches]), {p for p, _ in self.batches}
+        offsets = {p: self._resume(p) for p in sorted(self._moved)}
+        # Repeats alone, read again behind a lost end, move nothing back.
+        moved = [p for p, following in offsets.items() if p in with_rows or following >= self._stored.get(p, 0)]
+        offsets = {p: offsets[p] for p in moved}
         positions = {p: self.orders[p].position for p in moved}
         self.batches, self.rows, self._moved = [], 0, set()
         self._since_committing_ms, self._since_ms = self._since_ms, {}
@@ -236,6 +259,7 @@ class SinkStage:
                 f"commit of {rows} samples to the lake", partial(self.lake.append, batches, offsets, positions)
             )
             self._since_committing_ms = {}
+            self._stored.update(offsets)
             for partition, following in offsets.items():
                 if self.engine is not None:
                     self.engine.acknowledge(partition, following - 1)
@@ -259,6 +283,16 @@ def _alike(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
         return batches
     schema = pa.unify_schemas([batch.schema for batch in batches])
     return [fit(batch, schema) for batch in batches]
+
+
+def _read_on_at(
+    open_reader: Callable[[], Reader], topic: str, partition: int, position: Position, following: int
+) -> int:
+    reader = open_reader()
+    try:
+        return read_on_at(reader, topic, partition, position, following, moved=moved)
+    finally:
+        reader.close()
 
 
 def _patiently(ask: Callable[[], LakeState | None], clock: Clock) -> LakeState | None:

@@ -45,6 +45,7 @@ from headrace.process.waits import Waits
 from headrace.stream.aggregate.stage import AggregateStage
 from headrace.stream.join.join import JoinState
 from headrace.stream.shell.durable_state import DurableState
+from headrace.stream.shell.kept_log import KeptLog
 from headrace.stream.sink.stage import SinkStage
 
 ROWS = (*STREAM_ROWS, *CRAWL_ROWS, GATEWAY, RETRY)
@@ -160,10 +161,11 @@ def test_planted_a_commit_that_swallows_what_nobody_expected_is_caught(monkeypat
 
 
 def test_planted_a_refused_record_that_counts_as_delivered_is_caught(monkeypatch: pytest.MonkeyPatch):
-    def counts(self, number, _error, _offset):
+    def counts(self, number, _record, _error, _offset):
         self._without_receipt.pop(number)
 
     monkeypatch.setattr(DurableState, "_on_delivered", counts)
+    monkeypatch.setattr(KeptLog, "check_sent", lambda *_: None)
     assert is_caught("stream", "Producer.send.delivered")
 
 
@@ -177,6 +179,7 @@ def test_planted_a_state_that_is_stored_before_its_samples_is_caught(monkeypatch
         return
 
     monkeypatch.setattr(DurableState, "_await_receipts", at_once)
+    monkeypatch.setattr(KeptLog, "check_sent", lambda *_: None)
     assert is_caught("stream", "Producer.send.delivered")
 
 

@@ -8,6 +8,7 @@ there from one pass of the join over the log. Then bugs are planted, and each mu
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from stream_world import Stage, World
@@ -16,9 +17,9 @@ from headrace.stream.join import state as states
 from headrace.stream.shell.durable_state import DurableState
 
 
-def survives(seed: int, stage_type: type[Stage] = Stage) -> bool:
+def survives(seed: int, stage_type: type[Stage] = Stage, *, loses_end: bool = False) -> bool:
     """Say whether a world with these faults gives exactly what it should."""
-    world = World(seed, stage_type)
+    world = World(seed, stage_type, loses_end=loses_end)
     try:
         asyncio.run(world.run())
     except Exception:
@@ -40,6 +41,27 @@ def test_each_sample_comes_out_once_whatever_dies(block, monkeypatch):
         assert survives(seed), f"seed {seed}"
 
 
+LOSSES = [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 20))]
+
+
+@pytest.mark.parametrize("block", LOSSES)
+def test_samples_that_the_broker_lost_are_sent_again(block):
+    for seed in range(8 * block, 8 * block + 8):
+        assert survives(seed, loses_end=True), f"seed {seed}"
+
+
+class TrustsItsState(Stage):
+    """Goes on from its newest state, whatever `samples` holds."""
+
+    async def begin(self, partition):
+        self.deps = replace(self.deps, open_reader=None)
+        return await super().begin(partition)
+
+
+def test_a_state_that_is_ahead_of_its_samples_is_caught():
+    assert not all(survives(seed, TrustsItsState, loses_end=True) for seed in range(8))
+
+
 class StoresFirst(DurableState):
     """Stores before it delivers: step 3 comes before step 2."""
 
@@ -47,7 +69,7 @@ class StoresFirst(DurableState):
         return
 
 
-class CommitsBeforeTheEffect(Stage):
+class CommitsBeforeTheEffect(TrustsItsState):
     """Stores a state before its samples were delivered."""
 
     durable_state = StoresFirst

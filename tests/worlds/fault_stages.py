@@ -265,7 +265,11 @@ class SinkWorld(_World):
         topic = TOPICS.samples
         told = asked_of_log(process, self.log, ids_of=(topic,), kept_of=(topic,))
         lake = process.wrap(LakeWriter, self.lake(samples_id=told.ids[topic]))
-        stage = SinkStage(CONFIG, lake, MemoryMetrics(), self.clock, kept_ms=told.kept_ms[topic])
+        stage = SinkStage(
+            *(CONFIG, lake, MemoryMetrics(), self.clock),
+            kept_ms=told.kept_ms[topic],
+            open_reader=lambda: process.wrap(Reader, self.log.reader()),
+        )
         return Driven(self, process, stage)
 
     def lake(self, *, samples_id: str = "") -> DeltaLake:
@@ -311,9 +315,9 @@ _CLOSED: dict[str, str] = {
     **_UNDAMAGED,
 }
 ROWS = (
-    StageRow("stream", (Admin, Producer, Blobs, Spill, GroupPositions), StreamWorld, _CLOSED),
+    StageRow("stream", (Admin, Producer, Blobs, Spill, GroupPositions, Reader), StreamWorld, _CLOSED),
     StageRow("aggregate", (Admin, Producer, Blobs, GroupPositions, Reader), AggregateWorld, _CLOSED),
-    StageRow("sink", (Admin, LakeWriter, GroupPositions), SinkWorld, _UNDAMAGED),
+    StageRow("sink", (Admin, LakeWriter, GroupPositions, Reader), SinkWorld, _UNDAMAGED),
 )
 
 

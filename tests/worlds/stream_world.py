@@ -15,6 +15,7 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config, IngestConfig, JoinConfig
+from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
@@ -95,6 +96,7 @@ class Worker:
                 blobs=world.blobs,
                 metrics=MemoryMetrics(),
                 clock=world.clock,
+                open_reader=world.log.reader,
             )
         )
         self.next: int | None = None
@@ -124,19 +126,35 @@ class Worker:
 class World:
     """The log, the store, time, and whoever works or should not."""
 
-    def __init__(self, seed: int, stage_type: type[Stage] = Stage) -> None:
+    def __init__(self, seed: int, stage_type: type[Stage] = Stage, *, loses_end: bool = False) -> None:
+        """`loses_end`: the broker loses the end of `samples` now and then."""
         self.random = Random(seed)
         self.events: list[Record] = records(traffic(seed, 250), Random(seed))
         self.log, self.blobs, self.clock = MemoryLog(lambda: 0), Blobs(), VirtualClock()
         self.log.admin().ensure_topics(Topics().specs(1))
-        self.stage_type = stage_type
+        self.stage_type, self.loses_end, self.went_back = stage_type, loses_end, 0
+
+    def lose_end(self) -> None:
+        """Let the broker lose the last samples, few or many, which it had confirmed."""
+        topic = Topics().samples
+        end = len(self.log.partitions(topic)[0])
+        self.log.cut(topic, 0, end - min(end, int(self.random.paretovariate(0.7))))
 
     async def run(self) -> None:
         """Work through the log, with faults; at last one worker goes on to the end."""
+        self.log.topics[Topics().events][0] = list(self.events)
         worker, ghosts = Worker(self, self.stage_type), list[Worker]()
         for _ in range(400):
             self.clock.advance(self.random.random() * 0.05)
-            await worker.step()
+            if self.loses_end and self.random.random() < 0.03:
+                self.lose_end()
+            try:
+                await worker.step()
+            except Unavailable:
+                # As its supervisor does.
+                worker.kill()
+                worker = Worker(self, self.stage_type)
+                self.went_back += 1
             fault = self.random.random()
             if fault < 0.04:
                 worker.kill()
@@ -145,8 +163,12 @@ class World:
                 ghosts.append(worker)
                 worker = Worker(self, self.stage_type)
             for ghost in list(ghosts):
-                await ghost.step()
-                if self.random.random() < 0.3:
+                try:
+                    await ghost.step()
+                    gone = self.random.random() < 0.3
+                except Unavailable:
+                    gone = True
+                if gone:
                     ghost.kill()
                     ghosts.remove(ghost)
         for ghost in ghosts:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
+from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Cursor, Position, Positions
 from headrace.contract.formats.sample import sample_schema
 from headrace.contract.formats.steps import Step, StepRange
@@ -69,6 +70,8 @@ class Source:
         self._live = LiveRows(schema, tasks, metrics, judge=judge)
         self._ranges = RangeReader(self._stored, self._live, schema)
         self._assigned = False
+        self._placed: set[int] = set()
+        """Partitions of which it is known that the topic goes on where they are read to."""
         self._lease_is_due = False
         """True from the end of the lake until the lease is given back."""
         self._begins: dict[int, int] = {}
@@ -100,6 +103,7 @@ class Source:
         positions = Positions.from_json(self._generation, cursor.positions)
         self._stored.close()
         self._live.partitions, self._live.stored = {}, {}
+        self._placed.clear()
         for p, begin in begins.items():
             position, following = positions.at(p), cursor.next_offsets.get(str(p))
             if position > START:
@@ -124,6 +128,7 @@ class Source:
         is_new &= number not in self._began
         position = max(position, self._began.get(number, START))
         self._live.partitions[number] = LivePartition.at(position, following, is_fresh=is_new)
+        self._placed.discard(number)
 
     def poll(self, timeout_s: float) -> None:
         """Read ahead. Raises what the reader raises; the next call goes on from the same place."""
@@ -166,8 +171,9 @@ class Source:
             have = tuple(self._live.partitions[wanted.partition].order.position)
             raise InvariantBroken(
                 f"a recorded step takes the samples of {self._topic}/{wanted.partition} up to {wanted.upto}; the "
-                f"topic, read to its end at offset {end}, has them up to {have}. Was it made anew? Change recipe.seed: "
-                "that begins a new run."
+                f"topic, read to its end at offset {end}, has them up to {have}. If it has lost its end, `stream` "
+                "sends them again and a next start finds them. If it was made anew, change recipe.seed: that begins a "
+                "new run."
             )
 
     def _read(self, timeout_s: float) -> Sequence[Record]:
@@ -179,6 +185,7 @@ class Source:
             records = self._reader.poll(256, timeout_s)
         except BaseException:
             self._assigned = False
+            self._placed.clear()
             raise
         for record in records:
             self._live.intake(record)
@@ -188,10 +195,19 @@ class Source:
     def _assign(self, partitions: Iterable[int]) -> None:
         self._ends, self._begins = self._reader.end_offsets(self._topic), self._reader.begin_offsets(self._topic)
         reading = {p: self._live.partitions[p] for p in partitions}
+        for p, each in reading.items():
+            self._check_place(p, each)
         starts = {(self._topic, p): each.start_at(self._begins[p]) for p, each in reading.items()}
         newest = self._lake.state() if self._lake is not None and any(p.is_cut for p in reading.values()) else None
         self._live.newest = newest.positions.by_partition if newest is not None else {}
         self._reader.assign(starts)
+
+    def _check_place(self, number: int, partition: LivePartition) -> None:
+        """Read a partition from its first record where the topic has lost its end since its place was noted."""
+        position = partition.order.position
+        if number not in self._placed and position > START:
+            partition.next_offset = read_on_at(self._reader, self._topic, number, position, partition.next_offset)
+        self._placed.add(number)
 
     def ready_rows(self) -> int:
         """Return how many rows could be taken now."""

@@ -16,7 +16,8 @@ Transactions survive compaction and the checkpoints of Delta's own log, so a wri
 A commit:
 
 1. Read the newest version.
-2. Refuse rows and offsets that it already holds: another writer has stored them.
+2. Refuse rows and offsets that it already holds: another writer has stored them. An offset goes back only with rows
+   that are new: the topic has lost its end since, and got it back from its writer.
 3. Write the files, one or more for each hour of event time, side by side; of many hours, few files at a time.
 4. Write the log's entry, which only one writer of a version can. Where another one was first, delta-rs looks at what it
    did: it steps over a compaction, a vacuum or another partition's commit. A commit that moved one of our partitions
@@ -358,6 +359,7 @@ class DeltaLake:
             offset = table.transaction_version(self._offset_id(partition))
             stored = self._position_of(table, partition)
             moved_back = offset is not None and partition in next_offsets and next_offsets[partition] < offset
+            moved_back &= positions.get(partition, START) <= stored
             if moved_back or (partition in least and least[partition] <= stored):
                 raise Unavailable(
                     f"partition {partition} of the lake is at {tuple(stored)}, offset {offset}; this writer came with "

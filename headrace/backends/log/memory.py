@@ -61,6 +61,11 @@ class MemoryLog:
             del self.partitions(topic)[partition][: max(0, begin - first)]
             self.begins[topic, partition] = max(first, begin)
 
+    def cut(self, topic: str, partition: int, end: int) -> None:
+        """Lose what lies at and beyond offset `end`, as a broker may whose disk failed."""
+        with self.changed:
+            del self.partitions(topic)[partition][max(0, end - self.begins[topic, partition]) :]
+
     def delete(self, topic: str) -> None:
         """Delete a topic, as an operator does; an admin makes it anew."""
         with self.changed:

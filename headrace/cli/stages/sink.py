@@ -34,7 +34,11 @@ def main(args: argparse.Namespace) -> int:
         lake = runtime.lake(samples_id=told.ids[topic])
         _settle(lake)
         schedule = UpkeepSchedule(runtime.config.lake, upkeep_command(runtime), consumer.metrics, runtime.clock, stop)
-        stage = SinkStage(runtime.config, lake, consumer.metrics, runtime.clock, kept_ms=told.kept_ms[topic])
+        stage = SinkStage(
+            *(runtime.config, lake, consumer.metrics, runtime.clock),
+            kept_ms=told.kept_ms[topic],
+            open_reader=runtime.reader,
+        )
         schedule.start()
         try:
             return consumer.run(stage)

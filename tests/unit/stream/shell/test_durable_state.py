@@ -5,7 +5,7 @@ Method: the four steps, by hand, with a producer whose receipts the test gives a
 1. Snapshot: take the state at its offsets, and count the records that were sent up to then.
 2. Deliver: wait until all of these records have their receipts.
 3. Store: put the snapshot's new parts, then its manifest, which makes it whole.
-4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete manifests beyond the three newest, and the
+4. Acknowledge: let Faust commit up to the snapshot's offsets. Then delete the manifests that are too many, and the
    parts that only they needed.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,12 +38,15 @@ class Producer:
         self.sent: list[Outgoing] = []
         self.receipts: list[Callable[[Exception | None, int], None]] = []
         self.room = 100
+        self.ends: Counter[tuple[str, int]] = Counter()
 
     def send(self, topic, partition, value, *, key=None, headers=None, delivered=None) -> None:
         if len(self.sent) >= self.room:
             raise Overloaded("full")
         self.sent.append(Outgoing(topic, partition, value, key, headers))
-        self.receipts.append(delivered)
+        offset = self.ends[topic, partition]
+        self.ends[topic, partition] += 1
+        self.receipts.append(lambda error, _: delivered(error, offset))
 
     def poll(self, timeout_s: float) -> None:
         """Nothing comes by itself."""
@@ -90,7 +94,7 @@ class World:
     def __init__(self, *, begin_afresh: bool = False) -> None:
         self.producer, self.blobs, self.owner = Producer(), FailingBlobs(), Owner()
         self.metrics, self.clock = MemoryMetrics(), VirtualClock()
-        deps = StageDependencies(
+        self.deps = StageDependencies(
             project=PROJECT,
             config=CONFIG,
             topics=Topics(),
@@ -101,14 +105,13 @@ class World:
             begin_afresh=begin_afresh,
         )
         self.waits = Waits(self.clock)
-        self.durable = DurableState(
-            deps,
-            QuickStore(self.blobs, self.waits),
-            self.owner,
-            folder="state",
-            parts_folder="parts",
-            every_ms=1_000,
-            first_ms=500,
+        self.durable = self.new_durable()
+
+    def new_durable(self) -> DurableState:
+        """Return the state as a new worker knows it."""
+        store = QuickStore(self.blobs, self.waits)
+        return DurableState(
+            *(self.deps, store, self.owner), folder="state", parts_folder="parts", every_ms=1_000, first_ms=500
         )
 
     def begin(self, offset: int, *parts: str, needed: tuple[str, ...] = ()) -> None:
@@ -176,9 +179,10 @@ def test_a_record_that_waits_for_room_holds_the_snapshot_back() -> None:
     asyncio.run(run())
 
 
-def test_manifests_beyond_the_three_newest_go_with_the_parts_that_only_they_needed() -> None:
+def test_old_manifests_go_with_the_parts_that_only_they_needed() -> None:
     async def run() -> None:
         world = World()
+        world.durable._stored_count = 1
         await world.stored(1, "a", "b")
         await world.stored(2, "c", needed=("b",))
         await world.stored(3, needed=("b", "c"))
@@ -189,6 +193,24 @@ def test_manifests_beyond_the_three_newest_go_with_the_parts_that_only_they_need
         assert world.blobs.list("parts") == ["parts/b", "parts/c"], "3 needs b"
         await world.stored(6, needed=("c",))
         assert world.blobs.list("parts") == ["parts/c"]
+
+    asyncio.run(run())
+
+
+def test_a_few_states_that_lie_further_apart_are_kept_and_a_new_worker_keeps_them() -> None:
+    def kept(world: World) -> list[int]:
+        return [int(name.removeprefix("state/")) for name in world.blobs.list("state")]
+
+    async def run() -> None:
+        world = World()
+        for offset in range(1, 60):
+            await world.stored(offset)
+        assert kept(world) == [25, 37, 49, 57, 58, 59]
+        world.durable = world.new_durable()
+        await world.durable.restore(lambda data: {}, lambda plain, part: plain, lambda plain: ())
+        for offset in range(60, 64):
+            await world.stored(offset)
+        assert kept(world) == [25, 37, 49, 61, 62, 63]
 
     asyncio.run(run())
 
@@ -255,7 +277,7 @@ def test_a_refused_record_is_never_counted_as_delivered() -> None:
 def test_a_later_records_receipt_is_not_taken_for_an_earlier_ones() -> None:
     async def run() -> None:
         world = World()
-        await world.durable.send(2, records(2))
+        await world.durable.send(2, [Outgoing("samples", 0, b"first"), Outgoing("samples", 1, b"second")])
         world.begin(7)
         await world.durable.send(2, [Outgoing("samples", 1, b"other"), Outgoing("samples", 1, b"another")])
         first = world.producer.receipts.pop(0)
