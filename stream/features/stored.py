@@ -5,6 +5,8 @@ Legend: N rows, F slots a row, D dense numbers a row.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -14,8 +16,7 @@ from headrace.contract.formats.sample import matrix
 from headrace.contract.spec import EVENT_TIME, FeatureSpec
 from headrace.stream.features.featurize import featurize
 
-
-Rows = pa.RecordBatch | pa.Table
+Rows: TypeAlias = pa.RecordBatch | pa.Table
 
 
 def stored_features(rows: Rows, spec: FeatureSpec) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

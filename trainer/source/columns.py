@@ -54,5 +54,5 @@ def stored_columns(project: Project, *, fields: Sequence[str] = (), shown_every:
     schema = sample_schema(project)
     made_of = {name for feature in project.features.features for name in feature.inputs()}
     step, inputs = ({*STEP, *fields}, {*STEP, *fields, *made_of})
-    chosen = (pa.schema([each for each in schema if each.name in names]) for names in (step, inputs))
-    return StoredColumns(*chosen, digest=project.features.digest(), shown_every=shown_every)
+    of_step, with_inputs = (pa.schema([each for each in schema if each.name in names]) for names in (step, inputs))
+    return StoredColumns(of_step, with_inputs, digest=project.features.digest(), shown_every=shown_every)

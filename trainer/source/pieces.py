@@ -122,7 +122,7 @@ class Pieces:
             [name for name in schema.names if name in layout.columns] for schema in (columns.step, columns.inputs)
         )
         self._read_inputs, self._readings = False, 0
-        """Whether what features are made of is read at once, since the last rows needed it; how often rows were read."""
+        """Whether what features are made of is read at once, since the last rows needed it; and how many readings."""
         self._rows_max = max(1, bytes_max // SHARE // self._row_bytes(layout.hours)) if layout.hours else 1
         self._narrow_max = max(self._rows_max, bytes_max // SHARE // NARROW_BYTES)
         spans = _cut_at(lake.spans(version, self._rows_max), from_ms)

@@ -24,7 +24,7 @@ SECOND_MS = 1_000
 def cut_hours(
     hours: Sequence[StoredHour], rows_max: int, times_in: TimesIn, within_ms: SpanMs | None = None
 ) -> list[StoredSpan]:
-    """Return spans that have rows, in order, of at most `rows_max` rows each; of more only where a millisecond has more.
+    """Return spans that have rows, in order, of at most `rows_max` rows; of more only where a millisecond has more.
 
     Args:
         hours: those that have rows, oldest first.

@@ -1,8 +1,9 @@
 """Goal: hours of the lake are cut to spans that hold all rows, each once, and no more rows than are allowed, whatever
-the times; rows that are gone are told. Method: random event times in few hours, many of them equal, few or many a span."""
+the times; rows that are gone are told. Method: random event times in few hours, many equal, few or many a span."""
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_every_row_is_in_one_span_that_is_not_too_big(seed: int, count: int, row
     edges = [edge for span in spans for edge in span.span_ms]
     assert edges == sorted(edges)
     # Neighbours would not fit together.
-    for one, two in zip(spans, spans[1:], strict=False):
+    for one, two in itertools.pairwise(spans):
         assert one.rows + two.rows > rows_max
 
 
@@ -74,5 +75,5 @@ def test_an_hour_that_lost_rows_is_refused() -> None:
     rows = Rows([BASE_MS + at for at in range(0, 90_000, 1_000)])
     hours = rows.hours
     del rows.times[-7:]
-    with pytest.raises(InvariantBroken, match="held 90 rows .* and 83 are left"):
+    with pytest.raises(InvariantBroken, match=r"held 90 rows .* and 83 are left"):
         cut_hours(hours, 20, rows.times_in)

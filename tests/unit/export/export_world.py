@@ -44,7 +44,6 @@ from headrace.stream.features.featurize import featurize
 DAY_MS, HOUR_MS = 1_795_564_800_000, 3_600_000
 
 
-
 @feature_function("export_halves", version=1)
 def export_halves(item: pa.Array, price: pa.Array) -> Any:
     """Return two ids a row."""
@@ -88,9 +87,7 @@ PROJECT = Project(
         Task(name="slow", feedback="order", window_ms=9_000),
     ),
     features=FeatureSpec(
-        counters=(
-            Counter(name="item", key="item", counts=("impression", "click", "last:click", "sum:order.value")),
-        ),
+        counters=(Counter(name="item", key="item", counts=("impression", "click", "last:click", "sum:order.value")),),
         features=(
             Categorical(field="item"),
             Cross(fields=("cookie", "item")),

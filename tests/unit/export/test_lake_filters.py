@@ -44,9 +44,7 @@ def test_an_export_finds_the_samples_of_a_compacted_hour(tmp_path: Path) -> None
     assert export_samples(lake, PROJECT, tmp_path / "out", request).samples == len(stored_rows(lake))
 
 
-def test_a_version_that_is_read_piece_by_piece_is_listed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_that_is_read_piece_by_piece_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a reading opens the files alone that can have its times."""
     filled = filled_lake(tmp_path / "lake", Random(3), older=20, newer=40)
     version, rows = filled.open().version(), stored_rows(filled)

@@ -101,7 +101,7 @@ def test_fields_that_figures_are_told_apart_by_are_read() -> None:
 def test_what_is_shown_comes_now_and_then() -> None:
     lake = mixed(5, 0.0)
     source_of(lake, shown_every=4)
-    with_fields = [INPUTS <= names for names in lake.asked[2:]]
+    with_fields = [names >= INPUTS for names in lake.asked[2:]]
     assert with_fields[:8] == [True, False, False, False] * 2
     sampler = Sampler(PROJECT.features)
     rows = samples(5, 0, 40)
