@@ -70,7 +70,7 @@ def samples(first: int, rows: int, rate: float) -> pa.RecordBatch:
     known_N = BEGIN_MS + ((first + np.arange(rows)) * 1_000 / rate).astype(np.int64)
     label_N = rng.random(rows) < 0.1
     late_N = np.where(rng.random(rows) < 0.02, rng.integers(0, 3 * 3_600_000, rows), 0)
-    at_N = np.maximum(BEGIN_MS, known_N - np.where(label_N, 20_000, 600_000) - late_N)
+    at_N = known_N - np.where(label_N, 20_000, 600_000) - late_N
     number_N = first + np.arange(rows)
     slots_NF = rng.integers(0, 1 << 20, (rows, len(FIELDS))) * 0x9E3779B9 + 1
     texts = pa.array([f"value {i}" for i in range(1_000)])
