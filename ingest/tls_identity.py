@@ -28,46 +28,50 @@ class TlsIdentity:
         """Read the files. Raises `ConfigRejected` with what is wrong, never with the key or its password."""
         self._files, self._password = (config.tls_cert, config.tls_key or config.tls_cert), password
         self._client_ca = config.tls_client_ca
-        self._seen = self._changed_ns()
-        self.context = self._read()
-        self._ends_s = float("inf")
+        self._seen = self._state()
+        self._told = ""
         self._warned_s = time.monotonic()
+        self.context, self._certificate = self._read()
         self._warn()
 
     def days_left(self, now_ms: int) -> float:
-        """Return the days until the certificate's end; below 0 where it is over."""
-        return (self._ends_s - now_ms / 1_000) / 86_400
+        """Return the days until the end of the certificate that is served; below 0 where it is over."""
+        if self._certificate is None:
+            return float("inf")
+        return (self._certificate.not_valid_after_utc.timestamp() - now_ms / 1_000) / 86_400
 
     def renew(self) -> None:
-        """Serve new connections with the files as they are now; keep the old certificate where they cannot be read."""
-        seen = self._changed_ns()
-        if seen == self._seen:
-            if time.monotonic() - self._warned_s > 86_400:
-                self._warn()
-            return
-        self._seen = seen
-        try:
-            self.context = self._read()
+        """Serve new connections with the files as they are now; keep the old certificate where they cannot be read.
+
+        What could not be read is tried again at each call, and told again each day.
+        """
+        is_due = time.monotonic() - self._warned_s > 86_400
+        seen = self._state()
+        if seen != self._seen:
+            try:
+                self.context, self._certificate = self._read()
+            except ConfigRejected as error:
+                if is_due or str(error) != self._told:
+                    self._told, self._warned_s = str(error), time.monotonic()
+                    log.error("the old certificate stays: %s", error)
+                return
+            self._seen, self._told = seen, ""
             log.info("certificate %s read again", self._files[0])
-            self._warn()
-        except ConfigRejected as error:
-            log.error("the old certificate stays: %s", error)
+        elif not is_due:
+            return
+        self._warn()
 
     def _warn(self) -> None:
         self._warned_s = time.monotonic()
-        try:
-            certificate = x509.load_pem_x509_certificate(Path(self._files[0]).read_bytes())
-        except (OSError, ValueError):
-            return
-        self._ends_s = certificate.not_valid_after_utc.timestamp()
-        for fault in faults_of(certificate, datetime.now(UTC)):
-            log.warning("ingest.tls_cert %s %s", self._files[0], fault)
+        if self._certificate is not None:
+            for fault in faults_of(self._certificate, datetime.now(UTC)):
+                log.warning("ingest.tls_cert %s %s", self._files[0], fault)
 
-    def _changed_ns(self) -> tuple[int, ...]:
-        files = [*self._files, self._client_ca] if self._client_ca else self._files
-        return tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
+    def _state(self) -> tuple[tuple[int, ...], ...]:
+        """Return what tells a renewed file: tools set its times back, a mended mode changes no time of its content."""
+        return tuple(_state_of(file) for file in (*self._files, self._client_ca) if file)
 
-    def _read(self) -> ssl.SSLContext:
+    def _read(self) -> tuple[ssl.SSLContext, x509.Certificate | None]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         cert, key = self._files
@@ -83,7 +87,23 @@ class TlsIdentity:
                 + (f", ingest.tls_client_ca {self._client_ca}" if self._client_ca else "")
                 + f": {error}. The files are PEM; HEADRACE_TLS_PASSWORD opens a key that is encrypted."
             ) from error
-        return context
+        return context, _certificate_of(cert)
+
+
+def _state_of(file: str) -> tuple[int, ...]:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
+
+
+def _certificate_of(file: str) -> x509.Certificate | None:
+    """Return the certificate for its times, None where only OpenSSL can read it."""
+    try:
+        return x509.load_pem_x509_certificate(Path(file).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def faults_of(certificate: x509.Certificate, now: datetime) -> list[str]:

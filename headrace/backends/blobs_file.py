@@ -1,7 +1,8 @@
 """Blobs as files below a folder: a local disk, or any POSIX mount such as CephFS.
 
-A write is: 1. a new file below `.unfinished/`, 2. fsync, 3. rename onto its name, 4. fsync of the folder. A crash
-before 3 leaves the old object; the leftover is swept when it is an hour old.
+A write is: 1. a new file below `.unfinished/`, 2. fsync, 3. rename onto its name, 4. fsync of the folder, and of those
+above it where it is new. A crash before 3 leaves the old object; the leftover is swept when it is an hour old. A write
+that failed is made again of all its bytes: what the kernel holds of it is believed by nobody.
 
 Pieces are written and made durable, or read, one by one, and each says `moved`: a slow store is told from one that
 hangs.
@@ -18,7 +19,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.errors import InvariantBroken, Unavailable, disk_remedy
 from headrace.process.moved import moved
 
 UNFINISHED = ".unfinished"
@@ -57,6 +58,14 @@ def _write(file: BinaryIO, data: bytes) -> None:
         file.flush()
 
 
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 class FileBlobs:
     """Named byte strings below `root`, which is created when the first one is put."""
 
@@ -70,6 +79,7 @@ class FileBlobs:
         unfinished = self.root / UNFINISHED
         part = unfinished / uuid.uuid4().hex
         try:
+            new = [folder.parent for folder in (target.parent, *target.parent.parents) if not folder.exists()]
             unfinished.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             self._sweep(unfinished)
@@ -77,15 +87,13 @@ class FileBlobs:
                 _write(file, data)
                 os.fsync(file.fileno())
             part.replace(target)
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            for folder in (target.parent, *new):
+                _sync_folder(folder)
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise Unavailable(f"{len(data)} bytes for {target} were not stored: {error}") from error
+            told = f"{len(data)} bytes for {target} were not stored: {error}; {disk_remedy(error)}."
+            raise Unavailable(told) from error
 
     def get(self, name: str) -> bytes | None:
         """Return the object, or None where there is none."""

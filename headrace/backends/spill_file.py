@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import Unavailable, disk_remedy
 
 
 class FileSpill:
@@ -30,7 +30,9 @@ class FileSpill:
                 writer.write_batch(batch)
             return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         except OSError as error:
-            raise Unavailable(f"{batch.nbytes} bytes were not spilled to {path}: {error}") from error
+            raise Unavailable(
+                f"{batch.nbytes} bytes were not spilled to {path}: {error}; {disk_remedy(error)}."
+            ) from error
 
     def drop(self, name: str) -> None:
         """Remove a batch; one that is still mapped stays readable until it is let go."""

@@ -219,7 +219,7 @@ class JoinConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     repeat_horizon_ms: Millis = 3_600_000
     """How long event ids are remembered, in watermark time. One hour. Unit: ms."""
     snapshot_ms: Millis = 5_000
-    """Time between snapshots of the state. Unit: ms."""
+    """Time between snapshots of the state; 20 times as long as one takes, where that is more. Unit: ms."""
     payload_bytes: Count = 134_217_728
     """Most bytes of waiting impressions that one partition keeps in memory. Beyond it, whole pieces lie in a file. 128
     MiB. Unit: bytes a partition."""
@@ -232,7 +232,7 @@ class AggregateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Event time between two points of the grid. Values are written at its points, once all watermarks have passed
     them. Unit: ms."""
     snapshot_ms: Millis = 5_000
-    """Time between snapshots of the state. Unit: ms."""
+    """Time between snapshots of the state; 20 times as long as one takes, where that is more. Unit: ms."""
 
 
 class SinkConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

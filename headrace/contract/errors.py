@@ -12,6 +12,7 @@ HeadraceError
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Sequence
 
@@ -76,6 +77,28 @@ def meant(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+_DISK = {
+    errno.ENOSPC: "free the disk",
+    errno.EDQUOT: "free the disk, or raise its quota",
+    errno.EROFS: "the disk is mounted read-only: see its kernel log, then mount it for writing",
+    errno.EIO: "the disk fails: see its kernel log, and have another one",
+    errno.EACCES: "allow this user to write there",
+    errno.EPERM: "allow this user to write there",
+    errno.ENOENT: "make the folder anew",
+}
+
+
+def disk_remedy(error: Exception) -> str:
+    """Return what to do about a file that could not be written, of an `OSError` or a library's text of one.
+
+    >>> disk_remedy(OSError(errno.ENOSPC, "No space left on device")), disk_remedy(Exception("Generic (os error 30)"))
+    ('free the disk', 'the disk is mounted read-only: see its kernel log, then mount it for writing')
+    """
+    told = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else 0
+    return _DISK.get(number or 0, "see the disk")
 
 
 _TYPES = {

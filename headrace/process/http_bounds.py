@@ -24,6 +24,7 @@ HEADERS_S = 20.0
 
 ANSWER_S = 30.0
 """Longest time in which a client takes nothing of the answer that is written to it."""
+ALL_WAIT = "as many connections as may be open wait for an answer"
 _HEADERS_BYTES_MAX = 65_536
 """Of a request's line and headers, and of a chunk's."""
 _PIECES_MAX, _PIECE_BYTES = 1_000, 32
@@ -48,14 +49,24 @@ class ConnectionBounds:
         """Since when each waits until its client takes more of its answer. Oldest first."""
 
     def enter(self, protocol: BoundedProtocol, now_s: float) -> bool:
-        """Add a connection; at the bound the longest idle one is closed. False where none is idle."""
-        if len(self._open) >= self._connections_max:
-            oldest = next(iter(self._idle), None)
-            if oldest is None:
-                return False
-            oldest.cut("idle", "another connection wants its place")
+        """Add a connection; False where there is no room."""
+        if not self.make_room():
+            return False
         self._open.add(protocol)
         self._idle[protocol] = now_s
+        return True
+
+    def make_room(self, beginning: int = 0) -> bool:
+        """Say whether one more may come beside `beginning` that are in their TLS handshakes.
+
+        At the bound the longest idle one is closed for it. False where none is idle.
+        """
+        if len(self._open) + beginning < self._connections_max:
+            return True
+        oldest = next(iter(self._idle), None)
+        if oldest is None:
+            return False
+        oldest.cut("idle", "another connection wants its place")
         return True
 
     def leave(self, protocol: BoundedProtocol) -> None:
@@ -155,7 +166,7 @@ class BoundedProtocol(H11Protocol):
         """Enter, or be refused beyond the bound."""
         super().connection_made(transport)
         if not self._bounds.enter(self, awake_s()):
-            self.cut("connections_max", "every connection of the collector waits for an answer")
+            self.cut("connections_max", ALL_WAIT)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Leave."""

@@ -11,6 +11,7 @@ import msgpack
 from fluent.sender import EventTime
 
 from headrace.contract.errors import EventRejected
+from headrace.contract.formats.nesting import LEVELS_MAX, TOO_DEEP, is_deeper
 
 _TIME = struct.Struct(">II")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -54,6 +55,10 @@ def pack_entry(tag: str, time_ns: int, data: dict[str, Any]) -> bytes:
         raise TypeError(f"a tag is text, not {type(tag).__name__}")
     if not isinstance(data, dict):
         raise TypeError(f"an event is a map of its fields, not {type(data).__name__}")
+    if is_deeper(data):
+        raise EventRejected(
+            TOO_DEEP, f"an event of tag {tag[:100]!r} has more than {LEVELS_MAX} levels: log it flatter."
+        )
     try:
         entry = b"\x92\xd7\x00" + _TIME.pack(*divmod(time_ns, 10**9)) + bytes(msgpack.packb(data))
         tag.encode()

@@ -38,6 +38,8 @@ class Outbox:
         self.failure: Overloaded | None = None
         """Why chunks that are too large could not be cut."""
         self._chunk_bytes = chunk_bytes
+        self._lost: set[Segment] = set()
+        """What was written anew elsewhere."""
         self.requeue(self.spool.recover())
 
     def body_max(self, tag: str) -> int:
@@ -116,31 +118,41 @@ class Outbox:
             lane.segment = None
 
     def keep_on_disk(self) -> None:
-        """Write anew what somebody removed from the spool's folder. Raises `Overloaded`; the next call goes on then."""
+        """Write anew what somebody removed from the spool's folder, and what the disk failed to write.
+
+        Raises `Overloaded`; the next call goes on then.
+        """
         self.spool.keep_slot()
         for lane in self.lanes:
             open_chunks = [lane.open] if lane.open is not None else []
             chunks = (*lane.sent.values(), *lane.ready, *open_chunks)
-            kept = {chunk.segment: chunk.segment.is_there() for chunk in chunks}
+            kept = {chunk.segment: chunk.segment.is_sound and chunk.segment.is_there() for chunk in chunks}
             lost = [chunk for chunk in chunks if not kept[chunk.segment]]
             for chunk in lost:
                 self._write_anew(lane, chunk)
-            if lane.segment is not None and not lane.segment.is_there():
-                self.spool.remove(lane.segment)
+            if lane.segment is not None and not (lane.segment.is_sound and lane.segment.is_there()):
+                self._lost.add(lane.segment)
                 lane.segment = None
             if lost:
                 events = sum(len(chunk.body) for chunk in lost)
-                log.error("somebody removed %d events of tag %s that have no ack; written anew", events, lane.tag)
+                log.error(
+                    "%d events of tag %s that have no ack were removed by somebody, or the disk failed; written anew",
+                    *(events, lane.tag),
+                )
+        # Last: a file may hold chunks of several tags, and is there until all of them lie elsewhere.
+        while self._lost:
+            self.spool.remove(self._lost.pop())
 
     def _write_anew(self, lane: Lane, chunk: Chunk) -> None:
         lost, chunk.segment = chunk.segment, self.spool.begin()
         try:
             self._write(chunk, is_closed=chunk is not lane.open)
+            self.spool.put_on_disk(chunk.segment)
         except Overloaded:
             self.spool.remove(chunk.segment)
             chunk.segment = lost
             raise
-        self.spool.remove(lost)
+        self._lost.add(lost)
         if chunk is lane.open:
             lane.segment = chunk.segment
 

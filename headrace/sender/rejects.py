@@ -16,7 +16,7 @@ from typing import Any
 
 import msgpack
 
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, disk_remedy
 
 _BYTES_MAX = 268_435_456
 """256 MiB, some 300 of the largest events. At the bound they stay in the spool, where their tag alone waits."""
@@ -48,7 +48,7 @@ class Rejects:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise Overloaded(f"{self.path} takes no more: {error}; free the disk.") from error
+            raise Overloaded(f"{self.path} takes no more: {error}; {disk_remedy(error)}.") from error
         self.count += len(entries)
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, disk_remedy
 
 HEAD = struct.Struct("<IIB")
 ENTRY, CHUNK, ACK = 1, 2, 3
@@ -32,23 +31,34 @@ class Segment:
         """Chunks in it that are not acked."""
         self._fd = -1
         self._is_removed = False
+        self.is_sound = True
+        """Whether what was appended may be trusted. After a failed sync the kernel takes it for written, and the next
+        sync says so: it is written anew elsewhere."""
 
     def append(self, kind: int, payload: bytes) -> int:
         """Write one record whole and return its size, or raise `Overloaded` and leave the file as it was."""
         data = HEAD.pack(len(payload), zlib.crc32(payload), kind) + payload
         try:
+            if not self.is_sound:
+                raise OSError(5, "an earlier write to it failed", str(self.path))
             if self._fd < 0:
                 self._open()
             written = os.write(self._fd, data)
             if written != len(data):
                 raise OSError(28, "a short write: the disk is full")
         except OSError as error:
-            if self._fd >= 0:
-                with suppress(OSError):
-                    os.ftruncate(self._fd, self.size)
-            raise Overloaded(f"the spool {self.path.parent} takes no more: {error}; free the disk.") from error
+            self._take_back()
+            raise Overloaded(f"the spool {self.path.parent} takes no more: {error}; {disk_remedy(error)}.") from error
         self.size += len(data)
         return len(data)
+
+    def _take_back(self) -> None:
+        """Let the file end where it did: nothing that is appended behind a torn record could be read."""
+        if self._fd >= 0:
+            try:
+                os.ftruncate(self._fd, self.size)
+            except OSError:
+                self.is_sound = False
 
     def _open(self) -> None:
         """Open it; not what another process has put in its place. Raises `OSError`."""
@@ -70,17 +80,26 @@ class Segment:
         return os.dup(self._fd) if self._fd >= 0 else os.open(self.path, os.O_RDONLY)
 
     def close(self, *, sync: bool = False) -> None:
-        """Close the descriptor, with `sync` after putting what was written on the disk."""
+        """Close the descriptor, with `sync` after putting what was written on the disk; it is unsound where that fails.
+
+        The descriptor is free however the close ends.
+        """
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             try:
-                if sync:
-                    os.fdatasync(fd)
-            finally:
-                os.close(fd)
+                try:
+                    if sync:
+                        os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+            except OSError:
+                self.is_sound = False
 
     def remove(self) -> int:
-        """Delete the file, not what another process has put in its place; return how many bytes that frees."""
+        """Delete the file, not what another process has put in its place; return how many bytes that frees.
+
+        Raises `OSError` where the disk refuses; the next call goes on.
+        """
         self.close()
         if self.is_there():
             self.path.unlink(missing_ok=True)

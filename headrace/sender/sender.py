@@ -20,12 +20,12 @@ from typing import Any
 import msgpack
 from fluent.sender import EventTime, FluentSender
 
-from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded, Unavailable
+from headrace.contract.errors import ConfigRejected, EventRejected, Overloaded, Unavailable, disk_remedy
 from headrace.sender.entry import pack_entry, time_ns_of
 from headrace.sender.lanes import Chunk
 from headrace.sender.outbox import Outbox
 from headrace.sender.segment import Segment
-from headrace.sender.spool import acks_of, sync
+from headrace.sender.spool import acks_of
 
 log = logging.getLogger("headrace.sender")
 
@@ -37,6 +37,10 @@ _ADOPT_S = 5.0
 _BATCH = 1_048_576
 _MESSAGE_MAX = 16_777_216
 """The gateway's `ingest.chunk_bytes_max` where it is not changed; a gateway with another says so when it refuses."""
+_SILENT = (
+    " without a word; its log says why. Where it has a certificate (ingest.tls_cert), it takes TLS alone, which this "
+    "sender does not speak: send through a shipper on this host (deploy/fluentd/tls.conf, deploy/fluent-bit/tls.conf)"
+)
 _EXIT_S = 1.0
 """How long the interpreter's end waits for acks; what has none by then stays in the spool."""
 
@@ -87,7 +91,12 @@ class Sender(FluentSender):  # type: ignore[misc]
         self._folder = Path(spool_dir)
         self._failure: BaseException | None = None
         self._stop = False
-        self._begin()
+        try:
+            self._begin()
+        except OSError as error:
+            raise Unavailable(
+                f"the spool {self._folder} cannot be used: {error}; {disk_remedy(error)}, or name another spool_dir."
+            ) from error
         _LIVE.add(self)
 
     def _begin(self) -> None:
@@ -246,7 +255,8 @@ class Sender(FluentSender):  # type: ignore[misc]
             try:
                 self._begin()
             except OSError as error:
-                raise Overloaded(f"the spool {self._folder} takes no new slot: {error}; free the disk.") from error
+                told = f"the spool {self._folder} takes no new slot: {error}; {disk_remedy(error)}."
+                raise Overloaded(told) from error
             _LIVE.add(self)
         finally:
             _FORKED.lock.release()
@@ -383,9 +393,12 @@ class Sender(FluentSender):  # type: ignore[misc]
                 raise OSError(f"no ack for {self._ack_timeout_s} s")
 
     def _hear(self, sock: socket.socket, words: msgpack.Unpacker) -> None:
-        data = sock.recv(65_536)
+        try:
+            data = sock.recv(65_536)
+        except ConnectionResetError:
+            data = b""
         if not data:
-            raise OSError("the gateway closed the connection")
+            raise OSError("the gateway closed the connection" + (_SILENT if not words.tell() else ""))
         words.feed(data)
         for word in words:
             if isinstance(word, list) and word[:1] == ["HELO"]:
@@ -413,12 +426,15 @@ class Sender(FluentSender):  # type: ignore[misc]
         with self._lock:
             with suppress(Overloaded):
                 self._outbox.close_chunks(now_s, self._flush_s, away=False)
+            if not self._outbox.spool.is_sound:
+                # Before it is sent: that the next sync succeeds says nothing of what an earlier one lost.
+                self._outbox.keep_on_disk()
             while size < _BATCH and (chunk := self._outbox.lanes.take(now_s)) is not None:
                 segments.add(chunk.segment)
                 parts.append(_message(chunk))
                 size += chunk.size
             to_sync = self._outbox.spool.duplicates(segments)
-        sync(to_sync)
+        self._outbox.spool.sync(to_sync)
         return b"".join(parts)
 
     def _pause_s(self) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgpack
 
-from headrace.contract.errors import Overloaded
+from headrace.contract.errors import Overloaded, disk_remedy
 from headrace.sender.lanes import Chunk
 from headrace.sender.rejects import sync_folder
 from headrace.sender.segment import ACK, CHUNK, ENTRY, HEAD, Segment, is_damage
@@ -49,6 +49,9 @@ class Spool:
                     sync_folder(each)
         self._numbers = _numbers(self._slot)
         self._open: dict[Segment, None] = {}
+        self._unsound: set[Segment] = set()
+        self._left: set[Segment] = set()
+        """Removed ones that the disk has kept so far: it is read-only."""
         self._segment_max = max(4_096, min(_SEGMENT_MAX, bytes_max // 64))
         self.bytes = 0
         """On disk."""
@@ -77,7 +80,8 @@ class Spool:
                 segment = Segment(segment.path)
                 sync_folder(self._slot)
             except OSError as error:
-                raise Overloaded(f"the spool {self._slot} takes no new file: {error}; free the disk.") from error
+                told = f"the spool {self._slot} takes no new file: {error}; {disk_remedy(error)}."
+                raise Overloaded(told) from error
         return segment
 
     def _next_path(self) -> Path:
@@ -91,7 +95,20 @@ class Spool:
                 oldest = next(iter(self._open))
                 del self._open[oldest]
                 oldest.close(sync=self._fsync)
-        self.bytes += segment.append(kind, payload)
+                self._look(oldest)
+        try:
+            self.bytes += segment.append(kind, payload)
+        finally:
+            self._look(segment)
+
+    def _look(self, segment: Segment) -> None:
+        if not segment.is_sound:
+            self._unsound.add(segment)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing of it has to be written anew because the disk failed."""
+        return not self._unsound
 
     def append_entry(self, segment: Segment, tag: str, entry: bytes) -> None:
         """Append an event."""
@@ -122,26 +139,51 @@ class Spool:
         return segment.size >= min(_KEPT, self._segment_max)
 
     def remove(self, segment: Segment) -> None:
-        """Delete a segment."""
+        """Delete a segment; where the disk refuses, once it does not."""
         self._open.pop(segment, None)
-        self.bytes -= segment.remove()
+        self._unsound.discard(segment)
+        try:
+            self.bytes -= segment.remove()
+            self._left.discard(segment)
+        except OSError as error:
+            if segment not in self._left:
+                log.error("%s is done with and cannot be deleted: %s; %s", segment.path, error, disk_remedy(error))
+            self._left.add(segment)
 
     def put_on_disk(self, segment: Segment) -> None:
         """Put on the disk what was appended to a segment. Raises `Overloaded` where that fails."""
         try:
-            sync(self.duplicates({segment}) if segment.size else [])
+            self.sync(self.duplicates({segment}) if segment.size else {})
         except OSError as error:
-            raise Overloaded(f"the spool {self._slot} is not put on the disk: {error}; see the disk.") from error
+            told = f"the spool {self._slot} is not put on the disk: {error}; {disk_remedy(error)}."
+            raise Overloaded(told) from error
 
-    def duplicates(self, segments: set[Segment]) -> list[int]:
+    def duplicates(self, segments: set[Segment]) -> dict[Segment, int]:
         """Return descriptors for `sync`, which may be called without the lock."""
-        return [segment.duplicate() for segment in segments] if self._fsync else []
+        return {segment: segment.duplicate() for segment in segments} if self._fsync else {}
+
+    def sync(self, descriptors: dict[Segment, int]) -> None:
+        """Put on the disk what was written to these, and close them. Raises `OSError`; what failed is unsound then."""
+        failure: OSError | None = None
+        for segment, fd in descriptors.items():
+            try:
+                try:
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                segment.is_sound, failure = False, error
+                self._look(segment)
+        if failure is not None:
+            raise failure
 
     def keep_slot(self) -> None:
         """Hold a slot that nobody removed: this one again, or another one. Raises `Overloaded` where none is to be had.
 
         What lay in it is another matter: `Segment.is_there`.
         """
+        for segment in list(self._left):
+            self.remove(segment)
         if _is_lock(self._slot, self._slot_fd):
             return
         try:
@@ -151,7 +193,8 @@ class Spool:
                 slot, fd = _take_slot(self.folder)
             numbers = _numbers(slot)
         except OSError as error:
-            raise Overloaded(f"the spool {self.folder} was removed and cannot be made anew: {error}.") from error
+            told = f"the spool {self.folder} was removed and cannot be made anew: {error}; {disk_remedy(error)}."
+            raise Overloaded(told) from error
         log.error("somebody removed %s while it was in use; its events go on in %s", self._slot / "lock", slot)
         os.close(self._slot_fd)
         self._slot, self._slot_fd, self._numbers = slot, fd, numbers
@@ -257,16 +300,6 @@ def entry_cost(tag: str) -> int:
 def acks_of(contents: Contents) -> set[bytes]:
     """Return the ids that have an ack in any of them: older trees wrote acks into the newest file."""
     return {payload for _, records in contents for kind, payload in records if kind == ACK}
-
-
-def sync(descriptors: list[int]) -> None:
-    """Put on the disk what was written to these, and close them."""
-    try:
-        for fd in descriptors:
-            os.fdatasync(fd)
-    finally:
-        for fd in descriptors:
-            os.close(fd)
 
 
 def _chunks(segment: Segment, records: list[tuple[int, bytes]]) -> tuple[list[Chunk], list[Chunk]]:

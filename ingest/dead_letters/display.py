@@ -21,6 +21,7 @@ ADVICE: dict[str, str] = {
     "future": "A clock runs ahead: correct it (NTP) on the host of `origin`. Once the event's time is past, retry.",
     "too_late": "It is older than the stream's memory of repeats. The gateways look it up by themselves; in the state "
     "`unknown` log and lake cannot tell whether it was taken: retry it with --take, or with --drop if it was.",
+    "too_deep": "Log flatter records: what lies beyond 100 levels was left out. It cannot be retried.",
     "too_large": "One event is larger than ingest.batch_bytes: log less, or raise it (the broker's limit is 1 MB).",
     "bad_line": "The line is not of the log format that the mapping names: correct `format`, restart the gateways, "
     "retry.",

@@ -23,6 +23,7 @@ import msgspec
 
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.dead_letters import DeadLetter, Fate, RetryMark, decode_dead_letter, decode_retry_mark
+from headrace.contract.formats.nesting import TOO_DEEP, TOO_DEEP_TEXT
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.log import Reader, read_range
 
@@ -211,6 +212,8 @@ def why_not_retried(letter: Letter) -> str:
     told = letter.content
     if told.raw_truncated:
         return f"only the first {len(told.raw)} bytes were kept (ingest.dead_letter_bytes): it cannot be retried"
+    if told.reason == TOO_DEEP:
+        return f"{TOO_DEEP_TEXT}: it cannot be retried"
     if not record_of(told)[1]:
         return "its bytes are no record: it cannot be retried"
     return ""

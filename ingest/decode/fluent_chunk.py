@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from headrace.contract.formats.nesting import LEVELS_MAX
 from headrace.contract.project import EXTRA
 from headrace.ingest.decode.msgpack_scan import (
     ARRAY,
@@ -36,6 +37,7 @@ from headrace.ingest.decode.msgpack_scan import (
     head,
     skip,
 )
+from headrace.ingest.decode.shallow import nested
 from headrace.ingest.decode.texts import NUMBER, Flags, gather, gather_ids, valid_utf8
 from headrace.ingest.decode.validate import ENVELOPE_NAMES, ID_BYTES_MAX, PLACE_MAX, Declared
 
@@ -209,6 +211,8 @@ def _rows(
 ) -> None:
     """Fill the columns; set `left_N` where a row is not ordinary."""
     scratch = np.zeros(8, np.uint8)
+    # Of a field's value: the record itself is the first level.
+    todo_L = np.zeros(LEVELS_MAX - 1, np.int64)
     hints = np.full(256, -1, np.int64)
     for row in range(len(starts_N)):
         left_N[row] = 1
@@ -235,7 +239,8 @@ def _rows(
             elif leave_unknown:
                 ok = False
             else:
-                at = skip(data, len(data), at, 1, len(data))[1]
+                is_deep, at = nested(data, at, todo_L)
+                ok = not is_deep
             if not ok:
                 break
         left_N[row] = 0 if ok else 1

@@ -15,7 +15,11 @@ import msgspec
 import numpy as np
 
 from headrace.ingest.decode.msgpack_scan import Buffer, I64s, as_bytes, entry_starts, skip
+from headrace.ingest.decode.shallow import shallow_msgpack
 from headrace.ingest.decode.times import EventTime, entry_ns, event_time_of
+
+BAD_CHUNK = "bad_chunk"
+"""The reason of a body that cannot be read."""
 
 
 class Unknown(NamedTuple):
@@ -52,7 +56,7 @@ class Message(msgspec.Struct, frozen=True):
     """Sent as a bare JSON array; its ack is JSON too."""
     per_origin: bool = False
     """The chunk's id is good for its sender's address alone, as an Idempotency-Key is."""
-    reason: str = "bad_chunk"
+    reason: str = BAD_CHUNK
     """What dead letters say that `problem` makes: of the body where there is none, else of each entry in it."""
 
     @property
@@ -85,13 +89,16 @@ def read_entries(body: bytes) -> Iterator[Entry]:
 
 
 def read_entry(body: Buffer, start: int) -> Entry:
-    """Return the entry that begins at `start`; one that Python cannot hold has no time and its bytes as the record."""
+    """Return the entry that begins at `start`; one that Python cannot hold has no time and its bytes as the record.
+
+    A record that is nested too deeply comes without its deepest content, and still has more levels than may be.
+    """
     data = as_bytes(body)
     _, end, _ = skip(data, len(data), start, 1, len(data))
-    raw = data[start:end].tobytes()
+    raw = shallow_msgpack(data[start:end].tobytes())
     try:
         return _entry(msgpack.unpackb(raw, **UNPACK_OPTIONS))
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         return Entry(None, raw)
 
 

@@ -99,6 +99,12 @@ def head(data: U8s, at: Word) -> tuple[Word, Word, Word]:
 
 
 @numba.njit(cache=True)
+def has_head(data: U8s, end: Word, at: Word) -> Flag:
+    """Say whether the head at `at` is all there."""
+    return at < end and at + 1 + _SIZE[data[at]] + (_KIND[data[at]] == EXT) <= end
+
+
+@numba.njit(cache=True)
 def skip(data: U8s, end: Word, at: Word, todo: Word, limit: Word) -> tuple[Word, Word, Word]:
     """Go on over `todo` values from `at`; return (how it ended, where, how many values are still to come).
 

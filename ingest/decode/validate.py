@@ -9,6 +9,7 @@ What is refused is named row by row with a stable reason; it becomes a dead lett
 | `no_partition_key`, `no_request_id` | the field is missing, null or empty |
 | `future` | the event time is further ahead of the gateway's clock than `ingest.skew_ms` |
 | `past` | the event time lies before `ingest.past` |
+| `too_deep` | the record has more than 100 levels of lists and maps |
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION, feedback_schema, impression_schema, name_of
+from headrace.contract.formats.nesting import TOO_DEEP, TOO_DEEP_TEXT, is_deeper
 from headrace.contract.project import EXTRA, FeedbackType, ImpressionType, Project, Unknown
 
 ID_BYTES_MAX = 512
@@ -109,6 +111,9 @@ def check(
         rejected.setdefault(row, (reason, detail))
 
     rows = _maps(records, times_ns, reject)
+    for at, record in enumerate(rows):
+        if is_deeper(record):
+            reject(at, TOO_DEEP, TOO_DEEP_TEXT)
     if declared.unknown == "refuse":
         for at, record in enumerate(rows):
             if not record.keys() <= declared.known:

@@ -17,8 +17,8 @@ from headrace.contract.metrics import Metrics
 from headrace.ingest.forward.connection import Connection
 from headrace.ingest.forward.endpoint import Endpoint
 from headrace.ingest.forward.listeners import Listeners
-from headrace.ingest.forward.tls_handshake import TlsHandshake
 from headrace.ingest.gateway.admission import Admission
+from headrace.ingest.tls_handshake import TlsHandshake
 from headrace.ingest.tls_identity import TlsIdentity
 from headrace.process.awake import Awake
 
@@ -157,7 +157,7 @@ class ForwardServer:
     def protocol(self, *, trusted: bool = False) -> asyncio.Protocol:
         """Return what handles a new connection. A `trusted` one came by the Unix socket: it has no TLS, no key."""
         if self._identity is not None and not trusted:
-            return TlsHandshake(self, self._identity.context, self._config)
+            return TlsHandshake(self, self._identity.context, self._config.handshake_ms)
         return self.connection(trusted=trusted)
 
     def connection(self, *, trusted: bool = False) -> Connection:
@@ -211,11 +211,25 @@ class ForwardServer:
         """Add to the bytes of messages that have not ended; a negative number takes off."""
         self._partial_bytes += more_bytes
 
-    def begin_tls(self, handshake: TlsHandshake, transport: asyncio.Transport) -> None:
-        """Note a TLS handshake, and the connection beneath it."""
+    # -- `TlsPort`
+
+    def begin_tls(self, handshake: TlsHandshake, transport: asyncio.Transport, origin: str) -> bool:
+        """Note a TLS handshake, and the connection beneath it; False, counted, where there is no room for it."""
+        if not self.can_enter():
+            self.refuse(origin, "connections_max", f"{self._config.connections_max} connections are open")
+            return False
         self._tls_handshakes.add(handshake)
         self._beneath_tls.add(transport)
+        return True
 
     def finish_tls(self, handshake: TlsHandshake) -> None:
         """Note that it is over, well or not."""
         self._tls_handshakes.discard(handshake)
+
+    def refuse(self, origin: str, reason: str, why: str) -> None:
+        """Count and log a refusal."""
+        self.admission.refuse(origin, reason, why)
+
+    def upgraded(self) -> Connection:
+        """Return what handles a connection whose TLS handshake is done."""
+        return self.connection()

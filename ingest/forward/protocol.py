@@ -32,6 +32,7 @@ from headrace.ingest.decode.msgpack_scan import (
     skip,
     skip_json,
 )
+from headrace.ingest.decode.shallow import shallow_json, shallow_msgpack
 from headrace.ingest.decode.times import entry_ns
 
 
@@ -170,9 +171,9 @@ def read_message(frame: bytes, bytes_max: int) -> Message:
 def _option(frame: bytes, at: int) -> dict[Any, Any]:
     try:
         unpacker = msgpack.Unpacker(**UNPACK_OPTIONS)
-        unpacker.feed(frame[at:])
+        unpacker.feed(shallow_msgpack(frame[at:]))
         option = unpacker.unpack()
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise Refused("bad_frame", f"the options are no map: {type(error).__name__}.") from error
     return option if isinstance(option, dict) else {}
 
@@ -180,18 +181,18 @@ def _option(frame: bytes, at: int) -> dict[Any, Any]:
 def _value(frame: bytes) -> Any:
     try:
         return msgpack.unpackb(frame, **UNPACK_OPTIONS)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise Refused("bad_frame", f"no value of MessagePack: {type(error).__name__}.") from error
 
 
 def read_json(frame: bytes) -> Message:
     """Return the message that a bare JSON array is: `["tag", time, record, option]` or `["tag", [entries], option]`.
 
-    One that begins with a tag and cannot be read (nested too deeply, a number of too many digits) has its `problem`:
-    it would be sent again for ever, and hold back what is behind it. Raises `Refused` on anything else.
+    One that begins with a tag and cannot be read (a number of too many digits) has its `problem`: it would be sent
+    again for ever, and hold back what is behind it. Raises `Refused` on anything else.
     """
     try:
-        value = _json_value(frame)
+        value = _json_value(shallow_json(frame))
         if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], str):
             raise Refused("bad_frame", "a forward message in JSON is an array that begins with a tag.")
         single = not isinstance(value[1], list)
@@ -202,7 +203,7 @@ def read_json(frame: bytes) -> Message:
         chunk = option.get("chunk") if isinstance(option, dict) else None
         body = b"".join(map(pack, items))
         return Message(value[0], body, _chunk_of(chunk), json=True)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         tag = _json_text(_JSON_TAG.match(frame))
         if not tag:
             raise Refused("bad_frame", f"no JSON array that begins with a tag: {type(error).__name__}.") from error

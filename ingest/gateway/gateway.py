@@ -32,7 +32,7 @@ from headrace.contract.hashing import hash_text, partition_of
 from headrace.contract.privacy import Privacy
 from headrace.ingest.dead_letters.ceiling import Ceiling
 from headrace.ingest.decode.fluent_chunk import decode, layout
-from headrace.ingest.decode.message import Entry, Message, read_entry, starts_of
+from headrace.ingest.decode.message import BAD_CHUNK, Entry, Message, read_entry, starts_of
 from headrace.ingest.decode.msgpack_scan import I64s, as_bytes
 from headrace.ingest.decode.validate import Declared, brings_id, check, declared_types
 from headrace.ingest.gateway.admission import BEYOND_CEILING, NO_ROOM
@@ -159,7 +159,8 @@ class Gateway:
                 for nth, entry in enumerate(message.entries):
                     self._dead_letter(chunk, message.reason, problem, entry, event_id=f"{prefix}/{nth}")
             elif problem:
-                self._dead_letter(chunk, "bad_chunk", problem, Entry(None, None), raw=raw)
+                reason = message.reason if message.problem else BAD_CHUNK
+                self._dead_letter(chunk, reason, problem, Entry(None, None), raw=raw)
             elif made is not None:
                 chunk.waiting += len(starts)
                 self._batcher.of(made, self._clock.monotonic()).add(message.body, starts, chunk, prefix)

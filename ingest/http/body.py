@@ -29,6 +29,7 @@ from headrace.contract.errors import BadRequest
 from headrace.ingest.decode.compression import BodyTooLarge, decompress
 from headrace.ingest.decode.message import Message, message_of
 from headrace.ingest.decode.numbers import DECIMAL
+from headrace.ingest.decode.shallow import shallow_json, shallow_msgpack
 from headrace.ingest.decode.times import any_unix_ns
 from headrace.ingest.decode.validate import brings_id
 
@@ -67,8 +68,9 @@ def messages_of(events: Events, key: str, now_ms: int, sent_at: str = "") -> lis
     try:
         made = [message_of(tag, found, key or None) for tag, found in entries.items()]
         return [msgspec.structs.replace(message, per_origin=bool(key)) for message in made]
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise BadRequest(400, "a record is nested too deeply", "nest less") from error
+    except (ValueError, OverflowError) as error:
+        step = "send what MessagePack can say: text, numbers of 64 bits, lists, maps"
+        raise BadRequest(400, f"a record cannot be written: {type(error).__name__}", step) from error
 
 
 # -- one event
@@ -176,8 +178,9 @@ def _read_text(body: bytes) -> Events:
 
 def _read_msgpack(body: bytes) -> Events:
     try:
-        value = msgpack.unpackb(body, raw=False, unicode_errors="surrogateescape", strict_map_key=False)
-    except (ValueError, TypeError, RecursionError) as error:
+        plain = shallow_msgpack(body)
+        value = msgpack.unpackb(plain, raw=False, unicode_errors="surrogateescape", strict_map_key=False)
+    except (ValueError, TypeError) as error:
         raise BadRequest(
             400, f"the body is no MessagePack: {type(error).__name__}", "send one map or one array of maps, no more"
         ) from error
@@ -203,11 +206,13 @@ def _json(data: bytes, where: str) -> Any:
     """Return one JSON value. Of equal keys the last counts, as everywhere.
 
     NaN, numbers beyond a float and text with half a surrogate pair, which some clients write, are read too: they cost
-    their own event (`bad_type`) or one character, not the whole batch.
+    their own event (`bad_type`) or one character, not the whole batch. What is nested too deeply costs its own event
+    (`too_deep`), too.
     """
+    data = shallow_json(data)
     try:
         return msgspec.json.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         pass
     try:
         return _whole(json.loads(data.removeprefix(_BOM).decode("utf-8")))
@@ -215,8 +220,6 @@ def _json(data: bytes, where: str) -> Any:
         at = f"{error.msg} at character {error.pos}"
     except UnicodeDecodeError as error:
         at = f"byte {error.start} is not UTF-8"
-    except RecursionError:
-        at = "it is nested too deeply"
     except ValueError:
         at = "a number has too many digits"
     raise BadRequest(400, f"{where} is no JSON: {at}", "send JSON in UTF-8, or name another Content-Type")

@@ -41,7 +41,7 @@ from headrace.ingest.http.access import Origins, Tokens, is_loopback
 from headrace.ingest.http.body import messages_of, read_events
 from headrace.ingest.http.forwarded import Proxies
 from headrace.ingest.http.page import page_routes
-from headrace.ingest.http.uvicorn_server import collector_config, listen, serve
+from headrace.ingest.http.uvicorn_server import CollectorConfig, listen, serve
 from headrace.ingest.tls_identity import TlsIdentity
 from headrace.process.awake import awake_timeout
 from headrace.process.http_bounds import ConnectionBounds
@@ -131,7 +131,8 @@ class Collector:
         scheme = "http" if self._identity is None else "https"
         log.info("collector on %s://%s:%d/, %s", scheme, host, self.port, asks)
         bounds = ConnectionBounds(most, admission.refuse, lambda client: peer_of(client).origin)
-        await serve(collector_config(self.app(), bounds, self._identity), listener, stopping)
+        config = CollectorConfig(self.app(), bounds, self._identity, self._config.handshake_ms)
+        await serve(config, listener, stopping)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""

@@ -10,39 +10,64 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import uvicorn
 
 from headrace.contract.errors import ConfigRejected
+from headrace.ingest.tls_handshake import TlsHandshake
 from headrace.ingest.tls_identity import TlsIdentity
 from headrace.process.awake import awake_s
-from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
+from headrace.process.http_bounds import ALL_WAIT, BoundedConfig, BoundedProtocol, ConnectionBounds
 
 DRAIN_S = 1
 """Longest wait for answers at the end: the gateway's `loop.DRAIN_S` is 2 s."""
 _SWEEP_S = 1.0
 
 
-def collector_config(app: Any, bounds: ConnectionBounds, identity: TlsIdentity | None) -> BoundedConfig:
-    """Return uvicorn's settings for the collector."""
-    config = BoundedConfig(app, bounds, timeout_graceful_shutdown=DRAIN_S)
-    if identity is not None:
-        config.ssl = _renewing(identity)
-    return config
+class Handshakes:
+    """TLS handshakes of the collector's port, which take a place among its connections; a `TlsPort`."""
+
+    def __init__(self, config: BoundedConfig, settings: Mapping[str, Any], open_now: set[TlsHandshake]) -> None:
+        """`settings` are what uvicorn gives each connection, `open_now` the handshakes of the whole port."""
+        self._config, self._settings, self._open = config, settings, open_now
+
+    def begin_tls(self, handshake: TlsHandshake, _transport: asyncio.Transport, origin: str) -> bool:
+        """Note a handshake; False, counted, where there is no room for it."""
+        if not self._config.bounds.make_room(len(self._open)):
+            self.refuse(origin, "connections_max", ALL_WAIT)
+            return False
+        self._open.add(handshake)
+        return True
+
+    def finish_tls(self, handshake: TlsHandshake) -> None:
+        """Note that it is over."""
+        self._open.discard(handshake)
+
+    def refuse(self, origin: str, reason: str, why: str) -> None:
+        """Count and log a refusal."""
+        self._config.bounds.refuse(origin, reason, why)
+
+    def upgraded(self) -> asyncio.Protocol:
+        """Return what reads requests."""
+        return BoundedProtocol(**self._settings)
 
 
-def _renewing(identity: TlsIdentity) -> ssl.SSLContext:
-    """Return a context whose handshakes use the certificate as it is then, not as it was at the start."""
-    context = identity.context
+class CollectorConfig(BoundedConfig):
+    """uvicorn's settings for the collector. TLS is ours: uvicorn's own drops a failed handshake without a word."""
 
-    def use_newest(handshake: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
-        handshake.context = identity.context
+    def __init__(self, app: Any, bounds: ConnectionBounds, identity: TlsIdentity | None, handshake_ms: int) -> None:
+        super().__init__(app, bounds, timeout_graceful_shutdown=DRAIN_S)
+        self.handshakes: set[TlsHandshake] = set()
+        if identity is None:
+            return
 
-    context.sni_callback = use_newest
-    return context
+        def begin(**settings: Any) -> asyncio.Protocol:
+            # The certificate as it is now: it may have been renewed since the start.
+            return TlsHandshake(Handshakes(self, settings, self.handshakes), identity.context, handshake_ms)
+
+        self.http_protocol_class = cast(Any, begin)
 
 
 class EmbeddedServer(uvicorn.Server):
@@ -54,7 +79,7 @@ class EmbeddedServer(uvicorn.Server):
         yield
 
 
-async def serve(config: BoundedConfig, listener: socket.socket, stopping: asyncio.Event) -> None:
+async def serve(config: CollectorConfig, listener: socket.socket, stopping: asyncio.Event) -> None:
     """Serve on `listener` until `stopping`, then answer what has begun for at most `DRAIN_S`."""
     server = EmbeddedServer(config)
     serving = asyncio.get_running_loop().create_task(server.serve([listener]))
@@ -63,6 +88,8 @@ async def serve(config: BoundedConfig, listener: socket.socket, stopping: asynci
             config.bounds.sweep(awake_s())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), _SWEEP_S)
+        for handshake in list(config.handshakes):
+            handshake.cancel()
         server.should_exit = True
         await serving
     finally:

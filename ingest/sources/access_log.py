@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.nesting import LEVELS_MAX
 from headrace.ingest.decode.numbers import DECIMAL
 from headrace.ingest.decode.times import CLF_SHAPE, clf_ns, decimal_ns, iso8601_ns
 
@@ -73,9 +74,11 @@ LISTED = frozenset(
 )
 """Variables with one value for each upstream that was asked: `a, b`, and ` : ` before those of another group."""
 _NUMBERS = frozenset(("status", "body_bytes_sent", "bytes_sent", "request_length", "request_time", "msec"))
-JSON_DEPTH_MAX = 500
-"""Levels of a JSON line. How many more Python reads depends on its version: 1,000 to 10,000."""
 _KEYED = {"i": "http_", "C": "cookie_", "o": "sent_http_", "e": "env_", "n": "note_"}
+
+
+class TooDeep(Exception):
+    """A JSON line has more levels than may be."""
 
 
 class LineFormat(msgspec.Struct, frozen=True):
@@ -88,7 +91,7 @@ class LineFormat(msgspec.Struct, frozen=True):
     """Whether the server wrote escapes, as both do unless told not to."""
 
     def read(self, line: str) -> Variables | None:
-        """Return what the line says; None where it is not of this format."""
+        """Return what the line says; None where it is not of this format. Raises `TooDeep`."""
         line = line.rstrip("\r\n")
         if self.pattern is None:
             return _json_object(line)
@@ -214,22 +217,21 @@ def _apache_name(found: re.Match[str]) -> str:
 
 
 def _json_object(line: str) -> Variables | None:
-    if line.count("[") + line.count("{") > JSON_DEPTH_MAX and _is_deep(line):
-        return None
+    if line.count("[") + line.count("{") > LEVELS_MAX and _is_deep(line):
+        raise TooDeep
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError):
-        # Nested too deeply is no line of a log either, and must cost no more than its own line.
+    except ValueError:
         return None
     return variables_of(value) if isinstance(value, dict) else None
 
 
 def _is_deep(line: str) -> bool:
-    """Say whether JSON is nested more than `JSON_DEPTH_MAX` deep. Linear in the length."""
+    """Say whether JSON is nested more than `LEVELS_MAX` deep. Linear in the length."""
     depth = 0
     for token in _JSON_TOKEN.finditer(line):
         depth += 1 if token[0] in ("[", "{") else -1 if token[0] in ("]", "}") else 0
-        if depth > JSON_DEPTH_MAX:
+        if depth > LEVELS_MAX:
             return True
     return False
 
@@ -265,8 +267,8 @@ def _as_text(value: Any) -> str | None:
         return value if isinstance(value, str) and value.isascii() else read_bytes(_raw_bytes(str(value)))
     try:
         return json.dumps(value, default=str)
-    except (TypeError, ValueError, RecursionError):
-        # Keys that JSON lacks, or nesting beyond it: no log line, and no value that a route could use.
+    except (TypeError, ValueError):
+        # Keys that JSON lacks: no log line, and no value that a route could use.
         return None
 
 

@@ -9,6 +9,7 @@ that the Kafka source gave the line, or that a route takes from a request id, st
 | matched by a route | an event of the route's tag; the schema decides on it like on any other |
 | matched by none | nothing; counted in `lines_skipped_total` |
 | not of the log's format, or without a line | a dead letter `bad_line` with the whole record |
+| of JSON, or a record, nested too deeply | a dead letter `too_deep` |
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from headrace.contract.formats.nesting import TOO_DEEP, TOO_DEEP_TEXT, is_deeper
 from headrace.contract.mapping import PLACEHOLDER, AccessLog, Route
 from headrace.contract.project import Project
 from headrace.ingest.decode.message import Entry, Message, message_of
@@ -28,6 +30,7 @@ from headrace.ingest.sources.access_log import (
     LISTED,
     LineFormat,
     Request,
+    TooDeep,
     Variables,
     compile_format,
     cookie_value,
@@ -55,6 +58,10 @@ class Mapped(NamedTuple):
 
 class _Unreadable(ValueError):
     """Why a record holds no line of the log, in words without its content."""
+
+    def __init__(self, detail: str, reason: str = BAD_LINE) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 class _Target(NamedTuple):
@@ -143,13 +150,13 @@ class Mapper:
         except ValueError as error:
             return Mapped([Message(message.tag, b"", message.chunk, problem=str(error), raw=message.body)], 0)
         made: defaultdict[str, list[tuple[int | None, Any]]] = defaultdict(list)
-        bad: defaultdict[str, list[tuple[int | None, Any]]] = defaultdict(list)
+        bad: defaultdict[tuple[str, str], list[tuple[int | None, Any]]] = defaultdict(list)
         skipped = 0
         for entry in entries:
             try:
                 found = self._event(entry)
             except _Unreadable as error:
-                bad[str(error)].append((entry.time_ns, self._shown(entry.record)))
+                bad[error.reason, str(error)].append((entry.time_ns, self._shown(entry.record)))
                 continue
             if found is None:
                 skipped += 1
@@ -157,10 +164,10 @@ class Mapper:
                 tag, time_ns, record = found
                 made[tag].append((time_ns, record))
         messages = [message_of(tag, pairs, message.chunk) for tag, pairs in made.items()]
-        for detail, pairs in bad.items():
+        for (reason, detail), pairs in bad.items():
             body = message_of(self.tag, pairs).body
             messages.append(
-                Message(self.tag, body, message.chunk, plain_bytes=len(body), problem=detail, reason=BAD_LINE)
+                Message(self.tag, body, message.chunk, plain_bytes=len(body), problem=detail, reason=reason)
             )
         return Mapped(messages, skipped)
 
@@ -177,6 +184,8 @@ class Mapper:
         """Return (tag, time, record) of the event that a line is, None where it is none. Raises `_Unreadable`."""
         if entry.time_ns is None or not isinstance(entry.record, dict):
             raise _Unreadable("the entry is not [time, record]")
+        if is_deeper(entry.record):
+            raise _Unreadable(TOO_DEEP_TEXT, TOO_DEEP)
         variables = self._variables(entry.record)
         request = request_of(variables)
         if request is None:
@@ -203,7 +212,10 @@ class Mapper:
                 raise _Unreadable(f"the record has no field {self._fields[0]!r} with the line, nor a request's fields")
             return variables_of(record, escaped=self._escaped)
         text = line.decode("utf-8", "surrogateescape") if isinstance(line, bytes) else line
-        variables = self._format.read(text)
+        try:
+            variables = self._format.read(text)
+        except TooDeep as error:
+            raise _Unreadable(f"as JSON, {TOO_DEEP_TEXT}", TOO_DEEP) from error
         if variables is None:
             raise _Unreadable("the line is not of this log's format")
         return variables

@@ -25,7 +25,10 @@ import msgpack
 import msgspec
 
 from headrace.contract.config import SourceConfig
+from headrace.contract.formats.nesting import LEVELS_MAX, TOO_DEEP, TOO_DEEP_TEXT
+from headrace.ingest.decode.message import BAD_CHUNK
 from headrace.ingest.decode.numbers import DECIMAL, INTEGER, NUMBER
+from headrace.ingest.decode.shallow import KEPT, OTLP_KEPT, shallow_json, shallow_msgpack
 from headrace.ingest.decode.times import (
     DIGITS_MAX,
     NS_OF_UNIT,
@@ -39,13 +42,14 @@ from headrace.ingest.sources.otlp_texts import log_record_texts
 
 
 class Foreign(NamedTuple):
-    """One record of a message. `problem` says why it cannot be read; `raw` has its bytes then."""
+    """One record of a message. `problem` says why it cannot be read; `raw` has its bytes then, `reason` sorts it."""
 
     tag: str
     time_ns: int | None
     record: Any
     problem: str = ""
     raw: bytes = b""
+    reason: str = BAD_CHUNK
 
 
 class _Number(float):
@@ -79,8 +83,6 @@ def read_foreign(source: SourceConfig, value: bytes | None, timestamp_ms: int | 
 def _where(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos}"
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
     return f"{type(error).__name__}: {error}" if isinstance(error, _Unreadable) else type(error).__name__
 
 
@@ -88,7 +90,11 @@ class _Unreadable(ValueError):
     """What is wrong with a record; the message holds nothing of its content."""
 
 
-_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+class _TooDeep(ValueError):
+    """A record has more levels than may be."""
+
+
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 """What reading arbitrary bytes may raise."""
 
 
@@ -97,7 +103,7 @@ def _json(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[
 
 
 def _msgpack(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[Foreign]:
-    record = msgpack.unpackb(value, raw=False, unicode_errors="surrogateescape", strict_map_key=False)
+    record = msgpack.unpackb(shallow_msgpack(value), raw=False, unicode_errors="surrogateescape", strict_map_key=False)
     return [_mapped(source, record, timestamp_ns, value)]
 
 
@@ -123,6 +129,8 @@ def _otlp(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[
     for nth, entry in enumerate(_log_records(value)):
         try:
             one = _otlp_record(source, entry, timestamp_ns)
+        except _TooDeep:
+            one = Foreign(source.tag, None, None, TOO_DEEP_TEXT, reason=TOO_DEEP)
         except _UNREADABLE as error:
             one = Foreign(source.tag, None, None, f"no log record of OTLP: {_where(error)}")
         found.append(one._replace(raw=raws[nth]) if one.problem else one)
@@ -130,11 +138,7 @@ def _otlp(source: SourceConfig, value: bytes, timestamp_ns: int | None) -> list[
 
 
 def _log_records(value: bytes) -> list[Any]:
-    """Return the log records of a message, or their texts where one of them keeps the whole from being read."""
-    try:
-        whole = _json_value(value)
-    except RecursionError:
-        return list(log_record_texts(value))
+    whole = _json_value(value, OTLP_KEPT)
     if not isinstance(whole, dict) or "resourceLogs" not in whole:
         raise _Unreadable("a message of OTLP is a map with resourceLogs")
     return [
@@ -162,8 +166,6 @@ class RecordBytes:
 
 
 def _otlp_record(source: SourceConfig, entry: Any, timestamp_ns: int | None) -> Foreign:
-    if isinstance(entry, bytes):
-        entry = _json_value(entry)
     if not isinstance(entry, dict):
         raise _Unreadable("a log record is a map")
     record = {item["key"]: _any_value(item.get("value")) for item in _list(entry, "attributes")}
@@ -177,8 +179,8 @@ def _otlp_record(source: SourceConfig, entry: Any, timestamp_ns: int | None) -> 
 
 def _any_value(value: Any, depth: int = 1) -> Any:
     """Return what an OTLP `AnyValue` holds; 64-bit integers travel as strings in its JSON."""
-    if depth > _ANY_VALUES_MAX:
-        raise _Unreadable("it is nested too deeply")
+    if depth > LEVELS_MAX:
+        raise _TooDeep
     if not value:
         return None
     if not isinstance(value, dict) or len(value) != 1:
@@ -249,7 +251,8 @@ def _tagged(source: SourceConfig, record: dict[Any, Any], time_ns: int | None, r
     return Foreign(source.tag, time_ns, record)
 
 
-def _json_value(value: bytes) -> Any:
+def _json_value(value: bytes, levels: int = KEPT) -> Any:
+    value = shallow_json(value, levels)
     try:
         return _DECODER.decode(value)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -280,9 +283,6 @@ def _time_of(value: Any, unit: str, otherwise: int | None) -> int | None:
     return decimal_ns(value, unit) if DECIMAL.fullmatch(value) else iso8601_ns(value)
 
 
-_ANY_VALUES_MAX = 100
-"""Values of OTLP in each other. Readers of protobuf give up at 100 messages; how many more Python reads depends on its
-version."""
 _DECODER = msgspec.json.Decoder(float_hook=_Number)
 _READERS: dict[str, Callable[[SourceConfig, bytes, int | None], list[Foreign]]] = {
     "json": _json,

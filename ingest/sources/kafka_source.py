@@ -267,7 +267,9 @@ def messages_of(source: SourceConfig, records: Sequence[Fetched]) -> list[Messag
                 found = found._replace(raw=raws[nth]) if found.problem else found
             if found.problem:
                 chunk = _event_id(source, one, nth)
-                unread.append(Message(found.tag, chunk=chunk, problem=found.problem, raw=found.raw))
+                unread.append(
+                    Message(found.tag, chunk=chunk, problem=found.problem, raw=found.raw, reason=found.reason)
+                )
             else:
                 bodies[found.tag].append(body)
     # Only the same records have the same name: a repeat may be cut in other places.
@@ -283,8 +285,8 @@ def _packed(found: Foreign, event_id: str) -> tuple[bytes, Foreign]:
         record = {**record, "event_id": event_id}
     try:
         return message_of(found.tag, [(found.time_ns, record)]).body, found
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        # Text with half a surrogate pair, or nesting that MessagePack's packer does not follow.
+    except (ValueError, TypeError, OverflowError) as error:
+        # Text with half a surrogate pair, and the like.
         return b"", Foreign(found.tag, None, None, f"no record: {type(error).__name__}")
 
 

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from headrace.contract.config import ServeConfig
 from headrace.contract.crawl import external_columns
 from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable
+from headrace.contract.formats.json_record import decode_json
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
@@ -107,7 +108,7 @@ class ServingApp:
     async def _rank(self, request: Request) -> Response:
         try:
             sent = await self._bodies.read(request)
-            ask = msgspec.json.decode(sent, type=RankRequest)
+            ask: RankRequest = decode_json(sent, RankRequest)
             count, most = len(ask.candidates), self.deps.config.candidates_max
             if count > most:
                 return problem(422, f"{count} candidates", f"send at most {most} in one request")

@@ -66,6 +66,8 @@ class Updater:
     _turned_s: float = field(default=0.0, init=False)
     """When a call returned last, in time that the process was awake for."""
     _meta: Meta | None = field(default=None, init=False)
+    _taken_s: float = field(default=0.0, init=False)
+    """When it was taken, by the monotonic clock."""
     _newest: Manifest | None = field(default=None, init=False)
     _tried: str = field(default="", init=False)
     """The snapshot that was loaded or refused last."""
@@ -87,7 +89,9 @@ class Updater:
         """
         waited_ms = round((self._awake.monotonic() - self._turned_s) * 1_000)
         if self._meta is not None:
-            self.metrics.set("model_age_seconds", (self.clock.now_ms() - self._meta.manifest.created_ms) / 1000)
+            # Not by the wall clock alone: set back a day, it would hide for a day that no version comes.
+            age_s = (self.clock.now_ms() - self._meta.manifest.created_ms) / 1000
+            self.metrics.set("model_age_seconds", max(age_s, self.clock.monotonic() - self._taken_s))
         if waited_ms > self.stuck_ms:
             raise Unavailable(
                 f"the updater has waited {waited_ms} ms for {self.waits_for}; serve.stuck_ms allows {self.stuck_ms}. "
@@ -142,7 +146,7 @@ class Updater:
             self._note_manifest(record)
         self._model_offset = ends[0]
         if self._meta is None and self.shared.holds_model:
-            self._meta = self.shared.meta()
+            self._meta, self._taken_s = self.shared.meta(), self.clock.monotonic()
             if self._reads_on(self._meta):
                 return
         self._follow()
@@ -273,7 +277,7 @@ class Updater:
         self.metrics.add("swaps_total")
         self.metrics.set("model_step", meta.manifest.step)
         self.metrics.set("table_rows", self.shared.rows)
-        self._meta = meta
+        self._meta, self._taken_s = meta, self.clock.monotonic()
         self.shared.note_refusal("")
 
     def _refuse(self, error: HeadraceError) -> None:

@@ -40,6 +40,10 @@ SPACED_KEPT = 3
 """Older states that are kept beside the newest ones: a broker that lost its end may have lost what they all sent."""
 SPACED = 12
 """Each so many states one is kept longer: about one a minute."""
+REST = 20
+"""A snapshot that takes so long is followed by this many times as long without one: a large state that hardly changes
+must not cost a core."""
+REST_MAX_S = 300.0
 RECEIPT_WAIT_S = 0.005
 """Between two looks at the receipts, which come every few milliseconds."""
 FULL_WAIT_S = 0.01
@@ -243,7 +247,11 @@ class DurableState:
         """
         if self.storing is None and self.failure is None and offsets != self.stored:
             # 1. Snapshot.
-            self.storing = asyncio.ensure_future(self._make_durable(take(), self.sent))
+            begun_s = self._clock.monotonic()
+            snapshot = take()
+            ended_s = self._clock.monotonic()
+            self._due_s = max(self._due_s, ended_s + min(REST_MAX_S, REST * (ended_s - begun_s)))
+            self.storing = asyncio.ensure_future(self._make_durable(snapshot, self.sent))
 
     def cancel(self) -> None:
         """Store no more: the state is somebody else's."""

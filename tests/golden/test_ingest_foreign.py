@@ -208,8 +208,8 @@ def test_the_tag_comes_from_its_field_else_from_the_source() -> None:
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        ('{"kvlistValue":{"values":[{"key":"a","value":' * 5_000 + "{}" + "}]}}" * 5_000, "nested too deeply"),
-        ('{"arrayValue":{"values":[' * 101 + "{}" + "]}}" * 101, "nested too deeply"),
+        ('{"kvlistValue":{"values":[{"key":"a","value":' * 5_000 + "{}" + "}]}}" * 5_000, "more than 100 levels"),
+        ('{"arrayValue":{"values":[' * 101 + "{}" + "]}}" * 101, "more than 100 levels"),
         ('{"stringValue":5,"intValue":6}', "a value is a map of one kind"),
     ],
     ids=["beyond the reader of JSON", "one level", "of two kinds"],

@@ -55,7 +55,7 @@ WHAT_HAPPENS = {
     "ingest/dead_letters/settler.py": ("Thread", "`run`, several times a second, raises it"),
     "trainer/source/stored.py": ("ThreadPoolExecutor", "every result is taken: the trainer reads the piece again"),
     "ingest/forward/listeners.py": ("to_thread", "awaited at once"),
-    "ingest/forward/tls_handshake.py": ("create_task", "one connection, which is closed; a shipper comes again"),
+    "ingest/tls_handshake.py": ("create_task", "one connection, which is closed; a client comes again"),
     "ingest/gateway/loop.py": (
         "create_task gather",
         "every turn looks at them; the end logs what they raised",

@@ -33,6 +33,7 @@ READS_THE_CLOCK = {
     "headrace/process/watchdog.py": "is what its `Awake` follows",
     "headrace/sender/sender.py": SENDER,
     "ingest/crawl/politeness.py": "when a host may be asked next: later is polite",
+    "headrace/process/set_clock.py": "whether the wall clock was set: time asleep counts in both clocks",
     "ingest/tls_identity.py": "when a certificate near its end is told of again: later is fine",
     "replay/as_trained.py": SHOWN,
     "serving/model/region_file.py": "is what its `Awake` follows: no thread may run before the workers are forked",

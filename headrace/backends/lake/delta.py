@@ -45,7 +45,7 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from headrace.backends.lake.fsync import make_durable
+from headrace.backends.lake.fsync import make_durable, read_back
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hours_in, with_hours, write_hours
 from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
 from headrace.backends.lake.leases import Leases
@@ -53,7 +53,7 @@ from headrace.backends.lake.listing import count_rows, least_positions, partitio
 from headrace.backends.lake.spans import cut_hours
 from headrace.backends.lake.version_files import PLACE, VersionFiles
 from headrace.contract.config import LakeConfig
-from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.errors import InvariantBroken, Unavailable, disk_remedy
 from headrace.contract.formats.positions import START, Position, Positions, order_of, position_of
 from headrace.contract.formats.seals import PartitionSeal
 from headrace.contract.interfaces.lake import LakeLayout, SpanMs, StoredSpan
@@ -121,6 +121,10 @@ class DeltaLake:
         """A version whose files are gone, and what is read in its place."""
         self._sealed: dict[int, PartitionSeal] = {}
         """What this writer stored last."""
+        self._synced = -1
+        """The newest version that is known to be on the disk."""
+        self._is_doubtful = True
+        """Whether a sync failed, here or in the process before, of which nobody knows."""
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
@@ -131,11 +135,12 @@ class DeltaLake:
         there, since the commit may have happened all the same.
         """
         rows = pa.Table.from_batches(batches)
-        if "://" not in self.uri:
-            Path(self.uri).mkdir(parents=True, exist_ok=True)
         try:
+            if "://" not in self.uri:
+                Path(self.uri).mkdir(parents=True, exist_ok=True)
             table = self._newest_for_writing()
             before = -1 if table is None else int(table.version())
+            self._settle(before)
             self._refuse_repeats(table, rows, next_offsets, positions)
             parted = "event_time_ms" in rows.column_names if table is None else bool(partition_columns(table))
             stored = with_hours(rows) if parted else rows
@@ -150,18 +155,38 @@ class DeltaLake:
             else:
                 self._write(table, stored, parted, commit)
                 table = self._newest_for_writing() if table is None else table
-            if table is not None and "://" not in self.uri:
-                make_durable(Path(self.uri), range(before + 1, int(table.version()) + 1))
+            if table is not None:
+                self.put_on_disk(before, int(table.version()))
             self._sealed |= sealed
         except (DeltaError, CommitFailedError, OSError) as error:
             self._writer = None
-            raise Unavailable(f"the lake at {self.uri} did not take a commit: {error}") from error
+            told = f"the lake at {self.uri} did not take a commit: {error}; {disk_remedy(error)}."
+            raise Unavailable(told) from error
         except BaseException:
             self._writer = None
             raise
         if table is None:
             raise InvariantBroken(f"the lake at {self.uri} is gone right after a commit; nothing may delete it.")
         return int(table.version())
+
+    def put_on_disk(self, before: int, version: int) -> None:
+        """Return when the versions behind `before` up to this one are on the disk. Raises `OSError`."""
+        if "://" in self.uri:
+            return
+        self._is_doubtful, was_doubtful = True, self._is_doubtful
+        make_durable(Path(self.uri), range(before + 1, version + 1))
+        self._is_doubtful = was_doubtful
+        if before <= self._synced:
+            self._synced = max(self._synced, version)
+
+    def _settle(self, newest: int) -> None:
+        """Have on the disk what is in the lake, before more is built on it. Raises `OSError`, `InvariantBroken`."""
+        if newest < 0 or "://" in self.uri or (newest <= self._synced and not self._is_doubtful):
+            return
+        # Of an earlier process the newest alone: it went on only when those before were on the disk.
+        first = newest if self._synced < 0 else min(self._synced + 1, newest)
+        read_back(Path(self.uri), range(first, newest + 1))
+        self._synced, self._is_doubtful = newest, False
 
     def state(self, version: int | None = None) -> LakeState | None:
         """Return the newest version's state (or that version's); None while there is no lake.

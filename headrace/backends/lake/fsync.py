@@ -1,6 +1,10 @@
 """Makes a commit to a lake on a POSIX path outlive a power cut: delta-rs writes and renames, and never asks for fsync.
 
 On HDFS the DataNodes answer for a closed file, and there is nothing to do.
+
+After a sync that failed, Linux calls the lost pages clean: the next sync of the same file succeeds and proves nothing.
+So what may have been synced in vain, by this process or the one before, is read from the disk itself before more is
+built on it.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import msgspec
+from pyarrow import ArrowException, parquet
+
+from headrace.contract.errors import InvariantBroken
 
 
 class _Add(msgspec.Struct):
@@ -23,13 +30,64 @@ class _Action(msgspec.Struct):
 
 def make_durable(root: Path, versions: Iterable[int]) -> None:
     """Return when these versions' files, and their entries in the log, are on the disk. Raises `OSError`."""
-    log, entries = root / "_delta_log", [root / "_delta_log" / f"{version:020d}.json" for version in versions]
-    actions = [msgspec.json.decode(line, type=_Action) for each in entries for line in each.read_bytes().splitlines()]
-    added = [root / unquote(action.add.path) for action in actions if action.add is not None]
+    log, entries = root / "_delta_log", _entries(root, versions)
+    added = [path for each in entries for path in _added(root, each)]
     folders = {folder for path in added for folder in path.parents if folder.is_relative_to(root)}
     # A commit that is there without its rows would be worse than none: rows first.
     for path in (*added, *sorted(folders), *entries, log):
         sync(path)
+
+
+def read_back(root: Path, versions: Iterable[int]) -> None:
+    """Return when these versions are on the disk, as far as they are still there. Raises `OSError`.
+
+    Raises `InvariantBroken` where the disk has something else than what was written.
+    """
+    for entry in _entries(root, versions):
+        if not entry.exists():
+            continue
+        # A file that is gone was replaced by a compaction meanwhile; where it was not, readers name it.
+        added = [path for path in _added(root, entry) if path.exists()]
+        for path in (*added, *sorted({path.parent for path in added}), entry, entry.parent):
+            sync(path)
+        for path in added:
+            _forget(path)
+            try:
+                file = parquet.ParquetFile(path)
+                for group in range(file.num_row_groups):
+                    file.read_row_group(group)
+            except (ArrowException, OSError) as error:
+                raise _lost(path, entry, error) from error
+        before = entry.read_bytes()
+        _forget(entry)
+        if entry.read_bytes() != before:
+            raise _lost(entry, entry, None)
+
+
+def _lost(path: Path, entry: Path, error: Exception | None) -> InvariantBroken:
+    return InvariantBroken(
+        f"{path} is not on the disk as it was written{f': {error}' if error else ''}. The disk failed, or lost power: "
+        f"see its kernel log, delete the newest entry of the lake, {entry}, and start the sink, which stores its rows "
+        "again."
+    )
+
+
+def _entries(root: Path, versions: Iterable[int]) -> list[Path]:
+    return [root / "_delta_log" / f"{version:020d}.json" for version in versions]
+
+
+def _added(root: Path, entry: Path) -> list[Path]:
+    actions = [msgspec.json.decode(line, type=_Action) for line in entry.read_bytes().splitlines()]
+    return [root / unquote(action.add.path) for action in actions if action.add is not None]
+
+
+def _forget(path: Path) -> None:
+    """Have the kernel drop what it holds of a file, so that the next read comes from the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

@@ -34,7 +34,7 @@ from pyarrow import parquet
 from headrace.backends.lake.delta import RETAINED_ID, STEPS_MAX, DeltaLake
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, ORDER, EventHour, hour_ms, store_of, write_file
 from headrace.backends.lake.listing import files, partition_columns
-from headrace.contract.errors import Unavailable
+from headrace.contract.errors import Unavailable, disk_remedy
 
 # The local store of delta-rs writes NAME#1 and renames it; a killed writer leaves that, and Delta's vacuum skips it.
 _STAGED = re.compile(r"#\d+$")
@@ -215,6 +215,10 @@ class Upkeep:
                 partition_by=partition_columns(table),
                 commit_properties=CommitProperties(told, STEPS_MAX, [mark, *marks]),
             )
+            before = int(mark.version) - 1
+            table.update_incremental()
+            # Before vacuum deletes what it replaces.
+            self.lake.put_on_disk(before, int(table.version()))
         except CommitFailedError:
             return False
         except (DeltaError, OSError) as error:
@@ -242,7 +246,7 @@ class Upkeep:
         return found
 
     def _away(self, what: str, error: Exception) -> Unavailable:
-        return Unavailable(f"the lake at {self.lake.uri} could not be {what}: {error}")
+        return Unavailable(f"the lake at {self.lake.uri} could not be {what}: {error}; {disk_remedy(error)}.")
 
 
 def _version(entry: Mapping[str, Any]) -> Version:

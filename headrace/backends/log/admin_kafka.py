@@ -180,11 +180,13 @@ def copies(brokers: int, replication: int, min_insync: int) -> tuple[int, int]:
     """Return how many brokers have each record, and how many of them before it is acknowledged.
 
     0 lets the number of brokers say: 3 and 2, so that one may be away, where there are three; else 1 and 1. Raises
-    `ConfigRejected` for what these brokers can't give.
+    `ConfigRejected` for what these brokers can't give, `Unavailable` while Kafka tells of no broker: it has just begun.
 
     >>> copies(3, 0, 0), copies(5, 0, 0), copies(2, 0, 0), copies(3, 2, 0)
     ((3, 2), (3, 2), (1, 1), (2, 1))
     """
+    if brokers < 1:
+        raise Unavailable("Kafka answers and tells of no broker yet: it has just begun. Try again in some seconds.")
     replicas = replication or (3 if brokers >= 3 else 1)
     insync = min_insync or (2 if replicas >= 3 else 1)
     if replicas > brokers:

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vacuum.add_argument("--dry-run", action="store_true", help="say which; delete nothing")
     upkeep = actions.add_parser("upkeep", help="compact, retain and vacuum")
     upkeep.add_argument("--no-vacuum", action="store_true", help="leave files where they are")
+    upkeep.add_argument("--compact-only", action="store_true", help="neither retention nor vacuum")
     history = actions.add_parser("history", help="the versions, newest first")
     history.add_argument("--limit", type=int, default=20, metavar="N", help="the newest N; 0 shows all")
     read = actions.add_parser("read", help="rows of a version, a time, a day")
@@ -105,11 +106,12 @@ def _keep_in_time(runtime: Runtime, args: argparse.Namespace) -> int:
     elif lake.open() is None:
         _show(done, args.json)
         return 0
-    if args.action in ("retain", "upkeep"):
+    deletes = not getattr(args, "compact_only", False)
+    if args.action == "retain" or (args.action == "upkeep" and deletes):
         keeper.retain(done, runtime.clock.now_ms())
     if args.action in ("compact", "upkeep"):
         keeper.compact(done, files_min=getattr(args, "files", None))
-    if args.action == "vacuum" or (args.action == "upkeep" and not args.no_vacuum):
+    if args.action == "vacuum" or (args.action == "upkeep" and deletes and not args.no_vacuum):
         dry_run = getattr(args, "dry_run", False)
         found = keeper.vacuum(done, pinned_versions(runtime), dry_run=dry_run)
         if dry_run:

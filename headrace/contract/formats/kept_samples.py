@@ -48,8 +48,10 @@ def is_kept(reader: Reader, topic: str, partition: int, sent: Sent, last: Positi
     if sent.offset < reader.begin_offsets(topic)[partition]:
         return True
     found = _one(reader, topic, partition, sent.offset)
-    positions = None if found is None else _positions(found)
-    return positions is not None and positions.last == last and found.headers.get(SENDER) == sent.sender
+    if found is None or found.headers.get(SENDER) != sent.sender:
+        return False
+    positions = _positions(found)
+    return positions is not None and positions.last == last
 
 
 def read_on_at(

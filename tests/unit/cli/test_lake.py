@@ -44,6 +44,43 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "store"
 
 
+class HandClock(VirtualClock):
+    """A wall clock that can be set."""
+
+    set_ms = 0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self.set_ms
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_while_the_clock_is_set_nothing_of_the_lake_is_deleted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, days: int
+) -> None:
+    """A clock a day ahead ends every lease, and takes a writer's file that is not committed yet for a killed one's."""
+    clock, flags = HandClock(1_700_000_000_000), list[list[str]]()
+    config = LakeConfig(lease_ms=7_200_000)
+    schedule = UpkeepSchedule(
+        config, ["keep"], MemoryMetrics(), clock, threading.Event(), steady_s=lambda: clock.monotonic()
+    )
+
+    def keep(command: list[str]) -> tuple[int, str]:
+        flags.append(command[1:])
+        return 0, msgspec.json.encode(Done()).decode()
+
+    monkeypatch.setattr(schedule, "_upkeep", keep)
+    steps = [(0, 60, []), (days, 60, ["--compact-only"]), (days, 60, ["--compact-only"]), (0, 60, [])]
+    steps += [(days, 60, ["--compact-only"]), (days, 7_100, ["--compact-only"]), (days, 200, []), (days, 60, [])]
+    for set_days, later_s, _ in steps:
+        clock.set_ms = set_days * 86_400_000
+        clock.advance(later_s)
+        # A second is what a time server moves: no setting.
+        clock.set_ms += 1_000
+        schedule.run_once(True)
+    assert flags == [wanted for _, _, wanted in steps]
+    assert caplog.text.count("retention and vacuum wait") == 2
+
+
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
     """Return the JSON lines that the verb prints."""
     capsys.readouterr()
@@ -63,6 +100,7 @@ def test_compact_history_and_vacuum(store: Path, capsys: pytest.CaptureFixture[s
     ]
     assert said(capsys, "vacuum", "--dry-run")[0]["files_vacuumed"] == 0  # all younger than an hour
     assert said(capsys, "upkeep", "--no-vacuum")[0]["hours_dropped"] == 0
+    assert said(capsys, "upkeep", "--compact-only")[0]["files_vacuumed"] == 0
     assert main(["lake", "compact"]) == 0
     assert "2 files" in capsys.readouterr().out
 

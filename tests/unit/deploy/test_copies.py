@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from headrace.backends.log.admin_kafka import KafkaAdmin, copies
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import TopicSpec, check_outlasts
 
@@ -104,6 +104,8 @@ def test_a_topic_with_fewer_is_warned_of_and_refused_where_more_was_asked_for(ca
 
 
 def test_what_these_brokers_cannot_give_is_refused() -> None:
+    with pytest.raises(Unavailable, match=r"no broker yet"):
+        copies(0, 0, 0)
     with pytest.raises(ConfigRejected, match=r"log.replication is 3 and 2 brokers"):
         copies(2, 3, 0)
     with pytest.raises(ConfigRejected, match=r"log.min_insync_replicas is 4"):

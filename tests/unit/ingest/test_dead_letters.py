@@ -122,7 +122,7 @@ def test_filters_and_ids() -> None:
 
 def test_every_reason_of_the_gateway_has_its_advice() -> None:
     known = {"undeclared", "no_partition_key", "no_request_id", "bad_type", "unknown_field", "future", "too_large"}
-    assert known | {"bad_chunk", "bad_line"} <= ADVICE.keys()
+    assert known | {"bad_chunk", "bad_line", "too_deep"} <= ADVICE.keys()
     assert all("\n" not in line for line in ADVICE.values())
 
 

@@ -314,7 +314,7 @@ def test_a_json_line_nested_too_deeply_costs_itself_and_what_is_behind_it_is_tak
     world.settle()
     assert [row["request_id"] for row in world.log.rows("impression")] == ["a", "b", "c"]
     (letter,) = world.log.letters()
-    assert letter.reason == "bad_line"
+    assert letter.reason == "too_deep"
     assert world.outcomes == [Outcome(2, 1, 0), Outcome(1, 0, 0)]
 
 

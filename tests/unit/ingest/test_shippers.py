@@ -140,6 +140,12 @@ def test_fluentd_sends_soon_and_keeps_what_is_not_acked(path: Path) -> None:
     assert match["heartbeat_type"] == "none"
 
 
+@pytest.mark.parametrize("path", [p for p in FLUENTD if p.name != "access-log.conf"], ids=_name)
+def test_fluentd_drops_nothing_of_a_chunk_that_it_acks(path: Path) -> None:
+    # Off by default up to 1.18, on from 1.19 on.
+    assert _fluentd(path.name, "source", "forward")["skip_invalid_event"] is False
+
+
 @pytest.mark.parametrize("path", FLUENT_BIT, ids=_name)
 def test_fluent_bit_sends_soon_and_keeps_what_is_not_acked(path: Path) -> None:
     (service,) = _fluent_bit(path.name, "SERVICE")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -181,13 +182,26 @@ def test_what_msgpack_cannot_write_is_refused_and_nothing_of_it_is_kept(tmp_path
         deep = [deep]
     with AckingGateway() as gateway, Sender("", port=gateway.port, spool_dir=tmp_path) as sender:
         for value in (cycle, 1 << 64, -(1 << 63) - 1, "\ud800", deep):
-            with pytest.raises(EventRejected, match="MessagePack"):
+            with pytest.raises(EventRejected, match=r"MessagePack|100 levels"):
                 sender.emit("a", {"event_id": "bad", "value": value})
         for value in (Decimal(1), {1}, datetime.now(UTC), object(), 1j):
             with pytest.raises(TypeError):
                 sender.emit("a", {"event_id": "bad", "value": value})
         sender.emit("a", {"event_id": "good"})
         assert sender.flush(20) and gateway.got == {("a", "good"): 1}
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_clock_that_is_set_holds_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+    """Names of files, back-offs and deadlines go by no wall clock."""
+    now_ns = time.time_ns()
+    with AckingGateway() as gateway, Sender("", port=gateway.port, spool_dir=tmp_path) as sender:
+        sender.emit("a", {"event_id": "before"})
+        monkeypatch.setattr(time, "time_ns", lambda: now_ns + days * 86_400 * 10**9)
+        monkeypatch.setattr(time, "time", lambda: now_ns / 1e9 + days * 86_400)
+        sender.emit("a", {"event_id": "after"})
+        assert sender.flush(20)
+        assert gateway.got == {("a", "before"): 1, ("a", "after"): 1}
 
 
 @pytest.mark.parametrize("tag", ["", " ", "a\0b", "a\nb", "*.**", "é" * 500, "../../x", "🙂"])

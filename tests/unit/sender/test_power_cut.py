@@ -112,9 +112,7 @@ def test_what_an_earlier_process_wrote_is_on_the_disk_before_it_is_sent(tmp_path
     outbox = _open(tmp_path / "spool")
     chunk = outbox.lanes.take(0.0)
     assert chunk is not None
-    for fd in outbox.spool.duplicates({chunk.segment}):
-        os.fdatasync(fd)
-        os.close(fd)
+    outbox.spool.sync(outbox.spool.duplicates({chunk.segment}))
     assert disk.holds(chunk.segment.path)
 
 

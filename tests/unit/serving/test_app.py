@@ -104,6 +104,7 @@ def test_a_candidates_field_wins_and_missing_ones_are_null(world: World, client:
     [
         (400, b"{"),
         (400, b"\xff"),
+        (400, b'{"request_id": "r", "context": {"a": ' + b"[" * 20_000),
         (422, b"[]"),
         (422, b'{"request_id": "r"}'),
         (422, b'{"request_id": "r", "candidates": []}'),

@@ -45,6 +45,15 @@ def test_a_delta_a_version_and_each_is_exact(world: World):
     assert len(world.metrics.observations["swap_seconds"]) == 24
 
 
+def test_a_clock_that_is_set_back_hides_no_old_model(world: World, monkeypatch: pytest.MonkeyPatch):
+    begun(world)
+    now_ms = world.clock.now_ms
+    monkeypatch.setattr(world.clock, "now_ms", lambda: now_ms() - 86_400_000)
+    world.clock.advance(1_000.0)
+    world.updater.watch()
+    assert world.metrics.gauges["model_age_seconds", ""] == pytest.approx(1_000)
+
+
 def test_a_newer_snapshot_of_the_chain_is_not_loaded(world: World):
     trainer, rng = begun(world)
     trainer.delta(trainer.learn(rng))

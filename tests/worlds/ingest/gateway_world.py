@@ -186,7 +186,13 @@ class Authority:
         self.file.write_bytes(own.public_bytes(serialization.Encoding.PEM))
 
     def _certificate(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, authority: bool = False, named: bool = True
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        *,
+        authority: bool = False,
+        host: str = "localhost",
+        hours: tuple[int, int] = (-1, 1),
     ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         unsigned = (
@@ -195,21 +201,26 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
+            .not_valid_before(now + datetime.timedelta(hours=hours[0]))
+            .not_valid_after(now + datetime.timedelta(hours=hours[1]))
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
         )
-        if named:
-            names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+        if host:
+            names = x509.SubjectAlternativeName([x509.DNSName(host)])
             unsigned = unsigned.add_extension(names, critical=False)
         return unsigned.sign(self._key, hashes.SHA256())
 
-    def issue(self, name: str, password: str = "", *, alternative_name: bool = True) -> tuple[Path, Path]:
-        """Return the files of a new certificate and its key, encrypted where a password is given."""
+    def issue(
+        self, name: str, password: str = "", *, host: str = "localhost", hours: tuple[int, int] = (-1, 1)
+    ) -> tuple[Path, Path]:
+        """Return the files of a new certificate and its key, encrypted where a password is given.
+
+        It is for a `host` ("": none) and good from and until so many `hours` after now.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         cert_file, key_file = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        certificate = self._certificate(subject, key.public_key(), named=alternative_name)
+        certificate = self._certificate(subject, key.public_key(), host=host, hours=hours)
         cert_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         lock = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
         key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock))

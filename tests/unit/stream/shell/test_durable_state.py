@@ -215,6 +215,26 @@ def test_a_few_states_that_lie_further_apart_are_kept_and_a_new_worker_keeps_the
     asyncio.run(run())
 
 
+def test_a_snapshot_that_takes_long_is_taken_seldom() -> None:
+    async def run() -> None:
+        world = World()
+
+        def take() -> StateSnapshot:
+            world.clock.advance(0.7)
+            return StateSnapshot({0: 1}, f"{1:020d}", b"manifest".upper)
+
+        world.clock.advance(0.5)
+        assert world.durable.is_due()
+        world.durable.begin({0: 1}, take)
+        await await_stored([world.durable], world.producer)
+        world.clock.advance(13.9)
+        assert not world.durable.is_due(), "20 times as long as it took"
+        world.clock.advance(0.2)
+        assert world.durable.is_due()
+
+    asyncio.run(run())
+
+
 def test_what_did_not_change_is_not_stored_again() -> None:
     async def run() -> None:
         world = World()

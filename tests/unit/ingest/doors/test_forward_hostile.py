@@ -126,7 +126,7 @@ def test_the_certificates_end_is_a_metric(tmp_path: Path) -> None:
 def test_a_certificate_that_clients_refuse_is_told_of(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     good = x509.load_pem_x509_certificate(authority.issue("gateway")[0].read_bytes())
-    bare = x509.load_pem_x509_certificate(authority.issue("bare", alternative_name=False)[0].read_bytes())
+    bare = x509.load_pem_x509_certificate(authority.issue("bare", host="")[0].read_bytes())
     begin, end = good.not_valid_before_utc, good.not_valid_after_utc
     assert ["ends at" in fault for fault in faults_of(good, end - timedelta(minutes=1))] == [True]
     assert faults_of(good, end - timedelta(days=15))[0].startswith("is valid from")
