@@ -50,6 +50,7 @@ from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hours_in, wit
 from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
 from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import count_rows, least_positions, partition_columns, span_of
+from headrace.backends.lake.properties import properties
 from headrace.backends.lake.spans import cut_hours
 from headrace.backends.lake.version_files import PLACE, VersionFiles
 from headrace.contract.config import LakeConfig
@@ -70,8 +71,6 @@ RETAINED_ID = "retained"
 HOURS_AT_ONCE = 64
 # Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
 STEPS_MAX = 15
-# Entries of Delta's log that a reader opens at most; the library's default of 100 is slow to read on HDFS.
-CHECKPOINT_COMMITS = 20
 
 
 @dataclass(frozen=True)
@@ -495,15 +494,6 @@ class DeltaLake:
 
 def _number_of(topic_id: str) -> int:
     return int.from_bytes(hashlib.sha256(topic_id.encode()).digest()[:8], "big") >> 1
-
-
-def properties(config: LakeConfig) -> dict[str, str]:
-    """Return the table's properties in Delta's words."""
-    return {
-        "delta.deletedFileRetentionDuration": f"interval {max(1, config.vacuum_ms // 1000)} seconds",
-        "delta.logRetentionDuration": f"interval {max(1, config.history_ms // 1000)} seconds",
-        "delta.checkpointInterval": str(CHECKPOINT_COMMITS),
-    }
 
 
 def _unreadable(uri: str, error: Exception) -> Unavailable:
