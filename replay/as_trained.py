@@ -32,6 +32,7 @@ from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.batch import to_batch
+from headrace.trainer.source.columns import stored_columns
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
 from headrace.trainer.source.stored import LAKE_BYTES, StoredRows
@@ -189,7 +190,10 @@ def recorded_rows(
     if missing:
         _read_on(reader, topics.samples, live, {p: upto[p] for p in missing})
     stored = StoredRows(
-        lake, schema, tasks, holder, order=project.recipe.stored_order, bytes_max=lake_bytes, background=True
+        *(lake, stored_columns(project), tasks, holder),
+        order=project.recipe.stored_order,
+        bytes_max=lake_bytes,
+        background=True,
     )
     return RangeReader(stored, live, schema), in_lake
 

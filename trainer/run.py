@@ -57,6 +57,8 @@ logger = logging.getLogger("headrace.train")
 T = TypeVar("T")
 
 _RETRY_SNAPSHOT_S = 2.0
+SHOWN_EVERY = 8
+"""Of so many readings of the lake one brings the values that the projector shows: it counts a few rows of each step."""
 
 
 class Stopped(Exception):
@@ -122,6 +124,8 @@ class Trainer:
             lake=deps.lake,
             lake_bytes=deps.config.lake_bytes,
             background=deps.background,
+            fields=deps.config.slices,
+            shown_every=SHOWN_EVERY if deps.board is not None and deps.config.projector_ms else 0,
         )
         self.steps = StepsLog(deps.steps_writer, self.project.name, deps.metrics, pause=self._pause)
         self.recipe = recipe_digest(self.project)

@@ -34,7 +34,7 @@ ANSWER_MAX_S = 240.0
 stage with an event loop gives a call up after 180 s (`headrace.process.waits`), in better order."""
 LAKE_MAX_S = 1_800.0
 """Longest that a read of the lake may stand still: between two batches lie the table's log and a filter of all rows."""
-LAKE_CALLS = ("read",)
+LAKE_CALLS = ("read", "layout", "spans")
 LOOK_S = 1.0
 TOLD_S = 30.0
 """A call that has stood still for this long is logged, once."""

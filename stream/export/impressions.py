@@ -14,10 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.contract.formats.sample import matrix
-from headrace.contract.spec import EVENT_TIME, PAD, FeatureSpec
+from headrace.contract.spec import PAD, FeatureSpec
 from headrace.stream.export.columns import EVENT_TIMESTAMP, IMPRESSION, LABELS, TIMESTAMP, ExportColumns, FeatureColumn
-from headrace.stream.features.featurize import featurize
+from headrace.stream.features.stored import stored_features
 
 ORDER = ("event_time_ms", "partition", "impression_offset", "impression_row", "event_id")
 """The order of an export: the impression's event time, its place in the log, its id."""
@@ -43,7 +42,7 @@ def impressions(rows: pa.Table, plan: ExportColumns, spec: FeatureSpec) -> pa.Ta
     found |= {name: first[name] for name in IMPRESSION if name in plan.names}
     found |= {name: first[source] for name, (source, _) in plan.raw.items() if name in plan.names}
     if plan.wanted_features:
-        slots_GF, numeric_GD = _features(first, spec)
+        slots_GF, numeric_GD = stored_features(first, spec)
         found |= {one.name: _feature(one, slots_GF, numeric_GD) for one in plan.wanted_features}
     for task in plan.tasks:
         wanted = {f"{kind}.{task}": how for kind, how in LABELS.items() if f"{kind}.{task}" in plan.names}
@@ -74,27 +73,6 @@ def _last_of(tasks: pa.ChunkedArray, task: str, group_N: npt.NDArray[np.int64], 
     last_G = np.full(groups, -1, np.int64)
     last_G[of[is_last]] = at[is_last]
     return pa.array(last_G, mask=last_G < 0)
-
-
-def _features(first: pa.Table, spec: FeatureSpec) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return slots int64 [G, F] and numbers float32 [G, D]: as stored, or by `spec` where another one made them."""
-    own = pc.fill_null(pc.equal(first["spec"], spec.digest()), False)
-    own_G = own.to_numpy()
-    slots_GF = np.empty((first.num_rows, spec.slots), np.int64)
-    numeric_GD = np.empty((first.num_rows, spec.numerics), np.float32)
-    if own_G.any():
-        stored = first.select(["slots", "numeric"]).filter(own).combine_chunks()
-        slots_GF[own_G] = matrix(_whole(stored["slots"]), spec.slots)
-        numeric_GD[own_G] = matrix(_whole(stored["numeric"]), spec.numerics)
-    if not own_G.all():
-        inputs = sorted({name for feature in spec.features for name in feature.inputs()} | {EVENT_TIME})
-        others = first.select(inputs).filter(pc.invert(own)).combine_chunks()
-        slots_GF[~own_G], numeric_GD[~own_G] = featurize({n: _whole(others[n]) for n in inputs}, spec)
-    return slots_GF, numeric_GD
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
 def _feature(one: FeatureColumn, slots_GF: npt.NDArray[np.int64], numeric_GD: npt.NDArray[np.float32]) -> pa.Array:

@@ -18,20 +18,28 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import deltalake
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from harness.stack import SHOP, Stack
 
+from headrace.contract.crawl import external_columns
 from headrace.contract.formats.dead_letters import decode_dead_letter
+from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.sample import matrix
 from headrace.contract.formats.snapshot import decode_manifest
 from headrace.contract.formats.steps import decode_step
+from headrace.contract.spec import PAD
 from headrace.examples.shop.catalogue import load_items
 from headrace.examples.shop.shop import PROJECT
 from headrace.examples.shop.traffic import Visit, find_data
+from headrace.stream.export.columns import feature_columns
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -312,6 +320,31 @@ def test_what_the_crawler_brought_reached_the_samples(outcome: Outcome):
     sounds = {item.id: item.music for item in items}
     rows = known.select(["video_id", "external.catalogue.music"]).to_pylist()
     assert all(sounds[row["video_id"]] == row["external.catalogue.music"] for row in rows)
+
+
+def test_an_export_is_what_the_trainer_was_given(outcome: Outcome, tmp_path: Path):
+    """Column by column, against the topic that it learnt from."""
+    words = ("--from", "2000-01-01T00:00:00Z", "--to", "2100-01-01T00:00:00Z", "--to-parquet", str(tmp_path / "out"))
+    outcome.stack.headrace("lake", "export", *words)
+    rows = pq.read_table(tmp_path / "out").sort_by("event_id").combine_chunks()
+    assert rows.num_rows >= IMPRESSIONS
+    batches = [decode_batch(record.value or b"") for record in outcome.stack.read("samples")]
+    samples = pa.concat_tables([pa.Table.from_batches([b]) for b in batches], promote_options="default")
+    samples = samples.filter(pc.is_in(samples["event_id"], rows["event_id"]))
+    # A record may be in the topic twice; each impression of the shop has one sample.
+    given = samples.take(np.unique(samples["event_id"].to_numpy(), return_index=True)[1]).combine_chunks()
+    assert given["event_id"].equals(rows["event_id"])
+    plain = [*PROJECT.impression.fields, *PROJECT.features.counter_columns(), *external_columns(PROJECT.crawls)]
+    assert any(name.startswith("external.") for name in plain)
+    for name in plain:
+        assert rows[name].to_pylist() == given[name].to_pylist(), name
+    values = {"slots": matrix(given["slots"].chunk(0), PROJECT.features.slots)}
+    values["numeric"] = matrix(given["numeric"].chunk(0), PROJECT.features.numerics)
+    for one in feature_columns(PROJECT.features):
+        of_NW = values["slots" if one.is_slots else "numeric"][:, one.first : one.first + one.width]
+        wanted = [[v for v in row if v != PAD] for row in of_NW.tolist()] if one.is_list else of_NW[:, 0].tolist()
+        assert rows[one.name].to_pylist() == wanted, one.name
+    assert rows[f"label.{PROJECT.tasks[0].name}"].to_pylist() == given["label"].to_pylist()
 
 
 def resolved(records: list[Any]) -> dict[str, tuple[int, tuple[int, int]]]:

@@ -31,8 +31,9 @@ from headrace.backends.lake import upkeep as lake_upkeep
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.hour_files import hour_ms
 from headrace.backends.lake.leases import Leases
-from headrace.backends.lake.scan import count_rows, files, read_rows
+from headrace.backends.lake.listing import count_rows, files
 from headrace.backends.lake.upkeep import Done, Upkeep
+from headrace.backends.lake.version_files import VersionFiles
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config, LakeConfig
@@ -197,7 +198,7 @@ class World:
         for _ in range(self.random.randint(0, 3)):
             self.upkeep()
         try:
-            rows = read_rows(lake.open(state.version), KEYS, None)
+            rows = VersionFiles(lake.open(state.version)).read(KEYS)
         except OSError as error:
             raise Lost(f"a leased version lost its files: {error}") from error
         self.check(rows, state.positions.by_partition)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.backends.clock import VirtualClock
-from headrace.backends.lake.scan import hours_in
+from headrace.backends.lake.spans import cut_hours
 from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs
 from headrace.backends.log.memory import MemoryLog, MemoryReader
 from headrace.backends.metrics_memory import MemoryMetrics
@@ -20,7 +21,7 @@ from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.formats.sample import list_column, sample_schema
 from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.lake import LakeLayout, SpanMs
+from headrace.contract.interfaces.lake import LakeLayout, SpanMs, StoredHour, StoredSpan
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
@@ -28,7 +29,7 @@ from headrace.process.call_watch import CallWatch
 from headrace.stream.features.featurize import featurize
 from headrace.trainer.run import Dependencies, Trainer
 
-PARTITIONS = 3
+PARTITIONS, HOUR_MS = 3, 3_600_000
 PROJECT = Project(
     name="small",
     impression=ImpressionType(
@@ -159,7 +160,15 @@ class Lake:
         return rows if columns is None else rows.select(columns)
 
     def layout(self, version: int) -> LakeLayout:
-        return LakeLayout(tuple(self.rows.column_names), tuple(hours_in(self.rows["event_time_ms"])))
+        hour_H, rows_H = np.unique(self.rows["event_time_ms"].to_numpy() // HOUR_MS, return_counts=True)
+        hours = [StoredHour(h * HOUR_MS, rows) for h, rows in zip(hour_H.tolist(), rows_H.tolist(), strict=True)]
+        return LakeLayout(tuple(self.rows.column_names), tuple(hours))
+
+    def spans(self, version: int, rows_max: int, *, within_ms: SpanMs | None = None) -> list[StoredSpan]:
+        def times_in(span_ms: SpanMs) -> list[npt.NDArray[np.int64]]:
+            return [self.read(version, ["event_time_ms"], span_ms=span_ms)["event_time_ms"].to_numpy()]
+
+        return cut_hours(self.layout(version).hours, rows_max, times_in, within_ms)
 
     def hold(self, version: int, holder: str) -> None:
         """Nothing is deleted here."""

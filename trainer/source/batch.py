@@ -7,12 +7,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.contract.formats.sample import matrix
 from headrace.contract.hashing import combine64
 from headrace.contract.project import Project
 from headrace.contract.recipe import Recipe
 from headrace.kernels.hashes import hash64_texts
-from headrace.stream.features.featurize import featurize
+from headrace.stream.features.stored import stored_features
 from headrace.trainer.model.batch import Batch
 
 
@@ -23,14 +22,10 @@ def of_tasks(rows: pa.Table, tasks: tuple[str, ...]) -> pa.Table:
 
 def to_batch(rows: pa.Table, project: Project) -> Batch:
     """Return sample rows as the learner takes them; rows of another spec's digest are featurized again."""
-    spec = project.features
     table = rows.combine_chunks()
     batches = table.to_batches()
     batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
-    if batch.num_rows and pc.all(pc.equal(batch["spec"], spec.digest())).as_py():
-        slots_BF, numeric_BD = matrix(batch["slots"], spec.slots), matrix(batch["numeric"], spec.numerics)
-    else:
-        slots_BF, numeric_BD = featurize(batch, spec)
+    slots_BF, numeric_BD = stored_features(batch, project.features)
     return Batch(
         np.array(slots_BF, np.int64),
         np.array(numeric_BD, np.float32),

@@ -34,4 +34,4 @@ class RangeReader:
                     f"{each} took {each.rows} samples and {rows.num_rows} are stored. `headrace ledger` shows which."
                 )
             tables.append(rows)
-        return pa.concat_tables(tables) if tables else self._schema.empty_table()
+        return pa.concat_tables(tables, promote_options="default") if tables else self._schema.empty_table()

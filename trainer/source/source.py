@@ -22,6 +22,7 @@ from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.source.batch import to_batch
+from headrace.trainer.source.columns import stored_columns
 from headrace.trainer.source.judged import judge_of
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
@@ -47,16 +48,24 @@ class Source:
         lake: LakeReader | None = None,
         lake_bytes: int = LAKE_BYTES,
         background: bool = False,
+        fields: Sequence[str] = (),
+        shown_every: int = 0,
     ) -> None:
-        """Read nothing yet. `lake_bytes` is about how much memory stored rows may take; `background` reads them ahead
-        in a thread."""
+        """Read nothing yet.
+
+        Args:
+            lake_bytes: about how much memory stored rows may take.
+            background: read them ahead in a thread.
+            fields: of the impression, that are looked at beside what a step needs.
+            shown_every: of so many readings of the lake one has all that features are made of; 0: where needed only.
+        """
         self._project, self._reader, self._topic, self._lake = project, reader, topic, lake
         self._generation = generation
         schema, tasks = sample_schema(project), project.recipe.heads
-        judge = judge_of(project)
+        judge, columns = judge_of(project), stored_columns(project, fields=fields, shown_every=shown_every)
         holder, order = f"train-{project.name}", project.recipe.stored_order
         self._stored = StoredRows(
-            *(lake, schema, tasks, holder), order=order, judge=judge, bytes_max=lake_bytes, background=background
+            *(lake, columns, tasks, holder), order=order, judge=judge, bytes_max=lake_bytes, background=background
         )
         self._live = LiveRows(schema, tasks, metrics, judge=judge)
         self._ranges = RangeReader(self._stored, self._live, schema)

@@ -13,6 +13,7 @@ from headrace.contract.formats.steps import StepRange
 from headrace.contract.interfaces.lake import LakeReader, LakeState
 from headrace.process.moved import moved
 from headrace.trainer.source.batch import of_tasks
+from headrace.trainer.source.columns import StoredColumns
 from headrace.trainer.source.judged import Judge, with_judged
 from headrace.trainer.source.pieces import Pieces, StoredOrder, rank_order
 
@@ -32,6 +33,7 @@ class StoredRows:
 
     Args:
         lake: None where there is none; then nothing can be opened.
+        columns: what is read of a row.
         holder: under which name versions are leased.
         judge: gives what proposed ranges say of their rows.
         bytes_max: about how much memory the rows may take.
@@ -41,7 +43,7 @@ class StoredRows:
     def __init__(
         self,
         lake: LakeReader | None,
-        schema: pa.Schema,
+        columns: StoredColumns,
         tasks: tuple[str, ...],
         holder: str,
         *,
@@ -52,7 +54,7 @@ class StoredRows:
     ) -> None:
         self._order = order
         self._judge = judge
-        self._lake, self._schema, self._tasks, self._holder = lake, schema, tasks, holder
+        self._lake, self._columns, self._tasks, self._holder = lake, columns, tasks, holder
         self._bytes_max, self._background = bytes_max, background
         self._pieces: Pieces | None = None
         self._ahead: Future[tuple[pa.Table, int]] | None = None
@@ -112,7 +114,7 @@ class StoredRows:
             raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
         from_ms, before = place
         self._pieces = Pieces(
-            *(self._lake, version, self._schema, self._tasks, self._order), bytes_max=self._bytes_max, from_ms=from_ms
+            *(self._lake, version, self._columns, self._tasks, self._order), bytes_max=self._bytes_max, from_ms=from_ms
         )
         self._rows.clear()
         self._ends = deque([place])
@@ -197,7 +199,8 @@ class StoredRows:
             left -= found[-1].num_rows
             if left <= 0:
                 break
-        return pa.concat_tables(found) if found else self._schema.empty_table()
+        # Pieces may differ in whether they have what features are made of.
+        return pa.concat_tables(found, promote_options="default") if found else self._columns.step.empty_table()
 
     def _drop(self, count: int) -> None:
         self.taken += count

@@ -48,14 +48,18 @@ class Sampler:
         self._seen: dict[str, dict[int, Seen]] = {name: {} for _, name in self._slots}
 
     def note(self, batch: Batch, rows: pa.Table) -> None:
-        """Count the first rows of a batch, whose samples `rows` are."""
+        """Count the first rows of a batch, whose samples `rows` are. Stored ones may have come without the fields."""
         some = rows.slice(0, ROWS_A_STEP)
         labels = batch.label_B[: some.num_rows].tolist()
         for slot, name in self._slots:
+            if name not in some.column_names:
+                continue
             seen = self._seen[name]
             keys = batch.slots_BF[: some.num_rows, slot].tolist()
             for key, value, label in zip(keys, some[name].to_pylist(), labels, strict=True):
                 one = seen.get(key)
+                if one is None and value is None:
+                    continue
                 if one is None:
                     one = seen[key] = Seen(name, str(value))
                 one.times += 1

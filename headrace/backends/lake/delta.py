@@ -33,13 +33,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
@@ -49,25 +49,18 @@ from headrace.backends.lake.fsync import make_durable, read_back
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hours_in, with_hours, write_hours
 from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
 from headrace.backends.lake.leases import Leases
-from headrace.backends.lake.scan import (
-    columns_of,
-    contained,
-    count_rows,
-    hours_of,
-    least_positions,
-    partition_columns,
-    read_rows,
-    refuse_unknown,
-    span_of,
-)
-from headrace.backends.lake.scan import hours_in as hours_of_times
+from headrace.backends.lake.listing import count_rows, least_positions, partition_columns, span_of
+from headrace.backends.lake.properties import properties
+from headrace.backends.lake.spans import cut_hours
+from headrace.backends.lake.version_files import PLACE, VersionFiles
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken, Unavailable, disk_remedy
 from headrace.contract.formats.positions import START, Position, Positions, order_of, position_of
 from headrace.contract.formats.seals import PartitionSeal
-from headrace.contract.interfaces.lake import LakeLayout, SpanMs
+from headrace.contract.interfaces.lake import LakeLayout, SpanMs, StoredSpan
 
 logger = logging.getLogger("headrace.lake")
+Found = TypeVar("Found")
 
 # Lakes of before keep 22 bits for a rank, under another id.
 OLD_RANK_BITS = 22
@@ -78,8 +71,6 @@ RETAINED_ID = "retained"
 HOURS_AT_ONCE = 64
 # Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
 STEPS_MAX = 15
-# Entries of Delta's log that a reader opens at most; the library's default of 100 is slow to read on HDFS.
-CHECKPOINT_COMMITS = 20
 
 
 @dataclass(frozen=True)
@@ -123,8 +114,10 @@ class DeltaLake:
         self.leases = leases
         self._samples_id, self._hash_ids = samples_id, hash_ids
         self._writer: Any = None
-        self._reading: tuple[int, Any] | None = None
-        """The version that was read last, and its table."""
+        self._reading: VersionFiles | None = None
+        """The version that was read last."""
+        self._instead: tuple[int, VersionFiles] | None = None
+        """A version whose files are gone, and what is read in its place."""
         self._sealed: dict[int, PartitionSeal] = {}
         """What this writer stored last."""
         self._synced = -1
@@ -238,44 +231,45 @@ class DeltaLake:
         read, `ConfigRejected` for a column that it does not have.
         """
         span_ms = span_of(day) if day is not None else span_ms
-        table: Any = None
-        try:
-            table = self.opened(version)
-            refuse_unknown(table, columns or ())
-            return read_rows(table, columns, span_ms)
-        except pa.ArrowInvalid as error:
-            raise InvariantBroken(
-                f"the lake at {self.uri} has a damaged file: {error}. After a power cut in the middle of a commit, "
-                "delete the newest entry of its _delta_log: the sink stores its rows again."
-            ) from error
-        except (DeltaError, OSError, Unavailable) as error:
-            if version is None or (table is None and isinstance(error, Unavailable) and self.leases is None):
-                raise _unreadable(self.uri, error) from error
-            return self._read_by_positions(version, columns, span_ms, error)
+
+        def rows_in(found: VersionFiles) -> pa.Table:
+            rows = found.read(columns, span_ms)
+            if found.up_to is None or span_ms is not None or version is None:
+                return rows
+            if rows.num_rows != (counted := self._count_of(version)):
+                raise InvariantBroken(
+                    f"version {version} of the lake held {counted} rows and {rows.num_rows} are left: retention "
+                    "dropped the others. Keep lake.retention_ms longer than what is to be replayed."
+                )
+            return rows
+
+        return self._asked(version, rows_in)
 
     def layout(self, version: int) -> LakeLayout:
         """Return that version's columns and hours. Raises as `read`."""
-        try:
-            table = self.opened(version)
-            if (hours := hours_of(table)) is not None:
-                return LakeLayout(tuple(columns_of(table)), tuple(hours))
-        except (DeltaError, OSError, Unavailable):
-            table = self.opened(None)
-        times = self.read(version, ["event_time_ms"])["event_time_ms"]
-        return LakeLayout(tuple(columns_of(table)), tuple(hours_of_times(times)))
+        return self._asked(version, lambda found: LakeLayout(tuple(found.columns), found.hours))
+
+    def spans(self, version: int, rows_max: int, *, within_ms: SpanMs | None = None) -> list[StoredSpan]:
+        """Return spans of at most `rows_max` rows, as `headrace.backends.lake.spans.cut_hours`. Raises as `read`."""
+        hours = self.layout(version).hours
+        return self._asked(version, lambda found: cut_hours(hours, rows_max, found.times_in, within_ms))
+
+    def files_of(self, version: int | datetime | None = None) -> VersionFiles:
+        """Return the files of the newest version, or of one that was or is read: that stays listed, for no version
+        changes. Raises `Unavailable`, also while there is no lake."""
+        reading = self._reading
+        if isinstance(version, int) and reading is not None and reading.version == version:
+            return reading
+        found = VersionFiles(self.opened(version))
+        if isinstance(version, int):
+            self._reading = found
+        return found
 
     def opened(self, version: int | datetime | None = None) -> Any:
-        """Return the Delta table as `open`. One that was opened at a version stays open: it does not change.
-
-        Raises `Unavailable`, also while there is none.
-        """
-        if isinstance(version, int) and self._reading is not None and self._reading[0] == version:
-            return self._reading[1]
+        """Return the Delta table as `open`. Raises `Unavailable`, also while there is none."""
         table = self.open(version)
         if table is None:
             raise Unavailable(f"there is no lake at {self.uri} yet; the sink makes it with its first commit.")
-        if isinstance(version, int):
-            self._reading = version, table
         return table
 
     def open(self, version: int | datetime | None = None) -> Any:
@@ -436,29 +430,45 @@ class DeltaLake:
         old = table.transaction_version(self._old_position_id(partition))
         return START if old is None else Position(old >> OLD_RANK_BITS, old & ((1 << OLD_RANK_BITS) - 1))
 
-    def _read_by_positions(
-        self, version: int, columns: Sequence[str] | None, span_ms: SpanMs | None, cause: Exception
-    ) -> pa.Table:
-        """Return a version's rows from the newest one: those at or below the positions that the version holds."""
+    def _asked(self, version: int | None, act: Callable[[VersionFiles], Found]) -> Found:
+        """Return what `act` finds in the version's files or, where they were vacuumed, in those of the newest version
+        among the rows that the version holds. Raises as `read`."""
+        found: VersionFiles | None = None
+        try:
+            try:
+                found = self.files_of(version)
+                return act(found)
+            except (DeltaError, OSError, Unavailable) as error:
+                is_lost = found is None and isinstance(error, Unavailable) and self.leases is None
+                if version is None or is_lost:
+                    raise _unreadable(self.uri, error) from error
+                return self._asked_by_positions(version, act, error)
+        except pa.ArrowInvalid as error:
+            raise InvariantBroken(
+                f"the lake at {self.uri} has a damaged file: {error}. After a power cut in the middle of a commit, "
+                "delete the newest entry of its _delta_log: the sink stores its rows again."
+            ) from error
+
+    def _asked_by_positions(self, version: int, act: Callable[[VersionFiles], Found], cause: Exception) -> Found:
+        """Ask the newest version, which stays listed until its files are gone too."""
+        kept = self._instead
+        if kept is not None and kept[0] == version:
+            try:
+                return act(kept[1])
+            except (DeltaError, OSError):
+                self._instead = None
         state, newest = self.state(version), self.open()
         if state is None or newest is None:
             raise _unreadable(self.uri, cause) from cause
-        keys = ["partition", "offset", "rank"]
-        wanted = [*columns, *(k for k in keys if k not in columns)] if columns is not None else None
+        found = VersionFiles(newest, state.positions)
+        if not set(PLACE) <= set(found.columns):
+            raise _unreadable(self.uri, cause) from cause
         try:
-            rows = read_rows(newest, wanted, span_ms)
-            counted = self._count_of(version)
+            done = act(found)
         except (DeltaError, OSError) as error:
             raise _unreadable(self.uri, error) from error
-        if not set(keys) <= set(rows.column_names):
-            raise _unreadable(self.uri, cause) from cause
-        rows = rows.filter(pa.array(contained(rows, state.positions)))
-        if span_ms is None and rows.num_rows != counted:
-            raise InvariantBroken(
-                f"version {version} of the lake held {counted} rows and {rows.num_rows} are left: retention dropped "
-                "the others. Keep lake.retention_ms longer than what is to be replayed."
-            )
-        return rows.select(list(columns)) if columns is not None else rows
+        self._instead = version, found
+        return done
 
     def _count_of(self, version: int) -> int:
         try:
@@ -484,15 +494,6 @@ class DeltaLake:
 
 def _number_of(topic_id: str) -> int:
     return int.from_bytes(hashlib.sha256(topic_id.encode()).digest()[:8], "big") >> 1
-
-
-def properties(config: LakeConfig) -> dict[str, str]:
-    """Return the table's properties in Delta's words."""
-    return {
-        "delta.deletedFileRetentionDuration": f"interval {max(1, config.vacuum_ms // 1000)} seconds",
-        "delta.logRetentionDuration": f"interval {max(1, config.history_ms // 1000)} seconds",
-        "delta.checkpointInterval": str(CHECKPOINT_COMMITS),
-    }
 
 
 def _unreadable(uri: str, error: Exception) -> Unavailable:

@@ -95,6 +95,13 @@ def hour_ms(day: date, hour: int) -> int:
     return ((day - date(1970, 1, 1)).days * 24 + hour) * HOUR_MS
 
 
+def hours_of_files(listed: pa.Table) -> npt.NDArray[np.int64]:
+    """Return when the hour of each file that Delta's log lists begins: Unix ms, int64 [F]."""
+    days_F = listed[f"partition.{DATE}"].cast(pa.int32()).to_numpy().astype(np.int64)
+    hours_F: npt.NDArray[np.int64] = (days_F * 24 + listed[f"partition.{HOUR}"].to_numpy()) * HOUR_MS
+    return hours_F
+
+
 def hours_in(rows: pa.Table) -> int:
     """Return of how many hours the rows are, that have their date and hour."""
     return len(np.unique(_numbers(rows)))

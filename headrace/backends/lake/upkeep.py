@@ -33,7 +33,7 @@ from pyarrow import parquet
 
 from headrace.backends.lake.delta import RETAINED_ID, STEPS_MAX, DeltaLake
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, ORDER, EventHour, hour_ms, store_of, write_file
-from headrace.backends.lake.scan import files, partition_columns
+from headrace.backends.lake.listing import files, partition_columns
 from headrace.contract.errors import Unavailable, disk_remedy
 
 # The local store of delta-rs writes NAME#1 and renames it; a killed writer leaves that, and Delta's vacuum skips it.

@@ -24,6 +24,14 @@ class StoredHour(NamedTuple):
     rows: int
 
 
+class StoredSpan(NamedTuple):
+    """Event times that are read together."""
+
+    span_ms: SpanMs
+    rows: int
+    """How many rows of all tasks have them; -1 where that is not known."""
+
+
 class LakeLayout(NamedTuple):
     """How one version of the lake lies."""
 
@@ -65,6 +73,10 @@ class LakeReader(Protocol):
 
     def layout(self, version: int) -> LakeLayout:
         """Return which columns that version has, and how many rows of which hours."""
+
+    def spans(self, version: int, rows_max: int, *, within_ms: SpanMs | None = None) -> Sequence[StoredSpan]:
+        """Return spans of event time, in order, that have all of that version's rows, or all within `within_ms`: of at
+        most `rows_max` rows each, and of more only where one millisecond has more."""
 
     def seals(self) -> tuple[Mapping[int, PartitionSeal], int]:
         """Return the newest version's seal of each partition that has one, and how many rows the version holds."""

@@ -24,7 +24,7 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.export import parse_at
 from headrace.backends.lake.leases import Leases
-from headrace.backends.lake.scan import files, partition_columns
+from headrace.backends.lake.listing import files, partition_columns
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable

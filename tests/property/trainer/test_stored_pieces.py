@@ -12,6 +12,7 @@ from trainer_world import Lake
 
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Positions
+from headrace.trainer.source.columns import StoredColumns
 from headrace.trainer.source.pieces import Pieces
 from headrace.trainer.source.stored import StoredRows
 
@@ -26,6 +27,7 @@ SCHEMA = pa.schema(
         pa.field("later", pa.string()),
     ]
 )
+COLUMNS = StoredColumns.whole(SCHEMA)
 TASKS = ("click", "order")
 
 
@@ -34,13 +36,13 @@ class Flaky(Lake):
 
     rng = Random(0)
     failing = 0.0
-    most = 0
+    most = total = 0
 
     def read(self, *args, **named):
         if self.rng.random() < self.failing:
             raise Unavailable("the store is away")
         rows = super().read(*args, **named)
-        self.most = max(self.most, rows.num_rows)
+        self.most, self.total = max(self.most, rows.num_rows), self.total + rows.num_rows
         return rows
 
 
@@ -91,7 +93,7 @@ def places(rows: pa.Table) -> list[tuple[int, int, int]]:
 def test_pieces_are_the_whole_in_order(order: str, lone_clock: bool, seed: int):
     rng = Random(f"{seed}/{lone_clock}")
     lake, bytes_max = lake_of(rng, lone_clock=lone_clock), rng.choice([600, 3_000, 30_000, 1 << 20])
-    pieces, found, ends = Pieces(lake, 5, SCHEMA, TASKS, order, bytes_max=bytes_max), [], [(0, 0)]
+    pieces, found, ends = Pieces(lake, 5, COLUMNS, TASKS, order, bytes_max=bytes_max), [], [(0, 0)]
     lake.rng, lake.failing = rng, rng.choice([0.0, 0.3])
     while not pieces.is_done:
         try:
@@ -106,7 +108,7 @@ def test_pieces_are_the_whole_in_order(order: str, lone_clock: bool, seed: int):
     lake.failing = 0.0
     from_ms, before = rng.choice(ends)
     again, other_bytes = [], rng.choice([bytes_max, 2_000])
-    rest = Pieces(lake, 5, SCHEMA, TASKS, order, bytes_max=other_bytes, from_ms=from_ms)
+    rest = Pieces(lake, 5, COLUMNS, TASKS, order, bytes_max=other_bytes, from_ms=from_ms)
     while not rest.is_done:
         again += places(rest.next()[0])
     assert again == found[before:]
@@ -119,7 +121,7 @@ def test_rows_are_taken_once_across_restarts(order: str, seed: int):
     lake, bytes_max, background = lake_of(rng), rng.choice([600, 3_000, 1 << 20]), seed % 2 == 0
     whole, found, taken, place = expected(lake, order), [], 0, (0, 0)
     while True:
-        stored = StoredRows(lake, SCHEMA, TASKS, "t", order=order, bytes_max=bytes_max, background=background)
+        stored = StoredRows(lake, COLUMNS, TASKS, "t", order=order, bytes_max=bytes_max, background=background)
         stored.open(5, taken=taken, place=place)
         if not stored.is_open:
             assert not whole
@@ -139,7 +141,7 @@ def test_rows_are_taken_once_across_restarts(order: str, seed: int):
 
 def test_rows_that_are_gone_are_told():
     lake = lake_of(Random(4))
-    pieces = Pieces(lake, 5, SCHEMA, TASKS, "event_time", bytes_max=600)
+    pieces = Pieces(lake, 5, COLUMNS, TASKS, "event_time", bytes_max=600)
     lake.rows = lake.rows.slice(0, lake.rows.num_rows - 7)
     with pytest.raises(InvariantBroken, match="retention dropped"):
         while not pieces.is_done:
@@ -149,8 +151,38 @@ def test_rows_that_are_gone_are_told():
 def test_no_read_takes_more_rows_than_memory_allows():
     """A wrong clock makes one piece of all that follows it in the log."""
     lake = lake_of(Random(11), lone_clock=True)
-    pieces = Pieces(lake, 5, SCHEMA, TASKS, "position", bytes_max=3_000)
+    pieces = Pieces(lake, 5, COLUMNS, TASKS, "position", bytes_max=3_000)
     most = 0
     while not pieces.is_done:
         most = max(most, pieces.next()[0].num_rows)
     assert 0 < most < 30 < lake.rows.num_rows
+
+
+def test_rows_that_are_gone_of_an_hour_that_is_cut_are_told():
+    """What is cut is counted anew: what the log says of the hour tells that rows are missing."""
+    lake = lake_of(Random(4))
+    layout = lake.layout(5)
+    lake.layout = lambda version: layout  # type: ignore[method-assign]
+    lake.rows = lake.rows.slice(0, lake.rows.num_rows - 7)
+    with pytest.raises(InvariantBroken, match="are left"):
+        pieces = Pieces(lake, 5, COLUMNS, TASKS, "event_time", bytes_max=600)
+        while not pieces.is_done:
+            pieces.next()
+
+
+def test_late_rows_do_not_make_earlier_times_be_read_again():
+    """One row in twenty is up to an hour late, which is many spans: each span is read whole once."""
+    rng, rows, base = Random(9), [], 1_700_000_000_000 // HOUR_MS * HOUR_MS + HOUR_MS
+    for number in range(6_000):
+        late = rng.randrange(HOUR_MS) if rng.random() < 0.05 else 0
+        rows.append((number % 2, number, 0, base + number * 1_200 - late, "click"))
+    fields = list(SCHEMA)[:5]
+    columns = zip(*rows, strict=True)
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)], names=SCHEMA.names[:5])
+    lake = Flaky(table, Positions(1), {})
+    pieces, found = Pieces(lake, 5, COLUMNS, TASKS, "position", bytes_max=60_000), []
+    while not pieces.is_done:
+        found += places(pieces.next()[0])
+    assert found == expected(lake, "position")
+    # Once for hours that are cut, once for places, once whole; and a little more.
+    assert lake.total < 4 * len(rows)

@@ -41,7 +41,7 @@ CONTRACTS = {
 }
 NOT_AFTER_A_COMMIT = {
     ("steps_writer", "open"): "only before a step, or when an append failed",
-    **{("lake", name): "asked when the lake is opened" for name in ("state", "layout", "hold")},
+    **{("lake", name): "asked when the lake is opened" for name in ("state", "layout", "spans", "hold")},
     ("lake", "read"): "asked to read on in the lake",
     ("lake", "seals"): "asked by the ledger only",
     ("reader", "position"): "read when the trainer starts",

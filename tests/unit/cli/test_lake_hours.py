@@ -13,7 +13,7 @@ from trainer_world import samples
 import headrace.backends.lake.delta as delta
 from headrace.backends.lake import hour_files
 from headrace.backends.lake.delta import HOURS_AT_ONCE, DeltaLake
-from headrace.backends.lake.scan import files
+from headrace.backends.lake.listing import files
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.positions import Position

@@ -10,30 +10,52 @@ from random import Random
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.backends.lake.delta import DeltaLake
+from headrace.contract.crawl import Crawl, Extract, external_columns
 from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.sample import sample_schema
+from headrace.contract.functions import feature_function
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import (
     PAD,
     Categorical,
     Counter,
     Cross,
+    Custom,
     FeatureSpec,
+    Mean,
     MultiValued,
     Numeric,
     Pairs,
     Product,
+    Quantile,
     Rate,
+    Recency,
     TimePart,
 )
 from headrace.stream.features.featurize import featurize
 
 # 2026-11-25 00:00 UTC.
 DAY_MS, HOUR_MS = 1_795_564_800_000, 3_600_000
+
+
+@feature_function("export_halves", version=1)
+def export_halves(item: pa.Array, price: pa.Array) -> Any:
+    """Return two ids a row."""
+    ids = [pc.fill_null(column, 0).to_numpy(zero_copy_only=False) for column in (item, price)]
+    return np.stack([ids[0] % 2, 10 + (ids[1] > 2)], axis=1).astype(np.int64)
+
+
+@feature_function("export_length", version=2)
+def export_length(brand: pa.Array) -> pa.Array:
+    """Return the length of a text that may be missing."""
+    return pc.fill_null(pc.cast(pc.utf8_length(brand), pa.float32()), -1.0)
+
 
 PROJECT = Project(
     name="exported",
@@ -65,7 +87,7 @@ PROJECT = Project(
         Task(name="slow", feedback="order", window_ms=9_000),
     ),
     features=FeatureSpec(
-        counters=(Counter(name="item", key="item", counts=("impression", "click")),),
+        counters=(Counter(name="item", key="item", counts=("impression", "click", "last:click", "sum:order.value")),),
         features=(
             Categorical(field="item"),
             Cross(fields=("cookie", "item")),
@@ -75,6 +97,28 @@ PROJECT = Project(
             Numeric(field="price"),
             Rate(of="counter.item.click", over="counter.item.impression"),
             Numeric(field="price", transform="identity"),
+            Categorical(field="external.stock.brand"),
+            MultiValued(field="external.stock.kinds", values_max=2),
+            Custom(function="export_halves", version=1, fields=("item", "price"), gives="slots", width=2),
+            Custom(function="export_length", version=2, fields=("external.stock.brand",), gives="numbers"),
+            Quantile(field="counter.item.click", edges=(0.0, 1.0, 3.0)),
+            Quantile(field="external.stock.left", edges=(0.0, 2.0, 5.0)),
+            Recency(of="counter.item.last:click", half_life_ms=5_000),
+            Mean(of="counter.item.sum:order.value", over="counter.item.click"),
+        ),
+    ),
+    crawls=(
+        Crawl(
+            name="stock",
+            kind="json",
+            joins="item",
+            key=Extract(at="id"),
+            fields={
+                "brand": Extract(at="brand"),
+                "left": Extract(at="left", type="float64"),
+                "kinds": Extract(at="kinds", type="list[string]"),
+            },
+            start=("http://127.0.0.1/",),
         ),
     ),
 ).checked()
@@ -87,8 +131,9 @@ OLDER = msgspec.structs.replace(
     features=FeatureSpec(
         counters=PROJECT.features.counters, features=(Categorical(field="gone"), Numeric(field="price"))
     ),
+    crawls=(),
 ).checked()
-"""The project before a change: it had `gone`, and no `colour`."""
+"""The project before a change: it had `gone`, no `colour` and no crawler."""
 FEATURES: tuple[tuple[str, str, int, int], ...] = (
     ("feature.categorical.item", "slots", 0, 0),
     ("feature.cross.cookie.item", "slots", 1, 0),
@@ -101,6 +146,14 @@ FEATURES: tuple[tuple[str, str, int, int], ...] = (
     ("feature.rate.item.click", "numeric", 1, 0),
     ("feature.rate.item.click.weight", "numeric", 2, 0),
     ("feature.numeric.price.2", "numeric", 3, 0),
+    ("feature.categorical.external.stock.brand", "slots", 9, 0),
+    ("feature.multi.external.stock.kinds", "slots", 10, 2),
+    ("feature.custom.export_halves", "slots", 12, 2),
+    ("feature.custom.export_length", "numeric", 4, 0),
+    ("feature.quantile.counter.item.click", "numeric", 5, 0),
+    ("feature.quantile.external.stock.left", "numeric", 6, 0),
+    ("feature.recency.item.last:click", "numeric", 7, 0),
+    ("feature.mean.item.sum:order.value", "numeric", 8, 0),
 )
 """Column, where its values lie, the first of them, and how many a list takes (0: one value)."""
 
@@ -119,8 +172,13 @@ def impression_rows(rng: Random, project: Project, count: int, *, first: int, sp
             "sizes": rng.choice([None, [], [1, 2]]),
             "colour": rng.choice([None, "red", "é"]),
             "gone": rng.choice([None, "old"]),
+            "external.stock.brand": rng.choice([None, "", "blå"]),
+            "external.stock.left": rng.choice([None, 0.0, 3.5]),
+            "external.stock.kinds": rng.choice([None, [], ["new"], ["a", "b", "c"]]),
+            "external.stock.crawl_time_ms": rng.choice([0, DAY_MS - 1]),
         }
-        row: dict[str, Any] = {name: value for name, value in shown.items() if name in fields}
+        known = {*fields, *external_columns(project.crawls)}
+        row: dict[str, Any] = {name: value for name, value in shown.items() if name in known}
         row |= {name: rng.choice([None, float(rng.randrange(5))]) for name in project.features.counter_columns()}
         # Several have one time, and some are nearly neighbours otherwise.
         at_ms = DAY_MS + rng.randrange(span_ms) // 7 * 7
@@ -139,7 +197,8 @@ def impression_rows(rng: Random, project: Project, count: int, *, first: int, sp
 def _inputs(project: Project) -> pa.Schema:
     fields = [(name, ARROW_TYPES[kind]) for name, kind in project.impression.fields.items()]
     counters = [(name, pa.float32()) for name in project.features.counter_columns()]
-    return pa.schema([*fields, *counters, ("event_time_ms", pa.int64())])
+    external = [(name, ARROW_TYPES[kind]) for name, kind in external_columns(project.crawls).items()]
+    return pa.schema([*fields, *counters, *external, ("event_time_ms", pa.int64())])
 
 
 def _labels(rng: Random, task: Task, number: int, at_ms: int) -> list[dict[str, Any]]:
@@ -204,6 +263,7 @@ def _shown(row: dict[str, Any], project: Project, digest: str, tasks: Sequence[s
     out |= {name: row[name] for name in ("event_id", "request_id", "place", "key", "version", "spec")}
     out |= {name: row.get(name) for name in (*project.impression.fields, "gone")}
     out |= {name: row.get(name) for name in project.features.counter_columns()}
+    out |= {name: row.get(name) for name in external_columns(project.crawls)}
     kept = {"slots": row["slots"], "numeric": row["numeric"]}
     if row["spec"] != digest:
         schema = _inputs(project)
@@ -223,7 +283,7 @@ def stored_rows(lake: DeltaLake, version: int | None = None) -> list[dict[str, A
     return rows
 
 
-def filled_lake(folder: Path, rng: Random, *, older: int, newer: int, span_ms: int = 3 * HOUR_MS) -> DeltaLake:
+def filled_lake(folder: Path | str, rng: Random, *, older: int, newer: int, span_ms: int = 3 * HOUR_MS) -> DeltaLake:
     """Return a lake with samples of `older` impressions of the older project and `newer` of the project."""
     lake, offset = DeltaLake(str(folder), partitions=2), 0
     for project, count, first in ((OLDER, older, 0), (PROJECT, newer, older)):

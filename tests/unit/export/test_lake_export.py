@@ -23,7 +23,7 @@ from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.leases import Leases
-from headrace.backends.lake.scan import files as lake_files
+from headrace.backends.lake.listing import files as lake_files
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.cli.main import main
 from headrace.contract.config import LakeConfig
@@ -43,7 +43,8 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeltaLake:
     project.mkdir()
     (project / "headrace.toml").write_text("")
     declared = msgspec.json.encode(PROJECT).decode()
-    imports = "import msgspec\nfrom headrace.contract.project import Project\n"
+    # The world registers the project's own functions.
+    imports = "import export_world\nimport msgspec\nfrom headrace.contract.project import Project\n"
     text = f"{imports}PROJECT = msgspec.json.decode({declared!r}, type=Project)\n"
     (project / "project.py").write_text(text)
     monkeypatch.setenv("HEADRACE_PROJECT", str(project))
@@ -212,7 +213,7 @@ sys.path.insert(0, {worlds!r})
 from pathlib import Path
 from export_world import DAY_MS, HOUR_MS, PROJECT
 from headrace.backends.lake.delta import DeltaLake
-from headrace.backends.lake.scan import files as lake_files
+from headrace.backends.lake.listing import files as lake_files
 from headrace.stream.export.export import ExportRequest, export_samples
 # A shell's job in the background ignores the signal, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)

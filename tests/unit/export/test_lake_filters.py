@@ -6,8 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+import pytest
+from deltalake import DeltaTable
 from export_world import DAY_MS, HOUR_MS, PROJECT, filled_lake, stored_rows
 
+from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.stored_ids import LakeIds
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.stream.export.export import ExportRequest, export_samples
@@ -39,3 +42,28 @@ def test_an_export_finds_the_samples_of_a_compacted_hour(tmp_path: Path) -> None
     assert state is not None
     request = ExportRequest(begin_ms=DAY_MS, end_ms=DAY_MS + 3 * HOUR_MS, version=state.version)
     assert export_samples(lake, PROJECT, tmp_path / "out", request).samples == len(stored_rows(lake))
+
+
+def test_a_version_that_is_read_piece_by_piece_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a reading opens the files alone that can have its times."""
+    filled = filled_lake(tmp_path / "lake", Random(3), older=20, newer=40)
+    version, rows = filled.open().version(), stored_rows(filled)
+    lake, listed = DeltaLake(filled.uri, partitions=2), 0
+    list_files = DeltaTable.get_add_actions
+
+    def counted(table: DeltaTable, flatten: bool = False) -> object:
+        nonlocal listed
+        listed += 1
+        return list_files(table, flatten)
+
+    monkeypatch.setattr(DeltaTable, "get_add_actions", counted)
+    assert sum(hour.rows for hour in lake.layout(version).hours) == len(rows)
+    found = 0
+    for span in lake.spans(version, 9):
+        found += lake.read(version, ["event_id"], span_ms=span.span_ms).num_rows
+    assert found == len(rows) and listed == 1
+    for path in (tmp_path / "lake").glob("event_date=*/event_hour=1/*"):
+        path.unlink()
+    hour_ms = DAY_MS + 2 * HOUR_MS, DAY_MS + 3 * HOUR_MS
+    wanted = [row for row in rows if hour_ms[0] <= row["event_time_ms"] < hour_ms[1]]
+    assert lake.read(version, ["event_id"], span_ms=hour_ms).num_rows == len(wanted)

@@ -11,12 +11,13 @@ from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import sample_schema
 from headrace.contract.formats.steps import StepRange
+from headrace.trainer.source.columns import stored_columns
 from headrace.trainer.source.live import LivePartition, LiveRows
 from headrace.trainer.source.range_reader import RangeReader
 from headrace.trainer.source.source import Source
 from headrace.trainer.source.stored import StoredRows
 
-SCHEMA, TASKS = sample_schema(PROJECT), PROJECT.recipe.heads
+SCHEMA, COLUMNS, TASKS = sample_schema(PROJECT), stored_columns(PROJECT), PROJECT.recipe.heads
 
 
 def proposed(world: World, lake=None):
@@ -50,7 +51,7 @@ def reader_of(world: World, *, in_lake: int, begun: Position = START) -> RangeRe
             live.seed(partition, rows, lake.positions.at(partition))
         for record in world.log.partitions(TOPICS.samples)[partition][max(0, in_lake - 1) :]:
             live.intake(record)
-    return RangeReader(StoredRows(lake_of(3, 4), SCHEMA, TASKS, "test"), live, SCHEMA)
+    return RangeReader(StoredRows(lake_of(3, 4), COLUMNS, TASKS, "test"), live, SCHEMA)
 
 
 @pytest.mark.parametrize("in_lake", [0, 1, 4])
@@ -65,7 +66,7 @@ def test_live_ranges_find_the_same_rows_wherever_they_are_read(world, in_lake):
 
 def test_stored_ranges_come_in_total_order_and_the_topic_goes_on_behind_them(world):
     lake = lake_of(3, 4)
-    stored, found = StoredRows(lake, SCHEMA, TASKS, "test"), []
+    stored, found = StoredRows(lake, COLUMNS, TASKS, "test"), []
     stored.open(lake.version)
     for ranges, rows in proposed(world, lake):
         found.append(rows.num_rows)
