@@ -74,10 +74,6 @@ WHAT_HAPPENS = {
     ),
     "stream/shell/engine.py": ("ensure_future ensure_future", "both are looked at every tick"),
     "stream/shell/log_ends.py": ("Thread", "`look`, once a second, raises it"),
-    "stream/export/folder.py": (
-        "ThreadPoolExecutor",
-        "every result is taken: the export fails, and nothing of it is left",
-    ),
     "stream/sink/stage.py": ("ensure_future", "the commit notes what it raises, and the next tick raises it"),
     "trainer/commit/publish.py": ("Thread", "`check`, once a turn, raises it"),
 }
