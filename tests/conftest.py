@@ -23,12 +23,17 @@ hypothesis.settings.load_profile("headrace")
 
 
 @pytest.fixture(autouse=True)
-def levels_of_loggers() -> Iterator[None]:
+def loggers_as_before() -> Iterator[None]:
     """What a verb makes its loggers leave out, for it ends its process, is told again in the next test."""
     before = {name: logging.getLogger(name).level for name in [*logging.root.manager.loggerDict]}
+    handlers = [*logging.root.handlers]
     yield
     for name in [*logging.root.manager.loggerDict]:
         logging.getLogger(name).setLevel(before.get(name, logging.NOTSET))
+    for handler in [*logging.root.handlers]:
+        # A verb's own, which writes into the stream that this test has captured.
+        if type(handler) is logging.StreamHandler and handler not in handlers:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -162,7 +162,8 @@ class AggregateStage:
         self._marks = {}
         kept_log = None if self.deps.open_reader is None else KeptLog(self.deps.open_reader)
         try:
-            state = await self.durable.restore(_read, partial(self._load, kept_log))
+            check = None if kept_log is None else partial(self._check, kept_log)
+            state = await self.durable.restore(_read, self._load, check=check)
             self._goes_back = self.durable.is_ahead and await self._can_go_back(kept_log)
         finally:
             if kept_log is not None:
@@ -188,21 +189,21 @@ class AggregateStage:
             horizon_ms=config.join.repeat_horizon_ms,
         )
 
-    def _load(
-        self, kept_log: KeptLog | None, plain: dict[str, Any], _part: Callable[[str], bytes | None]
-    ) -> AggregatorState:
+    def _check(self, kept_log: KeptLog, plain: Mapping[str, Any]) -> None:
+        """Look whether the log holds what a state was made of, and what it wrote. An older state does not say which."""
         check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
-        marks, reached = dict(plain.get("marks", ())), plain.get("features_reached", -1)
-        if kept_log is not None:
-            for partition, mark in marks.items():
-                kept_log.check_read(self.topic, partition, mark)
-            features = self.deps.topics.features
-            if (end := kept_log.ends_at(features)[0]) <= reached:
-                raise AheadOfLog(f"{features}/0 ends at {end}, and offset {reached} of it had been confirmed")
-            self.durable.reached[features, 0] = end - 1
+        for partition, mark in plain.get("marks", ()):
+            kept_log.check_read(self.topic, partition, mark)
+        features, reached = self.deps.topics.features, plain.get("features_reached", -1)
+        if (end := kept_log.ends_at(features)[0]) <= reached:
+            raise AheadOfLog(f"{features}/0 ends at {end}, and offset {reached} of it had been confirmed")
+        self.durable.reached[features, 0] = end - 1
+
+    def _load(self, plain: dict[str, Any], _part: Callable[[str], bytes | None]) -> AggregatorState:
+        check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
         state = self._new_state()
         state.load_plain(plain)
-        self._marks = marks
+        self._marks = dict(plain.get("marks", ()))
         return state
 
     async def _can_go_back(self, kept_log: KeptLog | None) -> bool:

@@ -166,6 +166,7 @@ class DurableState:
         read: Callable[[bytes], Any],
         load: Callable[[Any, Callable[[str], bytes | None]], T],
         parts_of: Callable[[Any], Sequence[str]] | None = None,
+        check: Callable[[Any], None] | None = None,
     ) -> T | None:
         """Return the newest state that can be read and is not ahead of the log; None where none is stored, or all that
         can be read are ahead (`is_ahead`).
@@ -174,9 +175,10 @@ class DurableState:
 
         Args:
             read: decodes a manifest. Raises `Damaged`.
-            load: makes a state of what was read, with a function that fetches a part. Raises `Damaged`, or `AheadOfLog`
-                where the log does not hold what was sent before it any more.
+            load: makes a state of what was read, with a function that fetches a part. Raises `Damaged`.
             parts_of: names the parts that a manifest needs; without it there are none, and older manifests stay unread.
+            check: looks at the log before a state is loaded. Raises `AheadOfLog` where it does not hold what was sent
+                before the state any more.
         """
         listed = await self._store.run(f"list of {self._folder}", partial(self._store.blobs.list, self._folder))
         names = [_base(name) for name in listed]
@@ -193,6 +195,9 @@ class DurableState:
                     continue
                 kept[name] = parts_of(plain) if parts_of is not None else ()
                 if newest is None:
+                    if check is not None:
+                        what = f"look whether the log still holds what {self._folder}/{name} is of"
+                        await self._store.waits.call(what, partial(check, plain))
                     newest = await self._store.run(
                         f"restore of {self._folder}/{name}", partial(load, plain, self._part), LOAD_MAX_S
                     )

@@ -156,8 +156,8 @@ class StreamStage:
         )
         kept_log = None if self.deps.open_reader is None else KeptLog(self.deps.open_reader)
         try:
-            load_checked = partial(self._load, partition, durable, kept_log)
-            restored = await durable.restore(read_manifest, load_checked, part_names)
+            check = None if kept_log is None else partial(self._check, partition, durable, kept_log)
+            restored = await durable.restore(read_manifest, partial(self._load, partition), part_names, check)
             goes_back = durable.is_ahead and await self._can_go_back(partition, kept_log)
         finally:
             if kept_log is not None:
@@ -263,27 +263,22 @@ class StreamStage:
                 "\n  ".join(lines),
             )
 
-    def _load(
-        self,
-        partition: int,
-        durable: DurableState,
-        kept_log: KeptLog | None,
-        plain: Mapping[str, Any],
-        part: Callable[[str], bytes | None],
-    ) -> _Restored:
+    def _check(self, partition: int, durable: DurableState, kept_log: KeptLog, plain: Mapping[str, Any]) -> None:
+        """Look whether the log holds what a state was made of, and what it sent. An older state does not say which."""
         check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
-        # By the growth rules: an older state does not say either.
-        mark = plain.get("mark", ())
-        sent = Sent(*plain["sent"]) if plain.get("sent") else None
-        if kept_log is not None:
-            samples = self.deps.topics.samples
-            if mark:
-                kept_log.check_read(self.topic, partition, mark)
-            if sent is not None:
-                kept_log.check_sent(samples, partition, sent, Position(*plain["last"]))
-            durable.reached[samples, partition] = kept_log.ends_at(samples)[partition] - 1
-        state = self._new_state(partition)
-        return _Restored(state, load(state, plain, part), load_account(plain, state.last), mark, sent)
+        samples = self.deps.topics.samples
+        if plain.get("mark"):
+            kept_log.check_read(self.topic, partition, plain["mark"])
+        if plain.get("sent"):
+            kept_log.check_sent(samples, partition, Sent(*plain["sent"]), Position(*plain["last"]))
+        durable.reached[samples, partition] = kept_log.ends_at(samples)[partition] - 1
+
+    def _load(self, partition: int, plain: Mapping[str, Any], part: Callable[[str], bytes | None]) -> _Restored:
+        check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
+        state, sent = self._new_state(partition), plain.get("sent")
+        writer = load(state, plain, part)
+        account = load_account(plain, state.last)
+        return _Restored(state, writer, account, plain.get("mark", ()), Sent(*sent) if sent else None)
 
     async def _can_go_back(self, partition: int, kept_log: KeptLog | None) -> bool:
         """Say whether the join may begin with the log's first record, for all states are ahead of `samples`. Raises

@@ -313,10 +313,16 @@ _CLOSED: dict[str, str] = {
     "Admin.retention_ms": "the sink alone asks it: the row sink",
     **_UNDAMAGED,
 }
+_ONE_RECORD = {"Reader.position": "what it looks for is there: the first record that comes ends the look"}
 ROWS = (
-    StageRow("stream", (Admin, Producer, Blobs, Spill, GroupPositions, Reader), StreamWorld, _CLOSED),
+    StageRow(
+        "stream",
+        (Admin, Producer, Blobs, Spill, GroupPositions, Reader),
+        StreamWorld,
+        {**_CLOSED, **_ONE_RECORD},
+    ),
     StageRow("aggregate", (Admin, Producer, Blobs, GroupPositions, Reader), AggregateWorld, _CLOSED),
-    StageRow("sink", (Admin, LakeWriter, GroupPositions, Reader), SinkWorld, _UNDAMAGED),
+    StageRow("sink", (Admin, LakeWriter, GroupPositions, Reader), SinkWorld, {**_UNDAMAGED, **_ONE_RECORD}),
 )
 
 

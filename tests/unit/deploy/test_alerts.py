@@ -46,8 +46,10 @@ CASES = """
             exp_annotations:
               summary: "The scores of click drift: of the newest impressions they say 1.58 times what came"
               description: "Rankings may still be right, prices and thresholds are not. Look for a watermark that stands
-                still (positives come, negatives wait), a change of the label rate, or a recipe that learns numbers as
-                they are (standardize)."
+                still (positives come, negatives wait), a change of the label rate, or a recipe that learns
+                numbers as they are (standardize) or a long window's positives before the negatives of their
+                time (ordered_from_ms): headrace check names what a recipe lacks. A task of which samples
+                wait (headrace_train_samples_held) knows no negative before its first window has passed."
   - name: no events come, nobody is behind
     interval: 1m
     input_series:
