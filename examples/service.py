@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contract.errors import ConfigRejected
 from headrace.contract.project import Project, Task
 from headrace.examples.visits import Given, Visit
 
@@ -85,10 +86,14 @@ class Service:
         return len(self._coming)
 
     def show(self, now_ms: int) -> bool:
-        """Show the next visit; False where there is none."""
+        """Show the next visit; False where there is none.
+
+        Raises `ConfigRejected` where the visit is of another project.
+        """
         visit = next(self._visits, None)
         if visit is None:
             return False
+        self._refuse_foreign(visit)
         request_id = f"{self._run}-{self._requests}"
         self._requests += 1
         body = {"request_id": request_id, "context": visit.context, "candidates": visit.candidates}
@@ -125,6 +130,19 @@ class Service:
             auc_oracle=auc(chance_N, positive_N),
             calibration=float(score_N.sum() / chance_N.sum()) if len(known) else float("nan"),
         )
+
+    def _refuse_foreign(self, visit: Visit) -> None:
+        """Raise `ConfigRejected` before anything of a visit is logged that the project could not take."""
+        key = self.project.impression.key
+        names = {given.feedback for given in visit.given} - set(self._tags)
+        names |= visit.chances.keys() - {task.name for task in self.project.tasks}
+        has_key = all(key in visit.context or key in candidate for candidate in visit.candidates)
+        if names or not has_key:
+            told = f"{sorted(names)}, which it does not declare" if names else f"no field {key!r}, its partition key"
+            raise ConfigRejected(
+                f"the traffic is of another project than {self.project.name!r}: its visits have {told}. traffic.py in "
+                "the project's folder says what visitors do: write it for this project, or send events of your own."
+            )
 
     def _impression(
         self, visit: Visit, place: int, request_id: str, answer: Mapping[str, Any] | None, now_ms: int

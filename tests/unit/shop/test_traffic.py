@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,10 @@ import pytest
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.events import impression_schema
 from headrace.contract.formats.sample import sample_schema
+from headrace.examples.service import Service
 from headrace.examples.shop import traffic
 from headrace.examples.shop.shop import PROJECT, WATCHED_MS
+from headrace.examples.visits import Visit
 
 FIELDS = PROJECT.impression.fields
 
@@ -111,3 +114,20 @@ def test_a_wrong_data_folder_is_refused_and_not_replaced(shop_dir: Path, tmp_pat
 
 def test_a_project_near_the_root_has_no_data_beside_it():
     assert traffic.find_data(Path("/a-project"), None) is None
+
+
+def test_traffic_of_another_project_is_refused_before_anything_of_it_is_sent() -> None:
+    def show(visit: Visit) -> list[Any]:
+        sent: list[Any] = []
+        Service(PROJECT, iter([visit]), log=lambda *told: sent.append(told), run="r", rank=None).show(0)
+        return sent
+
+    key = PROJECT.impression.key
+    candidates: list[dict[str, Any]] = [{"page": 1}]
+    assert show(Visit(context={key: 1}, candidates=candidates))
+    for visit, says in (
+        (Visit(context={key: 1}, candidates=candidates, chances={"rent": [0.5]}), r"\['rent'\], which it does not"),
+        (Visit(context={}, candidates=candidates), f"no field '{key}', its partition key"),
+    ):
+        with pytest.raises(ConfigRejected, match=rf"another project than '{PROJECT.name}'.* {says}.*traffic.py"):
+            show(visit)
