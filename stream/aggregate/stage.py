@@ -19,7 +19,6 @@ and writes on has a lower epoch (`headrace.stream.aggregate.epochs`), and is ign
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -45,10 +44,8 @@ from headrace.stream.shell.durable_state import (
     await_stored,
 )
 from headrace.stream.shell.engine import Engine
-from headrace.stream.shell.kept_log import KeptLog, mark_of
+from headrace.stream.shell.kept_log import KeptLog, can_go_back, kept_log, mark_of
 from headrace.stream.shell.unreadable_events import tell_unreadable
-
-log = logging.getLogger("headrace.aggregate")
 
 RECORD_ROWS = 5_000
 
@@ -160,14 +157,13 @@ class AggregateStage:
 
     async def _restore(self) -> AggregatorState:
         self._marks = {}
-        kept_log = None if self.deps.open_reader is None else KeptLog(self.deps.open_reader)
-        try:
-            check = None if kept_log is None else partial(self._check, kept_log)
+        with kept_log(self.deps.open_reader) as kept:
+            check = None if kept is None else partial(self._check, kept)
             state = await self.durable.restore(_read, self._load, check=check)
-            self._goes_back = self.durable.is_ahead and await self._can_go_back(kept_log)
-        finally:
-            if kept_log is not None:
-                kept_log.close()
+            partitions, lost = range(self.deps.config.log.partitions), self.deps.topics.features
+            self._goes_back = self.durable.is_ahead and await can_go_back(
+                *(kept, self._waits, self.deps, partitions), lost=lost, stage=self.name
+            )
         if state is None:
             state = self._new_state()
         epoch = state.epoch_seen + 1
@@ -189,13 +185,13 @@ class AggregateStage:
             horizon_ms=config.join.repeat_horizon_ms,
         )
 
-    def _check(self, kept_log: KeptLog, plain: Mapping[str, Any]) -> None:
+    def _check(self, kept: KeptLog, plain: Mapping[str, Any]) -> None:
         """Look whether the log holds what a state was made of, and what it wrote. An older state does not say which."""
         check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
         for partition, mark in plain.get("marks", ()):
-            kept_log.check_read(self.topic, partition, mark)
+            kept.check_read(self.topic, partition, mark)
         features, reached = self.deps.topics.features, plain.get("features_reached", -1)
-        if (end := kept_log.ends_at(features)[0]) <= reached:
+        if (end := kept.ends_at(features)[0]) <= reached:
             raise AheadOfLog(f"{features}/0 ends at {end}, and offset {reached} of it had been confirmed")
         self.durable.reached[features, 0] = end - 1
 
@@ -205,17 +201,6 @@ class AggregateStage:
         state.load_plain(plain)
         self._marks = dict(plain.get("marks", ()))
         return state
-
-    async def _can_go_back(self, kept_log: KeptLog | None) -> bool:
-        """Say whether to begin with the log's first records, for all states are ahead of `features`. Raises
-        `InvariantBroken` where one of them is gone; False where a person has decided to do without."""
-        if kept_log is None or self.deps.begin_afresh:
-            return False
-        partitions, what = range(self.deps.config.log.partitions), self.deps.topics.features
-        look = partial(kept_log.check_whole, self.topic, partitions, what, self.name)
-        await self._waits.call(f"look where {self.topic} begins", look)
-        log.warning("all states are ahead of %s: counting from the log's first records again", what)
-        return True
 
     def _snapshot(self, state: AggregatorState) -> None:
         """Begin a snapshot, unless the state has been stored as it is."""

@@ -51,7 +51,7 @@ from headrace.stream.shell.durable_state import (
     await_stored,
 )
 from headrace.stream.shell.engine import Engine
-from headrace.stream.shell.kept_log import KeptLog, mark_of
+from headrace.stream.shell.kept_log import KeptLog, can_go_back, kept_log, mark_of
 from headrace.stream.shell.unreadable_events import tell_unreadable
 from headrace.stream.stored_rules import FIRST_RULES
 
@@ -154,14 +154,13 @@ class StreamStage:
             # Partitions that begin together take turns.
             first_ms=every_ms * (1 + partition % 4 / 4),
         )
-        kept_log = None if self.deps.open_reader is None else KeptLog(self.deps.open_reader)
-        try:
-            check = None if kept_log is None else partial(self._check, partition, durable, kept_log)
+        with kept_log(self.deps.open_reader) as kept:
+            check = None if kept is None else partial(self._check, partition, durable, kept)
             restored = await durable.restore(read_manifest, partial(self._load, partition), part_names, check)
-            goes_back = durable.is_ahead and await self._can_go_back(partition, kept_log)
-        finally:
-            if kept_log is not None:
-                kept_log.close()
+            lost = f"{self.deps.topics.samples}/{partition}"
+            goes_back = durable.is_ahead and await can_go_back(
+                *(kept, self._waits, self.deps, [partition]), lost=lost, stage=self.name
+            )
         if restored is None:
             state = self._new_state(partition)
             restored = _Restored(state, StateWriter(state), fresh_account())
@@ -263,15 +262,15 @@ class StreamStage:
                 "\n  ".join(lines),
             )
 
-    def _check(self, partition: int, durable: DurableState, kept_log: KeptLog, plain: Mapping[str, Any]) -> None:
+    def _check(self, partition: int, durable: DurableState, kept: KeptLog, plain: Mapping[str, Any]) -> None:
         """Look whether the log holds what a state was made of, and what it sent. An older state does not say which."""
         check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
         samples = self.deps.topics.samples
         if plain.get("mark"):
-            kept_log.check_read(self.topic, partition, plain["mark"])
+            kept.check_read(self.topic, partition, plain["mark"])
         if plain.get("sent"):
-            kept_log.check_sent(samples, partition, Sent(*plain["sent"]), Position(*plain["last"]))
-        durable.reached[samples, partition] = kept_log.ends_at(samples)[partition] - 1
+            kept.check_sent(samples, partition, Sent(*plain["sent"]), Position(*plain["last"]))
+        durable.reached[samples, partition] = kept.ends_at(samples)[partition] - 1
 
     def _load(self, partition: int, plain: Mapping[str, Any], part: Callable[[str], bytes | None]) -> _Restored:
         check_topic(plain.get("topic_id", ""), self.deps.topic_id, self.topic)
@@ -279,17 +278,6 @@ class StreamStage:
         writer = load(state, plain, part)
         account = load_account(plain, state.last)
         return _Restored(state, writer, account, plain.get("mark", ()), Sent(*sent) if sent else None)
-
-    async def _can_go_back(self, partition: int, kept_log: KeptLog | None) -> bool:
-        """Say whether the join may begin with the log's first record, for all states are ahead of `samples`. Raises
-        `InvariantBroken` where that record is gone; False where a person has decided to do without."""
-        if kept_log is None or self.deps.begin_afresh:
-            return False
-        what = f"{self.deps.topics.samples}/{partition}"
-        look = partial(kept_log.check_whole, self.topic, [partition], what, self.name)
-        await self._waits.call(f"look where {self.topic} begins", look)
-        log.warning("%s: all states are ahead of %s; joining from the log's first record again", self.topic, what)
-        return True
 
     def _new_state(self, partition: int) -> JoinState:
         config = self.deps.config

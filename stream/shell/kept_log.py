@@ -11,13 +11,20 @@ beside its offset, the record that lies there (`mark_of`):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.kept_samples import Sent, is_kept
 from headrace.contract.formats.positions import Position
 from headrace.contract.interfaces.log import Reader, Record, read_range
+from headrace.process.waits import Waits
+from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.durable_state import AheadOfLog
+
+log = logging.getLogger("headrace.state")
 
 Mark = tuple[int, int, int]
 """A record's offset, its time in ms and its length in bytes."""
@@ -91,6 +98,31 @@ class KeptLog:
         """Close the reader."""
         if self._reader is not None:
             self._reader.close()
+
+
+@contextmanager
+def kept_log(open_reader: Callable[[], Reader] | None) -> Iterator[KeptLog | None]:
+    """Yield the log to look at while the block runs; None where there is no reader to look with."""
+    found = None if open_reader is None else KeptLog(open_reader)
+    try:
+        yield found
+    finally:
+        if found is not None:
+            found.close()
+
+
+async def can_go_back(
+    kept: KeptLog | None, waits: Waits, deps: StageDependencies, partitions: Iterable[int], *, lost: str, stage: str
+) -> bool:
+    """Say whether a stage may begin with the first record of `events`, for all its states are ahead of what `lost`
+    names. Raises `InvariantBroken` where that record is gone; False where a person has decided to do without."""
+    if kept is None or deps.begin_afresh:
+        return False
+    events = deps.topics.events
+    look = partial(kept.check_whole, events, partitions, lost, stage)
+    await waits.call(f"look where {events} begins", look)
+    log.warning("all states are ahead of %s: taking %s from its first record again", lost, events)
+    return True
 
 
 def _lost(topic: str, partition: int, offset: int, found: str) -> InvariantBroken:
