@@ -186,24 +186,28 @@ def entry_starts(body: U8s) -> I64s:
 
 
 @numba.njit(cache=True)
+def quoted_after(byte: Word, quoted: Word) -> Word:
+    """Return where JSON stands behind a byte: 0 outside of a string, 1 inside, 2 after a backslash in it."""
+    if quoted == 2:
+        return 1
+    if quoted == 1:
+        return 2 if byte == 0x5C else 0 if byte == 0x22 else 1
+    return 1 if byte == 0x22 else 0
+
+
+@numba.njit(cache=True)
 def skip_json(data: U8s, end: Word, at: Word, depth: Word, quoted: Word) -> tuple[Word, Word, Word, Word]:
     """Go on over a JSON array from `at`; return (DONE or MORE, where, depth, quoted).
 
-    `quoted` is 0 outside of a string, 1 inside, 2 after a backslash. The array ends where depth comes back to 0.
+    `quoted` is as `quoted_after` gives it. The array ends where depth comes back to 0.
     """
     while at < end:
         byte = data[at]
         at += 1
-        if quoted == 2:
-            quoted = 1
-        elif quoted == 1:
-            if byte == 0x5C:
-                quoted = 2
-            elif byte == 0x22:
-                quoted = 0
-        elif byte == 0x22:
-            quoted = 1
-        elif byte == 0x5B or byte == 0x7B:
+        was_quoted, quoted = quoted, quoted_after(byte, quoted)
+        if was_quoted:
+            continue
+        if byte == 0x5B or byte == 0x7B:
             depth += 1
         elif byte == 0x5D or byte == 0x7D:
             depth -= 1

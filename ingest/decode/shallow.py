@@ -25,6 +25,7 @@ from headrace.ingest.decode.msgpack_scan import (
     as_bytes,
     has_head,
     head,
+    quoted_after,
 )
 
 KEPT = LEVELS_MAX + 10
@@ -115,22 +116,13 @@ def _cut_json(data: U8s, levels: Word, out: U8s) -> Word:
     depth, quoted, size = 0, 0, 0
     for i in range(len(data)):
         byte = data[i]
-        closes = False
-        if quoted == 2:
-            quoted = 1
-        elif quoted == 1:
-            if byte == 0x5C:
-                quoted = 2
-            elif byte == 0x22:
-                quoted = 0
-        elif byte == 0x22:
-            quoted = 1
-        elif byte == 0x5B or byte == 0x7B:
+        opens = quoted == 0 and (byte == 0x5B or byte == 0x7B)
+        closes = quoted == 0 and (byte == 0x5D or byte == 0x7D)
+        quoted = quoted_after(byte, quoted)
+        if opens:
             depth += 1
-        elif byte == 0x5D or byte == 0x7D:
-            closes = True
         # The brackets of the first that is too deep stay, which are at depth `levels` + 1.
-        if depth <= levels or (depth == levels + 1 and (closes or (quoted == 0 and (byte == 0x5B or byte == 0x7B)))):
+        if depth <= levels or (depth == levels + 1 and (opens or closes)):
             out[size] = byte
             size += 1
         if closes:
