@@ -140,12 +140,15 @@ def finish(ledger: Ledger) -> Ledger:
 def count_letters(
     ledger: Ledger, letters: Sequence[DeadLetter], retried: Sequence[tuple[DeadLetter, Fate]], tags: frozenset[str]
 ) -> tuple[int, Counter[str]]:
-    """Fill `dead_letters`; return how many are of declared events, and what came of those that were offered again."""
-    reasons = Counter(letter.reason for letter in letters)
-    reasons.subtract(letter.reason for letter, _ in retried)
+    """Fill `dead_letters` and `undeclared`, without what was offered again; return how many letters are of declared
+    events, and what came of those that were offered again."""
+    declared = [letter for letter in letters if letter.tag in tags]
+    reasons = Counter(letter.reason for letter in declared)
+    reasons.subtract(letter.reason for letter, _ in retried if letter.tag in tags)
     ledger.dead_letters = {reason: count for reason, count in reasons.items() if count}
-    fates = Counter[str](fate for letter, fate in retried if letter.tag in tags)
-    return sum(letter.tag in tags for letter in letters), fates
+    # No declared event has these tags, so no total of events counts them.
+    ledger.undeclared = len(letters) - len(declared) - sum(letter.tag not in tags for letter, _ in retried)
+    return len(declared), Counter[str](fate for letter, fate in retried if letter.tag in tags)
 
 
 def _closes(ledger: Ledger) -> bool:

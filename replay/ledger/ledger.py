@@ -104,7 +104,9 @@ class Ledger(msgspec.Struct, kw_only=True):
     """Where `lost` was found: `log` (a gateway was given a receipt and the log lacks it), `topic`, `lake`, `model`."""
     twice_where: dict[str, int] = {}
     dead_letters: dict[str, int] = {}
-    """By reason, undeclared ones included."""
+    """By reason, those of declared events: their sum is `dead_lettered`."""
+    undeclared: int = 0
+    """Dead letters of tags that no event of the project has: in no total, since they are no event of this project's."""
     unaccounted: int = 0
     """Rows of the newest run that can't be accounted for, see `ModelCounts`."""
     behind_ms: dict[str, int] = {}
@@ -138,6 +140,12 @@ def table(ledger: Ledger) -> str:
         for title, names in ROWS
     ]
     lines += [f"  {reason:<20} {count:,}" for reason, count in sorted(ledger.dead_letters.items())]
+    if ledger.undeclared:
+        s = "s" * (ledger.undeclared != 1)
+        lines.append(
+            f"  {ledger.undeclared:,} event{s} of tags that the project does not declare: dead letters too, and in no "
+            "total above. `headrace dead-letters list --reason undeclared` shows them"
+        )
     lines += [_run_line(counts) for counts in ledger.models.values()]
     where = [f"lost in {w}: {n:,}" for w, n in ledger.lost_where.items() if n]
     where += [f"twice in {w}: {n:,}" for w, n in ledger.twice_where.items() if n]

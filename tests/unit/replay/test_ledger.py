@@ -85,7 +85,10 @@ def test_a_sound_pipeline_closes():
     assert ledger.closes
     assert (ledger.read, ledger.appended, ledger.dead_lettered, ledger.repeated) == (65, 58, 2, 5)
     assert (ledger.samples, ledger.learnt, ledger.stored) == (ROWS, ROWS, ROWS)
-    assert ledger.dead_letters == {"future": 1, "bad_type": 1, "undeclared": 1}
+    assert ledger.dead_letters == {"future": 1, "bad_type": 1}
+    assert sum(ledger.dead_letters.values()) == ledger.dead_lettered
+    assert ledger.undeclared == 1, "an event of no declared tag is in no total, and told beside them"
+    assert "1 event of tags that the project does not declare" in table(ledger)
     assert (ledger.lost, ledger.twice, ledger.in_flight) == (0, 0, 0)
     assert msgspec.json.decode(msgspec.json.encode(ledger))["models"]["r1"]["steps"] == 4
 
