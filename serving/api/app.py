@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from headrace.contract.checks.unknown_fields import UnknownFields
 from headrace.contract.config import ServeConfig
 from headrace.contract.crawl import external_columns
-from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable
+from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable, meant
 from headrace.contract.formats.json_record import decode_json
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
@@ -23,8 +26,10 @@ from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.process.request_body import Bodies, BodyBounds
 from headrace.serving.features import FeatureMemory, State
-from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of
+from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of, unknown_fields
 from headrace.serving.model.shared_region import SharedModel, Told, View
+
+logger = logging.getLogger("headrace.serve")
 
 READING = "the counters are still being read from `features`; ask again when /readyz says so."
 BEHIND = (
@@ -47,6 +52,8 @@ BODIES = BodyBounds(
 )
 SAID = ("unread", "stale")
 """States of the counters that every answer names."""
+WARNINGS_MAX = 10
+"""Warnings of one answer; one a field, where it stands first."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
@@ -96,6 +103,7 @@ class ServingApp:
 
     def __init__(self, dependencies: ServingDependencies) -> None:
         self.deps, self._bodies = dependencies, Bodies(BODIES)
+        self._unknown = UnknownFields(dependencies.project.impression.fields)
 
     async def rank(self, request: Request) -> Response:
         """Score all candidates of a request with exactly one version of the model."""
@@ -113,6 +121,7 @@ class ServingApp:
             if count > most:
                 return problem(422, f"{count} candidates", f"send at most {most} in one request")
             raw = merge(self.deps.project, ask.context, ask.candidates, self.deps.privacy)
+            warnings = self._warnings(ask)
 
             now_ms = self.deps.clock.now_ms()
             external = external_columns(self.deps.project.crawls)
@@ -143,7 +152,7 @@ class ServingApp:
         except BadRequest as error:
             return problem(error.status, error.error, error.step)
         except msgspec.ValidationError as error:
-            return problem(422, str(error), "see POST /v1/rank in docs/serving.md")
+            return problem(422, f"{error}{_meant(str(error))}", "see POST /v1/rank in docs/serving.md")
         except msgspec.DecodeError as error:
             return problem(400, f"no JSON: {error}", "send application/json")
         except EventRejected as error:
@@ -154,7 +163,19 @@ class ServingApp:
         body: dict[str, Any] = {"request_id": ask.request_id, "version": version, "scores": scores, "served": served}
         # The other tasks of a recipe that has several; of one, the answer is what it always was.
         body |= {"tasks": by_task} if by_task else {}
-        return answer(200, body | ({"counters": counters} if counters in SAID else {}))
+        body |= {"counters": counters} if counters in SAID else {}
+        return answer(200, body | ({"warnings": warnings} if warnings else {}))
+
+    def _warnings(self, ask: RankRequest) -> list[str]:
+        """Return what an answer says of fields that the project does not declare; count them, and log each once."""
+        warnings: list[str] = []
+        for where, name in unknown_fields(self.deps.project, ask.context, ask.candidates).items():
+            if said := self._unknown.new(name):
+                logger.warning("field of a request: %s No score reads it.", said)
+            self.deps.metrics.add("unknown_fields_total", type="impression", field=self._unknown.label(name))
+            if len(warnings) < WARNINGS_MAX:
+                warnings.append(f"{where} is not declared, and no score reads it.{self._unknown.meant(name)}")
+        return warnings
 
     async def model(self, request: Request) -> Response:
         """Say which version is served; with ?version=X, which events a recent version knew."""
@@ -256,6 +277,17 @@ def make_app(app: ServingApp) -> Starlette:
             Route("/metrics", app.metrics_page),
         ]
     )
+
+
+def _meant(said: str) -> str:
+    """Return what a misspelt field of the request itself may mean, of a decoder's message.
+
+    >>> _meant("Object contains unknown field `candidate`"), _meant("Expected `str`")
+    (". Did you mean 'candidates'?", '')
+    """
+    found = re.search(r"unknown field `(.*)`", said)
+    near = meant(found[1], RankRequest.__struct_fields__) if found else ""
+    return f".{near}" if near else ""
 
 
 def answer(status: int, body: dict[str, Any]) -> Response:

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from headrace.contract.errors import EventRejected
+from headrace.contract.checks.unknown_fields import meant_field, shown, undeclared
+from headrace.contract.errors import EventRejected, listed
 from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import LISTS, FieldType, Project, Recipe
@@ -55,10 +56,10 @@ def merge(
     Raises `EventRejected` (`unknown_field`, `bad_type`) that names the field.
     """
     declared, private = project.impression.fields, project.impression.private
-    for where, fields in (("context", context), *((f"candidates[{i}]", c) for i, c in enumerate(candidates))):
-        unknown = fields.keys() - declared.keys() - private.keys()
-        if unknown and project.impression.unknown == "refuse":
-            raise EventRejected("unknown_field", f"$.{where} has {sorted(unknown)}; declared are {sorted(declared)}.")
+    if project.impression.unknown == "refuse":
+        for where, name in unknown_fields(project, context, candidates).items():
+            meant = meant_field(name, declared)
+            raise EventRejected("unknown_field", f"{where} is not declared; declared are {listed(declared)}.{meant}")
     columns: dict[str, pa.Array] = {}
     for name, kind in declared.items():
         common = context.get(name)
@@ -74,6 +75,23 @@ def merge(
         if name in private and privacy is not None:
             columns[name] = privacy.column(columns[name])
     return columns
+
+
+def unknown_fields(
+    project: Project, context: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], most: int = 100
+) -> dict[str, str]:
+    """Return fields that the project does not declare, `most` at most: the name of each by where it stands first, such
+    as `$.context.pirce`."""
+    known = project.impression.fields.keys() | project.impression.private.keys()
+    found: dict[str, str] = {}
+    for where, fields in (("context", context), *((f"candidates[{i}]", c) for i, c in enumerate(candidates))):
+        if not fields.keys() <= known:
+            names = undeclared(fields, known)
+            known |= set(names)
+            found |= {f"$.{where}.{shown(name)}": name for name in names[: most - len(found)]}
+        if len(found) >= most:
+            break
+    return found
 
 
 def _fitted(value: Any, name: str, kind: FieldType) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import suppress
 
+from headrace.cli.project_folder import load_project
 from headrace.cli.stack.flags import add_stack_flags, present_layout
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local.layout import Layout
@@ -25,13 +27,20 @@ def main(args: argparse.Namespace) -> int:
     layout = present_layout(args)
     if not Supervisor(layout).running():
         raise ConfigRejected(f"nothing runs in {layout.home}; `headrace up` starts it.")
-    follow(layout, lines=args.lines)
+    main_task = ""
+    # A project that is being edited may be wrong; what runs has read it before.
+    with suppress(ConfigRejected):
+        main_task = load_project(layout.project)[1].recipe.task
+    follow(layout, main_task, lines=args.lines)
     return 0
 
 
-def follow(layout: Layout, *, lines: int = 0) -> None:
-    """Print a line every few seconds until the stack was stopped, or `lines` of them; 0: no bound."""
-    status, said = StatusLine(layout), 0
+def follow(layout: Layout, main_task: str, *, lines: int = 0) -> None:
+    """Print a line every few seconds until the stack was stopped, or `lines` of them; 0: no bound.
+
+    Each line is of the seconds before it. `main_task` is the project's `recipe.task`, "" where it is not known.
+    """
+    status, said = StatusLine(layout, main_task), 0
     while not lines or said < lines:
         time.sleep(LINE_S)
         print(status.line(), flush=True)

@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         if args.detach:
             return 0
         print("a line every few seconds; Ctrl-C stops everything", flush=True)
-        follow(layout)
+        follow(layout, project.recipe.task)
     except KeyboardInterrupt:
         print("\nstopping", flush=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

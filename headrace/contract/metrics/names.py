@@ -53,6 +53,7 @@ Name = Literal[
     "deltas_published_total",
     "snapshots_published_total",
     "upload_age_seconds",
+    "unknown_fields_total",
     "requests_total",
     "requests_open",
     "request_seconds",

@@ -24,6 +24,14 @@ SHARED: Mapping[Name, MetricDoc] = {
         "Gaps in what was read; must stay 0. Ingest: records of a source's topic that retention deleted unread.",
         labels=("topic",),
     ),
+    "unknown_fields_total": MetricDoc(
+        "counter",
+        "fields",
+        ("ingest", "serve"),
+        "Undeclared fields by name, 20 names at most, then `(others)`: of requests; ingest: of one event a second of "
+        "each type that is looked at.",
+        labels=("type", "field"),
+    ),
     "requests_total": MetricDoc(
         "counter",
         "requests",

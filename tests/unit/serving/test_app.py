@@ -135,6 +135,54 @@ def test_a_field_of_another_type_is_told_with_the_declared_one(client: Client, s
     }
 
 
+def test_an_undeclared_field_is_told_in_the_answer_and_once_in_the_log(
+    world: World, client: Client, served: Trainer, caplog: pytest.LogCaptureFixture
+):
+    wanted = ask(client).json()
+    changes = {
+        "context": {"user": 3, "price": 2.0, "usr": 1},
+        "candidates": [{"item": 1, "colour": 2}, {"item": 2, "colour": 3, "counter.old.click": 1.0}],
+    }
+    first, second = (ask(client, **changes).json() for _ in range(2))
+    assert first["scores"] == wanted["scores"] and "warnings" not in wanted
+    assert first["warnings"] == second["warnings"] == [
+        "$.context.usr is not declared, and no score reads it. Did you mean 'user'?",
+        "$.candidates[0].colour is not declared, and no score reads it.",
+    ]  # fmt: skip
+    assert [record.getMessage() for record in caplog.records if "field of a request" in record.getMessage()] == [
+        "field of a request: 'usr' is not declared. Did you mean 'user'? No score reads it.",
+        "field of a request: 'colour' is not declared. No score reads it.",
+    ]
+    assert world.metrics.counters["unknown_fields_total", "impression usr"] == 2
+
+
+def test_undeclared_fields_of_strangers_are_bounded_in_the_answer_the_log_and_the_metric(
+    world: World, client: Client, served: Trainer, caplog: pytest.LogCaptureFixture
+):
+    for request in range(5):
+        body = ask(client, candidates=[{"item": 1, **{f"{request}-{n}{'x' * 300}": n for n in range(500)}}])
+        assert body.status_code == 200 and len(body.json()["warnings"]) == 10
+        assert all(len(text) < 200 for text in body.json()["warnings"])
+    assert len([r for r in caplog.records if "field of a request" in r.getMessage()]) == 20
+    assert len([labels for name, labels in world.metrics.counters if name == "unknown_fields_total"]) <= 21
+
+
+def test_a_misspelt_field_is_refused_with_the_one_that_is_meant_where_the_project_refuses(world: World):
+    impression = msgspec.structs.replace(PROJECT.impression, unknown="refuse")
+    project = msgspec.structs.replace(PROJECT, impression=impression)
+    client = Client(make_app(ServingApp(replace(world.app.deps, project=project))))
+    said = client.post("/v1/rank", json={"request_id": "r", "candidates": [{"itm": 1}]})
+    assert said.status_code == 422
+    assert said.json()["error"] == (
+        "$.candidates[0].itm is not declared; declared are 'item', 'price', 'user'. Did you mean 'item'?"
+    )
+
+
+def test_a_misspelt_field_of_the_request_itself_names_the_one_that_is_meant(client: Client, served: Trainer):
+    said = client.post("/v1/rank", json={"request_id": "r", "candidate": [{"item": 1}]}).json()
+    assert said["error"] == "Object contains unknown field `candidate`. Did you mean 'candidates'?"
+
+
 def test_without_a_model_it_is_not_ready(world: World, client: Client):
     assert ask(client).status_code == 503 and client.get("/v1/model").status_code == 503
     assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
