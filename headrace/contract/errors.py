@@ -69,13 +69,14 @@ def listed(names: Iterable[object]) -> str:
     return ", ".join(sorted(map(repr, names))) or "none"
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """Return a question that names the known word nearest to a misspelt one, "" where none is near.
+def meant(word: str, known: Iterable[str], alike: float = 0.6) -> str:
+    """Return a question that names the known word nearest to a misspelt one, "" where none is near. `alike`: least share
+    of letters in common, higher where the words share a part anyhow.
 
     >>> meant("windw_ms", ["window_ms", "name"]), meant("x", ["window_ms"])
     (" Did you mean 'window_ms'?", '')
     """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=alike)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

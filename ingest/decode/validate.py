@@ -23,6 +23,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.contract.checks.unknown_fields import meant_field
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION, feedback_schema, impression_schema, name_of
 from headrace.contract.formats.nesting import TOO_DEEP, TOO_DEEP_TEXT, is_deeper
 from headrace.contract.project import EXTRA, FeedbackType, ImpressionType, Project, Unknown
@@ -118,7 +119,9 @@ def check(
         for at, record in enumerate(rows):
             if not record.keys() <= declared.known:
                 names = sorted(str(name)[:64] for name in record.keys() - declared.known)[:5]
-                reject(at, "unknown_field", f"undeclared fields {names}; declare them, or set unknown='drop' or 'keep'")
+                meant = next((text for name in names if (text := meant_field(name, declared.known))), "")
+                remedy = "declare them, or set unknown='drop' or 'keep'"
+                reject(at, "unknown_field", f"undeclared fields {names}; {remedy}.{meant}".removesuffix("."))
     columns: dict[str, pa.Array] = {}
     strict = frozenset({declared.key})
     for field in declared.schema:

@@ -7,11 +7,16 @@ same, because late feedback is counted. The median of this delay tells it before
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 
+from headrace.contract.checks.unknown_fields import UnknownFields, undeclared
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
+from headrace.ingest.decode.message import read_entry
+from headrace.ingest.decode.msgpack_scan import U8s
+from headrace.ingest.decode.validate import Declared
 from headrace.kernels.arrays import I64s
 
 READ, APPENDED, DEAD, REPEATED = "read", "appended", "dead_lettered", "repeated"
@@ -28,6 +33,7 @@ class Counts:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics, self._delay = metrics, FeedbackDelay()
+        self._looks: dict[str, UnknownLook] = {}
         self.declared: dict[str, int] = {READ: 0, APPENDED: 0, DEAD: 0, REPEATED: 0}
         """Of declared events only."""
 
@@ -48,6 +54,35 @@ class Counts:
     def note_feedback(self, name: str, times_N: I64s, now_ms: int) -> None:
         """Take feedback of one type that arrives now, int64 [N] of event times in ms, N > 0."""
         self._metrics.set("feedback_delay_seconds", self._delay.note(name, times_N, now_ms), type=name)
+
+    def look(self, declared: Declared, data: U8s, start: int, now_s: float) -> None:
+        """Look, once a second, whether an event of a type brings undeclared fields: that which begins at `start`."""
+        known = self._looks.setdefault(declared.tag, UnknownLook(declared))
+        for name in known.names(data, start, now_s):
+            self._metrics.add("unknown_fields_total", type=declared.name, field=name)
+
+
+class UnknownLook:
+    """Looks for undeclared fields of one type. A project that refuses them gets dead letters, which tell them all."""
+
+    def __init__(self, declared: Declared) -> None:
+        self._declared, self._fields, self._at_s = declared, UnknownFields(declared.known), -math.inf
+
+    def names(self, data: U8s, start: int, now_s: float) -> list[str]:
+        """Return the undeclared fields of an event, as labels; log each when it comes first. None within a second of
+        the last look, and of what is no event."""
+        if self._declared.unknown == "refuse" or now_s - self._at_s < _EVERY_S:
+            return []
+        self._at_s = now_s
+        record = read_entry(data, start).record
+        found = undeclared(record, self._declared.known) if isinstance(record, dict) else []
+        becomes = "left out" if self._declared.unknown == "drop" else "kept in `extra`"
+        for said in (said for name in found if (said := self._fields.new(name))):
+            log.warning(
+                "field of event %r: %s It is %s (unknown=%r, docs/events.md).",
+                *(self._declared.tag, said, becomes, self._declared.unknown),
+            )
+        return [self._fields.label(name) for name in found]
 
 
 class FeedbackDelay:

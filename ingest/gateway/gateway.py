@@ -70,7 +70,7 @@ class Gateway:
         self._types = {tag: layout(declared) for tag, declared in declared_types(deps.project).items()}
         self._privacy = deps.privacy or Privacy(deps.project)
         self._mappers = mappers_of(deps.project)
-        self._letters = LetterWriter(config, self._privacy, name)
+        self._letters = LetterWriter(config, self._privacy, name, [*self._types, *self._mappers])
         self.ceiling = Ceiling(config, [*self._types, *self._mappers])
         self._batcher = Batcher(
             list(self._types.values()),
@@ -165,9 +165,9 @@ class Gateway:
                 chunk.waiting += len(starts)
                 self._batcher.of(made, self._clock.monotonic()).add(message.body, starts, chunk, prefix)
             else:
+                detail = self._letters.undeclared(chunk.tag)
                 for nth, entry in enumerate(message.entries):
-                    derived = f"{prefix}/{nth}"
-                    self._dead_letter(chunk, "undeclared", "no declared event has this tag", entry, event_id=derived)
+                    self._dead_letter(chunk, "undeclared", detail, entry, event_id=f"{prefix}/{nth}")
         self._settled(chunk, 1)
 
     def _abandon(self, chunk: OpenChunk) -> None:
@@ -249,6 +249,7 @@ class Gateway:
         declared, chunks = waiting.layout.declared, waiting.chunks
         now_ms = self.now_ms()
         taken_ms = range(self._config.past_ms, now_ms + self._config.skew_ms + 1)
+        self._counts.look(declared, data, int(starts_N[0]), self._clock.monotonic())
         decoded = decode(waiting.layout, data, starts_N, waiting.prefixes, chunk_N, nth_N, taken_ms)
         batch, own_N = decoded.batch, decoded.own
         at_N = np.arange(len(starts_N))

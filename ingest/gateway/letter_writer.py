@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import msgspec
 
 from headrace.contract.config import IngestConfig
+from headrace.contract.errors import listed, meant
 from headrace.contract.formats.dead_letters import DeadLetter
 from headrace.contract.privacy import Privacy
 from headrace.ingest.decode.message import Entry, chunk_text, encode_record
@@ -14,6 +16,9 @@ from headrace.ingest.gateway.batcher import OpenChunk
 
 _LATE_BYTES_MAX = 650_000
 """Most raw bytes of an event that is too late: in base64 they fit the broker's 1 MB."""
+
+
+_TAGS_SHOWN, _TAG_LETTERS = 20, 200
 
 
 class TooLate(NamedTuple):
@@ -27,8 +32,15 @@ class TooLate(NamedTuple):
 class LetterWriter:
     """Writes the letters of one gateway."""
 
-    def __init__(self, config: IngestConfig, privacy: Privacy, gateway: str) -> None:
-        self._config, self._privacy, self._gateway = config, privacy, gateway
+    def __init__(self, config: IngestConfig, privacy: Privacy, gateway: str, tags: Collection[str]) -> None:
+        self._config, self._privacy, self._gateway, self._tags = config, privacy, gateway, tags
+
+    def undeclared(self, tag: str) -> str:
+        """Return the detail of events of a tag that no declared event has."""
+        more = len(self._tags) - _TAGS_SHOWN
+        there = listed(sorted(self._tags)[:_TAGS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        near = meant(chunk_text(tag)[:_TAG_LETTERS], self._tags, 0.8)
+        return f"no declared event has this tag; there are {there}.{near}"
 
     def letter(
         self,

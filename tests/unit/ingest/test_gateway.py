@@ -107,11 +107,43 @@ def test_other_refusals_have_their_own_reasons() -> None:
     letters = {letter.reason: letter for letter in world.log.letters()}
     assert sorted(letters) == ["bad_chunk", "bad_type", "undeclared", "unknown_field"]
     assert letters["undeclared"].time_ns == START_MS * 10**6
+    assert letters["undeclared"].detail == (
+        "no declared event has this tag; there are 'shop.click', 'shop.impression', 'shop.order'."
+    )
     assert letters["bad_chunk"].raw_truncated
     assert len(letters["bad_chunk"].raw) == IngestConfig().dead_letter_bytes
     assert sorted(world.acks) == ["c1", "c2", "c3", "c4"]
     assert world.counts.totals["events_dead_lettered_total:undeclared"] == 1
     assert world.gateway.counts["read"] == 4  # The undeclared one is nobody's.
+
+
+def test_a_misspelt_tag_and_a_refused_field_name_what_is_meant() -> None:
+    world = World()
+    world.offer(message("shop.imprssion", [impression(1)], "c1"))
+    world.offer(message("shop.order", [{"request_id": "r", "user_id": 1, "ser_id": 1}], "c2"))
+    world.settle()
+    details = {letter.reason: letter.detail for letter in world.log.letters()}
+    assert details["undeclared"].endswith(" Did you mean 'shop.impression'?")
+    assert details["unknown_field"] == (
+        "undeclared fields ['ser_id']; declare them, or set unknown='drop' or 'keep'. Did you mean 'user_id'?"
+    )
+
+
+def test_a_dropped_field_is_told_once_with_the_one_that_is_meant(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    for second in range(3):
+        records = [impression(10 * second + n, time=START_MS, itemid=7, **{"counter.old.click": 1.0}) for n in range(2)]
+        world.offer(message("shop.impression", records, f"c{second}"))
+        world.settle()
+        world.clock.ms += 2_000
+    assert len(world.log.rows()) == 6 and not world.log.letters()
+    assert [r.getMessage() for r in caplog.records if "field of event" in r.getMessage()] == [
+        "field of event 'shop.impression': 'itemid' is not declared. Did you mean 'item_id'? It is left out "
+        "(unknown='drop', docs/events.md).",
+        "field of event 'shop.impression': 'time' is not declared. Did you mean 'event_time_ms', Unix time in "
+        "milliseconds? It is left out (unknown='drop', docs/events.md).",
+    ]
+    assert world.counts.totals["unknown_fields_total:impression:time"] == 3
 
 
 def test_text_that_is_not_utf8_is_kept_but_decides_nothing() -> None:
