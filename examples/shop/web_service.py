@@ -33,6 +33,7 @@ from headrace.contract.project import FeedbackType, Project
 from headrace.examples.shop.freshness import Freshness
 from headrace.examples.shop.traffic import Given, Traffic, Visit
 from headrace.process.background import Background
+from headrace.process.kept_connection import KeptConnection
 from headrace.sender import Sender
 
 logger = logging.getLogger("headrace.shop")
@@ -73,8 +74,10 @@ class Ranker:
     host: str
     port: int
     metrics: Metrics
-    _connection: http.client.HTTPConnection | None = None
     _away_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._connection = KeptConnection(self.host, self.port, ANSWER_S)
 
     def ask(self, request_id: str, visit: Visit) -> Answer | None:
         """Return the answer, or None where serving is away, refuses, or is slower than `ANSWER_S`."""
@@ -85,13 +88,9 @@ class Ranker:
         body = msgspec.json.encode({"request_id": request_id, "context": context, "candidates": [candidate]})
         begin = time.perf_counter()
         try:
-            if self._connection is None:
-                self._connection = http.client.HTTPConnection(self.host, self.port, timeout=ANSWER_S)
-            self._connection.request("POST", "/v1/rank", body, {"Content-Type": "application/json"})
-            response = self._connection.getresponse()
-            data = response.read()
-            if response.status != 200:
-                raise http.client.HTTPException(f"status {response.status}")
+            status, data = self._connection.post("/v1/rank", body, {"Content-Type": "application/json"})
+            if status != 200:
+                raise http.client.HTTPException(f"status {status}")
             answer = msgspec.json.decode(data, type=Answer)
         except (OSError, http.client.HTTPException, msgspec.DecodeError):
             self.metrics.add("errors_total", kind="rank")
@@ -104,9 +103,7 @@ class Ranker:
 
     def close(self) -> None:
         """Let the connection go; the next `ask` opens another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._connection.close()
 
 
 @dataclass(kw_only=True)

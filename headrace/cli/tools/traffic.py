@@ -26,6 +26,7 @@ from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected, Overloaded
 from headrace.examples.service import Service
 from headrace.examples.visits import Visits
+from headrace.process.kept_connection import KeptConnection
 from headrace.sender import Sender
 
 FILE = "traffic.py"
@@ -78,8 +79,8 @@ class Ranker:
     """Asks serving over one kept-alive connection; one that is away is not asked for a moment."""
 
     def __init__(self, port: int) -> None:
-        self._port, self._asked, self._answered, self._away_until = port, 0, 0, 0.0
-        self._connection: http.client.HTTPConnection | None = None
+        self._asked, self._answered, self._away_until = 0, 0, 0.0
+        self._connection = KeptConnection(HOST, port, ANSWER_S)
 
     @property
     def share(self) -> float:
@@ -92,14 +93,10 @@ class Ranker:
         if time.monotonic() < self._away_until:
             return None
         try:
-            if self._connection is None:
-                self._connection = http.client.HTTPConnection(HOST, self._port, timeout=ANSWER_S)
             headers = {"Content-Type": "application/json"}
-            self._connection.request("POST", "/v1/rank", msgspec.json.encode(body), headers)
-            response = self._connection.getresponse()
-            data = response.read()
-            if response.status != 200:
-                raise http.client.HTTPException(f"status {response.status}")
+            status, data = self._connection.post("/v1/rank", msgspec.json.encode(body), headers)
+            if status != 200:
+                raise http.client.HTTPException(f"status {status}")
             answer: dict[str, Any] = msgspec.json.decode(data)
         except (OSError, http.client.HTTPException, msgspec.DecodeError):
             self.close()
@@ -110,9 +107,7 @@ class Ranker:
 
     def close(self) -> None:
         """Let the connection go."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._connection.close()
 
 
 def load_visits(folder: Path) -> Visits:
