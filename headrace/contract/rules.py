@@ -224,10 +224,10 @@ def check_growth(before: Rules, after: Rules, lanes: Sequence[tuple[str, str]]) 
         _check_types(f"crawl {crawl.name}", known, crawl.fields)
     counters = {c.name: c for c in before.features.counters}
     for counter in after.features.counters:
-        if counters.get(counter.name, counter) != counter:
+        if (known := counters.get(counter.name, counter)) != counter:
             raise ConfigRejected(
-                f"counter {counter.name!r} would mean something else under its old name, and its columns in the lake "
-                "too: give the changed counter a new name."
+                f"counter {counter.name!r} would mean something else under its old name ({_step(known, counter)}), and "
+                "its columns in the lake too: give the changed counter a new name."
             )
     answers = {name: feedback for name, feedback in lanes if feedback}
     for task in after.tasks:

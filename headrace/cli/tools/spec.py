@@ -128,15 +128,25 @@ def concerned(before: Rules | None, project: Project) -> list[str]:
         return []
     old, new = before.features, after.features
     customs = [{f for f in spec.features if isinstance(f, Custom)} for spec in (old, new)]
+    has_new_functions = not customs[1] <= customs[0]
     found = {
         "ingest": (before.fields, before.feedback) != (after.fields, after.feedback),
-        "stream": not customs[1] <= customs[0],
-        "aggregate": not customs[1] <= customs[0],
+        "stream": has_new_functions,
+        "aggregate": has_new_functions,
         "crawl": before.crawls != after.crawls,
-        "serve": old != new or before.fields != after.fields or before.crawls != after.crawls,
+        "serve": has_new_functions or before.crawls != after.crawls or _reads_more(before, project),
         "train": True,
     }
     return [stage for stage, is_concerned in found.items() if is_concerned]
+
+
+def _reads_more(before: Rules, project: Project) -> bool:
+    """Say whether serving that was started under `before` lacks what requests bring now, or would refuse a model of the
+    new features. What windows, counters and features mean it takes from the model, and needs no restart for it."""
+    if project.impression.fields.keys() - before.fields.keys():
+        return True
+    served = msgspec.structs.replace(before.over(project), features=project.features)
+    return any(fault.at.startswith("features") for fault in served.faults())
 
 
 def _restarted(runtime: Runtime, stages: list[str]) -> list[str]:
