@@ -4,12 +4,14 @@
    worker opens the region for itself. No thread is begun before, whose locks a worker would find held for ever.
 2. Each process answers requests in its main thread; the other jobs of a process are threads beside it.
 3. A job that fails ends its process. A worker that ends ends the stage: the supervisor starts all of it again.
-4. At the end the first process asks the workers to stop, waits for at most 3 s, and kills those that are left. The
+4. SIGHUP asks the first process for a restart that keeps the port (`renewal.py`).
+5. At the end the first process asks the workers to stop, waits for at most 3 s, and kills those that are left. The
    region stays, so that the next stage serves at once. A worker also ends when the first process dies.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -29,6 +31,7 @@ from headrace.process.awake import awake_s
 from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
 from headrace.process.open_files import connections_within
 from headrace.serving.model.shared_region import SharedModel
+from headrace.serving.renewal import DRAIN_S, LAST_S, Renewal
 
 logger = logging.getLogger("headrace.serve")
 
@@ -60,11 +63,22 @@ class Workers:
                 if not stop.is_set():
                     raise Unavailable(f"worker {pid} ended with status {status}.")
 
-    def ask_to_end(self) -> None:
-        """Send SIGTERM to each worker."""
+    def ask_to_end(self, number: int = signal.SIGTERM) -> None:
+        """Send a signal to each worker."""
         for pid in self._pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, number)
+
+    def wait(self, patience_s: float) -> None:
+        """Wait until all workers have ended, for at most `patience_s`."""
+        until = awake_s() + patience_s
+        while self._pids and awake_s() < until:
+            for pid in tuple(self._pids):
+                with suppress(ChildProcessError):
+                    if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                        continue
+                self._pids.remove(pid)
+            time.sleep(0.02)
 
     def end(self, patience_s: float = 3.0) -> None:
         """Ask the workers to stop, wait for them for at most `patience_s`, all together, and kill what is left.
@@ -113,6 +127,8 @@ def answer_requests(
     turned: Callable[[], None] = lambda: None,
     connections_max: int = 2_048,
     refused: Callable[[str], None] = lambda _: None,
+    renewal: Renewal | None = None,
+    begins: Callable[[], None] = lambda: None,
 ) -> int:
     """Answer requests until `stop` or SIGTERM, with `jobs` in threads beside it; return the exit status.
 
@@ -122,6 +138,8 @@ def answer_requests(
     Args:
         connections_max: beyond it the connection that has been idle longest gives way.
         refused: gets the reason for which a connection was closed.
+        renewal: whether a restart is asked for, which ends it like `stop`, but for its connections.
+        begins: called when the jobs have begun, before the first connection is accepted.
     """
     most = connections_within(connections_max)
     bounds = ConnectionBounds(most, lambda _origin, reason, _why: refused(reason))
@@ -129,6 +147,8 @@ def answer_requests(
     async def tell() -> None:
         bounds.sweep(awake_s())
         turned()
+        if renewal is not None and renewal.is_asked:
+            await _drain(server, bounds)
 
     server = uvicorn.Server(
         BoundedConfig(
@@ -141,6 +161,17 @@ def answer_requests(
         )
     )
     failures: list[str] = []
+
+    def asked() -> None:
+        # The other jobs end; requests are answered until the connections are drained.
+        stop.set()
+        if workers:
+            workers.ask_to_end(signal.SIGHUP)
+
+    if renewal is not None:
+        renewal.told = asked
+        if renewal.is_asked:
+            asked()
 
     def guarded(name: str, job: Callable[[], None]) -> None:
         try:
@@ -158,9 +189,13 @@ def answer_requests(
     threads = [threading.Thread(target=guarded, args=job, name=job[0], daemon=True) for job in jobs.items()]
     for thread in threads:
         thread.start()
+    begins()
     if not stop.is_set():
         server.run(sockets=[listener])
     stop.set()
+    if workers and renewal is not None and renewal.is_asked:
+        # They drain as this process did, a moment later.
+        workers.wait(DRAIN_S + 2.0)
     if workers:
         workers.ask_to_end()
     # 1 s for all: a thread that still waits for a broker ends with the process.
@@ -168,6 +203,16 @@ def answer_requests(
     for thread in threads:
         thread.join(max(0.0, until - awake_s()))
     return 1 if failures else 0
+
+
+async def _drain(server: uvicorn.Server, bounds: ConnectionBounds) -> None:
+    """Send clients to new connections, stop accepting, let the last answers out, and end."""
+    bounds.is_draining = True
+    await asyncio.sleep(DRAIN_S)
+    for each in server.servers:
+        each.close()
+    await asyncio.sleep(LAST_S)
+    server.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:

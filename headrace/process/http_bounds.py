@@ -45,6 +45,8 @@ class ConnectionBounds:
         self._idle: dict[BoundedProtocol, float] = {}
         """Oldest first."""
         self._open: set[BoundedProtocol] = set()
+        self.is_draining = False
+        """True: the answer to each request ends its connection."""
         self._full: dict[BoundedProtocol, float] = {}
         """Since when each waits until its client takes more of its answer. Oldest first."""
 
@@ -178,6 +180,9 @@ class BoundedProtocol(H11Protocol):
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
             self._bounds.busy(self)
+            if self._bounds.is_draining:
+                # As if the client had asked for it: uvicorn's answer says so, and ends the connection.
+                self.cycle.scope["headers"].append((b"connection", b"close"))
 
     def on_response_complete(self) -> None:
         """Be idle again."""

@@ -231,6 +231,10 @@ class ServingApp:
         is_away = self.deps.features.away_since_s is not None
         return f"worker {', '.join(late)}: {BEHIND.format(bound_ms)}" if late and not is_away else ""
 
+    def is_reading(self) -> bool:
+        """Say whether the counters are still being read that there were at the beginning."""
+        return self._counters() == "reading"
+
     def behind_ms(self, told: Told) -> int:
         """Return how far behind the counters of a process are, by what it told; one that is silent falls behind too."""
         return round(self.deps.clock.monotonic() * 1_000) - told.current_ms

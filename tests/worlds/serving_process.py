@@ -2,7 +2,7 @@
 
     python serving_process.py FOLDER WORKERS [JOB]
 
-Prints the port. GET / answers the process id, GET /region what the shared region of that process is. JOB "fails" makes
+Prints the port. GET / answers the process id, GET /renewals how often its first process was renewed, GET /region what the shared region of that process is. JOB "fails" makes
 a job of the first process fail as soon as the file FOLDER/fail is there.
 """
 
@@ -23,12 +23,18 @@ from starlette.routing import Route
 from headrace.serving.model.region_file import open_region, region_path
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.processes import Workers, answer_requests, listen, run_processes
+from headrace.serving.renewal import RENEWALS, Renewal, inherited, run_anew
 
 DIM, ROWS_MAX = 2, 100
 
 
-def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Workers | None) -> int:
-    """Answer until SIGTERM, which uvicorn raises again when it has stopped."""
+PORT = "SERVING_PROCESS_PORT"
+
+
+def work(
+    shared: SharedModel, listener: socket.socket, folder: Path, workers: Workers | None, renewal: Renewal
+) -> int:
+    """Answer until SIGTERM, which uvicorn raises again when it has stopped, or SIGHUP."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
@@ -38,6 +44,9 @@ def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Wo
     async def region(request: Request) -> PlainTextResponse:
         return PlainTextResponse(shared.refused())
 
+    async def renewals(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(os.environ.get(RENEWALS, "0"))
+
     def fail() -> None:
         while not stop.wait(0.02):
             if (folder / "fail").exists():
@@ -45,8 +54,9 @@ def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Wo
 
     if workers is not None:
         shared.note_refusal("seen by all")
-    app = Starlette(routes=[Route("/", number), Route("/region", region)])
-    return answer_requests(app, listener, stop, jobs={"job": fail} if workers is not None else {}, workers=workers)
+    app = Starlette(routes=[Route("/", number), Route("/region", region), Route("/renewals", renewals)])
+    jobs = {"job": fail} if workers is not None else {}
+    return answer_requests(app, listener, stop, jobs=jobs, workers=workers, renewal=renewal)
 
 
 def opened(path: Path, reader: int) -> SharedModel:
@@ -59,14 +69,20 @@ def opened(path: Path, reader: int) -> SharedModel:
 def main() -> int:
     """Run the stage."""
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    listener = listen("127.0.0.1", 0)
+    renewal, port = Renewal(), int(os.environ.get(PORT, "0"))
+    listener = inherited("127.0.0.1", port) or listen("127.0.0.1", port)
+    os.environ[PORT] = str(listener.getsockname()[1])
+    kept = os.dup(listener.fileno())
     path = region_path(folder, dim=DIM, rows_max=ROWS_MAX, memory=folder / "no memory")
     print(listener.getsockname()[1], flush=True)
-    return run_processes(
+    status = run_processes(
         count,
         open_region=lambda reader: opened(path, reader),
-        work=lambda shared, workers: work(shared, listener, folder, workers),
+        work=lambda shared, workers: work(shared, listener, folder, workers, renewal),
     )
+    if renewal.is_asked and status == 0:
+        run_anew(kept, sys.orig_argv, dict(os.environ))
+    return status
 
 
 if __name__ == "__main__":

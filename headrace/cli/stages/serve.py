@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from headrace.serving.model.region_file import open_region, region_path
 from headrace.serving.model.shared_region import SharedModel, Told
 from headrace.serving.model.updater import Updater
 from headrace.serving.processes import Workers, answer_requests, listen, run_processes
+from headrace.serving.renewal import Renewal, await_read, inherited, run_anew
 
 _LOOKING = "readiness"
 
@@ -38,7 +40,9 @@ def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM. The first process updates the model; all of them answer."""
     runtime = open_runtime(args)
     dim, rows_max = runtime.project.recipe.row_dim, runtime.config.serve.rows_max
-    listener = listen(HOST, runtime.port("serving"))
+    renewal, renewed = Renewal(), inherited(HOST, runtime.port("serving"))
+    listener = renewed or listen(HOST, runtime.port("serving"))
+    kept = os.dup(listener.fileno())
     path = region_path(runtime.home, dim=dim, rows_max=rows_max)
 
     def opened(reader: int) -> SharedModel:
@@ -47,15 +51,29 @@ def main(args: argparse.Namespace) -> int:
             return open_region(path, dim=dim, rows_max=rows_max, is_good=is_good)
         return SharedModel(path, dim=dim, rows_max=rows_max, reader=reader)
 
-    return run_processes(
+    status = run_processes(
         args.workers or runtime.config.serve.workers,
         open_region=opened,
-        work=lambda shared, workers: _work(runtime, shared, listener, workers),
+        work=lambda shared, workers: _work(runtime, shared, listener, workers, renewal, waits=renewed is not None),
     )
+    if renewal.is_asked and status == 0:
+        run_anew(kept, sys.orig_argv, dict(os.environ))
+    return status
 
 
-def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, workers: Workers | None) -> int:
-    """Answer requests; in the first process, which has `workers`, update the model too. Returns the exit status."""
+def _work(
+    runtime: Runtime,
+    shared: SharedModel,
+    listener: socket.socket,
+    workers: Workers | None,
+    renewal: Renewal,
+    *,
+    waits: bool,
+) -> int:
+    """Answer requests; in the first process, which has `workers`, update the model too. Returns the exit status.
+
+    Where it `waits`, requests wait too until the counters are read, and are not answered that they are not.
+    """
     # uvicorn raises the signal again when it has stopped: this handler takes it, and the exit status is 0.
     stop, features = stop_event(), FeatureMemory(runtime.project.crawls)
     # Only the first process has the stage's metrics port; another one answers /metrics with its own requests.
@@ -109,6 +127,8 @@ def _work(runtime: Runtime, shared: SharedModel, listener: socket.socket, worker
             turned=turned,
             connections_max=runtime.config.serve.connections_max,
             refused=lambda reason: metrics.add("connections_refused_total", reason=reason),
+            renewal=renewal,
+            begins=(lambda: await_read(app.is_reading, stop.wait)) if waits else lambda: None,
         )
     finally:
         impressions.close()

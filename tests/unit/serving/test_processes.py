@@ -5,12 +5,14 @@ Method: a small stage of real processes (`serving_process`), killed in each way 
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +129,40 @@ def test_workers_end_with_the_first_process(tmp_path: Path):
     with running(tmp_path) as stage:
         stage.process.kill()
         assert stage.ended()[0] == -signal.SIGKILL
+
+
+def test_a_renewal_answers_every_request_and_keeps_the_port(tmp_path: Path) -> None:
+    """Some clients keep their connection, some make a new one each time; the next image begins anew in between."""
+    with running(tmp_path) as stage:
+        first, said, ended = stage.process.pid, list[tuple[int, str]](), threading.Event()
+
+        def ask(is_kept: bool) -> None:
+            client = http.client.HTTPConnection("127.0.0.1", stage.port, timeout=20.0)
+            while not ended.is_set():
+                client.request("GET", "/renewals")
+                answer = client.getresponse()
+                said.append((answer.status, answer.read().decode()))
+                if not is_kept:
+                    client.close()
+            client.close()
+
+        clients = [threading.Thread(target=ask, args=(kept,)) for kept in (True, True, False, False)]
+        for client in clients:
+            client.start()
+        for number in ("1", "2"):
+            stage.process.send_signal(signal.SIGHUP)
+            until(lambda number=number: said[-1][1] == number, "the next image answers")
+        ended.set()
+        for client in clients:
+            client.join(30.0)
+        assert {status for status, _ in said} == {200} and {which for _, which in said} == {"0", "1", "2"}
+        assert stage.process.poll() is None, "it is the same process to whoever started it"
+        until(lambda: not any(map(is_alive, stage.workers)), "the workers of the first image are gone")
+        stage.pids = {first}
+        until(lambda: stage.asked() and len(stage.pids) == WORKERS, "all processes answer again")
+        stage.process.send_signal(signal.SIGTERM)
+        status, log = stage.ended()
+        assert status == 0 and "Traceback" not in log, log
 
 
 FORKS = """
