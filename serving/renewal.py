@@ -6,8 +6,8 @@
    come meanwhile wait in the socket's queue, as many as `listen` says.
 4. The new image accepts when it has read the counters, after `READY_S` in any case.
 
-What may be lost is a request on a kept connection that idled for `DRAIN_S` and is used in the very moment of its end: its
-client has to send it again on a new one, as after any idle time.
+What may be lost is a request on a kept connection that idled for `DRAIN_S` and is used in the very moment of its end:
+its client has to send it again on a new one, as after any idle time.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ MARK = "HEADRACE_SUPERVISED"
 """Variable that every process of a stack carries: its home. Orphans are found by it."""
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+_SAID = frozenset({"DATA", "RATE", "SHIPPER"})
+"""Variables of Headrace's that do not begin with its name."""
 
 
 class Addresses(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +142,11 @@ class Layout:
         part = self.home / "stack.json.part"
         part.write_bytes(msgspec.json.format(msgspec.json.encode(addresses)))
         part.replace(self.home / "stack.json")
+
+
+def is_ours(variable: str) -> bool:
+    """Say whether a variable of the environment is Headrace's: those alone say what a process does."""
+    return variable.startswith("HEADRACE_") or variable in _SAID
 
 
 def read_addresses(home: Path) -> Addresses | None:

@@ -147,14 +147,18 @@ def stop(layout: Layout, say: Say) -> None:
 
 
 def restart(layout: Layout, names: Sequence[str], say: Say) -> None:
-    """End these processes and start them again; returns when those that can tell are ready.
+    """End these processes and start them again; returns when those that can tell are ready. One that can begin anew in
+    its own place keeps its port: requests wait meanwhile, and none is refused.
 
     Raises `ConfigRejected` where the stack does not run or has no such process, `Unavailable` when one is not ready in
     time, or ends again and again.
     """
     supervisor = _with_these(layout, names)
     with _only_one(layout):
-        supervisor.end(names)
+        renewed = [name for name in names if supervisor.renew(name)]
+        for name in renewed:
+            say(f"{name} begins anew and keeps its port: what asks meanwhile waits until it is ready")
+        supervisor.end([name for name in names if name not in renewed])
         _begin(layout, supervisor, names, say)
 
 

@@ -151,7 +151,7 @@ def _rate(now: Mapping[str, float], before: Mapping[str, float], seconds: float)
 
 
 def _freshness(now: Reading, before: Reading) -> str:
-    """Return the median since the line before. The demo's shop alone measures it: it sees each click and each answer."""
+    """Return the median since the line before. The demo's shop alone measures it, which sees clicks and answers."""
     if not now["shop"]:
         return ""
     p50 = median("headrace_shop_freshness_seconds", now["shop"], before["shop"]) if before["shop"] else None

@@ -24,14 +24,20 @@ import msgspec
 import psutil
 
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.deploy.local.layout import HOST, MARK, Layout
+from headrace.deploy.local.layout import HOST, MARK, Layout, is_ours
 from headrace.deploy.local.restarts import MAX_S, Crashes
 from headrace.process.awake import awake_s
+from headrace.serving.renewal import RENEWALS
 
 ANSWER_S = 10.0
 """Longest wait for supervisord's answer, which comes within some ms."""
 STOP_S = 6
 """A process that gets SIGTERM has 5 s to stop cleanly; a second more, then SIGKILL."""
+
+RENEWING = ("serve",)
+"""Processes that begin anew in their own place when they get SIGHUP."""
+RENEWS_S = 10.0
+"""Longest wait for it. Serving takes two seconds for its clients, and some more for workers that do not end."""
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -146,6 +152,30 @@ class Supervisor:
             states = {row["name"]: row["statename"] for row in self._ask("getAllProcessInfo")}
             waiting = {name for name in waiting if states.get(name) in ("RUNNING", "STARTING", "STOPPING", "BACKOFF")}
             time.sleep(0.05)
+
+    def renew(self, name: str) -> bool:
+        """Ask a process of `RENEWING` to begin anew in its own place, which keeps its port; return when it has.
+
+        False where it does not run, would need another environment, or does not do so within `RENEWS_S`: it is to be
+        ended and started then.
+        """
+        pid = self.pids().get(name, 0)
+        if name not in RENEWING or not pid:
+            return False
+        try:
+            before = psutil.Process(pid).environ()
+            wanted = {n: v for n, v in self.layout.environment().items() if is_ours(n)}
+            if any(before.get(n) != value for n, value in wanted.items()):
+                return False
+            self._ask("signalProcess", name, "HUP")
+            deadline = awake_s() + RENEWS_S
+            while awake_s() < deadline and self.pids().get(name) == pid:
+                if psutil.Process(pid).environ().get(RENEWALS) != before.get(RENEWALS):
+                    return True
+                time.sleep(0.1)
+        except (psutil.Error, OSError, xmlrpc.client.Error, http.client.HTTPException):
+            pass
+        return False
 
     def shutdown(self) -> None:
         """Ask supervisord to end with all that it runs; returns when it is gone or after 15 s."""

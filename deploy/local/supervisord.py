@@ -20,12 +20,11 @@ from supervisor.process import Subprocess
 from supervisor.states import ProcessStates
 from supervisor.supervisord import main
 
+from headrace.deploy.local.layout import is_ours
 from headrace.deploy.local.restarts import MAX_S, Crashes, last_words
 
 FACTORY = "headrace.deploy.local.supervisord:tell_crashes"
 _TAIL_BYTES = 8_192
-_SAID = frozenset({"DATA", "RATE", "SHIPPER"})
-"""Variables of Headrace's that do not begin with its name."""
 _WAITING = (ProcessStates.EXITED, ProcessStates.BACKOFF)
 
 
@@ -133,7 +132,7 @@ class CrashTeller:
         wanted: dict[str, str] = json.loads(given)
         changed = [name for name, value in wanted.items() if os.environ.get(name) != value]
         os.environ.update(wanted)
-        return sorted(name for name in changed if name.startswith("HEADRACE_") or name in _SAID)
+        return sorted(name for name in changed if is_ours(name))
 
 
 def tell_crashes(_supervisord: Any, **told: str) -> CrashTeller:

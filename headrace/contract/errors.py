@@ -70,8 +70,10 @@ def listed(names: Iterable[object]) -> str:
 
 
 def meant(word: str, known: Iterable[str], alike: float = 0.6) -> str:
-    """Return a question that names the known word nearest to a misspelt one, "" where none is near. `alike`: least share
-    of letters in common, higher where the words share a part anyhow.
+    """Return a question that names the known word nearest to a misspelt one, "" where none is near.
+
+    Args:
+        alike: least share of letters in common; higher where the words have a part in common anyhow.
 
     >>> meant("windw_ms", ["window_ms", "name"]), meant("x", ["window_ms"])
     (" Did you mean 'window_ms'?", '')

@@ -224,9 +224,9 @@ def check_growth(before: Rules, after: Rules, lanes: Sequence[tuple[str, str]]) 
         _check_types(f"crawl {crawl.name}", known, crawl.fields)
     counters = {c.name: c for c in before.features.counters}
     for counter in after.features.counters:
-        if (known := counters.get(counter.name, counter)) != counter:
+        if (was := counters.get(counter.name, counter)) != counter:
             raise ConfigRejected(
-                f"counter {counter.name!r} would mean something else under its old name ({_step(known, counter)}), and "
+                f"counter {counter.name!r} would mean something else under its old name ({_step(was, counter)}), and "
                 "its columns in the lake too: give the changed counter a new name."
             )
     answers = {name: feedback for name, feedback in lanes if feedback}

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import h11
 import uvicorn
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from headrace.process.awake import awake_s
@@ -182,7 +183,7 @@ class BoundedProtocol(H11Protocol):
             self._bounds.busy(self)
             if self._bounds.is_draining:
                 # As if the client had asked for it: uvicorn's answer says so, and ends the connection.
-                self.cycle.scope["headers"].append((b"connection", b"close"))
+                self.cycle.scope["headers"] = [*self.cycle.scope["headers"], CLOSE_HEADER]
 
     def on_response_complete(self) -> None:
         """Be idle again."""

@@ -2,8 +2,9 @@
 
     python serving_process.py FOLDER WORKERS [JOB]
 
-Prints the port. GET / answers the process id, GET /renewals how often its first process was renewed, GET /region what the shared region of that process is. JOB "fails" makes
-a job of the first process fail as soon as the file FOLDER/fail is there.
+Prints the port. GET / answers the process id, GET /renewals how often its first process was renewed, GET /region what
+the shared region of that process is. JOB "fails" makes a job of the first process fail as soon as the file FOLDER/fail
+is there.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ DIM, ROWS_MAX = 2, 100
 PORT = "SERVING_PROCESS_PORT"
 
 
-def work(
-    shared: SharedModel, listener: socket.socket, folder: Path, workers: Workers | None, renewal: Renewal
-) -> int:
+def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Workers | None, renewal: Renewal) -> int:
     """Answer until SIGTERM, which uvicorn raises again when it has stopped, or SIGHUP."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())

@@ -75,4 +75,3 @@ def undeclared(names: Iterable[object], declared: Collection[str]) -> list[str]:
     ['b']
     """
     return sorted(str(name) for name in names if name not in declared and not str(name).startswith(_SERVED))
-

@@ -1,4 +1,4 @@
-"""Goal: `headrace spec apply` restarts what a change concerns and nothing else, and refuses with the old and new value."""
+"""Goal: `headrace spec apply` restarts what a change concerns and nothing else; a refusal has the old and new value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def counter(name: str, window_ms: int, *counts: str) -> Counter:
 
 BEFORE = Project(
     name="small",
-    impression=ImpressionType(tag="t.impression", key="user", fields={"user": "int64", "item": "int64", "x": "float64"}),
+    impression=ImpressionType(
+        tag="t.impression", key="user", fields={"user": "int64", "item": "int64", "x": "float64"}
+    ),
     feedback=(FeedbackType(name="click", tag="t.click", fields={"item": "int64"}),),
     tasks=(Task(name="click", feedback="click", window_ms=MINUTE_MS),),
     features=FeatureSpec(

@@ -23,6 +23,7 @@ class MemorySupervisor:
 
     def __init__(self, *names: str) -> None:
         self.names, self.told = names, list[tuple[str, list[str]]]()
+        self.renewing: tuple[str, ...] = ()
         self.ends: dict[str, list[Crashes]] = {}
         """A process -> what it is said of its ends, look by look."""
 
@@ -34,6 +35,11 @@ class MemorySupervisor:
 
     def take_environment(self) -> list[str]:
         return []
+
+    def renew(self, name: str) -> bool:
+        if name in self.renewing:
+            self.told.append(("renew", [name]))
+        return name in self.renewing
 
     def end(self, names: Sequence[str]) -> None:
         self.told.append(("end", list(names)))
@@ -88,6 +94,16 @@ def test_only_what_was_named_is_stopped_and_started(layout: Layout, monkeypatch:
     stack.restart(layout, ["train"], print)
     assert supervisor.told == [("end", ["train"]), ("begin", ["train"])]
     assert asked == [], "of what was not named, nothing is awaited"
+
+
+def test_one_that_can_begin_anew_in_its_place_is_not_ended(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = supervised(monkeypatch, "train", "serve")
+    monkeypatch.setattr(stack.readiness, "stage_probes", lambda _: {})
+    supervisor.renewing = ("serve",)
+    said: list[str] = []
+    stack.restart(layout, ["serve", "train"], said.append)
+    assert supervisor.told == [("renew", ["serve"]), ("end", ["train"]), ("begin", ["serve", "train"])]
+    assert said == ["serve begins anew and keeps its port: what asks meanwhile waits until it is ready"]
 
 
 def test_stop_and_start_say_what_they_do(

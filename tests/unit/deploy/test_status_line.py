@@ -1,5 +1,6 @@
 """Goal: the line of `make up` tells what the first figure waits for and when it comes, and marks provisional ones; its
-rates are of two readings, and each task of a user's own project is in it. Method: /metrics as texts, a clock by hand."""
+rates are of two readings, and each task of a user's own project is in it. Method: /metrics as text, a clock by hand.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +127,8 @@ def test_each_task_of_a_project_has_its_figure_and_its_calibration(tmp_path):
     line = stages.lines("click")
     stages.now_s += 3
     assert line() == (
-        "0 events/s  lag -+- records  click AUC 0.7500 (constant 0.5000, item rate 0.6000) calibration 1.02 over 900 rows"
+        "0 events/s  lag -+- records  "
+        "click AUC 0.7500 (constant 0.5000, item rate 0.6000) calibration 1.02 over 900 rows"
         "  revenue mean error 3.5000 provisional calibration 0.90  order - (first figure after 25 min of events)"
         "  version r-7, 2 s old"
     )

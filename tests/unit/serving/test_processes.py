@@ -149,13 +149,13 @@ def test_a_renewal_answers_every_request_and_keeps_the_port(tmp_path: Path) -> N
         clients = [threading.Thread(target=ask, args=(kept,)) for kept in (True, True, False, False)]
         for client in clients:
             client.start()
-        for number in ("1", "2"):
-            stage.process.send_signal(signal.SIGHUP)
-            until(lambda number=number: said[-1][1] == number, "the next image answers")
+        until(lambda: len(said) > 20, "all of them are answered")
+        stage.process.send_signal(signal.SIGHUP)
+        until(lambda: said[-1][1] == "1", "the next image answers")
         ended.set()
         for client in clients:
             client.join(30.0)
-        assert {status for status, _ in said} == {200} and {which for _, which in said} == {"0", "1", "2"}
+        assert {status for status, _ in said} == {200} and {which for _, which in said} == {"0", "1"}
         assert stage.process.poll() is None, "it is the same process to whoever started it"
         until(lambda: not any(map(is_alive, stage.workers)), "the workers of the first image are gone")
         stage.pids = {first}
