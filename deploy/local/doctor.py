@@ -9,6 +9,7 @@ import shutil
 import socket
 import urllib.parse
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import psutil
 from headrace.contract.config import PORTS, port
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local import readiness
-from headrace.deploy.local.layout import HOST, STATE_VERSION, Layout
+from headrace.deploy.local.layout import HOST, MARK, STATE_VERSION, Layout
 from headrace.deploy.local.servers import cephfs
 from headrace.deploy.local.servers.java import OLDEST, find_java
 from headrace.deploy.local.supervise import Supervisor, orphans
@@ -158,25 +159,63 @@ def port_findings(
     """Return which ports of a stack at this base are taken, and by whom; those of processes `mine` are not."""
     wanted = [*((n, port(n, base)) for n in PORTS if n not in skipped), *more]
     taken = [(name, number) for name, number in wanted if not free_port(number)]
-    found = [_taken(name, number) for name, number in taken if not set(mine) & set(holders(number))]
+    taken = [(name, number) for name, number in taken if not set(mine) & set(holders(number))]
+    stacks: dict[str, list[tuple[str, int]]] = {}
+    for name, number in taken:
+        stacks.setdefault(next(filter(None, map(_home_of, holders(number))), ""), []).append((name, number))
+    found = [_taken(name, number) for name, number in stacks.pop("", [])]
+    found += [_other_stack(Path(home), ports, base) for home, ports in stacks.items()]
     return found or [Finding("ports", "all free", "ok")]
+
+
+def _home_of(pid: int) -> str:
+    """Return the home of the stack that a process is of, "" where it is of none, or another user's."""
+    try:
+        return psutil.Process(pid).environ().get(MARK, "")
+    except (psutil.Error, OSError):
+        return ""
+
+
+def _other_stack(home: Path, ports: Sequence[tuple[str, int]], base: int | None) -> Finding:
+    """Return that a Headrace stack of another home has these ports."""
+    listed = ", ".join(f"{number} ({name})" for name, number in ports)
+    pids = sorted({pid for _, number in ports for pid in holders(number)})
+    project, pid = "", pids[0]
+    for each in pids:
+        with suppress(psutil.Error, OSError):
+            project = project or psutil.Process(each).environ().get("HEADRACE_PROJECT", "")
+            # supervisord, where it may be seen: by its end all of the stack ends.
+            pid = each if "headrace.deploy.local.supervisord" in psutil.Process(each).cmdline() else pid
+    plural = "s" * (len(ports) > 1)
+    found = f"the Headrace stack of {home}, project {project or 'not known'}, pid {pid}, has port{plural} {listed}"
+    return Finding(
+        "another stack", found, "trouble", f"{_other_base(base)}; or stop that one: headrace down --home {home}"
+    )
+
+
+def _other_base(base: int | None) -> str:
+    """Return how to take ports that are free."""
+    for other in range(25_000, 32_000, 1_000):
+        if other != base and all(map(free_port, (port(name, other) for name in PORTS))):
+            return f"take other ports, which are free: PORT_BASE={other}"
+    return "take other ports with PORT_BASE="
 
 
 def _taken(name: str, number: int) -> Finding:
     what = f"port {number} ({name})"
+    move = f"stop it, or {_other_base(None)}"
     if who := [_describe(pid) for pid in holders(number)]:
-        return Finding(what, f"taken by {', '.join(who)}", "trouble", _MOVE)
+        return Finding(what, f"taken by {', '.join(who)}", "trouble", move)
     ends = [c for c in _connections() if c.laddr and c.laddr.port == number and c.status != psutil.CONN_LISTEN]
     if ends and all(c.status in _ENDED for c in ends):
-        wait = "nothing to do: the kernel lets go of it within a minute; `headrace up` then, or PORT_BASE=30000 now"
+        wait = f"nothing to do: the kernel lets go of it within a minute; `headrace up` then, or now {_other_base(None)}"
         return Finding(what, "held by a connection that has ended (TIME_WAIT), by no process", "note", wait)
     if ends:
         who = sorted({_describe(c.pid) if c.pid else "a process of another user" for c in ends})
-        return Finding(what, f"the own end of a connection of {', '.join(who)}", "trouble", _MOVE)
-    return Finding(what, "taken by a process of another user", "trouble", _MOVE)
+        return Finding(what, f"the own end of a connection of {', '.join(who)}", "trouble", move)
+    return Finding(what, "taken by a process of another user", "trouble", move)
 
 
-_MOVE = "stop it, or move all ports with PORT_BASE=30000"
 _ENDED = frozenset({psutil.CONN_TIME_WAIT, psutil.CONN_CLOSE, psutil.CONN_CLOSING, psutil.CONN_LAST_ACK})
 
 
