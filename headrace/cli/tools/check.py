@@ -116,6 +116,8 @@ def examine_project(folder: Path, rate: float = RATE, serving: int = PORTS["serv
         report.takes = _takes(project, config, rate)
         report.wrong += _too_much(project, config, rate)
         report.notes += _worth_knowing(project)
+        report.declares["traffic"], trouble = _traffic(project, folder)
+        report.notes += [f"`headrace traffic`: {trouble}"] if trouble else []
         report.ask = example_request(project, serving)
     return report
 
@@ -201,6 +203,12 @@ def _takes(project: Project, config: Config, rate: float) -> dict[str, Any]:
             for task in project.tasks
         },
     }
+
+
+def _traffic(project: Project, folder: Path) -> tuple[str, str]:
+    from headrace.cli.tools.project_try import try_traffic
+
+    return try_traffic(project, folder)
 
 
 def _longest_ms(project: Project) -> int:

@@ -5,15 +5,23 @@ Rows are seeded, with nulls, empty texts and extreme numbers among them: every i
 
 from __future__ import annotations
 
+import ast
 import io
 import random
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrace.contract.errors import HeadraceError
+from headrace.cli.project_folder import is_demo
+from headrace.cli.project_lines import failed, own_lines
+from headrace.contract.checks.unknown_fields import meant_field, shown, undeclared
+from headrace.contract.errors import ConfigRejected, HeadraceError, listed
 from headrace.contract.formats.events import encode_batch, feedback_schema, impression_schema
 from headrace.contract.formats.sample import list_column, sample_schema
 from headrace.contract.project import Project
@@ -104,3 +112,47 @@ def _wire(batch: pa.RecordBatch, rows: int) -> float:
     count = max(1, min(rows, batch.num_rows))
     size = len(encode_batch(batch.slice(batch.num_rows - count)))
     return size / float(count)
+
+
+def try_traffic(project: Project, folder: Path) -> tuple[str, str]:
+    """Return what is there for `headrace traffic` in a project's folder, and what is wrong with it, "" where nothing is.
+
+    A file that defines no `visits` is not run: it may be a program of the user's own.
+    """
+    # Here: the sender and the made-up visitors are for this alone.
+    from headrace.cli.tools.traffic import FILE, load_visits
+    from headrace.examples.service import Service
+
+    file = folder / FILE
+    if is_demo(folder):
+        return "a stage of the demo, which `headrace up` starts", ""
+    if not file.is_file():
+        return f"none: no {FILE}, so `headrace traffic` has nothing to play; `headrace init` writes one", ""
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError, OSError) as error:
+        return f"{FILE}, which cannot be read", failed(error, file, {})
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if "visits" not in names:
+        return f"{FILE}, which defines no visits(project, seed)", f"{file} has no function visits(project, seed)."
+    try:
+        with redirect_stdout(sys.stderr):
+            first = next(iter(load_visits(folder)(project, 1)), None)
+            if first is not None:
+                Service(project, iter([first]), log=lambda *_: None, run="check", rank=None).show(0)
+    except ConfigRejected as error:
+        return f"{FILE}, which fails", str(error)
+    except (Exception, SystemExit) as error:
+        if next(own_lines(error, folder), None) is None:
+            what = f"{type(error).__name__}: {error}"
+            return f"{FILE}, which fails", f"{file}: its first visit is no headrace.examples.visits.Visit ({what})."
+        return f"{FILE}, which fails", failed(error, file, {})
+    if first is None:
+        return f"{FILE}, which fails", f"{file}: visits(project, seed) gives no visit."
+    known = project.impression.fields.keys() | project.impression.private.keys()
+    if more := undeclared(dict.fromkeys(chain(first.context, *first.candidates)), known):
+        meant = meant_field(more[0], known)
+        trouble = f"{file}: its visits have {listed(map(shown, more))}, which the impression does not declare.{meant}"
+        return f"{FILE}, with fields that nobody reads", trouble
+    return f"{FILE}: `headrace traffic` plays its visitors", ""

@@ -258,3 +258,39 @@ def test_every_verb_answers_alike(mistake: Mistake, verb: str, tmp_path: Path) -
     said = done.stdout + done.stderr
     assert done.returncode == (1 if verb == "check" else 2)
     assert all(re.search(words, said) for words in mistake.words) and not NEVER.search(said), said
+
+
+TRAFFIC = """from headrace.examples.visits import Visit
+
+
+def visits(project, seed):
+    while True:
+        yield Visit(context={"user_id": seed}, candidates=[{FIELD: 1}])
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, r"^traffic +none: no traffic.py, so `headrace traffic` has nothing to play; `headrace init` writes one$"),
+        (TRAFFIC.replace("FIELD", '"item_id"'), r"^traffic +traffic.py: `headrace traffic` plays its visitors$"),
+        (TRAFFIC, r"note: `headrace traffic`: \S+/traffic.py, line 6: NameError: name 'FIELD' is not defined"),
+        (TRAFFIC + ")", r"note: `headrace traffic`: \S+/traffic.py, line 7: SyntaxError: unmatched '\)'"),
+        (
+            TRAFFIC.replace("FIELD", '"item_id"').replace("}])", "}], chances=[3])"),
+            r"/traffic.py: its first visit is no headrace.examples.visits.Visit \(AttributeError: ",
+        ),
+        ("import nothing_of_this_name\nvisits = 3", r"traffic.py, line 1: ModuleNotFoundError"),
+        ("raise SystemExit('an own program')", r"traffic.py has no function visits\(project, seed\)"),
+        (TRAFFIC.replace("FIELD", '"itm_id"'), r"/traffic.py: its visits have 'itm_id', .* Did you mean 'item_id'\?"),
+    ],
+)
+def test_the_visitors_of_a_try_are_looked_at(
+    text: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = planted(Mistake("none", ()), tmp_path / "store")
+    if text is not None:
+        (folder / "traffic.py").write_text(text)
+    assert main(["check", str(folder)]) == 0, "the stack runs without them"
+    said = capsys.readouterr().out
+    assert re.search(words, said, re.MULTILINE) and not NEVER.search(said), said
