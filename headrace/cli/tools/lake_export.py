@@ -22,6 +22,9 @@ from headrace.process.call_watch import LAKE_MAX_S
 if TYPE_CHECKING:
     from headrace.backends.lake.delta import DeltaLake
 
+SETTLED = "settled"
+"""What `--to` says where the range is to end with the last label that is final."""
+
 logger = logging.getLogger("headrace.lake")
 
 
@@ -30,7 +33,13 @@ def add_export_arguments(export: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--from", dest="begin", required=True, metavar="TIME", help="first event time, such as 2026-11-25T01:00:00Z"
     )
-    export.add_argument("--to", dest="end", required=True, metavar="TIME", help="event time before which the last is")
+    export.add_argument(
+        "--to",
+        dest="end",
+        default=SETTLED,
+        metavar="TIME",
+        help="event time before which the last is; by default `settled`: up to which all labels are final",
+    )
     export.add_argument("--to-parquet", required=True, type=Path, metavar="DIR", help="folder to make")
     known = export.add_mutually_exclusive_group()
     known.add_argument("--as-of", metavar="TIME", help="labels as the lake knew them then; now by default")
@@ -47,10 +56,12 @@ def export(runtime: Runtime, args: argparse.Namespace) -> int:
 
     # What the lake logs is kept quiet, how far it is not.
     logger.setLevel(logging.INFO)
-    begin_ms, end_ms = _time_ms("--from", args.begin), _time_ms("--to", args.end)
+    begin_ms = _time_ms("--from", args.begin)
     as_of_ms = None if args.as_of is None else _time_ms("--as-of", args.as_of)
     lake, began_s = runtime.lake(), runtime.clock.monotonic()
     version = _version_at(lake, as_of_ms) if args.version is None else args.version
+    final_ms = _final_ms(runtime, lake, version, _names(args.tasks))
+    end_ms = _end_ms(args.end, begin_ms, final_ms, version)
     request = ExportRequest(
         begin_ms=begin_ms,
         end_ms=end_ms,
@@ -70,7 +81,8 @@ def export(runtime: Runtime, args: argparse.Namespace) -> int:
             beat=_renewing(runtime, lake, version, holder),
         )
     if args.json:
-        print(msgspec.json.encode(done).decode())
+        told = msgspec.to_builtins(done) | {"begin_ms": begin_ms, "end_ms": end_ms, "settled_ms": final_ms}
+        print(msgspec.json.encode(told).decode())
         return 0
     size = sum(file.bytes for file in done.files)
     print(
@@ -93,6 +105,48 @@ def _time_ms(flag: str, text: str) -> int:
     if not has_zone(text):
         print(f"{flag} {text} names no time zone: taken as UTC.", file=sys.stderr)
     return round(when.timestamp() * 1_000)
+
+
+def _final_ms(runtime: Runtime, lake: DeltaLake, version: int, names: tuple[str, ...] | None) -> int | None:
+    """Return the event time before which the labels of a version are final; None where that is not known."""
+    from headrace.stream.export.settled import settled_ms
+
+    tasks = [task for task in runtime.project.tasks if names is None or task.name in names]
+    state = lake.state(version)
+    if state is None:
+        return None
+    partitions = range(runtime.config.log.partitions)
+    return settled_ms(runtime.blobs(), runtime.topics.generation, partitions, state.positions, tasks)
+
+
+def _end_ms(text: str, begin_ms: int, final_ms: int | None, version: int) -> int:
+    """Return where the range ends; say so where labels in it are not final. Raises `ConfigRejected`."""
+    from headrace.stream.export.source import iso
+
+    if text == SETTLED:
+        if final_ms is None:
+            raise ConfigRejected(
+                f"--to {SETTLED}: up to which time the labels of version {version} of the lake are final is not known: "
+                "the join's stored states are ahead of it, or there are none. Say --to TIME, a task's window and its "
+                "correct_ms before that version at the latest, or export again in a moment."
+            )
+        if final_ms <= begin_ms:
+            raise ConfigRejected(
+                f"--to {SETTLED}: labels are final up to {iso(final_ms)}, which is not after --from {iso(begin_ms)}. Wait "
+                "until the longest window has passed, begin earlier, or say --to TIME."
+            )
+        print(f"--to {SETTLED}: labels are final up to {iso(final_ms)}.", file=sys.stderr)
+        return final_ms
+    end_ms = _time_ms("--to", text)
+    if final_ms is None or end_ms > final_ms:
+        upto = "not known to be final" if final_ms is None else f"final up to {iso(final_ms)}"
+        of_later = "" if final_ms is None else " of later ones"
+        print(
+            f"warning: labels of version {version} are {upto}:{of_later} positives may have labels and negatives none, "
+            f"and the share of positives is too high. --to {SETTLED}, the default, ends where all are final.",
+            file=sys.stderr,
+        )
+    return end_ms
 
 
 def _version_at(lake: DeltaLake, as_of_ms: int | None) -> int:
