@@ -25,7 +25,8 @@ def compile_decoders(deps: GatewayDependencies) -> None:
     producer, clock = DryRunProducer(), deps.clock
     gateway = Gateway(replace(deps, producer=producer, metrics=NoMetrics()), "compile")
     for tag, declared in declared_types(deps.project).items():
-        record = {field.name: _value(field.type) for field in declared.schema if field.name != "event_time_ms"}
+        own = declared.known - {"event_time_ms"}
+        record = {field.name: _value(field.type) for field in declared.schema if field.name in own}
         # Twice: its own bytes, and one whose id and chunk were there before.
         for _ in range(2):
             gateway.offer(message_of(tag, [(clock.now_ms() * 1_000_000, record)], "c"), 0, Peer("compile"), None)

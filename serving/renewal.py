@@ -3,7 +3,7 @@
 1. SIGHUP asks for it. For `DRAIN_S` each answer ends its connection, so that clients come back by new ones.
 2. Nothing is accepted any more, what was begun is answered, and the workers end.
 3. The first process runs its own command anew in its place: same process id, same listening socket. Connections that
-   come meanwhile wait in the socket's queue, as many as `listen` says.
+   come meanwhile wait in the socket's queue, as many as uvicorn's `backlog` says.
 4. The new image accepts when it has read the counters, after `READY_S` in any case.
 
 What may be lost is a request on a kept connection that idled for `DRAIN_S` and is used in the very moment of its end:

@@ -128,7 +128,8 @@ def summary(counts: Mapping[tuple[str, str], int]) -> list[str]:
     reasons = Counter[str]()
     for (reason, _), count in counts.items():
         reasons[reason] += count
-    lines = [f"{sum(reasons.values()):,} letters"]
+    total = sum(reasons.values())
+    lines = [f"{total:,} letter{'s' * (total != 1)}"]
     for reason, total in reasons.most_common():
         states = ", ".join(f"{count:,} {state}" for (r, state), count in sorted(counts.items()) if r == reason)
         lines.append(f"  {total:>9,}  {_cell(reason, 18)} {states}")

@@ -91,8 +91,8 @@ class Found:
 
 
 def draw(expected: Expected, found: Found, *, recipe: Recipe, behind_max_ms: int = BEHIND_MAX_MS) -> Ledger:
-    """Return the ledger. Samples of tasks that a run's recipe doesn't have, and negatives that its `negative_share`
-    leaves out, count as sampled out.
+    """Return the ledger. Negatives that a run's `negative_share` leaves out count as sampled out, samples of tasks that
+    its recipe doesn't have as those of other tasks.
 
     Args:
         recipe: of the project as it is now; taken for a run whose own is not known and whose ranges fit it.

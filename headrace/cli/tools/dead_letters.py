@@ -241,7 +241,7 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
 
 def _lines(report: Report) -> list[str]:
     would = "would be " if report.dry_run else ""
-    lines = [f"{report.offered:,} letters {would}offered"]
+    lines = [f"{report.offered:,} letter{'s' * (report.offered != 1)} {would}offered"]
     lines += [f"  {report.appended:>9,}  {would}taken"]
     lines += [f"  {report.repeated:>9,}  in the log before: counted once"] if report.repeated else []
     lines += [f"  {report.unknown:>9,}  nobody can tell: --take or --drop decides"] if report.unknown else []

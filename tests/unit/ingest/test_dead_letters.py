@@ -107,6 +107,10 @@ def test_counts_by_reason_end_the_table() -> None:
     ]
 
 
+def test_one_letter_is_one() -> None:
+    assert summary({("future", "open"): 1})[0] == "1 letter"
+
+
 def test_filters_and_ids() -> None:
     assert Filter(reason="undeclared", tag="shop.cart", since_ms=START_MS).takes(letter())
     for other in ({"reason": "x"}, {"tag": "x"}, {"origin": "x"}, {"since_ms": START_MS + 1}):
