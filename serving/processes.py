@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 import uvicorn
 from starlette.applications import Starlette
@@ -151,27 +152,9 @@ def answer_requests(
             await _drain(server, bounds)
 
     server = uvicorn.Server(
-        BoundedConfig(
-            app,
-            bounds,
-            log_level=None,
-            timeout_graceful_shutdown=2,
-            callback_notify=tell,
-            timeout_notify=1,
-        )
+        BoundedConfig(app, bounds, log_level=None, timeout_graceful_shutdown=2, callback_notify=tell, timeout_notify=1)
     )
     failures: list[str] = []
-
-    def asked() -> None:
-        # The other jobs end; requests are answered until the connections are drained.
-        stop.set()
-        if workers:
-            workers.ask_to_end(signal.SIGHUP)
-
-    if renewal is not None:
-        renewal.told = asked
-        if renewal.is_asked:
-            asked()
 
     def guarded(name: str, job: Callable[[], None]) -> None:
         try:
@@ -186,6 +169,8 @@ def answer_requests(
     jobs = dict(jobs)
     if workers:
         jobs["workers"] = lambda: workers.watch(stop)
+    if renewal is not None:
+        renewal.begin(partial(_end_jobs, stop, workers))
     threads = [threading.Thread(target=guarded, args=job, name=job[0], daemon=True) for job in jobs.items()]
     for thread in threads:
         thread.start()
@@ -193,16 +178,22 @@ def answer_requests(
     if not stop.is_set():
         server.run(sockets=[listener])
     stop.set()
-    if workers and renewal is not None and renewal.is_asked:
-        # They drain as this process did, a moment later.
-        workers.wait(DRAIN_S + 2.0)
     if workers:
+        # Those that drain do so as this process did, a moment later.
+        workers.wait(DRAIN_S + 2.0 if renewal is not None and renewal.is_asked else 0.0)
         workers.ask_to_end()
     # 1 s for all: a thread that still waits for a broker ends with the process.
     until = awake_s() + 1.0
     for thread in threads:
         thread.join(max(0.0, until - awake_s()))
     return 1 if failures else 0
+
+
+def _end_jobs(stop: threading.Event, workers: Workers | None) -> None:
+    """Let all but the answering of requests end, for a renewal; the workers drain their connections too."""
+    stop.set()
+    if workers:
+        workers.ask_to_end(signal.SIGHUP)
 
 
 async def _drain(server: uvicorn.Server, bounds: ConnectionBounds) -> None:

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from headrace.process.awake import awake_s
 
@@ -33,14 +34,29 @@ class Renewal:
 
     def __init__(self) -> None:
         self.is_asked = False
-        self.told: Callable[[], None] = lambda: None
-        """Called with the signal, once."""
+        self._told: Callable[[], None] = lambda: None
         signal.signal(signal.SIGHUP, self._ask)
+
+    def begin(self, told: Callable[[], None]) -> None:
+        """Let `told` be called when a restart is asked for, once; at once where it was.
+
+        A later SIGTERM or SIGINT takes the wish back, and goes on to the handler that it has now.
+        """
+        self._told = told
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, partial(self._withdraw, signal.getsignal(number)))
+        if self.is_asked:
+            told()
 
     def _ask(self, *_: object) -> None:
         if not self.is_asked:
             self.is_asked = True
-            self.told()
+            self._told()
+
+    def _withdraw(self, handler: object, number: int, frame: object) -> None:
+        self.is_asked = False
+        if callable(handler):
+            handler(number, frame)
 
 
 def run_anew(kept: int, command: list[str], environment: dict[str, str]) -> None:

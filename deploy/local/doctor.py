@@ -208,7 +208,9 @@ def _taken(name: str, number: int) -> Finding:
         return Finding(what, f"taken by {', '.join(who)}", "trouble", move)
     ends = [c for c in _connections() if c.laddr and c.laddr.port == number and c.status != psutil.CONN_LISTEN]
     if ends and all(c.status in _ENDED for c in ends):
-        wait = f"nothing to do: the kernel lets go of it within a minute; `headrace up` then, or now {_other_base(None)}"
+        wait = (
+            f"nothing to do: the kernel lets go of it within a minute; `headrace up` then, or now {_other_base(None)}"
+        )
         return Finding(what, "held by a connection that has ended (TIME_WAIT), by no process", "note", wait)
     if ends:
         who = sorted({_describe(c.pid) if c.pid else "a process of another user" for c in ends})

@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     status = run_processes(
         args.workers or runtime.config.serve.workers,
         open_region=opened,
-        work=lambda shared, workers: _work(runtime, shared, listener, workers, renewal, waits=renewed is not None),
+        work=lambda shared, workers: _work(runtime, shared, listener, workers, renewal, renewed is not None),
     )
     if renewal.is_asked and status == 0:
         run_anew(kept, sys.orig_argv, dict(os.environ))
@@ -67,7 +67,6 @@ def _work(
     listener: socket.socket,
     workers: Workers | None,
     renewal: Renewal,
-    *,
     waits: bool,
 ) -> int:
     """Answer requests; in the first process, which has `workers`, update the model too. Returns the exit status.

@@ -132,8 +132,8 @@ def _end_ms(text: str, begin_ms: int, final_ms: int | None, version: int) -> int
             )
         if final_ms <= begin_ms:
             raise ConfigRejected(
-                f"--to {SETTLED}: labels are final up to {iso(final_ms)}, which is not after --from {iso(begin_ms)}. Wait "
-                "until the longest window has passed, begin earlier, or say --to TIME."
+                f"--to {SETTLED}: labels are final up to {iso(final_ms)}, which is not after --from {iso(begin_ms)}. "
+                "Wait until the longest window has passed, begin earlier, or say --to TIME."
             )
         print(f"--to {SETTLED}: labels are final up to {iso(final_ms)}.", file=sys.stderr)
         return final_ms

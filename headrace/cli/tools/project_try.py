@@ -115,7 +115,7 @@ def _wire(batch: pa.RecordBatch, rows: int) -> float:
 
 
 def try_traffic(project: Project, folder: Path) -> tuple[str, str]:
-    """Return what is there for `headrace traffic` in a project's folder, and what is wrong with it, "" where nothing is.
+    """Return what `headrace traffic` finds in a project's folder, and what is wrong with it, "" where nothing is.
 
     A file that defines no `visits` is not run: it may be a program of the user's own.
     """

@@ -272,7 +272,10 @@ def visits(project, seed):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, r"^traffic +none: no traffic.py, so `headrace traffic` has nothing to play; `headrace init` writes one$"),
+        (
+            None,
+            r"^traffic +none: no traffic.py, so `headrace traffic` has nothing to play; `headrace init` writes one$",
+        ),
         (TRAFFIC.replace("FIELD", '"item_id"'), r"^traffic +traffic.py: `headrace traffic` plays its visitors$"),
         (TRAFFIC, r"note: `headrace traffic`: \S+/traffic.py, line 6: NameError: name 'FIELD' is not defined"),
         (TRAFFIC + ")", r"note: `headrace traffic`: \S+/traffic.py, line 7: SyntaxError: unmatched '\)'"),

@@ -17,7 +17,7 @@ import duckdb
 import msgspec
 import pyarrow.parquet as pq
 import pytest
-from export_world import DAY_MS, HOUR_MS, OLDER, PROJECT, filled_lake, impression_rows, oracle, store, stored_rows
+from export_world import DAY_MS, HOUR_MS, OLDER, PROJECT, impression_rows, oracle, store, stored_rows
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock

@@ -30,7 +30,9 @@ def exported(out: Path, *words: str) -> int:
     return main(["lake", "export", "--from", "2026-11-25T00:00:00Z", "--to-parquet", str(out), *words])
 
 
-def join_stored(folder: Path, offset: int, watermark_ms: int, partition: int, last: tuple[int, int], **rules: Any) -> None:
+def join_stored(
+    folder: Path, offset: int, watermark_ms: int, partition: int, last: tuple[int, int], **rules: Any
+) -> None:
     """Store a state that has led to the sample `last`."""
     declared = msgspec.structs.replace(rules_of(PROJECT), **rules)
     plain = {"v": VERSION, "last": last, "watermark": [watermark_ms]}
@@ -82,7 +84,9 @@ def test_a_state_that_is_ahead_of_the_lake_says_nothing_of_it(
 def test_what_waits_under_a_longer_window_of_before_is_waited_for(
     joined: DeltaLake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    longer = tuple(msgspec.structs.replace(task, window_ms=LONGEST_MS + HOUR_MS, correct_ms=0) for task in PROJECT.tasks)
+    longer = tuple(
+        msgspec.structs.replace(task, window_ms=LONGEST_MS + HOUR_MS, correct_ms=0) for task in PROJECT.tasks
+    )
     last = tuple(joined.state().positions.at(2))
     join_stored(tmp_path, 70, DAY_MS + 2 * HOUR_MS + LONGEST_MS, 2, last, tasks=longer)
     assert exported(tmp_path / "out") == 0

@@ -165,6 +165,15 @@ def test_a_renewal_answers_every_request_and_keeps_the_port(tmp_path: Path) -> N
         assert status == 0 and "Traceback" not in log, log
 
 
+def test_a_stop_takes_the_wish_for_a_renewal_back(tmp_path: Path) -> None:
+    with running(tmp_path) as stage:
+        stage.process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        stage.process.send_signal(signal.SIGTERM)
+        status, log = stage.ended()
+        assert status == 0 and "Traceback" not in log, log
+
+
 FORKS = """
 import os, sys, threading
 from headrace.cli.main import main
