@@ -171,7 +171,7 @@ def port_findings(
 def _home_of(pid: int) -> str:
     """Return the home of the stack that a process is of, "" where it is of none, or another user's."""
     try:
-        return psutil.Process(pid).environ().get(MARK, "")
+        return str(psutil.Process(pid).environ().get(MARK, ""))
     except (psutil.Error, OSError):
         return ""
 
