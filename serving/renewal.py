@@ -35,7 +35,9 @@ class Renewal:
     def __init__(self) -> None:
         self.is_asked = False
         self._told: Callable[[], None] = lambda: None
-        signal.signal(signal.SIGHUP, self._ask)
+        # That of a terminal which is closed ends what runs in it, as ever.
+        if not os.isatty(0):
+            signal.signal(signal.SIGHUP, self._ask)
 
     def begin(self, told: Callable[[], None]) -> None:
         """Let `told` be called when a restart is asked for, once; at once where it was.
