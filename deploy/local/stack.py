@@ -36,7 +36,7 @@ from headrace.deploy.local.restarts import MAX_S, Crashes
 from headrace.deploy.local.servers import cephfs, hdfs, kafka
 from headrace.deploy.local.servers.jars import ensure_jars
 from headrace.deploy.local.servers.java import find_java
-from headrace.deploy.local.supervise import Program, Supervisor, end_orphans, orphans
+from headrace.deploy.local.supervise import RENEWING, Program, Supervisor, end_orphans, orphans
 from headrace.process.awake import awake_s
 from headrace.serving.model.region_file import region_in_memory
 
@@ -158,7 +158,10 @@ def restart(layout: Layout, names: Sequence[str], say: Say) -> None:
         renewed = [name for name in names if supervisor.renew(name)]
         for name in renewed:
             say(f"{name} begins anew and keeps its port: what asks meanwhile waits until it is ready")
-        supervisor.end([name for name in names if name not in renewed])
+        ended = [name for name in names if name not in renewed]
+        for name in (each for each in ended if each in RENEWING):
+            say(f"{name} is ended and started: its port refuses connections until it is ready")
+        supervisor.end(ended)
         _begin(layout, supervisor, names, say)
 
 

@@ -104,6 +104,9 @@ def test_one_that_can_begin_anew_in_its_place_is_not_ended(layout: Layout, monke
     stack.restart(layout, ["serve", "train"], said.append)
     assert supervisor.told == [("renew", ["serve"]), ("end", ["train"]), ("begin", ["serve", "train"])]
     assert said == ["serve begins anew and keeps its port: what asks meanwhile waits until it is ready"]
+    supervisor.renewing = ()
+    stack.restart(layout, ["serve", "train"], said.append)
+    assert said[1:] == ["serve is ended and started: its port refuses connections until it is ready"]
 
 
 def test_stop_and_start_say_what_they_do(
