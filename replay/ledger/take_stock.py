@@ -42,6 +42,7 @@ from headrace.replay.recorded import recorded, recorded_steps
 from headrace.stream.rule_changes import first_rules
 from headrace.stream.stored_rules import stored_rules
 from headrace.trainer.commit.publish import read_manifests
+from headrace.trainer.commit.steps_archive import StepsArchive
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.source.stored import stored_order
 
@@ -132,7 +133,8 @@ def _from_log(
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
     """
-    steps = [step for step in recorded_steps(reader, topics) if step.model == project.name]
+    archive = StepsArchive(blobs, topics.steps, topic_ids.get(topics.steps, "")) if blobs is not None else None
+    steps = [step for step in recorded_steps(reader, topics, archive) if step.model == project.name]
     for step in steps:
         check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
     state = lake.state()
