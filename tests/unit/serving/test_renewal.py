@@ -1,4 +1,4 @@
-"""Goal: the stack asks a process to begin anew in its place only where that gives what a restart would give.
+"""Goal: serving begins anew in its place only where that gives what a restart would give, and waits for its counters.
 
 Method: a real process that does so at SIGHUP, and a supervisor whose XML-RPC is answered here.
 """
