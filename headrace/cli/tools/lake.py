@@ -20,6 +20,7 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from headrace.cli.tools.lake_export import add_export_arguments, export
 from headrace.process.call_watch import LAKE_MAX_S
 
 if TYPE_CHECKING:
-    from headrace.backends.lake.upkeep import Done
+    from headrace.backends.lake.upkeep import Done, Upkeep
 
 ROWS_SHOWN = 10
 # Below everything else on the machine: upkeep has time, the sink's commits have not.
@@ -99,32 +100,46 @@ def _keep(runtime: Runtime, args: argparse.Namespace) -> int:
 def _keep_in_time(runtime: Runtime, args: argparse.Namespace) -> int:
     from headrace.backends.lake.upkeep import Done, Upkeep
 
-    lake = runtime.lake()
-    keeper, done = Upkeep(lake), Done()
+    from headrace.backends.archive.upkeep import ArchiveUpkeep
+
+    lake, archive, now_ms = runtime.lake(), runtime.archive(), runtime.clock.now_ms()
+    done = Done()
     if args.action != "upkeep":
         lake.opened()
-    elif lake.open() is None:
-        _show(done, args.json)
-        return 0
+    if lake.open() is not None:
+        _keep_table(Upkeep(lake), done, args, now_ms, pinned_versions(runtime))
+    if archive.open() is not None:
+        done.archive = Done()
+        _keep_table(ArchiveUpkeep(archive, now_ms), done.archive, args, now_ms, ())
+    _show(done, args.json)
+    return 0
+
+
+def _keep_table(keeper: Upkeep, done: Done, args: argparse.Namespace, now_ms: int, pinned: Iterable[int]) -> None:
     deletes = not getattr(args, "compact_only", False)
     if args.action == "retain" or (args.action == "upkeep" and deletes):
-        keeper.retain(done, runtime.clock.now_ms())
+        keeper.retain(done, now_ms)
     if args.action in ("compact", "upkeep"):
         keeper.compact(done, files_min=getattr(args, "files", None))
     if args.action == "vacuum" or (args.action == "upkeep" and deletes and not args.no_vacuum):
         dry_run = getattr(args, "dry_run", False)
-        found = keeper.vacuum(done, pinned_versions(runtime), dry_run=dry_run)
+        found = keeper.vacuum(done, pinned, dry_run=dry_run)
         if dry_run:
             print("\n".join(found), file=sys.stderr if args.json else sys.stdout)
     keeper.look(done)
-    _show(done, args.json)
-    return 0
 
 
 def _show(done: Done, as_json: bool) -> None:
     if as_json:
         print(msgspec.json.encode(done).decode())
         return
+    _lines(done)
+    if done.archive is not None:
+        print("the archive of events:")
+        _lines(done.archive)
+
+
+def _lines(done: Done) -> None:
     print(f"version {done.version}: {done.files:,} files, {done.bytes:,} bytes")
     print(f"{done.files_compacted:,} files of {done.hours_compacted:,} hours compacted")
     print(f"{done.rows_dropped:,} rows of {done.hours_dropped:,} hours dropped")
