@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.blobs_file import FileBlobs
@@ -13,6 +16,7 @@ from headrace.contract.config import LakeConfig
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import VerbatimRecord, read_range
+from headrace.stream.sink.archive import EventArchive
 
 TOPICS = Topics()
 EVENTS = TOPICS.events
@@ -46,7 +50,9 @@ def new_log(clock: Clock, partitions: int) -> MemoryLog:
     return log
 
 
-def new_archive(folder: Path, clock: Clock, partitions: int, *, events_id: str = "", generation: int = 1) -> DeltaArchive:
+def new_archive(
+    folder: Path, clock: Clock, partitions: int, *, events_id: str = "", generation: int = 1
+) -> DeltaArchive:
     """Return another process's view of the one archive in a folder."""
     leases = Leases(FileBlobs(folder / "blobs"), clock, lease_ms=60_000, table="events")
     return DeltaArchive(
@@ -75,3 +81,16 @@ def in_archive(archive: DeltaArchive) -> dict[int, list[VerbatimRecord]]:
     if state is None:
         return {}
     return {p: list(archive.read(state.version, p, span)) for p, span in state.whole.items()}
+
+
+async def in_turn(_what: str, work: Callable[[], Any]) -> Any:
+    """Do the work a turn of the loop later, in place of a thread."""
+    await asyncio.sleep(0)
+    return work()
+
+
+async def round_of(stage: EventArchive) -> None:
+    """Let a process do one round, if one is due."""
+    await stage.tick()
+    for _ in range(4):
+        await asyncio.sleep(0)

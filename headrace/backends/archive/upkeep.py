@@ -36,10 +36,10 @@ class ArchiveUpkeep(Upkeep):
         """Write hours that are over and have at least `files_min` small files anew. Raises `Unavailable`."""
         least = max(2, self.config.compact_files if files_min is None else files_min)
         table = self._open()
-        for place in sorted(_by_place(table)):
-            if (place.hour + 1) * HOUR_MS + OVER_MS > self._now_ms:
-                continue
-            while len(chosen := self._small(table, place)) >= least:
+        for place, there in sorted(_by_place(table).items()):
+            rewritten = len(there) if (place.hour + 1) * HOUR_MS + OVER_MS > self._now_ms else 0
+            # Files that the archive adds meanwhile are the next upkeep's.
+            while rewritten < len(there) and len(chosen := self._small(table, place)) >= least:
                 actions: list[AddAction | RemoveAction] = [self._joined(table, place, chosen)]
                 actions += [removed(file.path, False) for file in chosen]
                 if not self._commit(table, actions, "compact"):
@@ -47,6 +47,7 @@ class ArchiveUpkeep(Upkeep):
                     break
                 done.hours_compacted += 1
                 done.files_compacted += len(chosen)
+                rewritten += len(chosen)
                 table = self._open()
             table = self._open() if done.refused else table
 
