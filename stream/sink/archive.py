@@ -138,6 +138,8 @@ class EventArchive:
             await asyncio.wait([self._round], timeout=STOP_S)
         if self._failure is not None:
             raise self._failure
+        if self._round is None and self._reader is not None:
+            self._reader.close()
 
     def look_behind(self) -> None:
         """Tell how far the archive is behind, and alarm where it stands still or the topic may forget first."""
