@@ -62,6 +62,7 @@ NOT_YET = {
     "LakeState": "a value, not a call",
     "JoinedState": "a value, not a call",
     "Progress": "shows only",
+    "TimeSeeker": "the archive's, as ArchiveReader",
 }
 """Interfaces that no stage of the matrix calls, and whose they are: each is for the one who adds that stage."""
 

@@ -84,7 +84,15 @@ class ArchivedReader:
                 self._stored[partition] = stored
             if found:
                 return found
-        return self._live.poll(records_max, timeout_s)
+        try:
+            return self._live.poll(records_max, timeout_s)
+        except InvariantBroken:
+            begins, places = self._live.begin_offsets(self._topic), self._live_positions()
+            if not any(topic == self._topic and at < begins[p] for (topic, p), at in places.items()):
+                raise
+            # The topic forgot what was to come next: the archive may have it.
+            self.assign(places)
+            return ()
 
     def position(self, topic: str, partition: int) -> int:
         """Return the offset that an assigned partition is read to."""

@@ -5,6 +5,7 @@
   vacuum    delete files that no version needs that must stay
   upkeep    all three, as the sink does on its schedule
   history   the versions, newest first
+  archive   from where to where events are archived, and what waits
   read      rows of a version (--version N), of a time (--at TIME), of a day (--day DATE)
   export    labelled samples for training elsewhere, point-in-time correct: one row an impression, as Parquet
 
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.cli.tools.lake_archive import show_archive
 from headrace.cli.tools.lake_export import add_export_arguments, export
 from headrace.process.call_watch import LAKE_MAX_S
 
@@ -44,7 +46,7 @@ KEEP_MAX_S = 21_600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""
     actions = parser.add_subparsers(
-        dest="action", metavar="compact|retain|vacuum|upkeep|history|read|export", required=True
+        dest="action", metavar="compact|retain|vacuum|upkeep|history|archive|read|export", required=True
     )
     compact = actions.add_parser("compact", help="small files of an hour into one")
     compact.add_argument("--files", type=int, metavar="N", help="hours of at least N small files (lake.compact_files)")
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     upkeep.add_argument("--compact-only", action="store_true", help="neither retention nor vacuum")
     history = actions.add_parser("history", help="the versions, newest first")
     history.add_argument("--limit", type=int, default=20, metavar="N", help="the newest N; 0 shows all")
+    archived = actions.add_parser("archive", help="from where to where events are archived")
     read = actions.add_parser("read", help="rows of a version, a time, a day")
     when = read.add_mutually_exclusive_group()
     when.add_argument("--version", type=int, metavar="N", help="as `history` shows it; the newest by default")
@@ -66,17 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--out", type=Path, metavar="FILE", help="write .parquet, .arrow, .csv or .jsonl")
     exporting = actions.add_parser("export", help="labelled samples of a time range as Parquet files")
     add_export_arguments(exporting)
-    for each in (compact, retain, vacuum, upkeep, history, read, exporting):
+    for each in (compact, retain, vacuum, upkeep, history, archived, read, exporting):
         each.add_argument("--json", action="store_true", help="print JSON, one object a line")
         add_common(each)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do one of the seven."""
+    """Do one of the eight."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
     if args.action == "history":
         return _history(runtime, args)
+    if args.action == "archive":
+        return show_archive(runtime, args)
     if args.action == "read":
         return _read(runtime, args)
     if args.action == "export":

@@ -6,7 +6,7 @@ The Delta table on files, CephFS and HDFS implements it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from headrace.contract.interfaces.log import Record, VerbatimRecord
 
@@ -82,3 +82,11 @@ class ArchiveReader(Protocol):
 
     def let_go(self, holder: str) -> None:
         """Give the holder's lease back."""
+
+
+@runtime_checkable
+class TimeSeeker(Protocol):
+    """A reader that finds times without reading up to them."""
+
+    def offset_at(self, topic: str, partition: int, time_ms: int) -> int | None:
+        """Return an offset before which no record is of this time or later, None where it does not know."""
