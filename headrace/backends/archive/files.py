@@ -52,6 +52,13 @@ TABLE = pa.schema(
         *ROWS,
     ]
 )
+WRITTEN: dict[str, Any] = {
+    "compression": "zstd",
+    # Values differ from one another: a dictionary of them would only cost time.
+    "use_dictionary": ["headers.list.element.name"],
+    "column_encoding": {"offset": "DELTA_BINARY_PACKED", "timestamp_ms": "DELTA_BINARY_PACKED"},
+}
+"""How a file is written."""
 GROUP_BYTES, GROUP_ROWS = 4 * 1024 * 1024, 16_384
 """Where a group of rows ends, before compression."""
 LAST_HOUR = 253_402_300_799_000 // HOUR_MS
@@ -142,10 +149,8 @@ def write_file(store: FileSystem, place: Place, parts: Iterable[pa.Table], *, da
         store.create_dir(place.folder)
     path = f"{place.folder}part-00000-{uuid.uuid4()}-c000.zstd.parquet"
     bounds = _Bounds()
-    # Values differ from one another: a dictionary of them would only cost time.
-    names = ["headers.list.element.name"]
     with store.open_output_stream(path) as stream:
-        with parquet.ParquetWriter(stream, ROWS, compression="zstd", use_dictionary=names) as writer:
+        with parquet.ParquetWriter(stream, ROWS, **WRITTEN) as writer:
             for part in parts:
                 bounds.take(part)
                 for group in _groups(part):

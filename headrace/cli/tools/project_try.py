@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -33,6 +33,8 @@ class RowBytes(NamedTuple):
     sample: float
     waiting: float
     stored: float
+    archived: float
+    """Of an event, in a file of the archive."""
 
 
 class Trouble(NamedTuple):
@@ -73,6 +75,7 @@ def measure(project: Project, rows: int) -> RowBytes:
         sample=_wire(samples, rows),
         waiting=(many.nbytes + slots_NF.nbytes + numeric_ND.nbytes) / ROWS,
         stored=len(stored.getvalue()) / ROWS,
+        archived=_archived([many, *feedback], rows),
     )
 
 
@@ -104,3 +107,12 @@ def _wire(batch: pa.RecordBatch, rows: int) -> float:
     count = max(1, min(rows, batch.num_rows))
     size = len(encode_batch(batch.slice(batch.num_rows - count)))
     return size / float(count)
+
+
+def _archived(batches: Sequence[pa.RecordBatch], rows: int) -> float:
+    """Return what a row of these events takes in a file of the archive, in records of `rows` rows."""
+    count = max(1, min(rows, ROWS))
+    values = [encode_batch(batch.slice(begin, count)) for batch in batches for begin in range(0, ROWS, count)]
+    file = io.BytesIO()
+    pq.write_table(pa.table({"value": values}), file, compression="zstd", use_dictionary=False)
+    return len(file.getvalue()) / (ROWS * len(batches))

@@ -6,14 +6,15 @@ digest with what was joined from the whole topic.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
+import ledger_world
+import msgspec
 import pytest
+from archive_joined import PARTITIONS, digest
 from archive_world import EVENTS, HOUR_MS, TOPICS, new_archive, new_log
-from join_world import LONG, PROJECT, records, traffic
+from join_world import records, traffic
 
 from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.archive.upkeep import ArchiveUpkeep
@@ -24,11 +25,12 @@ from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import ArchiveConfig, LakeConfig
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.interfaces.log import Reader, Record, read_range
-from headrace.stream.join.join import JoinState
+from headrace.contract.interfaces.log import Reader, read_range
+from headrace.replay.ledger.ledger import Ledger
+from headrace.replay.ledger.take_stock import take_stock
 from headrace.stream.sink.archive import EventArchive
 
-PARTITIONS, START_MS = 2, 1_795_564_800_000
+START_MS = 1_795_564_800_000
 
 
 class World:
@@ -65,17 +67,6 @@ class World:
 
     def ends(self) -> dict[int, int]:
         return self.log.reader().end_offsets(EVENTS)
-
-
-def digest(found: Iterable[Record]) -> str:
-    """Return the SHA-256 of all samples that the join makes of these records."""
-    joins = [JoinState(PROJECT, LONG, silent_ms=300, partition=p) for p in range(PARTITIONS)]
-    parts = [hashlib.sha256() for _ in joins]
-    for record in found:
-        emitted = joins[record.partition].take(record)
-        if emitted is not None:
-            parts[record.partition].update(repr(emitted.batch.to_pydict()).encode())
-    return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
 
 def joined(reader: Reader, topic: str = EVENTS) -> str:
@@ -195,3 +186,30 @@ def test_other_topics_and_a_store_without_an_archive_are_read_as_ever(tmp_path: 
     world.log.trim(EVENTS, 0, 5)
     with pytest.raises(InvariantBroken, match="begins at 5, and nothing of it is archived"):
         bare.assign({(EVENTS, 0): 0})
+
+
+def test_a_ledger_past_the_topics_retention_is_drawn_whole(tmp_path: Path):
+    world = ledger_world.World(tmp_path)
+    for partition in range(PARTITIONS):
+        world.append(partition, 1_000)
+    clock = VirtualClock(START_MS)
+    archive = new_archive(tmp_path, clock, PARTITIONS)
+    stage = EventArchive(
+        *(ArchiveConfig(), EVENTS, archive, MemoryMetrics(), clock),
+        open_reader=lambda: world.log.reader(verbatim=True),
+        partitions=lambda: range(PARTITIONS),
+        kept_ms=-1,
+    )
+    stage._one_round(frozenset(range(PARTITIONS)))
+
+    def ledger() -> Ledger:
+        reader = ArchivedReader(world.log.reader(), archive, EVENTS, holder="ledger")
+        config, topics = ledger_world.CONFIG, ledger_world.TOPICS
+        return take_stock(ledger_world.PROJECT, config, topics, reader, world.lake, blobs=world.blobs, mode="full")
+
+    whole = ledger()
+    assert whole.appended > 100
+    for partition, end in world.log.reader().end_offsets(EVENTS).items():
+        world.log.trim(EVENTS, partition, end * 2 // 3)
+    assert msgspec.to_builtins(ledger()) == msgspec.to_builtins(whole)
+    assert ledger().events_begin == {}
