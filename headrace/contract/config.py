@@ -298,7 +298,7 @@ class ArchiveConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     events: bool = True
     """Whether the sink archives `events`. Off, nothing more is written; what is there goes with `retention_ms`."""
-    commit_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 60_000
+    commit_ms: Annotated[int, Meta(ge=1_000, le=600_000)] = 60_000
     """Time between two commits while events come. One minute. Unit: ms."""
     commit_bytes: Annotated[int, Meta(ge=1_048_576, le=536_870_912)] = 67_108_864
     """Keys and values that one commit takes at most, and one record more. 64 MiB. Unit: bytes."""

@@ -219,7 +219,8 @@ class EventArchive:
         for partition in new:
             at = None if state is None else state.whole.get(partition)
             last = None if at is None else self.archive.last(partition)
-            self._places[partition] = _Place(at and at.end, last and mark_of(last))
+            mark = None if last is None else mark_of(last)
+            self._places[partition] = _Place(None if at is None else at.end, mark)
             log.info("%s/%d is archived up to offset %s", self.topic, partition, at.end if at else "none")
 
     def _read(self, reader: Reader, begins: Mapping[int, int], ends: Mapping[int, int]) -> _Round:

@@ -27,7 +27,15 @@ from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.stage_topics import StageTopics, open_topics
-from headrace.contract.config import AggregateConfig, ArchiveConfig, Config, IngestConfig, JoinConfig, LogConfig, SinkConfig
+from headrace.contract.config import (
+    AggregateConfig,
+    ArchiveConfig,
+    Config,
+    IngestConfig,
+    JoinConfig,
+    LogConfig,
+    SinkConfig,
+)
 from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.archive import ArchiveWriter
@@ -323,7 +331,8 @@ class ArchiveWorld(_World):
 
     def trouble(self) -> str:
         found, topic = archive_world.in_archive(self.archive()), archive_world.in_topic(self.log)
-        return "" if found == topic else f"{ {p: len(r) for p, r in found.items()} } of { {p: len(r) for p, r in topic.items()} }"
+        counts = [{partition: len(each) for partition, each in one.items()} for one in (found, topic)]
+        return "" if found == topic else f"{counts[0]} of {counts[1]} records"
 
 
 class DrivenArchive:

@@ -1,8 +1,8 @@
 """The archive of `events` as a Delta table beside the lake's, on a POSIX path or hdfs://host:port/path.
 
-One row is one record of the topic, as it lay there: offset, the broker's time and its kind, key, value and headers, nulls
-and repeats too. The table is partitioned by generation, partition and the hour of the broker's time. One commit holds
-the files and, as Delta application transactions, the offsets:
+One row is one record of the topic, as it lay there: offset, the broker's time and its kind, key, value and headers,
+nulls and repeats too. The table is partitioned by generation, partition and the hour of the broker's time. One commit
+holds the files and, as Delta application transactions, the offsets:
 
 | application id | version |
 |---|---|
@@ -159,9 +159,7 @@ class DeltaArchive:
         found, _ = self._files(version)
         ends = {str(p): span.end for p, span in state.whole.items()}
         rows = sum(file.rows for file in found)
-        self.leases.take(
-            holder, version, generation=self.generation, rows=rows, positions={}, next_offsets=ends
-        )
+        self.leases.take(holder, version, generation=self.generation, rows=rows, positions={}, next_offsets=ends)
 
     def let_go(self, holder: str) -> None:
         """Give the holder's lease back; where the store is away, it ends by itself."""

@@ -1,8 +1,8 @@
 """Files of the archive: which there are, how they are written, and records out of them a few at a time.
 
 A file has records of one partition and one hour of the broker's time, by offset. Its groups of rows are cut by bytes,
-for a record may have one byte or 32 MiB, and a reader holds one group of a file. Where the broker's clock went back, the
-offsets of two hours interleave: files are read side by side then.
+for a record may have one byte or 32 MiB, and a reader holds one group of a file. Where the broker's clock went back,
+the offsets of two hours interleave: files are read side by side then.
 """
 
 from __future__ import annotations
@@ -226,9 +226,7 @@ def _push(heap: list[Any], number: int, records: Iterator[VerbatimRecord]) -> No
         heapq.heappush(heap, (record.offset, number, record, records))
 
 
-def _in_file(
-    store: FileSystem, file: ArchiveFile, topic: str, offsets: Offsets
-) -> Iterator[VerbatimRecord]:
+def _in_file(store: FileSystem, file: ArchiveFile, topic: str, offsets: Offsets) -> Iterator[VerbatimRecord]:
     for rows in _groups_in(store, file, offsets.begin):
         columns = [rows[name].to_pylist() for name in ROWS.names]
         for offset, time_ms, kind, key, value, headers in zip(*columns, strict=True):

@@ -8,8 +8,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
-
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
 from headrace.contract.interfaces.log import BROKER_TIME, Delivered, Record, TopicSpec, VerbatimRecord, check_outlasts
 
@@ -196,7 +194,8 @@ def _verbatim(record: Record) -> VerbatimRecord:
     if isinstance(record, VerbatimRecord):
         return record
     raw = tuple((name, text.encode()) for name, text in record.headers.items())
-    return VerbatimRecord(*msgspec.structs.astuple(record), BROKER_TIME, raw)
+    at = record.topic, record.partition, record.offset
+    return VerbatimRecord(*at, record.key, record.value, record.headers, record.timestamp_ms, BROKER_TIME, raw)
 
 
 class MemoryAdmin:

@@ -103,9 +103,8 @@ def _keep(runtime: Runtime, args: argparse.Namespace) -> int:
 
 
 def _keep_in_time(runtime: Runtime, args: argparse.Namespace) -> int:
-    from headrace.backends.lake.upkeep import Done, Upkeep
-
     from headrace.backends.archive.upkeep import ArchiveUpkeep
+    from headrace.backends.lake.upkeep import Done, Upkeep
 
     lake, archive, now_ms = runtime.lake(), runtime.archive(), runtime.clock.now_ms()
     done = Done()

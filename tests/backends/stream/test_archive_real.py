@@ -1,7 +1,8 @@
 """Goal: on a real broker and real stores, what is archived is what lay in the topic, and both are one log.
 
-Method: records of every kind, a transaction that was aborted among them, and a join's traffic. In a folder the archive's
-writer runs here; on HDFS `headrace sink` does, and is killed with -9 while it archives. Then the topic forgets.
+Method: records of every kind, a transaction that was aborted among them, and a join's traffic. In a folder the
+archive's writer runs here; on HDFS `headrace sink` does, and is killed with -9 while it archives. Then the topic
+forgets.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def test_a_folder_has_what_lay_on_the_broker(stack: Layout, tmp_path: Path):
     strange = next(record for record in topic[0] if record.value is None)
     assert (strange.raw_headers, strange.key, strange.time_kind) == (tuple(RAW), None, 2)
     check_one_log(place, archive, place.digest(None))
-    place.fill(5)
+    place.strange()
     place.forget(1.0)
     reader = ArchivedReader(KafkaReader(stack.brokers), archive, place.events, holder="test")
     with pytest.raises(InvariantBroken, match="were forgotten before they were archived"):
@@ -180,8 +181,8 @@ def sink(stack: Layout, tmp_path: Path) -> Iterator[Callable[[], subprocess.Pope
         env |= {"HEADRACE_STORE": f"{stack.store}/{tmp_path.name}"}
         env |= {"HEADRACE_HOME": str(tmp_path / "home")}
         command = [str(Path(sys.executable).with_name("headrace")), "sink", "--project", str(tmp_path)]
-        log = (tmp_path / f"sink-{len(started)}.log").open("w")
-        started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True))
+        with (tmp_path / f"sink-{len(started)}.log").open("w") as log:
+            started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True))
         return started[-1]
 
     yield start
@@ -196,7 +197,7 @@ def test_a_sink_that_is_killed_archives_on_real_hdfs(
     place = Place(stack, 42)
     archive = archive_at(place, f"{stack.store}/{tmp_path.name}/lake/events", tmp_path)
     random = Random(9)
-    for kill in range(3):
+    for _ in range(3):
         process = sink()
         before = archive.state()
         until_s = time.monotonic() + 60

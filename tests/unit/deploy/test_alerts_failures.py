@@ -158,7 +158,7 @@ CASES: dict[str, tuple[Series, set[str]]] = {
         {"HeadraceDiskFull of watch"},
     ),
     "the archive takes nothing for an hour and more": (
-        {at("headrace_sink_archive_behind_ms"): "60000x30 0+60000x90"},
+        {at("headrace_sink_archive_behind_ms"): "60000x30 0+180000x90"},
         {"HeadraceArchiveBehind of sink"},
     ),
     "events has lost its end": (

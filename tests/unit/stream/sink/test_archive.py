@@ -14,7 +14,6 @@ from archive_world import EVENTS, HOUR_MS, TOPICS, append, in_archive, in_topic,
 
 from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.clock import VirtualClock
-from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import ArchiveConfig
 from headrace.contract.errors import Unavailable
@@ -281,5 +280,3 @@ def test_what_nobody_expected_ends_the_process(world: World):
     world.fill(1)
     with pytest.raises(ZeroDivisionError):
         world.archive_all()
-
-

@@ -1,11 +1,11 @@
-"""Goal: whatever dies, the archive has each record of `events` once, as it lay, up to where it says; and what it has not,
-it says. Method: two processes that archive one log, an upkeep and readers on one Delta table, faults from a seed.
+"""Goal: whatever dies, the archive has each record of `events` once, as it lay, up to where it says; what it has not it
+says. Method: two processes that archive one log, an upkeep and readers on one Delta table, faults from a seed.
 
-A commit is killed after any of its steps: it is done on a copy of the table (by links), and only the first of the files
-that it made come over. Two processes believe that they own the same partitions; between a commit's look at the table and
-its write another one commits, or an upkeep does. The topic's retention takes records, archived or not; the archive's
-drops hours. Vacuum has no patience here, so only leases keep what a reader needs. The checker stands outside: it knows
-every record that was ever appended. Then bugs are planted, and each must be caught.
+A commit is killed after any of its steps: it is done on a copy of the table (by links), and only the first of the
+files that it made come over. Two processes believe that they own the same partitions; between a commit's look at the
+table and its write another one commits, or an upkeep does. The topic's retention takes records, archived or not; the
+archive's drops hours. Vacuum has no patience here, so only leases keep what a reader needs. The checker stands outside:
+it knows every record that was ever appended. Then bugs are planted, and each must be caught.
 """
 
 from __future__ import annotations
@@ -313,7 +313,9 @@ def test_planted_a_gap_that_is_passed_in_silence(tmp_path: Path, monkeypatch: py
     told = EventArchive._commit
 
     def commit(self, taking):
-        spans = {p: Offsets(taking.lost[p].begin if p in taking.lost else s.begin, s.end) for p, s in taking.taken.items()}
+        spans = {
+            p: Offsets(taking.lost[p].begin if p in taking.lost else s.begin, s.end) for p, s in taking.taken.items()
+        }
         told(self, taking._replace(lost={}, taken=spans))
 
     monkeypatch.setattr(EventArchive, "_commit", commit)
