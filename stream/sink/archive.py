@@ -123,10 +123,10 @@ class EventArchive:
         if self._failure is not None:
             raise self._failure
         self._waits.check()
-        now_s = self.clock.monotonic()
-        if self._round is None and now_s >= self._due_s and not self._refused:
+        now_s, ours = self.clock.monotonic(), frozenset(self._partitions())
+        if self._round is None and ours and now_s >= self._due_s and not self._refused:
             self._due_s = now_s + self.config.commit_ms / 1_000
-            self._round = asyncio.ensure_future(self._work(frozenset(self._partitions())))
+            self._round = asyncio.ensure_future(self._work(ours))
         if now_s >= self._metrics_due_s:
             self._metrics_due_s = now_s + 1.0
             self.look_behind()
@@ -147,7 +147,7 @@ class EventArchive:
         behind_ms = 0.0 if behind_ms < 0 or not self._partitions() else behind_ms
         stopped = len(self._partitions()) if self._refused else len(self._still)
         self.metrics.set("archive_behind_ms", behind_ms)
-        self.metrics.set("archive_lag_records", self._lag)
+        self.metrics.set("archive_lag_records", self._lag if self._partitions() else 0)
         self.metrics.set("archive_stopped", stopped)
         is_late = 0 <= self.kept_ms < 2 * behind_ms
         if (not is_late and not stopped) or self.clock.monotonic() < self._alarm_due_s:
@@ -196,9 +196,6 @@ class EventArchive:
         """Archive what is there of these partitions; return False where more waits."""
         self._places = {p: place for p, place in self._places.items() if p in ours}
         self._still = {p: why for p, why in self._still.items() if p in ours}
-        if not ours:
-            self._lag = 0
-            return True
         now_ms = self.clock.now_ms()
         if self._reader is None:
             self._reader = self._open_reader()

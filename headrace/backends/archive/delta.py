@@ -82,7 +82,7 @@ class DeltaArchive:
         self.config, self.leases = config or LakeConfig(), leases
         self._events_id = events_id
         self._writer: Any = None
-        self._disk = OnDisk(uri)
+        self._disk = OnDisk()
         self._reading: tuple[int, list[ArchiveFile], Any] | None = None
         """The version that was read last, its files, and the file system below them."""
 
@@ -179,7 +179,7 @@ class DeltaArchive:
         try:
             table = self._newest_for_writing()
             before = int(table.version())
-            self._disk.settle(before)
+            self._disk.settle(self.uri, before)
             self._check_topic(table)
             marks = [mark for p, span in sorted(taken.items()) for mark in self._moved(table, p, span, lost.get(p))]
             if self._events_id:
@@ -204,7 +204,7 @@ class DeltaArchive:
 
     def put_on_disk(self, before: int, version: int) -> None:
         """Return when the versions behind `before` up to this one are on the disk. Raises `OSError`."""
-        self._disk.put(before, version)
+        self._disk.put(self.uri, before, version)
 
     def _newest_for_writing(self) -> Any:
         if self._writer is not None:

@@ -119,7 +119,7 @@ class DeltaLake:
         """A version whose files are gone, and what is read in its place."""
         self._sealed: dict[int, PartitionSeal] = {}
         """What this writer stored last."""
-        self._disk = OnDisk(uri)
+        self._disk = OnDisk()
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
@@ -135,7 +135,7 @@ class DeltaLake:
                 Path(self.uri).mkdir(parents=True, exist_ok=True)
             table = self._newest_for_writing()
             before = -1 if table is None else int(table.version())
-            self._disk.settle(before)
+            self._disk.settle(self.uri, before)
             self._refuse_repeats(table, rows, next_offsets, positions)
             parted = "event_time_ms" in rows.column_names if table is None else bool(partition_columns(table))
             stored = with_hours(rows) if parted else rows
@@ -166,7 +166,7 @@ class DeltaLake:
 
     def put_on_disk(self, before: int, version: int) -> None:
         """Return when the versions behind `before` up to this one are on the disk. Raises `OSError`."""
-        self._disk.put(before, version)
+        self._disk.put(self.uri, before, version)
 
     def state(self, version: int | None = None) -> LakeState | None:
         """Return the newest version's state (or that version's); None while there is no lake.
