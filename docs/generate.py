@@ -97,6 +97,8 @@ def type_text(info: Any) -> str:
             return f"text of {info.min_length or 0} to {info.max_length:,} characters"
         case types.DateType():
             return "date"
+        case types.BoolType():
+            return "true or false"
         case types.LiteralType():
             return "one of " + ", ".join(f"`{value}`" for value in info.values)
         case types.VarTupleType() if isinstance(info.item_type, types.StructType):
@@ -134,6 +136,8 @@ def default_text(field: FieldInfo) -> str:
         return "required"
     default = field.default_factory() if field.default is NODEFAULT else field.default
     match default:
+        case bool():
+            return "true" if default else "false"
         case int() | float():
             return f"{default:,}"
         case str():

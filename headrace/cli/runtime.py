@@ -13,11 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.blobs_hdfs import PATIENCE_S, HdfsBlobs
 from headrace.backends.clock import SystemClock
 from headrace.backends.health import RECEIPTS, BeatingStop, Health
 from headrace.backends.log.admin_kafka import KafkaAdmin
+from headrace.backends.log.archived import ArchivedReader
 from headrace.backends.log.fenced_kafka import FencedKafka
 from headrace.backends.log.kafka import KafkaProducer, KafkaReader
 from headrace.backends.metrics_prometheus import PrometheusMetrics
@@ -42,6 +45,7 @@ from headrace.deploy.local.layout import cephfs_store
 from headrace.process.call_watch import LAKE_CALLS, LAKE_MAX_S, CallWatch
 
 if TYPE_CHECKING:
+    from headrace.backends.archive.delta import DeltaArchive
     from headrace.backends.lake.delta import DeltaLake
     from headrace.stream.stored_rules import StoredRules
 
@@ -112,6 +116,17 @@ class Runtime:
         """Return a reader of these brokers."""
         return self.calls.wrap("reader", KafkaReader(self.brokers))
 
+    def verbatim_reader(self) -> KafkaReader:
+        """Return a reader that gives records with all that the broker keeps of them."""
+        return self.calls.wrap("reader", KafkaReader(self.brokers, verbatim=True))
+
+    def event_reader(self, holder: str) -> ArchivedReader:
+        """Return a reader of these brokers that reads `events` from the archive where the topic no longer has them;
+        `holder` names its lease."""
+        events = self.topics.events
+        archive = self.archive(events_id=self.admin().topic_id(events))
+        return ArchivedReader(self.reader(), archive, events, holder=holder)
+
     def fenced(self, topic: str, writer_id: str) -> FencedKafka:
         """Return the fenced writer of a topic, which fences nobody before it is opened."""
         return self.calls.wrap(topic, FencedKafka(self.brokers, topic, writer_id))
@@ -163,6 +178,24 @@ class Runtime:
             leases=Leases(self.blobs(), self.clock, lease_ms=self.config.lake.lease_ms) if with_leases else None,
         )
         return self.calls.wrap("lake", lake, dict.fromkeys(LAKE_CALLS, LAKE_MAX_S))
+
+    def archive(self, *, events_id: str = "", with_leases: bool = True) -> DeltaArchive:
+        """Return the store's archive of events; see `DeltaArchive` for `events_id`."""
+        from headrace.backends.archive.delta import DeltaArchive
+        from headrace.backends.lake.leases import Leases
+
+        config = msgspec.structs.replace(self.config.lake, retention_ms=self.config.archive.retention_ms)
+        leases = Leases(self.blobs(), self.clock, lease_ms=config.lease_ms, table="events") if with_leases else None
+        archive = DeltaArchive(
+            f"{self.store.removeprefix('file:')}/lake/events",
+            self.topics.events,
+            generation=self.topics.generation,
+            partitions=self.config.log.partitions,
+            config=config,
+            leases=leases,
+            events_id=events_id,
+        )
+        return self.calls.wrap("archive", archive, {"read": LAKE_MAX_S})
 
     @property
     def lake_uri(self) -> str:

@@ -293,6 +293,19 @@ class LakeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long a reader's lease of a version holds when it is not given back. One day. Unit: ms."""
 
 
+class ArchiveConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[archive]: records of `events`, as they lay in the topic, in the store"""
+
+    events: bool = True
+    """Whether the sink archives `events`. Off, nothing more is written; what is there goes with `retention_ms`."""
+    commit_ms: Annotated[int, Meta(ge=1_000, le=600_000)] = 60_000
+    """Time between two commits while events come. One minute. Unit: ms."""
+    commit_bytes: Annotated[int, Meta(ge=1_048_576, le=536_870_912)] = 67_108_864
+    """Keys and values that one commit takes at most, and one record more. 64 MiB. Unit: bytes."""
+    retention_ms: Annotated[int, Meta(ge=0)] = 2_592_000_000
+    """Hours of the broker's time that ended longer ago are dropped whole. 0 keeps everything. 30 days. Unit: ms."""
+
+
 class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[train]"""
 
@@ -367,6 +380,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     aggregate: AggregateConfig = AggregateConfig()
     sink: SinkConfig = SinkConfig()
     lake: LakeConfig = LakeConfig()
+    archive: ArchiveConfig = ArchiveConfig()
     crawl: CrawlConfig = CrawlConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()

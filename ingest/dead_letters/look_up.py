@@ -27,6 +27,7 @@ import pyarrow as pa
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.archive import TimeSeeker
 from headrace.contract.interfaces.lake import JoinedUpTo, LakeState, StoredIds
 from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.contract.project import Project
@@ -143,6 +144,11 @@ class LookUp:
         """Return an offset before which no record is of `time_ms` or later. The broker's times grow along a partition;
         a record without a time counts as one of 0."""
         low, high = span.begin, span.end
+        if isinstance(self._reader, TimeSeeker):
+            self._turn()
+            known = self._reader.offset_at(self._topics.events, partition, time_ms)
+            if known is not None:
+                return max(low, known)
         while low < high:
             middle = (low + high) // 2
             record = self._first_at(partition, middle, high)

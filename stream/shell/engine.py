@@ -176,6 +176,11 @@ class Engine:
         """Return how many records lie in the log beyond what was taken, over all partitions; NaN while not known."""
         return self._ends.lag({**self._unbegun, **self.next})
 
+    @property
+    def assigned(self) -> frozenset[int]:
+        """The partitions that the group has given this process, as of the last second."""
+        return frozenset(self._unbegun) | frozenset(self.next)
+
     def end(self, partition: int) -> int | None:
         """Return the partition's end as of the last look, which is seconds old; None before the first."""
         return self._ends.ends.get(partition)

@@ -40,6 +40,7 @@ from headrace.process.awake import Awake
 from headrace.process.moved import moved
 from headrace.process.waits import Waits
 from headrace.stream.shell.engine import Engine
+from headrace.stream.sink.archive import EventArchive
 
 log = logging.getLogger("headrace.sink")
 
@@ -68,6 +69,7 @@ class SinkStage:
         """`kept_ms`: how long the broker keeps samples, -1 for ever; unless told, what the topic is created with.
         `open_reader` makes a reader to look whether the topic still holds what was stored of it.
         """
+        self._archive: EventArchive | None = None
         self._open_reader = open_reader
         self.config, self.lake, self.metrics, self.clock = config.sink, lake, metrics, clock
         topics = Topics(config.log.generation)
@@ -157,6 +159,8 @@ class SinkStage:
         if self._failure is not None:
             raise self._failure
         self._waits.check()
+        if self._archive is not None:
+            await self._archive.tick()
         self._refuse_holes()
         now_s = self.clock.monotonic()
         if self._committing is None and self.batches and (now_s >= self._due_s or self.rows >= self.config.commit_rows):
@@ -193,6 +197,14 @@ class SinkStage:
         damaged = self.damaged.get(partition)
         kept = damaged.offsets(position, left_out) if damaged else []
         return min(self.next[partition], *kept) if kept else self.next[partition]
+
+    def keep(self, archive: EventArchive) -> None:
+        """Archive events beside, of the same partitions. What fails there unexpectedly stops the stage."""
+        self._archive = archive
+
+    def partitions(self) -> frozenset[int]:
+        """Return the partitions that the group gave this process."""
+        return frozenset() if self.engine is None else self.engine.assigned
 
     def look_behind(self) -> None:
         """Tell how far the lake is behind, and raise the alarm where the topic may forget what is not stored yet."""
@@ -236,6 +248,8 @@ class SinkStage:
             await asyncio.wait([self._committing])
         if self._failure is not None:
             raise self._failure
+        if self._archive is not None:
+            await self._archive.finish()
 
     def _begin_commit(self) -> None:
         self._due_s = self.clock.monotonic() + self.config.commit_ms / 1000

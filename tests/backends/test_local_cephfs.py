@@ -41,7 +41,7 @@ for n in range({COMMITS}):
 @pytest.mark.real
 def test_an_osd_that_dies_delays_the_lake_and_loses_nothing(cephfs: CephFs):
     uri = str(cephfs.mount / "killed" / "lake")
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "worlds")}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "worlds" / "lake")}
     with subprocess.Popen([sys.executable, "-c", PROGRAM, uri], stdout=subprocess.PIPE, text=True, env=env) as writer:
         assert writer.stdout is not None
         for line in writer.stdout:

@@ -35,6 +35,7 @@ WHAT_HAPPENS = {
     "deploy/local/watch.py": ("ThreadPoolExecutor", "every result is taken; the watch ends and is started again"),
     "deploy/local/status_line.py": ("ThreadPoolExecutor", "every result is taken"),
     "examples/shop/catalogue.py": ("Thread", "the site answers no more, as the crawler counts and tells"),
+    "headrace/backends/archive/delta.py": ("ThreadPoolExecutor", "every result is taken: the commit fails"),
     "headrace/backends/lake/hour_files.py": ("ThreadPoolExecutor", "every result is taken: the commit fails"),
     "headrace/backends/lake/upkeep_schedule.py": (
         "Thread Popen",
@@ -74,6 +75,7 @@ WHAT_HAPPENS = {
     ),
     "stream/shell/engine.py": ("ensure_future ensure_future", "both are looked at every tick"),
     "stream/shell/log_ends.py": ("Thread", "`look`, once a second, raises it"),
+    "stream/sink/archive.py": ("ensure_future", "the round notes what it raises, and the next tick raises it"),
     "stream/sink/stage.py": ("ensure_future", "the commit notes what it raises, and the next tick raises it"),
     "trainer/commit/publish.py": ("Thread", "`check`, once a turn, raises it"),
 }

@@ -24,7 +24,10 @@ ROWS = (*STREAM_ROWS, *CRAWL_ROWS, GATEWAY, RETRY)
 TIME = "the machine's own clock: it asks nobody"
 SHOWN = "writes a line on the terminal; what it raises ends the run, which goes on from its steps"
 LATE = "the settler waits while it is away, ends the gateway for what is unexpected, `CallWatch` where it hangs"
+ARCHIVE_READS = [f"ArchiveReader.{name}" for name in ("state", "last", "read", "offset_at", "hold", "let_go")]
 WITHOUT_ROW = {
+    **dict.fromkeys(ARCHIVE_READS, "asked by the ledger and a retry, commands that change nothing of what is archived"),
+    "TimeSeeker.offset_at": "asked by a retry's look-up, as the reads of the archive",
     "LakeReader.seals": "asked by the ledger, a command that changes nothing of what is stored",
     "Clock.now_ms": TIME,
     "Clock.monotonic": TIME,

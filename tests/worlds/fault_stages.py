@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+import archive_world
 import pyarrow as pa
 import pytest
 import trainer_world
@@ -19,14 +21,24 @@ from join_world import PROJECT, records, traffic
 from stream_world import Blobs as MemoryBlobs
 from stream_world import read_samples
 
+from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.clock import VirtualClock
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.cli.stage_topics import StageTopics, open_topics
-from headrace.contract.config import AggregateConfig, Config, IngestConfig, JoinConfig, LogConfig, SinkConfig
+from headrace.contract.config import (
+    AggregateConfig,
+    ArchiveConfig,
+    Config,
+    IngestConfig,
+    JoinConfig,
+    LogConfig,
+    SinkConfig,
+)
 from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.archive import ArchiveWriter
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeWriter
 from headrace.contract.interfaces.log import Admin, Producer, Reader, Record
@@ -38,6 +50,7 @@ from headrace.stream.join.join import JoinState
 from headrace.stream.join.payload import Spill
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.join_stage import StreamStage
+from headrace.stream.sink.archive import EventArchive
 from headrace.stream.sink.stage import SinkStage
 
 PARTITIONS = 2
@@ -54,6 +67,9 @@ CONFIG = Config(
     aggregate=AggregateConfig(grid_ms=100, snapshot_ms=100),
     sink=SinkConfig(commit_ms=150),
 )
+ARCHIVE = ArchiveConfig(commit_ms=1_000)
+ARCHIVED, GROWS = 30, 2
+"""Records that lie in the topic, and how often a process sees it grow."""
 TOPICS = Topics()
 
 
@@ -285,6 +301,64 @@ class SinkWorld(_World):
         return "" if sorted(found) == sorted(self.expected) else f"{len(found)} of {len(self.expected)} samples"
 
 
+class ArchiveWorld(_World):
+    """The sink's archive on a real Delta table: each record of the topic is in it once, as it lay."""
+
+    def __init__(self) -> None:
+        super().__init__(TOPICS.events)
+        self.folder = tempfile.TemporaryDirectory()
+        random = Random(3)
+        for number in range(ARCHIVED):
+            archive_world.append(self.log, number % PARTITIONS, random)
+
+    def start(self, process: Process) -> DrivenArchive:
+        topic = TOPICS.events
+        told = asked_of_log(process, self.log, ids_of=(topic,), kept_of=(topic,))
+        archive = process.wrap(ArchiveWriter, self.archive(events_id=told.ids[topic]))
+        stage = EventArchive(
+            *(ARCHIVE, topic, archive, MemoryMetrics(), self.clock),
+            open_reader=lambda: process.wrap(Reader, self.log.reader(verbatim=True)),
+            partitions=lambda: range(PARTITIONS),
+            kept_ms=told.kept_ms[topic],
+        )
+        return DrivenArchive(self, random=Random(4), stage=stage)
+
+    def archive(self, *, events_id: str = "") -> DeltaArchive:
+        return archive_world.new_archive(Path(self.folder.name), self.clock, PARTITIONS, events_id=events_id)
+
+    def close(self) -> None:
+        self.folder.cleanup()
+
+    def trouble(self) -> str:
+        found, topic = archive_world.in_archive(self.archive()), archive_world.in_topic(self.log)
+        counts = [{partition: len(each) for partition, each in one.items()} for one in (found, topic)]
+        return "" if found == topic else f"{counts[0]} of {counts[1]} records"
+
+
+class DrivenArchive:
+    """The archive as the sink drives it; now and then the topic grows, so that a process does more than one round."""
+
+    def __init__(self, world: ArchiveWorld, *, random: Random, stage: EventArchive) -> None:
+        self.world, self.random, self.stage, self.rounds = world, random, stage, 0
+
+    async def work(self) -> None:
+        if self.rounds < GROWS and self.stage._lag == 0:
+            self.rounds += 1
+            self.stage._lag = math.nan
+            for partition in range(PARTITIONS):
+                archive_world.append(self.world.log, partition, self.random)
+
+    async def tick(self) -> None:
+        await self.stage.tick()
+
+    async def finish(self) -> None:
+        await self.stage.finish()
+
+    def is_busy(self) -> bool:
+        # A round that finds nothing new is no work.
+        return self.stage._lag != 0 or self.rounds < GROWS
+
+
 def places(rows: pa.Table | pa.RecordBatch) -> list[tuple[int, ...]]:
     """Return where each sample stands."""
     return list(zip(*(rows[name].to_pylist() for name in ("partition", "offset", "rank")), strict=True))
@@ -324,6 +398,7 @@ ROWS = (
         {**_CLOSED, **_ONE_RECORD},
     ),
     StageRow("aggregate", (Admin, Producer, Blobs, GroupPositions, Reader), AggregateWorld, _CLOSED),
+    StageRow("archive", (Admin, ArchiveWriter, Reader), ArchiveWorld, _TRAINER, outage_s=60.0),
     StageRow("sink", (Admin, LakeWriter, GroupPositions, Reader), SinkWorld, {**_TRAINER, **_UNDAMAGED, **_ONE_RECORD}),
 )
 

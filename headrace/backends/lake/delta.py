@@ -31,7 +31,6 @@ stays as it is: it is read and written, and retention leaves it alone, since its
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,12 +44,12 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from headrace.backends.lake.fsync import make_durable, read_back
+from headrace.backends.lake.fsync import OnDisk
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hours_in, with_hours, write_hours
 from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
 from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import count_rows, least_positions, partition_columns, span_of
-from headrace.backends.lake.properties import properties
+from headrace.backends.lake.properties import number_of, properties
 from headrace.backends.lake.spans import cut_hours
 from headrace.backends.lake.version_files import PLACE, VersionFiles
 from headrace.contract.config import LakeConfig
@@ -120,10 +119,7 @@ class DeltaLake:
         """A version whose files are gone, and what is read in its place."""
         self._sealed: dict[int, PartitionSeal] = {}
         """What this writer stored last."""
-        self._synced = -1
-        """The newest version that is known to be on the disk."""
-        self._is_doubtful = True
-        """Whether a sync failed, here or in the process before, of which nobody knows."""
+        self._disk = OnDisk()
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
@@ -139,7 +135,7 @@ class DeltaLake:
                 Path(self.uri).mkdir(parents=True, exist_ok=True)
             table = self._newest_for_writing()
             before = -1 if table is None else int(table.version())
-            self._settle(before)
+            self._disk.settle(self.uri, before)
             self._refuse_repeats(table, rows, next_offsets, positions)
             parted = "event_time_ms" in rows.column_names if table is None else bool(partition_columns(table))
             stored = with_hours(rows) if parted else rows
@@ -170,22 +166,7 @@ class DeltaLake:
 
     def put_on_disk(self, before: int, version: int) -> None:
         """Return when the versions behind `before` up to this one are on the disk. Raises `OSError`."""
-        if "://" in self.uri:
-            return
-        self._is_doubtful, was_doubtful = True, self._is_doubtful
-        make_durable(Path(self.uri), range(before + 1, version + 1))
-        self._is_doubtful = was_doubtful
-        if before <= self._synced:
-            self._synced = max(self._synced, version)
-
-    def _settle(self, newest: int) -> None:
-        """Have on the disk what is in the lake, before more is built on it. Raises `OSError`, `InvariantBroken`."""
-        if newest < 0 or "://" in self.uri or (newest <= self._synced and not self._is_doubtful):
-            return
-        # Of an earlier process the newest alone: it went on only when those before were on the disk.
-        first = newest if self._synced < 0 else min(self._synced + 1, newest)
-        read_back(Path(self.uri), range(first, newest + 1))
-        self._synced, self._is_doubtful = newest, False
+        self._disk.put(self.uri, before, version)
 
     def state(self, version: int | None = None) -> LakeState | None:
         """Return the newest version's state (or that version's); None while there is no lake.
@@ -397,13 +378,13 @@ class DeltaLake:
             if position.offset >= 0:
                 found.append(Transaction(self._position_id(partition), order_of(position)))
         if self._samples_id:
-            found.append(Transaction(self._topic_app_id(), _number_of(self._samples_id)))
+            found.append(Transaction(self._topic_app_id(), number_of(self._samples_id)))
         return found
 
     def _check_topic(self, table: Any) -> None:
         """Raise `InvariantBroken` where the table's offsets are of a topic that is no more."""
         stored = table.transaction_version(self._topic_app_id()) if self._samples_id else None
-        if stored is not None and stored != _number_of(self._samples_id):
+        if stored is not None and stored != number_of(self._samples_id):
             raise InvariantBroken(
                 f"the lake at {self.uri} goes on from offsets of another `samples` topic than the one that is "
                 f"there, of id {self._samples_id}: it was deleted and made anew. What comes would be "
@@ -490,10 +471,6 @@ class DeltaLake:
 
     def _old_position_id(self, partition: int) -> str:
         return f"position-g{self.generation}-p{partition}"
-
-
-def _number_of(topic_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(topic_id.encode()).digest()[:8], "big") >> 1
 
 
 def _unreadable(uri: str, error: Exception) -> Unavailable:

@@ -28,6 +28,35 @@ class _Action(msgspec.Struct):
     add: _Add | None = None
 
 
+class OnDisk:
+    """Which versions of one table are known to be on the disk. On a store that is no POSIX path nothing is asked."""
+
+    def __init__(self) -> None:
+        self._synced = -1
+        """The newest version that is known to be on the disk."""
+        self._is_doubtful = True
+        """Whether a sync failed, here or in the process before, of which nobody knows."""
+
+    def put(self, uri: str, before: int, version: int) -> None:
+        """Return when the versions behind `before` up to this one are on the disk. Raises `OSError`."""
+        if "://" in uri:
+            return
+        self._is_doubtful, was_doubtful = True, self._is_doubtful
+        make_durable(Path(uri), range(before + 1, version + 1))
+        self._is_doubtful = was_doubtful
+        if before <= self._synced:
+            self._synced = max(self._synced, version)
+
+    def settle(self, uri: str, newest: int) -> None:
+        """Have on the disk what is in the table, before more is built on it. Raises `OSError`, `InvariantBroken`."""
+        if newest < 0 or "://" in uri or (newest <= self._synced and not self._is_doubtful):
+            return
+        # Of an earlier process the newest alone: it went on only when those before were on the disk.
+        first = newest if self._synced < 0 else min(self._synced + 1, newest)
+        read_back(Path(uri), range(first, newest + 1))
+        self._synced, self._is_doubtful = newest, False
+
+
 def make_durable(root: Path, versions: Iterable[int]) -> None:
     """Return when these versions' files, and their entries in the log, are on the disk. Raises `OSError`."""
     log, entries = root / "_delta_log", _entries(root, versions)

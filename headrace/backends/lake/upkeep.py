@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import pyarrow as pa
@@ -31,9 +31,11 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import parquet
 
-from headrace.backends.lake.delta import RETAINED_ID, STEPS_MAX, DeltaLake
+from headrace.backends.lake.delta import RETAINED_ID, STEPS_MAX
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, ORDER, EventHour, hour_ms, store_of, write_file
+from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import files, partition_columns
+from headrace.contract.config import LakeConfig
 from headrace.contract.errors import Unavailable, disk_remedy
 
 # The local store of delta-rs writes NAME#1 and renames it; a killed writer leaves that, and Delta's vacuum skips it.
@@ -67,6 +69,8 @@ class Done(msgspec.Struct, kw_only=True):
     """Versions that leases or checkpoints keep."""
     refused: int = 0
     """Commits that were refused, since another upkeep was first; the next call does their work."""
+    archive: Done | None = None
+    """The same of the archive of events, where there is one."""
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,10 +85,27 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     files_removed: int
 
 
+class KeptTable(Protocol):
+    """What an upkeep needs of the table that it keeps."""
+
+    uri: str
+    config: LakeConfig
+    leases: Leases | None
+
+    def open(self, version: int | None = None) -> Any:
+        """Return the Delta table, None while there is none. Raises `Unavailable`."""
+
+    def opened(self, version: int | None = None) -> Any:
+        """Return the Delta table. Raises `Unavailable`, also while there is none."""
+
+    def put_on_disk(self, before: int, version: int) -> None:
+        """Return when the versions behind `before` up to this one are on the disk. Raises `OSError`."""
+
+
 class Upkeep:
     """Keeps one lake. Safe beside sinks, readers and other upkeeps."""
 
-    def __init__(self, lake: DeltaLake) -> None:
+    def __init__(self, lake: KeptTable) -> None:
         self.lake, self.config = lake, lake.config
 
     def compact(self, done: Done, *, files_min: int | None = None) -> None:
@@ -96,7 +117,7 @@ class Upkeep:
             # Files that a sink adds meanwhile are the next upkeep's.
             while rewritten < len(sizes) and len(chosen := self._small_files(table, hour)) >= least:
                 actions: list[AddAction | RemoveAction] = [self._merged(table, hour, chosen)]
-                actions += [_removed(path, False) for path in chosen]
+                actions += [removed(path, False) for path in chosen]
                 if not self._commit(table, actions, "compact"):
                     done.refused += 1
                     break
@@ -124,7 +145,7 @@ class Upkeep:
         # A late row of an hour that went long ago must not take the mark back.
         mark = max(table.transaction_version(RETAINED_ID) or 0, *(hour_ms(*hour) // HOUR_MS + 1 for hour in gone))
         marks = [Transaction(RETAINED_ID, mark)]
-        if not self._commit(table, [_removed(row.path, True) for row in found], "retain", marks):
+        if not self._commit(table, [removed(row.path, True) for row in found], "retain", marks):
             done.refused += 1
             return
         done.hours_dropped += len(gone)
@@ -281,5 +302,6 @@ def _sizes(table: Any) -> dict[EventHour, list[int]]:
     return groups
 
 
-def _removed(path: str, data_change: bool) -> RemoveAction:
+def removed(path: str, data_change: bool) -> RemoveAction:
+    """Return what takes a file out of the newest version; `data_change` says that its rows go with it."""
     return RemoveAction(path, data_change, time.time_ns() // 1_000_000)

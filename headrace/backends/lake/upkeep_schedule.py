@@ -114,6 +114,9 @@ class UpkeepSchedule(threading.Thread):
         self.metrics.set("lake_bytes", done.bytes)
         self.metrics.add("lake_files_compacted_total", done.files_compacted)
         self.metrics.add("lake_files_vacuumed_total", done.files_vacuumed)
+        if done.archive is not None:
+            self.metrics.set("archive_files", done.archive.files)
+            self.metrics.set("archive_bytes", done.archive.bytes)
         if done.hours_compacted or done.hours_dropped or done.files_vacuumed:
             log.info("upkeep of the lake: %s", msgspec.json.encode(done).decode())
         return True

@@ -14,7 +14,7 @@ import confluent_kafka as ck
 
 from headrace.backends.log.receipts import Receipts
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
-from headrace.contract.interfaces.log import Delivered, Record
+from headrace.contract.interfaces.log import Delivered, Record, VerbatimRecord, header_texts
 from headrace.process.awake import awake_s
 
 log = logging.getLogger("headrace.kafka")
@@ -176,9 +176,13 @@ class KafkaProducer:
 class KafkaReader:
     """Reads assigned partitions by offset; belongs to no group and commits nothing. For one thread."""
 
-    def __init__(self, brokers: str, *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, brokers: str, *, timeout_s: float = 10.0, verbatim: bool = False, fetch_bytes: int = 8 * 1024 * 1024
+    ) -> None:
+        """`verbatim` gives `VerbatimRecord`s. `fetch_bytes` bounds a partition's share of a fetch."""
         self._link = Link("reader")
         self._timeout_s = timeout_s
+        self._record = _verbatim if verbatim else _record
         self._consumer = ck.Consumer(
             {
                 **CLIENT,
@@ -190,7 +194,7 @@ class KafkaReader:
                 "fetch.wait.max.ms": 50,
                 "fetch.queue.backoff.ms": 10,
                 "fetch.error.backoff.ms": 50,
-                "max.partition.fetch.bytes": 8 * 1024 * 1024,
+                "max.partition.fetch.bytes": fetch_bytes,
                 "fetch.max.bytes": RECORD_BYTES_MAX + 1024 * 1024,
                 "receive.message.max.bytes": 2 * RECORD_BYTES_MAX,
                 "queued.max.messages.kbytes": 32_768,
@@ -223,7 +227,7 @@ class KafkaReader:
                 self._partitions(next(iter(self._next))[0], timeout_s=1.0)
             return ()
         messages = [first, *(self._consumer.consume(records_max - 1, 0.0) if records_max > 1 else ())]
-        records = [_record(m) for m in messages if m.error() is None]
+        records = [self._record(m) for m in messages if m.error() is None]
         for record in records:
             self._next[record.topic, record.partition] = record.offset + 1
         # Errors that came along wait for the next call: raising now would lose the records beside them.
@@ -308,13 +312,28 @@ class KafkaReader:
 
 
 def _record(message: Any) -> Record:
-    headers = {name: (raw or b"").decode("utf-8", "replace") for name, raw in message.headers() or ()}
     return Record(
         message.topic(),
         message.partition(),
         message.offset(),
         message.key(),
         message.value(),
-        headers,
+        header_texts(message.headers() or ()),
         message.timestamp()[1],
+    )
+
+
+def _verbatim(message: Any) -> Record:
+    raw = tuple(message.headers() or ())
+    kind, time_ms = message.timestamp()
+    return VerbatimRecord(
+        message.topic(),
+        message.partition(),
+        message.offset(),
+        message.key(),
+        message.value(),
+        header_texts(raw),
+        time_ms,
+        kind,
+        raw,
     )

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Overloaded, Unavailable
-from headrace.contract.interfaces.log import Delivered, Record, TopicSpec, check_outlasts
+from headrace.contract.interfaces.log import BROKER_TIME, Delivered, Record, TopicSpec, VerbatimRecord, check_outlasts
 
 
 class _Marker(Record, frozen=True):
@@ -75,9 +75,9 @@ class MemoryLog:
         """Return a producer on this log."""
         return MemoryProducer(self, queue_max)
 
-    def reader(self) -> MemoryReader:
-        """Return a reader on this log."""
-        return MemoryReader(self)
+    def reader(self, *, verbatim: bool = False) -> MemoryReader:
+        """Return a reader on this log; `verbatim` as in `KafkaReader`."""
+        return MemoryReader(self, verbatim=verbatim)
 
     def admin(self) -> MemoryAdmin:
         """Return an admin on this log."""
@@ -133,8 +133,8 @@ class MemoryProducer:
 class MemoryReader:
     """Reads assigned partitions in turn, as Kafka's does."""
 
-    def __init__(self, log: MemoryLog) -> None:
-        self._log = log
+    def __init__(self, log: MemoryLog, *, verbatim: bool = False) -> None:
+        self._log, self._verbatim = log, verbatim
         self._next: dict[tuple[str, int], int] = {}
 
     def assign(self, offsets: Mapping[tuple[str, int], int]) -> None:
@@ -184,9 +184,18 @@ class MemoryReader:
                 )
             start = following - begin
             some = records[start : start + records_max - len(taken)]
-            taken.extend(record for record in some if not isinstance(record, _Marker))
+            seen = (record for record in some if not isinstance(record, _Marker))
+            taken.extend(map(_verbatim, seen) if self._verbatim else seen)
             self._next[topic, partition] = following + len(some)
         return taken
+
+
+def _verbatim(record: Record) -> VerbatimRecord:
+    if isinstance(record, VerbatimRecord):
+        return record
+    raw = tuple((name, text.encode()) for name, text in record.headers.items())
+    at = record.topic, record.partition, record.offset
+    return VerbatimRecord(*at, record.key, record.value, record.headers, record.timestamp_ms, BROKER_TIME, raw)
 
 
 class MemoryAdmin:

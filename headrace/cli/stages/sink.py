@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from headrace.cli.consumer import add_consumer_arguments, open_consumer
+from headrace.cli.consumer import Consumer, add_consumer_arguments, open_consumer
 from headrace.cli.runtime import Runtime
+from headrace.cli.stage_topics import StageTopics
 from headrace.contract.errors import Unavailable
 
 if TYPE_CHECKING:
     from headrace.backends.lake.delta import DeltaLake
+    from headrace.stream.sink.archive import EventArchive
 
 log = logging.getLogger("headrace.sink")
 
@@ -29,8 +32,8 @@ def main(args: argparse.Namespace) -> int:
 
     with open_consumer(args, "sink") as consumer:
         runtime, stop = consumer.runtime, consumer.stop
-        topic = runtime.topics.samples
-        told = consumer.topics(ids_of=(topic,), kept_of=(topic,))
+        topic, events = runtime.topics.samples, runtime.topics.events
+        told = consumer.topics(ids_of=(topic, events), kept_of=(topic, events))
         lake = runtime.lake(samples_id=told.ids[topic])
         _settle(lake)
         schedule = UpkeepSchedule(runtime.config.lake, upkeep_command(runtime), consumer.metrics, runtime.clock, stop)
@@ -39,12 +42,26 @@ def main(args: argparse.Namespace) -> int:
             kept_ms=told.kept_ms[topic],
             open_reader=runtime.reader,
         )
+        if runtime.config.archive.events:
+            stage.keep(_archive(consumer, told, stage.partitions))
         schedule.start()
         try:
             return consumer.run(stage)
         finally:
             stop.set()
             schedule.join(5.0)
+
+
+def _archive(consumer: Consumer, told: StageTopics, partitions: Callable[[], Collection[int]]) -> EventArchive:
+    from headrace.stream.sink.archive import EventArchive
+
+    runtime, events = consumer.runtime, consumer.runtime.topics.events
+    return EventArchive(
+        *(runtime.config.archive, events, runtime.archive(events_id=told.ids[events]), consumer.metrics, runtime.clock),
+        open_reader=runtime.verbatim_reader,
+        partitions=partitions,
+        kept_ms=told.kept_ms[events],
+    )
 
 
 def upkeep_command(runtime: Runtime) -> list[str]:

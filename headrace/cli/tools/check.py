@@ -39,6 +39,8 @@ RATE, RATE_MAX = 500.0, 10_000_000.0
 FEEDBACK_SHARE = 0.1
 """Feedback of each type by impressions, where nobody knows better."""
 DAY_S = 86_400
+PUNCTUATION_BYTES = 13
+"""Of one record of a gateway's promise in a file of the archive."""
 SLOW_S = 3.0
 """Reading a project takes less."""
 NAME_WIDTH = 14
@@ -195,6 +197,7 @@ def _takes(project: Project, config: Config, rate: float) -> dict[str, Any]:
             "events": f"{_size(events)}/s to Kafka ({row.event:.0f} bytes an impression)",
             "samples": f"{samples:,.0f}/s, {_size(samples * row.sample)}/s to Kafka ({row.sample:.0f} bytes each)",
             "lake": f"{_size(samples * row.stored * DAY_S)} a day before compaction ({row.stored:.0f} bytes a sample)",
+            "archive": _archive(config, rate * (1 + FEEDBACK_SHARE * len(project.feedback)) * row.archived),
             "join": f"{waiting:,.0f} impressions wait for {_time(_longest_ms(project))}, {_size(in_memory)} of memory",
             "serving": f"up to {_size(serving)} for {config.serve.rows_max:,} rows in two copies, taken as rows come",
         },
@@ -209,6 +212,17 @@ def _traffic(project: Project, folder: Path) -> tuple[str, str]:
     from headrace.cli.tools.project_try import try_traffic
 
     return try_traffic(project, folder)
+
+
+def _archive(config: Config, per_second: float) -> str:
+    """Return what the archive of events takes, given the bytes of events a second."""
+    if not config.archive.events:
+        return "off (archive.events = false): what the topic `events` forgets cannot be joined again"
+    # One gateway, at rest too.
+    per_second += PUNCTUATION_BYTES * config.log.partitions * 1_000 / config.ingest.punctuate_ms
+    day, kept_ms = per_second * DAY_S, config.archive.retention_ms
+    kept = f"{_size(day * kept_ms / 86_400_000)} in {kept_ms / 86_400_000:.3g} days" if kept_ms else "kept for ever"
+    return f"{_size(day)} a day of events as they came, {kept}"
 
 
 def _longest_ms(project: Project) -> int:

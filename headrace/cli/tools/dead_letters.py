@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 import uuid
 from collections import Counter, deque
@@ -205,7 +206,8 @@ def _retry(runtime: Runtime, chosen: Filter, args: argparse.Namespace) -> int:
     from headrace.ingest.dead_letters.retry import Retry
     from headrace.ingest.gateway.late_events import LateEvents
 
-    producer, reader, writer = runtime.producer(), runtime.reader(), _retries(runtime)
+    reader = runtime.event_reader(f"retry-{socket.gethostname()}-{os.getpid()}")
+    producer, writer = runtime.producer(), _retries(runtime)
     retry = Retry(
         runtime.project,
         runtime.config.ingest,

@@ -5,6 +5,7 @@
   vacuum    delete files that no version needs that must stay
   upkeep    all three, as the sink does on its schedule
   history   the versions, newest first
+  archive   from where to where events are archived, and what waits
   read      rows of a version (--version N), of a time (--at TIME), of a day (--day DATE)
   export    labelled samples for training elsewhere, point-in-time correct: one row an impression, as Parquet
 
@@ -20,6 +21,7 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,11 +29,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.cli.tools.lake_archive import show_archive
 from headrace.cli.tools.lake_export import add_export_arguments, export
 from headrace.process.call_watch import LAKE_MAX_S
 
 if TYPE_CHECKING:
-    from headrace.backends.lake.upkeep import Done
+    from headrace.backends.lake.upkeep import Done, Upkeep
 
 ROWS_SHOWN = 10
 # Below everything else on the machine: upkeep has time, the sink's commits have not.
@@ -43,7 +46,7 @@ KEEP_MAX_S = 21_600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""
     actions = parser.add_subparsers(
-        dest="action", metavar="compact|retain|vacuum|upkeep|history|read|export", required=True
+        dest="action", metavar="compact|retain|vacuum|upkeep|history|archive|read|export", required=True
     )
     compact = actions.add_parser("compact", help="small files of an hour into one")
     compact.add_argument("--files", type=int, metavar="N", help="hours of at least N small files (lake.compact_files)")
@@ -55,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     upkeep.add_argument("--compact-only", action="store_true", help="neither retention nor vacuum")
     history = actions.add_parser("history", help="the versions, newest first")
     history.add_argument("--limit", type=int, default=20, metavar="N", help="the newest N; 0 shows all")
+    archived = actions.add_parser("archive", help="from where to where events are archived")
     read = actions.add_parser("read", help="rows of a version, a time, a day")
     when = read.add_mutually_exclusive_group()
     when.add_argument("--version", type=int, metavar="N", help="as `history` shows it; the newest by default")
@@ -65,17 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--out", type=Path, metavar="FILE", help="write .parquet, .arrow, .csv or .jsonl")
     exporting = actions.add_parser("export", help="labelled samples of a time range as Parquet files")
     add_export_arguments(exporting)
-    for each in (compact, retain, vacuum, upkeep, history, read, exporting):
+    for each in (compact, retain, vacuum, upkeep, history, archived, read, exporting):
         each.add_argument("--json", action="store_true", help="print JSON, one object a line")
         add_common(each)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do one of the seven."""
+    """Do one of the eight."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
     if args.action == "history":
         return _history(runtime, args)
+    if args.action == "archive":
+        return show_archive(runtime, args)
     if args.action == "read":
         return _read(runtime, args)
     if args.action == "export":
@@ -97,34 +103,47 @@ def _keep(runtime: Runtime, args: argparse.Namespace) -> int:
 
 
 def _keep_in_time(runtime: Runtime, args: argparse.Namespace) -> int:
+    from headrace.backends.archive.upkeep import ArchiveUpkeep
     from headrace.backends.lake.upkeep import Done, Upkeep
 
-    lake = runtime.lake()
-    keeper, done = Upkeep(lake), Done()
+    lake, archive, now_ms = runtime.lake(), runtime.archive(), runtime.clock.now_ms()
+    done = Done()
     if args.action != "upkeep":
         lake.opened()
-    elif lake.open() is None:
-        _show(done, args.json)
-        return 0
+    if lake.open() is not None:
+        _keep_table(Upkeep(lake), done, args, now_ms, pinned_versions(runtime))
+    if archive.open() is not None:
+        done.archive = Done()
+        _keep_table(ArchiveUpkeep(archive, now_ms), done.archive, args, now_ms, ())
+    _show(done, args.json)
+    return 0
+
+
+def _keep_table(keeper: Upkeep, done: Done, args: argparse.Namespace, now_ms: int, pinned: Iterable[int]) -> None:
     deletes = not getattr(args, "compact_only", False)
     if args.action == "retain" or (args.action == "upkeep" and deletes):
-        keeper.retain(done, runtime.clock.now_ms())
+        keeper.retain(done, now_ms)
     if args.action in ("compact", "upkeep"):
         keeper.compact(done, files_min=getattr(args, "files", None))
     if args.action == "vacuum" or (args.action == "upkeep" and deletes and not args.no_vacuum):
         dry_run = getattr(args, "dry_run", False)
-        found = keeper.vacuum(done, pinned_versions(runtime), dry_run=dry_run)
+        found = keeper.vacuum(done, pinned, dry_run=dry_run)
         if dry_run:
             print("\n".join(found), file=sys.stderr if args.json else sys.stdout)
     keeper.look(done)
-    _show(done, args.json)
-    return 0
 
 
 def _show(done: Done, as_json: bool) -> None:
     if as_json:
         print(msgspec.json.encode(done).decode())
         return
+    _lines(done)
+    if done.archive is not None:
+        print("the archive of events:")
+        _lines(done.archive)
+
+
+def _lines(done: Done) -> None:
     print(f"version {done.version}: {done.files:,} files, {done.bytes:,} bytes")
     print(f"{done.files_compacted:,} files of {done.hours_compacted:,} hours compacted")
     print(f"{done.rows_dropped:,} rows of {done.hours_dropped:,} hours dropped")

@@ -9,6 +9,8 @@ counted twice, when a seal is wrong, or when what is not stored or not learnt is
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import sys
 
 import msgspec
@@ -37,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
         runtime.project,
         runtime.config,
         topics,
-        runtime.reader(),
+        runtime.event_reader(f"ledger-{socket.gethostname()}-{os.getpid()}"),
         lake,
         blobs=runtime.blobs(),
         mode="full" if args.full else "auto",

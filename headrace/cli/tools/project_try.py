@@ -9,7 +9,7 @@ import ast
 import io
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from itertools import chain
 from pathlib import Path
@@ -41,6 +41,8 @@ class RowBytes(NamedTuple):
     sample: float
     waiting: float
     stored: float
+    archived: float
+    """Of an event, in a file of the archive."""
 
 
 class Trouble(NamedTuple):
@@ -81,6 +83,7 @@ def measure(project: Project, rows: int) -> RowBytes:
         sample=_wire(samples, rows),
         waiting=(many.nbytes + slots_NF.nbytes + numeric_ND.nbytes) / ROWS,
         stored=len(stored.getvalue()) / ROWS,
+        archived=_archived([many, *feedback], rows),
     )
 
 
@@ -156,3 +159,12 @@ def try_traffic(project: Project, folder: Path) -> tuple[str, str]:
         trouble = f"{file}: its visits have {listed(map(shown, more))}, which the impression does not declare.{meant}"
         return f"{FILE}, with fields that nobody reads", trouble
     return f"{FILE}: `headrace traffic` plays its visitors", ""
+
+
+def _archived(batches: Sequence[pa.RecordBatch], rows: int) -> float:
+    """Return what a row of these events takes in a file of the archive, in records of `rows` rows."""
+    count = max(1, min(rows, ROWS))
+    values = [encode_batch(batch.slice(begin, count)) for batch in batches for begin in range(0, ROWS, count)]
+    file = io.BytesIO()
+    pq.write_table(pa.table({"value": values}), file, compression="zstd", use_dictionary=False)
+    return len(file.getvalue()) / (ROWS * len(batches))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -22,6 +22,27 @@ class Record(msgspec.Struct, frozen=True):
     value: bytes | None
     headers: dict[str, str]
     timestamp_ms: int
+
+
+NO_TIME, WRITER_TIME, BROKER_TIME = 0, 1, 2
+"""Kinds of a record's time, as Kafka numbers them: it has none; its writer's; the broker's own."""
+
+
+class VerbatimRecord(Record, frozen=True):
+    """One record with all that the broker keeps of it."""
+
+    time_kind: int = NO_TIME
+    raw_headers: tuple[tuple[str, bytes | None], ...] = ()
+    """As they were written: in their order, repeats and nulls too. `headers` has each name once, as text."""
+
+
+def header_texts(raw: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
+    """Return headers as text, whoever wrote them: of a name that comes again the last.
+
+    >>> header_texts([("kind", b"x"), ("n", None), ("kind", b"y")])
+    {'kind': 'y', 'n': ''}
+    """
+    return {name: (value or b"").decode("utf-8", "replace") for name, value in raw}
 
 
 class TopicSpec(msgspec.Struct, frozen=True):

@@ -21,7 +21,8 @@ SHARED: Mapping[Name, MetricDoc] = {
         "counter",
         "gaps",
         ("ingest", "sink", "train", "serve"),
-        "Gaps in what was read; must stay 0. Ingest: records of a source's topic that retention deleted unread.",
+        "Gaps in what was read; must stay 0. Ingest: records of a source's topic that retention deleted unread. Sink, "
+        "topic `events`: offsets that the topic forgot before they were archived.",
         labels=("topic",),
     ),
     "unknown_fields_total": MetricDoc(

@@ -26,4 +26,29 @@ SINK: Mapping[Name, MetricDoc] = {
     "lake_upkeep_failed_total": MetricDoc(
         "counter", "upkeeps", ("sink",), "Upkeeps of the lake that failed and are tried again."
     ),
+    "archived_records_total": MetricDoc(
+        "counter", "records", ("sink",), "Records of `events` that were committed to the archive."
+    ),
+    "archived_bytes_total": MetricDoc("counter", "bytes", ("sink",), "Their keys and values, before compression."),
+    "archive_commit_seconds": MetricDoc("histogram", "seconds", ("sink",), "Time that a commit to the archive took."),
+    "archive_lag_records": MetricDoc(
+        "gauge",
+        "records",
+        ("sink",),
+        "Records of `events` beyond the archived offsets that the last round left. NaN before the first.",
+    ),
+    "archive_behind_ms": MetricDoc(
+        "gauge",
+        "milliseconds",
+        ("sink",),
+        "Age of the oldest record of `events` that is not archived, at most. NaN before the first round.",
+    ),
+    "archive_stopped": MetricDoc(
+        "gauge",
+        "partitions",
+        ("sink",),
+        "Partitions whose archive stands still, since the topic was made anew or has lost its end; must stay 0.",
+    ),
+    "archive_files": MetricDoc("gauge", "files", ("sink",), "Files of the archive, as of the last upkeep."),
+    "archive_bytes": MetricDoc("gauge", "bytes", ("sink",), "Bytes of the archive, as of the last upkeep."),
 }

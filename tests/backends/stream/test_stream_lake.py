@@ -408,7 +408,7 @@ def test_a_killed_writer_leaves_whole_commits_and_no_garbage_for_long(uri: str, 
             [sys.executable, "-c", PROGRAM, uri],
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "worlds")},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "worlds" / "lake")},
         ) as writer:
             assert writer.stdout is not None
             writer.stdout.readline()

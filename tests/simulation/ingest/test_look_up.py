@@ -9,12 +9,16 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pytest
+from archive_world import new_archive
 from ingest_world import PROJECT, START_MS, impression
 from late_world import Ids, State
 from letters_world import CORRECTED, TOPICS, P, World
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.stored_ids import LakeIds
+from headrace.backends.log.archived import ArchivedReader
+from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.contract.config import ArchiveConfig
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.dead_letters import TOO_LATE, DeadLetter
 from headrace.contract.formats.events import PUNCTUATION
@@ -22,6 +26,7 @@ from headrace.contract.formats.positions import Position
 from headrace.contract.hashing import partition_of
 from headrace.ingest.dead_letters.letters import Filter, Letter
 from headrace.ingest.dead_letters.look_up import LookUp, Verdict
+from headrace.stream.sink.archive import EventArchive
 
 HOUR_MS = 3_600_000
 
@@ -88,6 +93,27 @@ def test_the_log_tells_as_far_as_it_reaches(trim: bool) -> None:
     assert judge(world, letter("e6", at_ms=fifth_ms)) == "new"
     assert judge(world, letter("e0")) == ("unknown" if trim else "repeated")
     assert judge(world, letter("e7")) == ("unknown" if trim else "new")
+
+
+def test_the_archive_tells_what_the_topic_has_no_longer(tmp_path: Path) -> None:
+    world = grown(trim=False)
+    archive = new_archive(tmp_path, world.clock, P)
+    stage = EventArchive(
+        *(ArchiveConfig(), TOPICS.events, archive, MemoryMetrics(), world.clock),
+        open_reader=lambda: world.log.reader(verbatim=True),
+        partitions=lambda: range(P),
+        kept_ms=-1,
+    )
+    stage._one_round(frozenset(range(P)))
+    for partition in range(P):
+        world.log.trim(TOPICS.events, partition, 13)
+    reader = ArchivedReader(world.log.reader(), archive, TOPICS.events, holder="retry")
+    look_up = LookUp(PROJECT, TOPICS, reader, None, skew_ms=60_000)
+    asked = {"repeated": letter("e0"), "new": letter("e7")}
+    asked |= {"late": letter("e5", at_ms=START_MS + 5 * HOUR_MS)}
+    told = look_up.verdicts(list(asked.values()))
+    assert [told[one.offset] for one in asked.values()] == ["repeated", "new", "repeated"]
+    reader.close()
 
 
 def test_the_lake_tells_what_the_log_has_no_longer() -> None:

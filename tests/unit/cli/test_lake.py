@@ -14,6 +14,7 @@ import pytest
 from lake_world import hours, samples
 from pyarrow import csv, parquet
 
+from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock, VirtualClock
 from headrace.backends.lake.delta import DeltaLake
@@ -26,9 +27,12 @@ from headrace.cli.project_folder import load_project
 from headrace.cli.runtime import Runtime
 from headrace.cli.stages.sink import upkeep_command
 from headrace.cli.tools import lake as stage_lake
+from headrace.cli.tools.lake_archive import partition_row
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.archive import ArchiveState, Offsets
+from headrace.contract.interfaces.log import VerbatimRecord
 
 
 @pytest.fixture
@@ -172,3 +176,31 @@ def test_a_schedule_goes_on_after_an_upkeep_that_could_not_begin(monkeypatch: py
     schedule.run()
     assert metrics.counters["lake_upkeep_failed_total", ""] == 2
     assert metrics.gauges["lake_files", ""] == 8
+
+
+def test_upkeep_looks_after_the_archive_of_events_too(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = DeltaArchive(str(store / "lake/events"), "events", partitions=4)
+    for offset in range(10):
+        record = VerbatimRecord("events", 0, offset, None, b"x", {}, 3_600_000, 2, ())
+        archive.append([record], {0: Offsets(offset, offset + 1)}, {})
+    done = said(capsys, "upkeep")[0]["archive"]
+    assert (done["files"], done["rows_dropped"]) == (0, 10), "an hour of 1970: the retention of 30 days takes it"
+    assert archive.state().whole == {0: Offsets(10, 10)}
+
+
+@pytest.mark.parametrize(
+    ("state", "topic", "wrong"),
+    [
+        (None, (0, 5), ""),
+        (ArchiveState(1, {0: Offsets(0, 4)}), (2, 5), ""),
+        (ArchiveState(1, {0: Offsets(0, 6)}), (2, 5), "the topic has lost its end: it is archived up to 6"),
+        (ArchiveState(1, {0: Offsets(0, 1)}), (2, 5), "offsets 1 to before 2 were forgotten before they were archived"),
+        (ArchiveState(1, {0: Offsets(3, 5)}, {0: Offsets(1, 3)}), (4, 5), "offsets 1 to before 3 were forgotten"),
+    ],
+)
+def test_what_is_wrong_with_an_archive_is_told_by_partition(state: Any, topic: tuple[int, int], wrong: str) -> None:
+    row = partition_row(0, state, topic)
+    assert row["wrong"].startswith(wrong) and bool(row["wrong"]) == bool(wrong)
+    assert row["waiting"] == {(0, 5): 5, (4, 5): 0}.get(topic, max(0, 5 - max(2, state.whole[0].end if state else 0)))

@@ -40,6 +40,8 @@ def healthy() -> Series:
         found[at(f"headrace_{stage}_watermark_ms")] = "0+60000x120"
     found[at("headrace_ingest_lag_records", topic="logs")] = "0x120"
     found[at("headrace_sink_behind_ms")] = "3000 4000 2000 3000x120"
+    found[at("headrace_sink_archive_behind_ms")] = "60000 2000 50000x120"
+    found[at("headrace_sink_archive_stopped")] = "0x120"
     found[at("headrace_train_lag_samples")] = "0 50 0 7 0x120"
     found[at("headrace_train_lag_seconds")] = "2x120"
     found[at("headrace_train_samples_learnt_total")] = "0+6000x120"
@@ -154,6 +156,14 @@ CASES: dict[str, tuple[Series, set[str]]] = {
     "the disk is full": (
         {at("headrace_watch_disk_free_ratio"): "0.4x30 0.01x90"},
         {"HeadraceDiskFull of watch"},
+    ),
+    "the archive takes nothing for an hour and more": (
+        {at("headrace_sink_archive_behind_ms"): "60000x30 0+180000x90"},
+        {"HeadraceArchiveBehind of sink"},
+    ),
+    "events has lost its end": (
+        {at("headrace_sink_archive_stopped"): "0x30 1x90"},
+        {"HeadraceArchiveStands of sink"},
     ),
     "the join is slower than what comes": (
         {at("headrace_stream_lag_records", topic=""): "100x10 0+6000x110"},

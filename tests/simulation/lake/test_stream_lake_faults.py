@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -22,7 +21,7 @@ from random import Random
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
-from lake_world import DAY_MS, HOUR_MS
+from lake_world import DAY_MS, HOUR_MS, bring, link_tree, steps
 from trainer_world import TOPICS, FaultyBlobs, Killed, samples, send
 
 from headrace.backends.clock import VirtualClock
@@ -88,34 +87,6 @@ class MetUpkeep(Upkeep):
     def _commit(self, table, actions, what, marks=()):
         self.between()
         return super()._commit(table, actions, what, marks)
-
-
-def link_tree(real: Path, copy: Path) -> set[str]:
-    """Make a copy by links and return what it holds."""
-    shutil.rmtree(copy, ignore_errors=True)
-    if real.exists():
-        shutil.copytree(real, copy, copy_function=os.link)
-    return {str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()} if copy.exists() else set()
-
-
-def steps(before: set[str], copy: Path) -> list[str]:
-    """Return the files that a commit made, in the order in which it makes them: data first, the log's entry then."""
-    made = [str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()]
-    return sorted((p for p in made if p not in before), key=lambda p: (p.startswith("_delta_log"), p))
-
-
-def bring(made: list[str], real: Path, copy: Path, stop_at: int | None) -> None:
-    """Bring the first `stop_at` files into the real table, half of the next one under its staged name; None: all."""
-    whole = made if stop_at is None else made[:stop_at]
-    for path in whole:
-        (real / path).parent.mkdir(parents=True, exist_ok=True)
-        os.link(copy / path, real / path)  # fails where another one was first, as the store does
-    if stop_at is not None and stop_at < len(made):
-        half = real / f"{made[stop_at]}#1"
-        half.parent.mkdir(parents=True, exist_ok=True)
-        half.write_bytes((copy / made[stop_at]).read_bytes()[:100])
-    for path in [real / p for p in whole] + list(real.rglob("*#1")):
-        os.utime(path, (0, 0))
 
 
 class World:
