@@ -7,7 +7,9 @@
   history   the versions, newest first
   read      rows of a version (--version N), of a time (--at TIME), of a day (--day DATE)
   export    labelled samples for training elsewhere, point-in-time correct: one row an impression, as Parquet
+  import    history that was not logged here: Parquet, CSV or Delta, through the same checks, join and features
 
+    headrace lake import history.toml --dry-run
     headrace lake export --from 2026-11-25T01:00Z --to 2026-11-25T09:00Z --to-parquet DIR
 
 All may run beside sinks, trainers and each other; killed, they are run again. `read` shows a few rows as stored, or
@@ -28,6 +30,7 @@ import msgspec
 
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.cli.tools.lake_export import add_export_arguments, export
+from headrace.cli.tools.lake_import import add_import_arguments, import_history
 from headrace.process.call_watch import LAKE_MAX_S
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ KEEP_MAX_S = 21_600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""
     actions = parser.add_subparsers(
-        dest="action", metavar="compact|retain|vacuum|upkeep|history|read|export", required=True
+        dest="action", metavar="compact|retain|vacuum|upkeep|history|read|export|import", required=True
     )
     compact = actions.add_parser("compact", help="small files of an hour into one")
     compact.add_argument("--files", type=int, metavar="N", help="hours of at least N small files (lake.compact_files)")
@@ -65,13 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--out", type=Path, metavar="FILE", help="write .parquet, .arrow, .csv or .jsonl")
     exporting = actions.add_parser("export", help="labelled samples of a time range as Parquet files")
     add_export_arguments(exporting)
-    for each in (compact, retain, vacuum, upkeep, history, read, exporting):
+    importing = actions.add_parser("import", help="history that was not logged here, into the lake")
+    add_import_arguments(importing)
+    for each in (compact, retain, vacuum, upkeep, history, read, exporting, importing):
         each.add_argument("--json", action="store_true", help="print JSON, one object a line")
         add_common(each)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do one of the seven."""
+    """Do one of the eight."""
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
     if args.action == "history":
@@ -80,6 +85,8 @@ def main(args: argparse.Namespace) -> int:
         return _read(runtime, args)
     if args.action == "export":
         return export(runtime, args)
+    if args.action == "import":
+        return import_history(runtime, args)
     return _keep(runtime, args)
 
 

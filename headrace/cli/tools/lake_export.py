@@ -47,8 +47,8 @@ def export(runtime: Runtime, args: argparse.Namespace) -> int:
 
     # What the lake logs is kept quiet, how far it is not.
     logger.setLevel(logging.INFO)
-    begin_ms, end_ms = _time_ms("--from", args.begin), _time_ms("--to", args.end)
-    as_of_ms = None if args.as_of is None else _time_ms("--as-of", args.as_of)
+    begin_ms, end_ms = time_ms("--from", args.begin), time_ms("--to", args.end)
+    as_of_ms = None if args.as_of is None else time_ms("--as-of", args.as_of)
     lake, began_s = runtime.lake(), runtime.clock.monotonic()
     version = _version_at(lake, as_of_ms) if args.version is None else args.version
     request = ExportRequest(
@@ -85,7 +85,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _time_ms(flag: str, text: str) -> int:
+def time_ms(flag: str, text: str) -> int:
     """Read a time; say so where it names no zone."""
     from headrace.backends.lake.export import has_zone, parse_at
 
