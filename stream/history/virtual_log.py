@@ -1,12 +1,12 @@
 """History through the stream's own join and aggregator, under a clock that is the events' own. Pure.
 
-Events come in order of time. Of each partition they become records as a gateway would have written them, and a clock
-ticks between them:
+Events come in order of time. Of each partition they become records as a gateway would have written them:
 
-1. Rows that follow one another in a partition and are of one type are one record.
-2. Before the first event beyond a point of the grid comes punctuation up to that point: the aggregator settles its
-   counters as of then, and what it settles is in every partition before the event.
-3. Of each partition the join takes its records many at a time, which changes nothing but the time it takes.
+1. Events up to a point of the aggregator's grid are taken together, at most about `TAKEN_EVENTS`. What is settled before
+   an impression's time it brings as served (`shared_counters`).
+2. Of each partition rows of one type are one record. Where an impression follows feedback of the same partition key, a
+   new record begins: only then does their order matter, to what the partition counts itself and to what waits.
+3. Every minute at most comes punctuation, before the first event after it.
 
 What a live stream adds to this is only delay: an aggregate is in the log some milliseconds after its point of the grid.
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +26,6 @@ import pyarrow as pa
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.events import (
-    AGGREGATE,
-    AGGREGATE_SCHEMA,
     FEEDBACK,
     IMPRESSION,
     PUNCTUATION,
@@ -40,20 +37,17 @@ from headrace.contract.formats.positions import orders
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import Project
 from headrace.kernels.hashes import hash64_texts
-from headrace.stream.aggregate.core import AggregatorState, Settled
+from headrace.stream.history.shared_counters import EPOCH, GATEWAY, SharedCounters
 from headrace.stream.history.sorted_events import Span
 from headrace.stream.join.join import JoinState
 from headrace.stream.join.payload import Spill
 
-TOPIC = "history"
-ALONE_MS = 60_000
-"""Between two ticks where no counter needs all partitions."""
+TOLD_MS = 60_000
+"""Most time between two punctuations of a partition that has events."""
 TAKEN_EVENTS = 50_000
-"""So many events are joined together: samples come out after them."""
-EPOCH = 1
-GATEWAY = "history"
 
 Int64s = npt.NDArray[np.int64]
+Kinds = npt.NDArray[np.int8]
 
 
 @dataclass
@@ -73,43 +67,27 @@ class VirtualLog:
     """
 
     def __init__(
-        self,
-        project: Project,
-        config: Config,
-        *,
-        first_offset: int,
-        spill: Callable[[int], Spill] | None = None,
+        self, project: Project, config: Config, *, first_offset: int, spill: Callable[[int], Spill] | None = None
     ) -> None:
-        self._project, self._first, self._following = project, first_offset, 0
-        silent_ms = config.ingest.silent_ms
+        self._first, self._following = first_offset, 0
+        self._grid_ms = config.aggregate.grid_ms
+        # Early feedback waits by the watermark: a tenth of its time is how exact that is.
+        self._told_every_ms = min(TOLD_MS, max(self._grid_ms, config.join.early_feedback_ms // 10))
         self._partitions = [
             _Partition(
                 JoinState(
                     project,
                     config.join,
-                    silent_ms=silent_ms,
+                    silent_ms=config.ingest.silent_ms,
                     partition=p,
                     spill=None if spill is None else spill(p),
                 )
             )
             for p in range(config.log.partitions)
         ]
-        key, counters = project.impression.key, project.features.counters
-        self._shared: AggregatorState | None = None
-        self._tick_ms = ALONE_MS
-        if any(not counter.is_local(key) for counter in counters):
-            self._tick_ms = config.aggregate.grid_ms
-            self._shared = AggregatorState(
-                project,
-                config.log.partitions,
-                grid_ms=config.aggregate.grid_ms,
-                silent_ms=silent_ms,
-                horizon_ms=config.join.repeat_horizon_ms,
-            )
+        shared = SharedCounters(project, config)
+        self._shared = shared if shared.counters else None
         self._kinds = ["", *(feedback.name for feedback in project.feedback)]
-        self._reached_ms = -1
-        """The tick up to which all was punctuated that must be."""
-        self._waiting = 0
 
     @property
     def repeats(self) -> int:
@@ -118,84 +96,94 @@ class VirtualLog:
 
     def take(self, span: Span) -> Iterator[pa.Table]:
         """Take events, and yield what samples they resolve, in order of their positions."""
-        partition_N = np.empty(len(span.kind_N), np.int64)
+        owner_N = np.empty(len(span.kind_N), np.int64)
         for kind, batch in enumerate(span.batches):
             ours_N = span.kind_N == kind
             owner_R = (hash64_texts(batch["key"]) % np.uint64(len(self._partitions))).astype(np.int64)
-            partition_N[ours_N] = owner_R[span.row_N[ours_N]]
-        # The tick at or after each event: an event at a point of the grid lies before its punctuation.
-        tick_N = -(-span.time_N // self._tick_ms)
-        begins = np.flatnonzero(np.r_[True, tick_N[1:] != tick_N[:-1]]) if len(tick_N) else np.zeros(0, np.int64)
-        for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(tick_N)], strict=True):
-            self._reach((int(tick_N[begin]) - 1) * self._tick_ms)
-            here = slice(begin, end)
-            self._append(span, span.kind_N[here], span.row_N[here], partition_N[here])
-            self._waiting += end - begin
-            if self._waiting >= TAKEN_EVENTS:
-                yield from self._joined()
+            owner_N[ours_N] = owner_R[span.row_N[ours_N]]
+        # The point of the grid at or after each event: one that lies on it is not before it.
+        tick_N = -(-span.time_N // self._grid_ms)
+        begin = 0
+        while begin < len(tick_N):
+            last = min(begin + TAKEN_EVENTS, len(tick_N)) - 1
+            end = int(np.searchsorted(tick_N, tick_N[last], "right"))
+            yield from self._take(span, slice(begin, end), owner_N[begin:end], int(tick_N[last]) * self._grid_ms)
+            begin = end
 
     def end(self, at_ms: int) -> Iterator[pa.Table]:
         """Let time pass up to the end, and yield what it resolves."""
-        last_ms = max(at_ms, self._reached_ms)
         for number in range(len(self._partitions)):
-            self._punctuate(number, last_ms)
+            self._punctuate(number, at_ms)
         yield from self._joined()
 
-    def _reach(self, tick_ms: int) -> None:
-        """Settle counters up to a tick."""
-        if tick_ms <= self._reached_ms:
-            return
-        self._reached_ms = tick_ms
-        if self._shared is None:
-            return
-        settled: list[Settled] = []
-        value = encode_punctuation(Punctuation(GATEWAY, EPOCH, tick_ms))
-        for partition in range(len(self._partitions)):
-            record = self._record(partition, PUNCTUATION, value)
-            settled += self._shared.take(record)
-        shared = [each for each in settled if each.is_shared]
-        if not shared:
-            return
-        columns = [
-            pa.array([each.counter for each in shared], pa.string()),
-            pa.array([each.key for each in shared], pa.string()),
-            pa.array([each.as_of_ms for each in shared], pa.int64()),
-            pa.array([EPOCH] * len(shared), pa.int64()),
-            pa.array([each.counts for each in shared], pa.list_(pa.float32())),
-        ]
-        values = encode_batch(pa.RecordBatch.from_arrays(columns, schema=AGGREGATE_SCHEMA))
-        for number, partition in enumerate(self._partitions):
-            partition.records.append(self._record(number, AGGREGATE, values))
+    def _take(self, span: Span, here: slice, owner_N: Int64s, tick_ms: int) -> Iterator[pa.Table]:
+        kind_N, time_N = span.kind_N[here], span.time_N[here]
+        # Each type's rows of this time, in order.
+        batches = [batch.take(pa.array(span.row_N[here][kind_N == kind])) for kind, batch in enumerate(span.batches)]
+        row_N = np.empty(len(kind_N), np.int64)
+        for kind in range(len(batches)):
+            row_N[kind_N == kind] = np.arange(batches[kind].num_rows)
+        if self._shared is not None:
+            records = []
+            for number in range(len(self._partitions)):
+                for kind, batch in enumerate(batches):
+                    rows_N = row_N[(owner_N == number) & (kind_N == kind)]
+                    if len(rows_N):
+                        records.append((number, self._headers(kind), encode_batch(batch.take(pa.array(rows_N)))))
+            settled = self._shared.settle(records, tick_ms)
+            batches[0] = self._shared.with_values(batches[0], settled)
+        keys = [batch["key"].to_pylist() for batch in batches]
+        for number in np.unique(owner_N).tolist():
+            ours = np.flatnonzero(owner_N == number)
+            self._append(number, batches, keys, kind_N[ours], row_N[ours], time_N[ours])
+        yield from self._joined()
+
+    def _append(
+        self,
+        number: int,
+        batches: list[pa.RecordBatch],
+        keys: list[list[str]],
+        kind_N: Kinds,
+        row_N: Int64s,
+        time_N: Int64s,
+    ) -> None:
+        """Make records of a partition's events."""
+        rows: list[list[int]] = [[] for _ in batches]
+        answered: set[str] = set()
+
+        def flush() -> None:
+            for kind, some in enumerate(rows):
+                if some:
+                    value = encode_batch(batches[kind].take(pa.array(some, pa.int64())))
+                    self._add(number, self._headers(kind), value)
+                    some.clear()
+            answered.clear()
+
+        due_ms = self._partitions[number].told_ms + self._told_every_ms
+        for kind, row, time_ms in zip(kind_N.tolist(), row_N.tolist(), time_N.tolist(), strict=True):
+            if time_ms > due_ms:
+                flush()
+                self._punctuate(number, time_ms - 1)
+                due_ms = time_ms - 1 + self._told_every_ms
+            key = keys[kind][row]
+            if kind:
+                answered.add(key)
+            elif key in answered:
+                flush()
+            rows[kind].append(row)
+        flush()
 
     def _punctuate(self, number: int, time_ms: int) -> None:
         """Tell a partition's join how far time is."""
         partition = self._partitions[number]
         if time_ms > partition.told_ms:
             partition.told_ms = time_ms
-            value = encode_punctuation(Punctuation(GATEWAY, EPOCH, time_ms))
-            partition.records.append(self._record(number, PUNCTUATION, value))
-
-    def _append(self, span: Span, kind_N: npt.NDArray[np.int8], row_N: Int64s, partition_N: Int64s) -> None:
-        """Give the events between two ticks to their partitions: as records, cut where the type changes."""
-        for number in np.unique(partition_N).tolist():
-            self._punctuate(number, self._reached_ms)
-            ours = np.flatnonzero(partition_N == number)
-            kinds, rows = kind_N[ours], row_N[ours]
-            cuts = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(ours)]
-            for begin, end in pairwise(cuts):
-                kind = int(kinds[begin])
-                some = span.batches[kind].take(pa.array(rows[begin:end]))
-                record = self._record(number, FEEDBACK if kind else IMPRESSION, encode_batch(some), self._kinds[kind])
-                self._partitions[number].records.append(record)
-                if self._shared is not None:
-                    self._shared.take(record)
+            self._add(number, {"kind": PUNCTUATION}, encode_punctuation(Punctuation(GATEWAY, EPOCH, time_ms)))
 
     def _joined(self) -> Iterator[pa.Table]:
         """Let each join take its records; yield the samples in order."""
-        self._waiting = 0
         found: list[pa.Table] = []
         for number, partition in enumerate(self._partitions):
-            self._punctuate(number, self._reached_ms)
             records, partition.records = partition.records, []
             emitted = partition.join.take_all(records)
             if partition.join.totals.bad_records:
@@ -212,7 +200,10 @@ class VirtualLog:
         order_N = np.argsort(orders(rows["offset"].to_numpy(), rows["rank"].to_numpy()))
         yield rows.take(pa.array(order_N)).combine_chunks()
 
-    def _record(self, partition: int, kind: str, value: bytes, name: str = "") -> Record:
-        headers = {"kind": kind} | ({"type": name} if name else {})
-        offset, self._following = self._following, self._following + 1
-        return Record(TOPIC, partition, offset, None, value, headers, 0)
+    def _headers(self, kind: int) -> dict[str, str]:
+        return {"kind": FEEDBACK, "type": self._kinds[kind]} if kind else {"kind": IMPRESSION}
+
+    def _add(self, number: int, headers: dict[str, str], value: bytes) -> None:
+        record = Record(GATEWAY, number, self._following, None, value, headers, 0)
+        self._following += 1
+        self._partitions[number].records.append(record)
