@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken, Unavailable
@@ -32,7 +33,7 @@ from headrace.replay.ledger.from_seals import SealedStock, tags_of
 from headrace.replay.ledger.joined import read_joined, wrong_accounts
 from headrace.replay.ledger.kept import expected_of_kept
 from headrace.replay.ledger.kept_account import KeptAccount
-from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, order, sample_keys
+from headrace.replay.ledger.keys import JOINED, KEYS, is_imported, order, sample_keys
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.refused import JUDGED, refused_ids
 from headrace.replay.ledger.rejoin import Noted, rejoin
@@ -43,6 +44,7 @@ from headrace.stream.rule_changes import first_rules
 from headrace.stream.stored_rules import stored_rules
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
+from headrace.trainer.source.pieces import StoredOrder
 from headrace.trainer.source.stored import stored_order
 
 logger = logging.getLogger("headrace.ledger")
@@ -136,7 +138,9 @@ def _from_log(
     for step in steps:
         check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
     state = lake.state()
-    stored = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
+    in_lake = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
+    imported_N = pa.array(is_imported(in_lake))
+    stored, imported = in_lake.filter(pc.invert(imported_N)), in_lake.filter(imported_N)
     topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
     manifests = read_manifests(reader, topics, project.name)
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
@@ -161,15 +165,16 @@ def _from_log(
         recipe = recipes.get(run[0].run) if run else None
         by = "event_time" if recipe is None else recipe.stored_order
         try:
-            return stored_order(lake.read(version, TIMED_KEYS.names), tasks, by).select(KEYS.names).cast(KEYS)
+            return stored_order(lake.read(version, JOINED.names), tasks, by).select(JOINED.names).cast(JOINED)
         except (Unavailable, InvariantBroken):
             # The version is beyond lake.history_ms, or retention dropped rows of it: the log has them still.
-            return stored_by_log(expected.samples, run, version, tasks, by=by, retained=retained_before_ms > 0)
+            return _stored_by_log(expected.samples, imported, run, version, tasks, by, retained_before_ms > 0)
 
     found = Found(
         topic=topic.select(KEYS.names),
         topic_begins=Positions(topics.generation, begins),
         lake=stored.select(KEYS.names),
+        imported=imported.select(KEYS.names),
         lake_positions=state.positions if state is not None else Positions(topics.generation),
         steps=steps,
         stored_keys=stored_keys,
@@ -178,14 +183,14 @@ def _from_log(
         punctuations=punctuations,
         retried=superseded(letters, marks),
         retained_before_ms=retained_before_ms,
-        refused=refused_ids(pa.concat_tables([stored, topic]), project.features, project.recipe),
+        refused=refused_ids(pa.concat_tables([in_lake, topic]), project.features, project.recipe),
         recipes=recipes,
     )
     ledger = draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)
     ledger.events_begin = trimmed
     ledger.seals_wrong = wrong_accounts(joined, noted, expected.samples)
     if blobs is not None and state is not None and not retained_before_ms:
-        ledger.seals_wrong += _wrong_lake(lake, state, stored)
+        ledger.seals_wrong += [*_wrong_lake(lake, state, stored), *_wrong_import(lake, state, imported)]
     return finish(ledger)
 
 
@@ -203,6 +208,39 @@ def _wrong_lake(lake: LakeReader, state: LakeState, stored: pa.Table) -> list[st
                     f"lake, partition {partition} up to {tuple(sealed.upto)}: its seal is not that of its rows"
                 )
     return wrong
+
+
+def _wrong_import(lake: LakeReader, state: LakeState, imported: pa.Table) -> list[str]:
+    """Say of which tasks the lake's seal is not that of its imported rows."""
+    there = seal_of(imported)
+    told, count = lake.imported(there, state.version)
+    wrong = [
+        f"lake, imported history, task {task!r}: its seal is not that of its rows"
+        for task in sorted(there)
+        if told.get(task) != there[task]
+    ]
+    if not wrong and count != imported.num_rows:
+        wrong.append(f"lake, imported history: {count:,} rows were committed and {imported.num_rows:,} are there")
+    return wrong
+
+
+def _stored_by_log(
+    samples: pa.Table,
+    imported: pa.Table,
+    run: Sequence[Step],
+    version: int,
+    tasks: tuple[str, ...],
+    by: StoredOrder,
+    retained: bool,
+) -> pa.Table | None:
+    """Return what `stored_by_log` finds: without the lake's imported rows, or with them where only so it has as many
+    rows as the run took."""
+    rows = max((r.stop for step in run for r in step.ranges if r.kind == "stored" and r.version == version), default=0)
+    found = stored_by_log(samples, run, version, tasks, by=by, retained=retained)
+    if found is None or found.num_rows == rows or not imported.num_rows:
+        return found
+    both = pa.concat_tables([imported.select(JOINED.names), samples])
+    return stored_by_log(both, run, version, tasks, by=by, retained=retained)
 
 
 def _recipes(project: Project, steps: Sequence[Step], manifests: Sequence[Manifest]) -> dict[str, Recipe]:
