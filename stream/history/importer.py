@@ -372,13 +372,15 @@ class Importer:
                 if skipped != due:
                     raise _other_rows(begun.id, skipped, due)
                 waiting.append(rows)
-            if sum(each.num_rows for each in waiting) >= self._request.commit_rows:
-                begun, waiting = self._commit(begun, waiting, found), []
+            while sum(each.num_rows for each in waiting) >= self._request.commit_rows:
+                every = pa.concat_tables(waiting)
+                begun = self._commit(begun, every.slice(0, self._request.commit_rows), found)
+                waiting = [every.slice(self._request.commit_rows)]
                 skipped = due = begun.stored
         if begun is not None and skipped != due:
             raise _other_rows(begun.id, skipped, due)
-        if waiting:
-            begun = self._commit(begun, waiting, found)
+        if waiting and (left := pa.concat_tables(waiting)).num_rows:
+            begun = self._commit(begun, left, found)
         if log.repeats:
             self._refused["repeat"] += log.repeats
         return begun
@@ -414,8 +416,7 @@ class Importer:
         self._refuse(refused)
         return replace(span, kind_N=span.kind_N[stay_N], row_N=span.row_N[stay_N], time_N=span.time_N[stay_N])
 
-    def _commit(self, begun: Any, waiting: list[pa.Table], found: Imported) -> Any:
-        rows = pa.concat_tables(waiting)
+    def _commit(self, begun: Any, rows: pa.Table, found: Imported) -> Any:
         begun = self._parts.imports.append(begun, rows)
         found.commits += 1
         self._steps.step(f"commit {found.commits}")

@@ -28,6 +28,8 @@ GATEWAY, EPOCH = "history", 1
 TIME_BITS = 42
 """A time in ms has so many bits until the year 2109."""
 
+Counted = tuple[int, dict[str, str], bytes]
+"""Partition, headers and value of a record."""
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
 
@@ -50,15 +52,20 @@ class SharedCounters:
         self._known: dict[str, dict[str, tuple[int, list[float]]]] = {c.name: {} for c in self.counters}
         """By counter and key, the newest value that is not zero, and as of when."""
 
-    def settle(self, records: Sequence[tuple[int, dict[str, str], bytes]], tick_ms: int) -> list[Settled]:
-        """Count records of events (partition, headers, value) and return what is settled up to a point of the grid."""
+    def settle(self, records: Sequence[Counted], after_ms: int, tick_ms: int) -> list[Settled]:
+        """Count records of events and return what is settled up to the point `tick_ms` of the grid; `after_ms` is one
+        before all of them."""
+        # The aggregator's grid begins where its first punctuation says.
+        first = self._punctuation(after_ms) if self._state.settled_ms < 0 else []
         settled: list[Settled] = []
-        told = encode_punctuation(Punctuation(GATEWAY, EPOCH, tick_ms))
-        every = [(partition, {"kind": PUNCTUATION}, told) for partition in range(self._partitions)]
-        for partition, headers, value in [*records, *every]:
+        for partition, headers, value in [*first, *records, *self._punctuation(tick_ms)]:
             settled += self._state.take(Record(GATEWAY, partition, self._offset, None, value, headers, 0))
             self._offset += 1
         return [each for each in settled if each.is_shared]
+
+    def _punctuation(self, time_ms: int) -> list[Counted]:
+        told = encode_punctuation(Punctuation(GATEWAY, EPOCH, time_ms))
+        return [(partition, {"kind": PUNCTUATION}, told) for partition in range(self._partitions)]
 
     def with_values(self, impressions: pa.RecordBatch, settled: Sequence[Settled]) -> pa.RecordBatch:
         """Return impressions, up to the last of the settled points, with the values that they find; what they brought

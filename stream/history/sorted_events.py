@@ -53,6 +53,8 @@ class Span:
     kind_N: npt.NDArray[np.int8]
     row_N: Int64s
     time_N: Int64s
+    end_ms: int
+    """No later span has a time before it."""
 
 
 class SortedEvents:
@@ -149,7 +151,7 @@ class SortedEvents:
         row_N = np.concatenate([np.arange(b.num_rows) for b in batches])
         order_N = np.lexsort((seq_N, kind_N, time_N))
         plain = [b.drop_columns([SEQ]) for b in batches]
-        return Span(plain, kind_N[order_N], row_N[order_N], time_N[order_N])
+        return Span(plain, kind_N[order_N], row_N[order_N], time_N[order_N], end_ms)
 
     def _decode(self, file: Any, piece: Piece) -> pa.RecordBatch:
         file.seek(piece.begin)

@@ -2,8 +2,8 @@
 
 Events come in order of time. Of each partition they become records as a gateway would have written them:
 
-1. Events up to a point of the aggregator's grid are taken together, at most about `TAKEN_EVENTS`. What is settled before
-   an impression's time it brings as served (`shared_counters`).
+1. Events up to a point of the aggregator's grid are taken together, at most about `TAKEN_EVENTS`. What is settled
+   before an impression's time it brings as served (`shared_counters`).
 2. Of each partition rows of one type are one record. Where an impression follows feedback of the same partition key, a
    new record begins: only then does their order matter, to what the partition counts itself and to what waits.
 3. Every minute at most comes punctuation, before the first event after it.
@@ -107,8 +107,14 @@ class VirtualLog:
         while begin < len(tick_N):
             last = min(begin + TAKEN_EVENTS, len(tick_N)) - 1
             end = int(np.searchsorted(tick_N, tick_N[last], "right"))
-            yield from self._take(span, slice(begin, end), owner_N[begin:end], int(tick_N[last]) * self._grid_ms)
+            ticks_ms = (int(tick_N[begin]) - 1) * self._grid_ms, self._settled_by(int(tick_N[last]), span.end_ms)
+            yield from self._take(span, slice(begin, end), owner_N[begin:end], ticks_ms)
             begin = end
+
+    def _settled_by(self, tick: int, end_ms: int) -> int:
+        """Return the last point of the grid that no later event lies before: the tick, unless the next span has rows of
+        it."""
+        return min(tick, end_ms // self._grid_ms) * self._grid_ms
 
     def end(self, at_ms: int) -> Iterator[pa.Table]:
         """Let time pass up to the end, and yield what it resolves."""
@@ -116,7 +122,7 @@ class VirtualLog:
             self._punctuate(number, at_ms)
         yield from self._joined()
 
-    def _take(self, span: Span, here: slice, owner_N: Int64s, tick_ms: int) -> Iterator[pa.Table]:
+    def _take(self, span: Span, here: slice, owner_N: Int64s, ticks_ms: tuple[int, int]) -> Iterator[pa.Table]:
         kind_N, time_N = span.kind_N[here], span.time_N[here]
         # Each type's rows of this time, in order.
         batches = [batch.take(pa.array(span.row_N[here][kind_N == kind])) for kind, batch in enumerate(span.batches)]
@@ -130,7 +136,7 @@ class VirtualLog:
                     rows_N = row_N[(owner_N == number) & (kind_N == kind)]
                     if len(rows_N):
                         records.append((number, self._headers(kind), encode_batch(batch.take(pa.array(rows_N)))))
-            settled = self._shared.settle(records, tick_ms)
+            settled = self._shared.settle(records, *ticks_ms)
             batches[0] = self._shared.with_values(batches[0], settled)
         keys = [batch["key"].to_pylist() for batch in batches]
         for number in np.unique(owner_N).tolist():
