@@ -102,8 +102,10 @@ class Rows:
         keep = np.array([at not in refused for at in checked.rows], np.bool_)
         batch = checked.batch if keep.all() else checked.batch.filter(pa.array(keep))
         batch = self._privacy.batch(batch, declared.tag, declared.key)
-        told = [self._refusal(file, first_row + at, *why, records[at], declared) for at, why in sorted(refused.items())]
-        return Events(declared, batch), told, rows_N[keep]
+        refusals = [
+            self._refusal(file, first_row + at, *why, records[at], declared) for at, why in sorted(refused.items())
+        ]
+        return Events(declared, batch), refusals, rows_N[keep]
 
     def refusal(self, file: str, row: int, reason: str, detail: str, record: Any, name: str) -> Refusal:
         """Return a refusal of a record of one type, as it may be shown."""

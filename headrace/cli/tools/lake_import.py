@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,8 @@ from headrace.contract.privacy import KEY_NAME, Privacy
 
 if TYPE_CHECKING:
     from headrace.backends.lake.delta import DeltaLake
-    from headrace.stream.history.importer import Imported
+    from headrace.backends.lake.imports import Imports
+    from headrace.stream.history.importer import Imported, Parts
 
 logger = logging.getLogger("headrace.import")
 
@@ -74,7 +76,7 @@ def import_history(runtime: Runtime, args: argparse.Namespace) -> int:
         rows_max=args.rows or None if args.dry_run else None,
     )
     began_s = runtime.clock.monotonic()
-    importer = Importer(_parts(runtime, lake, imports, request.until_ms), request)
+    importer = Importer(_parts(runtime, lake, imports), request)
     logger.info("import %s; refused rows are written to %s", shown(importer.id), importer.refused_file)
     try:
         with runtime.calls.named("the import", IMPORT_MAX_S):
@@ -82,6 +84,8 @@ def import_history(runtime: Runtime, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on.", file=sys.stderr)
         raise
+    finally:
+        shutil.rmtree(_spills(runtime), ignore_errors=True)
     state = None if args.dry_run else lake.state()
     found.version = None if state is None else state.version
     if args.json:
@@ -93,7 +97,7 @@ def import_history(runtime: Runtime, args: argparse.Namespace) -> int:
     return 0 if found.samples or not any(found.rows.values()) else 1
 
 
-def _parts(runtime: Runtime, lake: DeltaLake, imports: object, until_ms: int | None) -> object:
+def _parts(runtime: Runtime, lake: DeltaLake, imports: Imports) -> Parts:
     from headrace.backends.spill_file import FileSpill
     from headrace.stream.history.border import first_live_ms
     from headrace.stream.history.importer import Parts, Steps
@@ -116,12 +120,12 @@ def _parts(runtime: Runtime, lake: DeltaLake, imports: object, until_ms: int | N
         rows = lake.read(version, ["event_id"], span_ms=(begin_ms, end_ms))
         return rows["event_id"].combine_chunks()
 
-    spills = runtime.home / "import" / f"spill-{os.getpid()}"
+    spills = _spills(runtime)
     return Parts(
         project=runtime.project,
         config=runtime.config,
         privacy=Privacy(runtime.project, os.environ.get(KEY_NAME, "")),
-        imports=imports,  # type: ignore[arg-type]
+        imports=imports,
         held_ids=held_ids,
         now_ms=clock.now_ms,
         first_live_ms=first_live,
@@ -130,11 +134,14 @@ def _parts(runtime: Runtime, lake: DeltaLake, imports: object, until_ms: int | N
     )
 
 
-def _abandon(runtime: Runtime, imports: object) -> int:
-    from headrace.backends.lake.imports import Imports, shown
+def _spills(runtime: Runtime) -> Path:
+    return runtime.home / "import" / f"spill-{os.getpid()}"
+
+
+def _abandon(runtime: Runtime, imports: Imports) -> int:
+    from headrace.backends.lake.imports import shown
     from headrace.contract.formats.sample import sample_schema
 
-    assert isinstance(imports, Imports)
     begun = imports.open()
     if begun is None:
         print("no import is under way.")

@@ -62,7 +62,7 @@ def traffic(seed: int, turns: int, *, begin_ms: int = START_MS) -> list[Event]:
     random, events, shown = Random(seed), [], []
     for turn in range(turns):
         at_ms = begin_ms + turn * TURN_MS
-        for _ in range(random.randint(0, 6)):
+        for _ in range(random.randint(0, 12)):
             time_ms = at_ms + 1 + random.randrange(998)
             ad = {
                 "campaign": random.randrange(4),

@@ -34,7 +34,7 @@ def sent_live(loop, events) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_an_import_makes_the_samples_that_the_same_events_make_live(tmp_path: Path, seed: int) -> None:
-    events = traffic(seed, 60)
+    events = traffic(seed, 90)
     history = History(tmp_path / "import")
     write_files(events, history.folder)
     found = history.run()
