@@ -29,7 +29,7 @@ from headrace.backends.lake.imports import Imports
 from headrace.contract.config import Config
 from headrace.contract.privacy import Privacy
 from headrace.examples.store.project import PROJECT
-from headrace.kernels.sample_ids import id_hashes
+from headrace.kernels.sample_ids import id_hashes, seal_of
 from headrace.stream.history.importer import Importer, ImportRequest, Parts
 from headrace.stream.history.mapping import read_mapping
 
@@ -69,7 +69,7 @@ def side(name: str, folder: Path) -> tuple[float, float]:
             project=PROJECT,
             config=Config(),
             privacy=Privacy(PROJECT),
-            imports=Imports(lake),
+            imports=Imports(lake, seal_of),
             held_ids=lambda version, begin_ms, end_ms: pa.array([], pa.string()),
             now_ms=lambda: BEGIN_MS + 100 * DAY_MS,
             first_live_ms=lambda: None,

@@ -138,9 +138,7 @@ def _from_log(
     for step in steps:
         check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
     state = lake.state()
-    in_lake = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
-    imported_N = pa.array(is_imported(in_lake))
-    stored, imported = in_lake.filter(pc.invert(imported_N)), in_lake.filter(imported_N)
+    stored, imported = _in_lake(lake, state)
     topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
     manifests = read_manifests(reader, topics, project.name)
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
@@ -157,7 +155,6 @@ def _from_log(
         cuts = {partition: one.offset for partition, one in joined.items()}
         expected, punctuations = rejoin(began, config, events, cuts=cuts, noted=noted)
     letters = _letters(reader, topics)
-
     recipes = _recipes(project, steps, manifests)
     retained_before_ms = state.retained_before_ms if state is not None else 0
 
@@ -183,7 +180,7 @@ def _from_log(
         punctuations=punctuations,
         retried=superseded(letters, marks),
         retained_before_ms=retained_before_ms,
-        refused=refused_ids(pa.concat_tables([in_lake, topic]), project.features, project.recipe),
+        refused=refused_ids(pa.concat_tables([stored, imported, topic]), project.features, project.recipe),
         recipes=recipes,
     )
     ledger = draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)
@@ -192,6 +189,13 @@ def _from_log(
     if blobs is not None and state is not None and not retained_before_ms:
         ledger.seals_wrong += [*_wrong_lake(lake, state, stored), *_wrong_import(lake, state, imported)]
     return finish(ledger)
+
+
+def _in_lake(lake: LakeReader, state: LakeState | None) -> tuple[pa.Table, pa.Table]:
+    """Return JUDGED of the lake's rows: of those that the sink stored, and of imported history."""
+    rows = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
+    imported_N = pa.array(is_imported(rows))
+    return rows.filter(pc.invert(imported_N)), rows.filter(imported_N)
 
 
 def _wrong_lake(lake: LakeReader, state: LakeState, stored: pa.Table) -> list[str]:

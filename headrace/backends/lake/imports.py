@@ -22,7 +22,7 @@ commit with the rows, as Delta application transactions:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +43,6 @@ from headrace.backends.lake.lake_state import (
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import IMPORTED_TO, Position, order_of, orders, position_of
 from headrace.contract.formats.seals import SUM_MASK, Seal
-from headrace.kernels.sample_ids import seal_of
 
 NOTHING = Seal()
 
@@ -82,10 +81,14 @@ def shown(number: int) -> str:
 
 
 class Imports:
-    """The imports of one lake; see the module."""
+    """The imports of one lake; see the module.
 
-    def __init__(self, lake: DeltaLake) -> None:
-        self._lake, self._generation = lake, lake.generation
+    Args:
+        seal_of: gives the seals of rows by task, as `headrace.kernels.sample_ids.seal_of`.
+    """
+
+    def __init__(self, lake: DeltaLake, seal_of: Callable[[pa.Table], dict[str, Seal]]) -> None:
+        self._lake, self._generation, self._seal_of = lake, lake.generation, seal_of
 
     def done(self, number: int) -> int | None:
         """Return how many rows an import stored that is over; None for another. Raises `Unavailable`."""
@@ -152,7 +155,7 @@ class Imports:
 
         def marks_of(table: Any) -> list[Transaction]:
             self._check(table, begun)
-            fresh = seal_of(rows)
+            fresh = self._seal_of(rows)
             known, count = imported_seals(table, fresh, self._generation)
             stored = begun.stored
             marks = []

@@ -55,12 +55,13 @@ def add_import_arguments(importing: argparse.ArgumentParser) -> None:
 def import_history(runtime: Runtime, args: argparse.Namespace) -> int:
     """Do it."""
     from headrace.backends.lake.imports import Imports, shown
+    from headrace.kernels.sample_ids import seal_of
     from headrace.stream.history.importer import COMMIT_ROWS, Importer, ImportRequest
     from headrace.stream.history.mapping import read_mapping
 
     logger.setLevel(logging.INFO)
     lake = runtime.lake()
-    imports = Imports(lake)
+    imports = Imports(lake, seal_of)
     if args.abandon:
         return _abandon(runtime, imports)
     if args.mapping is None:

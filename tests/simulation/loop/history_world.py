@@ -23,7 +23,7 @@ from headrace.contract.errors import Unavailable
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import Project
 from headrace.examples.ads.project import PROJECT
-from headrace.kernels.sample_ids import id_hashes
+from headrace.kernels.sample_ids import id_hashes, seal_of
 from headrace.stream.history.importer import Imported, Importer, ImportRequest, Parts, Steps
 from headrace.stream.history.mapping import read_mapping
 
@@ -167,7 +167,7 @@ class History:
             project=self.project,
             config=self.config,
             privacy=Privacy(self.project, SECRET),
-            imports=Flaky(Imports(self.lake), self.fails),  # type: ignore[arg-type]
+            imports=Flaky(Imports(self.lake, seal_of), self.fails),  # type: ignore[arg-type]
             held_ids=held,
             now_ms=lambda: self.now_ms,
             first_live_ms=lambda: self.first_live_ms,
