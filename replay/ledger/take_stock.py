@@ -43,6 +43,7 @@ from headrace.replay.recorded import recorded, recorded_steps
 from headrace.stream.rule_changes import first_rules
 from headrace.stream.stored_rules import stored_rules
 from headrace.trainer.commit.publish import read_manifests
+from headrace.trainer.commit.steps_archive import StepsArchive
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.source.pieces import StoredOrder
 from headrace.trainer.source.stored import stored_order
@@ -134,9 +135,7 @@ def _from_log(
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
     """
-    steps = [step for step in recorded_steps(reader, topics) if step.model == project.name]
-    for step in steps:
-        check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
+    steps = _steps(project, topics, reader, blobs, topic_ids)
     state = lake.state()
     stored, imported = _in_lake(lake, state)
     topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
@@ -196,6 +195,16 @@ def _in_lake(lake: LakeReader, state: LakeState | None) -> tuple[pa.Table, pa.Ta
     rows = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
     imported_N = pa.array(is_imported(rows))
     return rows.filter(pc.invert(imported_N)), rows.filter(imported_N)
+
+
+def _steps(
+    project: Project, topics: Topics, reader: Reader, blobs: Blobs | None, topic_ids: Mapping[str, str]
+) -> list[Step]:
+    archive = StepsArchive(blobs, topics.steps, topic_ids.get(topics.steps, "")) if blobs is not None else None
+    steps = [step for step in recorded_steps(reader, topics, archive) if step.model == project.name]
+    for step in steps:
+        check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
+    return steps
 
 
 def _wrong_lake(lake: LakeReader, state: LakeState, stored: pa.Table) -> list[str]:
