@@ -6,6 +6,8 @@ seconds, which settle every point of the grid between them, delay nothing.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -115,19 +117,23 @@ class Killed(BaseException):
 
 @dataclass
 class Flaky:
-    """A lake's imports; `fails` says at which calls a commit happens and is told to have failed."""
+    """A lake's imports; `fails` says at which calls a commit happens and is told to have failed, `lost` at which it
+    does not happen."""
 
     inner: Imports
-    fails: set[int] = field(default_factory=set)
-    calls: int = 0
+    fails: set[int]
+    lost: set[int]
+    numbers: Iterator[int]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def append(self, begun: Any, rows: pa.Table) -> Any:
+        number = next(self.numbers)
+        if number in self.lost:
+            raise Unavailable("the store is away")
         after = self.inner.append(begun, rows)
-        self.calls += 1
-        if self.calls in self.fails:
+        if number in self.fails:
             raise Unavailable("the answer was lost")
         return after
 
@@ -143,8 +149,11 @@ class History:
     first_live_ms: int | None = None
     uri: str = ""
     fails: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        # Of calls, over all processes.
+        self._numbers = itertools.count(1)
         uri = self.uri or str(self.folder / "lake")
         self.lake = DeltaLake(uri, partitions=PARTITIONS, hash_ids=id_hashes, config=self.config.lake)
 
@@ -167,7 +176,7 @@ class History:
             project=self.project,
             config=self.config,
             privacy=Privacy(self.project, SECRET),
-            imports=Flaky(Imports(self.lake, seal_of), self.fails),  # type: ignore[arg-type]
+            imports=Flaky(Imports(self.lake, seal_of), self.fails, self.lost, self._numbers),  # type: ignore[arg-type]
             held_ids=held,
             now_ms=lambda: self.now_ms,
             first_live_ms=lambda: self.first_live_ms,
