@@ -187,7 +187,9 @@ def recorded_rows(
         finally:
             lake.let_go(holder)
         for p in upto:
-            ours = conform(rows.filter(pc.equal(rows["partition"], p)), schema)
+            # Imported history precedes all that is live: no live range has it.
+            live_N = pc.and_(pc.equal(rows["partition"], p), pc.greater_equal(rows["offset"], 0))
+            ours = conform(rows.filter(live_N), schema)
             # A run may have begun behind what neither lake nor topic held.
             live.seed(p, _in_position_order(ours), max(in_lake.at(p), first[p]))
     missing = {p for p, position in upto.items() if in_lake.at(p) < position}

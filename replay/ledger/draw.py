@@ -28,10 +28,20 @@ from headrace.contract.config import LedgerConfig
 from headrace.contract.formats.dead_letters import DeadLetter, Fate
 from headrace.contract.formats.events import Punctuation
 from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.sample import conform
 from headrace.contract.formats.steps import Step
 from headrace.contract.recipe import Recipe
 from headrace.replay.ledger.behind import oldest
-from headrace.replay.ledger.keys import KEYS, compare, covers, highest, sample_ids
+from headrace.replay.ledger.keys import (
+    JOINED,
+    KEYS,
+    compare,
+    covers,
+    highest,
+    in_order,
+    is_imported,
+    sample_ids,
+)
 from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
 from headrace.replay.ledger.taken import recipe_of_ranges, swapped, taken
 from headrace.stream.join.watermark import NO_TIME
@@ -70,7 +80,7 @@ class Found:
     topic: pa.Table
     """KEYS of the samples topic by the reader's rule: what is not beyond the last position is dropped."""
     lake: pa.Table
-    """KEYS of the lake, as many rows as it has."""
+    """KEYS of the lake, as many rows as it has but for imported history."""
     lake_positions: Positions
     steps: Sequence[Step]
     stored_keys: StoredKeysOfRun
@@ -86,6 +96,8 @@ class Found:
     """Ids of stored samples that no learner takes."""
     topic_begins: Positions = field(default_factory=lambda: Positions(0))
     """Where the samples topic begins whose first records retention took; what lay there before is not looked for."""
+    imported: pa.Table = field(default_factory=KEYS.empty_table)
+    """KEYS of the lake's rows of imported history."""
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     """By run, where it is known."""
 
@@ -109,6 +121,7 @@ def draw(expected: Expected, found: Found, *, recipe: Recipe, behind_max_ms: int
         found = replace(found, topic=pa.concat_tables([found.topic, forgotten.select(KEYS.names)]))
     _draw_topic(ledger, expected, found, ids_N)
     _draw_lake(ledger, expected, found, ids_N)
+    _draw_imported(ledger, found, ids_N)
     ours_N = _of_tasks(expected.samples, recipe)
     _draw_behind(ledger, expected, "lake", ~covers(expected.samples, found.lake_positions))
     _draw_behind(ledger, expected, "model", ours_N)
@@ -127,6 +140,7 @@ def finish(ledger: Ledger) -> Ledger:
         newest = list(ledger.models.values())[-1]
         for name in ("learnt", "refused", "sampled_out", "other_tasks", "in_flight", "unaccounted"):
             setattr(ledger, name, getattr(newest, name))
+        ledger.imported_due = newest.imported
         ledger.lost_where["model"] = sum(counts.lost for counts in ledger.models.values())
         ledger.twice_where["model"] = sum(counts.twice for counts in ledger.models.values())
     else:
@@ -156,7 +170,7 @@ def _closes(ledger: Ledger) -> bool:
     return (
         ledger.read == ledger.appended + ledger.dead_lettered + ledger.repeated
         and ledger.appended == ledger.impressions + ledger.feedback + ledger.external + ledger.repeated_in_log
-        and ledger.samples == settled + ledger.in_flight
+        and ledger.samples + ledger.imported_due == settled + ledger.in_flight
         and all(counts.closes() for counts in ledger.tasks.values())
         and all(counts.closes() for counts in ledger.models.values())
         and ledger.lost == ledger.twice == ledger.unaccounted == len(ledger.seals_wrong) == 0
@@ -227,6 +241,14 @@ def _draw_lake(ledger: Ledger, expected: Expected, found: Found, ids_N: pa.Array
     ledger.lost_where["lake"], ledger.twice_where["lake"] = lost - ledger.retained, twice
 
 
+def _draw_imported(ledger: Ledger, found: Found, ids_N: pa.Array) -> None:
+    """Draw imported history: nothing but the lake knows it; what is there twice, or live too, is twice."""
+    there = sample_ids(found.imported)
+    ledger.imported = len(there)
+    distinct = there.unique()
+    ledger.twice_where["lake"] += len(there) - len(distinct) + int(_is_in(distinct, ids_N).sum())
+
+
 def _draw_behind(ledger: Ledger, expected: Expected, where: str, left_N: npt.NDArray[np.bool_]) -> None:
     """Say how old the oldest sample is that has not got there; a later call for the same place stands."""
     if expected.newest_ms != NO_TIME:
@@ -240,20 +262,22 @@ def _draw_model(
     learn: bool [N]."""
     last = run[-1]
     recipe = found.recipes.get(last.run) or recipe_of_ranges(expected.samples, run, recipe)
-    read: dict[int, pa.Table | None] = {}
-
-    def stored_keys(version: int) -> pa.Table | None:
-        read[version] = found.stored_keys(version, recipe.heads, run)
-        return read[version]
-
-    ours_N = _of_tasks(expected.samples, recipe)
-    times_N = taken(expected.samples, ids_N, run, stored_keys)
+    versions = {r.version for step in run for r in step.ranges if r.kind == "stored"}
+    read = {version: found.stored_keys(version, recipe.heads, run) for version in sorted(versions)}
+    given = _given(read)
+    samples = pa.concat_tables([given, expected.samples.select(given.column_names)]).combine_chunks()
+    given_N = np.arange(samples.num_rows) < given.num_rows
+    ids_N = sample_ids(samples)
+    ours_N = _of_tasks(samples, recipe)
+    times_N = taken(samples, ids_N, run, read.__getitem__)
     # A live range passes samples of other tasks by and counts them in none of its rows.
     ours_taken = int(times_N[ours_N].sum())
-    covered_N = covers(expected.samples, Positions.from_json(found.lake_positions.generation, last.positions))
+    positions = Positions.from_json(found.lake_positions.generation, last.positions)
+    # Positions are told once the lake is learnt, with all that was imported.
+    covered_N = np.where(given_N, bool(positions.by_partition), covers(samples, positions))
     refused_N = ours_N & _is_in(ids_N, found.refused)
-    learnt_N = ours_N & ~refused_N & ~_left_out(expected.samples, recipe)
-    topic_N = _is_in(ids_N, sample_ids(found.topic))
+    learnt_N = ours_N & ~refused_N & ~_left_out(samples, recipe)
+    topic_N = given_N | _is_in(ids_N, sample_ids(found.topic))
     took_N = times_N > 0
     ranges = [r for step in run for r in step.ranges]
     named, unknown = sum(r.rows for r in ranges), {version for version, keys in read.items() if keys is None}
@@ -268,11 +292,22 @@ def _draw_model(
     counts.samples = int((took_N & ours_N).sum()) + counts.other_tasks + counts.in_flight
     if not unknown:
         counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, ours_taken - named)
+    counts.imported = int((given_N & ours_N).sum())
     counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - ours_taken)
     # As many, and not the same: at least one is missing, and one is there that should not be.
-    exchanged = swapped(expected.samples, ours_N, run, read)
+    exchanged = swapped(samples, ours_N, run, read)
     counts.lost, counts.twice = counts.lost + exchanged, counts.twice + exchanged
-    return counts, ours_N & ~took_N & ~covered_N
+    return counts, (ours_N & ~took_N & ~covered_N)[given.num_rows :]
+
+
+def _given(read: Mapping[int, pa.Table | None]) -> pa.Table:
+    """Return the rows of imported history, each once, in versions of the lake that a run learnt: JOINED, in order."""
+    found = [keys.filter(pa.array(is_imported(keys))) for keys in read.values() if keys is not None]
+    if not any(keys.num_rows for keys in found):
+        return JOINED.empty_table()
+    rows = in_order(conform(pa.concat_tables(found, promote_options="default"), JOINED)).combine_chunks()
+    first_N = np.unique(sample_ids(rows).dictionary_encode().indices.to_numpy(), return_index=True)[1]
+    return rows.take(pa.array(np.sort(first_N))).combine_chunks()
 
 
 def _of_tasks(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:

@@ -20,6 +20,7 @@ from itertools import combinations
 import msgspec
 
 from headrace.contract.config import Config
+from headrace.contract.errors import Unavailable
 from headrace.contract.formats.dead_letters import DeadLetter, Fate
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION, Punctuation
 from headrace.contract.formats.positions import START, Position, Positions
@@ -77,6 +78,7 @@ class SealedStock:
         }
         after.steps_offset = self._add_steps(runs, before.steps_offset)
         sealed, stored, retained_ms = self._lake()
+        imported = self._imported(None)
         # Before the topic's ends are asked: a state that is stored meanwhile has samples beyond them.
         joined = self._joined()
         topic = TopicSeals(self.reader, self.topics.samples)
@@ -85,7 +87,7 @@ class SealedStock:
         self._check_topic(topic, joined)
         watch = _Ages(topic, joined)
         _draw_lake(ledger, self.lake, topic, sealed, before, after)
-        _draw_stored(ledger, sealed, stored, retained_ms)
+        _draw_stored(ledger, sealed, whole(imported).count, stored, retained_ms)
         watch.draw(ledger, "lake", {p: seal.upto for p, seal in sealed.items()})
         watch.draw(ledger, "model", {})
         tasks = sorted(ledger.tasks)
@@ -94,11 +96,13 @@ class SealedStock:
             due = with_rows(due, place.seal.tasks)
         for name, totals in runs.items():
             known = before.runs.get(name)
-            found = _Run(self, ledger, topic, totals, known, _choices(heads.get(name), self.project, tasks), due)
+            given = self._given(totals) if imported else {}
+            choices = _choices(heads.get(name), self.project, tasks)
+            found = _Run(self, ledger, topic, totals, known, choices, due, given)
             ledger.models[name] = found.draw()
             after.runs[name] = KeptRun(totals=totals, heads=found.heads)
             # A run that stands at the end of what it learnt of the lake has not said yet how far that goes.
-            left = None if totals.positions else watch.count(found.heads) - totals.rows
+            left = None if totals.positions else watch.count(found.heads) + found.counts.imported - totals.rows
             watch.draw(ledger, "model", totals.upto(), left, found.heads)
         told, retried = letters()
         dead, fates = count_letters(ledger, told, retried, tags_of(self.project))
@@ -162,6 +166,22 @@ class SealedStock:
                     f"the lake has rows of partition {partition} that an older release stored without a seal"
                 )
         return sealed, stored, state.retained_before_ms
+
+    def _imported(self, version: int | None) -> Mapping[str, Seal]:
+        """Return the seals of imported history, by task."""
+        found, count = self.lake.imported([task.name for task in self.project.tasks], version)
+        if whole(found).count != count:
+            raise NotSealed("the lake has imported rows of tasks that the project does not declare any more")
+        return found
+
+    def _given(self, totals: RunTotals) -> Mapping[str, Seal]:
+        """Return the seals of what the versions of the lake that a run learnt had of imported history."""
+        try:
+            found = [self._imported(version) for version in totals.stored]
+        except Unavailable as error:
+            raise NotSealed(f"run {totals.run} learnt a version of the lake that is no more: {error}") from error
+        # A run learns one version; were there several, each would have all of the one before it.
+        return max(found, key=lambda seals: whole(seals).count, default={})
 
     def _joined(self) -> dict[int, Joined]:
         events = self.topics.events
@@ -256,10 +276,14 @@ def _reread_lake(
     return compare(due, sample_ids(due), sample_ids(there.filter(ours_N)), positions[1])
 
 
-def _draw_stored(ledger: Ledger, sealed: Mapping[int, PartitionSeal], stored: int, retained_ms: int) -> None:
+def _draw_stored(
+    ledger: Ledger, sealed: Mapping[int, PartitionSeal], imported: int, stored: int, retained_ms: int
+) -> None:
     """Count the rows that the lake's files have; what retention did not drop must be as many as were committed."""
-    committed = sum(each.seal.count for each in sealed.values())
-    ledger.stored = stored
+    committed = sum(each.seal.count for each in sealed.values()) + imported
+    # Imported history is the oldest: what retention dropped is taken to be of it first.
+    ledger.imported = max(0, imported - max(0, committed - stored))
+    ledger.stored = stored - ledger.imported
     if retained_ms and stored <= committed:
         ledger.retained = committed - stored
     elif stored != committed:
@@ -286,16 +310,19 @@ class _Run:
         known: KeptRun | None,
         choices: list[tuple[str, ...]],
         due: Mapping[str, Seal],
+        given: Mapping[str, Seal],
     ) -> None:
-        """`due`: what the topic has, by task."""
+        """`due`: what the topic has, by task; `given`: what the run was given of imported history."""
         self.stock, self.ledger, self.topic, self.totals, self.known = stock, ledger, topic, totals, known
         self.choices, self.heads, self.due = choices, choices[0], due
+        self.given = given
+        self.counts = ModelCounts()
 
     def draw(self) -> ModelCounts:
         totals = self.totals
         if totals.irregular:
             raise NotSealed(f"run {totals.run}: {totals.irregular}")
-        counts = ModelCounts(model=totals.model, run=totals.run, steps=totals.steps)
+        counts = self.counts = ModelCounts(model=totals.model, run=totals.run, steps=totals.steps)
         if self.known is not None and self.known.totals.number == totals.number:
             self.heads = self.known.heads
         elif totals.positions or not totals.stored:
@@ -305,13 +332,14 @@ class _Run:
         counts.sampled_out = totals.left_out
         ours = whole(self.due, self.heads).count
         counts.other_tasks = whole(self.due).count - ours
-        counts.in_flight = max(0, ours - totals.rows)
+        counts.imported = whole(self.given, self.heads).count
+        counts.in_flight = max(0, ours + counts.imported - totals.rows)
         counts.samples = totals.rows + counts.other_tasks + counts.in_flight
         return counts
 
     def _due(self, upto: Mapping[int, Position]) -> dict[str, Seal]:
         """Return the seals, by task, of what a run that has got to `upto` took."""
-        found: dict[str, Seal] = {}
+        found: dict[str, Seal] = dict(self.given)
         for partition, position in upto.items():
             begin = self.totals.begin(partition)
             if position > begin:

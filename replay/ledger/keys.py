@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.formats.events import decode_batch
-from headrace.contract.formats.positions import START, Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.positions import START, Position, Positions, imported, order_of, orders, position_of
 from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.formats.sample_record import Unreadable, read_samples
 from headrace.contract.interfaces.log import Record
@@ -80,6 +80,11 @@ def order(keys: pa.Table) -> npt.NDArray[np.int64]:
 def in_order(keys: pa.Table) -> pa.Table:
     """Return the rows by partition and position."""
     return keys.sort_by([("partition", "ascending"), ("offset", "ascending"), ("rank", "ascending")])
+
+
+def is_imported(keys: pa.Table) -> npt.NDArray[np.bool_]:
+    """Return which rows are of imported history: no log has them."""
+    return imported(keys["offset"].to_numpy())
 
 
 def covers(keys: pa.Table, positions: Positions) -> npt.NDArray[np.bool_]:

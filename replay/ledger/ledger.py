@@ -10,7 +10,7 @@ ROWS = (
     ("label", ("positives", "negatives", "waiting")),
     ("feedback", ("matched", "duplicate", "late", "orphans", "pending")),
     ("model", ("samples", "learnt", "refused", "sampled_out", "other_tasks", "in_flight")),
-    ("lake", ("stored", "retained")),
+    ("lake", ("stored", "imported", "retained")),
     ("verdict", ("lost", "twice")),
 )
 
@@ -52,6 +52,8 @@ class ModelCounts(msgspec.Struct, kw_only=True):
     """Samples of tasks that it does not learn."""
     in_flight: int = 0
     """Samples of its tasks that it has still to learn."""
+    imported: int = 0
+    """Of all these, those of imported history: what the versions of the lake that it began with have of its tasks."""
     lost: int = 0
     twice: int = 0
     unaccounted: int = 0
@@ -129,6 +131,10 @@ class Ledger(msgspec.Struct, kw_only=True):
     """Why seals could not tell, where the ledger was drawn from the log instead."""
     seals_wrong: list[str] = []
     """Seals that are not those of what was read: the ledger does not close."""
+    imported: int = 0
+    """Rows of imported history in the lake; `stored` is without them."""
+    imported_due: int = 0
+    """Of the newest run: its samples of imported history. With `samples` they are what it has or has still to learn."""
     retained: int = 0
     """Rows that were stored and that `lake.retention_ms` dropped since: no loss."""
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.contract.config import Config
 from headrace.contract.errors import InvariantBroken, Unavailable
@@ -32,7 +33,7 @@ from headrace.replay.ledger.from_seals import SealedStock, tags_of
 from headrace.replay.ledger.joined import read_joined, wrong_accounts
 from headrace.replay.ledger.kept import expected_of_kept
 from headrace.replay.ledger.kept_account import KeptAccount
-from headrace.replay.ledger.keys import KEYS, TIMED_KEYS, order, sample_keys
+from headrace.replay.ledger.keys import JOINED, KEYS, is_imported, order, sample_keys
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.refused import JUDGED, refused_ids
 from headrace.replay.ledger.rejoin import Noted, rejoin
@@ -44,6 +45,7 @@ from headrace.stream.stored_rules import stored_rules
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.commit.steps_archive import StepsArchive
 from headrace.trainer.identity import recipe_digest
+from headrace.trainer.source.pieces import StoredOrder
 from headrace.trainer.source.stored import stored_order
 
 logger = logging.getLogger("headrace.ledger")
@@ -135,7 +137,7 @@ def _from_log(
     """
     steps = _steps(project, topics, reader, blobs, topic_ids)
     state = lake.state()
-    stored = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
+    stored, imported = _in_lake(lake, state)
     topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
     manifests = read_manifests(reader, topics, project.name)
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
@@ -152,7 +154,6 @@ def _from_log(
         cuts = {partition: one.offset for partition, one in joined.items()}
         expected, punctuations = rejoin(began, config, events, cuts=cuts, noted=noted)
     letters = _letters(reader, topics)
-
     recipes = _recipes(project, steps, manifests)
     retained_before_ms = state.retained_before_ms if state is not None else 0
 
@@ -160,15 +161,16 @@ def _from_log(
         recipe = recipes.get(run[0].run) if run else None
         by = "event_time" if recipe is None else recipe.stored_order
         try:
-            return stored_order(lake.read(version, TIMED_KEYS.names), tasks, by).select(KEYS.names).cast(KEYS)
+            return stored_order(lake.read(version, JOINED.names), tasks, by).select(JOINED.names).cast(JOINED)
         except (Unavailable, InvariantBroken):
             # The version is beyond lake.history_ms, or retention dropped rows of it: the log has them still.
-            return stored_by_log(expected.samples, run, version, tasks, by=by, retained=retained_before_ms > 0)
+            return _stored_by_log(expected.samples, imported, run, version, tasks, by, retained_before_ms > 0)
 
     found = Found(
         topic=topic.select(KEYS.names),
         topic_begins=Positions(topics.generation, begins),
         lake=stored.select(KEYS.names),
+        imported=imported.select(KEYS.names),
         lake_positions=state.positions if state is not None else Positions(topics.generation),
         steps=steps,
         stored_keys=stored_keys,
@@ -177,15 +179,22 @@ def _from_log(
         punctuations=punctuations,
         retried=superseded(letters, marks),
         retained_before_ms=retained_before_ms,
-        refused=refused_ids(pa.concat_tables([stored, topic]), project.features, project.recipe),
+        refused=refused_ids(pa.concat_tables([stored, imported, topic]), project.features, project.recipe),
         recipes=recipes,
     )
     ledger = draw(expected, found, recipe=project.recipe, behind_max_ms=config.ledger.behind_max_ms)
     ledger.events_begin = trimmed
     ledger.seals_wrong = wrong_accounts(joined, noted, expected.samples)
     if blobs is not None and state is not None and not retained_before_ms:
-        ledger.seals_wrong += _wrong_lake(lake, state, stored)
+        ledger.seals_wrong += [*_wrong_lake(lake, state, stored), *_wrong_import(lake, state, imported)]
     return finish(ledger)
+
+
+def _in_lake(lake: LakeReader, state: LakeState | None) -> tuple[pa.Table, pa.Table]:
+    """Return JUDGED of the lake's rows: of those that the sink stored, and of imported history."""
+    rows = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
+    imported_N = pa.array(is_imported(rows))
+    return rows.filter(pc.invert(imported_N)), rows.filter(imported_N)
 
 
 def _steps(
@@ -212,6 +221,39 @@ def _wrong_lake(lake: LakeReader, state: LakeState, stored: pa.Table) -> list[st
                     f"lake, partition {partition} up to {tuple(sealed.upto)}: its seal is not that of its rows"
                 )
     return wrong
+
+
+def _wrong_import(lake: LakeReader, state: LakeState, imported: pa.Table) -> list[str]:
+    """Say of which tasks the lake's seal is not that of its imported rows."""
+    there = seal_of(imported)
+    told, count = lake.imported(there, state.version)
+    wrong = [
+        f"lake, imported history, task {task!r}: its seal is not that of its rows"
+        for task in sorted(there)
+        if told.get(task) != there[task]
+    ]
+    if not wrong and count != imported.num_rows:
+        wrong.append(f"lake, imported history: {count:,} rows were committed and {imported.num_rows:,} are there")
+    return wrong
+
+
+def _stored_by_log(
+    samples: pa.Table,
+    imported: pa.Table,
+    run: Sequence[Step],
+    version: int,
+    tasks: tuple[str, ...],
+    by: StoredOrder,
+    retained: bool,
+) -> pa.Table | None:
+    """Return what `stored_by_log` finds: without the lake's imported rows, or with them where only so it has as many
+    rows as the run took."""
+    rows = max((r.stop for step in run for r in step.ranges if r.kind == "stored" and r.version == version), default=0)
+    found = stored_by_log(samples, run, version, tasks, by=by, retained=retained)
+    if found is None or found.num_rows == rows or not imported.num_rows:
+        return found
+    both = pa.concat_tables([imported.select(JOINED.names), samples])
+    return stored_by_log(both, run, version, tasks, by=by, retained=retained)
 
 
 def _recipes(project: Project, steps: Sequence[Step], manifests: Sequence[Manifest]) -> dict[str, Recipe]:

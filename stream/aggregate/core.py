@@ -11,6 +11,7 @@ dropped counts no more, is settled while its windows empty, and then is gone. Ot
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ from headrace.stream.join.record_columns import checked
 from headrace.stream.join.watermark import Watermark
 
 VERSION = 3
+_NEVER = 2**62
 NOT_YET, ENDED = -1, -2
 """Instead of a grid point: the partition does not count for a counter yet, or no more."""
 
@@ -190,16 +192,28 @@ class AggregatorState:
             return []
         settled: list[Settled] = []
         grid = self.settled_ms // self.grid_ms + 1 if self.settled_ms >= 0 else top
-        # After a silence only points at which something can change are worth a visit: rows, or a bucket's end.
+        points = sorted({at for staged in self.staged for at in staged})
+        first = grid
         while grid <= top:
-            settled += self._settle_at(grid)
-            grid += 1
-            if grid < top and not any(self.staged) and not any(c.rows for c in self.counters.values()):
-                grid = top
+            settled += self._settle_at(grid, is_first=grid == first)
+            grid = max(grid + 1, min(top, self._following(grid, points)))
         self.settled_ms = max(self.settled_ms, top * self.grid_ms)
         return settled
 
-    def _settle_at(self, grid: int) -> list[Settled]:
+    def _following(self, grid: int, points: Sequence[int]) -> int:
+        """Return the next point at which something can change: rows (at `points`, in order), a bucket's end, or the
+        first point of a counter that is new."""
+        place = bisect_right(points, grid)
+        changes = list(points[place : place + 1])
+        for index, state in self.counters.items():
+            if state.rows:
+                end_ms = (grid * self.grid_ms // state.width_ms + 1) * state.width_ms
+                changes.append(-(-end_ms // self.grid_ms))
+            if index not in self._live and NOT_YET not in self._begins[index]:
+                changes.append(max(grid + 1, *self._begins[index]))
+        return min(changes, default=_NEVER)
+
+    def _settle_at(self, grid: int, *, is_first: bool) -> list[Settled]:
         as_of_ms = grid * self.grid_ms
         changed: dict[int, set[str]] = {index: set() for index in self.counters}
         for index, state in self.counters.items():
@@ -208,7 +222,8 @@ class AggregatorState:
             for bucket in range(max(before, left - 2 * state.counter.buckets) + 1, left + 1):
                 changed[index] |= state.keys_of(bucket)
         for staged in self.staged:
-            for at in [at for at in staged if at <= grid]:
+            # Points are visited in order; before the first one of a call there may be rows of earlier ones.
+            for at in [at for at in staged if at <= grid] if is_first else [grid] * (grid in staged):
                 for index, key, entry, time_ms, amount in staged.pop(at):
                     self.counters[index].add(key, entry, time_ms, amount)
                     changed[index].add(key)

@@ -10,6 +10,7 @@ One commit holds the files, and, as Delta application transactions, where each p
 | `topic-g<generation>` | which `samples` topic the offsets are of: 63 bits of a hash of its id, where known |
 | `retained` | hours since 1970 before which retention has dropped rows |
 | `sealed-...` | how many rows a partition has and the sum of their ids' hashes: `headrace.backends.lake.lake_seals` |
+| `imported-...` | history that was not logged here: `headrace.backends.lake.imports` |
 
 Transactions survive compaction and the checkpoints of Delta's own log, so a writer that restarts asks the table alone.
 
@@ -32,9 +33,8 @@ stays as it is: it is read and written, and retention leaves it alone, since its
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from headrace.backends.lake.fsync import OnDisk
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hours_in, with_hours, write_hours
 from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
+from headrace.backends.lake.lake_state import LakeState, imported_seals, imported_upto, state_of_lease
 from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import count_rows, least_positions, partition_columns, span_of
 from headrace.backends.lake.properties import number_of, properties
@@ -55,7 +56,7 @@ from headrace.backends.lake.version_files import PLACE, VersionFiles
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken, Unavailable, disk_remedy
 from headrace.contract.formats.positions import START, Position, Positions, order_of, position_of
-from headrace.contract.formats.seals import PartitionSeal
+from headrace.contract.formats.seals import PartitionSeal, Seal
 from headrace.contract.interfaces.lake import LakeLayout, SpanMs, StoredSpan
 
 logger = logging.getLogger("headrace.lake")
@@ -70,19 +71,6 @@ RETAINED_ID = "retained"
 HOURS_AT_ONCE = 64
 # Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
 STEPS_MAX = 15
-
-
-@dataclass(frozen=True)
-class LakeState:
-    """What one version of the lake holds."""
-
-    version: int
-    positions: Positions
-    """Everything at or below these is in the lake."""
-    next_offsets: Mapping[int, int]
-    """The `samples` offsets to go on from."""
-    retained_before_ms: int = 0
-    """Rows of event time before this were dropped by retention; of hours after it, none was."""
 
 
 class DeltaLake:
@@ -129,22 +117,30 @@ class DeltaLake:
         Raises `Unavailable` when the store does not answer or another writer was first: ask `state` and go on from
         there, since the commit may have happened all the same.
         """
-        rows = pa.Table.from_batches(batches)
+        rows, sealed = pa.Table.from_batches(batches), dict[int, PartitionSeal]()
+
+        def marks_of(table: Any) -> list[Transaction]:
+            self._refuse_repeats(table, rows, next_offsets, positions)
+            of = partial(next_seals, table, rows, positions, stood=partial(self._position_of, table))
+            sealed.update(of(mine=self._sealed, hash_ids=self._hash_ids, generation=self.generation))
+            return [*self._transactions(next_offsets, positions), *transactions(sealed, self.generation)]
+
+        version = self.commit(rows, marks_of)
+        self._sealed |= sealed
+        return version
+
+    def commit(self, rows: pa.Table, marks_of: Callable[[Any], list[Transaction]]) -> int:
+        """Commit rows, and with them what `marks_of` says of the newest table (None: there is none), all or nothing;
+        return the new version. Raises as `append`, and what `marks_of` raises: nothing is committed then."""
         try:
             if "://" not in self.uri:
                 Path(self.uri).mkdir(parents=True, exist_ok=True)
             table = self._newest_for_writing()
             before = -1 if table is None else int(table.version())
             self._disk.settle(self.uri, before)
-            self._refuse_repeats(table, rows, next_offsets, positions)
+            commit = CommitProperties(app_transactions=marks_of(table), max_commit_retries=STEPS_MAX)
             parted = "event_time_ms" in rows.column_names if table is None else bool(partition_columns(table))
             stored = with_hours(rows) if parted else rows
-            stood, hash_ids = partial(self._position_of, table), self._hash_ids
-            sealed = next_seals(
-                table, rows, positions, stood=stood, mine=self._sealed, hash_ids=hash_ids, generation=self.generation
-            )
-            marks = [*self._transactions(next_offsets, positions), *transactions(sealed, self.generation)]
-            commit = CommitProperties(app_transactions=marks, max_commit_retries=STEPS_MAX)
             if parted and hours_in(stored) > HOURS_AT_ONCE:
                 table = self._append_hours(table, stored, commit)
             else:
@@ -152,7 +148,6 @@ class DeltaLake:
                 table = self._newest_for_writing() if table is None else table
             if table is not None:
                 self.put_on_disk(before, int(table.version()))
-            self._sealed |= sealed
         except (DeltaError, CommitFailedError, OSError) as error:
             self._writer = None
             told = f"the lake at {self.uri} did not take a commit: {error}; {disk_remedy(error)}."
@@ -179,8 +174,7 @@ class DeltaLake:
             lease = self.leases.of_version(version, self.generation) if self.leases and version is not None else None
             if lease is None:
                 raise
-            offsets = {int(p): offset for p, offset in lease.next_offsets.items()}
-            return LakeState(lease.version, Positions.from_json(self.generation, lease.positions), offsets)
+            return state_of_lease(lease)
         if table is None:
             return None
         self._check_topic(table)
@@ -195,6 +189,11 @@ class DeltaLake:
         if table is None:
             return {}, 0
         return stored_seals(table, self.generation, self.partitions), count_rows(table)
+
+    def imported(self, tasks: Iterable[str], version: int | None = None) -> tuple[dict[str, Seal], int]:
+        """Return the seals of a version's imported rows of these tasks, and how many of all. Raises `Unavailable`."""
+        table = self.open(version)
+        return ({}, 0) if table is None else imported_seals(table, tasks, self.generation)
 
     def read(
         self,
@@ -281,6 +280,7 @@ class DeltaLake:
             rows=self._count_of(version),
             positions=state.positions.to_json(),
             next_offsets={str(p): offset for p, offset in state.next_offsets.items()},
+            imported_upto=state.imported_upto,
         )
 
     def let_go(self, holder: str) -> None:
@@ -402,7 +402,8 @@ class DeltaLake:
             if position > START:
                 positions[partition] = position
         retained_ms = (table.transaction_version(RETAINED_ID) or 0) * HOUR_MS
-        return LakeState(table.version(), Positions(self.generation, positions), offsets, retained_ms)
+        upto = imported_upto(table, self.generation)
+        return LakeState(table.version(), Positions(self.generation, positions), offsets, retained_ms, upto)
 
     def _position_of(self, table: Any, partition: int) -> Position:
         order = table.transaction_version(self._position_id(partition))
@@ -441,7 +442,7 @@ class DeltaLake:
         state, newest = self.state(version), self.open()
         if state is None or newest is None:
             raise _unreadable(self.uri, cause) from cause
-        found = VersionFiles(newest, state.positions)
+        found = VersionFiles(newest, state.positions, state.imported_upto)
         if not set(PLACE) <= set(found.columns):
             raise _unreadable(self.uri, cause) from cause
         try:

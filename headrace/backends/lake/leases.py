@@ -29,6 +29,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """How many rows the version holds."""
     positions: dict[str, list[int]]
     next_offsets: dict[str, int]
+    imported_upto: int = -(1 << 62) - 1
+    """As that of `LakeState`."""
 
 
 class Leases:
@@ -46,6 +48,7 @@ class Leases:
         rows: int,
         positions: dict[str, list[int]],
         next_offsets: dict[str, int],
+        imported_upto: int,
     ) -> Lease:
         """Store a lease that ends in `lease.lease_ms`. Raises `Unavailable`."""
         if not holder or "/" in holder or holder.startswith("."):
@@ -58,6 +61,7 @@ class Leases:
             rows=rows,
             positions=positions,
             next_offsets=next_offsets,
+            imported_upto=imported_upto,
         )
         self._blobs.put(f"{self._folder}/{holder}", msgspec.json.encode(lease))
         return lease

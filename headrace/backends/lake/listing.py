@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.backends.lake.hour_files import DATE, HOUR, hour_ms
+from headrace.backends.lake.lake_state import NOTHING_IMPORTED
 from headrace.contract.errors import ConfigRejected
-from headrace.contract.formats.positions import Position, Positions, order_of, orders, position_of
+from headrace.contract.formats.positions import Position, Positions, imported, order_of, orders, position_of
 from headrace.contract.interfaces.lake import SpanMs
 
 
@@ -54,13 +55,16 @@ def _orders(rows: pa.Table | pa.RecordBatch) -> npt.NDArray[np.int64]:
     return orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
 
 
-def contained(rows: pa.Table | pa.RecordBatch, positions: Positions) -> npt.NDArray[np.bool_]:
-    """Say of each row whether `positions` contain it: bool [N]."""
+def contained(
+    rows: pa.Table | pa.RecordBatch, positions: Positions, imported_upto: int = NOTHING_IMPORTED
+) -> npt.NDArray[np.bool_]:
+    """Say of each row whether `positions`, or the import up to an order, contain it: bool [N]."""
     part_N, order_N = rows["partition"].to_numpy(), _orders(rows)
     kept_N = np.zeros(len(part_N), np.bool_)
     for partition, position in positions.by_partition.items():
         kept_N |= (part_N == partition) & (order_N <= order_of(position))
-    return kept_N
+    found_N: npt.NDArray[np.bool_] = np.where(imported(rows["offset"].to_numpy()), order_N <= imported_upto, kept_N)
+    return found_N
 
 
 def refuse_unknown(table: Any, columns: Sequence[str]) -> None:

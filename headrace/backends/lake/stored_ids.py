@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake.exceptions import DeltaError
 
-from headrace.backends.lake.delta import DeltaLake, LakeState
+from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.lake.lake_state import LakeState
 from headrace.backends.lake.version_files import VersionFiles
 from headrace.contract.errors import Unavailable
 

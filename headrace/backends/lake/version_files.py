@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, ROW_GROUP_ROWS, hours_of_files, local_store, store_of
+from headrace.backends.lake.lake_state import NOTHING_IMPORTED
 from headrace.backends.lake.listing import columns_of, contained, files, partition_columns, refuse_unknown
 from headrace.contract.formats.positions import Positions
 from headrace.contract.interfaces.lake import SpanMs, StoredHour
@@ -48,10 +49,11 @@ class VersionFiles:
     Args:
         table: an open Delta table.
         up_to: of its rows only those at or below these positions: an older version's, whose files are gone.
+        imported_upto: and of imported rows those up to this order.
     """
 
-    def __init__(self, table: Any, up_to: Positions | None = None) -> None:
-        self.table, self.up_to = table, up_to
+    def __init__(self, table: Any, up_to: Positions | None = None, imported_upto: int = NOTHING_IMPORTED) -> None:
+        self.table, self.up_to, self._imported_upto = table, up_to, imported_upto
         self.version = int(table.version())
         self.columns = columns_of(table)
         """Names of the columns, but for those of its partitions."""
@@ -124,7 +126,7 @@ class VersionFiles:
         for batch in scanner.to_batches():
             moved()
             if self.up_to is not None:
-                batch = batch.filter(pa.array(contained(batch, self.up_to))).select(list(columns))
+                batch = batch.filter(pa.array(contained(batch, self.up_to, self._imported_upto))).select(list(columns))
             yield batch
 
     def _files_in(self, span_ms: SpanMs) -> Int64s:

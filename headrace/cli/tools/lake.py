@@ -8,7 +8,9 @@
   archive   from where to where events are archived, and what waits
   read      rows of a version (--version N), of a time (--at TIME), of a day (--day DATE)
   export    labelled samples for training elsewhere, point-in-time correct: one row an impression, as Parquet
+  import    history that was not logged here: Parquet, CSV or Delta, through the same checks, join and features
 
+    headrace lake import history.toml --dry-run
     headrace lake export --from 2026-11-25T01:00Z --to 2026-11-25T09:00Z --to-parquet DIR
 
 All may run beside sinks, trainers and each other; killed, they are run again. `read` shows a few rows as stored, or
@@ -31,6 +33,7 @@ import msgspec
 from headrace.cli.runtime import Runtime, add_common, open_runtime
 from headrace.cli.tools.lake_archive import show_archive
 from headrace.cli.tools.lake_export import add_export_arguments, export
+from headrace.cli.tools.lake_import import add_import_arguments, import_history
 from headrace.process.call_watch import LAKE_MAX_S
 
 if TYPE_CHECKING:
@@ -46,7 +49,9 @@ KEEP_MAX_S = 21_600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's flags."""
     actions = parser.add_subparsers(
-        dest="action", metavar="compact|retain|vacuum|upkeep|history|archive|read|export", required=True
+        dest="action",
+        metavar="compact|retain|vacuum|upkeep|history|archive|read|export|import",
+        required=True,
     )
     compact = actions.add_parser("compact", help="small files of an hour into one")
     compact.add_argument("--files", type=int, metavar="N", help="hours of at least N small files (lake.compact_files)")
@@ -69,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--out", type=Path, metavar="FILE", help="write .parquet, .arrow, .csv or .jsonl")
     exporting = actions.add_parser("export", help="labelled samples of a time range as Parquet files")
     add_export_arguments(exporting)
-    for each in (compact, retain, vacuum, upkeep, history, archived, read, exporting):
+    importing = actions.add_parser("import", help="history that was not logged here, into the lake")
+    add_import_arguments(importing)
+    for each in (compact, retain, vacuum, upkeep, history, archived, read, exporting, importing):
         each.add_argument("--json", action="store_true", help="print JSON, one object a line")
         add_common(each)
 
@@ -86,6 +93,8 @@ def main(args: argparse.Namespace) -> int:
         return _read(runtime, args)
     if args.action == "export":
         return export(runtime, args)
+    if args.action == "import":
+        return import_history(runtime, args)
     return _keep(runtime, args)
 
 

@@ -56,8 +56,8 @@ def export(runtime: Runtime, args: argparse.Namespace) -> int:
 
     # What the lake logs is kept quiet, how far it is not.
     logger.setLevel(logging.INFO)
-    begin_ms = _time_ms("--from", args.begin)
-    as_of_ms = None if args.as_of is None else _time_ms("--as-of", args.as_of)
+    begin_ms = time_ms("--from", args.begin)
+    as_of_ms = None if args.as_of is None else time_ms("--as-of", args.as_of)
     lake, began_s = runtime.lake(), runtime.clock.monotonic()
     version = _version_at(lake, as_of_ms) if args.version is None else args.version
     final_ms = _final_ms(runtime, lake, version, _names(args.tasks))
@@ -97,7 +97,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _time_ms(flag: str, text: str) -> int:
+def time_ms(flag: str, text: str) -> int:
     """Read a time; say so where it names no zone."""
     from headrace.backends.lake.export import has_zone, parse_at
 
@@ -137,7 +137,7 @@ def _end_ms(text: str, begin_ms: int, final_ms: int | None, version: int) -> int
             )
         print(f"--to {SETTLED}: labels are final up to {iso(final_ms)}.", file=sys.stderr)
         return final_ms
-    end_ms = _time_ms("--to", text)
+    end_ms = time_ms("--to", text)
     if final_ms is None or end_ms > final_ms:
         upto = "not known to be final" if final_ms is None else f"final up to {iso(final_ms)}"
         of_later = "" if final_ms is None else " of later ones"

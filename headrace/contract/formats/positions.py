@@ -23,14 +23,20 @@ class Position(NamedTuple):
 
 START = Position(-1, -1)
 
+IMPORTED_FROM, IMPORTED_TO = -(1 << 38), -2
+"""Offsets of imported history, which no log has: the first of all, and the last that there may be. They precede
+`START`, so every effect that says up to where it goes says that they lie before it."""
+
 RANK_BITS = 24
 RANKS_MAX = 1 << RANK_BITS
 """Most samples that one record can resolve: 16.8 million, so that a position fits in one number (`order_of`)."""
 
 
 def order_of(position: Position | tuple[int, int]) -> int:
-    """Return one number that sorts as positions do; an offset is below 2^39.
+    """Return one number that sorts as positions do; an offset is below 2^39, and -2^38 at least.
 
+    >>> order_of(Position(IMPORTED_FROM, 0)) < order_of(Position(IMPORTED_TO, 5)) < order_of(START)
+    True
     >>> order_of(START) < order_of(Position(0, 0)) < order_of(Position(0, 9)) < order_of(Position(1, 0))
     True
     """
@@ -50,6 +56,12 @@ def orders(offset_N: npt.NDArray[np.int64], rank_N: npt.NDArray[np.int32]) -> np
     """Return `order_of` each position: int64 [N]."""
     order_N: npt.NDArray[np.int64] = (offset_N << RANK_BITS) + rank_N
     return order_N
+
+
+def imported(offset_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return which samples, by their offsets, are of imported history: bool [N]."""
+    imported_N: npt.NDArray[np.bool_] = offset_N <= IMPORTED_TO
+    return imported_N
 
 
 class Positions(msgspec.Struct, frozen=True):

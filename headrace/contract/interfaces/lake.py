@@ -5,13 +5,13 @@ The Delta table on files, CephFS, HDFS and S3 implements it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
 from headrace.contract.formats.positions import Position, Positions
-from headrace.contract.formats.seals import PartitionSeal
+from headrace.contract.formats.seals import PartitionSeal, Seal
 
 SpanMs = tuple[int, int]
 """Event times from the first, which is in it, to the second, which is not. Unix ms."""
@@ -59,6 +59,10 @@ class LakeState(Protocol):
     def retained_before_ms(self) -> int:
         """Rows of an earlier event time may have been dropped by retention; 0 where none was."""
 
+    @property
+    def imported_upto(self) -> int:
+        """The order (`order_of`) of the last imported row; -2^62 - 1 where history was never imported."""
+
 
 class LakeReader(Protocol):
     """The stored samples, as training, replay and the ledger read them."""
@@ -80,6 +84,10 @@ class LakeReader(Protocol):
 
     def seals(self) -> tuple[Mapping[int, PartitionSeal], int]:
         """Return the newest version's seal of each partition that has one, and how many rows the version holds."""
+
+    def imported(self, tasks: Iterable[str], version: int | None = None) -> tuple[Mapping[str, Seal], int]:
+        """Return how many imported rows a version (the newest by default) was given of each of these tasks that has
+        some, with the sum of their ids' hashes, and how many rows of all tasks."""
 
     def hold(self, version: int, holder: str) -> None:
         """Lease the version: its files stay until the lease is given back or ends."""
