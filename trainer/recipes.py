@@ -32,6 +32,8 @@ from headrace.contract.recipe import Recipe
 LIVE: dict[str, Any] = {
     "standardize": True,
     "wait_for_negative": True,
+    "ordered_from_ms": 1,
+    "provisional": True,
     "stored_order": "position",
     "delayed": "taken_back",
 }
