@@ -137,7 +137,10 @@ def uncalibrated(recipe: Recipe, tasks: Sequence[Task]) -> dict[str, Any]:
     What a recipe does in another way, such as `delayed`, is not among them.
     """
     own = [task for task in tasks if task.name in recipe.heads]
+    windows = any(task.policy == "window" for task in own)
     needless = {
+        "ordered_from_ms": not windows,
+        "provisional": not windows,
         "delayed": not any(task.policy == "eager" or task.correct_ms for task in own),
         "dense_average": recipe.calibrate,
     }

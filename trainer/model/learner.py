@@ -215,6 +215,8 @@ class TableLearner:
         dense = self.net.dense() if self._average is None else self._average.means()
         if self._moments is not None:
             dense |= self._moments.dense()
+            if self._provisional is not None and self.recipe.model != "module":
+                self._provisional.take_off(dense, self.table)
         if self._platt is not None:
             dense[PLATT] = self._platt.weights_2T.copy()
         return dense
@@ -241,7 +243,7 @@ class TableLearner:
         report = self._learn_now(taken.batch, place_M, so_far)
         if self._provisional is None:
             return report
-        moved_K = self._provisional.move(waiting, freed)
+        moved_K = self._provisional.move(waiting, freed, self._held.batch)
         return replace(report, touched_K=np.concatenate([report.touched_K, moved_K]))
 
     def _learn_now(self, part: Batch, place_M: Int64s, so_far: StepReport) -> StepReport:

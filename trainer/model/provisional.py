@@ -9,10 +9,13 @@ where m positives wait that have the id, and s is the sum of squares in the id's
 That is about the step that one of them makes. It is never more than `lr_table`, and next to nothing for an id that was
 learnt often: without the negatives of the same time, many positives tell which ids are common, not which are good.
 
-What is learnt never sees it, so that it cannot add up, and it goes when the positive is learnt. It follows from what
-waits and from the rows: it is no part of a model's state, and equal states give equal bits.
+What that adds to the log-odds on average is taken off again (`take_off`), so that the mean of what is said stays. The
+average is over the newest of those that wait, of what the others add to each.
 
-Axes: B samples, F slots, K keys, V values of a row, T tasks.
+What is learnt never sees any of it, so that it cannot add up, and it goes when the positive is learnt. It follows from
+what waits and from the rows: it is no part of a model's state, and equal states give equal bits.
+
+Axes: B samples, F slots, N = B * F, K keys, C linear weights of a row, V values of a row, T tasks.
 """
 
 from __future__ import annotations
@@ -25,10 +28,15 @@ from headrace.contract.recipe import Recipe
 from headrace.contract.spec import PAD
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.held import HELD_MAX
-from headrace.trainer.model.objectives import HUBER, SQUARED, kinds_of
+from headrace.trainer.model.moments import TARGETS
+from headrace.trainer.model.objectives import HUBER, SQUARED, TWEEDIE, WEIGHTED, kinds_of
 from headrace.trainer.model.scoring import Float32s
 from headrace.trainer.model.tables.row_index import HEADER_WORDS, RowIndex
 from headrace.trainer.model.tables.table import Int64s
+
+
+NEWEST = 128
+"""Samples that wait, over which the average is taken."""
 
 
 class Rows(Protocol):
@@ -54,6 +62,8 @@ class Provisional:
         # Twice what can wait: a batch is added before those that it frees are taken off.
         self._rows_max = 2 * HELD_MAX * max(slots, 1)
         self._index = RowIndex(words=self._columns, rows_max=self._rows_max)
+        self._kind_T = kinds_of(recipe)
+        self._newest: Batch | None = None
 
     def __len__(self) -> int:
         """Return how many ids are felt."""
@@ -63,9 +73,15 @@ class Provisional:
         """Begin anew with what waits."""
         self._index = RowIndex(words=self._columns, rows_max=self._rows_max)
         self._add(waiting)
+        self._keep_newest(waiting)
 
-    def move(self, waiting: Batch, freed: Batch) -> Int64s:
-        """Take in what waits from now on and what waits no longer; return the keys whose values changed."""
+    def move(self, waiting: Batch, freed: Batch, held: Batch) -> Int64s:
+        """Take in what waits from now on and what waits no longer; return the keys whose values changed.
+
+        Args:
+            held: all that waits then, in the order in which it came.
+        """
+        self._keep_newest(held)
         changed = [self._add(waiting), self._drop(freed)]
         return np.unique(np.concatenate(changed))
 
@@ -79,18 +95,47 @@ class Provisional:
             return
         at_K = self._index.find(keys_K)
         here_K = np.flatnonzero(at_K >= 0)
-        if len(here_K):
-            count_KC = self._counts[at_K[here_K]].astype(np.float32)
-            step_K1 = (self._lr / np.sqrt(rows.squares(keys_K[here_K]) + np.float32(1)))[:, None]
-            values_KV[here_K, : self._columns] += step_K1 * np.sqrt(count_KC / (count_KC + np.float32(1)))
+        values_KV[here_K, : self._columns] += self._raised(keys_K[here_K], self._counts[at_K[here_K]], rows)
+
+    def take_off(self, dense: dict[str, Float32s], rows: Rows) -> None:
+        """Take off, in place of the copies in `dense`, what is added to each task's log-odds, or z, on average."""
+        mean_T, targets_2T = self._mean(rows), dense[TARGETS]
+        if "mix" in dense:
+            mean_T = mean_T * dense["mix"][0]
+        grown_T = np.isin(self._kind_T, (WEIGHTED, TWEEDIE))
+        targets_2T[0] = np.where(grown_T, targets_2T[0] * np.exp(-mean_T), targets_2T[0] - mean_T * targets_2T[1])
 
     def sums(self, slots_BF: Int64s, rows: Rows) -> Float32s:
-        """Return what is added to the log-odds of samples of a linear model of one task: float32 [B]."""
+        """Return what is added to the log-odds of samples of a linear model of one task, the average taken off: float32
+        [B]."""
         keys_N = np.ascontiguousarray(slots_BF).reshape(-1)
-        out_N1 = np.zeros((len(keys_N), self._columns), np.float32)
-        self.put_on(keys_N, out_N1, rows)
-        out_B: Float32s = out_N1[:, 0].reshape(slots_BF.shape).sum(axis=1)
+        out_NC = np.zeros((len(keys_N), self._columns), np.float32)
+        self.put_on(keys_N, out_NC, rows)
+        out_B: Float32s = out_NC[:, 0].reshape(slots_BF.shape).sum(axis=1) - self._mean(rows)[0]
         return out_B
+
+    def _mean(self, rows: Rows) -> Float32s:
+        """Return what the others add to one of the newest that wait, on average: float32 [T]."""
+        newest = self._newest
+        if newest is None or not len(newest):
+            return np.zeros(len(self._column_T), np.float32)
+        keys_N, column_N = self._ids(newest)
+        count_NC = self._counts[self._index.find(keys_N)]
+        count_NC[np.arange(len(keys_N)), column_N] -= 1
+        mean_C = self._raised(keys_N, count_NC, rows).sum(axis=0) / np.float32(len(newest))
+        mean_T: Float32s = mean_C[self._column_T]
+        return mean_T
+
+    def _raised(self, keys_K: Int64s, count_KC: Int64s, rows: Rows) -> Float32s:
+        """Return what so many positives add to the linear weights of ids: float32 [K, C]."""
+        step_K = self._lr / np.sqrt(rows.squares(keys_K) + np.float32(1))
+        count_KC = count_KC.astype(np.float32)
+        out_KC: Float32s = step_K[:, None] * np.sqrt(count_KC / (count_KC + np.float32(1)))
+        return out_KC
+
+    def _keep_newest(self, held: Batch) -> None:
+        newest = held.rows(np.arange(max(len(held) - NEWEST, 0), len(held)))
+        self._newest = newest.where(self._is_felt_T[newest.task_B])
 
     @property
     def _counts(self) -> Int64s:
