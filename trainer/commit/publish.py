@@ -69,6 +69,8 @@ class Publisher:
     """Is called, in the writing thread, whenever the upload goes on."""
     kept: frozenset[str] = frozenset()
     """Snapshots of other runs that stay: `named_blobs`."""
+    checkpointed: Callable[[int], None] = lambda _: None
+    """Is called, in the writing thread, with the `steps_offset` of a checkpoint that was stored."""
 
     def __post_init__(self) -> None:
         self._chain, self._base, self._seq = "", "", 0
@@ -244,6 +246,8 @@ class Publisher:
         except (Overloaded, Unavailable, OSError) as error:
             logger.warning("checkpoint at step %d was not written; learning goes on: %s", checkpoint.meta.step, error)
             self.metrics.add("errors_total", kind="checkpoint")
+            return
+        self.checkpointed(checkpoint.meta.steps_offset)
 
     def _start(self, write: Callable[..., None], *what: object) -> None:
         if not self.background:
