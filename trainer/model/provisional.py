@@ -1,7 +1,7 @@
 """What positives do to scores while they wait for the negatives of their time (`held`). NumPy, pure.
 
-A positive that waits is felt at once, though it is not learnt yet: the linear weight of each of its ids is served higher
-by
+A positive that waits is felt at once, though it is not learnt yet: the linear weight of each of its ids is served
+higher by
 
     lr sqrt(m / (m + 1)) / sqrt(s + 1)
 
@@ -31,9 +31,8 @@ from headrace.trainer.model.held import HELD_MAX
 from headrace.trainer.model.moments import TARGETS
 from headrace.trainer.model.objectives import HUBER, SQUARED, TWEEDIE, WEIGHTED, kinds_of
 from headrace.trainer.model.scoring import Float32s
-from headrace.trainer.model.tables.row_index import HEADER_WORDS, RowIndex
+from headrace.trainer.model.tables.row_index import HEADER_WORDS, Int32s, RowIndex
 from headrace.trainer.model.tables.table import Int64s
-
 
 NEWEST = 128
 """Samples that wait, over which the average is taken."""
@@ -126,11 +125,11 @@ class Provisional:
         mean_T: Float32s = mean_C[self._column_T]
         return mean_T
 
-    def _raised(self, keys_K: Int64s, count_KC: Int64s, rows: Rows) -> Float32s:
+    def _raised(self, keys_K: Int64s, count_KC: Int32s, rows: Rows) -> Float32s:
         """Return what so many positives add to the linear weights of ids: float32 [K, C]."""
         step_K = self._lr / np.sqrt(rows.squares(keys_K) + np.float32(1))
-        count_KC = count_KC.astype(np.float32)
-        out_KC: Float32s = step_K[:, None] * np.sqrt(count_KC / (count_KC + np.float32(1)))
+        waiting_KC = count_KC.astype(np.float32)
+        out_KC: Float32s = step_K[:, None] * np.sqrt(waiting_KC / (waiting_KC + np.float32(1)))
         return out_KC
 
     def _keep_newest(self, held: Batch) -> None:
@@ -138,7 +137,7 @@ class Provisional:
         self._newest = newest.where(self._is_felt_T[newest.task_B])
 
     @property
-    def _counts(self) -> Int64s:
+    def _counts(self) -> Int32s:
         """Positives that wait, by row and column, a view."""
         return self._index.arrays.words_RW[:, HEADER_WORDS : HEADER_WORDS + self._columns]
 

@@ -281,9 +281,9 @@ def _worth_knowing(project: Project) -> Iterator[str]:
             yield (
                 f"task {task.name!r}: positives come at once and negatives {task.window_ms / 1000:g} s later. While "
                 "counters still fill, a model with counters as features takes high counts for positives and says far "
-                "too much. ordered_from_ms=1 in the recipe lets a positive wait for the negatives of its time, and with "
-                "provisional=True it is felt at once. Where all tasks are policy='eager', each impression has a negative at once, and nothing "
-                "waits (docs/models.md, Calibration)."
+                "too much. ordered_from_ms=1 in the recipe lets a positive wait for the negatives of its time, with "
+                "provisional=True it is felt at once. Where all tasks are policy='eager', each impression has a "
+                "negative at once, and nothing waits (docs/models.md, Calibration)."
             )
         is_felt = project.recipe.provisional
         if task.name in ordered and (task.window_ms >= _LONG_WINDOW_MS or not is_felt):

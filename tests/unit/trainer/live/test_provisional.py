@@ -1,5 +1,5 @@
-"""Goal: a positive that waits for the negatives of its time changes the scores at once, never what is learnt, and nothing
-on average. Method: learners by hand, beside one that is the same without it."""
+"""Goal: a positive that waits for the negatives of its time changes the scores at once, never what is learnt, and
+nothing on average. Method: learners by hand, beside one that is the same without it."""
 
 from __future__ import annotations
 
