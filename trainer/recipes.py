@@ -32,6 +32,8 @@ from headrace.contract.recipe import Recipe
 LIVE: dict[str, Any] = {
     "standardize": True,
     "wait_for_negative": True,
+    "ordered_from_ms": 1,
+    "provisional": True,
     "stored_order": "position",
     "delayed": "taken_back",
 }
@@ -135,7 +137,10 @@ def uncalibrated(recipe: Recipe, tasks: Sequence[Task]) -> dict[str, Any]:
     What a recipe does in another way, such as `delayed`, is not among them.
     """
     own = [task for task in tasks if task.name in recipe.heads]
+    windows = any(task.policy == "window" for task in own)
     needless = {
+        "ordered_from_ms": not windows,
+        "provisional": not windows,
         "delayed": not any(task.policy == "eager" or task.correct_ms for task in own),
         "dense_average": recipe.calibrate,
     }

@@ -122,6 +122,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     positive waits for the negatives of its impression's time. 0: no task; a positive is learnt when it comes, beside
     the negatives of a window ago, and with features that grow, such as counters that fill, the model then takes what
     has grown for what is positive. See `headrace.trainer.model.held`."""
+    provisional: bool = False
+    """With `ordered_from_ms`: a positive that waits is felt at once. Until it is learnt, the linear weights of its ids
+    are served higher by about one step of it, by `lr_table` at most. See `headrace.trainer.model.provisional`."""
     stored_order: Literal["event_time", "position"] = "event_time"
     """Order in which the lake is learnt. `position`: as samples followed one another in the log, which is how they come
     live. By `event_time` the lake ends with the positives of a window whose negatives are still to come."""

@@ -67,7 +67,7 @@ class FaultyStore(FaultyBlobs):
 
 
 ORDERED = msgspec.structs.replace(
-    PROJECT, recipe=msgspec.structs.replace(PROJECT.recipe, ordered_from_ms=1, standardize=True)
+    PROJECT, recipe=msgspec.structs.replace(PROJECT.recipe, ordered_from_ms=1, provisional=True, standardize=True)
 )
 """Positives wait for the negatives of their time, over any crash."""
 

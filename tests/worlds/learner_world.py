@@ -56,6 +56,7 @@ def recipe_of(model: str, **changes) -> Recipe:
 
 
 LIVE = {"standardize": True, "wait_for_negative": True, "delayed": "taken_back"}
+FELT = {"ordered_from_ms": 1, "provisional": True}
 VALUES = {"tasks": ("click", "like", "dwell"), "objectives": {"like": "tweedie", "dwell": "squared"}}
 RECIPES = {
     **{
@@ -85,6 +86,12 @@ RECIPES = {
     "deepfm-ordered": recipe_of("deepfm", **LIVE, tasks=("click", "like"), ordered_from_ms=1, dense_average=0.9),
     "module-ordered": recipe_of("module", **VALUES, ordered_from_ms=1, negative_share=0.5),
     "fm-in-order-ordered": recipe_of("fm", updates="sample", ordered_from_ms=1, admit_after=2),
+    "deepfm-provisional": recipe_of("deepfm", **FELT, **LIVE, tasks=("click", "like"), dense_average=0.9),
+    "deepfm-average-provisional": recipe_of("deepfm", **FELT, dense_average=0.9, expire_after_ms=2_000),
+    "dcn-slots-provisional": recipe_of("dcn", **FELT, slot_dims={"a": 2, "c": 0}, slot_optimizers={"b": "ftrl"}),
+    "module-provisional": recipe_of("module", **FELT, **VALUES, negative_share=0.5),
+    "logistic-provisional": recipe_of("logistic", **FELT, tasks=("click", "like"), optimizer="ftrl"),
+    "fm-in-order-provisional": recipe_of("fm", **FELT, updates="sample", admit_after=2),
     "deepfm-recent": recipe_of("deepfm", **LIVE, recent_base=True, tasks=("click", "like"), dense_average=0.9),
     "logistic-recent": recipe_of("logistic", **LIVE, recent_base=True, negative_share=0.5),
     "logistic-live": recipe_of("logistic", **LIVE, negative_share=0.5),

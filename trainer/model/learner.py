@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,17 +29,17 @@ from headrace.trainer.model.held import Held, ordered_tasks
 from headrace.trainer.model.layers.average import Average
 from headrace.trainer.model.layers.in_order import learn_in_order
 from headrace.trainer.model.layers.linear_models import LinearModel
-from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.moments import Known, Moments
 from headrace.trainer.model.objectives import LOG_LOSS, kinds_of, value_gradients, values_said
+from headrace.trainer.model.parts import DensePart, State, Store
+from headrace.trainer.model.provisional import Provisional
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, said, score
-from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
+from headrace.trainer.model.tables.distinct_ids import distinct
 from headrace.trainer.model.tables.from_recipe import make_tables
 from headrace.trainer.model.tables.group import Tables
 from headrace.trainer.model.tables.row_index import Int32s
 from headrace.trainer.model.tables.table import Int64s
 
-State = dict[str, npt.NDArray[np.generic]]
 _NO_KEYS = np.empty(0, np.int64)
 
 
@@ -95,59 +95,6 @@ class Learner(Protocol):
 
     def digest(self) -> str:
         """Return the digest of the whole state."""
-
-
-class Store(Protocol):
-    """Where rows live: `Tables` on the host, or `HotRows`, whose values and gradients are tensors on a device.
-
-    See `Tables` for what each method promises.
-    """
-
-    def __len__(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def distinct_ids(self, keys_BF: Int64s, event_time_ms_B: Int64s | None = None) -> DistinctIds: ...
-
-    def gather(self, ids: DistinctIds) -> Any: ...
-
-    def update(self, ids: DistinctIds, grad_UV: Any, event_time_ms_B: Int64s) -> Int64s: ...
-
-    def expire(self, now_ms: int) -> Int64s: ...
-
-    def lookup(self, keys_K: Int64s) -> Float32s: ...
-
-    def keys(self) -> Int64s: ...
-
-    def state(self) -> State: ...
-
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None: ...
-
-
-class DensePart(Protocol):
-    """The dense part of a model, on top of the tables. Call `forward`, then `backward`, then perhaps `update`.
-
-    Values and gradients of rows are arrays, or tensors where the rows are on a device: as `Store` gives and takes them.
-    """
-
-    def forward(self, values_UV: Any, ids: DistinctIds, numeric_BD: Float32s) -> Float32s:
-        """Return the log-odds of each task, float32 [B, T], from the values of the batch's distinct ids."""
-
-    def backward(self, grad_BT: Float32s) -> tuple[Any, Norms]:
-        """Return the gradients of the distinct ids, float32 [U, V], and the norms."""
-
-    def update(self, samples: int) -> None:
-        """Apply the gradients that `backward` kept, as a mean over so many samples."""
-
-    def dense(self) -> dict[str, Float32s]:
-        """Return copies of the weights by name."""
-
-    def state(self) -> State:
-        """Return copies of weights, moments and step."""
-
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace everything by what `state` returned."""
 
 
 def make_learner(
@@ -219,6 +166,7 @@ class TableLearner:
         """Tasks that have had no negative yet, whose positives are not learnt."""
         sizes = {"slots": features.slots, "numerics": features.numerics}
         self._held = Held(recipe, ordered, **sizes) if ordered else None
+        self._provisional = Provisional(recipe, slots=features.slots) if ordered and recipe.provisional else None
         self._platt = Platt(recipe) if recipe.calibrate else None
         self._average = Average(recipe.dense_average, dense.dense()) if recipe.dense_average else None
 
@@ -257,13 +205,18 @@ class TableLearner:
 
     def lookup(self, keys_K: Int64s) -> Float32s:
         """Return the values of keys, the initial ones where a key has no row: float32 [K, V]."""
-        return self.table.lookup(keys_K)
+        values_KV = self.table.lookup(keys_K)
+        if self._provisional is not None:
+            self._provisional.put_on(keys_K, values_KV, self.table)
+        return values_KV
 
     def dense(self) -> dict[str, Float32s]:
         """Return copies of the dense weights that score, by name, in the order of `shapes_of`."""
         dense = self.net.dense() if self._average is None else self._average.means()
         if self._moments is not None:
             dense |= self._moments.dense()
+            if self._provisional is not None and self.recipe.model != "module":
+                self._provisional.take_off(dense, self.table)
         if self._platt is not None:
             dense[PLATT] = self._platt.weights_2T.copy()
         return dense
@@ -279,19 +232,30 @@ class TableLearner:
         prediction_B = np.full(len(batch), np.nan, np.float32)
         keep_B = acceptable(batch, self.recipe)
         refused, part = len(batch) - int(keep_B.sum()), batch if keep_B.all() else batch.where(keep_B)
-        place_M, held, sampled_out = np.flatnonzero(keep_B), 0, 0
-        if self._held is not None:
-            taken = self._held.take(part)
-            held = int(taken.waits_B.sum())
-            prediction_B[place_M[taken.waits_B]] = self.predict(part.where(taken.waits_B))
-            part, place_M = taken.batch, np.where(taken.place_M < 0, -1, place_M[taken.place_M])
+        place_M = np.flatnonzero(keep_B)
+        if self._held is None:
+            return self._learn_now(part, place_M, StepReport(prediction_B, _NO_KEYS, 0, refused))
+        taken = self._held.take(part)
+        waiting, freed = part.where(taken.waits_B), taken.batch.where(taken.place_M < 0)
+        prediction_B[place_M[taken.waits_B]] = self.predict(waiting)
+        place_M = np.where(taken.place_M < 0, -1, place_M[taken.place_M])
+        so_far = StepReport(prediction_B, _NO_KEYS, len(waiting), refused)
+        report = self._learn_now(taken.batch, place_M, so_far)
+        if self._provisional is None:
+            return report
+        moved_K = self._provisional.move(waiting, freed, self._held.batch)
+        return replace(report, touched_K=np.concatenate([report.touched_K, moved_K]))
+
+    def _learn_now(self, part: Batch, place_M: Int64s, so_far: StepReport) -> StepReport:
+        """Take the step on what is learnt now, `place_M` its places in the batch that came, -1 for what was held."""
+        prediction_B, sampled_out = so_far.prediction_B, 0
         if self.recipe.negative_share < 1:
             out_M = left_out(self.recipe, part.label_B, part.id_B)
             sampled_out = int(out_M.sum())
             prediction_B[place_M[out_M]] = self.predict(part.where(out_M))
             part, place_M = part.where(~out_M), place_M[~out_M]
         if not len(part):
-            return StepReport(prediction_B, _NO_KEYS, held, refused, sampled_out)
+            return replace(so_far, sampled_out=sampled_out)
         if self._waits_T.any():
             part = self._without_early_positives(part)
         report = self._learn_in_order(part) if self.recipe.updates == "sample" else self._take_step(part)
@@ -299,7 +263,8 @@ class TableLearner:
         prediction_B[place_M[own_M]] = report.prediction_B[own_M]
         if report.refused:
             bad_M = np.isnan(report.prediction_B)
-        learnt, refused = held + int((own_M & ~bad_M).sum()), refused + int((own_M & bad_M).sum())
+        learnt = so_far.learnt + int((own_M & ~bad_M).sum())
+        refused = so_far.refused + int((own_M & bad_M).sum())
         return replace(report, prediction_B=prediction_B, learnt=learnt, refused=refused, sampled_out=sampled_out)
 
     def _without_early_positives(self, batch: Batch) -> Batch:
@@ -369,7 +334,8 @@ class TableLearner:
 
     def _take_step(self, batch: Batch) -> StepReport:
         raw, moments = batch, self._moments.state() if self._moments is not None else None
-        before = self.dense() if self._average is not None else {}
+        is_felt = self._provisional is not None and len(self._provisional) > 0
+        before = self.dense() if self._average is not None or is_felt else {}
         base_T = self._moments.base_rates() if self._moments is not None else None
         batch, known, prior_B = self._prepared(batch)
         ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
@@ -388,11 +354,11 @@ class TableLearner:
         if self._moments is not None and base_T is not None:
             rest = raw.label_B, raw.weight_B, raw.task_B
             self._moments.follow(base_T, z_B, *rest, more_B=self._beside(raw))
-        if self._average is None:
+        if not before:
             said_B = self._said(logit_B, z_B, batch, known)
         else:
-            if not isinstance(values_UV, np.ndarray):
-                values_UV = self.table.lookup(ids.keys_U)
+            if is_felt or not isinstance(values_UV, np.ndarray):
+                values_UV = self.lookup(ids.keys_U)
             said_B = self._score(raw, values_UV, ids.index_FB, before)
         touched_K = self._expired_too(self.table.update(ids, grad_UV, batch.event_time_ms_B), batch)
         self.net.update(len(batch))
@@ -407,11 +373,13 @@ class TableLearner:
         moments = self._moments.state() if self._moments is not None else None
         batch, _, prior_B = self._prepared(batch)
         ids = self.table.distinct_ids(batch.slots_BF, batch.event_time_ms_B)
+        felt_B = np.float32(0) if self._provisional is None else self._provisional.sums(batch.slots_BF, self.table)
         done = learn_in_order(self.recipe, self.table, self.net, batch, ids, prior_B)
         learnt = int(done.learnt_B.sum())
         if not learnt and self._moments is not None and moments is not None:
             self._moments.load(moments)
-        said_B = np.where(done.learnt_B, self._said(done.logit_B, done.logit_B, batch, None), np.float32(np.nan))
+        logit_B = done.logit_B + felt_B
+        said_B = np.where(done.learnt_B, self._said(logit_B, logit_B, batch, None), np.float32(np.nan))
         touched_K = self._expired_too(done.touched_K, batch) if learnt else _NO_KEYS
         if self._platt is not None and learnt:
             own = batch.where(done.learnt_B)
@@ -435,8 +403,11 @@ class TableLearner:
 
     def weights(self, keys_K: Int64s | None = None) -> Weights:
         """Return what serving needs of these keys (of all rows by default): keys, values, dense weights."""
-        keys_K = self.table.keys() if keys_K is None else keys_K
-        return Weights(keys_K, self.table.lookup(keys_K), self.dense())
+        if keys_K is None:
+            keys_K = self.table.keys()
+            if self._provisional is not None:
+                keys_K = np.concatenate([keys_K, np.setdiff1d(self._provisional.keys(), keys_K)])
+        return Weights(keys_K, self.lookup(keys_K), self.dense())
 
     def state(self) -> State:
         """Return a copy of everything; `load` of it gives the same bits."""
@@ -466,6 +437,8 @@ class TableLearner:
             self._waits_T = np.array(state["waits"], np.bool_)
         if self._held is not None:
             self._held.load({n.removeprefix("held."): a for n, a in state.items() if n.startswith("held.")})
+            if self._provisional is not None:
+                self._provisional.begin(self._held.batch)
         if self._platt is not None:
             self._platt.weights_2T = np.array(state["platt.weights"], np.float32)
             self._platt.squares_2T = np.array(state["platt.squares"], np.float32)

@@ -303,14 +303,16 @@ def _worth_knowing(project: Project) -> Iterator[str]:
             yield (
                 f"task {task.name!r}: positives come at once and negatives {task.window_ms / 1000:g} s later. While "
                 "counters still fill, a model with counters as features takes high counts for positives and says far "
-                f"too much. ordered_from_ms={_LONG_WINDOW_MS} in the recipe lets a positive wait for the negatives of "
-                "its time. Where all tasks are policy='eager', each impression has a negative at once, and nothing "
-                "waits (docs/models.md, Calibration)."
+                "too much. ordered_from_ms=1 in the recipe lets a positive wait for the negatives of its time, with "
+                "provisional=True it is felt at once. Where all tasks are policy='eager', each impression has a "
+                "negative at once, and nothing waits (docs/models.md, Calibration)."
             )
-        if task.name in ordered:
+        is_felt = project.recipe.provisional
+        if task.name in ordered and (task.window_ms >= _LONG_WINDOW_MS or not is_felt):
+            felt = "Until then it is felt through its ids alone. " if is_felt else ""
             yield (
                 f"task {task.name!r} is learnt in the order of impressions: a positive is learnt when the negatives of "
-                f"its time are, up to {_time(task.window_ms)} after it came. A shorter window is learnt sooner; "
+                f"its time are, up to {_time(task.window_ms)} after it came. {felt}A shorter window is learnt sooner; "
                 "policy='eager' at once, with a negative for each impression that its positive takes back "
                 "(docs/models.md, Calibration)."
             )

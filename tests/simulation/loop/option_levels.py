@@ -385,6 +385,7 @@ def layered(draft: Draft) -> None:
             dense_average=0.9,
             recent_base=True,
             ordered_from_ms=1_000,
+            provisional=False,
             slot_dims={"item": 4},
             slot_optimizers={"item": "adam", "user*page": "ftrl"},
             admit_after=2,

@@ -10,6 +10,7 @@ from trainer_world import PROJECT
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.project import Project
+from headrace.contract.recipe import Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.trainer.identity import recipe_digest, tasks_of
 from headrace.trainer.model.held import ordered_tasks
@@ -47,6 +48,12 @@ def test_a_task_that_begins_to_be_learnt_in_order_begins_a_run_and_no_other_wind
     eager = with_window(90_000, 60_000, "eager")
     assert ordered_tasks(eager.recipe, eager.tasks) == () and recipe_digest(eager) == recipe_digest(short)
     assert learner_for(long, TrainConfig()).state().keys() - learner_for(short, TrainConfig()).state().keys()
+
+
+def test_a_recipe_without_what_was_added_later_has_the_digest_of_before():
+    """A field at its default is not written, `provisional` and `ordered_from_ms` among them."""
+    assert msgspec.json.encode(Recipe(task="click")) == b"{}"
+    assert msgspec.json.encode(Recipe(ordered_from_ms=1)) == b'{"ordered_from_ms":1}'
 
 
 def test_tasks_come_in_the_order_of_the_heads():

@@ -112,6 +112,14 @@ class Tables:
             out_KV[here_K, : 1 + table.dim] = table.lookup(keys_K[here_K])
         return out_KV
 
+    def squares(self, keys_K: Int64s) -> Float32s:
+        """Return the sum of squares of each key's linear weight: float32 [K]; see `Table.squares`."""
+        out_K = self.tables[0].squares(keys_K)
+        for table in self.tables[1:]:
+            here_K = np.flatnonzero(table.index.find(keys_K) >= 0)
+            out_K[here_K] = table.squares(keys_K[here_K])
+        return out_K
+
     def masked(self, values_BFV: Float32s) -> Float32s:
         """Set to 0, in place, what a slot does not have; return the same array."""
         for table, columns in zip(self.tables, self.columns, strict=True):

@@ -95,10 +95,21 @@ class _Cache:
 
     def values_of(self, rows_K: Int64s, out_KV: Float32s) -> None:
         """Write the values of those rows that are in the cache; leave the others and row -1 as they are."""
-        here_K = np.flatnonzero((rows_K >= 0) & (rows_K < len(self.entry_R)))
-        here_K = here_K[self.entry_R[rows_K[here_K]] >= 0]
+        here_K = self._here(rows_K)
         if len(here_K):
             out_KV[here_K] = self.values_HV[self._sent(self.entry_R[rows_K[here_K]])].cpu().numpy()
+
+    def squares_of(self, rows_K: Int64s, out_K: Float32s) -> None:
+        """Write the sums of squares of the linear weights of those rows that are in the cache."""
+        at = self.table.optimizer.squares_at(1 + self.table.dim)
+        here_K = self._here(rows_K)
+        if at >= 0 and len(here_K):
+            out_K[here_K] = self.states_HS[self._sent(self.entry_R[rows_K[here_K]]), at].cpu().numpy()
+
+    def _here(self, rows_K: Int64s) -> Int64s:
+        """Return where in `rows_K` rows are that the cache has."""
+        here_K = np.flatnonzero((rows_K >= 0) & (rows_K < len(self.entry_R)))
+        return here_K[self.entry_R[rows_K[here_K]] >= 0]
 
     def drop(self, keys_K: Int64s) -> None:
         """Free the entries of keys that the table has removed; their rows may be other keys' already."""
@@ -206,6 +217,13 @@ class HotRows:
         for cache in self.caches:
             cache.values_of(cache.table.index.find(keys_K), out_KV[:, : 1 + cache.table.dim])
         return out_KV
+
+    def squares(self, keys_K: Int64s) -> Float32s:
+        """Return the newest sum of squares of each key's linear weight, on the host; see `Table.squares`."""
+        out_K = self.tables.squares(keys_K)
+        for cache in self.caches:
+            cache.squares_of(cache.table.index.find(keys_K), out_K)
+        return out_K
 
     def expire(self, now_ms: int) -> Int64s:
         """Return the keys that were forgotten since the last call; see `Table.expire`."""

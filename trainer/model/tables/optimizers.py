@@ -78,6 +78,10 @@ class Optimizer:
         """Return how many numbers a row of so many values keeps beside them."""
         return {"adagrad_row": 2, "adagrad": values, "ftrl": 2 * values, "adam": 2 * values + 1}[self.kind]
 
+    def squares_at(self, values: int) -> int:
+        """Return which of a row's numbers is the sum of squares of its linear weight; -1 where none only grows."""
+        return {"adagrad_row": 0, "adagrad": 0, "ftrl": values, "adam": -1}[self.kind]
+
     def begin(self, floats_RW: Float32s, rows_K: Int64s, *, values: int) -> None:
         """Set the optimizer's numbers of new rows whose values are set."""
         z = np.float32(self.beta / self.lr + self.l2) if self.kind == "ftrl" else np.float32(-1)

@@ -233,6 +233,17 @@ class Table:
         keys_K = np.ascontiguousarray(keys_K)
         return self._values(self.index.find(keys_K), keys_K)
 
+    def squares(self, keys_K: Int64s) -> Float32s:
+        """Return the sum of squares of each key's linear weight, float32 [K]: 0 where the optimizer keeps none, what a
+        new row begins with where a key has no row, and infinity where it is not admitted yet."""
+        rows_K, at = self.index.find(np.ascontiguousarray(keys_K)), self.optimizer.squares_at(1 + self.dim)
+        without = np.float32(np.inf if self.admission.after > 1 else self.optimizer.squares)
+        has_K = rows_K >= 0
+        out_K = np.where(has_K, np.float32(0), without)
+        if at >= 0:
+            out_K[has_K] = self.states_RS[rows_K[has_K], at]
+        return out_K
+
     def update(self, rows_BF: Int64s, grad_BFV: Float32s, event_time_ms_B: Int64s) -> Int64s:
         """Apply one step of the optimizer and return the touched rows in order of first appearance.
 
