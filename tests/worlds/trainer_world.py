@@ -21,6 +21,7 @@ from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.formats.sample import list_column, sample_schema
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Pieces, whole
 from headrace.contract.interfaces.lake import LakeLayout, SpanMs, StoredHour, StoredSpan
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
@@ -60,8 +61,8 @@ class FaultyBlobs:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
 
-    def put(self, name: str, data: bytes) -> None:
-        self.objects[name] = data
+    def put(self, name: str, data: bytes | Pieces) -> None:
+        self.objects[name] = whole(data)
 
     def get(self, name: str) -> bytes | None:
         return self.objects.get(name)

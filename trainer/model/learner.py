@@ -33,10 +33,11 @@ from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.moments import Known, Moments
 from headrace.trainer.model.objectives import LOG_LOSS, kinds_of, value_gradients, values_said
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, said, score
+from headrace.trainer.model.tables.columns import Columns
 from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 from headrace.trainer.model.tables.from_recipe import make_tables
 from headrace.trainer.model.tables.group import Tables
-from headrace.trainer.model.tables.row_index import Int32s
+from headrace.trainer.model.tables.row_index import Int32s, RowIndex
 from headrace.trainer.model.tables.table import Int64s
 
 State = dict[str, npt.NDArray[np.generic]]
@@ -121,6 +122,12 @@ class Store(Protocol):
     def keys(self) -> Int64s: ...
 
     def state(self) -> State: ...
+
+    def rest(self) -> State: ...
+
+    def indexes(self) -> dict[str, tuple[RowIndex, Columns]]: ...
+
+    def settle(self) -> None: ...
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None: ...
 
@@ -440,8 +447,15 @@ class TableLearner:
 
     def state(self) -> State:
         """Return a copy of everything; `load` of it gives the same bits."""
+        return self._around(self.table.state())
+
+    def rest(self) -> State:
+        """Return a copy of everything but the rows that `table.indexes` has."""
+        return self._around(self.table.rest())
+
+    def _around(self, table: State) -> State:
         out: State = {"step": np.array([self.step], np.int64)}
-        out |= {f"table.{name}": array for name, array in self.table.state().items()}
+        out |= {f"table.{name}": array for name, array in table.items()}
         out |= {f"dense.{name}": array for name, array in self.net.state().items()}
         if self._moments is not None:
             out |= {f"moments.{name}": array for name, array in self._moments.state().items()}

@@ -13,6 +13,7 @@ from trainer_world import COUNT, TOPICS, FaultyBlobs, World, cut, send
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
+from headrace.contract.interfaces.blobs import Pieces
 from headrace.process.moved import moved
 from headrace.trainer.run import Trainer
 from headrace.trainer.upload_watch import STILL_MAX_S
@@ -26,7 +27,7 @@ class SlowBlobs(FaultyBlobs):
         self.gate, self._comes, self._went = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes | Pieces) -> None:
         while not name.startswith("trainers/") and not self.gate.wait(0.01):
             if self._comes.is_set():
                 moved()
