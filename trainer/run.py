@@ -5,7 +5,7 @@ Protocol of one step:
 1. read ahead until a batch is full or its first row has waited `wait_ms`;
 2. propose position ranges; write them as step n and read step n back (`trainer.commit.steps`);
 3. take the rows of the ranges; score them, learn them;
-4. publish and checkpoint, by time.
+4. publish and checkpoint, by time, each in a thread of its own.
 
 Whatever fails between 2 and the end of 3 ends the process, also what would be retried elsewhere: the step is recorded,
 and the next process redoes it. No step follows one that was not learnt.
@@ -41,6 +41,7 @@ from headrace.process.call_watch import CallWatch
 from headrace.process.moved import moved
 from headrace.trainer.bounds import WORK_MAX_S, poll_until, watched
 from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of
+from headrace.trainer.commit.checkpointer import Checkpointer, Moment, made_here
 from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
@@ -133,15 +134,16 @@ class Trainer:
         self.evaluation = new_evaluation(self.project, deps.config)
         self.run_id = ""
         self.publisher: Publisher | None = None
+        self.checkpointer: Checkpointer | None = None
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
-        self.uploads = UploadWatch(deps.metrics, deps.clock)
+        self.uploads = {what: UploadWatch(what, deps.metrics, deps.clock) for what in ("snapshot", "checkpoint")}
         self._waiting_since = -1.0
         self._unlearnt = 0
         """The step that is being committed or learnt; 0 between steps."""
         self._stored_rows = 0
         """How many stored samples there were when this process began to learn them; 0 while it learns none."""
-        self._published_at = self._snapshot_at = float("-inf")
+        self._published_at = self._snapshot_at = self._checkpoint_at = float("-inf")
 
     def recover(self) -> None:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
@@ -174,11 +176,16 @@ class Trainer:
         else:
             self.run_id = newest or self._new_run({s.run for _, s in every} | {m.run for m in manifests})
             self._retrying("find where to begin", lambda: self._begin(redone[0] if redone else None))
+            checkpoint = None
+        # Before anything is learnt: it hears of what changes from here on.
+        self.checkpointer = self._new_checkpointer(checkpoint)
+        del checkpoint
         self._redo(redone)
         self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
             logger.info("run %s is served until the lake is learnt", manifests[-1].run)
         self._snapshot()
+        self._checkpoint()
         logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
 
     @property
@@ -222,10 +229,13 @@ class Trainer:
 
     def close(self) -> None:
         """Leave a checkpoint of the last step, within 3 s, and let go of the model."""
-        if self.publisher is not None:
-            self.publisher.close(1.0)
+        if self.publisher is not None and self.checkpointer is not None:
+            for writer in (self.checkpointer, self.publisher):
+                writer.close(1.0)
+            self._checkpoint()
             self._snapshot()
-            self.publisher.close(3.0)
+            for writer in (self.checkpointer, self.publisher):
+                writer.close(3.0)
             try:
                 release_claim(self.deps.blobs, self.project.name, self.deps.name)
             except Unavailable as error:
@@ -269,8 +279,21 @@ class Trainer:
             lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
             self.deps.background,
             is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
-            moved=self.uploads.moved,
+            moved=self.uploads["snapshot"].moved,
             kept=named_blobs(manifests, but=self.run_id),
+        )
+
+    def _new_checkpointer(self, checkpoint: Checkpoint | None) -> Checkpointer:
+        """Return what writes the run's checkpoints, on from the one that the learner holds, if it holds any."""
+        return Checkpointer(
+            self.project,
+            self.learner,
+            self.deps.blobs,
+            self.deps.metrics,
+            made_here(self.deps.config.threads),
+            before=checkpoint.manifest if checkpoint is not None else None,
+            background=self.deps.background,
+            moved=self.uploads["checkpoint"].moved,
         )
 
     def _begin(self, first: Step | None) -> None:
@@ -373,9 +396,10 @@ class Trainer:
         if publisher.is_held and not self.source.is_stored:
             logger.info("the lake is learnt: run %s is published", self.run_id)
             publisher.is_held = False
+        self._checkpoint_when_due(now)
         wait_s = _RETRY_SNAPSHOT_S if publisher.unstored else config.snapshot_ms / 1000
         is_wanted = publisher.wants_snapshot or now - self._snapshot_at >= wait_s
-        if is_wanted and not publisher.is_busy:
+        if is_wanted and not publisher.is_busy and not publisher.is_held:
             self._snapshot()
             return
         is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
@@ -386,19 +410,43 @@ class Trainer:
         publisher = self.publisher
         if publisher is None or self._unlearnt or (publisher.holds(self.learner.step) and not publisher.unstored):
             return
+        if publisher.snapshot(self.learner, self.positions):
+            self._snapshot_at = self.deps.clock.monotonic()
+            self.uploads["snapshot"].began()
+
+    def _checkpoint_when_due(self, now: float) -> None:
+        checkpointer = self.checkpointer
+        if checkpointer is None:
+            return
+        checkpointer.check()
+        wait_s = _RETRY_SNAPSHOT_S if checkpointer.unstored else self.deps.config.checkpoint_ms / 1000
+        if now - self._checkpoint_at >= wait_s and not checkpointer.is_busy:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Begin a checkpoint, unless one is being written or the newest one is of this very place."""
+        checkpointer, clock = self.checkpointer, self.deps.clock
+        if checkpointer is None or self._unlearnt or checkpointer.is_busy:
+            return
         meta = Meta(
             run=self.run_id,
             step=self.learner.step,
             steps_offset=self.steps.offset,
             recipe=self.recipe,
             cursor=self.source.cursor(),
-            created_ms=self.deps.clock.now_ms(),
+            created_ms=clock.now_ms(),
             samples_id=self.deps.samples_id,
             steps_id=self.deps.steps_id,
         )
-        if publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
-            self._snapshot_at = self.deps.clock.monotonic()
-            self.uploads.began()
+        self._checkpoint_at = began_s = clock.monotonic()
+        if checkpointer.holds(meta):
+            return
+        figures = {"rows": float(self.learner.rows), "held": float(self.learner.held)}
+        evaluation = self.evaluation.state()
+        moment = Moment(meta=meta, positions=self.positions, evaluation=evaluation, metrics=figures)
+        if checkpointer.begin(moment):
+            self.uploads["checkpoint"].began()
+            self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)
 
     def _show_progress(self) -> None:
         if self.source.is_stored:
@@ -447,7 +495,8 @@ class Trainer:
         self._check_upload()
 
     def _check_upload(self) -> None:
-        self.uploads.look(is_busy=self.publisher is not None and self.publisher.is_busy)
+        for what, writer in (("snapshot", self.publisher), ("checkpoint", self.checkpointer)):
+            self.uploads[what].look(is_busy=writer is not None and writer.is_busy)
 
 
 def train(deps: Dependencies) -> None:

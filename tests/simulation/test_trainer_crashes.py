@@ -113,7 +113,7 @@ def test_crashes_change_nothing(seed, project):
             for _ in range(rng.randint(1, 12)):
                 trainer.turn()
                 world.clock.advance(0.05)
-            waited = max(waited, trainer.learner.held)
+                waited = max(waited, trainer.learner.held)
             if rng.random() < 0.1:
                 raise Killed
         except Killed:

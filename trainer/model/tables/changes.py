@@ -25,7 +25,7 @@ import numba
 import numpy as np
 
 from headrace.contract.errors import InvariantBroken
-from headrace.trainer.model.tables.row_index import Int32s, Int64s, RowIndex, Uint8s, reserve
+from headrace.trainer.model.tables.row_index import HIGH, Int32s, Int64s, RowIndex, Uint8s, reserve
 
 PAGE_BYTES = 16 * 1024 * 1024
 """A page is the largest power of two of rows that fits: what a copy of one takes in memory."""
@@ -74,7 +74,8 @@ class Changes:
     """The changes of one index since the last `freeze`. All but the view's reading is for the thread that learns."""
 
     def __init__(self, index: RowIndex) -> None:
-        self.index = index
+        # Not the index itself, which holds its listeners: its memory goes as soon as nobody else has it.
+        self.words_RW, self._high_of = index.arrays.words_RW, index.arrays.head[HIGH:][:1]
         self.page_rows = page_rows_of(4 * index.words)
         self._marks_R, self._generation = reserve(index.rows_max), 1
         self._noted: list[_Slab] = []
@@ -90,9 +91,9 @@ class Changes:
         rows_N = np.ascontiguousarray(rows_N)
         with self._lock:
             noted = self._slab(self._noted, len(rows_N), words=0)
-            saved = self._slab(self._saved, len(rows_N) if self._high else 0, words=self.index.words)
+            saved = self._slab(self._saved, len(rows_N) if self._high else 0, words=self.words_RW.shape[1])
             noted.count, saved.count = _note(
-                *(self.index.arrays.words_RW, rows_N, self._marks_R, self._generation, noted.rows_M, noted.count),
+                *(self.words_RW, rows_N, self._marks_R, self._generation, noted.rows_M, noted.count),
                 *(saved.rows_M, saved.words_MW, saved.count, self._high, self._needed_P, self.page_rows),
             )
 
@@ -102,10 +103,10 @@ class Changes:
             self._generation += 1
             if self._generation > _GENERATIONS:
                 # Marks are of one byte: after 255 freezes the numbers begin anew.
-                self._marks_R[: self.index.high] = 0
+                self._marks_R[: int(self._high_of[0])] = 0
                 self._generation = 1
             noted, self._noted, self._saved = self._noted, [], []
-            self._high = self.index.high
+            self._high = int(self._high_of[0])
             self._needed_P[: self._high // self.page_rows + 1] = 1
             self._open = FrozenRows(self, self._high, [slab.rows_M[: slab.count] for slab in noted])
             return self._open
@@ -173,7 +174,7 @@ class FrozenRows:
         """Return a copy of a page's records: int32 [K, W]."""
         first = page * self.page_rows
         last = min(first + self.page_rows, self.high)
-        words_KW = self._changes.index.arrays.words_RW[first:last].copy()
+        words_KW = self._changes.words_RW[first:last].copy()
         for rows_M, saved_MW in self._changes.saved(self):
             here_M = np.flatnonzero((rows_M >= first) & (rows_M < last))
             words_KW[rows_M[here_M] - first] = saved_MW[here_M]
@@ -181,7 +182,7 @@ class FrozenRows:
 
     def take(self, rows_K: Int64s) -> Int32s:
         """Return a copy of the records of rows that ascend: int32 [K, W]."""
-        words_KW = self._changes.index.arrays.words_RW[rows_K]
+        words_KW = self._changes.words_RW[rows_K]
         for rows_M, saved_MW in self._changes.saved(self):
             at_M = np.searchsorted(rows_K, rows_M)
             here_M = np.flatnonzero((at_M < len(rows_K)) & (rows_K[np.minimum(at_M, len(rows_K) - 1)] == rows_M))

@@ -54,7 +54,7 @@ _SWEEP_BITS = 12
 # Rows are counted in 31 bits.
 _ROWS_MAX = 2**31 - 1
 # `head` holds: rows in use, rows ever used, newest free row, segments, bits of the directory.
-_COUNT, _HIGH, _FREE, _SEGMENTS, _BITS = range(5)
+_COUNT, HIGH, _FREE, _SEGMENTS, _BITS = range(5)
 _DONE, _DIRECTORY_FULL, _SEGMENTS_FULL = range(3)
 # Keys looked up side by side, so that the memory's answers to one overlap with the questions of the next.
 _GROUP = 32
@@ -239,8 +239,8 @@ def _insert(
         if row >= 0:
             a.head[_FREE] = a.words_RW[row, LAST_USE]
         else:
-            row = a.head[_HIGH]
-            a.head[_HIGH] += 1
+            row = a.head[HIGH]
+            a.head[HIGH] += 1
         a.keys_RX[row, 0] = key
         a.head[_COUNT] += 1
         _put_entry(a, segment, mixed, row)
@@ -255,7 +255,7 @@ def _place(a: Arrays, begin: int) -> tuple[int, int]:
 
     Returns (how it ended, where); the caller makes room and goes on from there.
     """
-    for row in range(begin, a.head[_HIGH]):
+    for row in range(begin, a.head[HIGH]):
         key = a.keys_RX[row, 0]
         if key == _PAD:
             a.words_RW[row, LAST_USE] = np.int32(a.head[_FREE])
@@ -272,7 +272,7 @@ def _place(a: Arrays, begin: int) -> tuple[int, int]:
             segment = _segment_of(a, mixed)
         _put_entry(a, segment, mixed, row)
         a.head[_COUNT] += 1
-    return _DONE, int(a.head[_HIGH])
+    return _DONE, int(a.head[HIGH])
 
 
 @numba.njit(cache=True)
@@ -381,7 +381,7 @@ class RowIndex:
     @property
     def high(self) -> int:
         """Rows ever used; free ones among them have the key `PAD`."""
-        return int(self.arrays.head[_HIGH])
+        return int(self.arrays.head[HIGH])
 
     @property
     def keys_R(self) -> Int64s:
@@ -441,7 +441,7 @@ class RowIndex:
         """
         if len(keys_R) > self.rows_max:
             raise self._full()
-        self.arrays.head[_HIGH] = len(keys_R)
+        self.arrays.head[HIGH] = len(keys_R)
         self.arrays.keys_RX[: len(keys_R), 0] = keys_R
         ended, at = _place(self.arrays, 0)
         while ended == _DIRECTORY_FULL:
