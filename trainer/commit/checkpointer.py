@@ -151,8 +151,8 @@ class Checkpointer:
         self.unstored = False
         logger.info("checkpoint %s", name)
         try:
-            self._retention.retire(moment.meta.run, self._leftovers)
-            self._leftovers.clear()
+            leftovers, self._leftovers = self._leftovers, set()
+            self._retention.retire(moment.meta.run, leftovers)
         except (Overloaded, Unavailable, OSError) as error:
             logger.warning("old checkpoints are still there; learning goes on: %s", error)
             self.metrics.add("errors_total", kind="checkpoints_kept")

@@ -24,8 +24,18 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 PART_BYTES = 16 * 1024 * 1024
 """Small arrays share a part up to here; a larger one has its own."""
 _DTYPES = {
-    **{"?": "BOOL", "u1": "U8", "u2": "U16", "u4": "U32", "u8": "U64", "i1": "I8", "i2": "I16", "i4": "I32"},
-    **{"i8": "I64", "f2": "F16", "f4": "F32", "f8": "F64"},
+    "?": "BOOL",
+    "u1": "U8",
+    "u2": "U16",
+    "u4": "U32",
+    "u8": "U64",
+    "i1": "I8",
+    "i2": "I16",
+    "i4": "I32",
+    "i8": "I64",
+    "f2": "F16",
+    "f4": "F32",
+    "f8": "F64",
 }
 _BYTES = 8
 

@@ -45,6 +45,8 @@ class Retention:
     def __init__(self, blobs: Blobs, model: str) -> None:
         self._blobs, self._model = blobs, model
         self._read: dict[str, CheckpointManifest | None] = {}
+        self._unneeded: set[str] = set()
+        """Parts that were, or perhaps were, named by what is gone: deleted unless something names them."""
 
     def sweep(self) -> None:
         """Delete the parts that no manifest names. For a trainer that has stored nothing yet. Raises `Unavailable`."""
@@ -63,17 +65,20 @@ class Retention:
             run: the run that goes on.
             leftovers: names of parts that this trainer stored and may have named in no manifest.
         """
+        self._unneeded |= set(leftovers)
         stored = stored_checkpoints(self._blobs, self._model)
         gone = self._gone(stored, run)
         kept = [each for each in stored if each not in gone]
-        parts = (self._parts(gone) | set(leftovers)) - self._parts(kept)
+        self._unneeded |= self._parts(gone)
+        self._unneeded -= self._parts(kept)
         for each in gone:
             self._blobs.delete(f"{folder_of(self._model)}/{each.name}")
             self._read.pop(each.name, None)
-        if parts and not self._all_are_known():
+        if self._unneeded and not self._all_are_known():
             return
-        for name in sorted(parts):
+        for name in sorted(self._unneeded):
             self._blobs.delete(f"{parts_of(self._model)}/{name}")
+        self._unneeded.clear()
 
     def _gone(self, stored: list[Stored], run: str) -> list[Stored]:
         by_run: dict[str, list[Stored]] = {}

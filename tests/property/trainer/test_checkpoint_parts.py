@@ -137,7 +137,9 @@ def test_what_lies_by_itself_is_bounded(seed, page_rows):
         grown_K = np.arange(before.high, high) if before else np.arange(0)
         changed_K = np.union1d(changed_K, grown_K).astype(np.int64)
         plan = planned(before, changed_K, high=high, page_rows=page_rows)
-        whole_K = np.concatenate([np.arange(p * page_rows, p * page_rows + plan.sizes_P[p]) for p in plan.pages] or [[]])
+        whole_K = np.concatenate(
+            [np.arange(p * page_rows, p * page_rows + plan.sizes_P[p]) for p in plan.pages] or [[]]
+        )
         assert set(changed_K.tolist()) <= set(whole_K.tolist()) | set(plan.rows_K.tolist())
         assert not set(plan.rows_K.tolist()) & set(whole_K.tolist())
         held_R[changed_K] = seq
@@ -177,9 +179,6 @@ def test_a_part_is_a_safetensors_file():
     for name, array in decode_part(data).items():
         assert array.dtype == arrays[name].dtype and array.shape == arrays[name].shape
         np.testing.assert_array_equal(array, arrays[name])
-    own = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name != "text"}
-    again = encode_part("r", own)
-    assert whole(again.pieces) == safetensors.numpy.save(own)
     with pytest.raises(ValueError, match="."):
         decode_part(data[:40])
 
@@ -199,7 +198,7 @@ def test_of_each_hour_one_checkpoint_stays():
         checkpointer.begin(moment(learner.step))
     steps = [each.step for each in stored_checkpoints(blobs, MODEL)]
     assert steps[-3:] == [118, 119, 120]
-    assert steps[:-3] == list(range(25, 118, 4)) or len(steps[:-3]) == 24
+    assert steps[:-3] == list(range(25, 118, 4))
     assert {name for name in blobs.objects if "/parts/" in name} == named(blobs)
 
 

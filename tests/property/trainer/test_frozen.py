@@ -23,6 +23,7 @@ from headrace.trainer.model.learner import TableLearner, make_learner
 from headrace.trainer.model.tables import changes
 from headrace.trainer.model.tables.table import Table
 
+
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "PAGE_BYTES", 300)

@@ -196,5 +196,3 @@ class FrozenRows:
     def let_go(self, page: int) -> None:
         """Say that this page will not be read any more."""
         self._changes.let_go(page)
-
-
