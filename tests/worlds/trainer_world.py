@@ -254,7 +254,7 @@ def as_one_blob(checkpoint: Checkpoint) -> bytes:
 
 
 def store_checkpoint(blobs: Blobs, model: str, checkpoint: Checkpoint, *, seq: int = 1) -> str:
-    """Store a checkpoint all of whose arrays lie in parts of one kind, delete what is needed no more, return its name."""
+    """Store a checkpoint all of whose arrays lie in parts by themselves, delete old ones, return its name."""
 
     def put(arrays: Arrays) -> Part:
         encoded = encode_part(checkpoint.meta.run, arrays)

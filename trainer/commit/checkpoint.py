@@ -139,8 +139,8 @@ class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):
     def parts(self) -> set[Part]:
         """Return all parts that it names."""
         tables = self.tables.values()
-        of_tables = {each.part for table in tables for each in (*table.pages, *table.changed)}
-        return {*self.learner, *self.evaluation} | of_tables
+        pages = {page.part for table in tables for page in table.pages}
+        return {*self.learner, *self.evaluation} | pages | {each.part for table in tables for each in table.changed}
 
 
 class Damaged(Exception):
@@ -247,7 +247,7 @@ def read_manifest(blobs: Blobs, model: str, each: Stored) -> CheckpointManifest:
 
 
 def read_checkpoint(blobs: Blobs, model: str, each: Stored) -> Checkpoint:
-    """Return a stored checkpoint with everything it names. Raises `Damaged`, which names the part, and `Unavailable`."""
+    """Return a stored checkpoint with all it names. Raises `Damaged`, which names the part, and `Unavailable`."""
     if not each.digest:
         checkpoint = decode_whole(blobs.get(f"{folder_of(model)}/{each.name}"))
         if checkpoint is None:

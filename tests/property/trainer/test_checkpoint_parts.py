@@ -137,9 +137,7 @@ def test_what_lies_by_itself_is_bounded(seed, page_rows):
         grown_K = np.arange(before.high, high) if before else np.arange(0)
         changed_K = np.union1d(changed_K, grown_K).astype(np.int64)
         plan = planned(before, changed_K, high=high, page_rows=page_rows)
-        whole_K = np.concatenate(
-            [np.arange(p * page_rows, p * page_rows + plan.sizes_P[p]) for p in plan.pages] or [[]]
-        )
+        whole_K = np.flatnonzero(np.isin(np.arange(high) // page_rows, plan.pages))
         assert set(changed_K.tolist()) <= set(whole_K.tolist()) | set(plan.rows_K.tolist())
         assert not set(plan.rows_K.tolist()) & set(whole_K.tolist())
         held_R[changed_K] = seq
@@ -179,7 +177,7 @@ def test_a_part_is_a_safetensors_file():
     for name, array in decode_part(data).items():
         assert array.dtype == arrays[name].dtype and array.shape == arrays[name].shape
         np.testing.assert_array_equal(array, arrays[name])
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"(?i)header"):
         decode_part(data[:40])
 
 

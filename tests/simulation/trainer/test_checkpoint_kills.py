@@ -2,8 +2,8 @@
 undisturbed run, and leaves nothing behind that no checkpoint names.
 
 Method: pages are of a few rows and a checkpoint comes every few steps, so that each writes pages, rows and a manifest,
-and deletes old ones. The calls of the store below `checkpoints/` are numbered; one of them fails or is the last that the
-process makes, before or after it took effect. Another process goes on.
+and deletes old ones. The calls of the store below `checkpoints/` are numbered; one of them fails or is the last that
+the process makes, before or after it took effect. Another process goes on.
 """
 
 from __future__ import annotations

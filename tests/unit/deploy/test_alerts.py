@@ -106,7 +106,8 @@ CASES = """
   - name: an upload that hangs, after some that took their time
     interval: 1m
     input_series:
-      - {series: "headrace_train_upload_age_seconds{instance='a',what='checkpoint'}", values: "0+60x8 0+60x8 0x3 0+60x20"}
+      - {series: "headrace_train_upload_age_seconds{instance='a',what='checkpoint'}",
+         values: "0+60x8 0+60x8 0x3 0+60x20"}
     alert_rule_test:
       - {eval_time: 17m, alertname: HeadraceUploadHangs, exp_alerts: []}
       - eval_time: 36m
