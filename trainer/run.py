@@ -40,7 +40,7 @@ from headrace.contract.project import Project
 from headrace.process.call_watch import CallWatch
 from headrace.process.moved import moved
 from headrace.trainer.bounds import WORK_MAX_S, poll_until, watched
-from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of
+from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, Meta, newest_checkpoint, runs_of
 from headrace.trainer.commit.checkpointer import Checkpointer, Moment, made_here
 from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
@@ -178,7 +178,7 @@ class Trainer:
             self._retrying("find where to begin", lambda: self._begin(redone[0] if redone else None))
             checkpoint = None
         # Before anything is learnt: it hears of what changes from here on.
-        self.checkpointer = self._new_checkpointer(checkpoint)
+        self.checkpointer = self._new_checkpointer(checkpoint.manifest if checkpoint is not None else None)
         del checkpoint
         self._redo(redone)
         self.publisher = self._new_publisher(manifests)
@@ -283,18 +283,11 @@ class Trainer:
             kept=named_blobs(manifests, but=self.run_id),
         )
 
-    def _new_checkpointer(self, checkpoint: Checkpoint | None) -> Checkpointer:
+    def _new_checkpointer(self, before: CheckpointManifest | None) -> Checkpointer:
         """Return what writes the run's checkpoints, on from the one that the learner holds, if it holds any."""
-        return Checkpointer(
-            self.project,
-            self.learner,
-            self.deps.blobs,
-            self.deps.metrics,
-            made_here(self.deps.config.threads),
-            before=checkpoint.manifest if checkpoint is not None else None,
-            background=self.deps.background,
-            moved=self.uploads["checkpoint"].moved,
-        )
+        deps, made_by, told = self.deps, made_here(self.deps.config.threads), self.uploads["checkpoint"].moved
+        how = (made_by, before, deps.background, told)
+        return Checkpointer(self.project, self.learner, deps.blobs, deps.metrics, *how)
 
     def _begin(self, first: Step | None) -> None:
         """Begin afresh; a run that was begun before begins at the lake version that its first step names."""
@@ -396,7 +389,7 @@ class Trainer:
         if publisher.is_held and not self.source.is_stored:
             logger.info("the lake is learnt: run %s is published", self.run_id)
             publisher.is_held = False
-        self._checkpoint_when_due(now)
+        self._checkpoint(when_due=True)
         wait_s = _RETRY_SNAPSHOT_S if publisher.unstored else config.snapshot_ms / 1000
         is_wanted = publisher.wants_snapshot or now - self._snapshot_at >= wait_s
         if is_wanted and not publisher.is_busy and not publisher.is_held:
@@ -414,19 +407,16 @@ class Trainer:
             self._snapshot_at = self.deps.clock.monotonic()
             self.uploads["snapshot"].began()
 
-    def _checkpoint_when_due(self, now: float) -> None:
-        checkpointer = self.checkpointer
+    def _checkpoint(self, *, when_due: bool = False) -> None:
+        """Begin a checkpoint, unless one is being written or the newest one is of this very place."""
+        checkpointer, clock = self.checkpointer, self.deps.clock
         if checkpointer is None:
             return
         checkpointer.check()
+        if self._unlearnt or checkpointer.is_busy:
+            return
         wait_s = _RETRY_SNAPSHOT_S if checkpointer.unstored else self.deps.config.checkpoint_ms / 1000
-        if now - self._checkpoint_at >= wait_s and not checkpointer.is_busy:
-            self._checkpoint()
-
-    def _checkpoint(self) -> None:
-        """Begin a checkpoint, unless one is being written or the newest one is of this very place."""
-        checkpointer, clock = self.checkpointer, self.deps.clock
-        if checkpointer is None or self._unlearnt or checkpointer.is_busy:
+        if when_due and clock.monotonic() - self._checkpoint_at < wait_s:
             return
         meta = Meta(
             run=self.run_id,
@@ -442,11 +432,9 @@ class Trainer:
         if checkpointer.holds(meta):
             return
         figures = {"rows": float(self.learner.rows), "held": float(self.learner.held)}
-        evaluation = self.evaluation.state()
-        moment = Moment(meta=meta, positions=self.positions, evaluation=evaluation, metrics=figures)
-        if checkpointer.begin(moment):
-            self.uploads["checkpoint"].began()
-            self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)
+        checkpointer.begin(Moment(meta, self.positions, self.evaluation.state(), figures))
+        self.uploads["checkpoint"].began()
+        self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)
 
     def _show_progress(self) -> None:
         if self.source.is_stored:

@@ -49,7 +49,7 @@ from headrace.trainer.model.tables.row_index import Int64s
 logger = logging.getLogger("headrace.train")
 
 
-class Moment(msgspec.Struct, frozen=True, kw_only=True):
+class Moment(msgspec.Struct, frozen=True):
     """What a checkpoint says besides the learner."""
 
     meta: Meta

@@ -72,7 +72,7 @@ def checkpointer_of(learner: TableLearner, blobs: FaultyBlobs, before: object = 
 def moment(step: int, recipe: str = "x") -> Moment:
     meta = Meta(run="r1", step=step, steps_offset=step, recipe=recipe, cursor=Cursor({"0": [step, 2]}, {"0": 3}))
     evaluation = {"names": np.array(["a", "böse", ""]), "counts": np.array([step], np.int64)}
-    return Moment(meta=meta, positions=Positions(1), evaluation=evaluation, metrics={"auc": 0.5})
+    return Moment(meta, Positions(1), evaluation, {"auc": 0.5})
 
 
 def named(blobs: FaultyBlobs) -> set[str]:
