@@ -15,7 +15,7 @@ from headrace.contract.errors import Unavailable
 from headrace.process.call_watch import LAKE_CALLS, LAKE_MAX_S
 
 if TYPE_CHECKING:
-    from headrace.trainer.run import Dependencies
+    from headrace.trainer.dependencies import Dependencies
 
 WORK_MAX_S = 1_800.0
 """Longest that the training thread may work without a call that comes back: the first step compiles for a minute, and
@@ -27,10 +27,12 @@ POLL_S = 0.2
 
 def watched(deps: Dependencies) -> Dependencies:
     """Return the same dependencies with every call watched by `deps.calls`."""
-    wrap = deps.calls.wrap
+    wrap, open_reader = deps.calls.wrap, deps.open_reader
     return dataclasses.replace(
         deps,
         reader=wrap("reader", deps.reader),
+        open_reader=None if open_reader is None else lambda: wrap("reader", open_reader()),
+        admin=wrap("admin", deps.admin),
         producer=wrap("producer", deps.producer),
         steps_writer=wrap("steps_writer", deps.steps_writer),
         blobs=wrap("blobs", deps.blobs),

@@ -20,24 +20,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor, Positions
 from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
-from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.blobs import Blobs
-from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.fenced import FencedWriter
-from headrace.contract.interfaces.lake import LakeReader
-from headrace.contract.interfaces.log import Producer, Reader, check_topic
-from headrace.contract.interfaces.progress import Progress, Silent
-from headrace.contract.metrics import Metrics
-from headrace.contract.project import Project
-from headrace.process.call_watch import CallWatch
+from headrace.contract.interfaces.log import check_topic
 from headrace.process.moved import moved
 from headrace.trainer.bounds import WORK_MAX_S, poll_until, watched
 from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, Meta, newest_checkpoint, runs_of
@@ -45,11 +34,12 @@ from headrace.trainer.commit.checkpointer import Checkpointer, Moment, made_here
 from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
+from headrace.trainer.commit.steps_archive import StepsArchive, StepsMover
+from headrace.trainer.dependencies import Dependencies
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.source import Source
 from headrace.trainer.upload_watch import UploadWatch
-from headrace.trainer.validation.board import Board
 from headrace.trainer.validation.evaluate import known_times
 from headrace.trainer.validation.report import Report
 
@@ -64,50 +54,6 @@ SHOWN_EVERY = 8
 
 class Stopped(Exception):
     """The process was asked to stop while it waited."""
-
-
-class Stop(Protocol):
-    """A threading.Event, or what acts like one."""
-
-    def is_set(self) -> bool:
-        """Say whether the process was asked to stop."""
-
-
-class StageMetrics(Metrics, Protocol):
-    """Metrics that also answer the readiness probe."""
-
-    def ready(self, is_ready: bool, reason: str = "") -> None:
-        """Say whether the stage works."""
-
-
-@dataclass
-class Dependencies:
-    """What a trainer depends on."""
-
-    project: Project
-    config: TrainConfig
-    topics: Topics
-    reader: Reader
-    producer: Producer
-    steps_writer: FencedWriter
-    blobs: Blobs
-    metrics: StageMetrics
-    clock: Clock
-    stop: Stop
-    calls: CallWatch
-    """Ends the process where a call does not come back."""
-    lake: LakeReader | None = None
-    board: Board | None = None
-    progress: Progress = field(default_factory=Silent)
-    background: bool = True
-    samples_id: str = ""
-    """The id of the `samples` topic, as `Admin.topic_id`; "" asks nothing of what is stored."""
-    steps_id: str = ""
-    """The id of the `steps` topic, likewise."""
-    name: str = "trainer"
-    """Tells this trainer from others of the model, and stays when it is started anew."""
-    take_over: bool = False
-    """True starts also where another trainer took the model over from this one."""
 
 
 class Trainer:
@@ -128,7 +74,10 @@ class Trainer:
             fields=deps.config.slices,
             shown_every=SHOWN_EVERY if deps.board is not None and deps.config.projector_ms else 0,
         )
-        self.steps = StepsLog(deps.steps_writer, self.project.name, deps.metrics, pause=self._pause)
+        self._archive = StepsArchive(deps.blobs, deps.topics.steps, deps.steps_id)
+        self.steps = StepsLog(
+            deps.steps_writer, self.project.name, deps.metrics, pause=self._pause, archive=self._archive
+        )
         self.recipe = recipe_digest(self.project)
         self.learner = learner_for(self.project, deps.config)
         self.evaluation = new_evaluation(self.project, deps.config)
@@ -286,8 +235,21 @@ class Trainer:
     def _new_checkpointer(self, before: CheckpointManifest | None) -> Checkpointer:
         """Return what writes the run's checkpoints, on from the one that the learner holds, if it holds any."""
         deps, made_by, told = self.deps, made_here(self.deps.config.threads), self.uploads["checkpoint"].moved
-        how = (made_by, before, deps.background, told)
+        how = (made_by, before, deps.background, told, self._steps_mover())
         return Checkpointer(self.project, self.learner, deps.blobs, deps.metrics, *how)
+
+    def _steps_mover(self) -> Callable[[int], None]:
+        deps = self.deps
+        if deps.admin is None or deps.open_reader is None:
+            return lambda _: None
+        return StepsMover(
+            self._archive,
+            deps.topics.steps,
+            deps.open_reader,
+            deps.admin,
+            deps.metrics,
+            records_min=deps.config.steps_moved,
+        ).checkpointed
 
     def _begin(self, first: Step | None) -> None:
         """Begin afresh; a run that was begun before begins at the lake version that its first step names."""

@@ -35,7 +35,8 @@ from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, e
 from headrace.trainer.commit.checkpointer import made_here
 from headrace.trainer.commit.parts import Arrays, Part, encode_part, grouped
 from headrace.trainer.commit.retention import Retention
-from headrace.trainer.run import Dependencies, Trainer
+from headrace.trainer.dependencies import Dependencies
+from headrace.trainer.run import Trainer
 
 PARTITIONS, HOUR_MS = 3, 3_600_000
 PROJECT = Project(

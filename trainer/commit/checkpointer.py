@@ -73,6 +73,8 @@ class Checkpointer:
     """False writes before `begin` returns: for tests."""
     moved: Callable[[], None] = lambda: None
     """Is called, in the writing thread, whenever the writing goes on."""
+    checkpointed: Callable[[int], None] = lambda _: None
+    """Is called, in the writing thread, with the `steps_offset` of a checkpoint that was stored."""
 
     def __post_init__(self) -> None:
         self._watch = Watch(self.learner, between=True)
@@ -156,6 +158,7 @@ class Checkpointer:
         except (Overloaded, Unavailable, OSError) as error:
             logger.warning("old checkpoints are still there; learning goes on: %s", error)
             self.metrics.add("errors_total", kind="checkpoints_kept")
+        self.checkpointed(moment.meta.steps_offset)
 
     def _store(self, frozen: Frozen, moment: Moment) -> str:
         """Store all parts, then the manifest, and return the manifest's name."""

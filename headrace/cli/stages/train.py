@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.trainer.run import Dependencies, train
+    from headrace.trainer.dependencies import Dependencies
+    from headrace.trainer.run import train
 
     runtime = open_runtime(args)
     lock = lock_home(runtime.home, runtime.project.name)
@@ -69,6 +70,8 @@ def main(args: argparse.Namespace) -> int:
                 config=runtime.config.train,
                 topics=runtime.topics,
                 reader=runtime.reader(),
+                open_reader=runtime.reader,
+                admin=runtime.admin(),
                 producer=producer,
                 steps_writer=runtime.fenced(
                     runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"

@@ -58,7 +58,8 @@ from headrace.stream.rule_changes import ensure_first
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.join_stage import StreamStage
 from headrace.stream.sink.stage import SinkStage
-from headrace.trainer.run import Dependencies, Trainer
+from headrace.trainer.dependencies import Dependencies
+from headrace.trainer.run import Trainer
 
 START_MS = 1_700_000_000_000
 SECRET = "a secret of a test, longer than 16 bytes"
