@@ -48,6 +48,8 @@ from headrace.contract.formats.sample import conform, format_position
 from headrace.contract.formats.seals import HEADER, SUM_MASK, PartitionSeal, RecordSeal, Seal, encode_seal, whole
 from headrace.contract.formats.steps import Step, StepRange, encode_step
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Pieces
+from headrace.contract.interfaces.blobs import whole as in_one
 from headrace.contract.interfaces.log import Record
 from headrace.contract.rules import change_of, encode_change
 from headrace.examples.shop import traffic
@@ -205,8 +207,8 @@ class Day:
 
     # A store
 
-    def put(self, name: str, data: bytes) -> None:
-        self.blobs[name] = data
+    def put(self, name: str, data: bytes | Pieces) -> None:
+        self.blobs[name] = in_one(data)
 
     def get(self, name: str) -> bytes | None:
         return self.blobs.get(name)

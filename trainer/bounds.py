@@ -15,7 +15,7 @@ from headrace.contract.errors import Unavailable
 from headrace.process.call_watch import LAKE_CALLS, LAKE_MAX_S
 
 if TYPE_CHECKING:
-    from headrace.trainer.run import Dependencies
+    from headrace.trainer.dependencies import Dependencies
 
 WORK_MAX_S = 1_800.0
 """Longest that the training thread may work without a call that comes back: the first step compiles for a minute, and

@@ -5,7 +5,7 @@ Protocol of one step:
 1. read ahead until a batch is full or its first row has waited `wait_ms`;
 2. propose position ranges; write them as step n and read step n back (`trainer.commit.steps`);
 3. take the rows of the ranges; score them, learn them;
-4. publish and checkpoint, by time.
+4. publish and checkpoint, by time, each in a thread of its own.
 
 Whatever fails between 2 and the end of 3 ends the process, also what would be retried elsewhere: the step is recorded,
 and the next process redoes it. No step follows one that was not learnt.
@@ -20,36 +20,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor, Positions
 from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
-from headrace.contract.formats.topics import Topics
-from headrace.contract.interfaces.blobs import Blobs
-from headrace.contract.interfaces.clock import Clock
-from headrace.contract.interfaces.fenced import FencedWriter
-from headrace.contract.interfaces.lake import LakeReader
-from headrace.contract.interfaces.log import Admin, Producer, Reader, check_topic
-from headrace.contract.interfaces.progress import Progress, Silent
-from headrace.contract.metrics import Metrics
-from headrace.contract.project import Project
-from headrace.process.call_watch import CallWatch
+from headrace.contract.interfaces.log import check_topic
 from headrace.process.moved import moved
 from headrace.trainer.bounds import WORK_MAX_S, poll_until, watched
-from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of
+from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, Meta, newest_checkpoint, runs_of
+from headrace.trainer.commit.checkpointer import Checkpointer, Moment, made_here
 from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
 from headrace.trainer.commit.steps_archive import StepsArchive, StepsMover
+from headrace.trainer.dependencies import Dependencies
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.source import Source
 from headrace.trainer.upload_watch import UploadWatch
-from headrace.trainer.validation.board import Board
 from headrace.trainer.validation.evaluate import known_times
 from headrace.trainer.validation.report import Report
 
@@ -64,53 +54,6 @@ SHOWN_EVERY = 8
 
 class Stopped(Exception):
     """The process was asked to stop while it waited."""
-
-
-class Stop(Protocol):
-    """A threading.Event, or what acts like one."""
-
-    def is_set(self) -> bool:
-        """Say whether the process was asked to stop."""
-
-
-class StageMetrics(Metrics, Protocol):
-    """Metrics that also answer the readiness probe."""
-
-    def ready(self, is_ready: bool, reason: str = "") -> None:
-        """Say whether the stage works."""
-
-
-@dataclass
-class Dependencies:
-    """What a trainer depends on."""
-
-    project: Project
-    config: TrainConfig
-    topics: Topics
-    reader: Reader
-    producer: Producer
-    steps_writer: FencedWriter
-    blobs: Blobs
-    metrics: StageMetrics
-    clock: Clock
-    stop: Stop
-    calls: CallWatch
-    """Ends the process where a call does not come back."""
-    lake: LakeReader | None = None
-    board: Board | None = None
-    progress: Progress = field(default_factory=Silent)
-    background: bool = True
-    admin: Admin | None = None
-    open_reader: Callable[[], Reader] | None = None
-    """Makes a reader for the thread that stores checkpoints. Without it, or `admin`, steps stay in their topic."""
-    samples_id: str = ""
-    """The id of the `samples` topic, as `Admin.topic_id`; "" asks nothing of what is stored."""
-    steps_id: str = ""
-    """The id of the `steps` topic, likewise."""
-    name: str = "trainer"
-    """Tells this trainer from others of the model, and stays when it is started anew."""
-    take_over: bool = False
-    """True starts also where another trainer took the model over from this one."""
 
 
 class Trainer:
@@ -140,15 +83,16 @@ class Trainer:
         self.evaluation = new_evaluation(self.project, deps.config)
         self.run_id = ""
         self.publisher: Publisher | None = None
+        self.checkpointer: Checkpointer | None = None
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
-        self.uploads = UploadWatch(deps.metrics, deps.clock)
+        self.uploads = {what: UploadWatch(what, deps.metrics, deps.clock) for what in ("snapshot", "checkpoint")}
         self._waiting_since = -1.0
         self._unlearnt = 0
         """The step that is being committed or learnt; 0 between steps."""
         self._stored_rows = 0
         """How many stored samples there were when this process began to learn them; 0 while it learns none."""
-        self._published_at = self._snapshot_at = float("-inf")
+        self._published_at = self._snapshot_at = self._checkpoint_at = float("-inf")
 
     def recover(self) -> None:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
@@ -181,11 +125,16 @@ class Trainer:
         else:
             self.run_id = newest or self._new_run({s.run for _, s in every} | {m.run for m in manifests})
             self._retrying("find where to begin", lambda: self._begin(redone[0] if redone else None))
+            checkpoint = None
+        # Before anything is learnt: it hears of what changes from here on.
+        self.checkpointer = self._new_checkpointer(checkpoint.manifest if checkpoint is not None else None)
+        del checkpoint
         self._redo(redone)
         self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
             logger.info("run %s is served until the lake is learnt", manifests[-1].run)
         self._snapshot()
+        self._checkpoint()
         logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
 
     @property
@@ -229,10 +178,13 @@ class Trainer:
 
     def close(self) -> None:
         """Leave a checkpoint of the last step, within 3 s, and let go of the model."""
-        if self.publisher is not None:
-            self.publisher.close(1.0)
+        if self.publisher is not None and self.checkpointer is not None:
+            for writer in (self.checkpointer, self.publisher):
+                writer.close(1.0)
+            self._checkpoint()
             self._snapshot()
-            self.publisher.close(3.0)
+            for writer in (self.checkpointer, self.publisher):
+                writer.close(3.0)
             try:
                 release_claim(self.deps.blobs, self.project.name, self.deps.name)
             except Unavailable as error:
@@ -276,10 +228,15 @@ class Trainer:
             lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
             self.deps.background,
             is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
-            moved=self.uploads.moved,
+            moved=self.uploads["snapshot"].moved,
             kept=named_blobs(manifests, but=self.run_id),
-            checkpointed=self._steps_mover(),
         )
+
+    def _new_checkpointer(self, before: CheckpointManifest | None) -> Checkpointer:
+        """Return what writes the run's checkpoints, on from the one that the learner holds, if it holds any."""
+        deps, made_by, told = self.deps, made_here(self.deps.config.threads), self.uploads["checkpoint"].moved
+        how = (made_by, before, deps.background, told, self._steps_mover())
+        return Checkpointer(self.project, self.learner, deps.blobs, deps.metrics, *how)
 
     def _steps_mover(self) -> Callable[[int], None]:
         deps = self.deps
@@ -394,9 +351,10 @@ class Trainer:
         if publisher.is_held and not self.source.is_stored:
             logger.info("the lake is learnt: run %s is published", self.run_id)
             publisher.is_held = False
+        self._checkpoint(when_due=True)
         wait_s = _RETRY_SNAPSHOT_S if publisher.unstored else config.snapshot_ms / 1000
         is_wanted = publisher.wants_snapshot or now - self._snapshot_at >= wait_s
-        if is_wanted and not publisher.is_busy:
+        if is_wanted and not publisher.is_busy and not publisher.is_held:
             self._snapshot()
             return
         is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
@@ -407,19 +365,38 @@ class Trainer:
         publisher = self.publisher
         if publisher is None or self._unlearnt or (publisher.holds(self.learner.step) and not publisher.unstored):
             return
+        if publisher.snapshot(self.learner, self.positions):
+            self._snapshot_at = self.deps.clock.monotonic()
+            self.uploads["snapshot"].began()
+
+    def _checkpoint(self, *, when_due: bool = False) -> None:
+        """Begin a checkpoint, unless one is being written or the newest one is of this very place."""
+        checkpointer, clock = self.checkpointer, self.deps.clock
+        if checkpointer is None:
+            return
+        checkpointer.check()
+        if self._unlearnt or checkpointer.is_busy:
+            return
+        wait_s = _RETRY_SNAPSHOT_S if checkpointer.unstored else self.deps.config.checkpoint_ms / 1000
+        if when_due and clock.monotonic() - self._checkpoint_at < wait_s:
+            return
         meta = Meta(
             run=self.run_id,
             step=self.learner.step,
             steps_offset=self.steps.offset,
             recipe=self.recipe,
             cursor=self.source.cursor(),
-            created_ms=self.deps.clock.now_ms(),
+            created_ms=clock.now_ms(),
             samples_id=self.deps.samples_id,
             steps_id=self.deps.steps_id,
         )
-        if publisher.snapshot(self.learner, self.positions, meta, self.evaluation.state()):
-            self._snapshot_at = self.deps.clock.monotonic()
-            self.uploads.began()
+        self._checkpoint_at = began_s = clock.monotonic()
+        if checkpointer.holds(meta):
+            return
+        figures = {"rows": float(self.learner.rows), "held": float(self.learner.held)}
+        checkpointer.begin(Moment(meta, self.positions, self.evaluation.state(), figures))
+        self.uploads["checkpoint"].began()
+        self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)
 
     def _show_progress(self) -> None:
         if self.source.is_stored:
@@ -468,7 +445,8 @@ class Trainer:
         self._check_upload()
 
     def _check_upload(self) -> None:
-        self.uploads.look(is_busy=self.publisher is not None and self.publisher.is_busy)
+        for what, writer in (("snapshot", self.publisher), ("checkpoint", self.checkpointer)):
+            self.uploads[what].look(is_busy=writer is not None and writer.is_busy)
 
 
 def train(deps: Dependencies) -> None:

@@ -1,4 +1,4 @@
-"""Watches the upload of a snapshot and a checkpoint, which runs in a thread of its own: one that hangs must show.
+"""Watches the upload of snapshots or of checkpoints, in a thread of its own each: one that hangs must show.
 
 Training and deltas go on beside an upload, however long it takes. But no other begins meanwhile, and what a restart has
 to redo grows. So its age is a gauge, and an alert looks at it. What is bounded is its silence, not its length: stores
@@ -24,8 +24,8 @@ LOOK_S = 60.0
 class UploadWatch:
     """Knows since when an upload is under way, and when it moved on last. For the training thread, but `moved`."""
 
-    def __init__(self, metrics: Metrics, clock: Clock) -> None:
-        self._metrics, self._clock = metrics, clock
+    def __init__(self, what: str, metrics: Metrics, clock: Clock) -> None:
+        self._what, self._metrics, self._clock = what, metrics, clock
         self._awake = Awake(clock.monotonic, LOOK_S)
         self._since_s: float | None = None
         self._moved_s = 0.0
@@ -51,11 +51,11 @@ class UploadWatch:
         elif self._since_s is None:
             self.began()
         age_s = 0.0 if self._since_s is None else self._clock.monotonic() - self._since_s
-        self._metrics.set("upload_age_seconds", age_s)
+        self._metrics.set("upload_age_seconds", age_s, what=self._what)
         still_s = now_s - self._moved_s
         if is_busy and still_s > STILL_MAX_S:
             raise InvariantBroken(
-                f"the upload of a snapshot or a checkpoint has stood still for {still_s:.0f} s, {STILL_MAX_S:.0f} s "
+                f"the upload of a {self._what} has stood still for {still_s:.0f} s, {STILL_MAX_S:.0f} s "
                 "are allowed: neither the store nor the work before it goes on. This process ends, and the next one "
                 "goes on from the newest checkpoint. See whether the store answers: `headrace status`."
             )

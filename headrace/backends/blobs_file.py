@@ -14,12 +14,13 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 from headrace.contract.errors import InvariantBroken, Unavailable, disk_remedy
+from headrace.contract.interfaces.blobs import Pieces
 from headrace.process.moved import moved
 
 UNFINISHED = ".unfinished"
@@ -47,15 +48,25 @@ def read_in_pieces(read: Callable[[int], bytes]) -> bytes:
     return whole.getvalue()
 
 
-def _write(file: BinaryIO, data: bytes) -> None:
+def cut_pieces(data: bytes | Pieces, size: int) -> Iterator[memoryview]:
+    """Yield `data` in order, in pieces of `size` bytes at most."""
+    for piece in [data] if isinstance(data, bytes) else data:
+        view = memoryview(piece).cast("B")
+        yield from (view[start : start + size] for start in range(0, len(view), size))
+
+
+def _write(file: BinaryIO, data: bytes | Pieces) -> None:
     """Write `data`, all but its end durably: what fsync still has to do then takes no longer than a piece."""
-    whole = memoryview(data)
-    for start in range(0, len(whole), PIECE_BYTES):
-        if start:
+    written = durable = 0
+    for piece in cut_pieces(data, PIECE_BYTES):
+        if written + len(piece) - durable > PIECE_BYTES:
+            file.flush()
             os.fdatasync(file.fileno())
             moved()
-        file.write(whole[start : start + PIECE_BYTES])
-        file.flush()
+            durable = written
+        file.write(piece)
+        written += len(piece)
+    file.flush()
 
 
 def _sync_folder(path: Path) -> None:
@@ -73,7 +84,7 @@ class FileBlobs:
         self.root = Path(root)
         self._swept = False
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes | Pieces) -> None:
         """Store `data` under `name`, atomically and durably. Raises `Unavailable` when the disk refuses."""
         target = self.root / checked_name(name)
         unfinished = self.root / UNFINISHED
@@ -92,7 +103,7 @@ class FileBlobs:
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-            told = f"{len(data)} bytes for {target} were not stored: {error}; {disk_remedy(error)}."
+            told = f"{target} was not stored: {error}; {disk_remedy(error)}."
             raise Unavailable(told) from error
 
     def get(self, name: str) -> bytes | None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import io
 import logging
 import os
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from posixpath import dirname
 from typing import TypeVar
 from urllib.parse import quote
@@ -23,8 +23,9 @@ import requests
 from hdfs import HdfsError, InsecureClient
 from urllib3.exceptions import HTTPError
 
-from headrace.backends.blobs_file import UNFINISHED, checked_name, read_in_pieces
+from headrace.backends.blobs_file import UNFINISHED, checked_name, cut_pieces, read_in_pieces
 from headrace.contract.errors import Unavailable
+from headrace.contract.interfaces.blobs import Pieces
 from headrace.process.awake import awake_s
 from headrace.process.moved import moved
 
@@ -41,16 +42,19 @@ PATIENCE_S = 45.0
 """How long a NameNode that is away or in safe mode is asked again."""
 
 
-class _Pieces(io.BytesIO):
-    """What is written, of which `requests` takes piece after piece: a slow store is told from one that hangs."""
+SENT_BYTES = 1024 * 1024
+"""What is sent at once: 0.1 s at 10 MB/s, so that a slow store is told from one that hangs."""
 
-    def read(self, size: int | None = -1, /) -> bytes:
+
+def _sent(data: bytes | Pieces) -> Iterator[bytes]:
+    """Yield what is sent, piece after piece."""
+    for piece in cut_pieces(data, SENT_BYTES):
+        yield bytes(piece)
         moved()
-        return super().read(size)
 
 
 class HdfsBlobs:
-    """Named byte strings below `root` (an absolute HDFS path). For one thread at a time.
+    """Named byte strings below `root` (an absolute HDFS path). Each thread has a connection of its own.
 
     Every call tries again with 0.1 to 2 s between for at most `patience_s`, then raises `Unavailable`: a NameNode
     that was killed is back in 5 to 20 s, so the default of 45 s is twice that.
@@ -68,20 +72,28 @@ class HdfsBlobs:
         self.root = "/" + root.strip("/")
         self._url = webhdfs.rstrip("/")
         self._user = user or os.environ.get("HADOOP_USER_NAME") or getpass.getuser()
-        self._session = requests.Session()
-        # Loopback and cluster addresses are never behind the proxy that the user's package index needs.
-        self._session.trust_env = False
+        self._here = threading.local()
         self._timeout_s = timeout_s
         self._patience_s = patience_s
-        self._client = InsecureClient(self._url, user=self._user, session=self._session, timeout=timeout_s)
         self._folders: set[str] = set()
         self._away = False
         self._swept = False
 
-    def put(self, name: str, data: bytes) -> None:
+    @property
+    def _client(self) -> InsecureClient:
+        if not hasattr(self._here, "client"):
+            session = requests.Session()
+            # Loopback and cluster addresses are never behind the proxy that the user's package index needs.
+            session.trust_env = False
+            self._here.session = session
+            self._here.client = InsecureClient(self._url, user=self._user, session=session, timeout=self._timeout_s)
+        client: InsecureClient = self._here.client
+        return client
+
+    def put(self, name: str, data: bytes | Pieces) -> None:
         """Store `data` under `name`, atomically: a reader sees the old object or the new one."""
         target = f"{self.root}/{checked_name(name)}"
-        self._retried(f"write of {len(data)} bytes to {target}", lambda: self._put(target, data))
+        self._retried(f"write to {target}", lambda: self._put(target, data))
 
     def get(self, name: str) -> bytes | None:
         """Return the object, or None where there is none."""
@@ -99,15 +111,15 @@ class HdfsBlobs:
         target = f"{self.root}/{checked_name(name)}"
         self._retried(f"delete of {target}", lambda: self._client.delete(target))
 
-    def _put(self, target: str, data: bytes) -> None:
-        part = f"{self.root}/{UNFINISHED}/{uuid.uuid4().hex}"
+    def _put(self, target: str, data: bytes | Pieces) -> None:
+        part, client = f"{self.root}/{UNFINISHED}/{uuid.uuid4().hex}", self._client
         self._sweep()
         folder = dirname(target)
         if folder not in self._folders:
             self._client.makedirs(folder)
             self._folders.add(folder)
         try:
-            self._client.write(part, data=_Pieces(data), overwrite=True)
+            client.write(part, data=_sent(data), overwrite=True)
             self._rename_over(part, target)
         except HdfsError:
             # The folder may have been removed by somebody else since; make it again on the next try.
@@ -117,7 +129,8 @@ class HdfsBlobs:
             raise
 
     def _rename_over(self, source: str, target: str) -> None:
-        reply = self._session.put(
+        session: requests.Session = self._here.session
+        reply = session.put(
             f"{self._url}/webhdfs/v1{quote(source)}",
             params={"op": "RENAME", "destination": target, "renameoptions": "OVERWRITE", "user.name": self._user},
             timeout=self._timeout_s,

@@ -314,7 +314,9 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     publish_ms: Millis = 200
     """Time between deltas. Unit: ms."""
     snapshot_ms: Millis = 30_000
-    """Time between full snapshots. A checkpoint is written with each. Unit: ms."""
+    """Time between full snapshots. Unit: ms."""
+    checkpoint_ms: Millis = 4_000
+    """Time between checkpoints: what a restart learns again at most, and what it takes to store one. Unit: ms."""
     threads: Count = 1
     """Threads of the math library. Equal bits need an equal number. Unit: threads."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from headrace.backends.blobs_file import UNFINISHED, FileBlobs
@@ -43,6 +45,60 @@ def test_a_put_replaces(blobs: Blobs) -> None:
         blobs.put("folder/name", text)
         assert blobs.get("folder/name") == text
     assert blobs.list("folder") == ["folder/name"]
+
+
+class Counted:
+    """Pieces that are made when they are asked for, and count how often."""
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces, self.rounds = pieces, 0
+
+    def __iter__(self) -> Iterator[memoryview]:
+        self.rounds += 1
+        for number in range(self.pieces):
+            yield memoryview(np.full(400_000 + number, number, np.int16))
+
+
+def test_an_object_is_put_in_pieces(blobs: Blobs) -> None:
+    pieces = Counted(9)
+    blobs.put("in/pieces", pieces)
+    assert pieces.rounds == 1
+    assert blobs.get("in/pieces") == b"".join(Counted(9))
+    blobs.put("in/pieces", [b"", b"one", memoryview(b" two"), b""])
+    assert blobs.get("in/pieces") == b"one two"
+    blobs.put("in/pieces", [])
+    assert blobs.get("in/pieces") == b""
+    assert blobs.list("in") == ["in/pieces"]
+
+
+def test_pieces_that_end_early_leave_the_old_object(blobs: Blobs) -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"half of the new"
+            raise MemoryError("the other half is not to be had")
+
+    blobs.put("name", b"old")
+    with pytest.raises(MemoryError):
+        blobs.put("name", Broken())
+    assert blobs.get("name") == b"old"
+    assert blobs.list("") == ["name"]
+
+
+def test_several_threads_put_and_get(blobs: Blobs) -> None:
+    """A snapshot and a checkpoint are written side by side."""
+    found: dict[int, list[bytes | None]] = {number: [] for number in range(4)}
+
+    def work(number: int) -> None:
+        for turn in range(4):
+            blobs.put(f"side/{number}", [bytes([number]) * 50_000, bytes([turn])])
+            found[number].append(blobs.get(f"side/{number}"))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: [bytes([n]) * 50_000 + bytes([turn]) for turn in range(4)] for n in found}
 
 
 def test_what_is_not_there_is_none(blobs: Blobs) -> None:

@@ -50,7 +50,8 @@ from headrace.stream.join import state  # noqa: E402
 from headrace.stream.rule_changes import apply, ensure_first  # noqa: E402
 from headrace.stream.shell.dependencies import StageDependencies  # noqa: E402
 from headrace.stream.shell.join_stage import StreamStage  # noqa: E402
-from headrace.trainer.run import Dependencies, Trainer  # noqa: E402
+from headrace.trainer.dependencies import Dependencies  # noqa: E402
+from headrace.trainer.run import Trainer  # noqa: E402
 
 PROJECT = msgspec.structs.replace(
     join_world.PROJECT, name="golden", recipe=Recipe(task="click", dim=4, hidden=(8,), batch_rows=32)

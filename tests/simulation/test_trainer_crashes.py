@@ -21,6 +21,7 @@ from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
 from headrace.contract.formats.steps import decode_step
+from headrace.contract.interfaces.blobs import Pieces
 from headrace.contract.project import Project
 from headrace.trainer.model.learner import TableLearner, learner_for
 from headrace.trainer.run import Trainer
@@ -55,7 +56,7 @@ class FaultyStore(FaultyBlobs):
     def __init__(self, inner: FaultyBlobs, rng: Random) -> None:
         self.objects, self.rng = inner.objects, rng
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes | Pieces) -> None:
         what = self.rng.random()
         if what < 0.15:
             raise Killed
@@ -112,7 +113,7 @@ def test_crashes_change_nothing(seed, project):
             for _ in range(rng.randint(1, 12)):
                 trainer.turn()
                 world.clock.advance(0.05)
-            waited = max(waited, trainer.learner.held)
+                waited = max(waited, trainer.learner.held)
             if rng.random() < 0.1:
                 raise Killed
         except Killed:

@@ -12,6 +12,7 @@ from headrace.contract.functions import ModelShape, model_function
 from headrace.contract.recipe import Model, Optimizer, Recipe
 from headrace.contract.spec import PAD, Categorical, FeatureSpec, MultiValued, Numeric
 from headrace.trainer.model.batch import Batch
+from headrace.trainer.model.learner import TableLearner
 
 SPEC = FeatureSpec(
     features=(
@@ -149,3 +150,31 @@ def twin_logits(recipe: Recipe, weights, values_BFV: torch.Tensor, batch: Batch)
             x = torch.relu(x @ weights[f"w{i}"] + weights[f"b{i}"])
         out = out + x @ weights[f"w{len(recipe.hidden)}"] + weights[f"b{len(recipe.hidden)}"]
     return out
+
+
+CHANGING_SPEC = FeatureSpec(features=(Categorical(field="a"), Categorical(field="b"), Numeric(field="x")))
+CHANGING = {
+    "rows expire": Recipe(model="fm", dim=2, hidden=(), expire_after_ms=2_000),
+    "rows are admitted": Recipe(model="logistic", dim=0, hidden=(), admit_after=2, expire_after_ms=3_000),
+    "two kinds": Recipe(model="fm", dim=2, hidden=(), slot_optimizers={"b": "adam"}, expire_after_ms=4_000),
+    "in order": Recipe(model="fm", dim=2, hidden=(), updates="sample", expire_after_ms=2_000),
+}
+"""Recipes under which rows come, change and go in each way that there is."""
+
+
+def changing_batch(rng: np.random.Generator, at_ms: int) -> Batch:
+    rows = int(rng.integers(1, 12))
+    return Batch(
+        rng.integers(1, 40, (rows, 2)).astype(np.int64),
+        rng.random((rows, 1), np.float32),
+        rng.integers(0, 2, rows).astype(np.float32),
+        np.ones(rows, np.float32),
+        np.full(rows, 3_600_000 + at_ms, np.int64),
+    )
+
+
+def learn(learner: TableLearner, rng: np.random.Generator, clock: list[int], steps: int) -> None:
+    """Learn a few batches; `clock` is moved on, in ms."""
+    for _ in range(steps):
+        clock[0] += int(rng.integers(0, 900))
+        learner.learn(changing_batch(rng, clock[0]))

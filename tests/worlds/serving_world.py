@@ -23,6 +23,7 @@ from headrace.contract.config import ServeConfig
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights, encode_manifest, encode_weights
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Pieces, whole
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
 from headrace.serving.api.app import ServingApp, ServingDependencies
@@ -61,8 +62,8 @@ class Blobs:
         self.objects: dict[str, bytes] = {}
         self.is_away = False
 
-    def put(self, name: str, data: bytes) -> None:
-        self.objects[name] = data
+    def put(self, name: str, data: bytes | Pieces) -> None:
+        self.objects[name] = whole(data)
 
     def get(self, name: str) -> bytes | None:
         if self.is_away:

@@ -20,6 +20,7 @@ from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Pieces, whole
 from headrace.contract.interfaces.log import Record
 from headrace.stream.join.join import JoinState
 from headrace.stream.shell.dependencies import StageDependencies
@@ -36,8 +37,8 @@ class Blobs:
     def __init__(self) -> None:
         self.items: dict[str, bytes] = {}
 
-    def put(self, name: str, data: bytes) -> None:
-        self.items[name] = data
+    def put(self, name: str, data: bytes | Pieces) -> None:
+        self.items[name] = whole(data)
 
     def get(self, name: str) -> bytes | None:
         return self.items.get(name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -21,13 +24,19 @@ from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.positions import Position, Positions
 from headrace.contract.formats.sample import list_column, sample_schema
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Blobs, Pieces, whole
 from headrace.contract.interfaces.lake import LakeLayout, SpanMs, StoredHour, StoredSpan
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
 from headrace.process.call_watch import CallWatch
 from headrace.stream.features.featurize import featurize
-from headrace.trainer.run import Dependencies, Trainer
+from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, encode_manifest, folder_of, parts_of
+from headrace.trainer.commit.checkpointer import made_here
+from headrace.trainer.commit.parts import Arrays, Part, encode_part, grouped
+from headrace.trainer.commit.retention import Retention
+from headrace.trainer.dependencies import Dependencies
+from headrace.trainer.run import Trainer
 
 PARTITIONS, HOUR_MS = 3, 3_600_000
 PROJECT = Project(
@@ -60,8 +69,8 @@ class FaultyBlobs:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
 
-    def put(self, name: str, data: bytes) -> None:
-        self.objects[name] = data
+    def put(self, name: str, data: bytes | Pieces) -> None:
+        self.objects[name] = whole(data)
 
     def get(self, name: str) -> bytes | None:
         return self.objects.get(name)
@@ -212,7 +221,9 @@ class World:
         assert isinstance(project, Project)
         values: dict[str, object] = {
             "project": project,
-            "config": TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000, lake_bytes=30_000),
+            "config": TrainConfig(
+                wait_ms=20, publish_ms=100, snapshot_ms=2_000, checkpoint_ms=2_000, lake_bytes=30_000
+            ),
             "topics": TOPICS,
             "reader": self.log.reader(),
             "producer": self.log.producer(),
@@ -233,6 +244,42 @@ class World:
         while idle < 4:
             idle = 0 if trainer.turn() else idle + 1
             self.clock.advance(0.03)
+
+
+def as_one_blob(checkpoint: Checkpoint) -> bytes:
+    """Return a checkpoint as it was stored before there were parts."""
+    arrays = {f"learner/{name}": array for name, array in checkpoint.learner.items()}
+    arrays |= {f"evaluation/{name}": array for name, array in checkpoint.evaluation.items()}
+    arrays["meta"] = np.frombuffer(msgspec.json.encode(checkpoint.meta), np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return b"HRCKPT1\n" + hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+def store_checkpoint(blobs: Blobs, model: str, checkpoint: Checkpoint, *, seq: int = 1) -> str:
+    """Store a checkpoint all of whose arrays lie in parts by themselves, delete old ones, return its name."""
+
+    def put(arrays: Arrays) -> Part:
+        encoded = encode_part(checkpoint.meta.run, arrays)
+        blobs.put(f"{parts_of(model)}/{encoded.part.name}", encoded.pieces)
+        return encoded.part
+
+    name, data = encode_manifest(
+        CheckpointManifest(
+            seq=seq,
+            meta=checkpoint.meta,
+            learner=tuple(map(put, grouped(checkpoint.learner))),
+            evaluation=tuple(map(put, grouped(checkpoint.evaluation))),
+            tables={},
+            positions={},
+            spec_json="",
+            recipe_json="",
+            made_by=made_here(1),
+        )
+    )
+    blobs.put(f"{folder_of(model)}/{name}", data)
+    Retention(blobs, model).retire(checkpoint.meta.run)
+    return name
 
 
 COUNT = 200

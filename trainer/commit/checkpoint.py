@@ -1,39 +1,44 @@
-"""Checkpoints: all that resumes a run, in one blob that is replaced atomically or not at all.
+"""Checkpoints: all that resumes a run, in immutable parts and a manifest that is written last.
 
-Name: `checkpoints/<model>/<run>-<step>.<recipe>.<steps offset>.v<lake version>`: what is needed to choose among
-checkpoints without reading them. Release 0.1 wrote `<run>-<step>` alone; of those the content is asked. Content: magic,
-SHA-256 of the rest, then an uncompressed .npz of the learner's and the evaluation's arrays and of the `meta` as JSON.
+`checkpoints/<model>/<run>-<step>.<recipe>.<steps offset>.v<lake version>.<digest>.json` is the manifest: its name has
+what is needed to choose among checkpoints without reading them, and the beginning of the SHA-256 of its bytes. It names
+the parts of `checkpoints/<model>/parts/` with their digests. A checkpoint exists when its manifest does.
 
-Which is the newest, and which are deleted, says their lineage: runs follow each other along the `steps` topic, and
-within a run steps are counted. No clock and no order of names has a say: a recipe may come back after another one.
+A table is cut into pages of rows. A page is stored whole, with the number of the checkpoint that stored it; rows that
+changed later lie in parts of their own, by number too. A table is read so: each page, then the rows of each later
+number, in order, over it. Whatever a checkpoint shares with the one before it, it names and does not store again.
+
+Which is the newest says its lineage: runs follow each other along the `steps` topic, and within a run steps are
+counted. No clock and no order of names has a say: a recipe may come back after another one.
+
+Before, a checkpoint was one blob `<run>-<step>.<recipe>.<steps offset>.v<lake version>`, in release 0.1 `<run>-<step>`:
+magic, SHA-256 of the rest, then an .npz of all arrays and of `meta` as JSON. Those are still read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import re
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from headrace.contract.formats.positions import Cursor
 from headrace.contract.interfaces.blobs import Blobs
+from headrace.contract.spec import PAD
+from headrace.trainer.commit.parts import Arrays, Part, decode_npz, decode_part
 
 logger = logging.getLogger("headrace.train")
 
 _MAGIC = b"HRCKPT1\n"
-KEEP = 3
-"""How many checkpoints of a run stay: one that is damaged has two before it."""
-OTHER_RUNS_KEPT = 3
-"""How many other runs of the model stay, the ones that came last: a recipe that is put back goes on from there."""
+FORMAT = 2
 
-# A name's parts behind the step are missing in what release 0.1 wrote.
-_NAME = re.compile(r"(?P<run>[^.]+)-(?P<step>\d+)(\.(?P<recipe>[^.]*)\.(?P<offset>\d+)\.v(?P<version>-?\d+))?")
-
-Arrays = dict[str, npt.NDArray[np.generic]]
+# The parts of a name behind the step are missing in what release 0.1 wrote, the digest in what was one blob.
+_NAME = re.compile(
+    r"(?P<run>[^.]+)-(?P<step>\d+)(\.(?P<recipe>[^.]*)\.(?P<offset>\d+)\.v(?P<version>-?\d+)"
+    r"(\.(?P<digest>[0-9a-f]{16})\.json)?)?"
+)
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +56,8 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     """The id of the topic that the cursor's offsets are of; "" in what was written before ids were noted."""
     steps_id: str = ""
     """The id of the topic that `steps_offset` is of, likewise."""
+    event_ms: int = 0
+    """The newest event time that the model has learnt, rounded up to a second less 1 ms; 0 where it is not known."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -58,78 +65,127 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     meta: Meta
     learner: Arrays
+    """As `TableLearner.state`; among the rows of a table may be free ones, with the key `PAD`."""
     evaluation: Arrays
+    manifest: CheckpointManifest | None = None
+    """None where it was one blob."""
 
 
-def encode_checkpoint(checkpoint: Checkpoint) -> bytes:
-    """Return the blob; `decode_checkpoint` gives back the same bits."""
-    arrays: Arrays = {f"learner/{name}": array for name, array in checkpoint.learner.items()}
-    arrays |= {f"evaluation/{name}": array for name, array in checkpoint.evaluation.items()}
-    arrays["meta"] = np.frombuffer(msgspec.json.encode(checkpoint.meta), np.uint8)
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    body = buffer.getvalue()
-    return _MAGIC + hashlib.sha256(body).digest() + body
+class Page(msgspec.Struct, frozen=True):
+    """The rows of one page as they were at one checkpoint."""
+
+    part: Part
+    seq: int
+    """Of the checkpoint that stored it."""
+    rows: int
+    changed: bool = False
+    """True where rows of it changed later: they lie in `ChangedRows` of a greater number."""
 
 
-def decode_checkpoint(data: bytes) -> Checkpoint | None:
-    """Read what `encode_checkpoint` wrote; None where the bytes are damaged or of another format."""
-    head, digest, body = data[:8], data[8:40], data[40:]
-    if head != _MAGIC or hashlib.sha256(body).digest() != digest:
-        return None
-    with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
-        return Checkpoint(
-            msgspec.json.decode(arrays["meta"].tobytes(), type=Meta),
-            {n.removeprefix("learner/"): arrays[n] for n in arrays.files if n.startswith("learner/")},
-            {n.removeprefix("evaluation/"): arrays[n] for n in arrays.files if n.startswith("evaluation/")},
-        )
+class ChangedRows(msgspec.Struct, frozen=True):
+    """Rows that changed between the checkpoint before and the one that stored them, their numbers in `rows`."""
+
+    part: Part
+    seq: int
 
 
-def write_checkpoint(blobs: Blobs, model: str, checkpoint: Checkpoint) -> str:
-    """Store it, delete what its lineage no longer needs, and return its name. Raises `Unavailable`.
+class TableParts(msgspec.Struct, frozen=True):
+    """Where the rows of one table lie."""
 
-    Of its run the `KEEP` with the highest steps stay; of the model's other runs the `OTHER_RUNS_KEPT` that have got
-    furthest along the steps topic stay whole. What cannot be read is left alone: another release may have written it.
-    """
-    meta = checkpoint.meta
-    name = f"{meta.run}-{meta.step:012d}.{meta.recipe}.{meta.steps_offset}.v{meta.cursor.lake_version}"
-    blobs.put(f"checkpoints/{model}/{name}", encode_checkpoint(checkpoint))
-    by_run: dict[str, list[_Stored]] = {}
-    for each in _stored(blobs, model):
-        by_run.setdefault(each.run, []).append(each)
-    gone = sorted(by_run.pop(meta.run), key=lambda each: each.step)[:-KEEP]
-    if len(by_run) > OTHER_RUNS_KEPT:
-        furthest = {run: max(map(_place, _known(blobs, model, found)), default=None) for run, found in by_run.items()}
-        runs = sorted((place, run) for run, place in furthest.items() if place is not None)
-        gone += [each for _, run in runs[:-OTHER_RUNS_KEPT] for each in by_run[run]]
-    for old in gone:
-        blobs.delete(f"checkpoints/{model}/{old.name}")
-    return name
+    high: int
+    """Rows, free ones among them."""
+    page_rows: int
+    pages: tuple[Page, ...]
+    changed: tuple[ChangedRows, ...] = ()
+    """In the order of their numbers."""
+    credit: int = 0
+    """Rows of pages that may be stored anew although few of theirs changed; see `checkpoint_plan`."""
+
+
+class MadeBy(msgspec.Struct, frozen=True, kw_only=True):
+    """What made the bits: other bits of the same samples are no fault where this differs."""
+
+    code: str
+    torch: str
+    numba: str
+    numpy: str
+    cpu: str
+    """What the compiler of the kernels calls the processor."""
+    features: str
+    """The instruction sets that it uses."""
+    threads: int
+
+
+class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint: where the run stood, and the parts that hold the rest."""
+
+    format: int = FORMAT
+    seq: int
+    """1, 2, 3 ... along the checkpoints that share parts."""
+    meta: Meta
+    learner: tuple[Part, ...]
+    """Everything of the learner but the rows of tables."""
+    evaluation: tuple[Part, ...]
+    tables: dict[str, TableParts]
+    """By what the names of their columns begin with."""
+    positions: dict[str, list[int]]
+    """As `Positions.to_json`: what the model contains."""
+    spec_json: str
+    recipe_json: str
+    made_by: MadeBy
+    metrics: dict[str, float] = {}
+    """Figures of the model, for people."""
+
+    def parts(self) -> set[Part]:
+        """Return all parts that it names."""
+        tables = self.tables.values()
+        pages = {page.part for table in tables for page in table.pages}
+        return {*self.learner, *self.evaluation} | pages | {each.part for table in tables for each in table.changed}
+
+
+class Damaged(Exception):
+    """A part of a checkpoint is missing, or is not what its manifest says."""
+
+
+def folder_of(model: str) -> str:
+    """Return the folder of a model's manifests."""
+    return f"checkpoints/{model}"
+
+
+def parts_of(model: str) -> str:
+    """Return the folder of a model's parts."""
+    return f"{folder_of(model)}/parts"
+
+
+def encode_manifest(manifest: CheckpointManifest) -> tuple[str, bytes]:
+    """Return a manifest's name and its bytes."""
+    data, meta = msgspec.json.encode(manifest), manifest.meta
+    place = f"{meta.run}-{meta.step:012d}.{meta.recipe}.{meta.steps_offset}.v{meta.cursor.lake_version}"
+    return f"{place}.{hashlib.sha256(data).hexdigest()[:16]}.json", data
 
 
 def newest_checkpoint(blobs: Blobs, model: str, *, recipe: str) -> Checkpoint | None:
     """Return the readable checkpoint of this recipe that has got furthest, None without one. Raises `Unavailable`."""
-    ours = [each for each in _known(blobs, model, _stored(blobs, model)) if each.recipe == recipe]
-    for each in sorted(ours, key=_place, reverse=True):
-        checkpoint = _read(blobs, model, each.name)
-        if checkpoint is not None:
-            return checkpoint
-        logger.warning("checkpoint %s is damaged or gone; trying the one before", each.name)
+    ours = [each for each in known(blobs, model, stored_checkpoints(blobs, model)) if each.recipe == recipe]
+    for each in sorted(ours, key=place_of, reverse=True):
+        try:
+            return read_checkpoint(blobs, model, each)
+        except Damaged as error:
+            logger.warning("checkpoint %s is damaged or gone: %s; trying the one before", each.name, error)
     return None
 
 
 def stored_versions(blobs: Blobs, model: str) -> set[int]:
     """Return the lake versions that the model's checkpoints are in the middle of. Raises `Unavailable`."""
-    known = _known(blobs, model, _stored(blobs, model))
-    return {each.lake_version for each in known if each.lake_version >= 0}
+    return {e.lake_version for e in known(blobs, model, stored_checkpoints(blobs, model)) if e.lake_version >= 0}
 
 
 def runs_of(blobs: Blobs, model: str) -> set[str]:
     """Return the runs of which checkpoints are stored. Raises `Unavailable`."""
-    return {each.run for each in _stored(blobs, model)}
+    return {each.run for each in stored_checkpoints(blobs, model)}
 
 
-class _Stored(msgspec.Struct, frozen=True):
+class Stored(msgspec.Struct, frozen=True):
     """A stored checkpoint as its name tells; a name of release 0.1 has no more than run and step."""
 
     name: str
@@ -138,40 +194,118 @@ class _Stored(msgspec.Struct, frozen=True):
     recipe: str | None = None
     steps_offset: int = -1
     lake_version: int = -1
+    digest: str = ""
+    """The beginning of its manifest's SHA-256; "" where it is one blob."""
 
 
-def _place(each: _Stored) -> tuple[int, int]:
+def place_of(each: Stored) -> tuple[int, int]:
+    """Return how far a checkpoint has got: along the steps topic, then in its run."""
     return each.steps_offset, each.step
 
 
-def _stored(blobs: Blobs, model: str) -> list[_Stored]:
-    names = [name.rpartition("/")[2] for name in blobs.list(f"checkpoints/{model}")]
+def stored_checkpoints(blobs: Blobs, model: str) -> list[Stored]:
+    """Return the stored checkpoints as their names tell. Raises `Unavailable`."""
+    names = [name.rpartition("/")[2] for name in blobs.list(folder_of(model))]
     found = [(name, match) for name in names if (match := _NAME.fullmatch(name)) is not None]
     return [
-        _Stored(name, match["run"], int(match["step"]))
+        Stored(name, match["run"], int(match["step"]))
         if match["recipe"] is None
-        else _Stored(
-            *(name, match["run"], int(match["step"])), match["recipe"], int(match["offset"]), int(match["version"])
+        else Stored(
+            *(name, match["run"], int(match["step"]), match["recipe"], int(match["offset"]), int(match["version"])),
+            match["digest"] or "",
         )
         for name, match in found
     ]
 
 
-def _known(blobs: Blobs, model: str, stored: list[_Stored]) -> list[_Stored]:
+def known(blobs: Blobs, model: str, stored: list[Stored]) -> list[Stored]:
     """Return these with all that their names should say; one whose name does not is read, or left out."""
     found = []
     for each in stored:
         if each.recipe is not None:
             found.append(each)
             continue
-        checkpoint = _read(blobs, model, each.name)
+        checkpoint = decode_whole(blobs.get(f"{folder_of(model)}/{each.name}"))
         if checkpoint is not None:
             meta = checkpoint.meta
             place = meta.recipe, meta.steps_offset, meta.cursor.lake_version
-            found.append(_Stored(each.name, each.run, each.step, *place))
+            found.append(Stored(each.name, each.run, each.step, *place))
     return found
 
 
-def _read(blobs: Blobs, model: str, name: str) -> Checkpoint | None:
-    data = blobs.get(f"checkpoints/{model}/{name}")
-    return decode_checkpoint(data) if data is not None else None
+def read_manifest(blobs: Blobs, model: str, each: Stored) -> CheckpointManifest:
+    """Return the manifest of a stored checkpoint. Raises `Damaged` and `Unavailable`."""
+    data = blobs.get(f"{folder_of(model)}/{each.name}")
+    if data is None:
+        raise Damaged("its manifest is gone")
+    if not hashlib.sha256(data).hexdigest().startswith(each.digest):
+        raise Damaged("its manifest has other bytes than its name says")
+    try:
+        return msgspec.json.decode(data, type=CheckpointManifest)
+    except msgspec.DecodeError as error:
+        raise Damaged(f"its manifest: {error}") from error
+
+
+def read_checkpoint(blobs: Blobs, model: str, each: Stored) -> Checkpoint:
+    """Return a stored checkpoint with all it names. Raises `Damaged`, which names the part, and `Unavailable`."""
+    if not each.digest:
+        checkpoint = decode_whole(blobs.get(f"{folder_of(model)}/{each.name}"))
+        if checkpoint is None:
+            raise Damaged("its bytes are damaged, of another format or gone")
+        return checkpoint
+    manifest = read_manifest(blobs, model, each)
+    learner, evaluation = Arrays(), Arrays()
+    for part in manifest.learner:
+        learner |= read_part(blobs, model, part)
+    for part in manifest.evaluation:
+        evaluation |= read_part(blobs, model, part)
+    for prefix, table in manifest.tables.items():
+        learner |= {prefix + name: column for name, column in _rows(blobs, model, table).items()}
+    return Checkpoint(manifest.meta, learner, evaluation, manifest)
+
+
+def read_part(blobs: Blobs, model: str, part: Part) -> Arrays:
+    """Return a part's arrays. Raises `Damaged` and `Unavailable`."""
+    data = blobs.get(f"{parts_of(model)}/{part.name}")
+    if data is None:
+        raise Damaged(f"part {part.name} is missing")
+    if len(data) != part.bytes or hashlib.sha256(data).hexdigest() != part.sha256:
+        raise Damaged(f"part {part.name} has other bytes than its manifest says")
+    try:
+        return decode_part(data)
+    except ValueError as error:
+        raise Damaged(f"part {part.name}: {error}") from error
+
+
+def decode_whole(data: bytes | None) -> Checkpoint | None:
+    """Read a checkpoint that is one blob; None where the bytes are damaged or of another format."""
+    if data is None:
+        return None
+    head, digest, body = data[:8], data[8:40], data[40:]
+    if head != _MAGIC or hashlib.sha256(body).digest() != digest:
+        return None
+    arrays = decode_npz(body)
+    return Checkpoint(
+        msgspec.json.decode(arrays["meta"].tobytes(), type=Meta),
+        {n.removeprefix("learner/"): a for n, a in arrays.items() if n.startswith("learner/")},
+        {n.removeprefix("evaluation/"): a for n, a in arrays.items() if n.startswith("evaluation/")},
+    )
+
+
+def _rows(blobs: Blobs, model: str, table: TableParts) -> Arrays:
+    """Return the columns of a table's rows: pages, and over them, in order, the rows that changed later."""
+    columns = Arrays()
+    for number, page in enumerate(table.pages):
+        first = number * table.page_rows
+        for name, column in read_part(blobs, model, page.part).items():
+            if name not in columns:
+                columns[name] = np.full((table.high, *column.shape[1:]), PAD if name == "keys" else 0, column.dtype)
+            columns[name][first : first + page.rows] = column
+    seqs_P = np.array([page.seq for page in table.pages], np.int64)
+    for each in table.changed:
+        part = read_part(blobs, model, each.part)
+        rows_K = part.pop("rows").astype(np.int64)
+        later_K = seqs_P[rows_K // table.page_rows] < each.seq
+        for name, column in part.items():
+            columns[name][rows_K[later_K]] = column[later_K]
+    return columns

@@ -2,9 +2,9 @@
 
 Rules of the chain: a delta moves the model from `base` to `version`, and each delta's base is the version before it,
 across snapshots too. A snapshot names the offset in `deltas` where the first delta with its version as base will lie.
-Only committed steps are published. A snapshot's blob and the checkpoint are written by a thread of their own; while
-it is busy no other is begun, and when the store is away training and deltas go on. What else it meets is raised in the
-training thread, by `check`, and ends the process.
+Only committed steps are published. A snapshot is made and written by a thread of its own, from the model as it was
+(`model.frozen`); while it is busy no other is begun, and when the store is away training and deltas go on. What else it
+meets is raised in the training thread, by `check`, and ends the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.positions import Positions
-from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifest, encode_manifest, encode_weights
+from headrace.contract.formats.snapshot import Manifest, decode_manifest, encode_manifest, encode_weights
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
@@ -29,8 +29,8 @@ from headrace.contract.interfaces.log import Producer, Reader, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.process.moved import followed
-from headrace.trainer.commit.checkpoint import Arrays, Checkpoint, Meta, write_checkpoint
 from headrace.trainer.model.digest import digest
+from headrace.trainer.model.frozen import Frozen, Watch
 from headrace.trainer.model.learner import TableLearner
 
 logger = logging.getLogger("headrace.train")
@@ -64,13 +64,11 @@ class Publisher:
     background: bool = True
     """False writes snapshots before `snapshot` returns: for tests."""
     is_held: bool = False
-    """True publishes nothing and still writes checkpoints: a better model is served than this one is yet."""
+    """True publishes nothing: a better model is served than this one is yet."""
     moved: Callable[[], None] = lambda: None
     """Is called, in the writing thread, whenever the upload goes on."""
     kept: frozenset[str] = frozenset()
     """Snapshots of other runs that stay: `named_blobs`."""
-    checkpointed: Callable[[int], None] = lambda _: None
-    """Is called, in the writing thread, with the `steps_offset` of a checkpoint that was stored."""
 
     def __post_init__(self) -> None:
         self._chain, self._base, self._seq = "", "", 0
@@ -79,6 +77,7 @@ class Publisher:
         self._failed = False
         self.unstored = False
         """True after a snapshot that the store or Kafka did not take: try again soon."""
+        self._watch: Watch | None = None
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -150,14 +149,11 @@ class Publisher:
         self.metrics.add("deltas_published_total")
         return True
 
-    def snapshot(self, learner: TableLearner, positions: Positions, meta: Meta, evaluation: Arrays) -> bool:
-        """Begin a snapshot and a checkpoint of the model as it is, while held a checkpoint alone; False when one is
-        still being written, or Kafka does not tell where the chain begins."""
-        if self.is_busy:
+    def snapshot(self, learner: TableLearner, positions: Positions) -> bool:
+        """Begin a snapshot of the model as it is; False while held, while one is still being written, and when Kafka
+        does not tell where the chain begins."""
+        if self.is_busy or self.is_held:
             return False
-        if self.is_held:
-            self._start(self._write_checkpoint, Checkpoint(meta, learner.state(), evaluation))
-            return True
         if not self.wants_snapshot and not self.delta(learner, positions) and not self.wants_snapshot:
             return False
         try:
@@ -169,7 +165,8 @@ class Publisher:
             logger.warning("snapshot waits: %s", error)
             return False
         version = version_of(self.run, learner.step)
-        state = learner.state()
+        if self._watch is None:
+            self._watch = Watch(learner, between=False)
         manifest = Manifest(
             kind="snapshot",
             model=self.project.name,
@@ -186,11 +183,9 @@ class Publisher:
             deltas_offset=self._next_offset,
             created_ms=self.clock.now_ms(),
         )
-        weights = learner.weights()
         self._chain, self._base, self._seq, self._touched, self._failed = version, version, 0, [], False
-        checkpoint = Checkpoint(meta, state, evaluation)
         self.unstored = False
-        self._start(self._write, manifest, weights, checkpoint)
+        self._start(self._write, manifest, self._watch.freeze())
         return True
 
     def close(self, timeout_s: float) -> None:
@@ -208,10 +203,12 @@ class Publisher:
         self.metrics.add("errors_total", kind="delta")
         self._failed = True
 
-    def _write(self, manifest: Manifest, weights: Weights, checkpoint: Checkpoint) -> None:
-        """1. The blob. 2. The manifest that announces it. 3. The checkpoint. A failure leaves what came before."""
+    def _write(self, manifest: Manifest, frozen: Frozen) -> None:
+        """1. The blob. 2. The manifest that announces it. 3. Old ones go. A failure leaves what came before."""
         try:
-            manifest = msgspec.structs.replace(manifest, digest=digest(checkpoint.learner))
+            weights, found = frozen.weights(), digest(frozen.state())
+            frozen.close()
+            manifest = msgspec.structs.replace(manifest, digest=found)
             data = encode_weights(weights, manifest)
             manifest = msgspec.structs.replace(manifest, sha256=hashlib.sha256(data).hexdigest())
             self.blobs.put(manifest.blob, data)
@@ -223,7 +220,6 @@ class Publisher:
             self.metrics.add("errors_total", kind="snapshot")
             self.unstored = True
             return
-        self._write_checkpoint(checkpoint)
         try:
             self._delete_old(manifest)
         except (Overloaded, Unavailable, OSError) as error:
@@ -238,16 +234,6 @@ class Publisher:
         for name in stored:
             if name not in kept:
                 self.blobs.delete(name)
-
-    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        try:
-            name = write_checkpoint(self.blobs, self.project.name, checkpoint)
-            logger.info("checkpoint %s%s", name, ", not published yet" if self.is_held else "")
-        except (Overloaded, Unavailable, OSError) as error:
-            logger.warning("checkpoint at step %d was not written; learning goes on: %s", checkpoint.meta.step, error)
-            self.metrics.add("errors_total", kind="checkpoint")
-            return
-        self.checkpointed(checkpoint.meta.steps_offset)
 
     def _start(self, write: Callable[..., None], *what: object) -> None:
         if not self.background:

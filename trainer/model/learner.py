@@ -411,8 +411,15 @@ class TableLearner:
 
     def state(self) -> State:
         """Return a copy of everything; `load` of it gives the same bits."""
+        return self._around(self.table.state())
+
+    def rest(self) -> State:
+        """Return a copy of everything but the rows that `table.indexes` has."""
+        return self._around(self.table.rest())
+
+    def _around(self, table: State) -> State:
         out: State = {"step": np.array([self.step], np.int64)}
-        out |= {f"table.{name}": array for name, array in self.table.state().items()}
+        out |= {f"table.{name}": array for name, array in table.items()}
         out |= {f"dense.{name}": array for name, array in self.net.state().items()}
         if self._moments is not None:
             out |= {f"moments.{name}": array for name, array in self._moments.state().items()}

@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import Float32s
+from headrace.trainer.model.tables.columns import Columns
 from headrace.trainer.model.tables.distinct_ids import DistinctIds
+from headrace.trainer.model.tables.row_index import RowIndex
 from headrace.trainer.model.tables.table import Int64s
 
 State = dict[str, npt.NDArray[np.generic]]
@@ -45,6 +47,12 @@ class Store(Protocol):
     def keys(self) -> Int64s: ...
 
     def state(self) -> State: ...
+
+    def rest(self) -> State: ...
+
+    def indexes(self) -> dict[str, tuple[RowIndex, Columns]]: ...
+
+    def settle(self) -> None: ...
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None: ...
 

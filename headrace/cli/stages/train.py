@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM."""
-    from headrace.trainer.run import Dependencies, train
+    from headrace.trainer.dependencies import Dependencies
+    from headrace.trainer.run import train
 
     runtime = open_runtime(args)
     lock = lock_home(runtime.home, runtime.project.name)

@@ -35,7 +35,15 @@ TRAIN: Mapping[Name, MetricDoc] = {
         "gauge",
         "seconds",
         ("train",),
-        "How long the upload of a snapshot and a checkpoint that is under way has taken; 0 while none is.",
+        "How long the upload that is under way has taken, of a snapshot or a checkpoint; 0 while none is.",
+        labels=("what",),
+    ),
+    "checkpoints_written_total": MetricDoc("counter", "checkpoints", ("train",), "Checkpoints that were stored."),
+    "checkpoint_bytes_total": MetricDoc(
+        "counter", "bytes", ("train",), "What was stored for checkpoints; what they share with earlier ones is not."
+    ),
+    "checkpoint_stall_seconds": MetricDoc(
+        "gauge", "seconds", ("train",), "How long training stood still for the newest checkpoint."
     ),
     "normalized_entropy": MetricDoc(
         "gauge",

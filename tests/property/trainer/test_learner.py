@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_world import twin_logits
+from trainer_world import as_one_blob
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.positions import Cursor
 from headrace.contract.project import Recipe
 from headrace.contract.spec import PAD, Categorical, FeatureSpec, Numeric
-from headrace.trainer.commit.checkpoint import Checkpoint, Meta, decode_checkpoint, encode_checkpoint
+from headrace.trainer.commit.checkpoint import Checkpoint, Meta, decode_whole
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.digest import digest
 from headrace.trainer.model.learner import TableLearner, make_learner
@@ -58,8 +59,8 @@ def test_equal_seeds_give_equal_bits(seed):
 def test_a_checkpoint_gives_back_the_bits_and_the_future(seed):
     learner = trained(seed)
     meta = Meta(run="r1", step=4, steps_offset=9, recipe="x", cursor=Cursor({"0": [1, 2]}, {"0": 3}))
-    data = encode_checkpoint(Checkpoint(meta, learner.state(), {}))
-    back = decode_checkpoint(data)
+    data = as_one_blob(Checkpoint(meta, learner.state(), {}))
+    back = decode_whole(data)
     assert back is not None and back.meta == meta
     other = make_learner(RECIPE, SPEC)
     other.load(back.learner)
@@ -71,10 +72,10 @@ def test_a_checkpoint_gives_back_the_bits_and_the_future(seed):
 
 def test_a_damaged_checkpoint_is_not_read():
     meta = Meta(run="r1", step=1, steps_offset=0, recipe="x", cursor=Cursor())
-    data = bytearray(encode_checkpoint(Checkpoint(meta, trained(1).state(), {})))
+    data = bytearray(as_one_blob(Checkpoint(meta, trained(1).state(), {})))
     data[len(data) // 2] ^= 1
-    assert decode_checkpoint(bytes(data)) is None
-    assert decode_checkpoint(bytes(data[:100])) is None
+    assert decode_whole(bytes(data)) is None
+    assert decode_whole(bytes(data[:100])) is None
 
 
 @settings(max_examples=20, deadline=None)

@@ -58,7 +58,8 @@ from headrace.stream.rule_changes import ensure_first
 from headrace.stream.shell.dependencies import StageDependencies
 from headrace.stream.shell.join_stage import StreamStage
 from headrace.stream.sink.stage import SinkStage
-from headrace.trainer.run import Dependencies, Trainer
+from headrace.trainer.dependencies import Dependencies
+from headrace.trainer.run import Trainer
 
 START_MS = 1_700_000_000_000
 SECRET = "a secret of a test, longer than 16 bytes"
@@ -82,7 +83,9 @@ def quiet(config: Config, turn_ms: int) -> Config:
         aggregate=msgspec.structs.replace(config.aggregate, **far),
         sink=msgspec.structs.replace(config.sink, commit_ms=24 * HOUR_MS),
         # One step takes all that has come: no batch waits for another turn.
-        train=msgspec.structs.replace(config.train, wait_ms=1, publish_ms=1, snapshot_ms=24 * HOUR_MS),
+        train=msgspec.structs.replace(
+            config.train, wait_ms=1, publish_ms=1, snapshot_ms=24 * HOUR_MS, checkpoint_ms=24 * HOUR_MS
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.steps_archive import StepsArchive, read_all_steps
 from headrace.trainer.run import Trainer
 
-CONFIG = TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=300, steps_moved=6)
+CONFIG = TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=300, checkpoint_ms=300, steps_moved=6)
 COUNT = 400
 
 

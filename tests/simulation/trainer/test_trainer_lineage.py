@@ -7,26 +7,19 @@ last step without redoing one.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import pytest
-from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, cut, send
+from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, as_one_blob, cut, send, store_checkpoint
 
 from headrace.backends.clock import VirtualClock
 from headrace.contract.formats.positions import Cursor
 from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.project import Project
-from headrace.trainer.commit.checkpoint import (
-    KEEP,
-    OTHER_RUNS_KEPT,
-    Checkpoint,
-    Meta,
-    encode_checkpoint,
-    newest_checkpoint,
-    runs_of,
-    stored_versions,
-    write_checkpoint,
-)
+from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of, stored_versions
 from headrace.trainer.commit.publish import SNAPSHOTS_KEPT, named_blobs, read_manifests
+from headrace.trainer.commit.retention import KEEP, OTHER_RUNS_KEPT
 from headrace.trainer.run import Trainer
 
 CLOCKS = {"forwards": 60_000, "set back": -60_000, "standing still": 0}
@@ -127,13 +120,13 @@ def test_checkpoints_of_release_0_1_are_found_and_replaced_by_their_lineage():
         checkpoint("a", 2, 9, recipe="A"),
         checkpoint("m", 1, 8, recipe="B"),
     ):
-        blobs.put(f"checkpoints/small/{each.meta.run}-{each.meta.step:012d}", encode_checkpoint(each))
+        blobs.put(f"checkpoints/small/{each.meta.run}-{each.meta.step:012d}", as_one_blob(each))
     found = newest_checkpoint(blobs, "small", recipe="A")
     assert found is not None and (found.meta.run, found.meta.step) == ("a", 2)
     assert stored_versions(blobs, "small") == {4}
     for step in range(3, 9):
-        write_checkpoint(blobs, "small", checkpoint("a", step, 10 + step, recipe="A"))
-    assert [n.rpartition("/")[2] for n in blobs.list("checkpoints/small")] == [
+        store_checkpoint(blobs, "small", checkpoint("a", step, 10 + step, recipe="A"))
+    assert [re.sub(r"\.[0-9a-f]{16}\.json$", "", n.rpartition("/")[2]) for n in blobs.list("checkpoints/small")] == [
         "a-000000000006.A.16.v-1",
         "a-000000000007.A.17.v-1",
         "a-000000000008.A.18.v-1",
@@ -147,7 +140,7 @@ def test_what_another_release_wrote_is_left_alone():
     foreign = {"checkpoints/small/new-000000000009": b"HRCKPT9\n", "checkpoints/small/notes": b"by hand"}
     blobs.objects |= foreign
     for number in range(OTHER_RUNS_KEPT + 3):
-        write_checkpoint(blobs, "small", checkpoint(f"r{number}", 1, number, recipe=f"{number}"))
+        store_checkpoint(blobs, "small", checkpoint(f"r{number}", 1, number, recipe=f"{number}"))
     assert foreign.items() <= blobs.objects.items()
     assert runs_of(blobs, "small") == {"new", "r2", "r3", "r4", "r5"}
     assert newest_checkpoint(blobs, "small", recipe="1") is None
@@ -156,7 +149,7 @@ def test_what_another_release_wrote_is_left_alone():
 def test_a_damaged_checkpoint_is_followed_by_the_one_before():
     blobs = World().blobs
     for step in (9, 10, 11):
-        name = write_checkpoint(blobs, "small", checkpoint("r", step, step, recipe="A"))
+        name = store_checkpoint(blobs, "small", checkpoint("r", step, step, recipe="A"))
     blobs.objects[f"checkpoints/small/{name}"] = b"damaged"
     found = newest_checkpoint(blobs, "small", recipe="A")
     assert found is not None and found.meta.step == 10

@@ -13,21 +13,23 @@ from trainer_world import COUNT, TOPICS, FaultyBlobs, World, cut, send
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.snapshot import decode_manifest, decode_weights
+from headrace.contract.interfaces.blobs import Pieces
 from headrace.process.moved import moved
 from headrace.trainer.run import Trainer
 from headrace.trainer.upload_watch import STILL_MAX_S
 
 
 class SlowBlobs(FaultyBlobs):
-    """Lets no snapshot through while the gate is shut."""
+    """Lets nothing through whose name begins so while the gate is shut."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: str) -> None:
         super().__init__()
+        self.held = held
         self.gate, self._comes, self._went = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()
 
-    def put(self, name: str, data: bytes) -> None:
-        while not name.startswith("trainers/") and not self.gate.wait(0.01):
+    def put(self, name: str, data: bytes | Pieces) -> None:
+        while name.startswith(self.held) and not self.gate.wait(0.01):
             if self._comes.is_set():
                 moved()
                 self._comes.clear()
@@ -44,8 +46,9 @@ class SlowBlobs(FaultyBlobs):
 LOOK_S = 150.0
 
 
-def test_an_upload_that_stands_still_shows_and_ends_the_process_and_one_that_goes_on_does_not():
-    world = World(blobs=SlowBlobs())
+@pytest.mark.parametrize("what", ["snapshot", "checkpoint"])
+def test_an_upload_that_stands_still_shows_and_ends_the_process_and_one_that_goes_on_does_not(what):
+    world = World(blobs=SlowBlobs(f"{what}s/"))
     blobs = world.blobs
     assert isinstance(blobs, SlowBlobs)
     metrics = MemoryMetrics()
@@ -63,24 +66,25 @@ def test_an_upload_that_stands_still_shows_and_ends_the_process_and_one_that_goe
         pass_time(STILL_MAX_S - LOOK_S)
         blobs.comes(piece)
         trainer.turn()
-    assert metrics.gauges["upload_age_seconds", ""] == 8 * (STILL_MAX_S - LOOK_S) > 3 * 3_600
+    assert metrics.gauges["upload_age_seconds", what] == 8 * (STILL_MAX_S - LOOK_S) > 3 * 3_600
     world.clock.advance(10 * STILL_MAX_S)
     trainer.turn()  # The whole process stood still.
     pass_time(STILL_MAX_S - LOOK_S)
     world.clock.advance(LOOK_S)
-    with pytest.raises(InvariantBroken, match=r"has stood still for 18\d\d s, 1800 s are allowed"):
+    with pytest.raises(InvariantBroken, match=rf"{what} has stood still for 18\d\d s, 1800 s are allowed"):
         trainer.turn()
     with pytest.raises(InvariantBroken, match="has stood still"):
         trainer._pause(0.0)
     blobs.gate.set()
-    assert trainer.publisher is not None
+    assert trainer.publisher is not None and trainer.checkpointer is not None
     trainer.publisher.close(30.0)
+    trainer.checkpointer.close(30.0)
     trainer.turn()
-    assert metrics.gauges["upload_age_seconds", ""] == 0
+    assert metrics.gauges["upload_age_seconds", what] == 0
 
 
 def test_deltas_go_on_while_a_snapshot_is_uploaded():
-    world = World(blobs=SlowBlobs())
+    world = World(blobs=SlowBlobs("snapshots/"))
     records = cut(6, 0, COUNT)
     trainer = Trainer(world.deps(background=True))
     trainer.recover()

@@ -106,13 +106,14 @@ CASES = """
   - name: an upload that hangs, after some that took their time
     interval: 1m
     input_series:
-      - {series: "headrace_train_upload_age_seconds{instance='a'}", values: "0+60x8 0+60x8 0x3 0+60x20"}
+      - {series: "headrace_train_upload_age_seconds{instance='a',what='checkpoint'}",
+         values: "0+60x8 0+60x8 0x3 0+60x20"}
     alert_rule_test:
       - {eval_time: 17m, alertname: HeadraceUploadHangs, exp_alerts: []}
       - eval_time: 36m
         alertname: HeadraceUploadHangs
         exp_alerts:
-          - exp_labels: {severity: critical, instance: a}
+          - exp_labels: {severity: critical, instance: a, what: checkpoint}
             exp_annotations:
               summary: "The trainer a has been uploading a checkpoint for 14m 0s"
               description: "Training and deltas go on, and a restart would redo what came since the newest checkpoint.

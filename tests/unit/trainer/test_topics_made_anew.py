@@ -89,7 +89,7 @@ def test_a_run_without_ids_is_gone_on_from_and_gets_them() -> None:
     trainer.recover()
     assert trainer.learner.step > 0
     trainer.learner.step += 1  # Something new, so that there is a checkpoint to write.
-    trainer._snapshot()
+    trainer._checkpoint()
     newest = newest_checkpoint(world.blobs, "small", recipe=trainer.recipe)
     admin = world.log.admin()
     assert newest is not None

@@ -51,6 +51,7 @@ def learn_in_order(
     logit_B, learnt_B = np.empty(samples, np.float32), np.empty(samples, np.bool_)
     learnt_U = np.zeros(len(ids.keys_U), np.bool_)
     offset, is_weighted = corrections(recipe)
+    table.index.changing(ids.rows_U)
     rows, dense = _learn(
         table.index.arrays.words_RW,
         table.index.floats_RW,

@@ -23,14 +23,15 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.kernels.hashes import mix
+from headrace.trainer.model.tables.columns import Column, Columns, State
 from headrace.trainer.model.tables.row_index import HEADER_WORDS, LAST_USE, Int32s, Int64s, RowIndex, Uint8s
 
 Bools = npt.NDArray[np.bool_]
-State = dict[str, npt.NDArray[np.generic]]
 
 _WIDTH_BITS, _DEPTH = 20, 4
 _AGE_AFTER = 1 << (_WIDTH_BITS - 2)
 _COUNT = HEADER_WORDS
+_COLUMNS, _WAITING = Columns((Column("seen", np.int32, 0),)), "waiting."
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,16 @@ class Everyone:
     def sweep(self, part: int, *, oldest: int) -> None:
         """Forget what was last seen before `oldest` in this part; see `RowIndex.sweep`."""
 
-    def state(self) -> State:
-        """Return a copy of all counts."""
+    def rest(self) -> State:
+        """Return a copy of all counts that no index holds."""
+        return {}
+
+    def indexes(self) -> dict[str, tuple[RowIndex, Columns]]:
+        """Return the indexes that hold counts, by what their columns' names begin with."""
         return {}
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace all counts by what `state` returned."""
+        """Replace all counts by those of a state."""
 
 
 class Exact:
@@ -128,6 +133,7 @@ class Exact:
         """See `Everyone.admit`."""
         rows_K, fresh_K = self.waiting.insert(keys_K)
         admitted_K = np.empty(len(keys_K), np.bool_)
+        self.waiting.changing(rows_K)
         _count_exactly(self.waiting.arrays.words_RW, rows_K, fresh_K, now_s, oldest, self.after, admitted_K)
         self.waiting.remove(keys_K[admitted_K])
         return admitted_K
@@ -136,23 +142,19 @@ class Exact:
         """See `Everyone.sweep`."""
         self.waiting.sweep(part, oldest=oldest)
 
-    def state(self) -> State:
-        """See `Everyone.state`. Ascending by key."""
-        rows = self.waiting.live_rows()
-        rows = rows[np.argsort(self.waiting.keys_R[rows])]
-        words_RW = self.waiting.arrays.words_RW
-        return {
-            "waiting.keys": self.waiting.keys_R[rows],
-            "waiting.seen": words_RW[rows, _COUNT],
-            "waiting.last_s": words_RW[rows, LAST_USE].view(np.uint32),
-        }
+    def rest(self) -> State:
+        """See `Everyone.rest`."""
+        return {}
+
+    def indexes(self) -> dict[str, tuple[RowIndex, Columns]]:
+        """See `Everyone.indexes`."""
+        return {_WAITING: (self.waiting, _COLUMNS)}
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """See `Everyone.load`."""
         self.waiting = RowIndex(words=1)
-        rows, _ = self.waiting.insert(state["waiting.keys"].astype(np.int64))
-        self.waiting.arrays.words_RW[rows, _COUNT] = state["waiting.seen"]
-        self.waiting.arrays.words_RW[rows, LAST_USE] = state["waiting.last_s"].astype(np.uint32).view(np.int32)
+        rows = {n.removeprefix(_WAITING): column for n, column in state.items() if n.startswith(_WAITING)}
+        _COLUMNS.load(self.waiting, rows)
 
 
 class Sketch:
@@ -176,9 +178,13 @@ class Sketch:
     def sweep(self, part: int, *, oldest: int) -> None:
         """Do nothing: the sketch forgets by halving."""
 
-    def state(self) -> State:
-        """See `Everyone.state`."""
+    def rest(self) -> State:
+        """See `Everyone.rest`."""
         return {"sketch.cells": self.cells.copy(), "sketch.counted": np.array([self.counted], np.int64)}
+
+    def indexes(self) -> dict[str, tuple[RowIndex, Columns]]:
+        """See `Everyone.indexes`."""
+        return {}
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """See `Everyone.load`."""

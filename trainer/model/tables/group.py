@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.model.tables.admission import Admission
+from headrace.trainer.model.tables.columns import Columns
 from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 from headrace.trainer.model.tables.optimizers import Optimizer
-from headrace.trainer.model.tables.row_index import Float32s, Int64s
+from headrace.trainer.model.tables.row_index import Float32s, Int64s, RowIndex
 from headrace.trainer.model.tables.table import State, Table, initial_values
 
 
@@ -146,6 +147,17 @@ class Tables:
     def state(self) -> State:
         """Return `Table.state` of each table, its names behind the table's number."""
         return {f"{n}.{name}": array for n, table in enumerate(self.tables) for name, array in table.state().items()}
+
+    def rest(self) -> State:
+        """Return `Table.rest` of each table, its names behind the table's number."""
+        return {f"{n}.{name}": array for n, table in enumerate(self.tables) for name, array in table.rest().items()}
+
+    def indexes(self) -> dict[str, tuple[RowIndex, Columns]]:
+        """Return `Table.indexes` of each table, likewise."""
+        return {f"{n}.{name}": each for n, table in enumerate(self.tables) for name, each in table.indexes().items()}
+
+    def settle(self) -> None:
+        """Bring all rows to where `indexes` has them: they are there."""
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Replace everything by what `state` returned."""

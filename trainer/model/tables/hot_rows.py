@@ -24,9 +24,10 @@ import numpy.typing as npt
 import torch
 
 from headrace.contract.spec import PAD
+from headrace.trainer.model.tables.columns import Columns
 from headrace.trainer.model.tables.distinct_ids import DistinctIds
 from headrace.trainer.model.tables.group import Tables
-from headrace.trainer.model.tables.row_index import Float32s, Int64s
+from headrace.trainer.model.tables.row_index import Float32s, Int64s, RowIndex
 from headrace.trainer.model.tables.table import State, Table
 from headrace.trainer.model.tables.torch_steps import step
 
@@ -45,6 +46,8 @@ class _Cache:
     def __init__(self, table: Table, *, device: str, rows: int) -> None:
         self.table, self.device = table, device
         self.rows_H, self.keys_H, self.used_H = (np.empty(0, np.int64) for _ in range(3))
+        self.learnt_H = np.empty(0, np.bool_)
+        """Entries that have learnt since they were copied last."""
         self.entry_R, self._vacant = np.empty(0, np.int64), np.empty(0, np.int64)
         self.values_HV = torch.empty(0, 1 + table.dim, device=device)
         self.states_HS = torch.empty(0, table.states_RS.shape[1], device=device)
@@ -53,6 +56,7 @@ class _Cache:
 
     def clear(self) -> None:
         """Forget everything, without writing it back."""
+        self.learnt_H[:] = False
         self.rows_H[:], self.keys_H[:], self.entry_R = _FREE, PAD, np.empty(0, np.int64)
         self._vacant = np.arange(len(self.rows_H))
 
@@ -80,6 +84,7 @@ class _Cache:
         """Take one step with the gradients of rows that were loaded, and return each row once."""
         idle_K = self.table.now_s - self.table.last_s_R[rows_K].astype(np.int64)
         words_RW = self.table.index.arrays.words_RW
+        self.table.index.changing(rows_K)
         touched_K = self.table.optimizer.touch(words_RW, rows_K, now_s=self.table.now_s)
         if len(touched_K) < len(rows_K):
             rows_K, first_K, again_K = np.unique(rows_K, return_index=True, return_inverse=True)
@@ -87,6 +92,7 @@ class _Cache:
             sums_KV = torch.zeros(len(rows_K), grad_KV.shape[1], device=self.device)
             # Unlike index_add_, this one adds in a fixed order on CUDA too.
             grad_KV = sums_KV.index_put_((self._sent(again_K),), grad_KV, accumulate=True)
+        self.learnt_H[self.entry_R[rows_K]] = True
         at_K = self._sent(self.entry_R[rows_K])
         idle = self._sent(idle_K.astype(np.float32))
         learnt = step(self.table.optimizer, self.values_HV[at_K], self.states_HS[at_K], grad_KV, idle)
@@ -117,7 +123,10 @@ class _Cache:
             self._free(np.flatnonzero(np.isin(self.keys_H, keys_K)))
 
     def write_back(self, entry_K: Int64s) -> None:
-        """Copy entries to their rows on the host."""
+        """Copy what entries learnt to their rows on the host."""
+        entry_K = entry_K[self.learnt_H[entry_K]]
+        self.learnt_H[entry_K] = False
+        self.table.index.changing(self.rows_H[entry_K])
         at_K, rows_K = self._sent(entry_K), self.rows_H[entry_K]
         self.table.values_RV[rows_K] = self.values_HV[at_K].cpu().numpy()
         self.table.states_RS[rows_K] = self.states_HS[at_K].cpu().numpy()
@@ -141,6 +150,7 @@ class _Cache:
 
     def _free(self, entry_K: Int64s) -> None:
         self.entry_R[self.rows_H[entry_K]] = _FREE
+        self.learnt_H[entry_K] = False
         self.rows_H[entry_K], self.keys_H[entry_K] = _FREE, PAD
         self._vacant = np.concatenate([self._vacant, entry_K])
 
@@ -149,6 +159,7 @@ class _Cache:
         self.rows_H = np.concatenate([self.rows_H, np.full(entries, _FREE)])
         self.keys_H = np.concatenate([self.keys_H, np.full(entries, PAD)])
         self.used_H = np.concatenate([self.used_H, np.zeros(entries, np.int64)])
+        self.learnt_H = np.concatenate([self.learnt_H, np.zeros(entries, np.bool_)])
         self.values_HV, self.states_HS = (
             torch.cat([have, torch.zeros(entries, have.shape[1], device=self.device)])
             for have in (self.values_HV, self.states_HS)
@@ -241,9 +252,21 @@ class HotRows:
 
     def state(self) -> State:
         """Return `Tables.state`, hot rows as they are now."""
+        self.settle()
+        return self.tables.state()
+
+    def rest(self) -> State:
+        """See `Tables.rest`."""
+        return self.tables.rest()
+
+    def indexes(self) -> dict[str, tuple[RowIndex, Columns]]:
+        """See `Tables.indexes`. What is hot is older there until `settle`."""
+        return self.tables.indexes()
+
+    def settle(self) -> None:
+        """Copy what hot rows learnt to their rows on the host."""
         for cache in self.caches:
             cache.write_all_back()
-        return self.tables.state()
 
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Replace everything by what `state` returned; no row is hot then."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numba
 import numpy as np
@@ -54,7 +54,7 @@ _SWEEP_BITS = 12
 # Rows are counted in 31 bits.
 _ROWS_MAX = 2**31 - 1
 # `head` holds: rows in use, rows ever used, newest free row, segments, bits of the directory.
-_COUNT, _HIGH, _FREE, _SEGMENTS, _BITS = range(5)
+_COUNT, HIGH, _FREE, _SEGMENTS, _BITS = range(5)
 _DONE, _DIRECTORY_FULL, _SEGMENTS_FULL = range(3)
 # Keys looked up side by side, so that the memory's answers to one overlap with the questions of the next.
 _GROUP = 32
@@ -77,6 +77,13 @@ class Arrays(NamedTuple):
     keys_RX: Int64s
     """[R, W / 2]: the same memory as `words_RW`; column 0 is the key."""
     head: Int64s
+
+
+class Listener(Protocol):
+    """Hears of rows before they change."""
+
+    def note(self, rows_N: Int64s) -> None:
+        """Take in that these rows are about to change, -1 for none; a row may be named twice."""
 
 
 @numba.njit(cache=True)
@@ -232,14 +239,51 @@ def _insert(
         if row >= 0:
             a.head[_FREE] = a.words_RW[row, LAST_USE]
         else:
-            row = a.head[_HIGH]
-            a.head[_HIGH] += 1
+            row = a.head[HIGH]
+            a.head[HIGH] += 1
         a.keys_RX[row, 0] = key
         a.head[_COUNT] += 1
         _put_entry(a, segment, mixed, row)
         out_K[i] = fresh_K[count] = row
         count += 1
     return _DONE, wanted_K.shape[0], count
+
+
+@numba.njit(cache=True)
+def _place(a: Arrays, begin: int) -> tuple[int, int]:
+    """Index the rows from `begin` to `high` by the keys that their records hold; those with `PAD` are free.
+
+    Returns (how it ended, where); the caller makes room and goes on from there.
+    """
+    for row in range(begin, a.head[HIGH]):
+        key = a.keys_RX[row, 0]
+        if key == _PAD:
+            a.words_RW[row, LAST_USE] = np.int32(a.head[_FREE])
+            a.head[_FREE] = row
+            continue
+        mixed = mix(np.uint64(key))
+        segment = _segment_of(a, mixed)
+        while a.keys_S[segment] >= _SPLIT_ABOVE:
+            if a.head[_SEGMENTS] == a.keys_S.shape[0]:
+                return _SEGMENTS_FULL, row
+            if a.bits_S[segment] == a.head[_BITS]:
+                return _DIRECTORY_FULL, row
+            _split(a, segment, mixed)
+            segment = _segment_of(a, mixed)
+        _put_entry(a, segment, mixed, row)
+        a.head[_COUNT] += 1
+    return _DONE, int(a.head[HIGH])
+
+
+@numba.njit(cache=True)
+def _next_free(a: Arrays, most: int) -> Int64s:
+    """Return the free rows that are used next, as many as there are and `most` at most."""
+    rows, count, row = np.empty(most, np.int64), 0, a.head[_FREE]
+    while row >= 0 and count < most:
+        rows[count] = row
+        row = np.int64(a.words_RW[row, LAST_USE])
+        count += 1
+    return rows[:count]
 
 
 @numba.njit(cache=True)
@@ -251,8 +295,8 @@ def _remove(a: Arrays, keys_K: Int64s) -> int:
 
 
 @numba.njit(cache=True)
-def _sweep(a: Arrays, part: int, oldest: int) -> Int64s:
-    """Remove and return the keys of one part of the hash space that were last used before `oldest`."""
+def _unused(a: Arrays, part: int, oldest: int) -> Int64s:
+    """Return the keys of one part of the hash space that were last used before `oldest`."""
     bits = a.head[_BITS]
     first = part << (bits - _SWEEP_BITS) if bits >= _SWEEP_BITS else part >> (_SWEEP_BITS - bits)
     entries = np.int64(1) << max(bits - _SWEEP_BITS, 0)
@@ -274,8 +318,6 @@ def _sweep(a: Arrays, part: int, oldest: int) -> Int64s:
                 if old and np.int64(mix(np.uint64(key)) >> np.uint64(64 - _SWEEP_BITS)) == part:
                     found[count] = key
                     count += 1
-    for i in range(count):
-        _remove_one(a, found[i])
     return np.sort(found[:count])
 
 
@@ -331,6 +373,7 @@ class RowIndex:
         )
         self.arrays.bits_S[:2] = 1
         self.floats_RW: Float32s = self.arrays.words_RW.view(np.float32)
+        self.listeners: list[Listener] = []
 
     def __len__(self) -> int:
         return int(self.arrays.head[_COUNT])
@@ -338,7 +381,7 @@ class RowIndex:
     @property
     def high(self) -> int:
         """Rows ever used; free ones among them have the key `PAD`."""
-        return int(self.arrays.head[_HIGH])
+        return int(self.arrays.head[HIGH])
 
     @property
     def keys_R(self) -> Int64s:
@@ -356,6 +399,14 @@ class RowIndex:
         """Return the rows in use, ascending."""
         return np.flatnonzero(self.keys_R != PAD)
 
+    def changing(self, rows_N: Int64s) -> None:
+        """Tell who listens that these rows are about to change, -1 for none: every write to a record comes after.
+
+        Rows that are inserted or removed are told by `insert`, `remove` and `sweep` themselves.
+        """
+        for listener in self.listeners:
+            listener.note(rows_N)
+
     def find(self, keys_K: Int64s, *, oldest: int = 0) -> Int64s:
         """Return the row of each key: `MISSING` where it has none, `EXPIRED` where it was last used before `oldest`."""
         rows_K = np.empty(len(keys_K), np.int64)
@@ -371,18 +422,38 @@ class RowIndex:
         if len(self) + len(keys_K) > self.rows_max:
             raise self._full()
         keys_K = np.ascontiguousarray(keys_K)
+        if self.listeners:
+            self.changing(_next_free(self.arrays, len(keys_K)))
         rows_K, fresh_K = np.empty(len(keys_K), np.int64), np.empty(len(keys_K), np.int64)
         ended, at, count = _insert(self.arrays, keys_K, rows_K, fresh_K, 0, 0)
         while ended == _DIRECTORY_FULL:
-            self.arrays = self.arrays._replace(directory_D=np.repeat(self.arrays.directory_D, 2))
-            self.arrays.head[_BITS] += 1
+            self._double_directory()
             ended, at, count = _insert(self.arrays, keys_K, rows_K, fresh_K, at, count)
         if ended == _SEGMENTS_FULL:
             raise self._full()
+        self.changing(fresh_K[:count])
         return rows_K, fresh_K[:count]
+
+    def place(self, keys_R: Int64s) -> None:
+        """Give an empty index these rows, 0, 1, 2 ..., as another one had them; rows with the key `PAD` are free.
+
+        Raises `Overloaded` when there are more than `rows_max`.
+        """
+        if len(keys_R) > self.rows_max:
+            raise self._full()
+        self.arrays.head[HIGH] = len(keys_R)
+        self.arrays.keys_RX[: len(keys_R), 0] = keys_R
+        ended, at = _place(self.arrays, 0)
+        while ended == _DIRECTORY_FULL:
+            self._double_directory()
+            ended, at = _place(self.arrays, at)
+        if ended == _SEGMENTS_FULL:
+            raise self._full()
 
     def remove(self, keys_K: Int64s) -> int:
         """Remove keys, and return how many had a row. Rows that were looked up before may be another key's after."""
+        if self.listeners:
+            self.changing(self.find(keys_K))
         return int(_remove(self.arrays, np.ascontiguousarray(keys_K)))
 
     def sweep(self, part: int, *, oldest: int) -> Int64s:
@@ -391,8 +462,14 @@ class RowIndex:
         Which keys are in a part depends on keys alone, so what a sweep removes does not depend on the order of
         insertions. `SWEEPS` parts are the whole.
         """
-        removed_K: Int64s = _sweep(self.arrays, part, oldest)
+        removed_K: Int64s = _unused(self.arrays, part, oldest)
+        if len(removed_K):
+            self.remove(removed_K)
         return removed_K
+
+    def _double_directory(self) -> None:
+        self.arrays = self.arrays._replace(directory_D=np.repeat(self.arrays.directory_D, 2))
+        self.arrays.head[_BITS] += 1
 
     def _full(self) -> Overloaded:
         return Overloaded(

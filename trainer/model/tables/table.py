@@ -25,6 +25,7 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.spec import PAD
 from headrace.kernels.hashes import mix
 from headrace.trainer.model.tables.admission import Admission, counter_for
+from headrace.trainer.model.tables.columns import Column, Columns, live
 from headrace.trainer.model.tables.optimizers import Optimizer
 from headrace.trainer.model.tables.row_index import (
     EXPIRED,
@@ -164,6 +165,7 @@ class Table:
         self.expire_s = expire_after_ms // 1_000
         self.now_s = self._part = 0
         self._states = self.optimizer.state_words(1 + dim)
+        self.columns = Columns((Column("values", np.float32, 1 + dim), Column("optimizer", np.float32, self._states)))
         self._forgotten: list[Int64s] = []
         self._clear()
 
@@ -254,6 +256,7 @@ class Table:
         rows_N = np.ascontiguousarray(rows_BF).reshape(-1)
         grad_NV = np.ascontiguousarray(grad_BFV, np.float32).reshape(len(rows_N), 1 + self.dim)
         index = self.index
+        index.changing(rows_N)
         return self.optimizer.step(index.arrays.words_RW, index.floats_RW, rows_N, grad_NV, now_s=self.now_s)
 
     def expire(self, now_ms: int) -> Int64s:
@@ -289,24 +292,28 @@ class Table:
 
         `keys`, `values`, `optimizer` and `last_s` have an entry a row; see `digest` for the others.
         """
-        rows_R = self.index.live_rows()
-        return {
-            "keys": self.index.keys_R[rows_R],
-            "values": self.values_RV[rows_R],
-            "optimizer": self.states_RS[rows_R],
-            "last_s": self.last_s_R[rows_R],
-            "clock.now_and_part": np.array([self.now_s, self._part], np.int64),
-            "clock.forgotten": self.forgotten(),
-            **self._counter.state(),
+        return self.rest() | {
+            prefix + name: column
+            for prefix, (index, columns) in self.indexes().items()
+            for name, column in live(columns.of(index.arrays.words_RW[: index.high])).items()
         }
 
+    def rest(self) -> State:
+        """Return copies of what `state` has besides rows."""
+        return {
+            "clock.now_and_part": np.array([self.now_s, self._part], np.int64),
+            "clock.forgotten": self.forgotten(),
+            **self._counter.rest(),
+        }
+
+    def indexes(self) -> dict[str, tuple[RowIndex, Columns]]:
+        """Return where rows lie, by what their columns' names begin with."""
+        return {"": (self.index, self.columns)} | self._counter.indexes()
+
     def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace everything by what `state` returned."""
+        """Replace everything by what `state` returned. Rows may be free: their key is `PAD`."""
         self._clear()
-        self.index.insert(state["keys"].astype(np.int64))
-        self.values_RV[:] = state["values"]
-        self.states_RS[:] = state["optimizer"]
-        self.last_s_R[:] = state["last_s"]
+        self.columns.load(self.index, state)
         self.now_s, self._part = (int(x) for x in state["clock.now_and_part"])
         forgotten = state["clock.forgotten"].astype(np.int64)
         self._forgotten = [forgotten] if len(forgotten) else []

@@ -25,6 +25,7 @@ from headrace.backends.clock import VirtualClock
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.topics import Topics
+from headrace.contract.interfaces.blobs import Pieces
 from headrace.process.waits import RECEIPT_MAX_S, Waits
 from headrace.stream.join.state import Damaged
 from headrace.stream.shell.dependencies import StageDependencies
@@ -65,7 +66,7 @@ class FailingBlobs(Blobs):
         self.fault: Exception | None = None
         self.puts: list[str] = []
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes | Pieces) -> None:
         if self.fault is not None:
             raise self.fault
         self.puts.append(name)
