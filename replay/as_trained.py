@@ -3,7 +3,8 @@
 1. The newest snapshot manifest with a digest says which run and step to reach (or the caller does).
 2. `steps` says what each step of that run took.
 3. The rows come from the lake, and from the samples topic those that the lake does not hold yet.
-4. The same learner learns them in the same order; equal digests mean equal bits.
+4. The same learner learns them in the same order; equal digests mean equal bits. The digest is of the kind that the
+   manifest names: runs that were published with another kind are compared by that one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from headrace.contract.project import Project
 from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.identity import recipe_digest
+from headrace.trainer.model.digest import SHA256, SUM, digest, parts
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.columns import stored_columns
@@ -51,6 +53,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     from_lake: int
     from_topic: int
     seconds: float
+    digest_kind: str = ""
+    """Of both digests, that of the live one; see `headrace.trainer.model.digest`."""
+    differs: tuple[str, ...] = ()
+    """Parts of the digest that are not the live model's: tables, by the name of their keys, or `rest`."""
 
 
 def as_trained(
@@ -82,7 +88,7 @@ def as_trained(
         )
     run = manifests[-1].run
     target = manifests[-1].step if step is None else step
-    live = next((m.digest for m in reversed(manifests) if m.run == run and m.step == target), "")
+    live = next((m for m in reversed(manifests) if m.run == run and m.step == target), None)
     steps = read_steps(reader, topics, project.name, run, target)
     if any(s.recipe != recipe_digest(project) for s in steps):
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
@@ -104,18 +110,24 @@ def as_trained(
     finally:
         ranges.stored.release()
     shown.end()
-    digest = learner.digest()
+    kind = SUM if live is None else live.digest_kind or SHA256
+    state = learner.state()
+    found = digest(state, kind)
+    told = live.digest_parts if live is not None else {}
+    here = parts(state).to_text() if told else {}
     return Result(
         model=project.name,
         run=run,
         step=target,
         rows=learnt,
-        digest=digest,
-        live_digest=live,
-        equal=digest == live if live else None,
+        digest=found,
+        live_digest=live.digest if live is not None else "",
+        equal=found == live.digest if live is not None else None,
         from_lake=from_lake,
         from_topic=learnt - from_lake,
         seconds=round(time.monotonic() - began, 3),
+        digest_kind=kind,
+        differs=tuple(sorted(name for name in told.keys() | here.keys() if told.get(name) != here.get(name))),
     )
 
 

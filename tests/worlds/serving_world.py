@@ -14,6 +14,7 @@ import httpx
 import msgspec
 import numpy as np
 import pyarrow as pa
+from format_1 import encode_format_1
 from starlette.applications import Starlette
 
 from headrace.backends.clock import VirtualClock
@@ -21,10 +22,19 @@ from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import ServeConfig
 from headrace.contract.errors import Unavailable
-from headrace.contract.formats.snapshot import Manifest, Weights, encode_manifest, encode_weights
+from headrace.contract.formats.dense_change import bits_of, change_of, sha256_of
+from headrace.contract.formats.snapshot import (
+    FORMAT,
+    Manifest,
+    Weights,
+    encode_manifest,
+    encode_weights,
+    served_digest,
+)
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
+from headrace.kernels.row_sums import row_sum
 from headrace.serving.api.app import ServingApp, ServingDependencies
 from headrace.serving.features import FeatureMemory
 from headrace.serving.model.shared_region import SharedModel
@@ -129,16 +139,28 @@ class Trainer:
         return weights
 
     def delta(self, weights: Weights, **changes: Any) -> None:
-        """Append the delta to this version."""
+        """Append the delta to this version; `format=1` as releases before wrote it."""
         manifest = Manifest(
             kind="delta", model="small", run=self.run, step=self.step, version=self.version, base=self.base,
             chain=self.chain, seq=self.seq + 1, spec=SPEC.digest(), dim=RECIPE.dim,
-            positions={"0": [self.step, 0]}, created_ms=1_000,
+            positions={"0": [self.step, 0]}, created_ms=1_000, format=FORMAT, served=self.served(),
         )  # fmt: skip
         manifest = msgspec.structs.replace(manifest, **changes)
         headers = {"version": manifest.version, "base": manifest.base, "chain": manifest.chain}
-        self.world.log.append(TOPICS.deltas, 0, encode_weights(weights, manifest), b"small", headers)
+        base = self.world.models.get(manifest.base)
+        dense, _ = change_of(weights.dense, None if base is None else bits_of(base[1]))
+        is_old = manifest.format == 1
+        data = encode_format_1(weights, manifest) if is_old else encode_weights(weights, manifest, dense)
+        self.world.log.append(TOPICS.deltas, 0, data, b"small", headers)
         self.base, self.seq = self.version, self.seq + 1
+
+    def served(self) -> str:
+        """Return the digest of what is served of this version, from all that was learnt; "" where that is not known."""
+        if self.version not in self.world.models:
+            return ""
+        rows, dense = self.world.models[self.version]
+        values = np.array(list(rows.values()), np.float32).reshape(len(rows), -1)
+        return served_digest(row_sum(np.array(list(rows), np.int64), values).text, sha256_of(bits_of(dense)))
 
     def snapshot(self, *, blob: bytes | None = None, **changes: Any) -> Manifest:
         """Store the whole model and announce it."""
@@ -150,9 +172,13 @@ class Trainer:
             kind="snapshot", model="small", run=self.run, step=self.step, version=self.version, dim=RECIPE.dim,
             positions={"0": [self.step, 0]}, spec=SPEC.digest(), spec_json=msgspec.json.encode(SPEC).decode(),
             recipe_json=msgspec.json.encode(RECIPE).decode(), blob=f"snapshots/small/{self.version}",
-            deltas_offset=end, created_ms=1_000, digest="d" * 8,
+            deltas_offset=end, created_ms=1_000, digest="d" * 8, format=FORMAT, served=self.served(),
         )  # fmt: skip
-        data = encode_weights(Weights(keys, values, dense), manifest)
+        if changes.get("format") == 1:
+            manifest = msgspec.structs.replace(manifest, format=1, served="")
+            data = encode_format_1(Weights(keys, values, dense), manifest)
+        else:
+            data = encode_weights(Weights(keys, values, dense), manifest)
         manifest = msgspec.structs.replace(manifest, sha256=hashlib.sha256(data).hexdigest())
         manifest = msgspec.structs.replace(manifest, **changes)
         self.world.blobs.put(manifest.blob, data if blob is None else blob)

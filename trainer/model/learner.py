@@ -94,7 +94,7 @@ class Learner(Protocol):
         """Replace everything by what `state` returned."""
 
     def digest(self) -> str:
-        """Return the digest of the whole state."""
+        """Return the digest of the whole state; see `headrace.trainer.model.digest`."""
 
 
 class Store(Protocol):
