@@ -165,14 +165,19 @@ class Updater:
         self._follow()
 
     def _take_up(self, meta: Meta) -> None:
-        """Go on from the version in a region that was taken over, once all of it is summed anew."""
+        """Go on from the version in a region that was taken over."""
+        self._meta, self._taken_s = meta, self.clock.monotonic()
+        self._check_memory(meta)
+
+    def _check_memory(self, meta: Meta) -> None:
+        """Sum all that lies in shared memory anew, and compare it with what the trainer and the last sum say."""
         held, recipe = self.shared.held(), recipe_of(meta.recipe_json)
         found, dense = sum_held(held, width=1 + recipe.row_dim), dense_sha256(held, meta.shapes)
-        self._meta, self._taken_s = (
-            msgspec.structs.replace(meta, held=found, dense_sha256=dense),
-            self.clock.monotonic(),
-        )
+        self._meta = msgspec.structs.replace(meta, held=found, dense_sha256=dense)
         try:
+            if meta.held is not None and (meta.held, meta.dense_sha256) != (found, dense):
+                text = f"{meta.manifest.version} had rows {meta.held.text} when it was written; {found.text} lie there"
+                raise Refused("digest", f"{text}: memory of this replica went wrong. The next snapshot is loaded.")
             self._remember(meta.manifest, check_served(meta.manifest, found.text, dense))
         except Refused as error:
             self._refuse(error)
@@ -241,6 +246,8 @@ class Updater:
             text = f"{manifest.version} was served with digest {found}, and its snapshot has {manifest.served}."
             self._refuse(Refused("digest", f"{text} The snapshot is loaded."))
             self._went_wrong(self._meta.manifest if self._meta is not None else manifest)
+        elif found is not None and self._meta is not None:
+            self._check_memory(self._meta)
 
     def _remember(self, manifest: Manifest, digest: str) -> None:
         self._recent[manifest.version, manifest.rows] = digest
@@ -285,6 +292,8 @@ class Updater:
     def _apply_delta(self, record: Record) -> None:
         served = self._meta
         if served is None or record.value is None or record.key != self.project.name.encode():
+            return
+        if self._is_wrong:
             return
         base = served.manifest.version
         wanted, rows = record.headers.get("base", base), served.manifest.rows

@@ -146,7 +146,9 @@ class Trainer:
             positions={"0": [self.step, 0]}, created_ms=1_000, format=FORMAT, served=self.served(),
         )  # fmt: skip
         manifest = msgspec.structs.replace(manifest, **changes)
-        headers = {"version": manifest.version, "base": manifest.base, "chain": manifest.chain}
+        if manifest.format == 1 and "served" not in changes:
+            manifest = msgspec.structs.replace(manifest, served="")
+        headers = {"version": manifest.version, "base": manifest.base, "chain": manifest.chain, "rows": manifest.rows}
         base = self.world.models.get(manifest.base)
         dense, _ = change_of(weights.dense, None if base is None else bits_of(base[1]))
         is_old = manifest.format == 1
@@ -178,6 +180,7 @@ class Trainer:
             manifest = msgspec.structs.replace(manifest, format=1, served="")
             data = encode_format_1(Weights(keys, values, dense), manifest)
         else:
+            manifest = msgspec.structs.replace(manifest, rows=changes.get("rows", "float32"))
             data = encode_weights(Weights(keys, values, dense), manifest)
         manifest = msgspec.structs.replace(manifest, sha256=hashlib.sha256(data).hexdigest())
         manifest = msgspec.structs.replace(manifest, **changes)
