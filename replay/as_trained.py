@@ -30,6 +30,7 @@ from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.publish import read_manifests
+from headrace.trainer.commit.steps_archive import StepsArchive
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.model.digest import SHA256, SUM, digest, parts
 from headrace.trainer.model.learner import learner_for
@@ -69,13 +70,14 @@ def as_trained(
     step: int | None = None,
     holder: str = "replay",
     samples_id: str = "",
+    archive: StepsArchive | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Replay the newest run of `project` up to its newest snapshot (or up to `step`) and compare digests.
 
     It learns where the settings `train` say, as the run did: other devices give other bits. The versions of the lake
     that are read are leased to `holder`, a name of its own for each replay at one time. `samples_id` is the id of the
-    `samples` topic, as `Admin.topic_id`; "" asks nothing of the steps.
+    `samples` topic, as `Admin.topic_id`; "" asks nothing of the steps. `archive` has the steps that were moved.
 
     Raises `ConfigRejected` where nothing was published yet, or the run was trained by another recipe or spec;
     `InvariantBroken` where recorded samples are found nowhere, or were in a topic that was made anew since.
@@ -89,7 +91,7 @@ def as_trained(
     run = manifests[-1].run
     target = manifests[-1].step if step is None else step
     live = next((m for m in reversed(manifests) if m.run == run and m.step == target), None)
-    steps = read_steps(reader, topics, project.name, run, target)
+    steps = read_steps(reader, topics, project.name, run, target, archive)
     if any(s.recipe != recipe_digest(project) for s in steps):
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
     shown = progress or Silent()
@@ -143,13 +145,15 @@ def _is_in_lake(taken: StepRange, in_lake: Positions) -> bool:
     return taken.kind == "stored" or in_lake.covers(taken.partition, Position(*taken.upto))
 
 
-def read_steps(reader: Reader, topics: Topics, model: str, run: str, upto: int) -> list[Step]:
+def read_steps(
+    reader: Reader, topics: Topics, model: str, run: str, upto: int, archive: StepsArchive | None = None
+) -> list[Step]:
     """Return steps 1..`upto` of a run. Raises `InvariantBroken` where one is missing."""
-    steps = recorded_steps(reader, topics)
+    steps = recorded_steps(reader, topics, archive)
     steps = [s for s in steps if s.model == model and s.run == run and s.step <= upto]
     if [s.step for s in steps] != list(range(1, upto + 1)):
         raise InvariantBroken(
-            f"the steps topic holds {len(steps)} of the {upto} steps of run {run}, or in another order."
+            f"topic and store hold {len(steps)} of the {upto} steps of run {run}, or in another order."
         )
     return steps
 

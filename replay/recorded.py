@@ -11,9 +11,10 @@ from typing import TypeVar
 
 import msgspec
 
-from headrace.contract.formats.steps import Step, decode_step
+from headrace.contract.formats.steps import Step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Reader, read_range
+from headrace.trainer.commit.steps_archive import StepsArchive, read_all_steps
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ def recorded(reader: Reader, topic: str, decode: Callable[[bytes], T]) -> list[t
     return found
 
 
-def recorded_steps(reader: Reader, topics: Topics) -> list[Step]:
-    """Return the committed steps of all models and runs, in order."""
-    return [step for _, step in recorded(reader, topics.steps, decode_step)]
+def recorded_steps(reader: Reader, topics: Topics, archive: StepsArchive | None = None) -> list[Step]:
+    """Return the committed steps of all models and runs, in order, of those too that were moved to the store. Raises as
+    `read_all_steps`."""
+    return [step for _, step in read_all_steps(reader, topics.steps, archive)]

@@ -27,10 +27,12 @@ POLL_S = 0.2
 
 def watched(deps: Dependencies) -> Dependencies:
     """Return the same dependencies with every call watched by `deps.calls`."""
-    wrap = deps.calls.wrap
+    wrap, open_reader = deps.calls.wrap, deps.open_reader
     return dataclasses.replace(
         deps,
         reader=wrap("reader", deps.reader),
+        open_reader=None if open_reader is None else lambda: wrap("reader", open_reader()),
+        admin=wrap("admin", deps.admin),
         producer=wrap("producer", deps.producer),
         steps_writer=wrap("steps_writer", deps.steps_writer),
         blobs=wrap("blobs", deps.blobs),

@@ -33,7 +33,7 @@ from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.interfaces.lake import LakeReader
-from headrace.contract.interfaces.log import Producer, Reader, check_topic
+from headrace.contract.interfaces.log import Admin, Producer, Reader, check_topic
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
@@ -44,6 +44,7 @@ from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoi
 from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
+from headrace.trainer.commit.steps_archive import StepsArchive, StepsMover
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.source import Source
@@ -99,6 +100,9 @@ class Dependencies:
     board: Board | None = None
     progress: Progress = field(default_factory=Silent)
     background: bool = True
+    admin: Admin | None = None
+    open_reader: Callable[[], Reader] | None = None
+    """Makes a reader for the thread that stores checkpoints. Without it, or `admin`, steps stay in their topic."""
     samples_id: str = ""
     """The id of the `samples` topic, as `Admin.topic_id`; "" asks nothing of what is stored."""
     steps_id: str = ""
@@ -127,7 +131,10 @@ class Trainer:
             fields=deps.config.slices,
             shown_every=SHOWN_EVERY if deps.board is not None and deps.config.projector_ms else 0,
         )
-        self.steps = StepsLog(deps.steps_writer, self.project.name, deps.metrics, pause=self._pause)
+        self._archive = StepsArchive(deps.blobs, deps.topics.steps, deps.steps_id)
+        self.steps = StepsLog(
+            deps.steps_writer, self.project.name, deps.metrics, pause=self._pause, archive=self._archive
+        )
         self.recipe = recipe_digest(self.project)
         self.learner = learner_for(self.project, deps.config)
         self.evaluation = new_evaluation(self.project, deps.config)
@@ -272,7 +279,21 @@ class Trainer:
             moved=self.uploads.moved,
             kept=named_blobs(manifests, but=self.run_id),
             rows=self.deps.config.publish_rows,
+            checkpointed=self._steps_mover(),
         )
+
+    def _steps_mover(self) -> Callable[[int], None]:
+        deps = self.deps
+        if deps.admin is None or deps.open_reader is None:
+            return lambda _: None
+        return StepsMover(
+            self._archive,
+            deps.topics.steps,
+            deps.open_reader,
+            deps.admin,
+            deps.metrics,
+            records_min=deps.config.steps_moved,
+        ).checkpointed
 
     def _begin(self, first: Step | None) -> None:
         """Begin afresh; a run that was begun before begins at the lake version that its first step names."""

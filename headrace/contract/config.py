@@ -320,6 +320,9 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     values."""
     lake_bytes: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824
     """About how much memory stored samples may take while the lake is learnt, however big it is. 1 GiB. Unit: bytes."""
+    steps_moved: Annotated[int, Meta(ge=0)] = 20_000
+    """So many records of topic `steps` that the three newest checkpoints do not need are moved to the store at once;
+    replay and ledger read them there. 0: they stay in the topic, which grows for ever. Unit: records."""
     projector_ms: Annotated[int, Meta(ge=0)] = 60_000
     """Time between two sets of embeddings for TensorBoard's projector. 0: none. Unit: ms."""
 

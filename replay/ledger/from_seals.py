@@ -24,7 +24,7 @@ from headrace.contract.formats.dead_letters import DeadLetter, Fate
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION, Punctuation
 from headrace.contract.formats.positions import START, Position, Positions
 from headrace.contract.formats.seals import PartitionSeal, Seal, whole, with_rows, without_rows
-from headrace.contract.formats.steps import Step, decode_step
+from headrace.contract.formats.steps import Step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.lake import LakeReader
@@ -40,6 +40,7 @@ from headrace.replay.ledger.rejoin import row_count
 from headrace.replay.ledger.runs import RunTotals, add_steps
 from headrace.replay.ledger.topic_seals import NotSealed, TopicSeals
 from headrace.stream.join.watermark import NO_TIME
+from headrace.trainer.commit.steps_archive import StepsArchive, read_all_steps
 
 ReadLetters = Callable[[], tuple[list[DeadLetter], list[tuple[DeadLetter, Fate]]]]
 """Gives all dead letters, and those of them that were offered again, with what came of it."""
@@ -140,14 +141,9 @@ class SealedStock:
 
     def steps(self, begin: int, end: int) -> Iterator[Step]:
         """Yield the steps of all models from `begin` to below `end`; what is none is passed over."""
-        if begin >= end:
-            return
-        for record in read_range(self.reader, self.topics.steps, begins={0: begin}, ends={0: end}):
-            try:
-                if record.value is not None:
-                    yield decode_step(record.value)
-            except msgspec.DecodeError:
-                continue
+        topic = self.topics.steps
+        archive = StepsArchive(self.blobs, topic, self.topic_ids.get(topic, ""))
+        yield from (step for _, step in read_all_steps(self.reader, topic, archive, begin=begin, end=end))
 
     def _lake(self) -> tuple[Mapping[int, PartitionSeal], int, int]:
         """Return the lake's seals, its rows, and before which event time retention has dropped some: of one version."""

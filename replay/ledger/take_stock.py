@@ -42,6 +42,7 @@ from headrace.replay.recorded import recorded, recorded_steps
 from headrace.stream.rule_changes import first_rules
 from headrace.stream.stored_rules import stored_rules
 from headrace.trainer.commit.publish import read_manifests
+from headrace.trainer.commit.steps_archive import StepsArchive
 from headrace.trainer.identity import recipe_digest
 from headrace.trainer.source.stored import stored_order
 
@@ -132,9 +133,7 @@ def _from_log(
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
     """
-    steps = [step for step in recorded_steps(reader, topics) if step.model == project.name]
-    for step in steps:
-        check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
+    steps = _steps(project, topics, reader, blobs, topic_ids)
     state = lake.state()
     stored = lake.read(state.version, JUDGED.names).cast(JUDGED) if state is not None else JUDGED.empty_table()
     topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
@@ -187,6 +186,16 @@ def _from_log(
     if blobs is not None and state is not None and not retained_before_ms:
         ledger.seals_wrong += _wrong_lake(lake, state, stored)
     return finish(ledger)
+
+
+def _steps(
+    project: Project, topics: Topics, reader: Reader, blobs: Blobs | None, topic_ids: Mapping[str, str]
+) -> list[Step]:
+    archive = StepsArchive(blobs, topics.steps, topic_ids.get(topics.steps, "")) if blobs is not None else None
+    steps = [step for step in recorded_steps(reader, topics, archive) if step.model == project.name]
+    for step in steps:
+        check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
+    return steps
 
 
 def _wrong_lake(lake: LakeReader, state: LakeState, stored: pa.Table) -> list[str]:

@@ -159,8 +159,9 @@ class Updater:
             self._note_manifest(record)
         self._model_offset = ends[0]
         if self._meta is None and self.shared.holds_model:
-            self._take_up(self.shared.meta())
-            if not self._is_wrong and self._reads_on(self._meta):
+            meta = self.shared.meta()
+            self._take_up(meta)
+            if not self._is_wrong and self._reads_on(meta):
                 return
         self._follow()
 

@@ -298,6 +298,7 @@ def test_a_full_queue_pauses_and_loses_nothing(world: World) -> None:
     while not (first := group.take(1)) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(1.5)
+    deadline = time.monotonic() + 30
     while (lag := group.status().lag_records) is None and time.monotonic() < deadline:
         # Not every partition was asked for its end yet.
         time.sleep(0.02)

@@ -123,6 +123,21 @@ def test_a_topic_tells_how_long_it_is_kept_and_what_it_tells_of_goes_first(world
         world.admin.ensure_topics([kept[1], TopicSpec(letters, 1, outlasts=marks)])
 
 
+def test_what_lies_before_an_offset_is_deleted_for_good(world: World) -> None:
+    topic, producer = world.topic(), world.producer(1_000)
+    for n in range(10):
+        producer.send(topic, 0, str(n).encode())
+    producer.flush(20)
+    world.admin.delete_before(topic, {0: 4})
+    world.admin.delete_before(topic, {0: 2})
+    reader = world.reader()
+    assert (reader.begin_offsets(topic)[0], reader.end_offsets(topic)[0]) == (4, 10)
+    reader.assign({(topic, 0): 4})
+    assert [r.offset for r in read(reader, 6)] == [4, 5, 6, 7, 8, 9]
+    with pytest.raises(Unavailable):
+        world.admin.delete_before("no-such-topic", {0: 1})
+
+
 @pytest.mark.real
 def test_kafka_tells_what_it_keeps_and_refuses_copies_that_a_topic_does_not_have(
     stack: Layout, caplog: pytest.LogCaptureFixture

@@ -306,11 +306,13 @@ def expected_samples() -> list[pa.Table]:
 
 
 _UNDAMAGED = {"GroupPositions.end": "asked behind a damaged record alone"}
+_TRAINER = {"Admin.delete_before": "the trainer alone deletes: tests/simulation/trainer/test_steps_archive.py"}
 _CLOSED: dict[str, str] = {
     "Producer.flush": "the process flushes by closing",
     "Producer.close": "the command closes it when the stage has ended",
     "GroupPositions.oldest_unread_ms": "the sink alone tells an age",
     "Admin.retention_ms": "the sink alone asks it: the row sink",
+    **_TRAINER,
     **_UNDAMAGED,
 }
 _ONE_RECORD = {"Reader.position": "what it looks for is there: the first record that comes ends the look"}
@@ -322,7 +324,7 @@ ROWS = (
         {**_CLOSED, **_ONE_RECORD},
     ),
     StageRow("aggregate", (Admin, Producer, Blobs, GroupPositions, Reader), AggregateWorld, _CLOSED),
-    StageRow("sink", (Admin, LakeWriter, GroupPositions, Reader), SinkWorld, {**_UNDAMAGED, **_ONE_RECORD}),
+    StageRow("sink", (Admin, LakeWriter, GroupPositions, Reader), SinkWorld, {**_TRAINER, **_UNDAMAGED, **_ONE_RECORD}),
 )
 
 

@@ -85,6 +85,8 @@ class Publisher:
     """Snapshots of other runs that stay: `named_blobs`."""
     rows: RowsAs = "float32"
     """How the values of rows travel."""
+    checkpointed: Callable[[int], None] = lambda _: None
+    """Is called, in the writing thread, with the `steps_offset` of a checkpoint that was stored."""
 
     def __post_init__(self) -> None:
         self._chain, self._base, self._seq = "", "", 0
@@ -299,6 +301,8 @@ class Publisher:
         except (Overloaded, Unavailable, OSError) as error:
             logger.warning("checkpoint at step %d was not written; learning goes on: %s", checkpoint.meta.step, error)
             self.metrics.add("errors_total", kind="checkpoint")
+            return
+        self.checkpointed(checkpoint.meta.steps_offset)
 
     def _start(self, write: Callable[..., None], *what: object) -> None:
         if not self.background:

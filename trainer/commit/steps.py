@@ -14,7 +14,7 @@ Several models share the topic, each with a writer of its own: records of other 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import msgspec
@@ -23,6 +23,7 @@ from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.steps import Step, decode_step, encode_step
 from headrace.contract.interfaces.fenced import FencedWriter
 from headrace.contract.metrics import Metrics
+from headrace.trainer.commit.steps_archive import StepsArchive
 
 T = TypeVar("T")
 
@@ -37,15 +38,41 @@ _FOREIGN_MAX = 100_000
 class StepsLog:
     """One model's steps. `offset` is the next record to read; it travels in the checkpoint."""
 
-    def __init__(self, writer: FencedWriter, model: str, metrics: Metrics, *, pause: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        writer: FencedWriter,
+        model: str,
+        metrics: Metrics,
+        *,
+        pause: Callable[[float], None],
+        archive: StepsArchive | None = None,
+    ) -> None:
         self._writer, self._model, self._metrics, self._pause = writer, model, metrics, pause
+        self._archive = archive
         self.offset = 0
 
     def recover(self, offset: int) -> list[tuple[int, Step]]:
-        """Become the writer and return (offset, step) of this model's steps from `offset` on."""
-        self.offset = offset
+        """Become the writer and return (offset, step) of this model's steps from `offset` on, of those too that were
+        moved to the store. Raises `InvariantBroken` where some of them are nowhere."""
         self._retrying("become the writer of the steps", self._writer.open)
-        return self._retrying("read the steps", self._read)
+        return self._retrying("read the steps", lambda: self._from(offset))
+
+    def _from(self, offset: int) -> list[tuple[int, Step]]:
+        while True:
+            first, end = (offset, offset) if self._archive is None else self._archive.span(offset)
+            if first > offset > 0:
+                raise InvariantBroken(f"steps from offset {offset} to below {first} are not in the store, nor behind.")
+            archived = [(at, record) for at, record in self._archived(offset, end) if at < end]
+            self.offset = end
+            try:
+                return self._decoded(archived) + self._read()
+            except InvariantBroken:
+                # The trainer of another model moved some meanwhile.
+                if self._archive is None or self._archive.span(offset)[1] == end:
+                    raise
+
+    def _archived(self, offset: int, end: int) -> Iterable[tuple[int, bytes]]:
+        return self._archive.read(offset) if self._archive is not None and offset < end else ()
 
     def commit(self, step: Step) -> None:
         """Return when `step` was read back. Waits while Kafka is away; `pause` may raise to end the wait.
@@ -97,6 +124,9 @@ class StepsLog:
         records = self._writer.read(self.offset, wait_s)
         if records:
             self.offset = records[-1][0] + 1
+        return self._decoded(records)
+
+    def _decoded(self, records: list[tuple[int, bytes]]) -> list[tuple[int, Step]]:
         found = []
         for offset, value in records:
             try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -35,19 +37,35 @@ def read_pins() -> dict[str, Bundle]:
 def ensure_jars(folder: Path, java: Java, say: Callable[[str], None]) -> dict[str, Path]:
     """Return the folder of each bundle's jars, fetched where they lack, each jar checked against its digest.
 
-    A broken download goes on where it stopped: jgo keeps what is whole in ~/.m2. Raises `Unavailable` when the
-    artifacts cannot be fetched, `InvariantBroken` when what came is not what is pinned.
+    A broken download goes on where it stopped: jgo keeps what is whole in ~/.m2. One process fetches, others wait for
+    it. Raises `Unavailable` when the artifacts cannot be fetched, `InvariantBroken` when what came is not what is
+    pinned.
     """
     found: dict[str, Path] = {}
     for name, bundle in read_pins().items():
         target = folder / name
         if wrong_jars(target, bundle):
-            megabytes = bundle.bytes / 1e6
-            say(f"jars of {name}: fetching {len(bundle.jars)} files, {megabytes:.0f} MB, from Maven artifacts")
-            fetch(target, bundle, java)
-            say(f"jars of {name}: {len(bundle.jars)} files, all with the pinned SHA-256")
+            with _alone(folder):
+                _fetch_missing(name, target, bundle, java, say)
         found[name] = target
     return found
+
+
+def _fetch_missing(name: str, target: Path, bundle: Bundle, java: Java, say: Callable[[str], None]) -> None:
+    if not wrong_jars(target, bundle):
+        return  # Another process has fetched them meanwhile.
+    say(f"jars of {name}: fetching {len(bundle.jars)} files, {bundle.bytes / 1e6:.0f} MB, from Maven artifacts")
+    fetch(target, bundle, java)
+    say(f"jars of {name}: {len(bundle.jars)} files, all with the pinned SHA-256")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from fetching into `folder` meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".fetching").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def wrong_jars(folder: Path, bundle: Bundle) -> list[str]:
@@ -62,7 +80,10 @@ def fetch(target: Path, bundle: Bundle, java: Java) -> None:
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for jar in resolve(bundle.endpoint, target.parent / "jgo", java):
+    # jgo takes up no folder of links that another process left half made; whole files it has in ~/.m2.
+    links = target.parent / "jgo"
+    shutil.rmtree(links, ignore_errors=True)
+    for jar in resolve(bundle.endpoint, links, java):
         shutil.copyfile(jar, part / jar.name)
     wrong = wrong_jars(part, bundle)
     if wrong:

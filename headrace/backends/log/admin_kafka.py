@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import confluent_kafka as ck
@@ -24,7 +24,8 @@ _KEPT, _SEGMENT = "retention.ms", "segment.ms"
 
 
 class KafkaAdmin:
-    """Creates topics with as many copies as asked for, and tells where those that exist have fewer; deletes none."""
+    """Creates topics with as many copies as asked for, and tells where those that exist have fewer; deletes no
+    topic."""
 
     def __init__(
         self, brokers: str, *, replication: int = 0, min_insync_replicas: int = 0, timeout_s: float = 20.0
@@ -113,6 +114,17 @@ class KafkaAdmin:
     def retention_ms(self, topic: str) -> int:
         """Return how long the broker keeps the topic's records; -1 for ever. Raises `Unavailable`."""
         return int(self._told([topic])[topic][_KEPT])
+
+    def delete_before(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """Delete for good what lies before these offsets, by partition. Raises `Unavailable`."""
+        wanted = [ck.TopicPartition(topic, p, offset) for p, offset in offsets.items()]
+        deleted = self._admin.delete_records(wanted, request_timeout=self._timeout_s, operation_timeout=self._timeout_s)
+        for place, future in deleted.items():
+            try:
+                future.result()
+            except ck.KafkaException as error:
+                where = f"{topic}/{place.partition}"
+                raise Unavailable(f"Kafka does not delete what lies before {where}@{place.offset}: {error}") from error
 
     def _check_copies(self, names: Sequence[str], replication: int, min_insync: int) -> None:
         told = self._told(names)

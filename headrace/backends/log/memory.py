@@ -228,3 +228,9 @@ class MemoryAdmin:
         with self._log.changed:
             self._log.partitions(topic)
             return self._log.kept_ms[topic]
+
+    def delete_before(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """Delete what lies before these offsets."""
+        self._log.partitions(topic)
+        for partition, offset in offsets.items():
+            self._log.trim(topic, partition, offset)

@@ -69,6 +69,8 @@ def main(args: argparse.Namespace) -> int:
                 config=runtime.config.train,
                 topics=runtime.topics,
                 reader=runtime.reader(),
+                open_reader=runtime.reader,
+                admin=runtime.admin(),
                 producer=producer,
                 steps_writer=runtime.fenced(
                     runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"

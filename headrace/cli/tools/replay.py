@@ -31,22 +31,24 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from headrace.replay.as_trained import as_trained
+    from headrace.trainer.commit.steps_archive import StepsArchive
 
     runtime = open_runtime(args)
     runtime.require_kafka()
     # Whatever else is silent: a replay takes as long as the training did.
     logger.setLevel(logging.INFO)
     torch.set_num_threads(runtime.config.train.threads)
-    samples_id = runtime.admin().topic_id(runtime.topics.samples)
+    admin, topics = runtime.admin(), runtime.topics
     result = as_trained(
         runtime.project,
-        runtime.topics,
+        topics,
         runtime.reader(),
         runtime.lake(),
         train=runtime.config.train,
         step=args.step,
         holder=f"replay-{socket.gethostname()}-{os.getpid()}",
-        samples_id=samples_id,
+        samples_id=admin.topic_id(topics.samples),
+        archive=StepsArchive(runtime.blobs(), topics.steps, admin.topic_id(topics.steps)),
         progress=show_progress(logger),
     )
     if args.json:

@@ -35,7 +35,10 @@ FORMAT = 2
 RowsAs = Literal["float32", "float16"]
 """How the values of rows travel; serving holds them as float32 either way."""
 _FLOAT16_MAX = np.float32(np.finfo(np.float16).max)
-_TYPES = {"float32": (pa.float32(), np.dtype("<f4")), "float16": (pa.float16(), np.dtype("<f2"))}
+_TYPES: dict[str, tuple[pa.DataType, np.dtype[np.floating]]] = {
+    "float32": (pa.float32(), np.dtype("<f4")),
+    "float16": (pa.float16(), np.dtype("<f2")),
+}
 
 
 class UnknownFormat(InvariantBroken):

@@ -119,6 +119,10 @@ class Admin(Protocol):
     def retention_ms(self, topic: str) -> int:
         """Return for how long the log keeps a topic's records, as it is set now; -1 for ever. Raises `Unavailable`."""
 
+    def delete_before(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """Delete for good what lies before these offsets, by partition; what is not there any more is no error. Raises
+        `Unavailable`, also where the log refuses."""
+
 
 def check_topic(stored_id: str, topic_id: str, topic: str) -> None:
     """Raise `InvariantBroken` where something stored was made of a topic of the same name that is no more."""

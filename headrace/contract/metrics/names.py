@@ -50,6 +50,7 @@ Name = Literal[
     "auc_item_rate",
     "log_loss",
     "table_rows",
+    "steps_archived_total",
     "deltas_published_total",
     "published_bytes_total",
     "snapshots_published_total",

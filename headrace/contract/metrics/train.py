@@ -26,6 +26,9 @@ TRAIN: Mapping[Name, MetricDoc] = {
         "gauge", "ratio", ("train",), "AUC of a model that scores every item by its own label rate so far."
     ),
     "log_loss": MetricDoc("gauge", "nats", ("train",), "Log loss of the main task, over all closed windows."),
+    "steps_archived_total": MetricDoc(
+        "counter", "records", ("train",), "Records of topic `steps` that were moved to the store."
+    ),
     "deltas_published_total": MetricDoc("counter", "deltas", ("train",), "Deltas that were published."),
     "snapshots_published_total": MetricDoc("counter", "snapshots", ("train",), "Snapshots that were published."),
     "published_bytes_total": MetricDoc(

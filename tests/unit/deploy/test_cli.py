@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import hashlib
 import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,7 +26,7 @@ from headrace.cli.stack.up import stages_of
 from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.deploy.local import doctor, layout, metrics_text, readiness, stack
 from headrace.deploy.local.servers import java
-from headrace.deploy.local.servers.jars import Bundle, read_pins, wrong_jars
+from headrace.deploy.local.servers.jars import Bundle, fetch, read_pins, wrong_jars
 from headrace.deploy.local.status_line import StatusLine
 from headrace.deploy.local.supervise import Program, configuration
 from headrace.serving.model.region_file import region_in_memory
@@ -150,6 +152,22 @@ def test_without_java_the_remedy_is_the_wheel(tmp_path: Path, monkeypatch: pytes
         java.find_java()
     findings = {f.what: f for f in doctor.examine(local.new_layout(flags(tmp_path)))}
     assert findings["Java"].level == "trouble"
+
+
+def test_what_another_process_left_half_made_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As jgo 3.2: it links jar after jar, and fails where a link is there already."""
+
+    def build(endpoint: str, cache_dir: Path, update: bool) -> SimpleNamespace:
+        links = cache_dir / "envs"
+        links.mkdir(parents=True)
+        (links / "a.jar").write_bytes(b"a")
+        return SimpleNamespace(all_jars=[str(links / "a.jar")])
+
+    monkeypatch.setitem(sys.modules, "jgo", SimpleNamespace(build=build))
+    bundle = Bundle("a:a:1", 1, {"a.jar": hashlib.sha256(b"a").hexdigest()})
+    (tmp_path / "jgo" / "envs").mkdir(parents=True)
+    fetch(tmp_path / "a", bundle, java.Java("/usr/bin/java", 17, "here"))
+    assert wrong_jars(tmp_path / "a", bundle) == []
 
 
 def test_every_jar_is_pinned_and_another_one_is_noticed(tmp_path: Path) -> None:

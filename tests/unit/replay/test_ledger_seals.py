@@ -20,6 +20,7 @@ from stream_world import Blobs
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.log.memory import MemoryReader
+from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.dead_letters import (
     TOO_LATE,
     DeadLetter,
@@ -31,6 +32,7 @@ from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.steps import StepRange, encode_step
 from headrace.replay.ledger.kept_account import name_of
 from headrace.replay.ledger.ledger import Ledger, is_sound, table
+from headrace.trainer.commit.steps_archive import StepsArchive
 
 NAME = name_of(PROJECT.name, 1)
 
@@ -134,6 +136,31 @@ def test_a_fault_in_a_step_is_found_in_its_range(tmp_path: Path, change, wrong: 
     assert [told.split(", after")[0] for told in ledger.reread] == [f"run r1, step 5, partition {p}" for p in (0, 1)]
     full = world.draw("full")
     assert (full.lost, full.twice) == (ledger.lost, ledger.twice)
+
+
+def test_steps_that_were_moved_to_the_store_are_read_there(tmp_path: Path):
+    """Moved behind the kept account, before it, and beyond it."""
+    world = made(tmp_path)
+    assert both(world).closes
+    for moved in (1, 3):
+        advance(world)
+        _move_steps(world, moved)
+        ledger = both(world)
+        assert ledger.closes and is_sound(ledger) and not ledger.reread
+    world.blobs.delete(NAME)
+    assert figures(both(world)) == figures(ledger)
+    (name,) = [name for name in world.blobs.list(f"steps/{TOPICS.steps}-unknown") if "/00000000000000000001-" in name]
+    world.blobs.delete(name)
+    world.blobs.delete(NAME)
+    with pytest.raises(InvariantBroken, match="steps from offset 1 to below 3 are neither in topic"):
+        world.draw()
+
+
+def _move_steps(world: World, upto: int) -> None:
+    """Move the first steps to the store, as a trainer does."""
+    records = [(r.offset, r.value or b"") for r in world.log.partitions(TOPICS.steps)[0] if r.offset < upto]
+    StepsArchive(world.blobs, TOPICS.steps).put(records[0][0], upto, records)
+    world.log.admin().delete_before(TOPICS.steps, {0: upto})
 
 
 @pytest.mark.parametrize("shift", [-9, 3])

@@ -341,6 +341,7 @@ _OF_ADDRESSES = (
 _CLOSED = {
     "Admin.topic_id": "it stores nothing that was made of a topic",
     "Admin.retention_ms": "the sink alone asks it: the row sink",
+    "Admin.delete_before": "the trainer alone deletes: tests/simulation/trainer/test_steps_archive.py",
     "Producer.flush": "the process flushes by closing",
     "Producer.close": "the command closes it when the stage has ended",
     "Blobs.list": "a body has its digest's name; nobody lists them",

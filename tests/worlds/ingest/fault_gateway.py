@@ -377,6 +377,7 @@ GATEWAY = StageRow(
     {
         "Admin.topic_id": "it stores nothing that was made of a topic",
         "Admin.retention_ms": "the sink alone asks it: the row sink",
+        "Admin.delete_before": "the trainer alone deletes: tests/simulation/trainer/test_steps_archive.py",
         "Producer.flush": "called when the loop has ended: what has no receipt has no ack",
         "Producer.close": "the command closes it when the stage has ended",
     },

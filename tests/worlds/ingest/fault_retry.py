@@ -85,6 +85,7 @@ RETRY = StageRow(
     {
         "Admin.topic_id": "it stores nothing that was made of a topic",
         "Admin.retention_ms": "the sink alone asks it: the row sink",
+        "Admin.delete_before": "the trainer alone deletes: tests/simulation/trainer/test_steps_archive.py",
         "FencedWriter.close": _BY_COMMAND,
         "Producer.close": _BY_COMMAND,
         "Producer.flush": "a retry waits for each receipt itself",
