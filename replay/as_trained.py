@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Position, Positions, orders
 from headrace.contract.formats.sample import conform, sample_schema
+from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.lake import LakeReader
@@ -32,7 +34,7 @@ from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.commit.steps_archive import StepsArchive
 from headrace.trainer.identity import recipe_digest
-from headrace.trainer.model.digest import SHA256, SUM, digest, parts
+from headrace.trainer.model.digest import SHA256, SUM, State, digest, parts
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.columns import stored_columns
@@ -112,25 +114,30 @@ def as_trained(
     finally:
         ranges.stored.release()
     shown.end()
-    kind = SUM if live is None else live.digest_kind or SHA256
-    state = learner.state()
-    found = digest(state, kind)
-    told = live.digest_parts if live is not None else {}
-    here = parts(state).to_text() if told else {}
     return Result(
         model=project.name,
         run=run,
         step=target,
         rows=learnt,
-        digest=found,
-        live_digest=live.digest if live is not None else "",
-        equal=found == live.digest if live is not None else None,
         from_lake=from_lake,
         from_topic=learnt - from_lake,
         seconds=round(time.monotonic() - began, 3),
-        digest_kind=kind,
-        differs=tuple(sorted(name for name in told.keys() | here.keys() if told.get(name) != here.get(name))),
+        **_compared(learner.state(), live),
     )
+
+
+def _compared(state: State, live: Manifest | None) -> dict[str, Any]:
+    """Return what a result says of the digest of a learner's state and of the live one."""
+    kind = SUM if live is None else live.digest_kind or SHA256
+    found, told = digest(state, kind), live.digest_parts if live is not None else {}
+    here = parts(state).to_text() if told else {}
+    return {
+        "digest": found,
+        "live_digest": live.digest if live is not None else "",
+        "equal": found == live.digest if live is not None else None,
+        "digest_kind": kind,
+        "differs": tuple(sorted(name for name in told.keys() | here.keys() if told.get(name) != here.get(name))),
+    }
 
 
 def _read_stored(stored: StoredRows, step: Step) -> None:

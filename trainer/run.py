@@ -278,7 +278,7 @@ class Trainer:
             is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
             moved=self.uploads.moved,
             kept=named_blobs(manifests, but=self.run_id),
-            rows=self.deps.config.publish_rows,
+            rows=self.deps.config.publish_values,
             checkpointed=self._steps_mover(),
         )
 

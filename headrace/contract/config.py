@@ -302,7 +302,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Time between deltas. Unit: ms."""
     snapshot_ms: Millis = 30_000
     """Time between full snapshots. A checkpoint is written with each. Unit: ms."""
-    publish_rows: Literal["float32", "float16"] = "float32"
+    publish_values: Literal["float32", "float16"] = "float32"
     """How the values of rows travel to serving. `float16` halves them: three digits of each stay. Learning and
     progressive validation go on with float32 all the same."""
     threads: Count = 1

@@ -109,7 +109,7 @@ class Server:
 
 def story(seed: int, folder: Path, *, rows: str = "float32", restarts: bool = True) -> tuple[Server, Learner, Trainer]:
     rng, world = Random(seed), World(blobs=LateBlobs())
-    config, learner = msgspec.structs.replace(CONFIG, publish_rows=rows), Learner(rows)
+    config, learner = msgspec.structs.replace(CONFIG, publish_values=rows), Learner(rows)
     records = [record for p in range(3) for record in cut(seed, p, 60)]
 
     def started() -> Trainer:

@@ -163,7 +163,7 @@ def test_a_later_format_is_refused_with_words(world: World):
 
 
 def test_rows_that_travel_otherwise_are_taken_from_the_snapshot_on(world: World):
-    """The trainer was restarted with another `train.publish_rows` at the version that is served."""
+    """The trainer was restarted with another `train.publish_values` at the version that is served."""
     trainer, rng = begun(world)
     trainer.rows = {key: row.astype(np.float16).astype(np.float32) for key, row in trainer.rows.items()}
     world.models[trainer.version] = dict(trainer.rows), world.models[trainer.version][1]
