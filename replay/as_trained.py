@@ -3,13 +3,15 @@
 1. The newest snapshot manifest with a digest says which run and step to reach (or the caller does).
 2. `steps` says what each step of that run took.
 3. The rows come from the lake, and from the samples topic those that the lake does not hold yet.
-4. The same learner learns them in the same order; equal digests mean equal bits.
+4. The same learner learns them in the same order; equal digests mean equal bits. The digest is of the kind that the
+   manifest names: runs that were published with another kind are compared by that one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,6 +23,7 @@ from headrace.contract.errors import ConfigRejected, InvariantBroken
 from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Position, Positions, orders
 from headrace.contract.formats.sample import conform, sample_schema
+from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.lake import LakeReader
@@ -31,6 +34,7 @@ from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.commit.steps_archive import StepsArchive
 from headrace.trainer.identity import recipe_digest
+from headrace.trainer.model.digest import SHA256, SUM, State, digest, parts
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.columns import stored_columns
@@ -52,6 +56,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     from_lake: int
     from_topic: int
     seconds: float
+    digest_kind: str = ""
+    """Of both digests, that of the live one; see `headrace.trainer.model.digest`."""
+    differs: tuple[str, ...] = ()
+    """Parts of the digest that are not the live model's: tables, by the name of their keys, or `rest`."""
 
 
 def as_trained(
@@ -84,7 +92,7 @@ def as_trained(
         )
     run = manifests[-1].run
     target = manifests[-1].step if step is None else step
-    live = next((m.digest for m in reversed(manifests) if m.run == run and m.step == target), "")
+    live = next((m for m in reversed(manifests) if m.run == run and m.step == target), None)
     steps = read_steps(reader, topics, project.name, run, target, archive)
     if any(s.recipe != recipe_digest(project) for s in steps):
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
@@ -106,19 +114,30 @@ def as_trained(
     finally:
         ranges.stored.release()
     shown.end()
-    digest = learner.digest()
     return Result(
         model=project.name,
         run=run,
         step=target,
         rows=learnt,
-        digest=digest,
-        live_digest=live,
-        equal=digest == live if live else None,
         from_lake=from_lake,
         from_topic=learnt - from_lake,
         seconds=round(time.monotonic() - began, 3),
+        **_compared(learner.state(), live),
     )
+
+
+def _compared(state: State, live: Manifest | None) -> dict[str, Any]:
+    """Return what a result says of the digest of a learner's state and of the live one."""
+    kind = SUM if live is None else live.digest_kind or SHA256
+    found, told = digest(state, kind), live.digest_parts if live is not None else {}
+    here = parts(state).to_text() if told else {}
+    return {
+        "digest": found,
+        "live_digest": live.digest if live is not None else "",
+        "equal": found == live.digest if live is not None else None,
+        "digest_kind": kind,
+        "differs": tuple(sorted(name for name in told.keys() | here.keys() if told.get(name) != here.get(name))),
+    }
 
 
 def _read_stored(stored: StoredRows, step: Step) -> None:

@@ -230,6 +230,7 @@ class Trainer:
             is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
             moved=self.uploads["snapshot"].moved,
             kept=named_blobs(manifests, but=self.run_id),
+            rows=self.deps.config.publish_values,
         )
 
     def _new_checkpointer(self, before: CheckpointManifest | None) -> Checkpointer:

@@ -317,6 +317,9 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Time between full snapshots. Unit: ms."""
     checkpoint_ms: Millis = 4_000
     """Time between checkpoints: what a restart learns again at most, and what it takes to store one. Unit: ms."""
+    publish_values: Literal["float32", "float16"] = "float32"
+    """How the values of rows travel to serving. `float16` halves them: three digits of each stay. Learning and
+    progressive validation go on with float32 all the same."""
     threads: Count = 1
     """Threads of the math library. Equal bits need an equal number. Unit: threads."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -20,6 +20,7 @@ from headrace.contract.config import ServeConfig
 from headrace.contract.crawl import external_columns
 from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable, meant
 from headrace.contract.formats.json_record import decode_json
+from headrace.contract.formats.snapshot import served_digest
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
@@ -203,6 +204,11 @@ class ServingApp:
                 "snapshot": meta.snapshot,
                 "spec": manifest.spec,
                 "digest": manifest.digest,
+                "format": manifest.format,
+                "rows": manifest.rows,
+                "chain": manifest.chain or manifest.version,
+                "seq": manifest.seq,
+                "served_digest": served_digest(meta.held.text, meta.dense_sha256) if meta.held is not None else "",
                 "refused": self.deps.shared.refused(),
                 "counters": self._counters(),
                 "workers": [

@@ -3,6 +3,7 @@
 | reason | refused because |
 |---|---|
 | `sha256` | the blob is not the one that the manifest announced |
+| `format` | a later release wrote it |
 | `damaged` | it cannot be read, or its rows, dense weights or manifest do not match their digests |
 | `kind`, `model`, `run`, `generation` | it is no snapshot (delta), or of another model, run or generation |
 | `version` | it holds another version, one that is not "<run>-<step>", or one that leads back |
@@ -12,11 +13,12 @@
 | `spec` | it is a delta of another spec than the one that is served |
 | `dim`, `dense` | rows or dense weights have another shape than recipe and spec (a delta: than what is served) |
 | `dim` | rows are wider than the shared region, which is as wide as the project's recipe |
-| `key_zero`, `key_twice` | a row has the key 0, which marks an empty place, or two rows have one key |
+| `key_zero`, `key_twice` | a row has the key 0, which marks an empty place, or a key has two rows, or one and none |
 | `not_finite` | a weight is NaN or infinite |
+| `digest` | what would be served is not what the trainer says: a replica that went wrong, or a delta that lacks rows |
 
 A delta is the next one of a chain when its base is the served version and it is number `seq + 1` of the chain that is
-served, or number 1 of the chain that begins with the served version.
+served, or number 1 of the chain that begins with the served version. Refused for `digest`, its whole chain is.
 """
 
 from __future__ import annotations
@@ -29,8 +31,17 @@ import msgspec
 import numpy as np
 
 from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.formats.dense_change import Bits, WrongBase
 from headrace.contract.formats.json_record import decode_json
-from headrace.contract.formats.snapshot import Manifest, Weights, decode_weights
+from headrace.contract.formats.snapshot import (
+    Manifest,
+    UnknownFormat,
+    Update,
+    Weights,
+    check_format,
+    decode_update,
+    served_digest,
+)
 from headrace.contract.project import Project, Recipe
 from headrace.contract.spec import FeatureSpec
 from headrace.serving.model.shared_region import Meta
@@ -51,13 +62,15 @@ class Refused(InvariantBroken):
 
 def admit_snapshot(manifest: Manifest, data: bytes, *, project: Project) -> Weights:
     """Return the weights of the snapshot that `manifest` announces, or raise `Refused`."""
+    _check_format(manifest)
     found = hashlib.sha256(data).hexdigest()
     if found != manifest.sha256:
         raise Refused("sha256", f"{manifest.blob} has SHA-256 {found}, its manifest says {manifest.sha256}.")
-    weights, inside = _decoded(data)
+    update, inside = _decoded(data)
+    weights = _put_together(update, inside)
     if inside.version != manifest.version or inside.step != manifest.step:
         raise Refused("version", f"the blob holds {inside.version}, its manifest says {manifest.version}.")
-    for name in ("kind", "model", "run", "generation"):
+    for name in ("kind", "model", "run", "generation", "rows"):
         found, said = getattr(inside, name), getattr(manifest, name)
         if found != said:
             raise Refused(name, f"the blob of {manifest.version} is of {name} {found!r}, its manifest says {said!r}.")
@@ -104,17 +117,26 @@ def can_serve(meta: Meta, project: Project) -> bool:
 
 
 def admit_delta(
-    data: bytes, *, model: str, served: Manifest, dim: int, shapes: Shapes, refused: Collection[str] = ()
-) -> tuple[Weights, Manifest]:
-    """Return a delta's weights and manifest, or raise `Refused`: it is exactly the next one of the chain, or nothing.
+    data: bytes,
+    *,
+    model: str,
+    served: Manifest,
+    dim: int,
+    shapes: Shapes,
+    refused: Collection[str] = (),
+    dense_N: Bits | None = None,
+) -> tuple[Weights, Manifest, str]:
+    """Return a delta's weights and manifest, and SHA-256 of its dense weights, or raise `Refused`: it is exactly the
+    next one of the chain, or nothing.
 
     Args:
         model: the project's name.
         served: the manifest of the version that is served now, of a snapshot or of a delta.
         shapes: of its dense weights.
         refused: snapshot versions that were refused; nothing of their chains is taken.
+        dense_N: the bits of the dense weights that are served now: a delta may say what changed in them.
     """
-    weights, delta = _decoded(data)
+    update, delta = _decoded(data)
     wanted = {"kind": "delta", "model": model, "run": served.run, "generation": served.generation, "spec": served.spec}
     for name, value in wanted.items():
         found = getattr(delta, name)
@@ -127,8 +149,27 @@ def admit_delta(
     _check_place(delta, served, refused)
     if delta.dim != dim:
         raise Refused("dim", f"delta {delta.version} is of {delta.dim} dimensions, not {dim}.")
+    if update.dense.shapes != dict(shapes):
+        raise Refused("dense", f"{delta.version} has dense weights {update.dense.shapes}; expected are {dict(shapes)}.")
+    weights = _put_together(update, delta, dense_N)
     _check(weights, delta.version, dim, shapes)
-    return weights, delta
+    return weights, delta, update.dense.sha256
+
+
+def check_served(manifest: Manifest, rows: str, dense_sha256: str) -> str:
+    """Return the digest of what would be served, or raise `Refused` where the trainer says another.
+
+    Args:
+        rows: `RowSum.text` of the rows that would have a place.
+    """
+    found = served_digest(rows, dense_sha256)
+    if manifest.served not in ("", found):
+        raise Refused(
+            "digest",
+            f"{manifest.version} would be served with digest {found}, and the trainer says {manifest.served}: this "
+            "replica went wrong, or what led here lacks rows. Its chain is refused; the next snapshot is loaded.",
+        )
+    return found
 
 
 def _check_place(delta: Manifest, served: Manifest, refused: Collection[str]) -> None:
@@ -143,11 +184,29 @@ def _check_place(delta: Manifest, served: Manifest, refused: Collection[str]) ->
         raise Refused("seq", f"delta {delta.version} is number {delta.seq} of its chain; {seq + 1} comes next.")
 
 
-def _decoded(data: bytes) -> tuple[Weights, Manifest]:
+def _decoded(data: bytes) -> tuple[Update, Manifest]:
     try:
-        return decode_weights(data)
+        return decode_update(data)
+    except UnknownFormat as error:
+        raise Refused("format", str(error)) from error
     except InvariantBroken as error:
         raise Refused("damaged", str(error)) from error
+
+
+def _check_format(manifest: Manifest) -> None:
+    try:
+        check_format(manifest)
+    except UnknownFormat as error:
+        raise Refused("format", str(error)) from error
+
+
+def _put_together(update: Update, manifest: Manifest, dense_N: Bits | None = None) -> Weights:
+    try:
+        return update.weights(dense_N)
+    except WrongBase as error:
+        raise Refused("digest", f"{manifest.version}: {error}") from error
+    except InvariantBroken as error:
+        raise Refused("damaged", f"{manifest.version}: {error}") from error
 
 
 def _check(weights: Weights, version: str, dim: int, shapes: Shapes) -> None:
@@ -158,8 +217,9 @@ def _check(weights: Weights, version: str, dim: int, shapes: Shapes) -> None:
         raise Refused("dense", f"{version} has dense weights {found}; expected are {dict(shapes)}.")
     if (weights.keys_K == 0).any():
         raise Refused("key_zero", f"{version} has a row for key 0, which no feature has.")
-    distinct = len(np.unique(weights.keys_K))
-    if distinct != len(weights.keys_K):
-        raise Refused("key_twice", f"{version} has {len(weights.keys_K)} rows for {distinct} keys.")
+    named, gone = len(weights.keys_K) + len(weights.gone_K), len(weights.gone_K)
+    distinct = len(np.unique(np.concatenate([weights.keys_K, weights.gone_K])))
+    if distinct != named:
+        raise Refused("key_twice", f"{version} has {len(weights.keys_K)} rows and removes {gone}, of {distinct} keys.")
     if not np.isfinite(weights.values_KV).all() or not all(np.isfinite(a).all() for a in weights.dense.values()):
         raise Refused("not_finite", f"{version} has weights that are NaN or infinite.")

@@ -1,8 +1,8 @@
 """The rows of one copy of the shared model: find, apply and remove keys in arrays that the region holds. Compiled.
 
 A row that holds the values that its key begins with needs no place: a look-up of a key without a row gives the same.
-So the rows that the trainer expired leave by themselves, for it publishes them with their first values
-(`split_initial`).
+The trainer leaves such rows out and names those that went back to it; before format 2 it published them with their
+first values, and so rows that it expired leave here by themselves (`split_initial`).
 
 Key 0 marks an empty place of the index; no slot id is ever 0, and no kernel takes or finds it. A search begins at the
 place that the key chooses and goes on to the next (linear probing); a removal moves later entries back into the hole.
@@ -110,12 +110,12 @@ def remove(index_2C: Int64s, keys_R: Int64s, values_RV: Float32s, rows: int, gon
     return rows
 
 
-def split_initial(weights: Weights, recipe: Recipe) -> tuple[Weights, Int64s]:
-    """Return the rows that need a place, and the keys of the others, which hold the values that they began with."""
+def split_initial(weights: Weights, recipe: Recipe) -> Weights:
+    """Return these with only the rows that need a place; the keys of the others, which hold the values that they began
+    with, are among those that have no row. Format 2 comes like that already."""
     first_KV = initial_values(weights.keys_K, dim=recipe.row_dim, seed=recipe.seed, scale=recipe.row_scale)
     is_first_K = (weights.values_KV == first_KV).all(axis=1)
     if not is_first_K.any():
-        return weights, np.empty(0, np.int64)
-    stays_K = ~is_first_K
-    kept = Weights(weights.keys_K[stays_K], weights.values_KV[stays_K], weights.dense)
-    return kept, np.ascontiguousarray(weights.keys_K[is_first_K])
+        return weights
+    stays_K, gone_K = ~is_first_K, np.concatenate([weights.gone_K, weights.keys_K[is_first_K]])
+    return Weights(weights.keys_K[stays_K], weights.values_KV[stays_K], weights.dense, gone_K)

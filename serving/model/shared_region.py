@@ -9,7 +9,7 @@ returns a mixture: the sequence number is the guarantee, the readers' words in t
 (`serving/gate/admit.py`) and by `check_fits`.
 
 Memory order: the check needs the data's loads to lie between the two loads of the sequence, and the data's stores
-between its two stores. `_fence` separates them: two lock operations in a row, past which no access moves on any
+between its two stores. `fence` separates them: two lock operations in a row, past which no access moves on any
 platform that CPython supports (on x86-64 loads and stores keep their order anyway). The store of a reader's word and
 its load of the sequence may change order; that is the reader that the writer does not wait for.
 
@@ -31,7 +31,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -44,7 +43,9 @@ import numpy.typing as npt
 
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
+from headrace.kernels.row_sums import RowSum
 from headrace.serving.model.process_times import began_at, boot_number
+from headrace.serving.model.region_text import fence, put_text, text_in
 from headrace.serving.model.row_table import Float32s, Int64s, apply, find, remove
 from headrace.trainer.model.tables.table import initial_values
 
@@ -93,6 +94,10 @@ class Meta(msgspec.Struct, frozen=True):
     applied_ms: int = 0
     next_delta: int = -1
     """Offset in `deltas` behind what made this version: where whoever takes the region over reads on. -1: unknown."""
+    held: RowSum | None = None
+    """Of the rows that this version has; None in regions of earlier releases."""
+    dense_sha256: str = ""
+    """Of its dense weights, likewise."""
 
 
 class Told(NamedTuple):
@@ -104,16 +109,6 @@ class Told(NamedTuple):
     current_ms: int
     """When it was known to have read all that there was."""
     told_ms: int
-
-
-_fence_lock = threading.Lock()
-
-
-def _fence() -> None:
-    with _fence_lock:
-        pass
-    with _fence_lock:
-        pass
 
 
 def region_bytes(dim: int, rows_max: int) -> int:
@@ -193,7 +188,7 @@ class SharedModel:
                     raise Unavailable("no model is loaded yet; ask again when /readyz says so.")
                 if before % 2 or int(self._head[_ACTIVE]) != copy:
                     continue
-                _fence()
+                fence()
                 try:
                     meta = self._meta_of(copy, before)
                     result = use(View(self, copy, meta))
@@ -202,7 +197,7 @@ class SharedModel:
                     if int(self._head[_SEQ + copy]) == before:
                         raise
                     continue
-                _fence()
+                fence()
                 if int(self._head[_SEQ + copy]) == before:
                     return result, meta
             finally:
@@ -220,7 +215,7 @@ class SharedModel:
             return self._known[2]
         size = int(self._head[_META_SIZE + copy])
         meta = msgspec.json.decode(self._meta[copy][:size].tobytes(), type=Meta)
-        _fence()
+        fence()
         if int(self._head[_SEQ + copy]) == seq:
             self._known = (copy, seq, meta)
         return meta
@@ -234,19 +229,19 @@ class SharedModel:
         newest = int(self._head[_RING_NEXT])
         for number in range(newest, max(-1, newest - RING + 1), -1):
             # One more than the newest: a version that readers see already may not be counted yet.
-            found = _text_in(self._ring[number % RING])
+            found = text_in(self._ring[number % RING])
             try:
                 name, positions = msgspec.json.decode(found, type=tuple[str, dict[str, list[int]]])
             except msgspec.DecodeError:
                 continue
-            _fence()
+            fence()
             if name == version and int(self._head[_RING_NEXT]) < number + RING:
                 return positions
         return None
 
     def refused(self) -> str:
         """Return why the newest snapshot or delta was refused; empty when it was taken."""
-        return _text_in(self._note).decode(errors="replace")
+        return text_in(self._note).decode(errors="replace")
 
     def tell(self, *, offset: int, current_ms: int, now_ms: int) -> None:
         """Tell all processes how far the counters of this one are: see `Told`."""
@@ -278,6 +273,12 @@ class SharedModel:
         return int(self._head[_ROWS + int(self._head[_ACTIVE])])
 
     # Writing: one process only.
+
+    def held(self) -> Held:
+        """Return the active copy, rows in use alone."""
+        active, rows = int(self._head[_ACTIVE]), self.rows
+        arrays = self._keys[active][:rows], self._values[active][:rows], self._dense[active].view(np.uint32)
+        return Held(self._index[active], *arrays)
 
     def take_over(self, is_good: Callable[[Meta], bool]) -> bool:
         """Make this region, which an earlier writer left, whole again; False where it cannot be served."""
@@ -334,7 +335,7 @@ class SharedModel:
 
         `is_full` says that the region has no room: nothing is served anew until a person makes room.
         """
-        _put_text(self._note, why.encode()[: NOTE_BYTES - 8])
+        put_text(self._note, why.encode()[: NOTE_BYTES - 8])
         self._head[_IS_FULL] = is_full
 
     def _write_both(self, write: Callable[[int], None], meta: Meta, wait_s: float) -> None:
@@ -342,7 +343,7 @@ class SharedModel:
         if (self._head[_SEQ : _SEQ + 2] % 2).any():
             raise InvariantBroken("a write of the model broke off half-way; restart `serve` to load it anew.")
         number = int(self._head[_RING_NEXT])
-        _put_text(self._ring[number % RING], msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
+        put_text(self._ring[number % RING], msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
         self._write_copy(1 - active, write)
         self._head[_ACTIVE] = 1 - active
         self._head[_RING_NEXT] = number + 1
@@ -365,9 +366,9 @@ class SharedModel:
     def _write_copy(self, copy: int, write: Callable[[int], None]) -> None:
         """Write while the sequence number is odd. An exception leaves it odd: the copy is never used again."""
         self._head[_SEQ + copy] += 1
-        _fence()
+        fence()
         write(copy)
-        _fence()
+        fence()
         self._head[_SEQ + copy] += 1
 
     def check_fits(self, weights: Weights, meta: Meta, gone_K: Int64s = _NO_KEYS, *, fresh: bool) -> None:
@@ -443,25 +444,14 @@ class SharedModel:
         self._head[_META_SIZE + copy] = len(data)
 
 
-def _put_text(field: npt.NDArray[np.uint8], data: bytes) -> None:
-    """Write a text behind its length, which is 0 while it changes."""
-    length = field[:8].view(np.int64)
-    length[0] = 0
-    _fence()
-    if len(data) > len(field) - 8:
-        raise Overloaded(f"{len(data)} bytes do not fit into {len(field) - 8}.")
-    field[8 : 8 + len(data)] = np.frombuffer(data, np.uint8)
-    _fence()
-    length[0] = len(data)
+class Held(NamedTuple):
+    """What the active copy holds, as views. For the writer alone, between its writes."""
 
-
-def _text_in(field: npt.NDArray[np.uint8]) -> bytes:
-    """Return the text of `_put_text`, or nothing while it changes."""
-    length = int(field[:8].view(np.int64)[0])
-    _fence()
-    data = field[8 : 8 + length].tobytes()
-    _fence()
-    return data if length == int(field[:8].view(np.int64)[0]) else b""
+    index_2C: Int64s
+    keys_R: Int64s
+    values_RV: Float32s
+    dense_N: npt.NDArray[np.uint32]
+    """The bits of all dense weights that the copy has room for."""
 
 
 class View:

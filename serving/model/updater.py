@@ -9,8 +9,12 @@
    no delta comes.
 4. What the gate refuses (`serving/gate/admit.py`) changes nothing: the version that is served stays until a good
    snapshot comes. Where it was refused because it does not fit, serving is not ready: a person must make room.
-5. While Kafka or the store is away the served version stays, and reading goes on from where it was.
-6. Any other exception ends the stage, and so does a call that stands still for `serve.stuck_ms` (`watch`); a big blob
+5. Each version's digest is computed from what lies in shared memory and compared with the trainer's: before a delta is
+   applied, once a snapshot is loaded, when a later snapshot of a version that deltas led to is announced, and when a
+   region is taken over. Where they differ, `replica_digest_wrong_total` counts it, the chain is refused, and the next
+   snapshot is loaded, even where it leads back.
+6. While Kafka or the store is away the served version stays, and reading goes on from where it was.
+7. Any other exception ends the stage, and so does a call that stands still for `serve.stuck_ms` (`watch`); a big blob
    that is read piece by piece does not. The next stage takes over the region with the version that is served. A write
    that failed is never written on.
 """
@@ -27,6 +31,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from headrace.contract.errors import HeadraceError, InvariantBroken, Overloaded, Unavailable
+from headrace.contract.formats.dense_change import bits_of, sha256_of
 from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifest
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
@@ -34,16 +39,20 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
+from headrace.kernels.row_sums import RowSum, row_sum
 from headrace.process.awake import Awake
 from headrace.process.moved import followed
-from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot
+from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot, check_served
 from headrace.serving.model.row_table import split_initial
 from headrace.serving.model.scorer import recipe_of
+from headrace.serving.model.served_sum import dense_bits, dense_sha256, sum_after, sum_held
 from headrace.serving.model.shared_region import Meta, SharedModel
 
 logger = logging.getLogger("headrace.serve")
 
 _REFUSED_MAX = 64
+_RECENT_MAX = 4_096
+"""Versions whose digest is kept until a snapshot of one of them is announced: 13 minutes of five a second."""
 
 
 @dataclass(kw_only=True)
@@ -75,6 +84,10 @@ class Updater:
     """A delta came whose base is not the served version, and which is newer."""
     _refused_chains: deque[str] = field(default_factory=lambda: deque(maxlen=_REFUSED_MAX), init=False)
     """The snapshots that were refused last: no delta of their chains is taken."""
+    _is_wrong: bool = field(default=False, init=False)
+    """What is served is not what the trainer says: any snapshot is better."""
+    _recent: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
+    """Digests of versions that were served, by version and how rows travelled, oldest first."""
     _begun: bool = field(default=False, init=False)
     _model_offset: int = field(default=0, init=False)
 
@@ -146,10 +159,30 @@ class Updater:
             self._note_manifest(record)
         self._model_offset = ends[0]
         if self._meta is None and self.shared.holds_model:
-            self._meta, self._taken_s = self.shared.meta(), self.clock.monotonic()
-            if self._reads_on(self._meta):
+            meta = self.shared.meta()
+            self._take_up(meta)
+            if not self._is_wrong and self._reads_on(meta):
                 return
         self._follow()
+
+    def _take_up(self, meta: Meta) -> None:
+        """Go on from the version in a region that was taken over."""
+        self._meta, self._taken_s = meta, self.clock.monotonic()
+        self._check_memory(meta)
+
+    def _check_memory(self, meta: Meta) -> None:
+        """Sum all that lies in shared memory anew, and compare it with what the trainer and the last sum say."""
+        held, recipe = self.shared.held(), recipe_of(meta.recipe_json)
+        found, dense = sum_held(held, width=1 + recipe.row_dim), dense_sha256(held, meta.shapes)
+        self._meta = msgspec.structs.replace(meta, held=found, dense_sha256=dense)
+        try:
+            if meta.held is not None and (meta.held, meta.dense_sha256) != (found, dense):
+                text = f"{meta.manifest.version} had rows {meta.held.text} when it was written; {found.text} lie there"
+                raise Refused("digest", f"{text}: memory of this replica went wrong. The next snapshot is loaded.")
+            self._remember(meta.manifest, check_served(meta.manifest, found.text, dense))
+        except Refused as error:
+            self._refuse(error)
+            self._went_wrong(meta.manifest)
 
     def _reads_on(self, meta: Meta) -> bool:
         """Read deltas on behind a model that was taken over; False where they are gone."""
@@ -191,7 +224,9 @@ class Updater:
 
     def _leads_further(self, newest: Manifest) -> bool:
         served = self._meta.manifest if self._meta is not None else None
-        return served is None or served.run != newest.run or served.step < newest.step
+        if served is None or served.run != newest.run or served.step < newest.step:
+            return True
+        return self._is_wrong or (served.step == newest.step and served.rows != newest.rows)
 
     def _note_manifest(self, record: Record) -> None:
         if record.value is None or record.headers.get("kind", "snapshot") != "snapshot":
@@ -203,6 +238,28 @@ class Updater:
             return
         if manifest.model == self.project.name and manifest.kind == "snapshot":
             self._newest = manifest
+            self._compare(manifest)
+
+    def _compare(self, manifest: Manifest) -> None:
+        """Compare the digest of a snapshot with that of the same version as deltas led to it here."""
+        found = self._recent.get((manifest.version, manifest.rows))
+        if found is not None and manifest.served not in ("", found):
+            text = f"{manifest.version} was served with digest {found}, and its snapshot has {manifest.served}."
+            self._refuse(Refused("digest", f"{text} The snapshot is loaded."))
+            self._went_wrong(self._meta.manifest if self._meta is not None else manifest)
+        elif found is not None and self._meta is not None:
+            self._check_memory(self._meta)
+
+    def _remember(self, manifest: Manifest, digest: str) -> None:
+        self._recent[manifest.version, manifest.rows] = digest
+        while len(self._recent) > _RECENT_MAX:
+            del self._recent[next(iter(self._recent))]
+
+    def _went_wrong(self, manifest: Manifest) -> None:
+        """Take nothing more of this chain: what it leads to is not what the trainer has."""
+        self._refused_chains.append(manifest.chain or manifest.version)
+        self._recent.clear()
+        self._is_broken = self._is_wrong = True
 
     def _load_snapshot(self) -> None:
         manifest = self._newest
@@ -215,59 +272,79 @@ class Updater:
         try:
             if data is None:
                 raise Refused("no_blob", f"{manifest.blob} is not in the store.")
-            weights, _ = split_initial(
-                admit_snapshot(manifest, data, project=self.project), recipe_of(manifest.recipe_json)
-            )
+            weights = admit_snapshot(manifest, data, project=self.project)
+            if manifest.format == 1:
+                weights = split_initial(weights, recipe_of(manifest.recipe_json))
+            sums = row_sum(weights.keys_K, weights.values_KV), sha256_of(bits_of(weights.dense))
+            digest = check_served(manifest, sums[0].text, sums[1])
             begun = manifest.version, manifest.spec_json, manifest.recipe_json
-            meta = self._meta_from(manifest, weights, *begun, next_delta=manifest.deltas_offset)
+            meta = self._meta_from(manifest, weights, *begun, sums, next_delta=manifest.deltas_offset)
             self.shared.check_fits(weights, meta, fresh=True)
         except (Refused, Overloaded) as error:
             self._refuse(error)
             self._refused_chains.append(manifest.version)
             return
-        self._swap(meta, lambda: self.shared.load_snapshot(weights, meta))
-        self._is_broken = False
+        self._swap(meta, lambda: self.shared.load_snapshot(weights, meta), digest)
+        self._is_broken = self._is_wrong = False
+        if manifest.version in self._refused_chains:  # Of a replica that went wrong: from here on it may be right.
+            self._refused_chains.remove(manifest.version)
         logger.info("serving snapshot %s, %d rows", manifest.version, len(weights.keys_K))
 
     def _apply_delta(self, record: Record) -> None:
         served = self._meta
         if served is None or record.value is None or record.key != self.project.name.encode():
             return
+        if self._is_wrong:
+            return
         base = served.manifest.version
-        wanted = record.headers.get("base", base)
-        if wanted != base:
+        wanted, rows = record.headers.get("base", base), served.manifest.rows
+        if wanted != base or record.headers.get("rows", rows) != rows:
             self._is_broken |= _is_newer(record.headers.get("version", ""), served.manifest)
             return
         try:
-            recipe = recipe_of(served.recipe_json)
-            weights, manifest = admit_delta(
+            recipe, held = recipe_of(served.recipe_json), self.shared.held()
+            weights, manifest, dense = admit_delta(
                 record.value,
                 model=self.project.name,
                 served=served.manifest,
                 dim=recipe.row_dim,
                 shapes=served.shapes,
                 refused=self._refused_chains,
+                dense_N=dense_bits(held, served.shapes),
             )
-            # A delta has no digest: that of the snapshot which the chain began with stays.
+            if manifest.format == 1:
+                weights = split_initial(weights, recipe)
+            sums = sum_after(served.held or RowSum(), held, weights), dense
+            digest = check_served(manifest, sums[0].text, dense)
+            # A delta has no digest of the whole model: that of the snapshot which the chain began with stays.
             manifest = msgspec.structs.replace(manifest, digest=served.manifest.digest)
             begun = served.snapshot, served.spec_json, served.recipe_json
-            meta = self._meta_from(manifest, weights, *begun, next_delta=record.offset + 1)
-            kept, gone_K = split_initial(weights, recipe)
-            self.shared.check_fits(kept, meta, gone_K, fresh=False)
+            meta = self._meta_from(manifest, weights, *begun, sums, next_delta=record.offset + 1)
+            self.shared.check_fits(weights, meta, weights.gone_K, fresh=False)
         except (Refused, Overloaded) as error:
             self._refuse(error)
             self._is_broken = True
+            if isinstance(error, Refused) and error.reason == "digest":
+                self._went_wrong(served.manifest)
             return
-        self._swap(meta, lambda: self.shared.apply_delta(kept, meta, gone_K))
+        self._swap(meta, lambda: self.shared.apply_delta(weights, meta, weights.gone_K), digest)
 
     def _meta_from(
-        self, manifest: Manifest, weights: Weights, snapshot: str, spec: str, recipe: str, *, next_delta: int
+        self,
+        manifest: Manifest,
+        weights: Weights,
+        snapshot: str,
+        spec: str,
+        recipe: str,
+        sums: tuple[RowSum, str],
+        *,
+        next_delta: int,
     ) -> Meta:
-        slim = msgspec.structs.replace(manifest, spec_json="", recipe_json="")
+        slim = msgspec.structs.replace(manifest, spec_json="", recipe_json="", digest_parts={})
         shapes = {name: list(a.shape) for name, a in weights.dense.items()}
-        return Meta(slim, snapshot, spec, recipe, shapes, self.clock.now_ms(), next_delta)
+        return Meta(slim, snapshot, spec, recipe, shapes, self.clock.now_ms(), next_delta, *sums)
 
-    def _swap(self, meta: Meta, act: Callable[[], None]) -> None:
+    def _swap(self, meta: Meta, act: Callable[[], None], digest: str) -> None:
         started = time.perf_counter()
         try:
             act()
@@ -278,6 +355,7 @@ class Updater:
         self.metrics.set("model_step", meta.manifest.step)
         self.metrics.set("table_rows", self.shared.rows)
         self._meta, self._taken_s = meta, self.clock.monotonic()
+        self._remember(meta.manifest, digest)
         self.shared.note_refusal("")
 
     def _refuse(self, error: HeadraceError) -> None:
@@ -285,6 +363,8 @@ class Updater:
         self.shared.note_refusal(f"{reason}: {error}", is_full=isinstance(error, Overloaded))
         self.metrics.add("errors_total", kind=reason)
         self.metrics.add("versions_refused_total", reason=reason)
+        if reason == "digest":
+            self.metrics.add("replica_digest_wrong_total")
         logger.error("refused, the served version stays: %s", error)
 
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, lake_of, learnt
 
-from headrace.contract.formats.snapshot import decode_manifest, decode_weights
+from headrace.contract.formats.snapshot import decode_manifest, decode_update, decode_weights
 from headrace.replay.as_trained import as_trained
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.run import Trainer
@@ -25,7 +25,7 @@ OTHER = msgspec.structs.replace(
 def published(world: World) -> list[str]:
     """Return the runs of all manifests and deltas, in order."""
     manifests = read_manifests(world.log.reader(), TOPICS, PROJECT.name)
-    deltas = [decode_weights(r.value)[1].run for r in world.log.partitions(TOPICS.deltas)[0]]
+    deltas = [decode_update(r.value)[1].run for r in world.log.partitions(TOPICS.deltas)[0]]
     return [m.run for m in manifests] + deltas
 
 

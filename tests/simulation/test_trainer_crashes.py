@@ -18,8 +18,9 @@ from trainer_world import PARTITIONS, PROJECT, TOPICS, FaultyBlobs, Killed, Worl
 from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
+from headrace.contract.formats.dense_change import bits_of
 from headrace.contract.formats.positions import Cursor
-from headrace.contract.formats.snapshot import decode_manifest, decode_weights
+from headrace.contract.formats.snapshot import decode_manifest, decode_update, decode_weights
 from headrace.contract.formats.steps import decode_step
 from headrace.contract.interfaces.blobs import Pieces
 from headrace.contract.project import Project
@@ -149,9 +150,10 @@ def test_what_is_published_is_the_model():
     rows = dict(zip(weights.keys_K.tolist(), weights.values_KV, strict=True))
     version, dense = manifest.version, weights.dense
     for record in world.log.partitions(TOPICS.deltas)[0][manifest.deltas_offset :]:
-        delta, about = decode_weights(record.value)
+        delta, about = decode_weights(record.value, bits_of(dense))
         assert about.base == version
         version, dense = about.version, delta.dense
+        rows = {key: row for key, row in rows.items() if key not in delta.gone_K}
         rows |= dict(zip(delta.keys_K.tolist(), delta.values_KV, strict=True))
     truth = trainer.learner.weights()
     assert version == f"{trainer.run_id}-{trainer.learner.step}"
@@ -170,7 +172,7 @@ def test_every_base_is_the_version_before():
     world.drain(trainer)
     world.clock.advance(5.0)
     trainer.turn()
-    about = [decode_weights(r.value)[1] for r in world.log.partitions(TOPICS.deltas)[0]]
+    about = [decode_update(r.value)[1] for r in world.log.partitions(TOPICS.deltas)[0]]
     assert [a.base for a in about[1:]] == [a.version for a in about[:-1]]
     assert len(world.log.partitions(TOPICS.model)[0]) >= 2
 

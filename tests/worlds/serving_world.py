@@ -21,11 +21,20 @@ from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import ServeConfig
 from headrace.contract.errors import Unavailable
-from headrace.contract.formats.snapshot import Manifest, Weights, encode_manifest, encode_weights
+from headrace.contract.formats.dense_change import bits_of, change_of, sha256_of
+from headrace.contract.formats.snapshot import (
+    FORMAT,
+    Manifest,
+    Weights,
+    encode_manifest,
+    encode_weights,
+    served_digest,
+)
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Pieces, whole
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
+from headrace.kernels.row_sums import row_sum
 from headrace.serving.api.app import ServingApp, ServingDependencies
 from headrace.serving.features import FeatureMemory
 from headrace.serving.model.shared_region import SharedModel
@@ -130,16 +139,30 @@ class Trainer:
         return weights
 
     def delta(self, weights: Weights, **changes: Any) -> None:
-        """Append the delta to this version."""
+        """Append the delta to this version; `format=1` as releases before wrote it."""
         manifest = Manifest(
             kind="delta", model="small", run=self.run, step=self.step, version=self.version, base=self.base,
             chain=self.chain, seq=self.seq + 1, spec=SPEC.digest(), dim=RECIPE.dim,
-            positions={"0": [self.step, 0]}, created_ms=1_000,
+            positions={"0": [self.step, 0]}, created_ms=1_000, format=FORMAT, served=self.served(),
         )  # fmt: skip
         manifest = msgspec.structs.replace(manifest, **changes)
-        headers = {"version": manifest.version, "base": manifest.base, "chain": manifest.chain}
-        self.world.log.append(TOPICS.deltas, 0, encode_weights(weights, manifest), b"small", headers)
+        if manifest.format == 1 and "served" not in changes:
+            manifest = msgspec.structs.replace(manifest, served="")
+        headers = {"version": manifest.version, "base": manifest.base, "chain": manifest.chain, "rows": manifest.rows}
+        base = self.world.models.get(manifest.base)
+        dense, _ = change_of(weights.dense, None if base is None else bits_of(base[1]))
+        is_old = manifest.format == 1
+        data = encode_format_1(weights, manifest) if is_old else encode_weights(weights, manifest, dense)
+        self.world.log.append(TOPICS.deltas, 0, data, b"small", headers)
         self.base, self.seq = self.version, self.seq + 1
+
+    def served(self) -> str:
+        """Return the digest of what is served of this version, from all that was learnt; "" where that is not known."""
+        if self.version not in self.world.models:
+            return ""
+        rows, dense = self.world.models[self.version]
+        values = np.array(list(rows.values()), np.float32).reshape(len(rows), -1)
+        return served_digest(row_sum(np.array(list(rows), np.int64), values).text, sha256_of(bits_of(dense)))
 
     def snapshot(self, *, blob: bytes | None = None, **changes: Any) -> Manifest:
         """Store the whole model and announce it."""
@@ -151,9 +174,14 @@ class Trainer:
             kind="snapshot", model="small", run=self.run, step=self.step, version=self.version, dim=RECIPE.dim,
             positions={"0": [self.step, 0]}, spec=SPEC.digest(), spec_json=msgspec.json.encode(SPEC).decode(),
             recipe_json=msgspec.json.encode(RECIPE).decode(), blob=f"snapshots/small/{self.version}",
-            deltas_offset=end, created_ms=1_000, digest="d" * 8,
+            deltas_offset=end, created_ms=1_000, digest="d" * 8, format=FORMAT, served=self.served(),
         )  # fmt: skip
-        data = encode_weights(Weights(keys, values, dense), manifest)
+        if changes.get("format") == 1:
+            manifest = msgspec.structs.replace(manifest, format=1, served="")
+            data = encode_format_1(Weights(keys, values, dense), manifest)
+        else:
+            manifest = msgspec.structs.replace(manifest, rows=changes.get("rows", "float32"))
+            data = encode_weights(Weights(keys, values, dense), manifest)
         manifest = msgspec.structs.replace(manifest, sha256=hashlib.sha256(data).hexdigest())
         manifest = msgspec.structs.replace(manifest, **changes)
         self.world.blobs.put(manifest.blob, data if blob is None else blob)
@@ -163,6 +191,38 @@ class Trainer:
 
     def announce(self, manifest: Manifest) -> None:
         self.world.log.append(TOPICS.model, 0, encode_manifest(manifest), b"small/snapshot", {"kind": "snapshot"})
+
+
+NEWER = {"format", "rows", "served", "digest_kind", "digest_parts"}
+"""Fields of a manifest that format 1 did not have."""
+
+
+def encode_format_1(weights: Weights, manifest: Manifest) -> bytes:
+    """Return weights and manifest as the releases before format 2 wrote them."""
+    said = {n: v for n, v in msgspec.to_builtins(manifest).items() if n not in NEWER}
+    shapes = {name: list(array.shape) for name, array in weights.dense.items()}
+    dense = b"".join(np.ascontiguousarray(a, dtype="<f4").tobytes() for a in weights.dense.values())
+    width = weights.values_KV.shape[1]
+    metadata = {
+        b"manifest": msgspec.json.encode(said),
+        b"shapes": msgspec.json.encode(shapes),
+        b"dense": dense,
+        b"dense_sha256": hashlib.sha256(dense).hexdigest().encode(),
+    }
+    if manifest.kind == "delta":
+        found = hashlib.sha256()
+        for part in (metadata[b"manifest"], metadata[b"shapes"], metadata[b"dense_sha256"]):
+            found.update(len(part).to_bytes(8, "little") + part)
+        found.update(np.ascontiguousarray(weights.keys_K, dtype="<i8").data)
+        found.update(np.ascontiguousarray(weights.values_KV, dtype="<f4").data)
+        metadata[b"content_sha256"] = found.hexdigest().encode()
+    fields = [pa.field("key", pa.int64()), pa.field("values", pa.list_(pa.float32(), width))]
+    schema = pa.schema(fields, metadata=metadata)
+    values = pa.FixedSizeListArray.from_arrays(pa.array(weights.values_KV.reshape(-1), pa.float32()), width)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays([pa.array(weights.keys_K, pa.int64()), values], schema=schema))
+    return bytes(sink.getvalue())
 
 
 class Logged:

@@ -5,6 +5,10 @@ across snapshots too. A snapshot names the offset in `deltas` where the first de
 Only committed steps are published. A snapshot is made and written by a thread of its own, from the model as it was
 (`model.frozen`); while it is busy no other is begun, and when the store is away training and deltas go on. What else it
 meets is raised in the training thread, by `check`, and ends the process.
+
+What is sent is what changed of what serving holds (`served_rows`). Each delta and each snapshot names the digest of
+what is then served: a delta's from the one before it, a snapshot's from all rows. Where a snapshot's is not what the
+deltas led to, what they said was wrong: that is told, and the next snapshot begins a new chain.
 """
 
 from __future__ import annotations
@@ -20,8 +24,16 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contract.errors import Overloaded, Unavailable
+from headrace.contract.formats.dense_change import change_of
 from headrace.contract.formats.positions import Positions
-from headrace.contract.formats.snapshot import Manifest, decode_manifest, encode_manifest, encode_weights
+from headrace.contract.formats.snapshot import (
+    FORMAT,
+    Manifest,
+    RowsAs,
+    decode_manifest,
+    encode_manifest,
+    encode_weights,
+)
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
@@ -29,7 +41,8 @@ from headrace.contract.interfaces.log import Producer, Reader, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
 from headrace.process.moved import followed
-from headrace.trainer.model.digest import digest
+from headrace.trainer.commit.served_rows import ServedRows, as_snapshot, digest_of
+from headrace.trainer.model.digest import SUM, parts
 from headrace.trainer.model.frozen import Frozen, Watch
 from headrace.trainer.model.learner import TableLearner
 
@@ -69,12 +82,17 @@ class Publisher:
     """Is called, in the writing thread, whenever the upload goes on."""
     kept: frozenset[str] = frozenset()
     """Snapshots of other runs that stay: `named_blobs`."""
+    rows: RowsAs = "float32"
+    """How the values of rows travel."""
 
     def __post_init__(self) -> None:
         self._chain, self._base, self._seq = "", "", 0
         self._touched: list[npt.NDArray[np.int64]] = []
+        self._served = ServedRows(self.project.recipe, self.rows)
         self._next_offset = -1
         self._failed = False
+        self._is_wrong = False
+        """What deltas led to was not what the snapshot held."""
         self.unstored = False
         """True after a snapshot that the store or Kafka did not take: try again soon."""
         self._watch: Watch | None = None
@@ -94,7 +112,7 @@ class Publisher:
     @property
     def wants_snapshot(self) -> bool:
         """True before the first snapshot, and after a delta was lost; never while held."""
-        return not self.is_held and (not self._chain or self._failed)
+        return not self.is_held and (not self._chain or self._failed or self._is_wrong)
 
     def holds(self, step: int) -> bool:
         """Say whether the newest snapshot is of this very step: then another would say nothing new."""
@@ -110,12 +128,16 @@ class Publisher:
         version = version_of(self.run, learner.step)
         if version == self._base:
             return True
-        keys_K = np.unique(np.concatenate([np.empty(0, np.int64), *self._touched]))
+        keys_K = self._changed_keys()
         if self.wants_snapshot or len(keys_K) > DELTA_ROWS_MAX:
             self._failed = True
             return False
+        change = self._served.change(learner.weights(keys_K))
         manifest = Manifest(
             kind="delta",
+            format=FORMAT,
+            rows=self.rows,
+            served=change.served,
             model=self.project.name,
             run=self.run,
             step=learner.step,
@@ -129,13 +151,14 @@ class Publisher:
             dim=self.project.recipe.row_dim,
             created_ms=self.clock.now_ms(),
         )
+        data = encode_weights(change.weights, manifest, change.dense)
         try:
             self.producer.send(
                 self.topics.deltas,
                 0,
-                encode_weights(learner.weights(keys_K), manifest),
+                data,
                 key=self.project.name.encode(),
-                headers={"version": version, "base": self._base, "chain": self._chain},
+                headers={"version": version, "base": self._base, "chain": self._chain, "rows": self.rows},
                 delivered=self._delivered,
             )
         except Overloaded as error:
@@ -145,8 +168,10 @@ class Publisher:
             # It may lie in the topic all the same: a second delta with its base would break the chain.
             self._delivered(error, -1)
             return False
+        self._served.take(change)
         self._base, self._seq, self._touched = version, self._seq + 1, []
         self.metrics.add("deltas_published_total")
+        self.metrics.add("published_bytes_total", len(data), kind="delta")
         return True
 
     def snapshot(self, learner: TableLearner, positions: Positions) -> bool:
@@ -169,6 +194,8 @@ class Publisher:
             self._watch = Watch(learner, between=False)
         manifest = Manifest(
             kind="snapshot",
+            format=FORMAT,
+            rows=self.rows,
             model=self.project.name,
             run=self.run,
             step=learner.step,
@@ -183,10 +210,26 @@ class Publisher:
             deltas_offset=self._next_offset,
             created_ms=self.clock.now_ms(),
         )
+        manifest = msgspec.structs.replace(manifest, served=self._absorb(learner))
         self._chain, self._base, self._seq, self._touched, self._failed = version, version, 0, [], False
         self.unstored = False
         self._start(self._write, manifest, self._watch.freeze())
         return True
+
+    def _absorb(self, learner: TableLearner) -> str:
+        """Let what is served be what a snapshot of the learner holds; return its digest, as deltas lead to it."""
+        if not self._chain or self._is_wrong:
+            self._served.forget()
+            change = self._served.change(learner.weights())
+        else:
+            change = self._served.change(learner.weights(self._changed_keys()))
+        self._served.take(change)
+        self._is_wrong = False
+        return change.served
+
+    def _changed_keys(self) -> npt.NDArray[np.int64]:
+        """Return the keys that were noted since the last delta, each once, ascending."""
+        return np.unique(np.concatenate([np.empty(0, np.int64), *self._touched]))
 
     def close(self, timeout_s: float) -> None:
         """Wait for the snapshot that is being written, at most `timeout_s`."""
@@ -206,15 +249,26 @@ class Publisher:
     def _write(self, manifest: Manifest, frozen: Frozen) -> None:
         """1. The blob. 2. The manifest that announces it. 3. Old ones go. A failure leaves what came before."""
         try:
-            weights, found = frozen.weights(), digest(frozen.state())
+            weights, found = frozen.weights(), parts(frozen.state())
             frozen.close()
-            manifest = msgspec.structs.replace(manifest, digest=found)
-            data = encode_weights(weights, manifest)
+            dense, _ = change_of(weights.dense)
+            snapshot = as_snapshot(weights, self.project.recipe, self.rows)
+            served = digest_of(snapshot, dense.sha256)
+            if served != manifest.served:
+                self._is_wrong = True
+                text = "deltas led to digest %s and snapshot %s has %s: servers load the snapshot; please report it"
+                logger.error(text, manifest.served, manifest.version, served)
+                self.metrics.add("errors_total", kind="served_digest")
+            told = {"digest": found.text, "digest_kind": SUM, "digest_parts": found.to_text(), "served": served}
+            manifest = msgspec.structs.replace(manifest, **told)
+            snapshot = msgspec.structs.replace(snapshot, gone_K=np.empty(0, np.int64))
+            data = encode_weights(snapshot, manifest, dense)
             manifest = msgspec.structs.replace(manifest, sha256=hashlib.sha256(data).hexdigest())
             self.blobs.put(manifest.blob, data)
             self._announce(manifest)
             self.metrics.add("snapshots_published_total")
-            logger.info("snapshot %s, %d rows", manifest.version, len(weights.keys_K))
+            self.metrics.add("published_bytes_total", len(data), kind="snapshot")
+            logger.info("snapshot %s, %d rows", manifest.version, len(snapshot.keys_K))
         except (Overloaded, Unavailable, OSError) as error:
             logger.warning("snapshot %s was not published: %s", manifest.version, error)
             self.metrics.add("errors_total", kind="snapshot")

@@ -56,6 +56,7 @@ class Frozen:
         self.step = learner.step
         self.dense: dict[str, npt.NDArray[np.float32]] = learner.dense()
         self.dim = learner.recipe.row_dim
+        self._felt = learner.felt()
         self._changes = changes
 
     def state(self) -> State:
@@ -82,7 +83,21 @@ class Frozen:
             # An id that several tables have is looked up in the last of them.
             _, last_K, which_K = np.unique(keys_K[::-1], return_index=True, return_inverse=True)
             values_KV = values_KV[(len(keys_K) - 1 - last_K)[which_K][::-1]]
-        return Weights(keys_K, values_KV, self.dense)
+        return self._with_felt(keys_K, values_KV)
+
+    def _with_felt(self, keys_K: Int64s, values_KV: npt.NDArray[np.float32]) -> Weights:
+        felt_K, felt_KV = self._felt
+        if not len(felt_K):
+            return Weights(keys_K, values_KV, self.dense)
+        order_K = np.argsort(felt_K)
+        at_K = np.minimum(np.searchsorted(felt_K, keys_K, sorter=order_K), len(felt_K) - 1)
+        is_felt_K = felt_K[order_K[at_K]] == keys_K
+        values_KV[is_felt_K] = felt_KV[order_K[at_K[is_felt_K]]]
+        more_K = np.flatnonzero(~np.isin(felt_K, keys_K))
+        more_K = more_K[np.argsort(felt_K[more_K])]
+        return Weights(
+            np.concatenate([keys_K, felt_K[more_K]]), np.concatenate([values_KV, felt_KV[more_K]]), self.dense
+        )
 
     def close(self) -> None:
         """Let the learner go on without saving rows; nothing is read after it. From any thread."""

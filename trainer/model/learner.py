@@ -94,7 +94,7 @@ class Learner(Protocol):
         """Replace everything by what `state` returned."""
 
     def digest(self) -> str:
-        """Return the digest of the whole state."""
+        """Return the digest of the whole state; see `headrace.trainer.model.digest`."""
 
 
 def make_learner(
@@ -408,6 +408,12 @@ class TableLearner:
             if self._provisional is not None:
                 keys_K = np.concatenate([keys_K, np.setdiff1d(self._provisional.keys(), keys_K)])
         return Weights(keys_K, self.lookup(keys_K), self.dense())
+
+    def felt(self) -> tuple[Int64s, Float32s]:
+        """Return the ids that are served otherwise than their rows say, positives that wait having been felt, and
+        their values: int64 [K], float32 [K, V]."""
+        keys_K = _NO_KEYS if self._provisional is None else self._provisional.keys()
+        return keys_K, self.lookup(keys_K)
 
     def state(self) -> State:
         """Return a copy of everything; `load` of it gives the same bits."""

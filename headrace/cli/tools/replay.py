@@ -62,4 +62,6 @@ def main(args: argparse.Namespace) -> int:
         print(f"digest {result.digest}: {verdict[result.equal]}")
         if result.equal is False:
             print(f"live   {result.live_digest}")
+        if result.differs:
+            print(f"what differs: {', '.join(result.differs)}")
     return 0 if result.equal is not False else 1

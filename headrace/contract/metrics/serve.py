@@ -27,6 +27,13 @@ SERVE: Mapping[Name, MetricDoc] = {
         "Snapshots and deltas that the gate refused; must stay 0. The version that is served stays.",
         labels=("reason",),
     ),
+    "replica_digest_wrong_total": MetricDoc(
+        "counter",
+        "versions",
+        ("serve",),
+        "Versions of which what is served here, or would be, was not what the trainer says; must stay 0. The next "
+        "snapshot is loaded.",
+    ),
     "model_step": MetricDoc(
         "gauge", "step", ("train", "serve"), "Step of the model: learnt last by the trainer, served by serving."
     ),

@@ -31,6 +31,13 @@ TRAIN: Mapping[Name, MetricDoc] = {
     ),
     "deltas_published_total": MetricDoc("counter", "deltas", ("train",), "Deltas that were published."),
     "snapshots_published_total": MetricDoc("counter", "snapshots", ("train",), "Snapshots that were published."),
+    "published_bytes_total": MetricDoc(
+        "counter",
+        "bytes",
+        ("train",),
+        "Bytes of the snapshots and deltas that were published.",
+        labels=("kind",),
+    ),
     "upload_age_seconds": MetricDoc(
         "gauge",
         "seconds",

@@ -16,16 +16,19 @@ from hypothesis import strategies as st
 from serving_world import TOPICS, Trainer, World
 
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.formats.snapshot import Manifest, Weights, decode_weights, encode_weights
+from headrace.contract.formats.snapshot import FORMAT, Manifest, Weights, decode_weights, encode_weights
 from headrace.serving.gate.admit import Refused, admit_delta
 from headrace.serving.model.shared_region import Meta, SharedModel
 from headrace.trainer.model.tables.table import initial_values
 
 DIM = 2
-SERVED = Manifest(kind="delta", model="m", run="r", step=7, version="r-7", base="r-6", chain="r-3", seq=4, spec="s")
-NEXT = Manifest(
-    kind="delta", model="m", run="r", step=9, version="r-9", base="r-7", chain="r-3", seq=5, spec="s", dim=DIM
+SERVED = Manifest(
+    kind="delta", model="m", run="r", step=7, version="r-7", base="r-6", chain="r-3", seq=4, spec="s", format=FORMAT
 )
+NEXT = Manifest(
+    kind="delta", model="m", run="r", step=9, version="r-9", base="r-7", chain="r-3", seq=5, spec="s", dim=DIM,
+    format=FORMAT,
+)  # fmt: skip
 SHAPES = {"bias": [1], "w": [2, 3]}
 CHANGES = {
     "kind": st.sampled_from(["snapshot", "Delta", ""]),
@@ -52,7 +55,7 @@ def rows(keys: list[int], width: int = 1 + DIM) -> Weights:
 
 
 def admit(data: bytes, served: Manifest = SERVED, refused: tuple[str, ...] = ()) -> tuple[Weights, Manifest]:
-    return admit_delta(data, model="m", served=served, dim=DIM, shapes=SHAPES, refused=refused)
+    return admit_delta(data, model="m", served=served, dim=DIM, shapes=SHAPES, refused=refused)[:2]
 
 
 def reason_of(data: bytes, **rest: Any) -> str:

@@ -12,7 +12,7 @@ from trainer_world import COUNT, TOPICS, FaultyBlobs, World, cut, send
 
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.formats.snapshot import decode_manifest, decode_weights
+from headrace.contract.formats.snapshot import decode_manifest, decode_update
 from headrace.contract.interfaces.blobs import Pieces
 from headrace.process.moved import moved
 from headrace.trainer.run import Trainer
@@ -101,7 +101,7 @@ def test_deltas_go_on_while_a_snapshot_is_uploaded():
         for _ in range(4):
             trainer.turn()
             world.clock.advance(0.6)
-        return decode_weights(world.log.partitions(TOPICS.deltas)[0][-1].value or b"")[1].version
+        return decode_update(world.log.partitions(TOPICS.deltas)[0][-1].value or b"")[1].version
 
     blobs.gate.clear()
     versions = [learn() for _ in range(5)]
@@ -111,7 +111,7 @@ def test_deltas_go_on_while_a_snapshot_is_uploaded():
     publisher.close(30.0)
     learn()
     publisher.close(30.0)
-    about = [decode_weights(r.value or b"")[1] for r in world.log.partitions(TOPICS.deltas)[0]]
+    about = [decode_update(r.value or b"")[1] for r in world.log.partitions(TOPICS.deltas)[0]]
     assert [a.base for a in about[1:]] == [a.version for a in about[:-1]]
     assert decode_manifest(manifests[-1].value or b"").step > 5
     trainer.close()

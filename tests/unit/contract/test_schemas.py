@@ -21,7 +21,7 @@ from headrace.contract.formats.events import (
 )
 from headrace.contract.formats.positions import START, Position, Positions, least
 from headrace.contract.formats.sample import list_column, matrix
-from headrace.contract.formats.snapshot import Manifest, Weights, decode_weights, encode_weights
+from headrace.contract.formats.snapshot import FORMAT, Manifest, Weights, decode_weights, encode_weights
 from headrace.contract.formats.steps import Step, StepRange, decode_step, encode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
@@ -103,7 +103,7 @@ def test_weights_survive_the_journey_and_a_flipped_bit_is_noticed() -> None:
         np.arange(6, dtype=np.float32).reshape(2, 3),
         {"w": np.ones((2, 2), np.float32), "b": np.zeros(3, np.float32)},
     )
-    manifest = Manifest(kind="delta", model="m", run="r", step=4, version="r-4", base="r-3")
+    manifest = Manifest(kind="delta", model="m", run="r", step=4, version="r-4", base="r-3", format=FORMAT)
     data = encode_weights(weights, manifest)
     back, same = decode_weights(data)
     assert same == manifest
@@ -116,7 +116,8 @@ def test_weights_survive_the_journey_and_a_flipped_bit_is_noticed() -> None:
 
 def test_an_empty_delta_survives() -> None:
     weights = Weights(np.zeros(0, np.int64), np.zeros((0, 3), np.float32), {})
-    back, _ = decode_weights(encode_weights(weights, Manifest(kind="delta", model="m", run="r", step=1, version="r-1")))
+    manifest = Manifest(kind="delta", model="m", run="r", step=1, version="r-1", format=FORMAT)
+    back, _ = decode_weights(encode_weights(weights, manifest))
     assert back.keys_K.shape == (0,) and back.values_KV.shape == (0, 3)
 
 

@@ -218,6 +218,10 @@ CASES: dict[str, tuple[Series, set[str]]] = {
         {at("headrace_serve_versions_refused_total", reason="gap"): "_x45 1x80"},
         {"HeadraceVersionRefused of serve"},
     ),
+    "a replica serves something else than the trainer says": (
+        {at("headrace_serve_replica_digest_wrong_total"): "0x20 1x100"},
+        {"HeadraceReplicaDigestWrong of serve"},
+    ),
 }
 
 

@@ -131,7 +131,7 @@ def served(
     """Return what serving's shared memory holds and scores of these features, by task."""
     path = folder / "region"
     shared = SharedModel(path, dim=recipe.row_dim, rows_max=1_000, create=True)
-    kept, _ = split_initial(weights, recipe)
+    kept = split_initial(weights, recipe)
     manifest = manifest_of(recipe, spec)
     shapes = {name: list(array.shape) for name, array in weights.dense.items()}
     meta = Meta(manifest, manifest.version, manifest.spec_json, manifest.recipe_json, shapes, 1, 0)

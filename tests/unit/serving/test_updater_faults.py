@@ -37,7 +37,7 @@ class Died(BaseException):
 
 NEVER_CALLED = {"reader": {"close"}, "blobs": {"put", "list", "delete"}}
 """`close` is called after `stop` alone; serving writes nothing to the store."""
-REGION = {"check_fits", "load_snapshot", "apply_delta", "note_refusal", "meta"}
+REGION = {"check_fits", "held", "load_snapshot", "apply_delta", "note_refusal", "meta"}
 """What the updater calls of the region: written here, because the region is no contract."""
 ONCE = {"meta", "end_offsets", "position"}
 """What the story calls once in each stage."""
