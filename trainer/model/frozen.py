@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.snapshot import Weights
-from headrace.trainer.model.learner import State, TableLearner
+from headrace.trainer.model.learner import TableLearner
+from headrace.trainer.model.parts import State
 from headrace.trainer.model.tables.changes import Changes, FrozenRows
 from headrace.trainer.model.tables.columns import KEYS, Columns, live
 from headrace.trainer.model.tables.row_index import Int64s

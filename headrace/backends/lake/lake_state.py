@@ -9,13 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.backends.lake.leases import Lease
+from headrace.backends.lake.leases import NOTHING_IMPORTED, Lease
 from headrace.contract.formats.positions import IMPORTED_FROM, Position, Positions, order_of
 from headrace.contract.formats.seals import SUM_MASK, Seal
 
 FIRST_IMPORTED = order_of(Position(IMPORTED_FROM, 0))
-NOTHING_IMPORTED = FIRST_IMPORTED - 1
-"""Below the order of every row."""
 
 
 @dataclass(frozen=True)

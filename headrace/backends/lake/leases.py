@@ -12,10 +12,14 @@ import logging
 import msgspec
 
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.positions import IMPORTED_FROM, Position, order_of
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.interfaces.clock import Clock
 
 logger = logging.getLogger("headrace.lake")
+
+NOTHING_IMPORTED = order_of(Position(IMPORTED_FROM, 0)) - 1
+"""Below the order of every row."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +33,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """How many rows the version holds."""
     positions: dict[str, list[int]]
     next_offsets: dict[str, int]
-    imported_upto: int = -(1 << 62) - 1
+    imported_upto: int = NOTHING_IMPORTED
     """As that of `LakeState`."""
 
 
@@ -48,7 +52,7 @@ class Leases:
         rows: int,
         positions: dict[str, list[int]],
         next_offsets: dict[str, int],
-        imported_upto: int,
+        imported_upto: int = NOTHING_IMPORTED,
     ) -> Lease:
         """Store a lease that ends in `lease.lease_ms`. Raises `Unavailable`."""
         if not holder or "/" in holder or holder.startswith("."):

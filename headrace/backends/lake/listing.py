@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.backends.lake.hour_files import DATE, HOUR, hour_ms
-from headrace.backends.lake.lake_state import NOTHING_IMPORTED
+from headrace.backends.lake.leases import NOTHING_IMPORTED
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.positions import Position, Positions, imported, order_of, orders, position_of
 from headrace.contract.interfaces.lake import SpanMs
