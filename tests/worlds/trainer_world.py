@@ -221,7 +221,9 @@ class World:
         assert isinstance(project, Project)
         values: dict[str, object] = {
             "project": project,
-            "config": TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=2_000, checkpoint_ms=2_000, lake_bytes=30_000),
+            "config": TrainConfig(
+                wait_ms=20, publish_ms=100, snapshot_ms=2_000, checkpoint_ms=2_000, lake_bytes=30_000
+            ),
             "topics": TOPICS,
             "reader": self.log.reader(),
             "producer": self.log.producer(),

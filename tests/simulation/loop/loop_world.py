@@ -83,7 +83,9 @@ def quiet(config: Config, turn_ms: int) -> Config:
         aggregate=msgspec.structs.replace(config.aggregate, **far),
         sink=msgspec.structs.replace(config.sink, commit_ms=24 * HOUR_MS),
         # One step takes all that has come: no batch waits for another turn.
-        train=msgspec.structs.replace(config.train, wait_ms=1, publish_ms=1, snapshot_ms=24 * HOUR_MS, checkpoint_ms=24 * HOUR_MS),
+        train=msgspec.structs.replace(
+            config.train, wait_ms=1, publish_ms=1, snapshot_ms=24 * HOUR_MS, checkpoint_ms=24 * HOUR_MS
+        ),
     )
 
 

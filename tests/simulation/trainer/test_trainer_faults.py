@@ -157,7 +157,9 @@ def live(world: World, fault: Fault | None = None) -> tuple[Trainer, int]:
             "admin": world.log.admin(),
         }
         changes = {room: fault.around(room, each) if fault else each for room, each in inner.items()}
-        config = TrainConfig(wait_ms=20, publish_ms=20, snapshot_ms=100, checkpoint_ms=100, lake_bytes=20_000, steps_moved=1)
+        config = TrainConfig(
+            wait_ms=20, publish_ms=20, snapshot_ms=100, checkpoint_ms=100, lake_bytes=20_000, steps_moved=1
+        )
         calls = CallWatch(world.clock.monotonic, ended, by_itself=False)
         if fault:
             fault.calls = calls
