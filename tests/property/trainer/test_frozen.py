@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -95,6 +96,30 @@ def test_every_row_that_changed_between_two_freezes_is_noted(recipe, seed):
             assert set(np.flatnonzero(differ_R).tolist()) <= set(table.rows.changed().tolist())
             before[name] = words_RW
         frozen.close()
+
+
+def test_a_view_has_what_a_device_had_learnt():
+    """Rows that are hot on a device are brought home when the view is made."""
+    deep = msgspec.structs.replace(RECIPES["rows expire"], model="deepfm", hidden=(4,))
+    rng, clock = np.random.default_rng(6), [0]
+    learner = make_learner(deep, SPEC, device="cpu", device_rows=12)
+    watch = Watch(learner, between=True)
+    for _ in range(6):
+        learn(learner, rng, clock, 3)
+        frozen = watch.freeze()
+        state = learner.state()
+        learn(learner, rng, clock, 3)
+        same(frozen.state(), state)
+        frozen.close()
+
+
+def test_a_state_of_one_row_is_a_copy():
+    """A single row is contiguous where it lies."""
+    learner = make_learner(RECIPES["rows expire"], SPEC)
+    table = learner.table.tables[0]  # type: ignore[attr-defined]
+    table.index.insert(np.array([5], np.int64))
+    for column in table.state().values():
+        assert not np.shares_memory(column, table.index.arrays.words_RW)
 
 
 def test_marks_begin_anew_after_255_freezes():

@@ -41,7 +41,8 @@ class Columns(NamedTuple):
         first = HEADER_WORDS
         for name, dtype, width in self.own:
             column = words_KW[:, first : first + max(width, 1)].view(dtype)
-            out[name] = np.ascontiguousarray(column if width else column[:, 0])
+            # A copy in any case: a single row is contiguous where it lies.
+            out[name] = (column if width else column[:, 0]).copy()
             first += max(width, 1)
         free_K = np.flatnonzero(keys_K == PAD)
         for name, column in out.items():
