@@ -268,6 +268,15 @@ def test_replay_as_trained_reaches_the_live_digest(outcome: Outcome):
     assert replayed["digest"] == replayed["live_digest"]
 
 
+def test_what_is_served_is_what_the_trainer_says(outcome: Outcome):
+    """Each replica sums what lies in its memory; a difference at any version would have been counted."""
+    model = json.loads(outcome.stack.get("serving", "/v1/model"))
+    manifests = [decode_manifest(r.value) for r in outcome.stack.read("model") if r.value is not None]
+    said = {m.version: m.served for m in manifests if m.kind == "snapshot"}
+    assert model["served_digest"] and said.get(model["version"], model["served_digest"]) == model["served_digest"]
+    assert outcome.stack.metric("serve", "replica_digest_wrong_total") == 0
+
+
 def test_no_answer_mixes_versions(outcome: Outcome):
     by_version: dict[str, set[tuple[float, ...]]] = {}
     for answer in outcome.answers:

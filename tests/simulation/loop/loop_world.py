@@ -262,6 +262,7 @@ class Loop:
         self.trainer.close()
         for _ in range(4):
             self.updater.step(0.0)
+        assert ("replica_digest_wrong_total", "") not in self.metrics.counters, "serving has what the trainer has not"
 
     def train_anew(self, seed: int) -> None:
         """Begin another run, of another seed, which learns the lake as a new recipe does; serving goes over to it."""
@@ -278,6 +279,7 @@ class Loop:
         self.trainer.close()
         for _ in range(4):
             self.updater.step(0.0)
+        assert ("replica_digest_wrong_total", "") not in self.metrics.counters, "serving has what the trainer has not"
 
     # -- what there is then
 
