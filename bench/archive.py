@@ -130,7 +130,7 @@ def phase(layout: Layout, rate: int, seconds: float, what: str) -> Iterator[Figu
     # The last round, which takes what came since the one before.
     time.sleep(60.0 if stored(layout)[1] or rows else 0.0)
     took_s, used = time.monotonic() - begin_s, cpu_s(layout)
-    name = f"archive_{what}_{rate or 'at_rest'}"
+    name = f"archive_{what}_{rate if rate else 'at_rest'}"
     for process, spent_s in sorted(used.items()):
         if process in ("sink", "kafka", "namenode", "datanode"):
             yield Figure(f"{name}_cpu_{process}", round(spent_s - before[process], 2), f"s in {took_s:.0f} s")

@@ -49,9 +49,10 @@ def link_tree(real: Path, copy: Path) -> set[str]:
 
 
 def steps(before: set[str], copy: Path) -> list[str]:
-    """Return the files that a commit made, in the order in which it makes them: data first, the log's entry then."""
+    """Return the files that a commit made, in the order in which it makes them: data, the log's entry, a checkpoint."""
     made = [str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()]
-    return sorted((p for p in made if p not in before), key=lambda p: (p.startswith("_delta_log"), p))
+    new = (path for path in made if path not in before)
+    return sorted(new, key=lambda path: (path.startswith("_delta_log"), "checkpoint" in path, path))
 
 
 def bring(made: list[str], real: Path, copy: Path, stop_at: int | None) -> None:
