@@ -39,7 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ingest": ("stages.ingest", "gateway: Fluent forward in, batches to Kafka out"),
     "stream": ("stages.stream", "join impressions with feedback, featurize, emit samples"),
     "sink": ("stages.sink", "write samples to the Delta table of the lake"),
-    "lake": ("tools.lake", "compact, vacuum, retain; show history; read a version; export labelled samples"),
+    "lake": ("lake.lake", "compact, vacuum, retain; show history; read a version; export labelled samples"),
     "spec": ("tools.spec", "show and change, in mid-stream, by which rules events are read"),
     "aggregate": ("stages.aggregate", "windowed counters of keys other than the partition's"),
     "crawl": ("stages.crawl", "crawl declared sources: catalogue, prices, news, weather"),

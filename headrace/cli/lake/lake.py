@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from headrace.cli.lake.lake_archive import show_archive
+from headrace.cli.lake.lake_export import add_export_arguments, export
+from headrace.cli.lake.lake_import import add_import_arguments, import_history
 from headrace.cli.runtime import Runtime, add_common, open_runtime
-from headrace.cli.tools.lake_archive import show_archive
-from headrace.cli.tools.lake_export import add_export_arguments, export
-from headrace.cli.tools.lake_import import add_import_arguments, import_history
 from headrace.process.call_watch import LAKE_MAX_S
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import pyarrow as pa
 
+from headrace.cli.lake.lake_export import time_ms
 from headrace.cli.progress_bar import LINE_S, duration
 from headrace.cli.runtime import Runtime
-from headrace.cli.tools.lake_export import time_ms
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.privacy import KEY_NAME, Privacy
 
