@@ -301,7 +301,9 @@ def test_serving_scores_without_torch_as_the_trainer_does(name):
     keys_U, index_FB, begin_F = distinct(batch.slots_BF)
     values_UV, ids = learner.table.lookup(keys_U), DistinctIds(keys_U, np.full(len(keys_U), -1), index_FB, begin_F)
     np.testing.assert_allclose(newest_BT, learner.net.forward(values_UV, ids, numeric_BD), atol=1e-5)
-    said_BT = logits(recipe, values_BFV, numeric_BD, weights.dense)
+    # What is published: positives that wait are felt in it.
+    served_BFV = learner.lookup(batch.slots_BF.reshape(-1)).reshape(values_BFV.shape)
+    said_BT = logits(recipe, served_BFV, numeric_BD, weights.dense)
     beside = {"platt_2T": weights.dense.get(PLATT), "targets_2T": weights.dense.get(TARGETS)}
     own_B = said(recipe, said_BT, **beside, kind_T=kinds_of(recipe))[np.arange(len(batch)), batch.task_B]
     np.testing.assert_allclose(own_B, learner.predict(batch), atol=1e-6)
