@@ -219,7 +219,7 @@ CASES: dict[str, tuple[Series, set[str]]] = {
         {"HeadraceVersionRefused of serve"},
     ),
     "a replica serves something else than the trainer says": (
-        {at("headrace_serve_replica_digest_wrong_total"): "0x20 1x100"},
+        {at("headrace_serve_replica_digest_wrong_total"): "0x45 1x80"},
         {"HeadraceReplicaDigestWrong of serve"},
     ),
 }

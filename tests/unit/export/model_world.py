@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from headrace.contract.formats.events import ARROW_TYPES
-from headrace.contract.formats.snapshot import Manifest, Weights
+from headrace.contract.formats.snapshot import FORMAT, Manifest, Weights
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.recipe import Recipe
 from headrace.contract.spec import (
@@ -116,6 +116,7 @@ def manifest_of(recipe: Recipe, spec: FeatureSpec = SPEC) -> Manifest:
         kind="snapshot", model="taken", run="r1", step=5, version="r1-5", positions={"0": [5, 0]}, spec=spec.digest(),
         spec_json=msgspec.json.encode(spec).decode(), recipe_json=msgspec.json.encode(recipe).decode(),
         dim=recipe.row_dim, digest="d" * 64, blob="snapshots/taken/r1-000000000005", created_ms=7,
+        format=FORMAT, digest_kind="sum128",
     )  # fmt: skip
 
 
