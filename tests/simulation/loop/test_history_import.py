@@ -107,6 +107,33 @@ def test_what_is_done_is_not_done_again_and_the_same_rows_of_other_files_are_kno
     assert min(row["offset"] for row in ours) > max(r["offset"] for r in whole(history.lake) if r not in ours)
 
 
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_of_two_processes_on_two_hosts_the_second_is_refused(tmp_path: Path, at: int) -> None:
+    calm = History(tmp_path / "calm")
+    write_files(traffic(15, 30), calm.folder)
+    calm.run()
+    history = History(tmp_path / "here")
+    write_files(traffic(15, 30), history.folder)
+
+    def other() -> None:
+        history.run(commit_rows=25, work=tmp_path / "elsewhere")
+
+    with pytest.raises((Unavailable, ConfigRejected), match=r"another process|is over"):
+        history.run(commit_rows=20, meanwhile=(at, other))
+    assert whole(history.lake) == whole(calm.lake)
+
+
+def test_on_one_host_the_second_process_is_refused_at_once(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    write_files(traffic(16, 10), history.folder)
+
+    def other() -> None:
+        with pytest.raises(ConfigRejected, match="another process is at work on this import"):
+            history.run()
+
+    history.run(meanwhile=(1, other))
+
+
 def test_half_done_another_one_is_refused_until_it_is_let_go(tmp_path: Path) -> None:
     history = History(tmp_path)
     write_files(traffic(8, 30), history.folder)
