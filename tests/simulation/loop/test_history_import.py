@@ -11,7 +11,9 @@ import pytest
 from history_world import CONFIG, MINUTE_MS, TURN_MS, History, Killed, content, prompt, traffic, whole, write_files
 from loop_world import START_MS, opened
 
+from headrace.backends.lake.imports import Imports
 from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.contract.formats.sample import sample_schema
 from headrace.examples.ads.project import PROJECT
 from headrace.kernels.sample_ids import seal_of
 
@@ -121,6 +123,19 @@ def test_of_two_processes_on_two_hosts_the_second_is_refused(tmp_path: Path, at:
     with pytest.raises((Unavailable, ConfigRejected), match=r"another process|is over"):
         history.run(commit_rows=20, meanwhile=(at, other))
     assert whole(history.lake) == whole(calm.lake)
+
+
+def test_an_end_that_is_told_late_ends_nothing(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    write_files(traffic(17, 20), history.folder)
+    with pytest.raises(Killed):
+        history.run(commit_rows=20, kill_at=3)
+    imports = Imports(history.lake, seal_of)
+    begun = imports.open()
+    assert begun is not None and begun.stored.count == 20
+    history.run()
+    with pytest.raises(Unavailable, match="it is over"):
+        imports.end(begun, sample_schema(PROJECT))
 
 
 def test_on_one_host_the_second_process_is_refused_at_once(tmp_path: Path) -> None:
