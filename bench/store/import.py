@@ -1,4 +1,5 @@
-"""History into the lake, `headrace lake import`: rows/s and peak memory, beside pyarrow writing the same samples.
+"""History into the lake, `headrace lake import`: rows/s, by the clock and by the CPU, and peak memory, beside pyarrow
+writing the same samples.
 
 Method: impressions of examples/store and the clicks of a tenth of them, over 30 days and over 3, as Parquet in any
 order; how far apart events lie decides how much is settled together. The import runs in a process of its own, compiled
@@ -60,10 +61,10 @@ def write_history(folder: Path, rows: int, days: float) -> None:
     (folder / "history.toml").write_text(MAPPING)
 
 
-def side(name: str, folder: Path) -> tuple[float, float]:
-    """Do it once here; return seconds and peak MiB."""
+def side(name: str, folder: Path) -> tuple[float, float, float]:
+    """Do it once here; return seconds, CPU seconds and peak MiB."""
     lake = DeltaLake(str(folder / "lake"), partitions=Config().log.partitions, hash_ids=id_hashes)
-    begin = time.monotonic()
+    begin, begin_cpu = time.monotonic(), time.process_time()
     if name == "import":
         parts = Parts(
             project=PROJECT,
@@ -78,7 +79,7 @@ def side(name: str, folder: Path) -> tuple[float, float]:
         Importer(parts, ImportRequest(history=history, folder=folder, work=folder / "work")).run()
     else:
         parquet.write_table(lake.read(), folder / "floor.parquet", compression="zstd")
-    return time.monotonic() - begin, _peak_mib()
+    return time.monotonic() - begin, time.process_time() - begin_cpu, _peak_mib()
 
 
 def _peak_mib() -> float:
@@ -87,11 +88,11 @@ def _peak_mib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def measured(name: str, folder: Path) -> tuple[float, float]:
+def measured(name: str, folder: Path) -> tuple[float, float, float]:
     """Do it in a process of its own."""
     command = [sys.executable, __file__, "--side", name, str(folder)]
     took = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return float(took[-2]), float(took[-1])
+    return float(took[-3]), float(took[-2]), float(took[-1])
 
 
 def main() -> None:
@@ -109,15 +110,16 @@ def main() -> None:
         write_history(Path(home) / "first", 1_000, 0.1)
         measured("import", Path(home) / "first")
         for what, days in (("month", 30.0), ("three_days", 3.0)):
-            found: dict[str, list[tuple[float, float]]] = {"import": [], "floor": []}
+            found: dict[str, list[tuple[float, float, float]]] = {"import": [], "floor": []}
             for turn in range(rounds):
                 folder = Path(home) / f"{what}-{turn}"
                 write_history(folder, rows, days)
                 for name, each in found.items():
                     each.append(measured(name, folder))
-            rate = {name: 1.1 * rows / statistics.median(s for s, _ in each) for name, each in found.items()}
-            peak = {name: statistics.median(mib for _, mib in each) for name, each in found.items()}
-            for kind, unit, by in (("rate", "rows/s", rate), ("peak_memory", "MiB", peak)):
+            rate = {name: 1.1 * rows / statistics.median(s for s, _, _ in each) for name, each in found.items()}
+            cpu = {name: 1.1 * rows / statistics.median(s for _, s, _ in each) for name, each in found.items()}
+            peak = {name: statistics.median(mib for _, _, mib in each) for name, each in found.items()}
+            for kind, unit, by in (("rate", "rows/s", rate), ("cpu", "rows/CPU s", cpu), ("peak_memory", "MiB", peak)):
                 one, floor = by["import"], by["floor"]
                 figures.append(Figure(f"import_{what}_{kind}", round(one), unit, "pyarrow", round(floor), one / floor))
     show(figures)

@@ -7,7 +7,7 @@ seconds, which settle every point of the grid between them, delay nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -157,15 +157,19 @@ class History:
         uri = self.uri or str(self.folder / "lake")
         self.lake = DeltaLake(uri, partitions=PARTITIONS, hash_ids=id_hashes, config=self.config.lake)
 
-    def run(self, *, kill_at: int = 0, mapping: str = "history.toml", **request: Any) -> Imported:
-        """Run the import in a process of its own, killed at its n-th step."""
-        left = kill_at
+    def run(
+        self, *, kill_at: int = 0, meanwhile: tuple[int, Callable[[], None]] | None = None, **request: Any
+    ) -> Imported:
+        """Run the import in a process of its own, killed at its n-th step; or `meanwhile` happens at one."""
+        done = 0
 
         def step(_: str) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
+            nonlocal done
+            done += 1
+            if done == kill_at:
                 raise Killed
+            if meanwhile is not None and done == meanwhile[0]:
+                meanwhile[1]()
 
         def held(version: int | None, begin_ms: int, end_ms: int) -> pa.Array:
             if self.lake.state() is None:
@@ -183,7 +187,7 @@ class History:
             steps=Steps(step=step),
         )
         given = {
-            "history": read_mapping(self.folder / mapping, self.project),
+            "history": read_mapping(self.folder / "history.toml", self.project),
             "folder": self.folder,
             "work": self.folder / "work",
             **request,

@@ -11,7 +11,9 @@ import pytest
 from history_world import CONFIG, MINUTE_MS, TURN_MS, History, Killed, content, prompt, traffic, whole, write_files
 from loop_world import START_MS, opened
 
+from headrace.backends.lake.imports import Imports
 from headrace.contract.errors import ConfigRejected, Unavailable
+from headrace.contract.formats.sample import sample_schema
 from headrace.examples.ads.project import PROJECT
 from headrace.kernels.sample_ids import seal_of
 
@@ -105,6 +107,46 @@ def test_what_is_done_is_not_done_again_and_the_same_rows_of_other_files_are_kno
     assert second.samples == 2 and len(whole(history.lake)) == first.samples + 2
     ours = [row for row in whole(history.lake) if row["event_id"] == "i-new"]
     assert min(row["offset"] for row in ours) > max(r["offset"] for r in whole(history.lake) if r not in ours)
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_of_two_processes_on_two_hosts_the_second_is_refused(tmp_path: Path, at: int) -> None:
+    calm = History(tmp_path / "calm")
+    write_files(traffic(15, 30), calm.folder)
+    calm.run()
+    history = History(tmp_path / "here")
+    write_files(traffic(15, 30), history.folder)
+
+    def other() -> None:
+        history.run(commit_rows=25, work=tmp_path / "elsewhere")
+
+    with pytest.raises((Unavailable, ConfigRejected), match=r"another process|is over"):
+        history.run(commit_rows=20, meanwhile=(at, other))
+    assert whole(history.lake) == whole(calm.lake)
+
+
+def test_an_end_that_is_told_late_ends_nothing(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    write_files(traffic(17, 20), history.folder)
+    with pytest.raises(Killed):
+        history.run(commit_rows=20, kill_at=3)
+    imports = Imports(history.lake, seal_of)
+    begun = imports.open()
+    assert begun is not None and begun.stored.count == 20
+    history.run()
+    with pytest.raises(Unavailable, match="it is over"):
+        imports.end(begun, sample_schema(PROJECT))
+
+
+def test_on_one_host_the_second_process_is_refused_at_once(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    write_files(traffic(16, 10), history.folder)
+
+    def other() -> None:
+        with pytest.raises(ConfigRejected, match="another process is at work on this import"):
+            history.run()
+
+    history.run(meanwhile=(1, other))
 
 
 def test_half_done_another_one_is_refused_until_it_is_let_go(tmp_path: Path) -> None:

@@ -36,17 +36,18 @@ def test_an_impression_on_a_point_of_the_grid_does_not_count_itself() -> None:
     counters, found = SharedCounters(ours, CONFIG), []
     for first, times in ((10_000, [10_500, 11_000, 11_000, 11_001]), (12_000, [13_000, 13_001])):
         batch = impressions(ours, times)
-        settled = counters.settle(
-            [(0, {"kind": "impression"}, encode_batch(batch))], first, times[-1] // 1_000 * 1_000 + 1_000
-        )
+        records = [(0, {"kind": "impression"}, encode_batch(batch))]
+        settled = counters.settle(records, first, times[-1] // 1_000 * 1_000 + 1_000)
         found += counters.with_values(batch, settled)["counter.item.impression"].to_pylist()
     # Equal ids count once.
     assert found == [0.0, 0.0, 0.0, 2.0, 3.0, 4.0]
 
 
-@pytest.mark.parametrize(
-    "counter", [{"counts": ("impression", "last:impression")}, {"counts": ("impression",), "half_life_ms": 9_000}]
-)
+LASTS = {"counts": ("impression", "last:impression")}
+FADING = {"counts": ("impression",), "half_life_ms": 9_000}
+
+
+@pytest.mark.parametrize("counter", [LASTS, FADING])
 def test_values_age_as_the_joins_look_up_ages_them(counter: dict[str, object]) -> None:
     ours = project(**counter)
     declared = ours.features.counters[0]
