@@ -116,6 +116,7 @@ def test_every_method_of_the_admin_has_a_row_of_each_stage_that_calls_it():
         "Admin.ensure_topics": {row.name for row in ROWS},
         "Admin.topic_id": {"stream", "aggregate", "sink", "archive"},
         "Admin.retention_ms": {"sink", "archive"},
+        "Admin.delete_before": set(),
     }
 
 
