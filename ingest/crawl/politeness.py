@@ -136,7 +136,7 @@ def own_rules(robots: bytes, agent: str) -> bytes:
     b'User-agent: /\\nUser-agent: headrace\\nDisallow: /x\\nUser-agent: /\\nAllow: /'
     """
     lines = robots.decode("utf-8", "ignore").splitlines()
-    told = {number: match[1].strip().lower() for number, line in enumerate(lines) if (match := _AGENT.fullmatch(line))}
+    told = {number: _name(match[1]) for number, line in enumerate(lines) if (match := _AGENT.fullmatch(line))}
     counts = max(told.values(), key=lambda name: _score(name, agent.lower()), default="*")
     for number, name in told.items():
         # No agent is called "/".
@@ -144,11 +144,16 @@ def own_rules(robots: bytes, agent: str) -> bytes:
     return "\n".join(lines).encode()
 
 
+def _name(told: str) -> str:
+    """Return the name that a group is known by: "head*" and "head" are one, whose rules are put together."""
+    name = told.strip().lower()
+    return name if name == "*" else name.replace("*", "")
+
+
 def _score(name: str, agent: str) -> int:
     """Return how well a name of robots.txt says this agent: as a word of it, the longest best; any agent 1."""
     if name == "*":
         return 1
-    name = name.replace("*", "")
     return len(name) if name and re.search(rf"(?<![\w-]){re.escape(name)}", agent) else 0
 
 

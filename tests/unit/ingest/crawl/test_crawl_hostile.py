@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from protego import Protego
 
@@ -89,6 +89,7 @@ LINES = st.one_of(
 )
 
 
+@example(["User-agent:head", "Disallow: /a", "User-agent:head*", "Disallow: /b"], "headrace")
 @given(st.lists(LINES, max_size=12), st.sampled_from(["headrace", "headrace (+mailto:me@example.org)", "big-bot/2"]))
 def test_rules_of_other_agents_change_nothing(lines: list[str], agent: str) -> None:
     whole, own = (
