@@ -46,6 +46,7 @@ NOT_AFTER_A_COMMIT = {
     **{("lake", name): "asked when the lake is opened" for name in ("state", "layout", "spans", "hold")},
     ("lake", "read"): "asked to read on in the lake",
     ("lake", "seals"): "asked by the ledger only",
+    ("lake", "imported"): "asked by the ledger only",
     ("admin", "ensure_topics"): "asked by the command before the trainer begins",
     ("admin", "topic_id"): "asked by the command before the trainer begins",
     ("admin", "retention_ms"): "asked by the sink only",

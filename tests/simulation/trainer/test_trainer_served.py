@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -188,6 +189,7 @@ def test_a_server_that_starts_while_a_snapshot_is_uploaded_follows_from_the_anno
     publisher = trainer.publisher
     assert publisher is not None
     publisher._start = lambda write, *what: held.append((write, *what))  # type: ignore[method-assign]
+    publisher._writer = SimpleNamespace(is_alive=lambda: bool(held))  # type: ignore[assignment]
     for rows, after in cut(3, 0, 60):
         send(world.log, rows, after=after)
         for _ in range(8):

@@ -22,12 +22,12 @@ from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.upkeep import Done
 from headrace.backends.lake.upkeep_schedule import UpkeepSchedule
 from headrace.backends.metrics_memory import MemoryMetrics
+from headrace.cli.lake import lake as stage_lake
 from headrace.cli.lake.lake_archive import partition_row
 from headrace.cli.main import main
 from headrace.cli.project_folder import load_project
 from headrace.cli.runtime import Runtime
 from headrace.cli.stages.sink import upkeep_command
-from headrace.cli.tools import lake as stage_lake
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.topics import Topics

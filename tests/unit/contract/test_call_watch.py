@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.backends import blobs_file
+from headrace.backends import blobs_file, blobs_hdfs
 from headrace.backends.blobs_file import FileBlobs
-from headrace.backends.blobs_hdfs import _Pieces
 from headrace.backends.clock import VirtualClock
 from headrace.process.awake import Awake
 from headrace.process.call_watch import ANSWER_MAX_S, LOOK_S, TOLD_S, CallWatch
@@ -145,9 +144,9 @@ def test_a_big_blob_is_stored_and_read_piece_by_piece(tmp_path: Path, monkeypatc
             blobs.put("x", data)
             assert blobs.get("x") == data
     assert len(told) == (0 + 0) + (0 + 1) + (0 + 1) + (3 + 4)
+    monkeypatch.setattr(blobs_hdfs, "SENT_BYTES", 2)
     with followed(lambda: told.append(1)):
-        pieces = _Pieces(b"abc")
-        assert (pieces.read(2), pieces.read()) == (b"ab", b"c")
+        assert list(blobs_hdfs._sent(b"abc")) == [b"ab", b"c"]
     assert len(told) == 11
 
 

@@ -46,7 +46,7 @@ def test_labels_are_named_for_what_they_hold():
     }
     assert {label for doc in METRICS.values() for label in doc.labels} == {
         *("reason", "kind", "task", "slice", "topic", "tag", "source", "status", "outcome", "worker"),
-        *("process", "sign", "type", "field", "fate", "bound"),
+        *("process", "sign", "type", "field", "fate", "bound", "what"),
     }
     assert all(METRICS[name].labels and METRICS[name].labels != ("reason",) for name in LABELLED_REASON)
 
