@@ -108,6 +108,8 @@ class Imported(msgspec.Struct, kw_only=True):
     positives: dict[str, int] = {}
     """By task, of `labels`."""
     labels: dict[str, int] = {}
+    unmatched: dict[str, int] = {}
+    """Feedback that met no impression, by task."""
     commits: int = 0
     before: int = 0
     """Samples that an earlier run of this import had stored."""
@@ -383,6 +385,7 @@ class Importer:
             begun = self._commit(begun, left, found)
         if log.repeats:
             self._refused["repeat"] += log.repeats
+        found.unmatched = {task: count for task, count in log.unmatched.items() if count}
         return begun
 
     def _samples(self, log: VirtualLog, events: SortedEvents, begun: Any, bounds: Bounds) -> Iterator[pa.Table]:

@@ -94,6 +94,15 @@ class VirtualLog:
         """How many events so far had an id that came before."""
         return sum(each.join.totals.repeated_in_log for each in self._partitions)
 
+    @property
+    def unmatched(self) -> dict[str, int]:
+        """How many feedback events so far met no impression, by task."""
+        found: dict[str, int] = {}
+        for each in self._partitions:
+            for task, counts in zip(each.join.project.tasks, each.join.totals.tasks, strict=True):
+                found[task.name] = found.get(task.name, 0) + counts.orphans + counts.pending
+        return found
+
     def take(self, span: Span) -> Iterator[pa.Table]:
         """Take events, and yield what samples they resolve, in order of their positions."""
         owner_N = np.empty(len(span.kind_N), np.int64)

@@ -264,7 +264,8 @@ class DeltaLake:
             return None
         except (DeltaError, OSError) as error:
             at = "" if version is None else f" at {version}"
-            raise Unavailable(f"the lake at {self.uri} can't be opened{at}: {error}") from error
+            told = f"the lake at {self.uri} can't be opened{at}: {error}. Is the store up? `headrace status` says so."
+            raise Unavailable(told) from error
 
     def hold(self, version: int, holder: str) -> None:
         """Lease a version, before it is read: vacuum leaves its files in place. Raises `Unavailable`."""
@@ -334,8 +335,12 @@ class DeltaLake:
             # No row and no position: a writer that dies after it has only made room for the columns.
             self._write(table, rows.slice(0, 0), True, None)
             table = self._newest_for_writing()
+        files = list(write_hours(table, rows))
+        # What Delta's own writer tells of a commit.
+        told = {"rows_added": str(rows.num_rows), "files_added": str(len(files))}
+        commit.custom_metadata = {**(commit.custom_metadata or {}), **told}
         table.create_write_transaction(
-            write_hours(table, rows),
+            files,
             mode="append",
             schema=table.schema(),
             partition_by=[DATE, HOUR],

@@ -276,7 +276,7 @@ def _version(entry: Mapping[str, Any]) -> Version:
         version=entry["version"],
         time_ms=entry["timestamp"],
         operation=entry.get("upkeep") or entry.get("operation", ""),
-        rows_added=int(figures.get("num_added_rows") or 0),
+        rows_added=int(entry.get("rows_added") or figures.get("num_added_rows") or 0),
         files_added=int(entry.get("files_added") or figures.get("num_added_files") or 0),
         files_removed=int(entry.get("files_removed") or figures.get("num_removed_files") or 0),
     )

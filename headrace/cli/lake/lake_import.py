@@ -78,6 +78,9 @@ def import_history(runtime: Runtime, args: argparse.Namespace) -> int:
     )
     began_s = runtime.clock.monotonic()
     importer = Importer(_parts(runtime, lake, imports), request)
+    if (done := imports.done(importer.id)) is not None:
+        print(f"import {shown(importer.id)} is done: it gave the lake {done:,} samples. Nothing is to do.")
+        return 0
     logger.info("import %s; refused rows are written to %s", shown(importer.id), importer.refused_file)
     try:
         with runtime.calls.named("the import", IMPORT_MAX_S):
@@ -112,7 +115,13 @@ def _parts(runtime: Runtime, lake: DeltaLake, imports: Imports) -> Parts:
             logger.info("%s: %s", what, f"{rows:,}")
 
     def first_live() -> int | None:
-        runtime.require_kafka()
+        try:
+            runtime.require_kafka()
+        except Unavailable as error:
+            raise Unavailable(
+                f"{error} It is asked for the first live event, before which the import ends; with --until TIME it is "
+                "not."
+            ) from error
         return first_live_ms(lake, runtime.reader(), runtime.topics)
 
     def held_ids(version: int | None, begin_ms: int, end_ms: int) -> pa.Array:
@@ -174,6 +183,11 @@ def _show(found: Imported, refused_file: Path, seconds: float, *, dry_run: bool)
     if refused_file.exists():
         print(f"refused rows: {refused_file}")
     tasks = ", ".join(f"{name} {n:,} ({found.positives[name]:,} positive)" for name, n in found.labels.items())
+    for task, count in found.unmatched.items():
+        print(
+            f"feedback of task {task} that meets no impression: {count:,}. Feedback finds its impression by "
+            "request_id, place and partition key: see that the mapping takes the same columns for both."
+        )
     what = "samples that would be stored" if dry_run else "samples"
     again = f", {found.before:,} of them stored before" if found.before else ""
     print(f"{what}: {found.samples:,}{again}: {tasks or 'none'}")
@@ -195,6 +209,12 @@ def _tell_trainer(runtime: Runtime) -> None:
         print("no run of the model has begun: the first one begins with the lake.")
         return
     newest = manifests[-1]
+    if newest.step == 0:
+        print(
+            f"run {newest.run} of model {runtime.project.name!r} had learnt nothing yet: `headrace restart train` lets "
+            "it begin with the lake."
+        )
+        return
     print(
         f"run {newest.run} of model {runtime.project.name!r} began before this import and does not know its rows. To "
         "learn them, change recipe.seed in the project's file and start `train` anew (`headrace restart train`): that "

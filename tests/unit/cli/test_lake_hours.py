@@ -56,6 +56,8 @@ def test_rows_of_many_hours_are_stored_as_those_of_few(tmp_path: Path) -> None:
             zip(*(files(plain.open())[f"partition.{n}"].to_pylist() for n in ("event_date", "event_hour")), strict=True)
         )
     )
+    (version, *_) = Upkeep(lake).history()
+    assert (version.rows_added, version.files_added) == (rows.num_rows, MANY)
     day = listed["partition.event_date"][0].as_py()
     assert in_order(lake.read(day=day)).equals(in_order(plain.read(day=day)))
 

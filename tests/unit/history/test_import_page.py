@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.csv as csv
@@ -79,11 +80,34 @@ def test_the_example_runs(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert f"refused rows: {path}" in said
     refused = [json.loads(line) for line in path.read_text().splitlines()]
     assert any(each["reason"] == "bad_type" and each["row"] == 21 for each in refused)
+    assert "that meets no impression" not in said
     # Once more: it is done.
-    assert main(shlex.split(COMMANDS[1])) == 2
-    assert "is done" in capsys.readouterr().err
+    assert main(shlex.split(COMMANDS[1])) == 0
+    assert "is done" in capsys.readouterr().out
     assert main(["lake", "import", "--abandon"]) == 0
     assert "no import is under way" in capsys.readouterr().out
+
+
+def test_feedback_that_meets_no_impression_is_told(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mapping takes another column for the request than the impressions' one."""
+    Path("wrong.toml").write_text(
+        MAPPINGS[0].replace('columns = {event_time_ms = "at"}', 'columns = {event_time_ms = "at", request_id = "at"}')
+    )
+    assert main(["lake", "import", "wrong.toml", "--dry-run", "--until", "2023-11-20"]) == 0
+    said = capsys.readouterr().out
+    assert "feedback of task click that meets no impression: 20." in said and "click 200 (0 positive)" in said
+
+
+@pytest.mark.parametrize(("step", "told"), [(0, "headrace restart train"), (7, "recipe.seed")])
+def test_the_remedy_for_a_run_that_began_before(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int, told: str
+) -> None:
+    monkeypatch.setattr(Runtime, "require_kafka", lambda _: None)
+    monkeypatch.setattr(Runtime, "reader", lambda _: None)
+    manifest = SimpleNamespace(run="r1", step=step)
+    monkeypatch.setattr("headrace.trainer.commit.publish.read_manifests", lambda *_: [manifest])
+    assert main(["lake", "import", "history.toml", "--until", "2023-11-15"]) == 0
+    assert "run r1 of model 'store' " in (said := capsys.readouterr().out) and told in said
 
 
 def test_who_needs_kafka_and_who_does_not(
@@ -94,7 +118,7 @@ def test_who_needs_kafka_and_who_does_not(
 
     monkeypatch.setattr(Runtime, "require_kafka", away)
     assert main(["lake", "import", "history.toml"]) == 1
-    assert "no broker answers" in capsys.readouterr().err
+    assert "no broker answers" in (said := capsys.readouterr().err) and "with --until TIME it is" in said
     assert main(["lake", "import", "history.toml", "--until", "2023-11-15", "--json"]) == 0
     told = capsys.readouterr()
     found = json.loads(told.out)
