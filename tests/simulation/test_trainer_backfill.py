@@ -67,3 +67,17 @@ def test_the_first_model_is_published_while_it_learns_the_lake():
     trainer.recover()
     assert trainer.source.is_stored
     assert decode_manifest(world.log.partitions(TOPICS.model)[0][-1].value).run == trainer.run_id
+
+
+def test_a_run_that_learnt_nothing_begins_with_the_lake_when_it_is_started_anew():
+    """As after `headrace lake import` beside a stack that has seen no event."""
+    world = World()
+    early = Trainer(world.deps())
+    early.recover()
+    early.close()
+    world.lake = lake_of(3, 2)
+    late = Trainer(world.deps())
+    late.recover()
+    assert late.run_id == early.run_id and late.source.is_stored and late.source.stored_left > 0
+    world.drain(late)
+    assert late.learner.step > 0 and late.source.stored_left == 0
