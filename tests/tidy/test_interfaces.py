@@ -29,6 +29,7 @@ WITHOUT_ROW = {
     **dict.fromkeys(ARCHIVE_READS, "asked by the ledger and a retry, commands that change nothing of what is archived"),
     "TimeSeeker.offset_at": "asked by a retry's look-up, as the reads of the archive",
     "LakeReader.seals": "asked by the ledger, a command that changes nothing of what is stored",
+    "LakeReader.imported": "asked by the ledger, a command that changes nothing of what is stored",
     "Clock.now_ms": TIME,
     "Clock.monotonic": TIME,
     "Clock.sleep": TIME,

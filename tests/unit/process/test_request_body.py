@@ -31,7 +31,7 @@ from headrace.process.request_body import Bodies
 from headrace.serving.api.app import BODIES, problem
 from headrace.serving.processes import answer_requests, listen
 
-BYTES, DISCARDED, SLOW_S = 100_000, 300_000, 0.3
+BYTES, DISCARDED, BODY_S = 100_000, 300_000, 60.0
 
 
 def until(holds: Callable[[], object]) -> None:
@@ -70,8 +70,8 @@ class Door:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Door]:
-    bounds = replace(BODIES, bytes_max=BYTES, together_max=2 * BYTES, discard_max=DISCARDED, seconds=SLOW_S)
+def serving(body_s: float = BODY_S) -> Iterator[Door]:
+    bounds = replace(BODIES, bytes_max=BYTES, together_max=2 * BYTES, discard_max=DISCARDED, seconds=body_s)
     bodies, over, listener = Bodies(bounds), threading.Event(), listen("127.0.0.1", 0)
 
     async def take(request: Request) -> Response:
@@ -95,8 +95,8 @@ def serving() -> Iterator[Door]:
 
 
 @contextlib.contextmanager
-def collecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
-    monkeypatch.setattr(collector, "_BODY_S", SLOW_S)
+def collecting(monkeypatch: pytest.MonkeyPatch, body_s: float = BODY_S) -> Iterator[Door]:
+    monkeypatch.setattr(collector, "_BODY_S", body_s)
     monkeypatch.setattr(collector, "_DISCARD_BYTES_MAX", DISCARDED)
     listeners = list[socket.socket]()
     told = collector.listen
@@ -112,10 +112,16 @@ def collecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
         yield door
 
 
+@pytest.fixture
+def body_s() -> float:
+    """How long a body may take: no test waits for it but those that say so."""
+    return BODY_S
+
+
 @pytest.fixture(params=["serving", "collector"])
-def door(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+def door(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, body_s: float) -> Iterator[Door]:
     """Each door in turn; at its end it holds nothing of any body, and no thread of it is left."""
-    with serving() if request.param == "serving" else collecting(monkeypatch) as made:
+    with serving(body_s) if request.param == "serving" else collecting(monkeypatch, body_s) as made:
         yield made
         until(lambda: made.bodies.held == 0)
         assert made.asks() == 200
@@ -205,6 +211,7 @@ def test_what_is_too_large_is_held_by_nobody_while_it_is_read_on(door: Door):
         one.close()
 
 
+@pytest.mark.parametrize("body_s", [0.3])
 def test_a_slow_body_is_ended(door: Door):
     with door.connect(door.head("Content-Length: 10") + b"[") as slow:
         assert door.asks() == 200
