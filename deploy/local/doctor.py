@@ -180,14 +180,15 @@ def _other_stack(home: Path, ports: Sequence[tuple[str, int]], base: int | None)
     """Return that a Headrace stack of another home has these ports."""
     listed = ", ".join(f"{number} ({name})" for name, number in ports)
     pids = sorted({pid for _, number in ports for pid in holders(number)})
-    project, pid = "", pids[0]
+    project, pid = "", next(iter(pids), 0)  # It may end while it is looked at.
     for each in pids:
         with suppress(psutil.Error, OSError):
             project = project or psutil.Process(each).environ().get("HEADRACE_PROJECT", "")
             # supervisord, where it may be seen: by its end all of the stack ends.
             pid = each if "headrace.deploy.local.supervisord" in psutil.Process(each).cmdline() else pid
     plural = "s" * (len(ports) > 1)
-    found = f"the Headrace stack of {home}, project {project or 'not known'}, pid {pid}, has port{plural} {listed}"
+    who = f"project {project or 'not known'}, pid {pid or 'not known'}"
+    found = f"the Headrace stack of {home}, {who}, has port{plural} {listed}"
     return Finding(
         "another stack", found, "trouble", f"{_other_base(base)}; or stop that one: headrace down --home {home}"
     )

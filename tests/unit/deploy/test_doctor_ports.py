@@ -84,6 +84,14 @@ def test_another_stack_on_the_same_ports_is_named_once_with_home_project_pid_and
     )
 
 
+def test_a_stack_that_ends_while_it_is_looked_at_is_named_without_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "holders", lambda _: [])
+    found = doctor._other_stack(tmp_path, [("serve", 8080)], None)
+    assert found.found == f"the Headrace stack of {tmp_path}, project not known, pid not known, has port 8080 (serve)"
+
+
 def test_a_base_among_the_kernels_own_ports_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_ephemeral", lambda: (32_768, 60_999))
     near = ephemeral_finding(32_760)
