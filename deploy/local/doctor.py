@@ -158,13 +158,14 @@ def port_findings(
 ) -> list[Finding]:
     """Return which ports of a stack at this base are taken, and by whom; those of processes `mine` are not."""
     wanted = [*((n, port(n, base)) for n in PORTS if n not in skipped), *more]
-    taken = [(name, number) for name, number in wanted if not free_port(number)]
-    taken = [(name, number) for name, number in taken if not set(mine) & set(holders(number))]
+    held = {(name, number): holders(number) for name, number in wanted if not free_port(number)}
     stacks: dict[str, list[tuple[str, int]]] = {}
-    for name, number in taken:
-        stacks.setdefault(next(filter(None, map(_home_of, holders(number))), ""), []).append((name, number))
+    for place, pids in held.items():
+        if not set(mine) & set(pids):
+            stacks.setdefault(next(filter(None, map(_home_of, pids)), ""), []).append(place)
     found = [_taken(name, number) for name, number in stacks.pop("", [])]
-    found += [_other_stack(Path(home), ports, base) for home, ports in stacks.items()]
+    for home, ports in stacks.items():
+        found.append(_other_stack(Path(home), ports, {pid for place in ports for pid in held[place]}, base))
     return found or [Finding("ports", "all free", "ok")]
 
 
@@ -176,12 +177,11 @@ def _home_of(pid: int) -> str:
         return ""
 
 
-def _other_stack(home: Path, ports: Sequence[tuple[str, int]], base: int | None) -> Finding:
-    """Return that a Headrace stack of another home has these ports."""
+def _other_stack(home: Path, ports: Sequence[tuple[str, int]], holding: Collection[int], base: int | None) -> Finding:
+    """Return that a Headrace stack of another home, of which processes are `holding`, has these ports."""
     listed = ", ".join(f"{number} ({name})" for name, number in ports)
-    pids = sorted({pid for _, number in ports for pid in holders(number)})
-    project, pid = "", next(iter(pids), 0)  # It may end while it is looked at.
-    for each in pids:
+    project, pid = "", min(holding, default=0)
+    for each in sorted(holding):
         with suppress(psutil.Error, OSError):
             project = project or psutil.Process(each).environ().get("HEADRACE_PROJECT", "")
             # supervisord, where it may be seen: by its end all of the stack ends.

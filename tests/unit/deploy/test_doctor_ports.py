@@ -88,7 +88,7 @@ def test_a_stack_that_ends_while_it_is_looked_at_is_named_without_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "holders", lambda _: [])
-    found = doctor._other_stack(tmp_path, [("serve", 8080)], None)
+    found = doctor._other_stack(tmp_path, [("serve", 8080)], [], None)
     assert found.found == f"the Headrace stack of {tmp_path}, project not known, pid not known, has port 8080 (serve)"
 
 
