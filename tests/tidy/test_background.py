@@ -55,7 +55,6 @@ WHAT_HAPPENS = {
     "ingest/crawl/extraction_pool.py": ("Popen", "its page is refused, with the reason; the next page gets a new one"),
     "ingest/crawl/scrapy_run.py": ("ensure_future", "the work that Twisted's reactor runs: what it raises is raised"),
     "ingest/dead_letters/settler.py": ("Thread", "`run`, several times a second, raises it"),
-    "trainer/commit/checkpointer.py": ("Thread", "`check`, once a turn, raises it"),
     "trainer/source/stored.py": ("ThreadPoolExecutor", "every result is taken: the trainer reads the piece again"),
     "ingest/forward/listeners.py": ("to_thread", "awaited at once"),
     "ingest/tls_handshake.py": ("create_task", "one connection, which is closed; a client comes again"),
@@ -78,7 +77,6 @@ WHAT_HAPPENS = {
     "stream/shell/log_ends.py": ("Thread", "`look`, once a second, raises it"),
     "stream/sink/archive.py": ("ensure_future", "the round notes what it raises, and the next tick raises it"),
     "stream/sink/stage.py": ("ensure_future", "the commit notes what it raises, and the next tick raises it"),
-    "trainer/commit/publish.py": ("Thread", "`check`, once a turn, raises it"),
 }
 """By module: what it starts, in the order of the code, and what happens when that dies."""
 

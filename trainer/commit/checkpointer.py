@@ -27,6 +27,7 @@ from headrace.contract.formats.positions import Positions
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
+from headrace.process.background import Background
 from headrace.process.moved import followed, moved
 from headrace.trainer.commit.checkpoint import (
     ChangedRows,
@@ -87,12 +88,11 @@ class Checkpointer:
         self.unstored = False
         """True after a checkpoint that the store did not take: try again soon."""
         self._writer: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._threads = Background()
 
     def check(self) -> None:
         """Raise what the writing thread met and could not deal with; nothing where all is well."""
-        if self._error is not None:
-            raise self._error
+        self._threads.check()
 
     @property
     def is_busy(self) -> bool:
@@ -116,15 +116,11 @@ class Checkpointer:
             self._write(frozen, moment)
             return True
 
-        def guarded() -> None:
-            try:
-                with followed(self.moved):
-                    self._write(frozen, moment)
-            except BaseException as error:
-                self._error = error
+        def write() -> None:
+            with followed(self.moved):
+                self._write(frozen, moment)
 
-        self._writer = threading.Thread(target=guarded, name="checkpoint", daemon=True)
-        self._writer.start()
+        self._writer = self._threads.thread("checkpoint", write)
         return True
 
     def close(self, timeout_s: float) -> None:

@@ -40,6 +40,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Producer, Reader, read_range
 from headrace.contract.metrics import Metrics
 from headrace.contract.project import Project
+from headrace.process.background import Background
 from headrace.process.moved import followed
 from headrace.trainer.commit.served_rows import ServedRows, as_snapshot, digest_of
 from headrace.trainer.model.digest import SUM, parts
@@ -97,12 +98,11 @@ class Publisher:
         """True after a snapshot that the store or Kafka did not take: try again soon."""
         self._watch: Watch | None = None
         self._writer: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._threads = Background()
 
     def check(self) -> None:
         """Raise what the writing thread met and could not deal with; nothing where all is well."""
-        if self._error is not None:
-            raise self._error
+        self._threads.check()
 
     def note(self, touched_K: npt.NDArray[np.int64]) -> None:
         """Remember the keys that a committed step changed."""
@@ -294,15 +294,11 @@ class Publisher:
             write(*what)
             return
 
-        def guarded() -> None:
-            try:
-                with followed(self.moved):
-                    write(*what)
-            except BaseException as error:
-                self._error = error
+        def followed_write() -> None:
+            with followed(self.moved):
+                write(*what)
 
-        self._writer = threading.Thread(target=guarded, name="snapshot", daemon=True)
-        self._writer.start()
+        self._writer = self._threads.thread("snapshot", followed_write)
 
     def _announce(self, manifest: Manifest) -> None:
         receipts: list[Exception | None] = []
