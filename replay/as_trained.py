@@ -129,8 +129,10 @@ def as_trained(
 def _compared(state: State, live: Manifest | None) -> dict[str, Any]:
     """Return what a result says of the digest of a learner's state and of the live one."""
     kind = SUM if live is None else live.digest_kind or SHA256
-    found, told = digest(state, kind), live.digest_parts if live is not None else {}
-    here = parts(state).to_text() if told else {}
+    told = live.digest_parts if live is not None else {}
+    summed = parts(state) if kind == SUM else None
+    found = digest(state, kind) if summed is None else summed.text
+    here = summed.to_text() if summed is not None and told else {}
     return {
         "digest": found,
         "live_digest": live.digest if live is not None else "",
