@@ -1,7 +1,7 @@
 """Which checkpoints stay, and which parts: what is deleted, says their lineage, never a clock or a name's order.
 
 1. Of the run that goes on stay the `KEEP` with the highest steps, and of each hour of event time the first one, for 24
-   hours before the newest: these are what `headrace rollback` goes back to.
+   hours before the newest: what a run can be brought back to.
 2. Of the model's other runs the `OTHER_RUNS_KEPT` that have got furthest along the steps topic stay as they are.
 3. A manifest is deleted before its parts, and a part only when no manifest that stays names it.
 4. Parts that no manifest names are what crashed writes left. They are swept when a trainer begins, before it stores
