@@ -86,7 +86,9 @@ class ModelAccount(msgspec.Struct, kw_only=True):
         if self.served != self.published:
             found.append(f"serving answers with {self.served or 'nothing'}, published is {self.published or 'nothing'}")
         elif not self.served_digest or self.served_digest != self.published_digest:
-            found.append(f"served is digest {self.served_digest or 'none'}, published {self.published_digest or 'none'}")
+            found.append(
+                f"served is digest {self.served_digest or 'none'}, published {self.published_digest or 'none'}"
+            )
         if self.replicas_wrong != 0:
             found.append(f"serving found its model wrong, times: {self.replicas_wrong}")
         return found
