@@ -92,6 +92,10 @@ class Trainer:
         """The step that is being committed or learnt; 0 between steps."""
         self._stored_rows = 0
         """How many stored samples there were when this process began to learn them; 0 while it learns none."""
+        self._taken_ms = 0
+        """See `Source.taken_ms`, of the steps that were learnt."""
+        self._unpublished_s = -1.0
+        """When the first step was learnt that no delta holds; negative where there is none."""
         self._published_at = self._snapshot_at = self._checkpoint_at = float("-inf")
 
     def recover(self) -> None:
@@ -342,7 +346,19 @@ class Trainer:
         closed = self.evaluation.after(self.learner, batch, rows, score_B, item_B, known_B)
         self.report.learnt(report, batch, rows)
         self.report.closed(closed, step=self.learner.step)
+        self._tell_hop()
         moved()
+
+    def _tell_hop(self) -> None:
+        """Tell how long ago the samples came that were just learnt; of steps that are redone nothing is told."""
+        newest_ms, before_ms = self.source.taken_ms, self._taken_ms
+        self._taken_ms = newest_ms
+        if self.publisher is None:
+            return
+        if newest_ms > before_ms:
+            self.deps.metrics.observe("hop_learnt_seconds", max(0, self.deps.clock.now_ms() - newest_ms) / 1_000)
+        if self._unpublished_s < 0:
+            self._unpublished_s = self.deps.clock.monotonic()
 
     def _publish(self) -> None:
         publisher, now, config = self.publisher, self.deps.clock.monotonic(), self.deps.config
@@ -361,6 +377,9 @@ class Trainer:
         is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
         if is_due and publisher.delta(self.learner, self.positions):
             self._published_at = now
+            if self._unpublished_s >= 0:
+                self.deps.metrics.observe("hop_published_seconds", self.deps.clock.monotonic() - self._unpublished_s)
+            self._unpublished_s = -1.0
 
     def _snapshot(self) -> None:
         publisher = self.publisher

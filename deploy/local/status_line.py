@@ -18,7 +18,16 @@ Reading = Mapping[str, Mapping[str, float]]
 Read = Callable[[str], tuple[int, bytes]]
 """From an address to the status and the body; status 0 where nobody answers."""
 
-STAGES: tuple[Stage, ...] = ("ingest", "stream", "train", "shop")
+STAGES: tuple[Stage, ...] = ("ingest", "stream", "train", "serve", "shop")
+HOPS: tuple[tuple[Stage, Name], ...] = (
+    ("ingest", "hop_shipped_seconds"),
+    ("ingest", "hop_logged_seconds"),
+    ("stream", "hop_joined_seconds"),
+    ("train", "hop_learnt_seconds"),
+    ("train", "hop_published_seconds"),
+    ("serve", "hop_served_seconds"),
+)
+"""The way of a click, and who times each part of it."""
 
 
 class StatusLine:
@@ -151,9 +160,12 @@ def _rate(now: Mapping[str, float], before: Mapping[str, float], seconds: float)
 
 
 def _freshness(now: Reading, before: Reading) -> str:
-    """Return the median since the line before. The demo's shop alone measures it, which sees clicks and answers."""
+    """Return the median since the line before. The demo's shop measures it, which sees clicks and answers; elsewhere the
+    hops' medians are added, each the upper edge of its bucket, once all of them are known."""
     if not now["shop"]:
-        return ""
+        hops = [median(f"headrace_{stage}_{name}", now[stage], before[stage]) for stage, name in HOPS]
+        known = [hop for hop in hops if hop is not None]
+        return f"freshness about {sum(known) * 1_000:,.0f} ms  " if len(known) == len(hops) else ""
     p50 = median("headrace_shop_freshness_seconds", now["shop"], before["shop"]) if before["shop"] else None
     return f"freshness {'-' if p50 is None else f'{p50 * 1_000:,.0f} ms'}  "
 

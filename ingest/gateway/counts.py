@@ -54,6 +54,7 @@ class Counts:
     def note_feedback(self, name: str, times_N: I64s, now_ms: int) -> None:
         """Take feedback of one type that arrives now, int64 [N] of event times in ms, N > 0."""
         self._metrics.set("feedback_delay_seconds", self._delay.note(name, times_N, now_ms), type=name)
+        self._metrics.observe("hop_shipped_seconds", max(0, now_ms - int(times_N.max())) / 1_000)
 
     def look(self, declared: Declared, data: U8s, start: int, now_s: float) -> None:
         """Look, once a second, whether an event of a type brings undeclared fields: that which begins at `start`."""

@@ -17,6 +17,7 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Producer
 from headrace.contract.metrics import Metrics
 from headrace.ingest.gateway.batcher import OpenChunk
+from headrace.ingest.gateway.counts import APPENDED
 
 _RESEND_FIRST_S, _RESEND_MAX_S = 0.1, 5.0
 RECEIPT_MAX_S = 330.0
@@ -45,6 +46,8 @@ class Outgoing(msgspec.Struct, kw_only=True):
     """Event time of its oldest event that is too late if it is not sent soon; None where none can be."""
     wait_s: float = 0.0
     """Before it is sent again; longer after each refusal."""
+    added_s: float = 0.0
+    """When it was queued."""
 
 
 class Receipts:
@@ -100,6 +103,7 @@ class SendQueue:
 
     def add(self, item: Outgoing) -> None:
         """Queue a record behind all others."""
+        item.added_s = self._clock.monotonic()
         self._unsent.append(item)
 
     @property
@@ -158,6 +162,8 @@ class SendQueue:
         self._unconfirmed.pop(id(item), None)
         self.receipts.came(id(item))
         if error is None:
+            if item.outcome == APPENDED:
+                self._metrics.observe("hop_logged_seconds", self._clock.monotonic() - item.added_s)
             self._taken(item)
             return
         self._metrics.add("errors_total", kind="kafka")

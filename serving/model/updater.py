@@ -351,6 +351,9 @@ class Updater:
         except Unavailable as error:  # Of a write: nobody knows how far it went, so nobody tries it again.
             raise InvariantBroken(f"writing {meta.manifest.version} failed; restart `serve`: {error}") from error
         self.metrics.observe("swap_seconds", time.perf_counter() - started)
+        if meta.manifest.kind == "delta":
+            waited_ms = max(0, self.clock.now_ms() - meta.manifest.created_ms)
+            self.metrics.observe("hop_served_seconds", waited_ms / 1_000)
         self.metrics.add("swaps_total")
         self.metrics.set("model_step", meta.manifest.step)
         self.metrics.set("table_rows", self.shared.rows)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pyarrow.compute as pc
 
-from headrace.contract.formats.events import encode_batch
+from headrace.contract.formats.events import FEEDBACK, encode_batch
 from headrace.contract.formats.kept_samples import SENDER, Sent
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.sample import format_position
@@ -203,6 +203,8 @@ class StreamStage:
             seals = [partition.account.take_samples(piece.batch, watermark_ms) for piece in pieces]
             await partition.durable.send(len(pieces), self._outgoing(partition.number, partition.sender, pieces, seals))
             self.deps.metrics.add("samples_emitted_total", emitted.batch.num_rows)
+            if (waited_s := _since_feedback_s(records, emitted, self.deps.clock.now_ms())) is not None:
+                self.deps.metrics.observe("hop_joined_seconds", waited_s)
 
     async def tick(self) -> None:
         """Run receipts, begin snapshots that are due, show numbers."""
@@ -318,6 +320,14 @@ class StreamStage:
             partition.shown_too_late = too_late
         if self.engine is not None:
             metrics.set("lag_records", self.engine.lag())
+
+
+def _since_feedback_s(records: Sequence[Record], emitted: Emitted, now_ms: int) -> float | None:
+    """Return how long ago the broker took the newest feedback that resolved a sample of these; None for none."""
+    newest = next((r for r in reversed(records) if r.headers.get("kind") == FEEDBACK), None)
+    if newest is None or not pc.any(pc.equal(emitted.batch.column("offset"), newest.offset)).as_py():
+        return None
+    return max(0, now_ms - newest.timestamp_ms) / 1_000
 
 
 def _pieces(emitted: Emitted) -> list[Emitted]:

@@ -357,9 +357,9 @@ def test_an_export_is_what_the_trainer_was_given(outcome: Outcome, tmp_path: Pat
 
 
 def resolved(records: list[Any]) -> dict[str, tuple[int, tuple[int, int]]]:
-    from freshness import resolved_clicks
+    from freshness import Resolved
 
-    return {name: (partition, tuple(at)) for name, (partition, at) in resolved_clicks(records).items()}
+    return {name: (partition, tuple(at)) for name, (partition, at) in Resolved.of(records).places.items()}
 
 
 def lake(stack: Stack) -> Any:

@@ -46,6 +46,8 @@ class _Chunk:
     order_N: npt.NDArray[np.int64]
     record: int
     last: Position
+    time_ms: int = 0
+    """Of the record, by the broker."""
 
 
 @dataclass
@@ -65,6 +67,8 @@ class LivePartition:
     """True until the first record comes to a run that begins with this partition."""
     is_cut: bool = False
     """True until the first record comes, where the topic has lost records before it that were not read."""
+    taken_ms: int = 0
+    """The broker's time of the newest record of which the last row was given out."""
 
     @classmethod
     def at(cls, position: Position, next_offset: int, *, is_fresh: bool = False) -> LivePartition:
@@ -132,6 +136,7 @@ class LivePartition:
                 chunk.rows, chunk.order_N = chunk.rows.slice(stop), chunk.order_N[stop:]
                 break
             self.chunks.popleft()
+            self.taken_ms = max(self.taken_ms, chunk.time_ms)
         self.taken = upto
         return taken
 
@@ -185,7 +190,8 @@ class LiveRows:
             return
         for each in following:
             whole = found.rows if each.record is record else decode_batch(each.record.value or b"", self._schema)
-            self._append(partition, each.new_rows(whole), each.record.offset, each.last)
+            at = each.record.offset, each.last, each.record.timestamp_ms
+            self._append(partition, each.new_rows(whole), *at)
 
     def refuse_holes(self, topic: str, ends: Mapping[int, int]) -> None:
         """Raise `InvariantBroken` where samples lay in a damaged record and did not come again below `ends`."""
@@ -205,7 +211,7 @@ class LiveRows:
         partition = self.partitions[number]
         for batch in (each for each in rows.to_batches() if each.num_rows):
             last = Position(batch["offset"][-1].as_py(), batch["rank"][-1].as_py())
-            self._append(partition, batch, partition.next_offset, last)
+            self._append(partition, batch, partition.next_offset, last, 0)
         partition.order = SampleOrder(upto)
 
     def propose(self, rows_max: int) -> tuple[StepRange, ...]:
@@ -236,12 +242,14 @@ class LiveRows:
             )
         return pa.Table.from_batches(partition.take(after, Position(*wanted.upto)), self._schema)
 
-    def _append(self, partition: LivePartition, rows: pa.RecordBatch, record: int, last: Position) -> None:
+    def _append(
+        self, partition: LivePartition, rows: pa.RecordBatch, record: int, last: Position, time_ms: int
+    ) -> None:
         ours = pc.is_in(rows["task"], value_set=pa.array(self._tasks))
         if not pc.all(ours).as_py():
             rows = rows.filter(ours)
         order_N = orders(rows["offset"].to_numpy(), rows["rank"].to_numpy())
-        partition.chunks.append(_Chunk(rows, order_N, record, last))
+        partition.chunks.append(_Chunk(rows, order_N, record, last, time_ms))
 
     def _begin_late(self, partition: LivePartition, record: Record) -> None:
         """Move a run that begins with this partition behind what the topic has lost; refuse any other."""

@@ -245,6 +245,11 @@ class Source:
         return {p: each.next_offset for p, each in self._live.partitions.items()}
 
     @property
+    def taken_ms(self) -> int:
+        """The broker's time of the newest record of the topic that is taken to its last row; 0 before there is one."""
+        return max((each.taken_ms for each in self._live.partitions.values()), default=0)
+
+    @property
     def is_stored(self) -> bool:
         """True while rows come from the lake."""
         return self._stored.is_open

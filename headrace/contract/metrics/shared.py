@@ -9,6 +9,36 @@ from headrace.contract.interfaces.metric_doc import MetricDoc, Stage
 from headrace.contract.metrics.names import Name
 
 SHARED: Mapping[Name, MetricDoc] = {
+    "hop_shipped_seconds": MetricDoc(
+        "histogram",
+        "seconds",
+        ("ingest",),
+        "Freshness, hop 1: from the event time of feedback to the gateway's batch. The clock of who logged counts.",
+    ),
+    "hop_logged_seconds": MetricDoc(
+        "histogram",
+        "seconds",
+        ("ingest",),
+        "Freshness, hop 2: from the gateway's batch to Kafka's receipt of its record.",
+    ),
+    "hop_joined_seconds": MetricDoc(
+        "histogram",
+        "seconds",
+        ("stream",),
+        "Freshness, hop 3: from the broker's time of feedback to its sample, handed to Kafka's client.",
+    ),
+    "hop_learnt_seconds": MetricDoc(
+        "histogram",
+        "seconds",
+        ("train",),
+        "Freshness, hop 4: from the time of a record of `samples` to the end of the step that learnt its last row.",
+    ),
+    "hop_published_seconds": MetricDoc(
+        "histogram", "seconds", ("train",), "Freshness, hop 5: from the first step that a delta holds to the delta."
+    ),
+    "hop_served_seconds": MetricDoc(
+        "histogram", "seconds", ("serve",), "Freshness, hop 6: from the making of a delta to its being served."
+    ),
     "lag_records": MetricDoc(
         "gauge",
         "records",

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from loop_world import SECRET, START_MS, STEP_MS, quiet
+from loop_world import SECRET, START_MS, STEP_MS, Loop, quiet
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.imports import Imports
@@ -33,6 +33,7 @@ TURN_MS = 10_000
 PARTITIONS = 2
 CONFIG = Config(log=LogConfig(partitions=PARTITIONS))
 MINUTE_MS = 60_000
+LONGEST_MS = 31 * MINUTE_MS
 POSITIONS = ("partition", "offset", "rank", "impression_offset", "impression_row")
 MAPPING = """
 [impressions]
@@ -90,6 +91,21 @@ def traffic(seed: int, turns: int, *, begin_ms: int = START_MS) -> list[Event]:
             if random.random() < 0.1:
                 events.append((time_ms, kind, record))
     return sorted(events, key=lambda each: each[0])
+
+
+def sent_live(loop: Loop, events: list[Event]) -> None:
+    """Send the events as a shipper would, turn by turn."""
+    tags = {"impression": PROJECT.impression.tag, **{f.name: f.tag for f in PROJECT.feedback}}
+    end_ms = events[-1][0]
+    while loop.clock.now_ms() <= end_ms:
+        begin_ms = loop.clock.now_ms()
+        for kind in tags:
+            ours = [
+                {**r, "event_time_ms": at} for at, k, r in events if k == kind and begin_ms < at <= begin_ms + TURN_MS
+            ]
+            if ours:
+                loop.send(tags[kind], *ours)
+        loop.turn(TURN_MS)
 
 
 def write_files(events: list[Event], folder: Path) -> None:

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from history_world import CONFIG, MINUTE_MS, TURN_MS, History, Killed, content, prompt, traffic, whole, write_files
+from history_world import (
+    CONFIG,
+    LONGEST_MS,
+    MINUTE_MS,
+    TURN_MS,
+    History,
+    Killed,
+    content,
+    prompt,
+    sent_live,
+    traffic,
+    whole,
+    write_files,
+)
 from loop_world import START_MS, opened
 
 from headrace.backends.lake.imports import Imports
@@ -16,22 +29,6 @@ from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.formats.sample import sample_schema
 from headrace.examples.ads.project import PROJECT
 from headrace.kernels.sample_ids import seal_of
-
-LONGEST_MS = 31 * MINUTE_MS
-
-
-def sent_live(loop, events) -> None:
-    tags = {"impression": PROJECT.impression.tag, **{f.name: f.tag for f in PROJECT.feedback}}
-    end_ms = events[-1][0]
-    while loop.clock.now_ms() <= end_ms:
-        begin_ms = loop.clock.now_ms()
-        for kind in tags:
-            ours = [
-                {**r, "event_time_ms": at} for at, k, r in events if k == kind and begin_ms < at <= begin_ms + TURN_MS
-            ]
-            if ours:
-                loop.send(tags[kind], *ours)
-        loop.turn(TURN_MS)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -16,7 +16,7 @@ from headrace.contract.formats.steps import Step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench"))
 
-from freshness import freshness_ms
+from freshness import HOPS, Resolved, freshness_ms, hops_ms
 from loop import sustained
 
 
@@ -38,6 +38,15 @@ def test_the_wait_ends_with_the_first_answer_that_contains_the_click():
 
 def test_a_click_that_no_answer_contains_has_no_wait():
     assert freshness_ms({"a": 1.0}, {"a": (1, Position(9, 1)), "stranger": (0, Position(0, 0))}, STEPS, ANSWERS) == []
+
+
+def test_the_hops_of_a_click_add_up_to_its_wait():
+    resolved = Resolved({"a": (0, Position(5, 2)), "b": (0, Position(7, 0))}, {"a": 10_060, "b": 10_070})
+    read = [(10_090 + 30 * n, STEPS[f"r-{n}"]) for n in (1, 2, 3)]
+    answers = [(10_200.0, STEPS["r-1"]), (10_250.0, None), (10_300.0, STEPS["r-3"])]
+    found = hops_ms({"a": 10_000.0, "b": 10_000.0}, {"a": 10_025, "b": 10_025}, resolved, read, read[2:], answers)
+    # The step that holds it is the second, the delta the third; "b" is in none.
+    assert [found[hop] for hop in HOPS] == [[25.0], [35.0], [90.0], [30.0], [120.0]]
 
 
 def test_a_rate_leaves_out_the_start_and_the_tail():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from headrace.deploy.local.layout import Layout
-from headrace.deploy.local.status_line import StatusLine, figures
+from headrace.deploy.local.status_line import HOPS, StatusLine, figures
 
 AUC = {"headrace_train_auc": 0.75, "headrace_train_auc_constant": 0.5, "headrace_train_auc_item_rate": 0.6}
 AWAY, LEARNT = "headrace_train_main_next_figure_seconds", "headrace_train_samples_learnt_total"
@@ -150,6 +150,19 @@ def test_freshness_is_told_where_it_is_measured_alone(tmp_path):
     assert "freshness 2,000 ms  " in line()
 
 
-def _histogram(answers: int) -> str:
+def test_freshness_of_an_own_project_is_that_of_its_hops(tmp_path):
+    stages = Stages(tmp_path)
+    for stage, name in HOPS:
+        stages.told[f"metrics_{stage}"] = stages.told.get(f"metrics_{stage}", "") + _histogram(54, stage, name) + "\n"
+    line = stages.lines()
+    for stage, name in HOPS:
+        stages.told[f"metrics_{stage}"] = stages.told[f"metrics_{stage}"].replace("} 54", "} 60")
+    stages.now_s += 3
+    assert "freshness about 12,000 ms  " in line()
+    stages.now_s += 3
+    assert "freshness" not in line(), "no click came since"
+
+
+def _histogram(answers: int, stage: str = "shop", name: str = "freshness_seconds") -> str:
     edges = ((1.0, 50), (2.0, answers), (5.0, answers))
-    return "\n".join(f'headrace_shop_freshness_seconds_bucket{{le="{edge}"}} {n}' for edge, n in edges)
+    return "\n".join(f'headrace_{stage}_{name}_bucket{{le="{edge}"}} {n}' for edge, n in edges)
