@@ -160,8 +160,8 @@ def _rate(now: Mapping[str, float], before: Mapping[str, float], seconds: float)
 
 
 def _freshness(now: Reading, before: Reading) -> str:
-    """Return the median since the line before. The demo's shop measures it, which sees clicks and answers; elsewhere the
-    hops' medians are added, each the upper edge of its bucket, once all of them are known."""
+    """Return the median since the line before. The demo's shop measures it, which sees clicks and answers; elsewhere
+    the hops' medians are added, each the upper edge of its bucket, once all of them are known."""
     if not now["shop"]:
         hops = [median(f"headrace_{stage}_{name}", now[stage], before[stage]) for stage, name in HOPS]
         known = [hop for hop in hops if hop is not None]

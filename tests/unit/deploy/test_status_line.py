@@ -155,7 +155,7 @@ def test_freshness_of_an_own_project_is_that_of_its_hops(tmp_path):
     for stage, name in HOPS:
         stages.told[f"metrics_{stage}"] = stages.told.get(f"metrics_{stage}", "") + _histogram(54, stage, name) + "\n"
     line = stages.lines()
-    for stage, name in HOPS:
+    for stage, _ in HOPS:
         stages.told[f"metrics_{stage}"] = stages.told[f"metrics_{stage}"].replace("} 54", "} 60")
     stages.now_s += 3
     assert "freshness about 12,000 ms  " in line()
