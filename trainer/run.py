@@ -4,11 +4,16 @@ Protocol of one step:
 
 1. read ahead until a batch is full or its first row has waited `wait_ms`;
 2. propose position ranges; write them as step n and read step n back (`trainer.commit.steps`);
-3. take the rows of the ranges; score them, learn them;
-4. publish and checkpoint, by time, each in a thread of its own.
+3. propose the full batches behind them, if there are some; write them as steps n + 1 to n + k and read them back in a
+   thread, beside what follows (`trainer.commit.ahead`): then 1 and 2 are done for them;
+4. take the rows of the ranges of step n; score them, learn them;
+5. publish and checkpoint, by time, each in a thread of its own.
 
-Whatever fails between 2 and the end of 3 ends the process, also what would be retried elsewhere: the step is recorded,
-and the next process redoes it. No step follows one that was not learnt.
+A batch that is not full is proposed when all before it is learnt: more rows come meanwhile, and it waits for no group.
+
+Whatever fails between 2 and the end of 4 ends the process, also what would be retried elsewhere: the step is recorded,
+and the next process redoes it. No step follows one that was not learnt. What is recorded ahead when the process ends,
+the next one redoes as well.
 
 A call that never returns ends the process too (`trainer.bounds`).
 
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TypeVar
 
 from headrace.contract.errors import InvariantBroken, Unavailable
@@ -28,7 +34,8 @@ from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.interfaces.log import check_topic
 from headrace.process.moved import moved
-from headrace.trainer.bounds import WORK_MAX_S, poll_until, watched
+from headrace.trainer.bounds import WORK_MAX_S, Stopped, poll_until, wait, watched
+from headrace.trainer.commit.ahead import StepsAhead
 from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, Meta, newest_checkpoint, runs_of
 from headrace.trainer.commit.checkpointer import Checkpointer, Moment, made_here
 from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
@@ -52,10 +59,6 @@ SHOWN_EVERY = 8
 """Of so many readings of the lake one brings the values that the projector shows: it counts a few rows of each step."""
 
 
-class Stopped(Exception):
-    """The process was asked to stop while it waited."""
-
-
 class Trainer:
     """One worker's loop. `recover` once, then `turn` again and again."""
 
@@ -76,7 +79,10 @@ class Trainer:
         )
         self._archive = StepsArchive(deps.blobs, deps.topics.steps, deps.steps_id)
         self.steps = StepsLog(
-            deps.steps_writer, self.project.name, deps.metrics, pause=self._pause, archive=self._archive
+            deps.steps_writer, self.project.name, deps.metrics, pause=lambda s: wait(deps, s), archive=self._archive
+        )
+        self.ahead = StepsAhead(
+            self.steps, deps.config, background=deps.background, look=self._check, holder=self._other_trainer
         )
         self.recipe = recipe_digest(self.project)
         self.learner = learner_for(self.project, deps.config)
@@ -89,7 +95,11 @@ class Trainer:
         self.uploads = {what: UploadWatch(what, deps.metrics, deps.clock) for what in ("snapshot", "checkpoint")}
         self._waiting_since = -1.0
         self._unlearnt = 0
-        """The step that is being committed or learnt; 0 between steps."""
+        """The step that is being learnt; 0 between steps."""
+        self._proposed = 0
+        """The last step that was proposed."""
+        self._steps_offset = 0
+        """The offset behind the record of the last step that was learnt."""
         self._stored_rows = 0
         """How many stored samples there were when this process began to learn them; 0 while it learns none."""
         self._published_at = self._snapshot_at = self._checkpoint_at = float("-inf")
@@ -130,6 +140,7 @@ class Trainer:
         self.checkpointer = self._new_checkpointer(checkpoint.manifest if checkpoint is not None else None)
         del checkpoint
         self._redo(redone)
+        self._proposed, self._steps_offset = self.learner.step, self.steps.offset
         self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
             logger.info("run %s is served until the lake is learnt", manifests[-1].run)
@@ -151,11 +162,12 @@ class Trainer:
         """Do one step if rows wait, then publish what is due; return whether a step was done."""
         self.deps.producer.poll(0)
         self._check_upload()
-        step = self._propose()
-        if step is not None:
-            self._commit(step)
+        self._record()
+        recorded = self.ahead.next()
+        if recorded is not None:
+            self._learn(*recorded)
         self._publish()
-        return step is not None
+        return recorded is not None
 
     def run(self) -> None:
         """Recover and turn until `stop`; what is published last is a snapshot and a checkpoint."""
@@ -179,7 +191,7 @@ class Trainer:
     def close(self) -> None:
         """Leave a checkpoint of the last step, within 3 s, and let go of the model."""
         if self.publisher is not None and self.checkpointer is not None:
-            for writer in (self.checkpointer, self.publisher):
+            for writer in (self.ahead, self.checkpointer, self.publisher):
                 writer.close(1.0)
             self._checkpoint()
             self._snapshot()
@@ -283,13 +295,29 @@ class Trainer:
             if not ready or (ready < rows_max and now - self._waiting_since < self.deps.config.wait_ms / 1000):
                 return None
         self._waiting_since = -1.0
-        ranges = self.source.propose(rows_max)
+        return self._proposal()
+
+    def _propose_full(self, steps_max: int) -> list[Step]:
+        """Return the full batches that wait behind what was proposed, as so many steps at most."""
+        rows_max = self.project.recipe.batch_rows
+        if steps_max and self.source.ready_rows() < rows_max:
+            with suppress(Unavailable):  # The step before them is recorded and need not wait.
+                self.source.poll(0)
+        steps: list[Step] = []
+        while len(steps) < steps_max and self.source.ready_rows() >= rows_max and (step := self._proposal()):
+            steps.append(step)
+        return steps
+
+    def _proposal(self) -> Step | None:
+        """Return the next rows as the next step; None where there are none."""
+        ranges = self.source.propose(self.project.recipe.batch_rows)
         if not ranges:
             return None
+        self._proposed += 1
         return Step(
             model=self.project.name,
             run=self.run_id,
-            step=self.learner.step + 1,
+            step=self._proposed,
             ranges=ranges,
             positions=self.source.positions_after(ranges).to_json(),
             recipe=self.recipe,
@@ -297,15 +325,22 @@ class Trainer:
             samples_id=self.deps.samples_id,
         )
 
-    def _commit(self, step: Step) -> None:
-        """Record the step, then learn it. Raises what must end the process: then the next one redoes the step."""
+    def _record(self) -> None:
+        """Record a step where none waits to be learnt, and begin to record the full batches behind it. Raises what must
+        end the process."""
         if self._unlearnt:
-            raise InvariantBroken(f"step {self._unlearnt} may be recorded and was not learnt; this process must end.")
-        self._unlearnt = step.step
-        try:
-            self.steps.commit(step)
-        except InvariantBroken as error:
-            raise InvariantBroken(f"{error}{self._other_trainer()}") from error
+            raise InvariantBroken(f"step {self._unlearnt} is recorded and was not learnt; this process must end.")
+        if self.ahead.is_empty:
+            step = self._propose()
+            if step is None:
+                return
+            self.ahead.commit(step)
+        self.ahead.begin(self._propose_full(self.ahead.room()))
+
+    def _learn(self, offset: int, step: Step) -> None:
+        """Learn the step that the record at `offset` commits. Raises what must end the process: the next one redoes
+        it."""
+        self._unlearnt, began_s = step.step, self.deps.clock.monotonic()
         try:
             self._apply(step)
         except Unavailable as error:
@@ -313,7 +348,8 @@ class Trainer:
                 f"step {step.step} of run {self.run_id} is recorded and was not learnt: {error} This process ends, and "
                 "the next one learns it."
             ) from error
-        self._unlearnt = 0
+        self._unlearnt, self._steps_offset = 0, offset + 1
+        self.ahead.took(self.deps.clock.monotonic() - began_s)
 
     def _other_trainer(self) -> str:
         """Name the trainer that has the model now, where it is another one."""
@@ -384,7 +420,7 @@ class Trainer:
         meta = Meta(
             run=self.run_id,
             step=self.learner.step,
-            steps_offset=self.steps.offset,
+            steps_offset=self._steps_offset,
             recipe=self.recipe,
             cursor=self.source.cursor(),
             created_ms=clock.now_ms(),
@@ -436,9 +472,9 @@ class Trainer:
                 delay = min(2 * delay, 5.0)
 
     def _pause(self, seconds: float) -> None:
-        self._check()
-        self.deps.clock.sleep(seconds)
-        self._check()
+        self._check_upload()
+        wait(self.deps, seconds)
+        self._check_upload()
 
     def _check(self) -> None:
         if self.deps.stop.is_set():
