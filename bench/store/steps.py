@@ -6,7 +6,8 @@ either, in steps of 32, 512 and 8,192 rows: once with `train.group_steps = 0`, w
 before it is learnt, and once with the default. A last pair learns single rows that come one by one, each when the one
 before was learnt: what a lone step takes from the reading of its row to the end of its learning.
 Each side is a process of its own and a model of its own, sides take turns, figures are medians of the rounds. `record`
-is the time from the beginning of a transaction to its read back, in whatever thread, shared by its steps.
+is the time from the beginning of a transaction to its read back, in whatever thread, shared by its steps; its CPU
+time is that of this thread alone, without the threads of Kafka's client, which `cpu_us` has.
 
     python bench/store/steps.py --base 26000
 """
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +57,31 @@ RECORD, WARM_STEPS = 16_384, 20
 
 
 class Timed:
-    """Passes calls on to a fenced writer and adds up how long they take; reads before the first append do not count."""
+    """Passes calls on to a fenced writer and adds up how long they take."""
 
     def __init__(self, inner: Any) -> None:
-        self._inner, self.seconds, self.transactions = inner, 0.0, 0
+        self._inner, self.seconds, self.cpu, self.transactions = inner, 0.0, 0.0, 0
 
     def open(self) -> None:
         self._inner.open()
 
     def append(self, *values: bytes) -> None:
-        began = time.perf_counter()
-        self._inner.append(*values)
-        self.seconds += time.perf_counter() - began
+        self._timed(self._inner.append, *values)
         self.transactions += 1
 
     def read(self, *args: Any, **named: Any) -> list[tuple[int, bytes]]:
-        began = time.perf_counter()
-        found: list[tuple[int, bytes]] = self._inner.read(*args, **named)
-        self.seconds += (time.perf_counter() - began) * (self.transactions > 0)
+        found: list[tuple[int, bytes]] = self._timed(self._inner.read, *args, **named)
         return found
 
     def close(self) -> None:
         self._inner.close()
+
+    def _timed(self, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        found = call(*args, **named)
+        self.seconds += time.perf_counter() - wall
+        self.cpu += time.thread_time() - cpu
+        return found
 
 
 def send_samples(brokers: str, topic: str, batches: Iterable[Any]) -> None:
@@ -126,7 +130,7 @@ def backlog(trainer: Trainer, writer: Timed, seconds: float) -> dict[str, float]
     while trainer.learner.step < WARM_STEPS:
         trainer.turn()
     steps, learnt, cpu, wall = trainer.learner.step, trainer.learnt, time.process_time(), time.perf_counter()
-    writer.seconds, writer.transactions, ended = 0.0, 0, wall
+    writer.seconds, writer.cpu, writer.transactions, ended = 0.0, 0.0, 0, wall
     while ended - wall < seconds and trainer.turn():
         ended = time.perf_counter()
     done = trainer.learner.step - steps
@@ -135,6 +139,7 @@ def backlog(trainer: Trainer, writer: Timed, seconds: float) -> dict[str, float]
         "step_us": (ended - wall) / done * 1e6,
         "cpu_us": (time.process_time() - cpu) / done * 1e6,
         "record_us": writer.seconds / done * 1e6,
+        "record_cpu_us": writer.cpu / done * 1e6,
         "steps": done,
         "steps_a_transaction": done / max(1, writer.transactions),
     }

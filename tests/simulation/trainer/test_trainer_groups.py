@@ -76,17 +76,21 @@ class Numbered:
         return call
 
 
-def trainer_of(
-    world: World, seed: int, at: int = 0, way: str = "", *, config: TrainConfig = CONFIG
-) -> tuple[Trainer, list[int]]:
+def trainer_of(world: World, seed: int, at: int = 0, way: str = "", room: str = "writers") -> tuple[Trainer, list[int]]:
     """Return a trainer whose call of that number ends so, and how many calls it has made."""
     calls, rng = [0], Random(seed)
+
+    def numbered(inner: Any, counted: str, of: str) -> Any:
+        return Numbered(inner, tuple(counted.split()), calls, at, way) if of == room else inner
+
     writer = FencedMemory(world.log, TOPICS.steps, f"steps-{MODEL}", world.epochs)
     changes: dict[str, Any] = {
-        "steps_writer": Numbered(writer, ("open", "append", "read"), calls, at, way),
-        "blobs": Numbered(world.blobs, ("put",), calls, at, way),
+        "steps_writer": numbered(writer, "open append read", "writers"),
+        "blobs": numbered(world.blobs, "put", "writers"),
+        "reader": numbered(world.log.reader(), "poll", "readers"),
+        "lake": world.lake and numbered(world.lake, "read spans", "readers"),
     }
-    trainer = Trainer(world.deps(project=SHORT, config=config, **changes))
+    trainer = Trainer(world.deps(project=SHORT, config=CONFIG, **changes))
     trainer.ahead._background = True
     trainer.ahead._threads.thread = lambda _, work: Later(work, rng)  # type: ignore[method-assign, assignment, return-value]
     return trainer, calls
@@ -114,16 +118,19 @@ def look(world: World, trainer: Trainer) -> None:
         assert before == list(range(1, each.step + 1)), "a checkpoint's offset is not behind its last step"
 
 
-def live(world: World, seed: int, at: int = 0, way: str = "") -> tuple[Trainer, int, int]:
+def live(world: World, seed: int, at: int = 0, way: str = "", room: str = "writers") -> tuple[Trainer, int, int]:
     """Run trainers until all is learnt; return the last one, how many calls the first one made, and how many died."""
     first_calls = 0
     for deaths in range(3):
-        trainer, calls = trainer_of(world, seed + deaths, 0 if deaths else at, way)
+        trainer, calls = trainer_of(world, seed + deaths, 0 if deaths else at, way, room)
         try:
             trainer.recover()
             idle = 0
             while idle < 4:
-                idle = 0 if trainer.turn() else idle + 1
+                try:
+                    idle = 0 if trainer.turn() else idle + 1
+                except Unavailable:
+                    idle = 0
                 world.clock.advance(0.03)
                 look(world, trainer)
             trainer.close()
@@ -169,6 +176,21 @@ def test_groups_are_recorded_while_others_are_learnt(stored):
 def test_a_call_that_fails_or_is_the_last_changes_nothing(at, stored, way):
     world = world_of(at, stored=stored)
     trainer, _, deaths = live(world, at, at, way)
+    assert deaths == way.startswith("dies")
+    check(world, trainer)
+
+
+READS = 16
+"""How many calls of reader and lake there are at least."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("at", [n if n % 5 == 3 else pytest.param(n, marks=pytest.mark.long) for n in range(1, READS)])
+def test_a_reading_that_fails_or_is_the_last_changes_nothing(at, stored, way):
+    """Among these are those that read on behind a recorded step, for the group behind it."""
+    world = world_of(2, stored=stored)
+    trainer, _, deaths = live(world, at, at, way, "readers")
     assert deaths == way.startswith("dies")
     check(world, trainer)
 
