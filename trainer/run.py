@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import TypeVar
 
 from headrace.contract.errors import InvariantBroken, Unavailable
@@ -45,6 +44,7 @@ from headrace.trainer.commit.steps_archive import StepsArchive, StepsMover
 from headrace.trainer.dependencies import Dependencies
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
+from headrace.trainer.proposals import Proposals
 from headrace.trainer.source.source import Source
 from headrace.trainer.upload_watch import UploadWatch
 from headrace.trainer.validation.evaluate import known_times
@@ -82,9 +82,14 @@ class Trainer:
             deps.steps_writer, self.project.name, deps.metrics, pause=lambda s: wait(deps, s), archive=self._archive
         )
         self.ahead = StepsAhead(
-            self.steps, deps.config, background=deps.background, look=self._check, holder=self._other_trainer
+            self.steps,
+            steps_max=deps.config.group_steps,
+            background=deps.background,
+            look=self._check,
+            words=self._broken,
         )
         self.recipe = recipe_digest(self.project)
+        self.proposals = Proposals(deps, self.source, self.recipe)
         self.learner = learner_for(self.project, deps.config)
         self.evaluation = new_evaluation(self.project, deps.config)
         self.run_id = ""
@@ -93,11 +98,8 @@ class Trainer:
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
         self.uploads = {what: UploadWatch(what, deps.metrics, deps.clock) for what in ("snapshot", "checkpoint")}
-        self._waiting_since = -1.0
         self._unlearnt = 0
         """The step that is being learnt; 0 between steps."""
-        self._proposed = 0
-        """The last step that was proposed."""
         self._steps_offset = 0
         """The offset behind the record of the last step that was learnt."""
         self._stored_rows = 0
@@ -140,7 +142,8 @@ class Trainer:
         self.checkpointer = self._new_checkpointer(checkpoint.manifest if checkpoint is not None else None)
         del checkpoint
         self._redo(redone)
-        self._proposed, self._steps_offset = self.learner.step, self.steps.offset
+        self.proposals.begin(self.run_id, self.learner.step)
+        self._steps_offset = self.steps.offset
         self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
             logger.info("run %s is served until the lake is learnt", manifests[-1].run)
@@ -281,61 +284,17 @@ class Trainer:
         self._retrying("go on from the checkpoint", lambda: self.source.begin(checkpoint.meta.cursor))
         logger.info("checkpoint of run %s at step %d", self.run_id, self.learner.step)
 
-    def _propose(self) -> Step | None:
-        rows_max, now = self.project.recipe.batch_rows, self.deps.clock.monotonic()
-        ready = self.source.ready_rows()
-        if ready < rows_max:
-            waited = now - self._waiting_since if self._waiting_since >= 0 else 0.0
-            left = self.deps.config.wait_ms / 1000 - waited
-            # 5 ms: rows that come while others wait are joined without spinning.
-            self.source.poll(max(min(left, 0.005), 0.0) if ready else 0.05)
-            ready = self.source.ready_rows()
-            if ready and self._waiting_since < 0:
-                self._waiting_since = now
-            if not ready or (ready < rows_max and now - self._waiting_since < self.deps.config.wait_ms / 1000):
-                return None
-        self._waiting_since = -1.0
-        return self._proposal()
-
-    def _propose_full(self, steps_max: int) -> list[Step]:
-        """Return the full batches that wait behind what was proposed, as so many steps at most."""
-        rows_max = self.project.recipe.batch_rows
-        if steps_max and self.source.ready_rows() < rows_max:
-            with suppress(Unavailable):  # The step before them is recorded and need not wait.
-                self.source.poll(0)
-        steps: list[Step] = []
-        while len(steps) < steps_max and self.source.ready_rows() >= rows_max and (step := self._proposal()):
-            steps.append(step)
-        return steps
-
-    def _proposal(self) -> Step | None:
-        """Return the next rows as the next step; None where there are none."""
-        ranges = self.source.propose(self.project.recipe.batch_rows)
-        if not ranges:
-            return None
-        self._proposed += 1
-        return Step(
-            model=self.project.name,
-            run=self.run_id,
-            step=self._proposed,
-            ranges=ranges,
-            positions=self.source.positions_after(ranges).to_json(),
-            recipe=self.recipe,
-            seed=self.project.recipe.seed,
-            samples_id=self.deps.samples_id,
-        )
-
     def _record(self) -> None:
         """Record a step where none waits to be learnt, and begin to record the full batches behind it. Raises what must
         end the process."""
         if self._unlearnt:
             raise InvariantBroken(f"step {self._unlearnt} is recorded and was not learnt; this process must end.")
         if self.ahead.is_empty:
-            step = self._propose()
+            step = self.proposals.next()
             if step is None:
                 return
             self.ahead.commit(step)
-        self.ahead.begin(self._propose_full(self.ahead.room()))
+        self.ahead.begin(self.proposals.full(self.ahead.room()))
 
     def _learn(self, offset: int, step: Step) -> None:
         """Learn the step that the record at `offset` commits. Raises what must end the process: the next one redoes
@@ -350,6 +309,10 @@ class Trainer:
             ) from error
         self._unlearnt, self._steps_offset = 0, offset + 1
         self.ahead.took(self.deps.clock.monotonic() - began_s)
+
+    def _broken(self, error: InvariantBroken) -> str:
+        """Say why a step could not be recorded, and who has the model now; in the thread that records it."""
+        return f"{error}{self._other_trainer()}"
 
     def _other_trainer(self) -> str:
         """Name the trainer that has the model now, where it is another one."""

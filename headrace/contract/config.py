@@ -312,11 +312,7 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     wait_ms: Millis = 50
     """Longest time that samples wait for a step to fill. Unit: ms."""
     group_steps: Annotated[int, Meta(ge=0, le=1_024)] = 16
-    """Most steps of full batches that are recorded in one transaction while steps before them are learnt. A step that
-    is not full is recorded by itself, at once. 0: each is. Unit: steps."""
-    group_ms: Millis = 100
-    """About how long the steps of one transaction may take to learn: rows that come now wait for those that are
-    recorded. Unit: ms."""
+    """Most full steps that one transaction records while those before them are learnt. 0: each by itself. Unit: steps."""
     publish_ms: Millis = 200
     """Time between deltas. Unit: ms."""
     snapshot_ms: Millis = 30_000

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.steps import Step
 from headrace.process.background import Background
@@ -25,6 +24,9 @@ from headrace.process.moved import moved
 from headrace.trainer.bounds import Stopped
 from headrace.trainer.commit.steps import StepsLog
 
+GROUP_S = 0.1
+"""About how long the steps of a group may take to learn. Rows that come meanwhile wait for them, also those of another
+partition, which a step of now would take along. A transaction takes a tenth of it, so nobody waits for one."""
 # 200 ms: how late a trainer that waits for a group sees that it was asked to stop.
 _LOOK_S = 0.2
 
@@ -35,21 +37,22 @@ class StepsAhead:
     def __init__(
         self,
         log: StepsLog,
-        config: TrainConfig,
         *,
+        steps_max: int,
         background: bool = True,
         look: Callable[[], None] = lambda: None,
-        holder: Callable[[], str] = lambda: "",
+        words: Callable[[InvariantBroken], str] = str,
     ) -> None:
         """Record nothing yet.
 
         Args:
+            steps_max: of a group; 0 records each step by itself, once the one before it is learnt.
             background: record groups in a thread; without it `begin` returns when the group is recorded.
             look: is called several times a second while `next` waits, and may raise to end the wait.
-            holder: says who has the model, where it is another trainer; it ends the message of what is broken.
+            words: say why a step could not be recorded, in the thread that records it.
         """
-        self._log, self._config, self._background = log, config, background
-        self._look, self._holder = look, holder
+        self._log, self._steps_max, self._background = log, steps_max, background
+        self._look, self._words = look, words
         self._step_s = 0.0
         """About how long a step takes to learn."""
         self._recorded: deque[tuple[int, Step]] = deque()
@@ -71,7 +74,7 @@ class StepsAhead:
         self._collect()
         if self._group:
             return 0
-        return min(self._config.group_steps, 1 + int(self._config.group_ms / 1_000 / max(self._step_s, 1e-6)))
+        return min(self._steps_max, 1 + int(GROUP_S / max(self._step_s, 1e-6)))
 
     def took(self, seconds: float) -> None:
         """Note how long a step took to learn."""
@@ -116,7 +119,7 @@ class StepsAhead:
         try:
             self._found = self._log.commit(*self._group)
         except InvariantBroken as error:
-            raise InvariantBroken(f"{error}{self._holder()}") from error
+            raise InvariantBroken(self._words(error)) from error
 
     def _record_beside(self) -> None:
         with suppress(Stopped):  # Who waits for the group is told by `look`.
