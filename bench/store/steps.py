@@ -147,7 +147,7 @@ def backlog(trainer: Trainer, writer: Timed, seconds: float) -> dict[str, float]
 
 def lone(trainer: Trainer, brokers: str, topic: str, seconds: float) -> dict[str, float]:
     """Send single rows, each when the one before is learnt; return the milliseconds from sending to learning."""
-    while trainer.turn() or trainer.source.waiting_rows():
+    while trainer.turn() or trainer.source.lag(trainer.deps.reader.end_offsets(topic)):
         pass  # What the side before has sent.
     producer, took, last = KafkaProducer(brokers, linger_ms=0.0), list[float](), trainer.positions.at(0)
     number = (last.offset + 1) * 64 // PARTITIONS
