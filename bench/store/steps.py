@@ -1,13 +1,14 @@
 """What recording a step costs the trainer: samples/s with steps recorded one by one, and in groups beside learning.
 
 Method: a broker of its own has 8 partitions of seeded samples, and a store on disk has the same ones as a lake. A
-trainer with everything that it has in production (Kafka's transactions, checkpoints, deltas) learns a backlog of
-either, in steps of 32, 512 and 8,192 rows: once with `train.group_steps = 0`, which records each step once the one
-before it is learnt, and once with the default. A last pair learns single rows that come one by one, each when the one
-before was learnt: what a lone step takes from the reading of its row to the end of its learning.
-Each side is a process of its own and a model of its own, sides take turns, figures are medians of the rounds. `record`
-is the time from the beginning of a transaction to its read back, in whatever thread, shared by its steps; its CPU
-time is that of this thread alone, without the threads of Kafka's client, which `cpu_us` has.
+trainer with Kafka's transactions and all that it has in production (but one checkpoint and snapshot only, at its
+beginning) learns a backlog of either, in steps of 32, 512 and 8,192 rows. The sides take turns every few steps of one
+process, so that they share what else the machine does: `alone` is `train.group_steps = 0`, which records each step once
+the one before it is learnt, `group` the default. Figures are medians of these slices. Lastly single rows come one by
+one, each when the one before was learnt: how long one takes from its sending to the end of its step, sides in turn.
+
+`record` is the time from the beginning of a transaction to its read back, in whatever thread, shared by its steps; its
+CPU time is that of this thread alone, without the threads of Kafka's client, which `cpu` has.
 
     python bench/store/steps.py --base 26000
 """
@@ -52,8 +53,10 @@ from headrace.trainer.run import Trainer
 
 SIDES = {"alone": 0, "group": TrainConfig().group_steps}
 RECIPES = {"logistic": logistic, "deepfm": deepfm}
-ROWS = (32, 512, 8_192)
-RECORD, WARM_STEPS = 16_384, 20
+SLICE = 4
+ROWS = {32: 64, 512: 32, 8_192: SLICE}
+"""Rows of a step, and how many steps a side has at a time."""
+RECORD, WARM_STEPS = 16_384, 12
 
 
 class Timed:
@@ -97,7 +100,7 @@ def send_samples(brokers: str, topic: str, batches: Iterable[Any]) -> None:
         producer.flush(30.0)
 
 
-def trainer_of(side: str, recipe: str, rows: int, brokers: str, lake: str, store: str) -> tuple[Trainer, Timed]:
+def trainer_of(recipe: str, rows: int, brokers: str, lake: str, store: str) -> tuple[Trainer, Timed]:
     """Return a trainer of a model of its own that has recovered."""
     project = msgspec.structs.replace(
         PROJECT,
@@ -108,7 +111,7 @@ def trainer_of(side: str, recipe: str, rows: int, brokers: str, lake: str, store
     trainer = Trainer(
         Dependencies(
             project=project,
-            config=TrainConfig(group_steps=SIDES[side], wait_ms=1),
+            config=TrainConfig(wait_ms=1, checkpoint_ms=3_600_000, snapshot_ms=3_600_000),
             topics=TOPICS,
             reader=KafkaReader(brokers),
             producer=KafkaProducer(brokers),
@@ -125,44 +128,56 @@ def trainer_of(side: str, recipe: str, rows: int, brokers: str, lake: str, store
     return trainer, writer
 
 
-def backlog(trainer: Trainer, writer: Timed, seconds: float) -> dict[str, float]:
-    """Learn what there is, for so long at most."""
+def backlog(trainer: Trainer, writer: Timed, slice_steps: int, slices: int) -> list[dict[str, dict[str, float]]]:
+    """Learn so many slices of each side, or what there is; return a slice's figures by side."""
+    found: list[dict[str, dict[str, float]]] = []
     while trainer.learner.step < WARM_STEPS:
         trainer.turn()
-    steps, learnt, cpu, wall = trainer.learner.step, trainer.learnt, time.process_time(), time.perf_counter()
-    writer.seconds, writer.cpu, writer.transactions, ended = 0.0, 0.0, 0, wall
-    while ended - wall < seconds and trainer.turn():
-        ended = time.perf_counter()
-    done = trainer.learner.step - steps
-    return {
-        "per_second": (trainer.learnt - learnt) / (ended - wall),
-        "step_us": (ended - wall) / done * 1e6,
-        "cpu_us": (time.process_time() - cpu) / done * 1e6,
-        "record_us": writer.seconds / done * 1e6,
-        "record_cpu_us": writer.cpu / done * 1e6,
-        "steps": done,
-        "steps_a_transaction": done / max(1, writer.transactions),
-    }
+    for number in range(slices):
+        pair: dict[str, dict[str, float]] = {}
+        for side in SIDES if number % 2 else reversed(SIDES):
+            trainer.ahead.steps_max = SIDES[side]
+            while not trainer.ahead.is_empty:
+                trainer.turn()
+            before, learnt = trainer.learner.step, trainer.learnt
+            writer.seconds, writer.cpu, writer.transactions = 0.0, 0.0, 0
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(slice_steps):
+                trainer.turn()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            steps = trainer.learner.step - before
+            if steps < slice_steps:
+                return found
+            pair[side] = {
+                "per_second": (trainer.learnt - learnt) / wall,
+                "step_ms": wall / steps * 1e3,
+                "cpu_ms": cpu / steps * 1e3,
+                "record_ms": writer.seconds / steps * 1e3,
+                "record_cpu_ms": writer.cpu / steps * 1e3,
+                "steps_a_transaction": steps / max(1, writer.transactions),
+            }
+        found.append(pair)
+    return found
 
 
-def lone(trainer: Trainer, brokers: str, topic: str, seconds: float) -> dict[str, float]:
-    """Send single rows, each when the one before is learnt; return the milliseconds from sending to learning."""
-    while trainer.turn() or trainer.source.lag(trainer.deps.reader.end_offsets(topic)):
-        pass  # What the side before has sent.
-    producer, took, last = KafkaProducer(brokers, linger_ms=0.0), list[float](), trainer.positions.at(0)
-    number = (last.offset + 1) * 64 // PARTITIONS
-    for _ in range(WARM_STEPS + int(25 * seconds)):
-        row = samples(number * PARTITIONS, 1, 500.0)
-        new = Position(row["offset"][0].as_py(), row["rank"][0].as_py())
-        headers = {"after": format_position(last), "last": format_position(new), "spec": ""}
-        last, number, began = new, number + 1, time.perf_counter()
-        producer.send(topic, 0, encode_batch(row), headers=headers)
-        producer.flush(5.0)
-        while not trainer.turn():
-            pass
-        took.append(time.perf_counter() - began)
-    kept = took[WARM_STEPS:]
-    return {"lone_ms": statistics.median(kept) * 1e3, "lone_p95_ms": statistics.quantiles(kept, n=20)[-1] * 1e3}
+def lone(trainer: Trainer, brokers: str, topic: str, rows: int) -> list[dict[str, dict[str, float]]]:
+    """Send single rows, each when the one before is learnt; return the ms from sending to the step's end, by side."""
+    producer, last, found = KafkaProducer(brokers, linger_ms=0.0), Position(-1, -1), list[dict[str, dict[str, float]]]()
+    for number in range(WARM_STEPS + rows):
+        pair: dict[str, dict[str, float]] = {}
+        for turn, side in enumerate(SIDES if number % 2 else reversed(SIDES)):
+            trainer.ahead.steps_max = SIDES[side]
+            row = samples((2 * number + turn) * PARTITIONS, 1, 500.0)
+            new = Position(row["offset"][0].as_py(), row["rank"][0].as_py())
+            headers = {"after": format_position(last), "last": format_position(new), "spec": ""}
+            last, began = new, time.perf_counter()
+            producer.send(topic, 0, encode_batch(row), headers=headers)
+            producer.flush(5.0)
+            while not trainer.turn():
+                pass
+            pair[side] = {"ms": (time.perf_counter() - began) * 1e3}
+        found.append(pair)
+    return found[WARM_STEPS:]
 
 
 def main() -> int:
@@ -171,46 +186,40 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a minute or two")
     parser.add_argument("--base", type=int, default=26_000, help="first port of the broker")
     parser.add_argument("--recipe", choices=RECIPES, default="logistic")
-    parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="rows a step")
-    parser.add_argument("--samples", type=int, help="in the topic, and in the lake")
-    parser.add_argument("--seconds", type=float)
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--slices", type=int, help="how often each side has its turn")
+    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    seconds, rounds = args.seconds or (2.0 if args.quick else 8.0), args.rounds or (1 if args.quick else 3)
-    if args.side:
-        side, kind, rows, brokers, lake = args.side
-        trainer, writer = trainer_of(
-            side, args.recipe, int(rows), brokers, lake if kind == "lake" else "", f"{lake}-store"
-        )
-        found = backlog(trainer, writer, seconds) if kind != "lone" else lone(trainer, brokers, TOPICS.samples, seconds)
-        print(json.dumps(found), flush=True)
+    slices = args.slices or (6 if args.quick else 20)
+    if args.case:
+        kind, rows, brokers, lake = args.case
+        trainer, writer = trainer_of(args.recipe, int(rows), brokers, lake if kind == "lake" else "", f"{lake}-store")
+        if kind == "lone":
+            print(json.dumps(lone(trainer, brokers, TOPICS.samples, 10 * slices)), flush=True)
+        else:
+            print(json.dumps(backlog(trainer, writer, ROWS[int(rows)], slices)), flush=True)
         os._exit(0)  # The readers of the lake and of Kafka have threads that an orderly end may meet at work.
-    count = args.samples or (400_000 if args.quick else 1_000_000)
+    count = (2 * slices * SLICE + WARM_STEPS + 20) * max(ROWS)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
         uri = str(Path(folder) / "lake")
         fill(uri, count, 500.0)
         batches = (samples(first, RECORD, 500.0) for first in range(0, count, RECORD))
         with broker(args.base, "", PARTITIONS) as layout:
-            cases = [(kind, rows) for rows in args.rows for kind in ("lake", "live")]
-            for kind, rows in [("lone", 32), *cases]:
-                if (kind, rows) == cases[0]:
+            for kind, rows in [("lone", 32), *((kind, rows) for rows in ROWS for kind in ("lake", "live"))]:
+                if (kind, rows) == ("lake", min(ROWS)):
                     send_samples(layout.brokers, TOPICS.samples, batches)
-                found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-                for each in range(rounds):
-                    for side in SIDES if each % 2 == 0 else reversed(SIDES):
-                        how = ["--recipe", args.recipe, "--seconds", str(seconds), "--side", side, kind, str(rows)]
-                        ran = [sys.executable, __file__, *how, layout.brokers, uri]
-                        out = subprocess.run(ran, check=True, stdout=subprocess.PIPE, text=True).stdout
-                        found[side].append(json.loads(out.splitlines()[-1]))
-                for name in found["group"][0]:
-                    ours, before = (statistics.median(r[name] for r in found[side]) for side in ("group", "alone"))
-                    ratio = round(ours / before, 2) if before else 0.0
-                    unit = {"per_second": "samples/s", "lone_ms": "ms", "lone_p95_ms": "ms"}.get(name, "a step")
-                    figures.append(
-                        Figure(f"{kind}_{rows}_{name}", round(ours, 2), unit, "alone", round(before, 2), ratio)
+                case = ["--recipe", args.recipe, "--slices", str(slices), "--case", kind, str(rows)]
+                ran = [sys.executable, __file__, *case, layout.brokers, uri]
+                out = subprocess.run(ran, check=True, stdout=subprocess.PIPE, text=True).stdout
+                found = json.loads(out.splitlines()[-1])
+                for name in found[0]["group"]:
+                    ours, before = (
+                        statistics.median(pair[side][name] for pair in found) for side in ("group", "alone")
                     )
+                    ratio = statistics.median(pair["group"][name] / max(pair["alone"][name], 1e-9) for pair in found)
+                    unit = {"per_second": "samples/s", "steps_a_transaction": "steps"}.get(name, "ms")
+                    label = f"{kind}_{rows}_{name}" if kind != "lone" else f"lone_row_{name}"
+                    figures.append(Figure(label, round(ours, 3), unit, "alone", round(before, 3), round(ratio, 2)))
     show(figures)
     return 0
 

@@ -51,8 +51,8 @@ class StepsAhead:
             look: is called several times a second while `next` waits, and may raise to end the wait.
             words: say why a step could not be recorded, in the thread that records it.
         """
-        self._log, self._steps_max, self._background = log, steps_max, background
-        self._look, self._words = look, words
+        self._log, self._background, self._look, self._words = log, background, look, words
+        self.steps_max = steps_max
         self._step_s = 0.0
         """About how long a step takes to learn."""
         self._recorded: deque[tuple[int, Step]] = deque()
@@ -74,7 +74,7 @@ class StepsAhead:
         self._collect()
         if self._group:
             return 0
-        return min(self._steps_max, 1 + int(GROUP_S / max(self._step_s, 1e-6)))
+        return min(self.steps_max, 1 + int(GROUP_S / max(self._step_s, 1e-6)))
 
     def took(self, seconds: float) -> None:
         """Note how long a step took to learn."""

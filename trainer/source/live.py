@@ -87,11 +87,6 @@ class LivePartition:
         return sum(chunk.rows.num_rows for chunk in self.chunks)
 
     @property
-    def ready(self) -> int:
-        """How many rows can be proposed."""
-        return self.rows - self.ahead
-
-    @property
     def has_more(self) -> bool:
         """Whether records were read behind what was proposed."""
         return bool(self.chunks) and self.chunks[-1].last > self.spoken_for
@@ -194,9 +189,9 @@ class LiveRows:
         return sum(partition.rows for partition in self.partitions.values())
 
     @property
-    def ready(self) -> int:
-        """How many of them can be proposed."""
-        return sum(partition.ready for partition in self.partitions.values())
+    def ahead(self) -> int:
+        """How many of them were proposed."""
+        return sum(partition.ahead for partition in self.partitions.values())
 
     def intake(self, record: Record) -> None:
         """Take what is new of a record and of those that waited for it.

@@ -214,7 +214,8 @@ class Source:
         """Return how many rows could be proposed now."""
         if self._stored.is_open:
             return self._stored.ready
-        return 0 if self._live.rows < BUFFER_ROWS and self._is_lopsided() else self._live.ready
+        total = self._live.rows
+        return 0 if total < BUFFER_ROWS and self._is_lopsided() else total - self._live.ahead
 
     def _is_lopsided(self) -> bool:
         """True while a backlog was read of some partitions only: learning on would run ahead of the others' time."""
