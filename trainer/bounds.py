@@ -25,6 +25,10 @@ SILENT_MAX_S = 330.0
 POLL_S = 0.2
 
 
+class Stopped(Exception):
+    """The process was asked to stop while it waited."""
+
+
 def watched(deps: Dependencies) -> Dependencies:
     """Return the same dependencies with every call watched by `deps.calls`."""
     wrap, open_reader = deps.calls.wrap, deps.open_reader
@@ -39,6 +43,15 @@ def watched(deps: Dependencies) -> Dependencies:
         lake=wrap("lake", deps.lake, dict.fromkeys(LAKE_CALLS, LAKE_MAX_S)),
         board=wrap("board", deps.board),
     )
+
+
+def wait(deps: Dependencies, seconds: float) -> None:
+    """Wait, in whatever thread. Raises `Stopped` where the process was asked to stop before or meanwhile."""
+    for wait_s in (seconds, 0.0):
+        if deps.stop.is_set():
+            raise Stopped
+        if wait_s:
+            deps.clock.sleep(wait_s)
 
 
 def poll_until(has: Callable[[], bool], poll: Callable[[float], Mapping[int, int]], what: str) -> None:

@@ -4,11 +4,16 @@ Protocol of one step:
 
 1. read ahead until a batch is full or its first row has waited `wait_ms`;
 2. propose position ranges; write them as step n and read step n back (`trainer.commit.steps`);
-3. take the rows of the ranges; score them, learn them;
-4. publish and checkpoint, by time, each in a thread of its own.
+3. propose the full batches behind them, if there are some; write them as steps n + 1 to n + k and read them back in a
+   thread, beside what follows (`trainer.commit.ahead`): then 1 and 2 are done for them;
+4. take the rows of the ranges of step n; score them, learn them;
+5. publish and checkpoint, by time, each in a thread of its own.
 
-Whatever fails between 2 and the end of 3 ends the process, also what would be retried elsewhere: the step is recorded,
-and the next process redoes it. No step follows one that was not learnt.
+A batch that is not full is proposed when all before it is learnt: more rows come meanwhile, and it waits for no group.
+
+Whatever fails between 2 and the end of 4 ends the process, also what would be retried elsewhere: the step is recorded,
+and the next process redoes it. No step follows one that was not learnt. What is recorded ahead when the process ends,
+the next one redoes as well.
 
 A call that never returns ends the process too (`trainer.bounds`).
 
@@ -28,7 +33,8 @@ from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.interfaces.log import check_topic
 from headrace.process.moved import moved
-from headrace.trainer.bounds import WORK_MAX_S, poll_until, watched
+from headrace.trainer.bounds import WORK_MAX_S, Stopped, poll_until, wait, watched
+from headrace.trainer.commit.ahead import StepsAhead
 from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, Meta, newest_checkpoint, runs_of
 from headrace.trainer.commit.checkpointer import Checkpointer, Moment, made_here
 from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
@@ -38,6 +44,7 @@ from headrace.trainer.commit.steps_archive import StepsArchive, StepsMover
 from headrace.trainer.dependencies import Dependencies
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
+from headrace.trainer.proposals import Proposals
 from headrace.trainer.source.source import Source
 from headrace.trainer.upload_watch import UploadWatch
 from headrace.trainer.validation.evaluate import known_times
@@ -50,10 +57,6 @@ T = TypeVar("T")
 _RETRY_SNAPSHOT_S = 2.0
 SHOWN_EVERY = 8
 """Of so many readings of the lake one brings the values that the projector shows: it counts a few rows of each step."""
-
-
-class Stopped(Exception):
-    """The process was asked to stop while it waited."""
 
 
 class Trainer:
@@ -76,9 +79,17 @@ class Trainer:
         )
         self._archive = StepsArchive(deps.blobs, deps.topics.steps, deps.steps_id)
         self.steps = StepsLog(
-            deps.steps_writer, self.project.name, deps.metrics, pause=self._pause, archive=self._archive
+            deps.steps_writer, self.project.name, deps.metrics, pause=lambda s: wait(deps, s), archive=self._archive
+        )
+        self.ahead = StepsAhead(
+            self.steps,
+            steps_max=deps.config.group_steps,
+            background=deps.background,
+            look=self._check,
+            words=self._broken,
         )
         self.recipe = recipe_digest(self.project)
+        self.proposals = Proposals(deps, self.source, self.recipe)
         self.learner = learner_for(self.project, deps.config)
         self.evaluation = new_evaluation(self.project, deps.config)
         self.run_id = ""
@@ -87,9 +98,10 @@ class Trainer:
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
         self.uploads = {what: UploadWatch(what, deps.metrics, deps.clock) for what in ("snapshot", "checkpoint")}
-        self._waiting_since = -1.0
         self._unlearnt = 0
-        """The step that is being committed or learnt; 0 between steps."""
+        """The step that is being learnt; 0 between steps."""
+        self._steps_offset = 0
+        """The offset behind the record of the last step that was learnt."""
         self._stored_rows = 0
         """How many stored samples there were when this process began to learn them; 0 while it learns none."""
         self._taken_ms = 0
@@ -134,6 +146,8 @@ class Trainer:
         self.checkpointer = self._new_checkpointer(checkpoint.manifest if checkpoint is not None else None)
         del checkpoint
         self._redo(redone)
+        self.proposals.begin(self.run_id, self.learner.step)
+        self._steps_offset = self.steps.offset
         self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
             logger.info("run %s is served until the lake is learnt", manifests[-1].run)
@@ -155,11 +169,12 @@ class Trainer:
         """Do one step if rows wait, then publish what is due; return whether a step was done."""
         self.deps.producer.poll(0)
         self._check_upload()
-        step = self._propose()
-        if step is not None:
-            self._commit(step)
+        self._record()
+        recorded = self.ahead.next()
+        if recorded is not None:
+            self._learn(*recorded)
         self._publish()
-        return step is not None
+        return recorded is not None
 
     def run(self) -> None:
         """Recover and turn until `stop`; what is published last is a snapshot and a checkpoint."""
@@ -183,7 +198,7 @@ class Trainer:
     def close(self) -> None:
         """Leave a checkpoint of the last step, within 3 s, and let go of the model."""
         if self.publisher is not None and self.checkpointer is not None:
-            for writer in (self.checkpointer, self.publisher):
+            for writer in (self.ahead, self.checkpointer, self.publisher):
                 writer.close(1.0)
             self._checkpoint()
             self._snapshot()
@@ -273,43 +288,22 @@ class Trainer:
         self._retrying("go on from the checkpoint", lambda: self.source.begin(checkpoint.meta.cursor))
         logger.info("checkpoint of run %s at step %d", self.run_id, self.learner.step)
 
-    def _propose(self) -> Step | None:
-        rows_max, now = self.project.recipe.batch_rows, self.deps.clock.monotonic()
-        ready = self.source.ready_rows()
-        if ready < rows_max:
-            waited = now - self._waiting_since if self._waiting_since >= 0 else 0.0
-            left = self.deps.config.wait_ms / 1000 - waited
-            # 5 ms: rows that come while others wait are joined without spinning.
-            self.source.poll(max(min(left, 0.005), 0.0) if ready else 0.05)
-            ready = self.source.ready_rows()
-            if ready and self._waiting_since < 0:
-                self._waiting_since = now
-            if not ready or (ready < rows_max and now - self._waiting_since < self.deps.config.wait_ms / 1000):
-                return None
-        self._waiting_since = -1.0
-        ranges = self.source.propose(rows_max)
-        if not ranges:
-            return None
-        return Step(
-            model=self.project.name,
-            run=self.run_id,
-            step=self.learner.step + 1,
-            ranges=ranges,
-            positions=self.source.positions_after(ranges).to_json(),
-            recipe=self.recipe,
-            seed=self.project.recipe.seed,
-            samples_id=self.deps.samples_id,
-        )
-
-    def _commit(self, step: Step) -> None:
-        """Record the step, then learn it. Raises what must end the process: then the next one redoes the step."""
+    def _record(self) -> None:
+        """Record a step where none waits to be learnt, and begin to record the full batches behind it. Raises what must
+        end the process."""
         if self._unlearnt:
-            raise InvariantBroken(f"step {self._unlearnt} may be recorded and was not learnt; this process must end.")
-        self._unlearnt = step.step
-        try:
-            self.steps.commit(step)
-        except InvariantBroken as error:
-            raise InvariantBroken(f"{error}{self._other_trainer()}") from error
+            raise InvariantBroken(f"step {self._unlearnt} is recorded and was not learnt; this process must end.")
+        if self.ahead.is_empty:
+            step = self.proposals.next()
+            if step is None:
+                return
+            self.ahead.commit(step)
+        self.ahead.begin(self.proposals.full(self.ahead.room()))
+
+    def _learn(self, offset: int, step: Step) -> None:
+        """Learn the step that the record at `offset` commits. Raises what must end the process: the next one redoes
+        it."""
+        self._unlearnt, began_s = step.step, self.deps.clock.monotonic()
         try:
             self._apply(step)
         except Unavailable as error:
@@ -317,7 +311,12 @@ class Trainer:
                 f"step {step.step} of run {self.run_id} is recorded and was not learnt: {error} This process ends, and "
                 "the next one learns it."
             ) from error
-        self._unlearnt = 0
+        self._unlearnt, self._steps_offset = 0, offset + 1
+        self.ahead.took(self.deps.clock.monotonic() - began_s)
+
+    def _broken(self, error: InvariantBroken) -> str:
+        """Say why a step could not be recorded, and who has the model now; in the thread that records it."""
+        return f"{error}{self._other_trainer()}"
 
     def _other_trainer(self) -> str:
         """Name the trainer that has the model now, where it is another one."""
@@ -403,7 +402,7 @@ class Trainer:
         meta = Meta(
             run=self.run_id,
             step=self.learner.step,
-            steps_offset=self.steps.offset,
+            steps_offset=self._steps_offset,
             recipe=self.recipe,
             cursor=self.source.cursor(),
             created_ms=clock.now_ms(),
@@ -455,9 +454,9 @@ class Trainer:
                 delay = min(2 * delay, 5.0)
 
     def _pause(self, seconds: float) -> None:
-        self._check()
-        self.deps.clock.sleep(seconds)
-        self._check()
+        self._check_upload()
+        wait(self.deps, seconds)
+        self._check_upload()
 
     def _check(self) -> None:
         if self.deps.stop.is_set():

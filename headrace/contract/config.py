@@ -311,6 +311,8 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     wait_ms: Millis = 50
     """Longest time that samples wait for a step to fill. Unit: ms."""
+    group_steps: Annotated[int, Meta(ge=0, le=1_024)] = 16
+    """Most full steps that one transaction records while those before are learnt. 0: each by itself. Unit: steps."""
     publish_ms: Millis = 200
     """Time between deltas. Unit: ms."""
     snapshot_ms: Millis = 30_000

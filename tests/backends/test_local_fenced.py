@@ -77,6 +77,26 @@ def test_what_is_appended_is_read_back_from_any_offset(make: Make) -> None:
     writer.close()
 
 
+def test_several_records_are_committed_in_order_and_by_a_fenced_off_writer_none(make: Make) -> None:
+    writer, following = make(), 0
+    writer.open()
+    several = [f"record {i}".encode() for i in range(20)]
+    for group in (several[:1], several[1:17], several[17:]):
+        writer.append(*group)
+        for value in group:
+            at, found = read_back(writer, following)
+            assert found == value
+            following = at + 1
+    heir = make()
+    heir.open()
+    with pytest.raises(InvariantBroken, match="another process became the writer"):
+        writer.append(b"too late", b"as well")
+    heir.append(b"heir", b"heir again")
+    assert values(make()) == [*several, b"heir", b"heir again"]
+    for each in (writer, heir):
+        each.close()
+
+
 def test_what_retention_has_deleted_is_told_or_passed_over_as_was_asked(both: tuple[Make, Trim]) -> None:
     make, trim = both
     writer = make()

@@ -38,13 +38,13 @@ class FaultyWriter(FencedMemory):
         super().__init__(*args)
         self.rng, self.rate = rng, rate
 
-    def append(self, value: bytes) -> None:
+    def append(self, *values: bytes) -> None:
         what = self.rng.random() / self.rate
         if what < 1:
             raise Killed
         if what < 2:
             raise Unavailable("the broker went away before it had the record")
-        super().append(value)
+        super().append(*values)
         if what < 3:
             raise Killed
         if what < 4:

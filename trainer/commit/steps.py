@@ -1,12 +1,15 @@
 """The `steps` record is the commit of training. Nobody applies, checkpoints or publishes step n before reading it back.
 
+Steps that follow each other are recorded as a group, in one transaction: all of them or none. While one group is learnt
+the next one is recorded (`trainer.commit.ahead`), so what is recorded may be ahead of what is learnt.
+
 Protocol:
 
 1. The trainer becomes the writer of the topic: an earlier trainer's appends fail from then on.
 2. It reads all steps after its checkpoint and redoes exactly those.
-3. It appends step n, then reads it back. Where the append's outcome is unknown, it opens the writer again, reads
-   to the end, and appends again only if step n is not there.
-4. It applies step n.
+3. It appends steps n to n + k, then reads all of them back. Where the append's outcome is unknown, it opens the writer
+   again, reads to the end, and appends again only those that are not there.
+4. It applies them one by one. A checkpoint's `steps_offset` is that of the first step that is not applied.
 
 Several models share the topic, each with a writer of its own: records of other models are passed over.
 """
@@ -14,7 +17,7 @@ Several models share the topic, each with a writer of its own: records of other 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -36,7 +39,8 @@ _FOREIGN_MAX = 100_000
 
 
 class StepsLog:
-    """One model's steps. `offset` is the next record to read; it travels in the checkpoint."""
+    """One model's steps. `offset` is the next record to read: the steps before it may still wait to be learnt. For one
+    thread at a time."""
 
     def __init__(
         self,
@@ -74,51 +78,52 @@ class StepsLog:
     def _archived(self, offset: int, end: int) -> Iterable[tuple[int, bytes]]:
         return self._archive.read(offset) if self._archive is not None and offset < end else ()
 
-    def commit(self, step: Step) -> None:
-        """Return when `step` was read back. Waits while Kafka is away; `pause` may raise to end the wait.
+    def commit(self, *steps: Step) -> list[tuple[int, Step]]:
+        """Return offset and step of these steps, which follow each other, when all of them were read back. Waits while
+        Kafka is away; `pause` may raise to end the wait.
 
-        Raises `InvariantBroken` when another trainer took over, or when the log holds another step of this number.
+        Raises `InvariantBroken` when another trainer took over, or when the log holds another step of such a number.
         """
-        value, known = encode_step(step), True
+        values, known = [encode_step(step) for step in steps], True
+        found: list[tuple[int, Step]] = []
         delay = 0.1
         while True:
             try:
                 if not known:
                     self._writer.open()
-                    if self._seen(step, self._read()):
-                        return
+                    self._note(self._read(), steps, found)
                     known = True
-                self._writer.append(value)
-                known = False
-                if self._read_back(step):
-                    return
-                raise Unavailable(f"step {step.step} was appended but not read back in {_READ_BACK_S} s.")
+                if len(found) < len(steps):
+                    self._writer.append(*values[len(found) :])
+                    known = False
+                    self._read_back(steps, found)
+                return found
             except Unavailable as error:
                 known = False
-                logger.warning("step %d waits: %s", step.step, error)
+                logger.warning("step %d waits: %s", steps[min(len(found), len(steps) - 1)].step, error)
                 self._pause(delay)
                 delay = min(2 * delay, 5.0)
 
-    def _read_back(self, step: Step) -> bool:
-        """Read on until the step is there; False when nothing comes, or too much of other models."""
+    def _read_back(self, steps: Sequence[Step], found: list[tuple[int, Step]]) -> None:
+        """Read on until all steps are found. Raises `Unavailable` when nothing comes, or too much of other models."""
         begun = self.offset
-        while self.offset - begun < _FOREIGN_MAX:
+        while len(found) < len(steps):
             before = self.offset
-            if self._seen(step, self._read(_READ_BACK_S)):
-                return True
-            if self.offset == before:
-                return False
-        return False
+            self._note(self._read(_READ_BACK_S), steps, found)
+            if self.offset == before or (self.offset - begun >= _FOREIGN_MAX and len(found) < len(steps)):
+                raise Unavailable(f"step {steps[len(found)].step} was appended but not read back in {_READ_BACK_S} s.")
 
-    def _seen(self, step: Step, found: list[tuple[int, Step]]) -> bool:
-        for _, other in found:
-            if other == step:
-                return True
-            raise InvariantBroken(
-                f"the steps log holds step {other.step} of run {other.run} where step {step.step} of run {step.run} "
-                "was written: another trainer is at work. This one stops; the supervisor starts it anew."
-            )
-        return False
+    def _note(self, read: list[tuple[int, Step]], steps: Sequence[Step], found: list[tuple[int, Step]]) -> None:
+        """Add to `found` what was read of `steps`, which come in order and once."""
+        for offset, other in read:
+            step = steps[len(found)] if len(found) < len(steps) else None
+            if other != step:
+                wanted = f"step {step.step} of run {step.run}" if step else "nothing more"
+                raise InvariantBroken(
+                    f"the steps log holds step {other.step} of run {other.run} where {wanted} was written: another "
+                    "trainer is at work. This one stops; the supervisor starts it anew."
+                )
+            found.append((offset, other))
 
     def _read(self, wait_s: float = 0.0) -> list[tuple[int, Step]]:
         records = self._writer.read(self.offset, wait_s)

@@ -1,9 +1,9 @@
 """Live rows: samples of the topic, by position, read ahead of training.
 
-Each partition keeps two positions: up to where its rows were given out, and up to where they were read. A row is given
-out once; a record that is out of turn is held back, with an alarm, until the rows before it have come. Where retention
-deleted what lies before the first record, nothing can come: a run that begins there says so and goes on behind the
-hole, any other run is refused.
+Each partition keeps three positions: up to where its rows were given out, up to where they were proposed, and up to
+where they were read. A row is proposed once, and given out once; a record that is out of turn is held back, with an
+alarm, until the rows before it have come. Where retention deleted what lies before the first record, nothing can come:
+a run that begins there says so and goes on behind the hole, any other run is refused.
 
 A record that is not ours, or damaged, is counted and skipped. Where samples of ours were in it, the record behind it
 begins after them: then reading stops, unless they come again before the end that the topic had when reading began.
@@ -63,6 +63,10 @@ class LivePartition:
     chunks: deque[_Chunk] = field(default_factory=deque)
     damaged: DamagedRecords = field(default_factory=DamagedRecords)
     """Records with our headers that could not be read."""
+    proposed: Position = START
+    """The last position whose rows were proposed; what was proposed and never recorded dies with the process."""
+    ahead: int = 0
+    """How many rows were proposed and not given out."""
     is_fresh: bool = False
     """True until the first record comes to a run that begins with this partition."""
     is_cut: bool = False
@@ -87,6 +91,16 @@ class LivePartition:
         return sum(chunk.rows.num_rows for chunk in self.chunks)
 
     @property
+    def has_more(self) -> bool:
+        """Whether records were read behind what was proposed."""
+        return bool(self.chunks) and self.chunks[-1].last > self.spoken_for
+
+    @property
+    def spoken_for(self) -> Position:
+        """The last position that was given out or proposed: a proposal begins behind it."""
+        return max(self.taken, self.proposed)
+
+    @property
     def resume_offset(self) -> int:
         """The first record that holds rows which are not taken: where a restart reads on."""
         records = [chunk.record for chunk in self.chunks] + [held.record.offset for held in self.order.held]
@@ -102,26 +116,30 @@ class LivePartition:
         return {held.after for held in self.order.held}
 
     def upto(self, rows_max: int) -> tuple[Position, int]:
-        """Return the position that takes at most `rows_max` rows, and how many rows that is."""
-        upto, rows = self.taken, 0
-        for chunk in self.chunks:
-            left = rows_max - rows
-            if chunk.rows.num_rows <= left:
-                upto, rows = chunk.last, rows + chunk.rows.num_rows
+        """Return the position up to which at most `rows_max` rows can be proposed, and how many rows that is."""
+        after = upto = self.spoken_for
+        rows = 0
+        for chunk in (each for each in self.chunks if each.last > after):
+            left, first = rows_max - rows, _through(chunk, after)
+            if chunk.rows.num_rows - first <= left:
+                upto, rows = chunk.last, rows + chunk.rows.num_rows - first
                 continue
             if left:
-                upto, rows = position_of(int(chunk.order_N[left - 1])), rows + left
+                upto, rows = position_of(int(chunk.order_N[first + left - 1])), rows + left
             break
         return upto, rows
 
-    def waiting(self, upto: Position) -> list[pa.RecordBatch]:
-        """Return the rows up to `upto`, which stay where they are."""
+    def propose(self, upto: Position) -> list[pa.RecordBatch]:
+        """Return the rows that were not proposed before, up to `upto`; they stay where they are."""
         found: list[pa.RecordBatch] = []
-        for chunk in self.chunks:
-            stop = int(np.searchsorted(chunk.order_N, order_of(upto), side="right"))
-            found.append(chunk.rows.slice(0, stop))
+        after = self.spoken_for
+        for chunk in (each for each in self.chunks if each.last > after):
+            first = _through(chunk, after)
+            found.append(chunk.rows.slice(first, _through(chunk, upto) - first))
             if chunk.last >= upto:
                 break
+        self.proposed = upto
+        self.ahead += sum(rows.num_rows for rows in found)
         return found
 
     def take(self, after: Position, upto: Position) -> list[pa.RecordBatch]:
@@ -129,7 +147,7 @@ class LivePartition:
         taken: list[pa.RecordBatch] = []
         while self.chunks:
             chunk = self.chunks[0]
-            first, stop = (int(np.searchsorted(chunk.order_N, order_of(each), side="right")) for each in (after, upto))
+            first, stop = _through(chunk, after), _through(chunk, upto)
             if stop > first:
                 taken.append(chunk.rows.slice(first, stop - first))
             if chunk.last > upto:
@@ -138,7 +156,13 @@ class LivePartition:
             self.chunks.popleft()
             self.taken_ms = max(self.taken_ms, chunk.time_ms)
         self.taken = upto
+        self.ahead = max(0, self.ahead - sum(rows.num_rows for rows in taken))
         return taken
+
+
+def _through(chunk: _Chunk, position: Position) -> int:
+    """Return how many rows of a chunk lie at or before a position."""
+    return int(np.searchsorted(chunk.order_N, order_of(position), side="right"))
 
 
 def _pair(position: Position) -> tuple[int, int]:
@@ -166,8 +190,13 @@ class LiveRows:
 
     @property
     def rows(self) -> int:
-        """How many rows could be taken now."""
+        """How many rows were read and not taken."""
         return sum(partition.rows for partition in self.partitions.values())
+
+    @property
+    def ahead(self) -> int:
+        """How many of them were proposed."""
+        return sum(partition.ahead for partition in self.partitions.values())
 
     def intake(self, record: Record) -> None:
         """Take what is new of a record and of those that waited for it.
@@ -215,19 +244,20 @@ class LiveRows:
         partition.order = SampleOrder(upto)
 
     def propose(self, rows_max: int) -> tuple[StepRange, ...]:
-        """Return ranges of at most `rows_max` rows, shared evenly among the partitions that have some."""
-        waiting = {number: partition for number, partition in sorted(self.partitions.items()) if partition.chunks}
-        ranges, left = [], rows_max
+        """Return ranges of at most `rows_max` rows behind what was proposed, shared evenly among the partitions that
+        have some."""
+        waiting = {number: partition for number, partition in sorted(self.partitions.items()) if partition.has_more}
+        ranges: list[StepRange] = []
+        rows_of: list[list[pa.RecordBatch]] = []
+        left = rows_max
         for i, (number, partition) in enumerate(waiting.items()):
             upto, rows = partition.upto(left // (len(waiting) - i))
-            if upto > partition.taken:
-                after = _pair(partition.taken)
+            if upto > partition.spoken_for:
+                after = _pair(partition.spoken_for)
                 ranges.append(StepRange(kind="live", partition=number, after=after, upto=_pair(upto), rows=rows))
+                rows_of.append(partition.propose(upto))
             left -= rows
-        if self._judge is None:
-            return tuple(ranges)
-        rows_of = [self.partitions[r.partition].waiting(Position(*r.upto)) for r in ranges]
-        return with_judged(ranges, rows_of, self._judge)
+        return tuple(ranges) if self._judge is None else with_judged(ranges, rows_of, self._judge)
 
     def has(self, wanted: StepRange) -> bool:
         """Say whether every row of the range is read."""

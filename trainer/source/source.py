@@ -1,7 +1,8 @@
 """Where samples come from: the lake at one version in total order, then the topic from the lake's positions.
 
 Nothing moves the source on but `take`, which is called for ranges that the steps log has committed. So `take` asks
-nobody outside: what the hand-over from lake to topic needs is read when the lake is opened.
+nobody outside: what the hand-over from lake to topic needs is read when the lake is opened. `propose` goes ahead of it:
+a proposal begins behind the one before, and positions and cursor do not move with it.
 """
 
 from __future__ import annotations
@@ -210,17 +211,17 @@ class Source:
         self._placed.add(number)
 
     def ready_rows(self) -> int:
-        """Return how many rows could be taken now."""
+        """Return how many rows could be proposed now."""
         if self._stored.is_open:
             return self._stored.ready
         total = self._live.rows
-        return 0 if total < BUFFER_ROWS and self._is_lopsided() else total
+        return 0 if total < BUFFER_ROWS and self._is_lopsided() else total - self._live.ahead
 
     def _is_lopsided(self) -> bool:
         """True while a backlog was read of some partitions only: learning on would run ahead of the others' time."""
         partitions = self._live.partitions.items()
         return any(
-            not each.chunks and max(each.next_offset, self._begins.get(p, 0)) < self._ends.get(p, 0)
+            not each.has_more and max(each.next_offset, self._begins.get(p, 0)) < self._ends.get(p, 0)
             for p, each in partitions
         )
 
@@ -255,12 +256,13 @@ class Source:
         return self._stored.is_open
 
     def propose(self, rows_max: int) -> tuple[StepRange, ...]:
-        """Return what the next step could take: at most `rows_max` rows."""
+        """Return what the next step could take, at most `rows_max` rows behind what was proposed before."""
         return (self._stored.propose(rows_max),) if self._stored.is_open else self._live.propose(rows_max)
 
     def positions_after(self, ranges: tuple[StepRange, ...]) -> Positions:
-        """Return the positions that the model contains once these ranges are learnt."""
-        moves = {r.partition: Position(*r.upto) for r in ranges if r.kind == "live"}
+        """Return the positions that the model contains once these ranges, and what was proposed, are learnt."""
+        moves = {p: each.proposed for p, each in self._live.partitions.items() if each.proposed > START}
+        moves |= {r.partition: Position(*r.upto) for r in ranges if r.kind == "live"}
         return self.positions().advanced(moves)
 
     def positions(self) -> Positions:

@@ -69,7 +69,8 @@ class StoredRows:
         """What the version opened last holds, so where the topic goes on. `open` reads it: leaving asks nobody."""
         self.version = -1
         """-1 while no version is open."""
-        self.taken = 0
+        self.taken = self.proposed = 0
+        """How many rows were given out, and how many were proposed: never less."""
 
     @property
     def is_open(self) -> bool:
@@ -83,13 +84,13 @@ class StoredRows:
 
     @property
     def ready(self) -> int:
-        """How many rows can be taken now."""
-        return self.read - self.taken
+        """How many rows can be proposed now."""
+        return self.read - self.proposed
 
     @property
     def is_done(self) -> bool:
         """True once every row is taken."""
-        return self.is_open and not self.ready and self._is_all_read
+        return self.is_open and self.read == self.taken and self._is_all_read
 
     @property
     def place(self) -> tuple[int, int]:
@@ -119,6 +120,7 @@ class StoredRows:
         self._rows.clear()
         self._ends = deque([place])
         self.state, self.version, self.taken, self.read = state, version, before, before
+        self.proposed = before
         while self.taken < taken and not self._is_all_read:
             self.read_ahead(1)
             self._drop(min(self.ready, taken - self.taken))
@@ -138,7 +140,7 @@ class StoredRows:
             self._reader.shutdown(wait=False, cancel_futures=True)
         self._reader, self._ahead, self._pieces = None, None, None
         self._rows.clear()
-        self.version, self.taken, self.read = -1, 0, 0
+        self.version, self.taken, self.proposed, self.read = -1, 0, 0, 0
 
     def read_ahead(self, rows: int) -> None:
         """Read until so many rows are ready, or all are read. Raises what the lake raises; the next call goes on."""
@@ -163,12 +165,13 @@ class StoredRows:
         return piece
 
     def propose(self, rows_max: int) -> StepRange:
-        """Return the next rows of those that are ready, `rows_max` at most, as a range."""
-        stop = self.taken + min(self.ready, rows_max)
-        proposed = StepRange(kind="stored", version=self.version, start=self.taken, stop=stop, rows=stop - self.taken)
+        """Return the next rows of those that are ready, `rows_max` at most, as a range: they are not proposed again."""
+        start, stop = self.proposed, self.proposed + min(self.ready, rows_max)
+        self.proposed = stop
+        proposed = StepRange(kind="stored", version=self.version, start=start, stop=stop, rows=stop - start)
         if self._judge is None:
             return proposed
-        return with_judged([proposed], [self._first(stop - self.taken).to_batches()], self._judge)[0]
+        return with_judged([proposed], [self._first(stop - start, start - self.taken).to_batches()], self._judge)[0]
 
     def check(self, wanted: StepRange) -> None:
         """Raise `InvariantBroken` when the range does not begin at the next row, or the version ends before it does."""
@@ -191,12 +194,14 @@ class StoredRows:
         self._forget_ends()
         return rows
 
-    def _first(self, count: int) -> pa.Table:
-        """Return the first rows of those that are ready."""
+    def _first(self, count: int, skipped: int = 0) -> pa.Table:
+        """Return the first rows of those that were read and not taken, behind the `skipped` ones."""
         found, left = [], count
         for table in self._rows:
-            found.append(table.slice(0, left))
-            left -= found[-1].num_rows
+            here = max(0, min(left, table.num_rows - skipped))
+            if here:
+                found.append(table.slice(skipped, here))
+            skipped, left = max(0, skipped - table.num_rows), left - here
             if left <= 0:
                 break
         # Pieces may differ in whether they have what features are made of.
@@ -204,6 +209,7 @@ class StoredRows:
 
     def _drop(self, count: int) -> None:
         self.taken += count
+        self.proposed = max(self.proposed, self.taken)
         while count:
             table = self._rows.popleft()
             if table.num_rows > count:

@@ -22,7 +22,7 @@ _FENCED = (
 class FencedKafka:
     """Writes and reads back partition 0 of `topic`; see `headrace.contract.interfaces.fenced`. For one thread.
 
-    An append is a transaction of one record. The broker aborts what a fenced-off writer had begun.
+    An append is a transaction. The broker aborts what a fenced-off writer had begun.
     """
 
     def __init__(self, brokers: str, topic: str, transactional_id: str, *, timeout_s: float = 10.0) -> None:
@@ -57,10 +57,10 @@ class FencedKafka:
             raise self._named(error, "become the writer of") from error
         self._producer = producer
 
-    def append(self, value: bytes) -> None:
-        """Commit one record.
+    def append(self, *values: bytes) -> None:
+        """Commit these records, in order: all of them or none.
 
-        Raises `Unavailable` when it is not known whether it was written: `open` again and `read`. Raises
+        Raises `Unavailable` when it is not known whether they were written: `open` again and `read`. Raises
         `InvariantBroken` when another process became the writer.
         """
         producer = self._producer
@@ -68,7 +68,8 @@ class FencedKafka:
             raise Unavailable(f"{self._topic}: this process is not its writer; open it first.")
         try:
             producer.begin_transaction()
-            producer.produce(self._topic, value, partition=0)
+            for value in values:
+                producer.produce(self._topic, value, partition=0)
             producer.commit_transaction(self._timeout_s)
         except (ck.KafkaException, BufferError) as error:
             self._producer = None

@@ -24,13 +24,14 @@ class FencedMemory:
         """Become the writer."""
         self._epoch = self._epochs.newest[self._id] = self._epochs.newest.get(self._id, 0) + 1
 
-    def append(self, value: bytes) -> None:
-        """Append one record. Raises `InvariantBroken` when another process became the writer."""
+    def append(self, *values: bytes) -> None:
+        """Append these records. Raises `InvariantBroken` when another process became the writer."""
         if self._epoch < 0:
             raise Unavailable(f"{self._topic}: this process is not its writer; open it first.")
         if self._epochs.newest[self._id] != self._epoch:
             raise InvariantBroken(f"another process became the writer of {self._topic} ({self._id}): this one stops.")
-        self._log.append(self._topic, 0, value, None, {})
+        for value in values:
+            self._log.append(self._topic, 0, value, None, {})
 
     def read(self, offset: int, wait_s: float = 0.0, *, kept_only: bool = False) -> list[tuple[int, bytes]]:
         """Return all records from `offset` on; never waits. Raises `InvariantBroken` where the log does not have it."""

@@ -7,8 +7,9 @@ What it does, in this order:
   3. follow      the samples topic, for ever; deltas several times a second, a snapshot and a checkpoint now and then
 
 One worker. Its state is in the store (checkpoints) and in the `steps` topic: killed at any moment, it goes on from
-there with the same bits. SIGTERM leaves a checkpoint and stops within 5 s. Changing the recipe or the feature spec
-begins a new run from the lake; the old one's checkpoints stay.
+there with the same bits. SIGTERM leaves a checkpoint and stops within 5 s; steps that were recorded ahead of learning,
+under a backlog, are learnt by the next start. Changing the recipe or the feature spec begins a new run from the lake;
+the old one's checkpoints stay.
 
 One trainer a model. A second one takes the model over; the first one stops, and refuses to come back until the second
 one has ended in good order. Of two in one HEADRACE_HOME the second one refuses.

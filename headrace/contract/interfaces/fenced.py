@@ -1,7 +1,7 @@
 """A topic of one partition with one writer at a time. Kafka's transactions and the log in memory implement it.
 
 Protocol: 1. `open` makes this process the writer: appends of an earlier one fail from then on, and what it had begun is
-aborted. 2. `append` commits one record. 3. `read` sees committed records only.
+aborted. 2. `append` commits records, all of them or none. 3. `read` sees committed records only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ class FencedWriter(Protocol):
     def open(self) -> None:
         """Become the writer, and fence off the one before. Raises `Unavailable`; call again then."""
 
-    def append(self, value: bytes) -> None:
-        """Commit one record.
+    def append(self, *values: bytes) -> None:
+        """Commit these records, in order: all of them or none.
 
-        Raises `Unavailable` when it is not known whether it was written: `open` again and `read`. Raises
+        Raises `Unavailable` when it is not known whether they were written: `open` again and `read`. Raises
         `InvariantBroken` when another process became the writer.
         """
 

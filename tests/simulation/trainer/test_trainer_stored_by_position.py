@@ -110,7 +110,7 @@ def test_restarts_in_its_midst_and_a_replay_change_no_bit(
             trainer.close()
     trainer = Trainer(world.deps(project=project))
     trainer.recover()
-    assert trainer.learner.step == stops[-1] and trainer.source.is_stored
+    assert trainer.learner.step >= stops[-1] and trainer.source.is_stored  # What was recorded ahead is redone.
     world.drain(trainer)
     trainer.close()
     assert not trainer.source.is_stored
