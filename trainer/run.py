@@ -22,6 +22,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import numpy as np
+
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor, Positions
 from headrace.contract.formats.snapshot import Manifest
@@ -73,6 +75,7 @@ class Trainer:
             background=deps.background,
             fields=deps.config.slices,
             shown_every=SHOWN_EVERY if deps.board is not None and deps.config.projector_ms else 0,
+            live_share=deps.config.live_share,
         )
         self._archive = StepsArchive(deps.blobs, deps.topics.steps, deps.steps_id)
         self.steps = StepsLog(
@@ -272,7 +275,8 @@ class Trainer:
     def _propose(self) -> Step | None:
         rows_max, now = self.project.recipe.batch_rows, self.deps.clock.monotonic()
         ready = self.source.ready_rows()
-        if ready < rows_max:
+        # The lake alone fills every step: live samples are looked for all the same.
+        if ready < rows_max or self.source.is_mixed:
             waited = now - self._waiting_since if self._waiting_since >= 0 else 0.0
             left = self.deps.config.wait_ms / 1000 - waited
             # 5 ms: rows that come while others wait are joined without spinning.
@@ -324,16 +328,19 @@ class Trainer:
         return f" Trainer {claim.holder} has the model." if claim and claim.holder != self.deps.name else ""
 
     def _apply(self, step: Step) -> None:
-        is_stored = self.source.is_stored
+        is_stored, is_mixed = self.source.is_stored, self.source.is_mixed
         rows = self.source.take(step.ranges)
         batch = self.source.batch(rows)
         known_B = known_times(rows, self.tasks)
         # By event time the score just before learning knows nothing later; in the order of the log it does.
-        is_honest = is_stored and self.project.recipe.stored_order == "event_time"
+        is_honest = is_stored and not is_mixed and self.project.recipe.stored_order == "event_time"
         if is_honest:
             item_B = self.evaluation.before_stored(self.learner, batch)
         else:
             score_B, item_B = self.evaluation.before(self.learner, batch)
+            if is_mixed:
+                # Figures are of the live samples alone: a model that knows later ones would judge the lake's.
+                score_B[: sum(r.rows for r in step.ranges if r.kind == "stored")] = np.nan
         report = self.learner.learn(batch)
         if is_honest:
             score_B = report.prediction_B
@@ -359,14 +366,14 @@ class Trainer:
             self._snapshot()
             return
         is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
-        if is_due and publisher.delta(self.learner, self.positions):
+        if is_due and publisher.delta(self.learner, self.positions, self.source.mixed()):
             self._published_at = now
 
     def _snapshot(self) -> None:
         publisher = self.publisher
         if publisher is None or self._unlearnt or (publisher.holds(self.learner.step) and not publisher.unstored):
             return
-        if publisher.snapshot(self.learner, self.positions):
+        if publisher.snapshot(self.learner, self.positions, self.source.mixed()):
             self._snapshot_at = self.deps.clock.monotonic()
             self.uploads["snapshot"].began()
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.dense_change import change_of
-from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.positions import Mixed, Positions
 from headrace.contract.formats.snapshot import (
     FORMAT,
     Manifest,
@@ -49,6 +49,8 @@ from headrace.trainer.model.learner import TableLearner
 
 logger = logging.getLogger("headrace.train")
 
+WHOLE = Mixed()
+"""What is told of a model that has no lake before it."""
 # 262,144 rows of 9 floats and a key are 11 MB: a third of the largest record. More is a snapshot's business.
 DELTA_ROWS_MAX = 262_144
 SNAPSHOTS_KEPT = 3
@@ -123,7 +125,7 @@ class Publisher:
         """True while a snapshot is being written."""
         return self._writer is not None and self._writer.is_alive()
 
-    def delta(self, learner: TableLearner, positions: Positions) -> bool:
+    def delta(self, learner: TableLearner, positions: Positions, mixed: Mixed = WHOLE) -> bool:
         """Publish what changed since the last delta; False when that must wait for a snapshot or for Kafka."""
         version = version_of(self.run, learner.step)
         if version == self._base:
@@ -146,6 +148,8 @@ class Publisher:
             chain=self._chain,
             seq=self._seq + 1,
             positions=positions.to_json(),
+            stored_left=mixed.stored_left,
+            live=mixed.live,
             generation=positions.generation,
             spec=self.project.features.digest(),
             dim=self.project.recipe.row_dim,
@@ -174,12 +178,12 @@ class Publisher:
         self.metrics.add("published_bytes_total", len(data), kind="delta")
         return True
 
-    def snapshot(self, learner: TableLearner, positions: Positions) -> bool:
+    def snapshot(self, learner: TableLearner, positions: Positions, mixed: Mixed = WHOLE) -> bool:
         """Begin a snapshot of the model as it is; False while held, while one is still being written, and when Kafka
         does not tell where the chain begins."""
         if self.is_busy or self.is_held:
             return False
-        if not self.wants_snapshot and not self.delta(learner, positions) and not self.wants_snapshot:
+        if not self.wants_snapshot and not self.delta(learner, positions, mixed) and not self.wants_snapshot:
             return False
         try:
             if self.producer.flush(5.0):
@@ -201,6 +205,8 @@ class Publisher:
             step=learner.step,
             version=version,
             positions=positions.to_json(),
+            stored_left=mixed.stored_left,
+            live=mixed.live,
             generation=positions.generation,
             spec=self.project.features.digest(),
             spec_json=msgspec.json.encode(self.project.features).decode(),

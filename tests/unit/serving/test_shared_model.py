@@ -168,8 +168,8 @@ def test_recent_versions_tell_their_positions(tmp_path: Path):
     model.load_snapshot(weights(0), meta(0))
     model.apply_delta(weights(1), meta(1))
     reader = opened(tmp_path / "model", reader=1)
-    assert reader.positions_of("r-0") == {"0": [0, 0]} and reader.positions_of("r-1") == {"0": [1, 0]}
-    assert reader.positions_of("r-2") is None
+    assert reader.known_by("r-0").positions == {"0": [0, 0]} and reader.known_by("r-1").positions == {"0": [1, 0]}
+    assert reader.known_by("r-2") is None
 
 
 def test_without_a_model_it_says_so(tmp_path: Path):
