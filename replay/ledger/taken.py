@@ -126,9 +126,10 @@ def stored_by_log(
     """Return KEYS of a version of the lake that is no more, in total order; None where the steps do not say.
 
     A run that has learnt all of a version stands at the version's positions in its next step, or where live samples
-    were learnt beside it, behind them: its first live ranges say where it began with each partition. What the log has up to them was in the version, but for what retention (`retained`) had dropped by then, whole hours
-    from the oldest on: the ranges say how many rows were left. Rows that came later than their hour's end by more than
-    the retention are counted wrongly.
+    were learnt beside it, behind them: its first live ranges say where it began with each partition. What the log has
+    up to there was in the version, but for what retention (`retained`) had dropped by then, whole hours from the
+    oldest on: the ranges say how many rows were left. Rows that came later than their hour's end by more than the
+    retention are counted wrongly.
     """
     rows, run = 0, ""
     begins: dict[int, Position] = {}

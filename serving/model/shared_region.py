@@ -44,6 +44,7 @@ import numpy.typing as npt
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
 from headrace.kernels.row_sums import RowSum
+from headrace.serving.model.known import Known, decode_known, encode_known
 from headrace.serving.model.process_times import began_at, boot_number
 from headrace.serving.model.region_text import fence, put_text, text_in
 from headrace.serving.model.row_table import Float32s, Int64s, apply, find, remove
@@ -98,19 +99,6 @@ class Meta(msgspec.Struct, frozen=True):
     """Of the rows that this version has; None in regions of earlier releases."""
     dense_sha256: str = ""
     """Of its dense weights, likewise."""
-
-
-class Known(msgspec.Struct, frozen=True, array_like=True):
-    """What a version contains, as its manifest said."""
-
-    version: str
-    positions: dict[str, list[int]]
-    stored_left: int = 0
-    live: dict[str, list[int]] = {}
-
-
-def _known(manifest: Manifest) -> bytes:
-    return msgspec.json.encode(Known(manifest.version, manifest.positions, manifest.stored_left, manifest.live))
 
 
 class Told(NamedTuple):
@@ -244,7 +232,7 @@ class SharedModel:
             # One more than the newest: a version that readers see already may not be counted yet.
             found = text_in(self._ring[number % RING])
             try:
-                known = msgspec.json.decode(found, type=Known)
+                known = decode_known(found)
             except msgspec.DecodeError:
                 continue
             fence()
@@ -356,7 +344,7 @@ class SharedModel:
         if (self._head[_SEQ : _SEQ + 2] % 2).any():
             raise InvariantBroken("a write of the model broke off half-way; restart `serve` to load it anew.")
         number = int(self._head[_RING_NEXT])
-        put_text(self._ring[number % RING], _known(meta.manifest))
+        put_text(self._ring[number % RING], encode_known(meta.manifest))
         self._write_copy(1 - active, write)
         self._head[_ACTIVE] = 1 - active
         self._head[_RING_NEXT] = number + 1
@@ -400,7 +388,7 @@ class SharedModel:
         if rows + new > self.rows_max and not fresh:
             new = int((self._rows_of(weights.keys_K) < 0).sum())
             rows -= int((self._rows_of(gone_K) >= 0).sum())
-        positions = len(_known(meta.manifest))
+        positions = len(encode_known(meta.manifest))
         if positions > RING_BYTES - 8:
             raise Overloaded(f"positions of {positions} bytes do not fit into {RING_BYTES}.")
         if rows + new > self.rows_max:

@@ -144,7 +144,7 @@ class Source:
         self._assigned = False
 
     def _mix(self, cursor: Cursor) -> None:
-        """Let live samples be learnt beside the lake's version, from behind its positions or from where `cursor` stands.
+        """Let live samples be learnt beside the lake's version: from behind its positions, or from `cursor` on.
 
         Raises `InvariantBroken` where the version does not hold what it held.
         """
@@ -153,8 +153,8 @@ class Source:
         holds = state.positions.to_json()
         if cursor.live_from is not None and cursor.live_from != holds:
             raise InvariantBroken(
-                f"this run learns live samples behind {cursor.live_from}, and version {state.version} of the lake holds "
-                f"{holds}: what lies between would be lost, or learnt twice. If the lake was made anew, change "
+                f"this run learns live samples behind {cursor.live_from}, and version {state.version} of the lake "
+                f"holds {holds}: what lies between would be lost, or learnt twice. If the lake was made anew, change "
                 "recipe.seed: that begins a new run."
             )
         self._live_from = state.positions

@@ -187,7 +187,9 @@ def test_what_is_published_meanwhile_says_what_it_has():
     told += read_manifests(world.log.reader(), TOPICS, PROJECT.name)
     mixed = [m for m in told if m.stored_left and m.step]
     assert {m.kind for m in mixed} == {"delta", "snapshot"}
-    assert all(not m.positions for m in mixed) and all(m.positions and not m.live for m in told if m not in mixed and m.step)
+    assert all(not m.positions for m in mixed) and all(
+        m.positions and not m.live for m in told if m not in mixed and m.step
+    )
     steps = steps_of(world)
     for manifest in mixed:
         live = [r for s in steps[: manifest.step] for r in s.ranges if r.kind == "live"]
@@ -317,7 +319,7 @@ def test_figures_are_of_live_samples_alone():
         later += cut(SEED, partition, COUNT)[STORED:]
     trainer = process(world)
     trainer.recover()
-    while trainer.learner.step < 17:
+    while trainer.learner.step < 19:
         trainer.turn()
         world.clock.advance(0.03)
     assert trainer.evaluation.windows[0].provisional(1 << 60).figures().samples == 0
@@ -325,7 +327,7 @@ def test_figures_are_of_live_samples_alone():
         send(world.log, rows, after=after)
     to_the_end(trainer, world, [])
     steps = steps_of(world)
-    assert {r.kind for r in steps[16].ranges} == {"stored"} and {r.kind for r in steps[17].ranges} == {"stored", "live"}
+    assert {r.kind for r in steps[18].ranges} == {"stored"} and {r.kind for r in steps[19].ranges} == {"stored", "live"}
     live = sum(r.rows for s in steps for r in s.ranges if r.kind == "live")
     counted = trainer.evaluation.windows[0].provisional(1 << 60).figures().samples
     assert 0 < counted <= live and counted + trainer.evaluation.unscored == PARTITIONS * COUNT
