@@ -402,7 +402,7 @@ class Trainer:
         if checkpointer.holds(meta):
             return
         figures = {"rows": float(self.learner.rows), "held": float(self.learner.held)}
-        checkpointer.begin(Moment(meta, self.positions, self.evaluation.state(), figures))
+        checkpointer.begin(Moment(meta, self.positions, self.evaluation.frozen(), figures))
         self.uploads["checkpoint"].began()
         self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)
 
