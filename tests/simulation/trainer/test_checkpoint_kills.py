@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from trainer_world import PROJECT, FaultyBlobs, Killed, World, cut, send
+from trainer_world import PROJECT, FaultyBlobs, Killed, World, cut, samples, send
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import Unavailable
@@ -181,3 +181,25 @@ def test_an_old_checkpoint_that_is_taken_is_seen(undisturbed, monkeypatch):
     again = Trainer(world.deps(project=SHORT, config=CONFIG))
     again.recover()
     assert again.learner.digest() != undisturbed
+
+
+def test_the_first_checkpoint_of_a_process_names_what_it_was_restored_from():
+    """A page of which nothing changed since is not stored again; another row of learning stores a few parts."""
+    world = world_of()
+    trainer, _ = live(world)
+    before = read_manifest(world.blobs, MODEL, stored_checkpoints(world.blobs, MODEL)[-1])
+    send(world.log, samples(11, 1, 1), after=(-1, -1))
+    stored = set(world.blobs.objects)
+    again = Trainer(world.deps(project=SHORT, config=CONFIG))
+    again.recover()
+    world.drain(again)
+    assert again.learner.step == trainer.learner.step + 1
+    after = next(
+        found
+        for each in stored_checkpoints(world.blobs, MODEL)
+        if (found := read_manifest(world.blobs, MODEL, each)).meta.step == again.learner.step
+    )
+    assert after.seq == before.seq + 1
+    pages = {page.part.name for table in after.tables.values() for page in table.pages}
+    new = {name for name in pages if f"{parts_of(MODEL)}/{name}" not in stored}
+    assert len(pages) >= 6 and len(new) <= 3
