@@ -267,7 +267,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.run_id = checkpoint.meta.run
-        self.learner.load(checkpoint.learner)
+        self.learner.load(checkpoint.learner, checkpoint.rows)
         self.evaluation.load(checkpoint.evaluation)
         self._retrying("go on from the checkpoint", lambda: self.source.begin(checkpoint.meta.cursor))
         logger.info("checkpoint of run %s at step %d", self.run_id, self.learner.step)

@@ -229,7 +229,7 @@ class Evaluation:
         return self._state(self._items.keys_R[:items].copy(), self._counts_RC[:items].copy())
 
     def frozen(self) -> State:
-        """Return what `state` does, at the cost of what was counted since the last call. It holds until the next one."""
+        """Return what `state` does, at the cost of what was counted since the last call. It holds until the next."""
         items = len(self._items)
         if self._counted is None:
             self._kept_RC = self._counts_RC.copy()
