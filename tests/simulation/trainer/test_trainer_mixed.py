@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, Lake, World, cut, lake_of, send
 
+from headrace.backends.lake.delta import DeltaLake
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Position, Positions
@@ -310,6 +312,35 @@ def test_the_share_may_change_in_the_midst(first: float, has_checkpoint: bool):
     steps = steps_of(world)
     kinds = [{r.kind for r in s.ranges} for s in steps]
     assert ("live" in kinds[3]) == bool(first) and ("live" in kinds[4]) == (not first)
+
+
+def test_what_is_stored_meanwhile_is_not_learnt_twice(tmp_path: Path):
+    """Through the Delta table that the sink writes: newer versions come, the run is killed, and stays at its own."""
+    world, later = begun()
+    fake = world.lake
+    lake = world.lake = DeltaLake(str(tmp_path / "lake"))
+    lake.append(fake.rows.to_batches(), fake.next_offsets, fake.positions.by_partition)
+    trainer = process(world)
+    trainer.recover()
+    while trainer.learner.step < 5:
+        trainer.turn()
+        world.clock.advance(0.05)
+    for partition in range(PARTITIONS):
+        rows, _ = cut(SEED, partition, COUNT)[STORED]
+        last = Position(rows["offset"][-1].as_py(), rows["rank"][-1].as_py())
+        lake.append([rows], {partition: STORED + 1}, {partition: last})
+    again = process(world)
+    again.recover()
+    assert again.source.is_mixed and again.learner.step == 5
+    to_the_end(again, world, later)
+    again.close()
+    steps = steps_of(world)
+    assert {r.version for s in steps for r in s.ranges if r.kind == "stored"} == {0}
+    replayed = as_trained(PROJECT8, TOPICS, world.log.reader(), lake, train=CONFIG)
+    assert replayed.equal is True and replayed.rows == PARTITIONS * COUNT
+    world.lake = fake
+    found = ids_of(world, steps)
+    assert set(found.values()) == {1} and len(found) == PARTITIONS * COUNT
 
 
 def test_figures_are_of_live_samples_alone():
