@@ -33,7 +33,8 @@ class Proposals:
         `Source.poll`."""
         rows_max, now = self._rows_max, self._deps.clock.monotonic()
         ready = self._source.ready_rows()
-        if ready < rows_max:
+        # The lake alone may fill every step: live samples are looked for all the same.
+        if ready < rows_max or self._source.is_mixed:
             waited = now - self._waiting_since if self._waiting_since >= 0 else 0.0
             left = self._deps.config.wait_ms / 1000 - waited
             # 5 ms: rows that come while others wait are joined without spinning.

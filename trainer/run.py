@@ -27,6 +27,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import numpy as np
+
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor, Positions
 from headrace.contract.formats.snapshot import Manifest
@@ -76,6 +78,7 @@ class Trainer:
             background=deps.background,
             fields=deps.config.slices,
             shown_every=SHOWN_EVERY if deps.board is not None and deps.config.projector_ms else 0,
+            live_share=deps.config.live_share,
         )
         self._archive = StepsArchive(deps.blobs, deps.topics.steps, deps.steps_id)
         self.steps = StepsLog(
@@ -283,7 +286,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.run_id = checkpoint.meta.run
-        self.learner.load(checkpoint.learner)
+        self.learner.load(checkpoint.learner, checkpoint.rows)
         self.evaluation.load(checkpoint.evaluation)
         self._retrying("go on from the checkpoint", lambda: self.source.begin(checkpoint.meta.cursor))
         logger.info("checkpoint of run %s at step %d", self.run_id, self.learner.step)
@@ -327,16 +330,19 @@ class Trainer:
         return f" Trainer {claim.holder} has the model." if claim and claim.holder != self.deps.name else ""
 
     def _apply(self, step: Step) -> None:
-        is_stored = self.source.is_stored
+        is_stored, is_mixed = self.source.is_stored, self.source.is_mixed
         rows = self.source.take(step.ranges)
         batch = self.source.batch(rows)
         known_B = known_times(rows, self.tasks)
         # By event time the score just before learning knows nothing later; in the order of the log it does.
-        is_honest = is_stored and self.project.recipe.stored_order == "event_time"
+        is_honest = is_stored and not is_mixed and self.project.recipe.stored_order == "event_time"
         if is_honest:
             item_B = self.evaluation.before_stored(self.learner, batch)
         else:
             score_B, item_B = self.evaluation.before(self.learner, batch)
+            if is_mixed:
+                # Figures are of the live samples alone: a model that knows later ones would judge the lake's.
+                score_B[: sum(r.rows for r in step.ranges if r.kind == "stored")] = np.nan
         report = self.learner.learn(batch)
         if is_honest:
             score_B = report.prediction_B
@@ -374,7 +380,7 @@ class Trainer:
             self._snapshot()
             return
         is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
-        if is_due and publisher.delta(self.learner, self.positions):
+        if is_due and publisher.delta(self.learner, self.positions, self.source.mixed()):
             self._published_at = now
             if self._unpublished_s >= 0:
                 self.deps.metrics.observe("hop_published_seconds", self.deps.clock.monotonic() - self._unpublished_s)
@@ -384,7 +390,7 @@ class Trainer:
         publisher = self.publisher
         if publisher is None or self._unlearnt or (publisher.holds(self.learner.step) and not publisher.unstored):
             return
-        if publisher.snapshot(self.learner, self.positions):
+        if publisher.snapshot(self.learner, self.positions, self.source.mixed()):
             self._snapshot_at = self.deps.clock.monotonic()
             self.uploads["snapshot"].began()
 
@@ -413,7 +419,7 @@ class Trainer:
         if checkpointer.holds(meta):
             return
         figures = {"rows": float(self.learner.rows), "held": float(self.learner.held)}
-        checkpointer.begin(Moment(meta, self.positions, self.evaluation.state(), figures))
+        checkpointer.begin(Moment(meta, self.positions, self.evaluation.frozen(), figures))
         self.uploads["checkpoint"].began()
         self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)
 

@@ -101,7 +101,7 @@ class Headrace:
         found = newest_checkpoint(self.blobs, PROJECT.name, recipe="x")
         if found is None:
             raise SystemExit("there is no checkpoint to restore")
-        into.load(found.learner)
+        into.load(found.learner, found.rows)
 
     def end(self) -> None:
         self.checkpointer.close(600.0)

@@ -32,7 +32,7 @@ from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
 from headrace.backends.log.memory import MemoryLog, MemoryReader
 from headrace.backends.metrics_memory import MemoryMetrics
-from headrace.contract.formats.positions import Cursor, Positions
+from headrace.contract.formats.positions import Positions
 from headrace.contract.formats.snapshot import RowsAs, decode_update
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
@@ -41,7 +41,6 @@ from headrace.contract.spec import Categorical, FeatureSpec, Numeric
 from headrace.serving.model.served_sum import dense_bits, sum_after, sum_held
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater
-from headrace.trainer.commit.checkpoint import Meta
 from headrace.trainer.commit.publish import Publisher
 from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.digest import SHA256, SUM, digest
@@ -127,8 +126,7 @@ class Side:
 
     def snapshot(self) -> int:
         """Publish a snapshot, let the server take it, and return its bytes."""
-        meta = Meta(run="r", step=self.learner.step, steps_offset=0, recipe="", cursor=Cursor())
-        assert self.publisher.snapshot(self.learner, Positions(1), meta, {})
+        assert self.publisher.snapshot(self.learner, Positions(1))
         self.updater.step(0.0)
         return max(path.stat().st_size for path in (self.folder / "blobs" / "snapshots").rglob("*-*"))
 

@@ -337,6 +337,9 @@ class TrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     values."""
     lake_bytes: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824
     """About how much memory stored samples may take while the lake is learnt, however big it is. 1 GiB. Unit: bytes."""
+    live_share: Annotated[float, Meta(ge=0, le=0.9)] = 0.0
+    """Which part of each step live samples take while the lake is learnt; what either side lacks the other fills. 0:
+    they wait for its end. Unit: share."""
     steps_moved: Annotated[int, Meta(ge=0)] = 20_000
     """So many records of topic `steps` that the three newest checkpoints do not need are moved to the store at once;
     replay and ledger read them there. 0: they stay in the topic, which grows for ever. Unit: records."""

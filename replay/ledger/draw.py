@@ -43,7 +43,7 @@ from headrace.replay.ledger.keys import (
     sample_ids,
 )
 from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
-from headrace.replay.ledger.taken import recipe_of_ranges, swapped, taken
+from headrace.replay.ledger.taken import beside_lake, recipe_of_ranges, swapped, taken
 from headrace.stream.join.watermark import NO_TIME
 from headrace.trainer.model.calibration import left_out
 from headrace.trainer.source.batch import sample_hashes
@@ -275,6 +275,8 @@ def _draw_model(
     positions = Positions.from_json(found.lake_positions.generation, last.positions)
     # Positions are told once the lake is learnt, with all that was imported.
     covered_N = np.where(given_N, bool(positions.by_partition), covers(samples, positions))
+    if not positions.by_partition:
+        covered_N |= beside_lake(samples, run)
     refused_N = ours_N & _is_in(ids_N, found.refused)
     learnt_N = ours_N & ~refused_N & ~_left_out(samples, recipe)
     topic_N = given_N | _is_in(ids_N, sample_ids(found.topic))
@@ -284,6 +286,8 @@ def _draw_model(
     counts = ModelCounts(model=last.model, run=last.run, steps=len(run))
     counts.unaccounted = sum(r.rows for r in ranges if r.kind == "stored" and r.version in unknown)
     named -= counts.unaccounted
+    counts.live = sum(r.rows for r in ranges if r.kind == "live")
+    counts.stored = named - counts.live
     counts.learnt = int((took_N & learnt_N).sum())
     counts.refused = int((took_N & refused_N).sum())
     counts.sampled_out = int((took_N & ours_N).sum()) - counts.learnt - counts.refused

@@ -327,6 +327,11 @@ class _Run:
             self.heads = self.known.heads
         elif totals.positions or not totals.stored:
             counts.lost, counts.twice = self._compare()
+        elif totals.live:
+            self._check_live()
+        if totals.took_live is not None:
+            counts.live = totals.took_live.count
+            counts.stored = totals.rows - counts.live
         counts.refused = totals.refused
         counts.learnt = totals.rows - totals.refused - totals.left_out
         counts.sampled_out = totals.left_out
@@ -346,6 +351,19 @@ class _Run:
                 here = without_rows(self.topic.at(partition, position), self.topic.at(partition, begin))
                 found = with_rows(found, here)
         return found
+
+    def _check_live(self) -> None:
+        """Hold what a run took live, while it still learns the lake, against the topic. Raises `NotSealed` where that
+        has something else."""
+        found: dict[str, Seal] = {}
+        for partition, (after, upto) in self.totals.live.items():
+            ends = self.topic.at(partition, Position(*upto)), self.topic.at(partition, Position(*after))
+            found = with_rows(found, without_rows(*ends))
+        for heads in self.choices:
+            if whole(found, heads) == self.totals.took_live:
+                self.heads = heads
+                return
+        raise NotSealed(f"run {self.totals.run}: what it learnt live beside the lake and the topic have other seals")
 
     def _compare(self) -> tuple[int, int]:
         """Find the tasks by which the run's seal is the topic's; where there are none, count what is wrong."""

@@ -54,6 +54,11 @@ class ModelCounts(msgspec.Struct, kw_only=True):
     """Samples of its tasks that it has still to learn."""
     imported: int = 0
     """Of all these, those of imported history: what the versions of the lake that it began with have of its tasks."""
+    stored: int = 0
+    """Rows that its steps took of the lake."""
+    live: int = 0
+    """Rows that its steps took of the topic. Where nothing is lost or twice, both together are `learnt`, `refused` and
+    `sampled_out`."""
     lost: int = 0
     twice: int = 0
     unaccounted: int = 0
@@ -198,6 +203,8 @@ def _behind_line(ledger: Ledger, where: str, behind_ms: int) -> str:
 
 def _run_line(counts: ModelCounts) -> str:
     line = f"run {counts.run}: {counts.steps:,} steps, {counts.learnt:,} learnt"
+    if counts.stored and counts.live:
+        line += f" ({counts.stored:,} rows taken of the lake, {counts.live:,} live)"
     wrong = [f"{name} {getattr(counts, name):,}" for name in ("lost", "twice") if getattr(counts, name)]
     if counts.unaccounted:
         wrong.append(f"{counts.unaccounted:,} rows of a version of the lake that is no more can't be accounted for")

@@ -34,6 +34,8 @@ class RunTotals(msgspec.Struct, kw_only=True):
     """By version of the lake: how many of its rows were taken, from the first on."""
     live: dict[int, tuple[Pair, Pair]] = {}
     """By partition: after which position, and up to which."""
+    took_live: Seal | None = None
+    """The seal of the rows of live ranges; None in what was kept before it was added up."""
     positions: dict[str, list[int]] = {}
     """Of the last step."""
     irregular: str = ""
@@ -56,6 +58,8 @@ class RunTotals(msgspec.Struct, kw_only=True):
         """Add the run's next step; the same one once more changes nothing."""
         if step == self.last:
             return
+        if not self.steps:
+            self.took_live = Seal()
         if step.step != self.number + 1:
             self.irregular = self.irregular or f"step {step.step} follows step {self.number}"
         for each in step.ranges:
@@ -73,6 +77,8 @@ class RunTotals(msgspec.Struct, kw_only=True):
         self.steps, self.number, self.positions, self.last = self.steps + 1, step.step, step.positions, step
 
     def _take_live(self, each: StepRange, number: int) -> None:
+        if self.took_live is not None:
+            self.took_live = self.took_live.plus(Seal(each.rows, each.sum or 0))
         known = self.live.get(each.partition)
         if known is None:
             self.live[each.partition] = each.after, each.upto

@@ -62,6 +62,16 @@ def taken(samples: pa.Table, ids_N: pa.Array, steps: Iterable[Step], stored_keys
     return times_N
 
 
+def beside_lake(samples: pa.Table, steps: Sequence[Step]) -> npt.NDArray[np.bool_]:
+    """Return which samples a run that has not learnt all of the lake says that it learnt live: bool [N]."""
+    first: dict[int, Position] = {}
+    last: dict[int, Position] = {}
+    for each in (r for step in steps for r in step.ranges if r.kind == "live"):
+        first.setdefault(each.partition, Position(*each.after))
+        last[each.partition] = Position(*each.upto)
+    return covers(samples, Positions(0, last)) & ~covers(samples, Positions(0, first))
+
+
 def recipe_of_ranges(samples: pa.Table, steps: Iterable[Step], recipe: Recipe) -> Recipe:
     """Return the recipe by which a run's live ranges hold as many rows as they say, and the same: `recipe`, or `recipe`
     with the fewest other tasks that fit; `recipe` where none does. Where only the numbers fit, those.
@@ -115,20 +125,25 @@ def stored_by_log(
 ) -> pa.Table | None:
     """Return KEYS of a version of the lake that is no more, in total order; None where the steps do not say.
 
-    A run that has learnt all of a version goes on live from the version's positions: they stand in its next step. What
-    the log has up to them was in the version, but for what retention (`retained`) had dropped by then, whole hours
-    from the oldest on: the ranges say how many rows were left. Rows that came later than their hour's end by more than
-    the retention are counted wrongly.
+    A run that has learnt all of a version stands at the version's positions in its next step, or where live samples
+    were learnt beside it, behind them: its first live ranges say where it began with each partition. What the log has
+    up to there was in the version, but for what retention (`retained`) had dropped by then, whole hours from the
+    oldest on: the ranges say how many rows were left. Rows that came later than their hour's end by more than the
+    retention are counted wrongly.
     """
     rows, run = 0, ""
+    begins: dict[int, Position] = {}
     for step in steps:
+        if step.run != run:
+            rows, run, begins = 0, step.run, {}
+        for each in (r for r in step.ranges if r.kind == "live"):
+            begins.setdefault(each.partition, Position(*each.after))
         stops = [r.stop for r in step.ranges if r.kind == "stored" and r.version == version]
         if stops:
-            rows, run = max(stops), step.run
-        elif rows and step.run == run:
+            rows = max(stops)
+        elif rows and step.positions:
             positions = Positions.from_json(0, step.positions).by_partition
-            befores = {r.partition: Position(*r.after) for r in reversed(step.ranges)}
-            held_N = covers(samples, Positions(0, {**positions, **befores}))
+            held_N = covers(samples, Positions(0, {**positions, **begins}))
             found = stored_order(samples.filter(pa.array(held_N)), tasks, by)
             return (found.slice(max(0, found.num_rows - rows)) if retained else found).select(KEYS.names)
     return None

@@ -186,10 +186,11 @@ class ServingApp:
         except Unavailable as error:
             return problem(503, str(error), "ask again in a second")
         if asked is not None:
-            positions = self.deps.shared.positions_of(asked)
-            if positions is None:
+            known = self.deps.shared.known_by(asked)
+            if known is None:
                 return problem(404, f"version {asked!r} is not among the last 2,000", "ask for a newer one")
-            return answer(200, {"version": asked, "positions": positions})
+            told = {"positions": known.positions, "stored_left": known.stored_left, "live": known.live}
+            return answer(200, {"version": asked, **told})
         manifest = meta.manifest
         return answer(
             200,
@@ -199,6 +200,8 @@ class ServingApp:
                 "run": manifest.run,
                 "step": manifest.step,
                 "positions": manifest.positions,
+                "stored_left": manifest.stored_left,
+                "live": manifest.live,
                 "generation": manifest.generation,
                 "age_seconds": max(0, self.deps.clock.now_ms() - manifest.created_ms) / 1000,
                 "snapshot": meta.snapshot,

@@ -44,6 +44,7 @@ import numpy.typing as npt
 from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
 from headrace.kernels.row_sums import RowSum
+from headrace.serving.model.known import Known, decode_known, encode_known
 from headrace.serving.model.process_times import began_at, boot_number
 from headrace.serving.model.region_text import fence, put_text, text_in
 from headrace.serving.model.row_table import Float32s, Int64s, apply, find, remove
@@ -224,19 +225,19 @@ class SharedModel:
         """Return what the active copy says about its version."""
         return self.read(lambda view: None)[1]
 
-    def positions_of(self, version: str) -> dict[str, list[int]] | None:
-        """Return the positions of a recent version (one of the last 2,000 or so), or None."""
+    def known_by(self, version: str) -> Known | None:
+        """Return what a recent version (one of the last 2,000 or so) contains, or None."""
         newest = int(self._head[_RING_NEXT])
         for number in range(newest, max(-1, newest - RING + 1), -1):
             # One more than the newest: a version that readers see already may not be counted yet.
             found = text_in(self._ring[number % RING])
             try:
-                name, positions = msgspec.json.decode(found, type=tuple[str, dict[str, list[int]]])
+                known = decode_known(found)
             except msgspec.DecodeError:
                 continue
             fence()
-            if name == version and int(self._head[_RING_NEXT]) < number + RING:
-                return positions
+            if known.version == version and int(self._head[_RING_NEXT]) < number + RING:
+                return known
         return None
 
     def refused(self) -> str:
@@ -343,7 +344,7 @@ class SharedModel:
         if (self._head[_SEQ : _SEQ + 2] % 2).any():
             raise InvariantBroken("a write of the model broke off half-way; restart `serve` to load it anew.")
         number = int(self._head[_RING_NEXT])
-        put_text(self._ring[number % RING], msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
+        put_text(self._ring[number % RING], encode_known(meta.manifest))
         self._write_copy(1 - active, write)
         self._head[_ACTIVE] = 1 - active
         self._head[_RING_NEXT] = number + 1
@@ -387,7 +388,7 @@ class SharedModel:
         if rows + new > self.rows_max and not fresh:
             new = int((self._rows_of(weights.keys_K) < 0).sum())
             rows -= int((self._rows_of(gone_K) >= 0).sum())
-        positions = len(msgspec.json.encode((meta.manifest.version, meta.manifest.positions)))
+        positions = len(encode_known(meta.manifest))
         if positions > RING_BYTES - 8:
             raise Overloaded(f"positions of {positions} bytes do not fit into {RING_BYTES}.")
         if rows + new > self.rows_max:

@@ -182,7 +182,7 @@ class World:
                     pa.array(orders(shifted["offset"].to_numpy(), shifted["rank"].to_numpy()) <= order_of(upto))
                 )
             ours = change(found.filter(pc.is_in(found["task"], value_set=pa.array(list(heads)))))
-            ranges.append(_range(ours, kind="live", partition=partition, after=_pair(after), upto=_pair(upto)))
+            ranges.append(ranged(ours, kind="live", partition=partition, after=_pair(after), upto=_pair(upto)))
             at[partition] = upto
         self.write_step(run, tuple(ranges))
 
@@ -196,7 +196,7 @@ class World:
             stop = start + part.num_rows
             if stop == stored.num_rows:
                 self.taken[run] = dict(state.positions.by_partition)
-            self.write_step(run, (_range(part, kind="stored", version=state.version, start=start, stop=stop),))
+            self.write_step(run, (ranged(part, kind="stored", version=state.version, start=start, stop=stop),))
 
     def write_step(self, run: str, ranges: tuple[StepRange, ...], heads: Sequence[str] = ("click",)) -> Step:
         """Record the next step of a run."""
@@ -246,7 +246,8 @@ def exchanged(row: int) -> Change:
     return change
 
 
-def _range(rows: pa.Table, **fields: object) -> StepRange:
+def ranged(rows: pa.Table, **fields: object) -> StepRange:
+    """Return a range with the seal of its rows."""
     return StepRange(rows=rows.num_rows, sum=sum_of(id_hashes(rows)), **fields)  # type: ignore[arg-type]
 
 

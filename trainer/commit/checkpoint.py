@@ -20,14 +20,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
 
 from headrace.contract.formats.positions import Cursor
 from headrace.contract.interfaces.blobs import Blobs
-from headrace.contract.spec import PAD
 from headrace.trainer.commit.parts import Arrays, Part, decode_npz, decode_part
+from headrace.trainer.model.tables.columns import StoredRows
+from headrace.trainer.model.tables.row_index import Int64s
 
 logger = logging.getLogger("headrace.train")
 
@@ -65,10 +67,14 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     meta: Meta
     learner: Arrays
-    """As `TableLearner.state`; among the rows of a table may be free ones, with the key `PAD`."""
+    """As `TableLearner.state`; among the rows of a table may be free ones, with the key `PAD`. Without those of `rows`.
+    """
     evaluation: Arrays
     manifest: CheckpointManifest | None = None
     """None where it was one blob."""
+    rows: dict[str, StoredRows] = {}
+    """The rows of tables, by what the names of their columns begin with. Each is read once, by `TableLearner.load`, and
+    a piece of it is let go of before the next is taken."""
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -259,9 +265,8 @@ def read_checkpoint(blobs: Blobs, model: str, each: Stored) -> Checkpoint:
         learner |= read_part(blobs, model, part)
     for part in manifest.evaluation:
         evaluation |= read_part(blobs, model, part)
-    for prefix, table in manifest.tables.items():
-        learner |= {prefix + name: column for name, column in _rows(blobs, model, table).items()}
-    return Checkpoint(manifest.meta, learner, evaluation, manifest)
+    rows = {prefix: _rows(blobs, model, table) for prefix, table in manifest.tables.items()}
+    return Checkpoint(manifest.meta, learner, evaluation, manifest, rows)
 
 
 def read_part(blobs: Blobs, model: str, part: Part) -> Arrays:
@@ -292,20 +297,27 @@ def decode_whole(data: bytes | None) -> Checkpoint | None:
     )
 
 
-def _rows(blobs: Blobs, model: str, table: TableParts) -> Arrays:
-    """Return the columns of a table's rows: pages, and over them, in order, the rows that changed later."""
-    columns = Arrays()
-    for number, page in enumerate(table.pages):
-        first = number * table.page_rows
-        for name, column in read_part(blobs, model, page.part).items():
-            if name not in columns:
-                columns[name] = np.full((table.high, *column.shape[1:]), PAD if name == "keys" else 0, column.dtype)
-            columns[name][first : first + page.rows] = column
+def _rows(blobs: Blobs, model: str, table: TableParts) -> StoredRows:
+    """Return a table's rows: pages, and over them, in order, the rows that changed later. All parts are read, and so
+    known to be whole, before the first row is taken."""
     seqs_P = np.array([page.seq for page in table.pages], np.int64)
+    changed: list[tuple[slice | Int64s, Arrays]] = []
     for each in table.changed:
         part = read_part(blobs, model, each.part)
         rows_K = part.pop("rows").astype(np.int64)
         later_K = seqs_P[rows_K // table.page_rows] < each.seq
-        for name, column in part.items():
-            columns[name][rows_K[later_K]] = column[later_K]
-    return columns
+        changed.append((rows_K[later_K], {name: column[later_K] for name, column in part.items()}))
+    pages: list[tuple[slice | Int64s, Arrays]] = []
+    for number, page in enumerate(table.pages):
+        first = number * table.page_rows
+        pages.append((slice(first, first + page.rows), read_part(blobs, model, page.part)))
+    return StoredRows(table.high, _taken(pages, changed))
+
+
+def _taken(
+    pages: list[tuple[slice | Int64s, Arrays]], changed: list[tuple[slice | Int64s, Arrays]]
+) -> Iterator[tuple[slice | Int64s, Arrays]]:
+    """Yield pages, the last first: what was allocated last goes back to the machine first. Then what lies over them."""
+    while pages:
+        yield pages.pop()
+    yield from changed

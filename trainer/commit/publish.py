@@ -9,6 +9,9 @@ meets is raised in the training thread, by `check`, and ends the process.
 What is sent is what changed of what serving holds (`served_rows`). Each delta and each snapshot names the digest of
 what is then served: a delta's from the one before it, a snapshot's from all rows. Where a snapshot's is not what the
 deltas led to, what they said was wrong: that is told, and the next snapshot begins a new chain.
+
+What the snapshot holds that begins a chain is gathered by its thread, while learning goes on; deltas wait for that, and
+not for its upload.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.dense_change import change_of
-from headrace.contract.formats.positions import Positions
+from headrace.contract.formats.positions import Mixed, Positions
 from headrace.contract.formats.snapshot import (
     FORMAT,
     Manifest,
@@ -49,6 +52,8 @@ from headrace.trainer.model.learner import TableLearner
 
 logger = logging.getLogger("headrace.train")
 
+WHOLE = Mixed()
+"""What is told of a model that has no lake before it."""
 # 262,144 rows of 9 floats and a key are 11 MB: a third of the largest record. More is a snapshot's business.
 DELTA_ROWS_MAX = 262_144
 SNAPSHOTS_KEPT = 3
@@ -94,6 +99,9 @@ class Publisher:
         self._failed = False
         self._is_wrong = False
         """What deltas led to was not what the snapshot held."""
+        self._gathered: ServedRows | None = None
+        """What the snapshot holds that began the chain, once its thread has it."""
+        self._is_gathering = False
         self.unstored = False
         """True after a snapshot that the store or Kafka did not take: try again soon."""
         self._watch: Watch | None = None
@@ -123,11 +131,13 @@ class Publisher:
         """True while a snapshot is being written."""
         return self._writer is not None and self._writer.is_alive()
 
-    def delta(self, learner: TableLearner, positions: Positions) -> bool:
+    def delta(self, learner: TableLearner, positions: Positions, mixed: Mixed = WHOLE) -> bool:
         """Publish what changed since the last delta; False when that must wait for a snapshot or for Kafka."""
         version = version_of(self.run, learner.step)
         if version == self._base:
             return True
+        if not self._has_gathered():
+            return False
         keys_K = self._changed_keys()
         if self.wants_snapshot or len(keys_K) > DELTA_ROWS_MAX:
             self._failed = True
@@ -146,6 +156,8 @@ class Publisher:
             chain=self._chain,
             seq=self._seq + 1,
             positions=positions.to_json(),
+            stored_left=mixed.stored_left,
+            live=mixed.live,
             generation=positions.generation,
             spec=self.project.features.digest(),
             dim=self.project.recipe.row_dim,
@@ -174,12 +186,12 @@ class Publisher:
         self.metrics.add("published_bytes_total", len(data), kind="delta")
         return True
 
-    def snapshot(self, learner: TableLearner, positions: Positions) -> bool:
+    def snapshot(self, learner: TableLearner, positions: Positions, mixed: Mixed = WHOLE) -> bool:
         """Begin a snapshot of the model as it is; False while held, while one is still being written, and when Kafka
         does not tell where the chain begins."""
-        if self.is_busy or self.is_held:
+        if self.is_busy or self.is_held or not self._has_gathered():
             return False
-        if not self.wants_snapshot and not self.delta(learner, positions) and not self.wants_snapshot:
+        if not self.wants_snapshot and not self.delta(learner, positions, mixed) and not self.wants_snapshot:
             return False
         try:
             if self.producer.flush(5.0):
@@ -201,6 +213,8 @@ class Publisher:
             step=learner.step,
             version=version,
             positions=positions.to_json(),
+            stored_left=mixed.stored_left,
+            live=mixed.live,
             generation=positions.generation,
             spec=self.project.features.digest(),
             spec_json=msgspec.json.encode(self.project.features).decode(),
@@ -210,7 +224,9 @@ class Publisher:
             deltas_offset=self._next_offset,
             created_ms=self.clock.now_ms(),
         )
-        manifest = msgspec.structs.replace(manifest, served=self._absorb(learner))
+        if self._chain and not self._is_wrong:
+            manifest = msgspec.structs.replace(manifest, served=self._absorb(learner))
+        self._is_gathering, self._gathered, self._is_wrong = not manifest.served, None, False
         self._chain, self._base, self._seq, self._touched, self._failed = version, version, 0, [], False
         self.unstored = False
         self._start(self._write, manifest, self._watch.freeze())
@@ -218,14 +234,15 @@ class Publisher:
 
     def _absorb(self, learner: TableLearner) -> str:
         """Let what is served be what a snapshot of the learner holds; return its digest, as deltas lead to it."""
-        if not self._chain or self._is_wrong:
-            self._served.forget()
-            change = self._served.change(learner.weights())
-        else:
-            change = self._served.change(learner.weights(self._changed_keys()))
+        change = self._served.change(learner.weights(self._changed_keys()))
         self._served.take(change)
-        self._is_wrong = False
         return change.served
+
+    def _has_gathered(self) -> bool:
+        """Say whether it is known what the chain's first snapshot holds."""
+        if self._is_gathering and self._gathered is not None:
+            self._served, self._gathered, self._is_gathering = self._gathered, None, False
+        return not self._is_gathering
 
     def _changed_keys(self) -> npt.NDArray[np.int64]:
         """Return the keys that were noted since the last delta, each once, ascending."""
@@ -251,10 +268,14 @@ class Publisher:
         try:
             weights, found = frozen.weights(), parts(frozen.state())
             frozen.close()
-            dense, _ = change_of(weights.dense)
+            dense, dense_N = change_of(weights.dense)
             snapshot = as_snapshot(weights, self.project.recipe, self.rows)
+            if not manifest.served:
+                gathered = ServedRows(self.project.recipe, self.rows)
+                gathered.begin(snapshot, dense_N)
+                self._gathered = gathered
             served = digest_of(snapshot, dense.sha256)
-            if served != manifest.served:
+            if manifest.served and served != manifest.served:
                 self._is_wrong = True
                 text = "deltas led to digest %s and snapshot %s has %s: servers load the snapshot; please report it"
                 logger.error(text, manifest.served, manifest.version, served)

@@ -60,6 +60,17 @@ class ServedRows:
         self._index, self._sum = RowIndex(words=_WORDS), RowSum()
         self._dense_N: Bits | None = None
 
+    def begin(self, snapshot: Weights, dense_N: Bits) -> None:
+        """Note that a snapshot, as `as_snapshot` returns it, is all that is served. Piece by piece, so that other
+        threads go on."""
+        self.forget()
+        self._dense_N = dense_N
+        for begin in range(0, len(snapshot.keys_K), _PIECE_ROWS):
+            here = slice(begin, begin + _PIECE_ROWS)
+            hashes_K2 = row_hashes(snapshot.keys_K[here], snapshot.values_KV[here])
+            self._put(snapshot.keys_K[here], hashes_K2)
+            self._sum = self._sum + sum_of(hashes_K2)
+
     @property
     def nbytes(self) -> int:
         """Bytes in use."""
@@ -89,11 +100,13 @@ class ServedRows:
     def take(self, change: Change) -> None:
         """Note that a change was published, or is in the snapshot that will be."""
         self._index.remove(change.weights.gone_K)
-        at_K, _ = self._index.insert(change.weights.keys_K)
-        columns_RX = self._index.arrays.keys_RX
-        hashes_K2 = change.hashes_K2.view(np.int64)
-        columns_RX[at_K, _LOW], columns_RX[at_K, _HIGH] = hashes_K2[:, 0], hashes_K2[:, 1]
+        self._put(change.weights.keys_K, change.hashes_K2)
         self._sum, self._dense_N = change.sum, change.dense_N
+
+    def _put(self, keys_K: Int64s, hashes_K2: npt.NDArray[np.uint64]) -> None:
+        at_K, _ = self._index.insert(keys_K)
+        columns_RX, bits_K2 = self._index.arrays.keys_RX, hashes_K2.view(np.int64)
+        columns_RX[at_K, _LOW], columns_RX[at_K, _HIGH] = bits_K2[:, 0], bits_K2[:, 1]
 
     def _hashes(self, at_K: Int64s) -> npt.NDArray[np.uint64]:
         """Return the hashes of rows, 0 where there is none: uint64 [K, 2]."""

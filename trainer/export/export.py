@@ -221,6 +221,8 @@ def _manifest(exported: Exported, manifest: Manifest, recipe: Recipe, features: 
         "run": manifest.run,
         "step": manifest.step,
         "positions": manifest.positions,
+        "stored_left": manifest.stored_left,
+        "live": manifest.live,
         "generation": manifest.generation,
         "task": recipe.task,
         "tolerance": TOLERANCE,

@@ -34,6 +34,7 @@ from headrace.trainer.model.objectives import LOG_LOSS, kinds_of, value_gradient
 from headrace.trainer.model.parts import DensePart, State, Store
 from headrace.trainer.model.provisional import Provisional
 from headrace.trainer.model.scoring import PLATT, Dense, Float32s, Lookup, said, score
+from headrace.trainer.model.tables.columns import NO_ROWS, AllStoredRows, below
 from headrace.trainer.model.tables.distinct_ids import distinct
 from headrace.trainer.model.tables.from_recipe import make_tables
 from headrace.trainer.model.tables.group import Tables
@@ -439,10 +440,11 @@ class TableLearner:
             out |= {f"average.{name}": array for name, array in self._average.state().items()}
         return out
 
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace everything by what `state` returned."""
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]], rows: AllStoredRows = NO_ROWS) -> None:
+        """Replace everything by what `state` returned. Tables that `rows` names take theirs from there, piece by piece,
+        so that no second copy of them is needed."""
         self.step = int(state["step"][0])
-        self.table.load({n.removeprefix("table."): a for n, a in state.items() if n.startswith("table.")})
+        self.table.load(below("table.", state), below("table.", rows))
         self.net.load({n.removeprefix("dense."): a for n, a in state.items() if n.startswith("dense.")})
         if self._moments is not None:
             self._moments.load({n.removeprefix("moments."): a for n, a in state.items() if n.startswith("moments.")})

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from headrace.trainer.model.layers.norms import Norms
 from headrace.trainer.model.scoring import Float32s
-from headrace.trainer.model.tables.columns import Columns
+from headrace.trainer.model.tables.columns import NO_ROWS, AllStoredRows, Columns
 from headrace.trainer.model.tables.distinct_ids import DistinctIds
 from headrace.trainer.model.tables.row_index import RowIndex
 from headrace.trainer.model.tables.table import Int64s
@@ -54,7 +54,7 @@ class Store(Protocol):
 
     def settle(self) -> None: ...
 
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None: ...
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]], rows: AllStoredRows = NO_ROWS) -> None: ...
 
 
 class DensePart(Protocol):

@@ -93,6 +93,11 @@ class StoredRows:
         return self.is_open and self.read == self.taken and self._is_all_read
 
     @property
+    def is_all_proposed(self) -> bool:
+        """True once every row is proposed, or taken."""
+        return self.is_open and self.read == self.proposed and self._is_all_read
+
+    @property
     def place(self) -> tuple[int, int]:
         """Return a time up to which all is taken, and how many rows that is: where `open` can go on."""
         return self._ends[0] if self.is_open else (0, 0)
@@ -142,9 +147,14 @@ class StoredRows:
         self._rows.clear()
         self.version, self.taken, self.proposed, self.read = -1, 0, 0, 0
 
-    def read_ahead(self, rows: int) -> None:
-        """Read until so many rows are ready, or all are read. Raises what the lake raises; the next call goes on."""
+    def read_ahead(self, rows: int, *, waits: bool = True) -> None:
+        """Read until so many rows are ready, or all are read. Raises what the lake raises; the next call goes on.
+
+        Without `waits`, what a thread reads ahead is taken when it is there.
+        """
         while self.ready < rows and not self._is_all_read:
+            if not waits and not self._is_there():
+                return
             table, end_ms = self._next()
             if table.num_rows:
                 self._rows.append(table)
@@ -153,15 +163,27 @@ class StoredRows:
                 self._ends.append((end_ms, self.read))
         self._forget_ends()
 
+    def _is_there(self) -> bool:
+        """Say whether the next piece can be taken without waiting for the lake; where not, it is being read."""
+        if not self._background:
+            return True
+        if self._ahead is None:
+            self._submit()
+        return self._ahead is None or self._ahead.done()
+
+    def _submit(self) -> None:
+        assert self._pieces is not None
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "lake-ahead")
+        self._ahead = self._reader.submit(self._pieces.next)
+
     def _next(self) -> tuple[pa.Table, int]:
         """Return the next piece, and let the one after it be read meanwhile."""
         assert self._pieces is not None
         ahead, self._ahead = self._ahead, None
         piece = self._pieces.next() if ahead is None else _result(ahead)
         if self._background and not self._pieces.is_done:
-            if self._reader is None:
-                self._reader = ThreadPoolExecutor(1, "lake-ahead")
-            self._ahead = self._reader.submit(self._pieces.next)
+            self._submit()
         return piece
 
     def propose(self, rows_max: int) -> StepRange:

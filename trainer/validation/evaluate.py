@@ -52,6 +52,8 @@ OVERLAYS = 8
 """Of each grid."""
 FORMAT = 3
 """The format of `state`. Figures begin anew where a checkpoint holds another."""
+COUNTED_MIN = 65_536
+"""So many rows may be noted one by one, however few items there are."""
 _PRIOR, _STRENGTH = 0.5, 10.0
 
 
@@ -167,7 +169,12 @@ class Evaluation:
         self._overlays: deque[_Overlay] = deque()
         self._items = KeyIndex()
         self._counts_RC: Float64s = np.zeros((0, 2 * len(tasks)))
-        """By item: clicks, or the sum of values, and impressions of each task."""
+        """By item: clicks, or the sum of values, and impressions of each task. Rows beyond the items are 0."""
+        self._kept_RC: Float64s = self._counts_RC
+        """What `frozen` returned last."""
+        self._counted: list[Int64s] | None = None
+        """Rows that were counted since, as often as they were; None: any may have been."""
+        self._counted_rows = 0
 
     def before(self, learner: Scorer, batch: Batch) -> tuple[Float32s, Float32s]:
         """Return the lagged scores of the model and of the item rate; NaN where no lagged model is old enough.
@@ -218,14 +225,32 @@ class Evaluation:
 
     def state(self) -> State:
         """Return what a checkpoint keeps; overlays are not kept, so a restart leaves a window unscored."""
+        items = len(self._items)
+        return self._state(self._items.keys_R[:items].copy(), self._counts_RC[:items].copy())
+
+    def frozen(self) -> State:
+        """Return what `state` does, at the cost of what was counted since the last call. It holds until the next."""
+        items = len(self._items)
+        if self._counted is None:
+            self._kept_RC = self._counts_RC.copy()
+        else:
+            if len(self._kept_RC) < items:
+                self._kept_RC = _grown(self._kept_RC, items)
+            for rows_K in self._counted:
+                self._kept_RC[rows_K] = self._counts_RC[rows_K]
+        self._counted, self._counted_rows = [], 0
+        # A key stays where it is: what comes lies behind.
+        return self._state(self._items.keys_R[:items], self._kept_RC[:items])
+
+    def _state(self, keys_R: Int64s, counts_RC: Float64s) -> State:
         out: State = {
             "format": np.array([FORMAT]),
             "tasks": np.array(self.tasks),
             "values": self.is_value_T.copy(),
             "slices": np.array(list(self.slices.names), np.str_),
             "times": np.array([self.known_ms, self.unscored], np.int64),
-            "item_keys": self._items.keys_R[: len(self._items)].copy(),
-            "item_counts": self._counts_RC[: len(self._items)].copy(),
+            "item_keys": keys_R,
+            "item_counts": counts_RC,
         }
         out |= {f"label_rate.{task}": watch.state() for task, watch in enumerate(self.label_rates)}
         for task, windows in enumerate(self.windows):
@@ -249,7 +274,7 @@ class Evaluation:
         self._overlays.clear()
         self._items = KeyIndex()
         self._items.insert(state["item_keys"].astype(np.int64))
-        self._counts_RC = np.array(state["item_counts"], np.float64)
+        self._counts_RC, self._counted = np.array(state["item_counts"], np.float64), None
 
     def total(self, task: str) -> tuple[AnyFigures, dict[str, AnyFigures]]:
         """Return a task's figures over all closed windows, and those of its slices by name."""
@@ -354,18 +379,33 @@ class Evaluation:
         rate_B: Float32s = ((clicks_B + prior_B) / (shown_B + _STRENGTH)).astype(np.float32)
         return rate_B
 
+    def _note(self, rows_B: Int64s) -> None:
+        """Note rows that are counted; where they are more than there are items, that any may be."""
+        self._counted_rows += len(rows_B)
+        if self._counted is not None:
+            self._counted.append(rows_B[rows_B >= 0])
+            if self._counted_rows > max(len(self._items), COUNTED_MIN):
+                self._counted = None
+
     def _count_items(self, batch: Batch, correction_B: Bools) -> None:
         if self.item_slot < 0:
             return
         rows_B = self._items.insert(np.ascontiguousarray(batch.slots_BF[:, self.item_slot]))
-        missing = len(self._items) - len(self._counts_RC)
-        if missing > 0:
-            self._counts_RC = np.concatenate([self._counts_RC, np.zeros((missing, self._counts_RC.shape[1]))])
+        if len(self._counts_RC) < len(self._items):
+            self._counts_RC = _grown(self._counts_RC, len(self._items))
+        self._note(rows_B)
         known_B = (rows_B >= 0) & np.isfinite(batch.label_B)
         task_B = 2 * batch.task_B.astype(np.int64)
         np.add.at(self._counts_RC, (rows_B[known_B], task_B[known_B]), batch.label_B[known_B])
         shown_B = known_B & ~correction_B
         np.add.at(self._counts_RC, (rows_B[shown_B], task_B[shown_B] + 1), 1.0)
+
+
+def _grown(counts_RC: Float64s, rows: int) -> Float64s:
+    """Return the counts with room for so many rows, and for half as many again."""
+    grown_RC = np.zeros((rows + rows // 2, counts_RC.shape[1]))
+    grown_RC[: len(counts_RC)] = counts_RC
+    return grown_RC
 
 
 def known_times(rows: pa.Table, tasks: Sequence[Task]) -> Int64s:

@@ -95,11 +95,20 @@ class Positions(msgspec.Struct, frozen=True):
         return cls(generation, {int(p): Position(*(int(x) for x in v)) for p, v in data.items()})
 
 
+class Mixed(msgspec.Struct, frozen=True):
+    """What a model has learnt while it has not learnt all of the lake: then its positions claim nothing."""
+
+    stored_left: int = 0
+    """How many rows of the lake's version are not learnt, of all tasks; 0 once it is learnt."""
+    live: dict[str, list[int]] = {}
+    """As `Positions.to_json`: up to where the topic was learnt, of what lies beyond the version's positions."""
+
+
 class Cursor(msgspec.Struct, frozen=True):
     """Where a training run has got to; it travels in the checkpoint."""
 
     positions: dict[str, list[int]] = {}
-    """As `Positions.to_json`: what the model contains."""
+    """As `Positions.to_json`: what the model contains. Nothing while the lake is being learnt."""
     next_offsets: dict[str, int] = {}
     """The `samples` record to read on from, by partition."""
     lake_version: int = -1
@@ -110,6 +119,11 @@ class Cursor(msgspec.Struct, frozen=True):
     """An event time: of the version's rows, all that come before it in total order are learnt. 0: none is meant."""
     lake_before: int = 0
     """How many of `lake_taken` come before `lake_from_ms`, so that a reader can begin there."""
+    live_from: dict[str, list[int]] | None = None
+    """As `Positions.to_json`: the positions that `lake_version` holds, behind which samples of the topic are learnt
+    beside its rows. It stays as it was when the run began. None: the lake is learnt alone."""
+    live: dict[str, list[int]] = {}
+    """As `Positions.to_json`: of what lies behind `live_from`, up to where it is learnt; the partitions with some."""
 
 
 def least(several: Iterable[Positions]) -> Positions:

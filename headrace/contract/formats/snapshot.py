@@ -61,6 +61,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     seq: int = 0
     """Delta: 1, 2, 3 ... along the chain."""
     positions: dict[str, list[int]] = {}
+    """What the model contains; nothing while it learns the lake, see `stored_left`."""
     generation: int = 1
     spec: str = ""
     spec_json: str = ""
@@ -86,6 +87,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Of `digest`: see `trainer.model.digest`; empty in format 1, whose digests are SHA-256."""
     digest_parts: dict[str, str] = {}
     """What `digest` is put together from, by name."""
+    stored_left: int = 0
+    """How many rows of the lake are not learnt yet, of all tasks."""
+    live: dict[str, list[int]] = {}
+    """While some are left: up to where the topic was learnt beside the lake, behind what that holds. See `Mixed`."""
 
 
 class Weights(msgspec.Struct, frozen=True):

@@ -32,7 +32,10 @@ class StepRange(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One committed training step of one model run; workers learn in order of `worker`, then `ranges`' order."""
+    """One committed training step of one model run; workers learn in order of `worker`, then `ranges`' order.
+
+    Where a step takes both, `stored` comes first, then `live` by partition.
+    """
 
     model: str
     run: str
@@ -40,7 +43,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     ranges: tuple[StepRange, ...]
     positions: dict[str, list[int]]
-    """Positions contained after this step, as `Positions.to_json`."""
+    """Positions contained after this step, as `Positions.to_json`. Nothing while the lake is being learnt, also where
+    `live` ranges are learnt beside it."""
     quorum: int = 0
     world: int = 1
     recipe: str = ""

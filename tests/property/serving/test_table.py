@@ -46,6 +46,6 @@ def test_every_version_holds_what_a_dictionary_holds(changes: list[tuple[str, li
             found, read = reader.read(
                 lambda view: view.lookup(np.array(KEYS, np.int64), seed=1, scale=0.5)[:, 0].tolist()
             )
-            assert read.manifest.version == f"r-{step}" and reader.positions_of(f"r-{step}") == {}
+            assert read.manifest.version == f"r-{step}" and reader.known_by(f"r-{step}").positions == {}
             assert writer.rows == len(expected)
             assert found == [expected.get(key, 0.0) for key in KEYS]

@@ -8,16 +8,19 @@ the process makes, before or after it took effect. Another process goes on.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
-from trainer_world import PROJECT, FaultyBlobs, Killed, World, cut, send
+from trainer_world import PROJECT, FaultyBlobs, Killed, World, cut, samples, send
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import Unavailable
 from headrace.contract.interfaces.blobs import Pieces
+from headrace.trainer.commit import checkpoint
 from headrace.trainer.commit.checkpoint import (
     newest_checkpoint,
     parts_of,
@@ -105,7 +108,7 @@ def check(world: World, trainer: Trainer, digest: str) -> None:
     found = newest_checkpoint(world.blobs, MODEL, recipe=trainer.recipe)
     assert found is not None and found.meta.step == trainer.learner.step
     again = Trainer(world.deps(project=SHORT))
-    again.learner.load(found.learner)
+    again.learner.load(found.learner, found.rows)
     assert again.learner.digest() == digest
     manifests = [read_manifest(world.blobs, MODEL, each) for each in stored_checkpoints(world.blobs, MODEL)]
     named = {f"{parts_of(MODEL)}/{part.name}" for manifest in manifests for part in manifest.parts()}
@@ -173,7 +176,8 @@ def test_an_old_checkpoint_that_is_taken_is_seen(undisturbed, monkeypatch):
         stored = sorted(stored_checkpoints(blobs, model), key=lambda each: each.step)
         from headrace.trainer.commit.checkpoint import read_checkpoint
 
-        return type(newest)(newest.meta, read_checkpoint(blobs, model, stored[0]).learner, newest.evaluation, None)
+        old = read_checkpoint(blobs, model, stored[0])
+        return msgspec.structs.replace(old, meta=newest.meta, evaluation=newest.evaluation, manifest=None)
 
     world = world_of()
     live(world)
@@ -181,3 +185,45 @@ def test_an_old_checkpoint_that_is_taken_is_seen(undisturbed, monkeypatch):
     again = Trainer(world.deps(project=SHORT, config=CONFIG))
     again.recover()
     assert again.learner.digest() != undisturbed
+
+
+def test_the_first_checkpoint_of_a_process_names_what_it_was_restored_from():
+    """A page of which nothing changed since is not stored again; another row of learning stores a few parts."""
+    world = world_of()
+    trainer, _ = live(world)
+    before = read_manifest(world.blobs, MODEL, stored_checkpoints(world.blobs, MODEL)[-1])
+    send(world.log, samples(11, 1, 1), after=(-1, -1))
+    stored = set(world.blobs.objects)
+    again = Trainer(world.deps(project=SHORT, config=CONFIG))
+    again.recover()
+    world.drain(again)
+    assert again.learner.step == trainer.learner.step + 1
+    after = next(
+        found
+        for each in stored_checkpoints(world.blobs, MODEL)
+        if (found := read_manifest(world.blobs, MODEL, each)).meta.step == again.learner.step
+    )
+    assert after.seq == before.seq + 1
+    pages = {page.part.name for table in after.tables.values() for page in table.pages}
+    new = {name for name in pages if f"{parts_of(MODEL)}/{name}" not in stored}
+    assert len(pages) >= 6 and len(new) <= 3
+
+
+def test_a_page_is_let_go_of_before_the_next_is_taken(monkeypatch):
+    """So a restore needs no second copy of the tables; all parts are known to be whole before the first is taken."""
+    world, kept = world_of(), []
+    trainer, _ = live(world)
+    decode = checkpoint.decode_part
+
+    def noted(data: bytes) -> Any:
+        arrays = decode(data)
+        kept.extend(weakref.ref(array) for name, array in arrays.items() if name == "keys")
+        return arrays
+
+    monkeypatch.setattr(checkpoint, "decode_part", noted)
+    found = newest_checkpoint(world.blobs, MODEL, recipe=trainer.recipe)
+    pages, left = len(found.manifest.tables["table.0."].pages), []
+    assert len(kept) >= pages > 3
+    for _ in found.rows["table.0."].pieces:
+        left.append(sum(each() is not None for each in kept))
+    assert [before - after for before, after in itertools.pairwise(left[:pages])] == [1] * (pages - 1)

@@ -26,6 +26,7 @@ from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater
 from headrace.trainer.commit.publish import Publisher
 from headrace.trainer.commit.served_rows import Change, ServedRows
+from headrace.trainer.model.learner import TableLearner
 from headrace.trainer.run import Trainer
 
 EXPIRING = msgspec.structs.replace(
@@ -209,6 +210,40 @@ def test_a_server_that_starts_while_a_snapshot_is_uploaded_follows_from_the_anno
     assert len(manifests) > 1 and late.wrong == 0 and late.shared.meta().snapshot == announced
 
 
+def test_the_rows_of_a_chains_first_snapshot_are_gathered_by_its_thread(tmp_path: Path, monkeypatch):
+    """The thread that learns looks at no row that it did not touch; deltas wait until the rows are gathered."""
+    world, learner = World(), Learner("float32")
+    trainer = Trainer(world.deps(project=EXPIRING, config=CONFIG))
+    held: list[tuple[object, ...]] = []
+    monkeypatch.setattr(Publisher, "_start", lambda self, write, *what: held.append((write, *what)))
+    monkeypatch.setattr(Publisher, "is_busy", property(lambda self: bool(held)))
+    weights = TableLearner.weights
+    asked: list[int] = []
+    monkeypatch.setattr(TableLearner, "weights", lambda self, *keys: asked.append(len(keys)) or weights(self, *keys))
+    for rows, after in cut(3, 0, 60):
+        send(world.log, rows, after=after)
+    trainer.recover()
+
+    def turn() -> None:
+        trainer.turn()
+        learner.note(trainer)
+        asked.pop()
+        world.clock.advance(0.2)
+
+    for _ in range(4):
+        turn()
+    assert trainer.learner.step > 1 and len(held) == 1 and 0 not in asked
+    assert not world.log.partitions(TOPICS.deltas)[0], "its digest is not known yet"
+    write, *what = held[0]
+    write(*what)  # type: ignore[operator]
+    held.clear()
+    server = Server(world, tmp_path)
+    for _ in range(4):
+        turn()
+        version = server.check(learner)
+    assert version == f"{trainer.run_id}-{trainer.learner.step}" and server.wrong == 0 and 0 not in asked
+
+
 def test_a_deltas_positions_never_pass_a_row_that_was_not_sent(tmp_path: Path):
     """Sends fail at random; each delta that lies in the topic brings a server to the learner of its positions."""
     for seed in range(4):
@@ -283,6 +318,7 @@ def test_without_a_bug_rows_that_leave_leave_serving_too(tmp_path: Path):
 
 def test_planted_a_removal_that_is_not_sent_is_seen(tmp_path: Path):
     def plant(publisher: Publisher) -> None:
+        assert publisher._has_gathered()
         publisher._served.__class__ = ForgetsRemovals
 
     server, _, _ = planted(tmp_path, plant)

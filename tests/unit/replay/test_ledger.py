@@ -193,6 +193,20 @@ def test_a_version_that_is_no_more_is_told_by_the_step_that_went_on_from_it(drop
     assert stored_by_log(timed, steps, 4, ("click",), retained=False) is None
 
 
+def test_a_version_that_is_no_more_is_told_where_live_samples_were_learnt_beside_it():
+    """The step after its last row stands behind what it held: where the live ranges of each partition began says it."""
+    timed = SAMPLES.append_column("event_time_ms", pa.array([(i * 7) % ROWS for i in range(ROWS)]))
+    steps = [
+        step(1, StepRange("stored", version=3, start=0, stop=8), live(0, (7, 1), (8, 0), 1), positions={}),
+        step(2, live(0, (8, 0), (8, 1), 1), positions={}),
+        step(3, StepRange("stored", version=3, start=8, stop=20), live(0, (8, 1), (9, 1), 2), positions={}),
+        step(4, live(1, (7, 1), (9, 1), 4), positions={"0": [9, 1], "1": [9, 1]}),
+    ]
+    held = timed.filter(pa.array(covers(timed, Positions.from_json(1, {"0": [7, 1], "1": [7, 1]}))))
+    found = stored_by_log(timed, steps, 3, ("click",), retained=False)
+    assert held.num_rows == 20 and found == held.sort_by("event_time_ms").select(KEYS.names)
+
+
 def of_kinds(*kinds: tuple[int, str, str, bool]) -> pa.Table:
     """Return samples of one partition at these offsets: (offset, event id, task, correction)."""
     rows = [

@@ -11,11 +11,13 @@ import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
-from ledger_world import PROJECT, TOPICS, World, exchanged, figures, repeated, without
+from ledger_world import PROJECT, TOPICS, Change, World, exchanged, figures, ranged, repeated, without
 from stream_world import Blobs
 
 from headrace.backends.lake.delta import DeltaLake
@@ -33,6 +35,7 @@ from headrace.contract.formats.steps import StepRange, encode_step
 from headrace.replay.ledger.kept_account import name_of
 from headrace.replay.ledger.ledger import Ledger, is_sound, table
 from headrace.trainer.commit.steps_archive import StepsArchive
+from headrace.trainer.source.stored import stored_order
 
 NAME = name_of(PROJECT.name, 1)
 
@@ -560,3 +563,66 @@ def test_a_mark_for_what_the_log_lacks_is_a_loss_in_spite_of_what_lies_beyond(tm
     assert (ledger.lost_where["log"], ledger.closes) == (7, False)
     world.snapshot()
     assert world.draw().lost_where["log"] == 7
+
+
+def mixed(world: World, *, gap: int = 0, change: Change = lambda rows: rows, ends: bool = False) -> None:
+    """Let a run learn the lake and beside it, from behind the lake's positions on, what is live; the second step leaves
+    so many rows of each partition out, the first one changes what it learns of one."""
+    state = world.lake.state()
+    stored = stored_order(world.lake.read(state.version), ("click",))
+    at = dict(state.positions.by_partition)
+    for number, start in enumerate(range(0, stored.num_rows, 6)):
+        part = stored.slice(start, 6)
+        if not ends and start + part.num_rows == stored.num_rows:
+            return
+        ranges = [ranged(part, kind="stored", version=state.version, start=start, stop=start + part.num_rows)]
+        for partition in (0, 1):
+            after = at[partition]
+            rows, upto = world.between(partition, after, 9)
+            if gap and number == 1:
+                _, after = world.between(partition, after, gap)
+                rows = world.between(partition, after, 9 - gap)[0]
+            ours = rows.filter(pc.equal(rows["task"], "click")) if rows.num_rows else rows
+            if number == partition == 0:
+                ours = change(ours)
+            if upto > after:
+                ranges.append(ranged(ours, kind="live", partition=partition, after=tuple(after), upto=tuple(upto)))
+            at[partition] = upto
+        world.write_step("r1", tuple(ranges))
+    world.taken["r1"] = at
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_run_that_learns_live_samples_beside_the_lake_is_told_by_both(tmp_path: Path, ends: bool):
+    world = World(tmp_path)
+    for partition in (0, 1):
+        world.append(partition, 150)
+    world.snapshot()
+    world.store(40)
+    mixed(world, ends=ends)
+    if ends:
+        world.learn(30)
+    ledger = both(world)
+    assert ledger.closes and is_sound(ledger) and not ledger.reread
+    counts = ledger.models["r1"]
+    assert counts.stored > 0 and counts.live > 0 and counts.stored + counts.live == counts.learnt
+    assert "rows taken of the lake" in table(ledger)
+    if not ends:
+        assert counts.in_flight > 0 and not ledger.models["r1"].lost
+
+
+@pytest.mark.parametrize("fault", [{"gap": 6}, {"change": without(1)}, {"change": exchanged(1)}])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_fault_in_what_is_learnt_beside_the_lake_is_found(tmp_path: Path, fault: dict[str, Any], ends: bool):
+    """Also while the lake is not learnt, when the run's positions claim nothing yet."""
+    world = World(tmp_path)
+    for partition in (0, 1):
+        world.append(partition, 150)
+    world.snapshot()
+    world.store(40)
+    mixed(world, **fault, ends=ends)
+    if ends:
+        world.learn(30)
+    for mode in ("seals", "full"):
+        ledger = world.draw(mode)
+        assert ledger.lost > 0 and not is_sound(ledger) and ledger.drawn_from == "log"

@@ -205,7 +205,9 @@ def test_model_tells_what_is_served_and_what_was_refused(world: World, client: C
     world.log.append(TOPICS.deltas, 0, b"x", b"small", {"version": "a-6", "base": "a-4"})
     world.follow()
     assert client.get("/v1/model").json()["refused"].startswith("damaged: ")
-    assert client.get("/v1/model", params={"version": "a-3"}).json() == {"version": "a-3", "positions": {"0": [3, 0]}}
+    told = {"version": "a-3", "positions": {"0": [3, 0]}, "stored_left": 0, "live": {}}
+    assert client.get("/v1/model", params={"version": "a-3"}).json() == told
+    assert said["stored_left"] == 0 and said["live"] == {}
     assert client.get("/v1/model", params={"version": "a-9"}).status_code == 404
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
+from headrace.serving.model.known import decode_known, encode_known
 from headrace.serving.model.process_times import began_at
 from headrace.serving.model.shared_region import _BEGAN, _READERS, Meta, SharedModel, View
 
@@ -168,8 +169,8 @@ def test_recent_versions_tell_their_positions(tmp_path: Path):
     model.load_snapshot(weights(0), meta(0))
     model.apply_delta(weights(1), meta(1))
     reader = opened(tmp_path / "model", reader=1)
-    assert reader.positions_of("r-0") == {"0": [0, 0]} and reader.positions_of("r-1") == {"0": [1, 0]}
-    assert reader.positions_of("r-2") is None
+    assert reader.known_by("r-0").positions == {"0": [0, 0]} and reader.known_by("r-1").positions == {"0": [1, 0]}
+    assert reader.known_by("r-2") is None
 
 
 def test_without_a_model_it_says_so(tmp_path: Path):
@@ -193,3 +194,10 @@ def test_a_new_snapshot_forgets_the_old_rows(tmp_path: Path):
     model.load_snapshot(weights(5, KEYS[:1]), meta(5))
     rows, _ = model.read(lambda view: view.lookup(KEYS[:2], seed=1, scale=0.0)[:, 0].tolist())
     assert rows == [5.0, 0.0]
+
+
+def test_a_version_in_the_midst_of_a_lake_says_what_it_has_of_it():
+    manifest = Manifest(kind="delta", model="m", run="r", step=3, version="r-3", stored_left=70, live={"1": [9, 0]})
+    known = decode_known(encode_known(manifest))
+    assert (known.version, known.positions, known.stored_left, known.live) == ("r-3", {}, 70, {"1": [9, 0]})
+    assert decode_known(b'["r-2",{"0":[1,0]}]').stored_left == 0, "as earlier releases wrote it"

@@ -17,6 +17,7 @@ from headrace.trainer.model.batch import Batch
 from headrace.trainer.model.held import ordered_tasks
 from headrace.trainer.model.learner import make_learner
 from headrace.trainer.model.tables.table import initial_values
+from headrace.trainer.validation import evaluate
 from headrace.trainer.validation.evaluate import Evaluation, item_slot, known_times
 from headrace.trainer.validation.figures import Scored, Tally, area_under_curve
 from headrace.trainer.validation.slices import Slices, slices_of
@@ -331,3 +332,27 @@ def test_state_goes_on():
     three = evaluation_of(slices=("tab",))
     three.load({"loss": np.zeros(3)})  # what an older version kept
     assert three.total("click")[0].samples == 0
+
+
+@pytest.mark.parametrize("counted_min", [0, 40, 10**6])
+def test_what_is_frozen_for_a_checkpoint_is_the_state_and_stays_it(monkeypatch, counted_min: int):
+    """Only what was counted since the last time is copied; what was returned holds while counting goes on."""
+    monkeypatch.setattr(evaluate, "COUNTED_MIN", counted_min)
+    evaluation, rng = evaluation_of(), np.random.default_rng(3)
+    assert evaluation.item_slot >= 0
+    for turn in range(30):
+        for _ in range(int(rng.integers(0, 4))):
+            slots_BF = rng.integers(1, 20 + 10 * turn, (8, 2)).astype(np.int64)
+            label_B = (rng.random(8) < 0.5).astype(np.float32)
+            batch = Batch(slots_BF, np.zeros((8, 0), np.float32), label_B, np.ones(8, np.float32), np.full(8, turn))
+            evaluation._count_items(batch, np.zeros(8, bool))
+        now, frozen = evaluation.state(), evaluation.frozen()
+        assert now.keys() == frozen.keys()
+        if turn:
+            evaluation._count_items(batch, np.zeros(8, bool))
+        for name, array in now.items():
+            np.testing.assert_array_equal(frozen[name], array, err_msg=name)
+        if turn == 20:
+            again = evaluation_of()
+            again.load(now)
+            evaluation = again

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.kernels.hashes import mix
-from headrace.trainer.model.tables.columns import Column, Columns, State
+from headrace.trainer.model.tables.columns import NO_ROWS, AllStoredRows, Column, Columns, State, below
 from headrace.trainer.model.tables.row_index import HEADER_WORDS, LAST_USE, Int32s, Int64s, RowIndex, Uint8s
 
 Bools = npt.NDArray[np.bool_]
@@ -113,8 +113,8 @@ class Everyone:
         """Return the indexes that hold counts, by what their columns' names begin with."""
         return {}
 
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace all counts by those of a state."""
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]], rows: AllStoredRows = NO_ROWS) -> None:
+        """Replace all counts by those of a state; `rows` as `Table.load`."""
 
 
 class Exact:
@@ -150,11 +150,13 @@ class Exact:
         """See `Everyone.indexes`."""
         return {_WAITING: (self.waiting, _COLUMNS)}
 
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]], rows: AllStoredRows = NO_ROWS) -> None:
         """See `Everyone.load`."""
         self.waiting = RowIndex(words=1)
-        rows = {n.removeprefix(_WAITING): column for n, column in state.items() if n.startswith(_WAITING)}
-        _COLUMNS.load(self.waiting, rows)
+        if _WAITING in rows:
+            _COLUMNS.load_pieces(self.waiting, rows[_WAITING])
+        else:
+            _COLUMNS.load(self.waiting, below(_WAITING, state))
 
 
 class Sketch:
@@ -186,7 +188,7 @@ class Sketch:
         """See `Everyone.indexes`."""
         return {}
 
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]], rows: AllStoredRows = NO_ROWS) -> None:
         """See `Everyone.load`."""
         self.cells = np.array(state["sketch.cells"], np.uint8)
         self.counted = int(state["sketch.counted"][0])

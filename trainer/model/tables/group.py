@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.model.tables.admission import Admission
-from headrace.trainer.model.tables.columns import Columns
+from headrace.trainer.model.tables.columns import NO_ROWS, AllStoredRows, Columns, below
 from headrace.trainer.model.tables.distinct_ids import DistinctIds, distinct
 from headrace.trainer.model.tables.optimizers import Optimizer
 from headrace.trainer.model.tables.row_index import Float32s, Int64s, RowIndex
@@ -159,11 +159,11 @@ class Tables:
     def settle(self) -> None:
         """Bring all rows to where `indexes` has them: they are there."""
 
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace everything by what `state` returned."""
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]], rows: AllStoredRows = NO_ROWS) -> None:
+        """Replace everything by what `state` returned; `rows` as `Table.load`, by the names of `indexes`."""
         for number, table in enumerate(self.tables):
             prefix = f"{number}."
-            table.load({name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)})
+            table.load(below(prefix, state), below(prefix, rows))
 
     def _parts(self, ids: DistinctIds) -> Iterator[tuple[Table, Int64s | slice]]:
         """Yield each table and where in U its ids are."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.contract.spec import PAD
-from headrace.trainer.model.tables.columns import Columns
+from headrace.trainer.model.tables.columns import NO_ROWS, AllStoredRows, Columns
 from headrace.trainer.model.tables.distinct_ids import DistinctIds
 from headrace.trainer.model.tables.group import Tables
 from headrace.trainer.model.tables.row_index import Float32s, Int64s, RowIndex
@@ -268,9 +268,9 @@ class HotRows:
         for cache in self.caches:
             cache.write_all_back()
 
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace everything by what `state` returned; no row is hot then."""
-        self.tables.load(state)
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]], rows: AllStoredRows = NO_ROWS) -> None:
+        """Replace everything by what `state` returned; no row is hot then. `rows` as `Tables.load`."""
+        self.tables.load(state, rows)
         for cache in self.caches:
             cache.clear()
 

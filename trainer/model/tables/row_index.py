@@ -439,10 +439,18 @@ class RowIndex:
 
         Raises `Overloaded` when there are more than `rows_max`.
         """
-        if len(keys_R) > self.rows_max:
-            raise self._full()
-        self.arrays.head[HIGH] = len(keys_R)
+        self.begin(len(keys_R))
         self.arrays.keys_RX[: len(keys_R), 0] = keys_R
+        self.number()
+
+    def begin(self, rows: int) -> None:
+        """Give an empty index so many rows, whose keys are written before `number` is called. Raises as `place`."""
+        if rows > self.rows_max:
+            raise self._full()
+        self.arrays.head[HIGH] = rows
+
+    def number(self) -> None:
+        """Find the rows by the keys that their records hold from now on; see `begin`. Raises as `place`."""
         ended, at = _place(self.arrays, 0)
         while ended == _DIRECTORY_FULL:
             self._double_directory()

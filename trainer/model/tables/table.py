@@ -25,7 +25,7 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.spec import PAD
 from headrace.kernels.hashes import mix
 from headrace.trainer.model.tables.admission import Admission, counter_for
-from headrace.trainer.model.tables.columns import Column, Columns, live
+from headrace.trainer.model.tables.columns import NO_ROWS, AllStoredRows, Column, Columns, live
 from headrace.trainer.model.tables.optimizers import Optimizer
 from headrace.trainer.model.tables.row_index import (
     EXPIRED,
@@ -310,14 +310,18 @@ class Table:
         """Return where rows lie, by what their columns' names begin with."""
         return {"": (self.index, self.columns)} | self._counter.indexes()
 
-    def load(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Replace everything by what `state` returned. Rows may be free: their key is `PAD`."""
+    def load(self, state: Mapping[str, npt.NDArray[np.generic]], rows: AllStoredRows = NO_ROWS) -> None:
+        """Replace everything by what `state` returned. Rows may be free: their key is `PAD`. With `rows`, those of
+        `indexes` that it names are taken from there."""
         self._clear()
-        self.columns.load(self.index, state)
+        if "" in rows:
+            self.columns.load_pieces(self.index, rows[""])
+        else:
+            self.columns.load(self.index, state)
         self.now_s, self._part = (int(x) for x in state["clock.now_and_part"])
         forgotten = state["clock.forgotten"].astype(np.int64)
         self._forgotten = [forgotten] if len(forgotten) else []
-        self._counter.load(state)
+        self._counter.load(state, rows)
 
     def _clear(self) -> None:
         self.index = RowIndex(words=1 + self.dim + self._states)
