@@ -1,18 +1,19 @@
 """What each model run took, added up from its steps: ranges, rows, and the sum of their ids' hashes. Pure.
 
 A run's live ranges of a partition follow one another without a gap, and its stored ranges too. A run of which that is
-not true, or with a step without a seal, is `irregular`: its samples are to be looked at one by one.
+not true, or with a step without a seal, is `irregular`: its samples are to be looked at one by one. A run that goes on
+from another one begins with that one's totals as they were there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.seals import SUM_MASK, Seal
-from headrace.contract.formats.steps import Step, StepRange
+from headrace.contract.formats.steps import Branch, PassedOver, Step, StepRange
 
 Pair = tuple[int, int]
 
@@ -36,6 +37,8 @@ class RunTotals(msgspec.Struct, kw_only=True):
     """By partition: after which position, and up to which."""
     positions: dict[str, list[int]] = {}
     """Of the last step."""
+    passed_over: list[PassedOver] = []
+    """What it left out by name."""
     irregular: str = ""
     last: Step | None = None
 
@@ -56,6 +59,9 @@ class RunTotals(msgspec.Struct, kw_only=True):
         """Add the run's next step; the same one once more changes nothing."""
         if step == self.last:
             return
+        if step.branch is not None:
+            self._begin(step, step.branch)
+            return
         if step.step != self.number + 1:
             self.irregular = self.irregular or f"step {step.step} follows step {self.number}"
         for each in step.ranges:
@@ -71,6 +77,18 @@ class RunTotals(msgspec.Struct, kw_only=True):
             else:
                 self._take_stored(each, step.step)
         self.steps, self.number, self.positions, self.last = self.steps + 1, step.step, step.positions, step
+
+    def _begin(self, first: Step, branch: Branch) -> None:
+        """Take the first record of the run, which follows what was added of the run that it goes on from."""
+        if first.step != self.number:
+            self.irregular = self.irregular or f"the run goes on behind step {first.step}, not {self.number}"
+        for each in branch.passed_over:
+            begin, upto = self.live.get(each.partition, (each.after, each.after))
+            if upto != each.after:
+                self.irregular = self.irregular or f"partition {each.partition} is left after {each.after}, not {upto}"
+            self.live[each.partition] = begin, each.upto
+            self.passed_over.append(each)
+        self.positions, self.last = first.positions or self.positions, first
 
     def _take_live(self, each: StepRange, number: int) -> None:
         known = self.live.get(each.partition)
@@ -92,13 +110,19 @@ class RunTotals(msgspec.Struct, kw_only=True):
         self.stored[each.version] = max(taken, each.stop)
 
 
-def add_steps(runs: dict[str, RunTotals], steps: Iterable[Step]) -> None:
-    """Add steps to the runs that they are of, in the topic's order; the run of the newest step comes last."""
+def add_steps(runs: dict[str, RunTotals], steps: Iterable[Step], before: Callable[[Step], Iterable[Step]]) -> None:
+    """Add steps to the runs that they are of, in the topic's order; the run of the newest step comes last.
+
+    Args:
+        before: gives, for the first record of a run that goes on from another one, the steps that come before it.
+    """
     newest = next(reversed(runs), None)
     for step in steps:
         run = runs.get(step.run)
         if run is None:
             run = runs[step.run] = RunTotals(model=step.model, run=step.run, recipe=step.recipe)
+            for each in before(step) if step.branch is not None and step.branch.run else ():
+                run.take(each)
         elif step.run != newest:
             runs[step.run] = runs.pop(step.run)
         newest = step.run

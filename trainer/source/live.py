@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,7 @@ from headrace.contract.formats.positions import START, Position, order_of, order
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.formats.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
-from headrace.contract.formats.steps import StepRange
+from headrace.contract.formats.steps import PassedOver, StepRange
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
 from headrace.trainer.source.judged import Judge, with_judged
@@ -65,6 +65,8 @@ class LivePartition:
     """True until the first record comes to a run that begins with this partition."""
     is_cut: bool = False
     """True until the first record comes, where the topic has lost records before it that were not read."""
+    gaps: Sequence[tuple[Position, Position]] = ()
+    """What is left out by name, after which position and up to which, ascending: reading goes on behind it."""
 
     @classmethod
     def at(cls, position: Position, next_offset: int, *, is_fresh: bool = False) -> LivePartition:
@@ -96,6 +98,12 @@ class LivePartition:
     @property
     def _waiting(self) -> set[Position]:
         return {held.after for held in self.order.held}
+
+    def jump(self) -> None:
+        """Go on behind what is left out by name, where reading has come to it."""
+        for after, upto in self.gaps:
+            if after <= self.order.position < upto:
+                self.order.position = upto
 
     def upto(self, rows_max: int) -> tuple[Position, int]:
         """Return the position that takes at most `rows_max` rows, and how many rows that is."""
@@ -178,6 +186,7 @@ class LiveRows:
         if partition.is_cut:
             self._begin_late(partition, record)
         partition.is_cut = partition.is_fresh = False
+        partition.jump()
         order = partition.order
         following = order.offer(record)
         if following is None:
@@ -236,6 +245,12 @@ class LiveRows:
             )
         return pa.Table.from_batches(partition.take(after, Position(*wanted.upto)), self._schema)
 
+    def pass_over(self, left_out: PassedOver) -> None:
+        """Go on behind samples that are left out by name, where their partition is read: they are never given out."""
+        partition = self.partitions.get(left_out.partition)
+        if partition is not None:
+            partition.taken = max(partition.taken, Position(*left_out.upto))
+
     def _append(self, partition: LivePartition, rows: pa.RecordBatch, record: int, last: Position) -> None:
         ours = pc.is_in(rows["task"], value_set=pa.array(self._tasks))
         if not pc.all(ours).as_py():
@@ -255,8 +270,8 @@ class LiveRows:
         if not partition.is_fresh or learnt < min(after, self.newest.get(record.partition, START)):
             raise InvariantBroken(
                 f"{where}; this run has learnt up to {tuple(learnt)}, and would skip what retention deleted between. "
-                "Change recipe.seed: that begins a new run, which learns what the lake holds and goes on from there. "
-                "Keep samples longer than a trainer is ever away."
+                "`headrace train repair` says what can be done about it, and does it. Keep samples longer than a trainer "
+                "is ever away."
             )
         if after > learnt:
             logger.warning("%s; what lies before, after %s, is in no lake: learning goes on", where, tuple(learnt))
@@ -285,5 +300,6 @@ class LiveRows:
         if len(order.held) > HELD_MAX:
             raise InvariantBroken(
                 f"{len(order.held)} records of {record.topic}/{record.partition} wait for samples after {read} that "
-                "never came. Keep the topic; `headrace ledger` shows what is missing."
+                "never came. Keep the topic; restart `stream`, which sends again what it has. Where it does not have "
+                "them, `headrace train repair` goes on behind them."
             )

@@ -15,7 +15,7 @@ from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Cursor, Position, Positions
 from headrace.contract.formats.sample import sample_schema
-from headrace.contract.formats.steps import Step, StepRange
+from headrace.contract.formats.steps import PassedOver, Step, StepRange
 from headrace.contract.interfaces.lake import LakeReader
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
@@ -130,6 +130,16 @@ class Source:
         self._live.partitions[number] = LivePartition.at(position, following, is_fresh=is_new)
         self._placed.discard(number)
 
+    def pass_over(self, left_out: Iterable[PassedOver]) -> None:
+        """Go on behind samples that are left out by name; a partition that is beyond them stays where it is."""
+        for each in left_out:
+            partition, upto = self._live.partitions[each.partition], Position(*each.upto)
+            if partition.taken < upto:
+                following = each.following if each.following >= 0 else partition.resume_offset
+                self._live.partitions[each.partition] = LivePartition.at(upto, following)
+                # What was read ahead of it may have been behind it: it is read again.
+                self._assigned = False
+
     def poll(self, timeout_s: float) -> None:
         """Read ahead. Raises what the reader raises; the next call goes on from the same place."""
         if self._lease_is_due:
@@ -172,8 +182,8 @@ class Source:
             raise InvariantBroken(
                 f"a recorded step takes the samples of {self._topic}/{wanted.partition} up to {wanted.upto}; the "
                 f"topic, read to its end at offset {end}, has them up to {have}. If it has lost its end, `stream` "
-                "sends them again and a next start finds them. If it was made anew, change recipe.seed: that begins a "
-                "new run."
+                "sends them again and a next start finds them. If they do not come, `headrace train repair` begins a "
+                "run without them."
             )
 
     def _read(self, timeout_s: float) -> Sequence[Record]:
