@@ -68,7 +68,9 @@ def find_recovery(deps: Dependencies, steps: StepsLog, recipe: str, retrying: Re
         run = ours[-1].run if ours else (meta.run if meta is not None else "")
         branches = branches_of(ours)
         path = path_of({name: first.branch for name, first in branches.items()}, run)
-        found = found or retrying("read checkpoints", partial(newest_checkpoint, blobs, model, recipe=recipe, path=path))
+        found = found or retrying(
+            "read checkpoints", partial(newest_checkpoint, blobs, model, recipe=recipe, path=path)
+        )
         needed = found.meta.steps_offset if found is not None else 0
         if needed >= begin:
             break

@@ -4,8 +4,8 @@ Looked at is what recovery looks at: the checkpoint, the recorded steps behind i
 and what the topic has of samples. Nothing is changed here. Two ways lead on, and both are a new run:
 
 - **lake**: it begins afresh with what the lake holds now. Nothing is lost that the lake has.
-- **checkpoint**: it goes on from the newest checkpoint, behind what is missing. That is left out by name, and the ledger
-  counts it as `skipped`.
+- **checkpoint**: it goes on from the newest checkpoint, behind what is missing. That is left out by name, and the
+  ledger counts it as `skipped`.
 """
 
 from __future__ import annotations

@@ -44,7 +44,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "spec": ("tools.spec", "show and change, in mid-stream, by which rules events are read"),
     "aggregate": ("stages.aggregate", "windowed counters of keys other than the partition's"),
     "crawl": ("stages.crawl", "crawl declared sources: catalogue, prices, news, weather"),
-    "train": ("stages.train", "learn from the lake, then from the topic; publish; `train repair` gets past lost samples"),
+    "train": (
+        "stages.train",
+        "learn from the lake, then from the topic, and publish; `train repair`: past lost samples",
+    ),
     "serve": ("stages.serve", "answer POST /v1/rank with the newest model"),
     "shop": ("stages.shop", "demo traffic: ask, show, log, click"),
     "traffic": ("tools.traffic", "play a project's made-up visitors to a running stack, for a try"),

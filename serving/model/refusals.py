@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import msgspec
-
 from headrace.contract.formats.decision import KIND, decode_decision
 from headrace.contract.interfaces.log import Record
 

@@ -14,8 +14,8 @@
    region is taken over. Where they differ, `replica_digest_wrong_total` counts it, the chain is refused, and the next
    snapshot is loaded, even where it leads back.
 6. A decision in `model` says that somebody has gone back from a run. What that run had beyond the step where it was
-   left is taken no more: no delta, no snapshot that is announced later, and none that a late server finds. What is served
-   of it stays until the run that goes on in its place announces its first snapshot.
+   left is taken no more: no delta, no snapshot that is announced later, and none that a late server finds. What is
+   served of it stays until the run that goes on in its place announces its first snapshot.
 7. While Kafka or the store is away the served version stays, and reading goes on from where it was.
 8. Any other exception ends the stage, and so does a call that stands still for `serve.stuck_ms` (`watch`); a big blob
    that is read piece by piece does not. The next stage takes over the region with the version that is served. A write

@@ -169,9 +169,7 @@ def encode_manifest(manifest: CheckpointManifest) -> tuple[str, bytes]:
     return f"{place}.{hashlib.sha256(data).hexdigest()[:16]}.json", data
 
 
-def newest_checkpoint(
-    blobs: Blobs, model: str, *, recipe: str, path: Sequence[Leg] | None = None
-) -> Checkpoint | None:
+def newest_checkpoint(blobs: Blobs, model: str, *, recipe: str, path: Sequence[Leg] | None = None) -> Checkpoint | None:
     """Return the readable checkpoint of this recipe that has got furthest, None without one. Raises `Unavailable`.
 
     Args:

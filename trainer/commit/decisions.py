@@ -1,8 +1,8 @@
 """Tells serving that a run goes on in place of another one: the decision that follows from a branch.
 
 The record in `steps` is the truth. The decision says the same in the `model` topic, so that a server, whenever it
-starts, serves nothing of the run that was left. Whoever finds it missing writes it: the verb at once, else the new run's
-trainer before it announces anything. Its key is made of the branch, so that twice is once.
+starts, serves nothing of the run that was left. Whoever finds it missing writes it: the verb at once, else the new
+run's trainer before it announces anything. Its key is made of the branch, so that twice is once.
 """
 
 from __future__ import annotations

@@ -111,15 +111,15 @@ def chosen(found: Standing, *, at_ms: int | None, version: str = "", run: str = 
         place = next((place for place in found.places if place.version == version), None)
         if place is None:
             raise ConfigRejected(
-                f"there is no checkpoint {version} of this recipe; `headrace rollback --list` shows those that there are."
+                f"there is no checkpoint {version} of this recipe; `headrace rollback --list` shows those that are."
             )
         return place
     places = found.on_path(run)
     if not places:
         of = f"of run {run} " if run else ""
         raise ConfigRejected(
-            f"there is no checkpoint {of}to go back to. `headrace rollback --list` shows all; a trainer writes one every "
-            "train.checkpoint_ms. `headrace train repair --begin lake` begins a new run at the lake."
+            f"there is no checkpoint {of}to go back to. `headrace rollback --list` shows all; a trainer writes one "
+            "every train.checkpoint_ms. `headrace train repair --begin lake` begins a new run at the lake."
         )
     if at_ms is None:
         return places[0]

@@ -1,8 +1,8 @@
 """Which samples behind a cursor the topic does not have, and where it goes on: what no reader may pass in silence.
 
 A reader takes a partition's records one behind another, each from where the one before it ended. Where something is
-missing between two of them, whatever the order of records, it waits or stops; here that is said of the whole topic, with
-the record to read on from.
+missing between two of them, whatever the order of records, it waits or stops; here that is said of the whole topic,
+with the record to read on from.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def gaps(
         if not isinstance(samples, Unreadable) and samples.last > positions.at(record.partition):
             found[record.partition].add(samples.after, samples.last, record.offset)
     return [
-        PassedOver(partition=p, after=tuple(after), upto=tuple(upto), following=spans.following(upto), why=LOST)
+        _left_out(p, after, upto, spans.following(upto), LOST)
         for p, spans in sorted(found.items())
         for after, upto in spans.holes(positions.at(p))
     ]
@@ -78,8 +78,7 @@ def cut_off(reader: Reader, topic: str, cursor: Cursor) -> list[PassedOver]:
             continue
         first = next(_told(reader, topic, p, begins[p], end), None)
         if first is not None and first[1] > positions.at(p):
-            after, upto = tuple(positions.at(p)), tuple(first[1])
-            found.append(PassedOver(partition=p, after=after, upto=upto, following=first[0], why=LOST))
+            found.append(_left_out(p, positions.at(p), first[1], first[0], LOST))
     return found
 
 
@@ -94,11 +93,13 @@ def until(reader: Reader, topic: str, cursor: Cursor, at_ms: int | None) -> list
             if last is None or upto > last[1]:
                 last = offset, upto
         if last is not None and last[1] > positions.at(p):
-            after = tuple(positions.at(p))
-            found.append(
-                PassedOver(partition=p, after=after, upto=tuple(last[1]), following=last[0] + 1, why=SKIPPED)
-            )
+            found.append(_left_out(p, positions.at(p), last[1], last[0] + 1, SKIPPED))
     return found
+
+
+def _left_out(partition: int, after: Position, upto: Position, following: int, why: str) -> PassedOver:
+    places = {"after": (after.offset, after.rank), "upto": (upto.offset, upto.rank)}
+    return PassedOver(partition=partition, following=following, why=why, **places)
 
 
 def _starts(reader: Reader, topic: str, cursor: Cursor) -> dict[int, int]:
@@ -125,9 +126,7 @@ def _told(
     """Yield offset, `after` and `last` of the records of ours, as their headers say."""
     if begin >= end:
         return
-    for record in read_range(
-        reader, topic, begins={partition: begin}, ends={partition: end}, latest_ms=latest_ms
-    ):
+    for record in read_range(reader, topic, begins={partition: begin}, ends={partition: end}, latest_ms=latest_ms):
         if (found := _positions(record)) is not None:
             yield record.offset, *found
 

@@ -270,8 +270,8 @@ class LiveRows:
         if not partition.is_fresh or learnt < min(after, self.newest.get(record.partition, START)):
             raise InvariantBroken(
                 f"{where}; this run has learnt up to {tuple(learnt)}, and would skip what retention deleted between. "
-                "`headrace train repair` says what can be done about it, and does it. Keep samples longer than a trainer "
-                "is ever away."
+                "`headrace train repair` says what can be done about it, and does it. Keep samples longer than a "
+                "trainer is ever away."
             )
         if after > learnt:
             logger.warning("%s; what lies before, after %s, is in no lake: learning goes on", where, tuple(learnt))

@@ -1,4 +1,4 @@
-"""`headrace train repair`: says why a trainer would refuse for samples that are missing, and begins a run that goes on."""
+"""`headrace train repair`: why a trainer would refuse for samples that are missing, and a run that gets past them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def repair(args: argparse.Namespace) -> int:
     place = places[0] if places else None
     lake = runtime.lake(samples_id=training.samples_id, with_leases=False)
     print("looking at the recorded steps and at what the topic has; that reads all of it behind the checkpoint")
-    found = diagnose(
-        place, training.redone(place), training.reader, runtime.topics.samples, lake, moved=_tell_progress
-    )
+    found = diagnose(place, training.redone(place), training.reader, runtime.topics.samples, lake, moved=_tell_progress)
     way = args.begin or found.way
     if not found.wrong and not args.begin:
         print("nothing is missing: a trainer goes on by itself. `headrace logs train` has what it says")
@@ -50,9 +48,7 @@ def repair(args: argparse.Namespace) -> int:
         print("nothing was changed")
         return 1
     begins = place if way == "checkpoint" else None
-    first = training.begin(
-        begins, left_out=found.missing if begins is not None else (), reason=args.reason or REASON
-    )
+    first = training.begin(begins, left_out=found.missing if begins is not None else (), reason=args.reason or REASON)
     print(f"run {first.run} begins as soon as the trainer starts: `headrace restart train` does not wait for it")
     return 0
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 
+from headrace.cli.runtime import add_common, open_runtime
 from headrace.cli.tools.asked import agreed, parse_time_ms, shown_time
 from headrace.cli.tools.new_run import Training, open_training
-from headrace.cli.runtime import add_common, open_runtime
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.steps import PassedOver
 from headrace.trainer.commit.rollback import Place, chosen
@@ -59,8 +59,8 @@ def main(args: argparse.Namespace) -> int:
         return 1
     first = training.begin(place, left_out=left_out, reason=args.reason)
     print(
-        f"run {first.run} goes on from {place.version}. The trainer ends and is started anew; it serves run {first.run} "
-        "as soon as it is up (`headrace status`). `headrace restart train` does not wait for it."
+        f"run {first.run} goes on from {place.version}. The trainer ends and is started anew; serving goes back as "
+        "soon as it is up (`headrace status`). `headrace restart train` does not wait for it."
     )
     return 0
 
@@ -78,8 +78,8 @@ def _left_out(training: Training, place: Place, at_ms: int | None, *, is_skippin
     if cursor.lake_version >= 0:
         if is_skipping:
             raise ConfigRejected(
-                f"{place.version} was learning the lake, and nothing of that can be skipped. Go back to a later one, or "
-                "without --skip-until."
+                f"{place.version} was learning the lake, and nothing of that can be skipped. Go back to a later "
+                "one, or without --skip-until."
             )
         return []
     found = until(reader, topic, cursor, at_ms) if is_skipping else []

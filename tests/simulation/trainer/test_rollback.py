@@ -1,5 +1,5 @@
-"""Goal: a run goes back to an earlier checkpoint with the bits of a run that never went further, and what it learns then
-is learnt once; whatever dies on the way, serving goes back with it and nothing that was left is served again.
+"""Goal: a run goes back to an earlier checkpoint with the bits of a run that never went further, and what it learns
+then is learnt once; whatever dies on the way, serving goes back with it and nothing that was left is served again.
 
 Method: a trainer learns a seeded topic, is left in the middle of its work, and somebody goes back. The calls of the
 going back, and of the trainer that begins then, are numbered: at each one the process dies, before or after it took
@@ -15,130 +15,39 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
-import pyarrow as pa
 import pytest
-from trainer_world import PARTITIONS, PROJECT, TOPICS, Killed, World, cut, samples, send
+from rollback_world import (
+    CONFIG,
+    COUNT,
+    MODEL,
+    SHORT,
+    check_once,
+    decisions,
+    fed,
+    finish,
+    go_back,
+    gone_on,
+    stands,
+    start,
+    steps_of,
+    turns,
+    undisturbed,
+)
+from trainer_world import PARTITIONS, TOPICS, Killed, World, samples, send
 
 from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.backends.metrics_memory import MemoryMetrics
-from headrace.contract.config import TrainConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.formats.decision import KIND, decode_decision
-from headrace.contract.formats.events import decode_batch
-from headrace.contract.formats.positions import Position, order_of, orders
-from headrace.contract.formats.steps import PassedOver, Step, decode_step
+from headrace.contract.formats.steps import Step
 from headrace.replay.as_trained import as_trained
 from headrace.replay.ledger.draw import _runs
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater
 from headrace.trainer import recovery
 from headrace.trainer.commit import rollback
-from headrace.trainer.commit.lineage import lineage, passed_over
 from headrace.trainer.commit.publish import read_manifests
-from headrace.trainer.commit.rollback import Place, Standing, begin_run, chosen, first_record, standing
-from headrace.trainer.identity import recipe_digest
-from headrace.trainer.model.learner import learner_for
 from headrace.trainer.run import Trainer
-from headrace.trainer.source.batch import to_batch
 from headrace.trainer.source.gaps import until
-
-MODEL, COUNT = PROJECT.name, 120
-SHORT = msgspec.structs.replace(PROJECT, recipe=msgspec.structs.replace(PROJECT.recipe, batch_rows=16)).checked()
-CONFIG = TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=300, checkpoint_ms=90)
-RECIPE = recipe_digest(SHORT)
-
-
-def fed(seed: int) -> World:
-    world = World()
-    feed(world, seed)
-    return world
-
-
-def feed(world: World, seed: int) -> None:
-    for partition in range(PARTITIONS):
-        for rows, after in cut(seed, partition, COUNT):
-            send(world.log, rows, after=after)
-
-
-def start(world: World, **changes: object) -> Trainer:
-    trainer = Trainer(world.deps(project=SHORT, config=CONFIG, **changes))
-    trainer.recover()
-    return trainer
-
-
-def turns(world: World, trainer: Trainer, count: int) -> None:
-    for _ in range(count):
-        trainer.turn()
-        world.clock.advance(0.03)
-
-
-def steps_of(world: World) -> list[Step]:
-    return [decode_step(r.value or b"") for r in world.log.partitions(TOPICS.steps)[0]]
-
-
-def stands(world: World) -> Standing:
-    return standing(world.blobs, MODEL, RECIPE, steps_of(world))
-
-
-def go_back(
-    world: World, place: Place, run: str, *, left_out: tuple[PassedOver, ...] = (), wrap: Any = lambda _, inner: inner
-) -> Step:
-    """Do what the verb does."""
-    first = first_record(
-        place, model=MODEL, run=run, recipe=RECIPE, seed=0, samples_id="", instead_of=stands(world).run,
-        left_out=left_out, reason="a test", created_ms=world.clock.now_ms(),
-    )  # fmt: skip
-    begin_run(
-        first,
-        writer=wrap("writer", FencedMemory(world.log, TOPICS.steps, f"steps-{MODEL}", world.epochs)),
-        reader=world.log.reader(),
-        producer=wrap("producer", world.log.producer()),
-        topics=TOPICS,
-        pause=lambda _: None,
-    )
-    return first
-
-
-def decisions(world: World) -> list[Any]:
-    records = [r for r in world.log.partitions(TOPICS.model)[0] if r.headers.get("kind") == KIND]
-    return [decode_decision(r.value or b"") for r in records]
-
-
-def check_once(world: World, run: str) -> None:
-    """Hold what a run took against the topic: each sample once, those left out by name never."""
-    found = lineage(steps_of(world), run)
-    left_out = {each.partition: each for each in passed_over(found)}
-    for partition in range(PARTITIONS):
-        at, rows = Position(-1, -1), 0
-        for step in found:
-            if step.branch is not None and (each := next((e for e in step.branch.passed_over if e.partition == partition), None)):  # fmt: skip
-                assert Position(*each.after) == at
-                at = Position(*each.upto)
-            for taken in (r for r in step.ranges if r.partition == partition):
-                assert Position(*taken.after) == at
-                at, rows = Position(*taken.upto), rows + taken.rows
-        assert at == Position((COUNT - 1) // 3, (COUNT - 1) % 3)
-        assert (rows == COUNT) == (partition not in left_out)
-
-
-def undisturbed(world: World, run: str) -> str:
-    """Return the digest of a learner that has learnt what the run consists of, and nothing else."""
-    learner = learner_for(SHORT, CONFIG)
-    tables = []
-    for partition in range(PARTITIONS):
-        batches = [decode_batch(r.value or b"") for r in world.log.partitions(TOPICS.samples)[partition]]
-        tables.append(pa.Table.from_batches(batches))
-    for step in lineage(steps_of(world), run):
-        parts = []
-        for each in step.ranges:
-            table = tables[each.partition]
-            order_N = orders(table["offset"].to_numpy(), table["rank"].to_numpy())
-            ours_N = (order_N > order_of(each.after)) & (order_N <= order_of(each.upto))
-            parts.append(table.filter(pa.array(ours_N)))
-        if parts:
-            learner.learn(to_batch(pa.concat_tables(parts), SHORT))
-    return str(learner.digest())
 
 
 class Server:
@@ -172,29 +81,13 @@ def late(tmp_path: Path) -> Callable[[World], str]:
     return ask
 
 
-def gone_on(world: World, at: int = 12) -> tuple[Trainer, Place]:
-    """Return a trainer in the middle of its work, and a place in the middle of what it has learnt."""
-    trainer = start(world)
-    turns(world, trainer, at)
-    places = stands(world).on_path()
-    assert len(places) >= 3
-    return trainer, places[1]
-
-
-def finish(world: World) -> Trainer:
-    trainer = start(world)
-    world.drain(trainer)
-    trainer.close()
-    return trainer
-
-
 def test_a_run_goes_back_and_learns_what_came_since_once(tmp_path):
     world = fed(1)
     left, place = gone_on(world)
     server = Server(world, tmp_path)
     assert server.version().startswith(left.run_id)
     first = go_back(world, place, "r9")
-    with pytest.raises(InvariantBroken, match="somebody asked for another run, r9: it goes on from run .* a test"):
+    with pytest.raises(InvariantBroken, match=r"somebody asked for another run, r9: it goes on from run .* a test"):
         turns(world, left, 3)
     before = server.version()
     assert before.startswith(left.run_id)
@@ -308,8 +201,8 @@ def test_a_branch_of_a_branch_goes_on_from_the_middle_one():
     assert last.learner.digest() == undisturbed(world, "r8")
 
 
-def test_the_checkpoint_is_gone_meanwhile(caplog):
-    """The trainer that was left deletes it with its last checkpoint: the one before and the recorded steps lead there."""
+def test_the_checkpoint_is_gone_meanwhile():
+    """The trainer that was left deletes it with its last one: the one before and the recorded steps lead there."""
     world = fed(7)
     _, place = gone_on(world, 16)
     go_back(world, place, "r9")
@@ -321,6 +214,19 @@ def test_the_checkpoint_is_gone_meanwhile(caplog):
         del world.blobs.objects[name]
     again = start(world)
     assert again.run_id == "r9" and again.learner.digest() == trainer.learner.digest()
+
+
+def test_a_checkpoint_that_was_being_written_ends_after_it():
+    """The trainer that was left ends the one that it had begun: it says less than the new run's record does."""
+    world = fed(9)
+    left, place = gone_on(world)
+    go_back(world, place, "r9")
+    left._checkpoint()
+    assert stands(world).places[-1].stored.run == left.run_id
+    trainer = finish(world)
+    assert trainer.run_id == "r9"
+    check_once(world, "r9")
+    assert trainer.learner.digest() == undisturbed(world, "r9")
 
 
 def test_what_is_skipped_is_left_out_by_name():
@@ -380,7 +286,7 @@ WAYS = ("dies before", "dies after", "fails", "fails after")
 
 
 def story(seed: int, at: int, way: str) -> tuple[World, Trainer, int, bool]:
-    """Go back with a fault at one call of the verb; return what is left, its last trainer, and how many calls it made."""
+    """Go back with a fault at one call of the verb; return what is left, its last trainer, and how many calls."""
     world = fed(seed)
     _, place = gone_on(world)
     numbered = Numbered(at, way)
@@ -418,9 +324,7 @@ def begun(seed: int, at: int, way: str) -> tuple[World, Trainer, int]:
             world,
             blobs=numbered.wrap("blobs", world.blobs),
             producer=numbered.wrap("producer", world.log.producer()),
-            steps_writer=numbered.wrap(
-                "writer", FencedMemory(world.log, TOPICS.steps, f"steps-{MODEL}", world.epochs)
-            ),
+            steps_writer=numbered.wrap("writer", FencedMemory(world.log, TOPICS.steps, f"steps-{MODEL}", world.epochs)),
         )
         turns(world, trainer, 4)
     except (Killed, Unavailable, InvariantBroken):
