@@ -32,7 +32,7 @@ from headrace.process.moved import moved
 from headrace.trainer.bounds import WORK_MAX_S, poll_until, watched
 from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, Meta, runs_of
 from headrace.trainer.commit.checkpointer import Checkpointer, Moment, made_here
-from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
+from headrace.trainer.commit.claim import other_holder, release_claim, take_claim
 from headrace.trainer.commit.decisions import decision_of, ensure_decision
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
@@ -341,7 +341,8 @@ class Trainer:
         try:
             self.steps.commit(step)
         except InvariantBroken as error:
-            raise InvariantBroken(self.steps.why_fenced() or f"{error}{self._other_trainer()}") from error
+            other = other_holder(self.deps.blobs, self.project.name, self.deps.name)
+            raise InvariantBroken(self.steps.why_fenced() or f"{error}{other}") from error
         try:
             self._apply(step)
         except Unavailable as error:
@@ -350,14 +351,6 @@ class Trainer:
                 "the next one learns it."
             ) from error
         self._unlearnt = 0
-
-    def _other_trainer(self) -> str:
-        """Name the trainer that has the model now, where it is another one."""
-        try:
-            claim = read_claim(self.deps.blobs, self.project.name)
-        except Unavailable:
-            return ""
-        return f" Trainer {claim.holder} has the model." if claim and claim.holder != self.deps.name else ""
 
     def _apply(self, step: Step) -> None:
         is_stored = self.source.is_stored

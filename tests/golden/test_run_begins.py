@@ -1,5 +1,8 @@
-"""Goal: the records with which a run begins that somebody asked for are read by every later release. Method: the bytes as
-they were written first; what stands in them today, and what a release without them would have written."""
+"""Goal: the records with which a run begins that somebody asked for are read by every later release.
+
+Method: the bytes as they were written first; what stands in them today, and what a release without them would have
+written.
+"""
 
 from __future__ import annotations
 

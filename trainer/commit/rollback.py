@@ -36,7 +36,7 @@ from headrace.trainer.commit.checkpoint import (
     stored_checkpoints,
 )
 from headrace.trainer.commit.decisions import decision_of, ensure_decision
-from headrace.trainer.commit.lineage import Leg, path_of
+from headrace.trainer.commit.lineage import NO_END, Leg, path_of
 
 TRIES = 20
 """Trainers that start meanwhile become the writer, too: each costs one."""
@@ -69,7 +69,7 @@ class Standing:
 
     def on_path(self, run: str = "") -> list[Place]:
         """Return the places that the run has been at, the newest first; with `run`, those of that run."""
-        legs = [Leg(run, 2**62)] if run else self.path
+        legs = [Leg(run, NO_END)] if run else self.path
         of = {place.stored: place for place in self.places}
         return [of[each] for each in on_path(list(of), legs)]
 
