@@ -33,7 +33,7 @@ from rollback_world import (
     turns,
     undisturbed,
 )
-from trainer_world import PARTITIONS, TOPICS, Killed, World, samples, send
+from trainer_world import PARTITIONS, TOPICS, Killed, World, cut, lake_of, samples, send
 
 from headrace.backends.log.fenced_memory import FencedMemory
 from headrace.backends.metrics_memory import MemoryMetrics
@@ -45,6 +45,7 @@ from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater
 from headrace.trainer import recovery
 from headrace.trainer.commit import rollback
+from headrace.trainer.commit.lineage import lineage
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.run import Trainer
 from headrace.trainer.source.gaps import until
@@ -394,3 +395,26 @@ def test_planted_a_decision_that_is_forgotten_is_seen(monkeypatch, late):
     left, place = gone_on(world)
     go_back(world, place, "r9")
     assert late(world).startswith(left.run_id)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_back_into_the_lake(seed, late):
+    """A checkpoint in the middle of the lake: the new run learns the rest of it, and is published at once."""
+    world = World(lake=lake_of(seed, 4, COUNT))
+    for partition in range(PARTITIONS):
+        for rows, after in cut(seed, partition, COUNT):
+            send(world.log, rows, after=after)
+    left = start(world)
+    turns(world, left, 12)
+    place = next(p for p in stands(world).on_path() if p.manifest.meta.cursor.lake_version >= 0)
+    world.drain(left)
+    assert place.stored.step < left.learner.step and not left.source.is_stored
+    go_back(world, place, "r9")
+    trainer = start(world)
+    assert trainer.source.is_stored and late(world) == f"r9-{place.stored.step}"
+    world.drain(trainer)
+    trainer.close()
+    taken = [r for step in lineage(steps_of(world), "r9") for r in step.ranges]
+    assert sum(r.rows for r in taken) == COUNT * PARTITIONS
+    assert late(world) == f"r9-{trainer.learner.step}"
+    assert as_trained(SHORT, TOPICS, world.log.reader(), world.lake, train=CONFIG).equal is True
