@@ -1,4 +1,4 @@
-"""Goal: `headrace rollback` says what is wrong with a call, and what to do. Method: its parts, with what people type."""
+"""Goal: `headrace rollback` says what is wrong with a call, and what to do. Method: its parts, and what people type."""
 
 from __future__ import annotations
 
