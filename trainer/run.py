@@ -116,6 +116,8 @@ class Trainer:
         self.source.expect(redone)
         if found.checkpoint is not None:
             self._resume(found.checkpoint, found.run)
+            if found.branch is not None and found.checkpoint.meta.run == found.run:
+                self.source.pass_over(found.branch.passed_over)
         else:
             self.run_id = found.run or self._new_run(found.runs | {m.run for m in manifests})
             first = next((step for step in redone if step.ranges), None)

@@ -82,24 +82,30 @@ class RunTotals(msgspec.Struct, kw_only=True):
         """Take the first record of the run, which follows what was added of the run that it goes on from."""
         if first.step != self.number:
             self.irregular = self.irregular or f"the run goes on behind step {first.step}, not {self.number}"
-        for each in branch.passed_over:
-            begin, upto = self.live.get(each.partition, (each.after, each.after))
-            if upto != each.after:
-                self.irregular = self.irregular or f"partition {each.partition} is left after {each.after}, not {upto}"
-            self.live[each.partition] = begin, each.upto
+        for each in sorted(branch.passed_over, key=lambda each: each.after):
             self.passed_over.append(each)
+            if each.partition in self.live or tuple(self.positions.get(str(each.partition), START)) == each.after:
+                begin, upto = self.live.get(each.partition, (each.after, each.after))
+                self.live[each.partition] = begin, self._behind(each.partition, upto)
         self.positions, self.last = first.positions or self.positions, first
+
+    def _behind(self, partition: int, at: Pair) -> Pair:
+        """Return where a run goes on that has come to a position: behind what it left out by name there."""
+        for each in self.passed_over:
+            if each.partition == partition and each.after == at:
+                at = each.upto
+        return at
 
     def _take_live(self, each: StepRange, number: int) -> None:
         known = self.live.get(each.partition)
         if known is None:
-            self.live[each.partition] = each.after, each.upto
+            self.live[each.partition] = each.after, self._behind(each.partition, each.upto)
             return
         if known[1] != each.after:
             self.irregular = self.irregular or (
                 f"step {number} goes on in partition {each.partition} after {each.after}, not after {known[1]}"
             )
-        self.live[each.partition] = known[0], max(known[1], each.upto)
+        self.live[each.partition] = known[0], self._behind(each.partition, max(known[1], each.upto))
 
     def _take_stored(self, each: StepRange, number: int) -> None:
         taken = self.stored.get(each.version, 0)

@@ -147,8 +147,9 @@ def first_record(
 ) -> Step:
     """Return the first record of a new run `run` that goes on from a place; afresh where there is none."""
     positions = dict(place.manifest.positions) if place is not None else {}
-    for each in left_out:
-        positions[str(each.partition)] = list(each.upto)
+    for each in sorted(left_out, key=lambda each: each.after):
+        if positions.get(str(each.partition), [-1, -1]) == list(each.after):
+            positions[str(each.partition)] = list(each.upto)
     step = place.stored.step if place is not None else 0
     return Step(
         model=model,

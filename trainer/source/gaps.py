@@ -62,11 +62,19 @@ def gaps(
         samples = read_samples(record)
         if not isinstance(samples, Unreadable) and samples.last > positions.at(record.partition):
             found[record.partition].add(samples.after, samples.last, record.offset)
-    return [
-        _left_out(p, after, upto, spans.following(upto), LOST)
-        for p, spans in sorted(found.items())
-        for after, upto in spans.holes(positions.at(p))
-    ]
+    begins, lost = reader.begin_offsets(topic), list[PassedOver]()
+    for p, spans in sorted(found.items()):
+        position = positions.at(p)
+        if (
+            spans.spans
+            and position == START
+            and begins[p] > 0
+            and cursor.next_offsets.get(str(p), begins[p]) >= begins[p]
+        ):
+            # A run that begins with this partition goes on behind what retention had deleted by then.
+            position = min(after for after, _, _ in spans.spans)
+        lost += [_left_out(p, after, upto, spans.following(upto), LOST) for after, upto in spans.holes(position)]
+    return lost
 
 
 def cut_off(reader: Reader, topic: str, cursor: Cursor) -> list[PassedOver]:

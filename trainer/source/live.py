@@ -105,6 +105,12 @@ class LivePartition:
             if after <= self.order.position < upto:
                 self.order.position = upto
 
+    def leave(self) -> None:
+        """Go on behind what is left out by name, where all before it is given out."""
+        for after, upto in self.gaps:
+            if after <= self.taken < upto:
+                self.taken = upto
+
     def upto(self, rows_max: int) -> tuple[Position, int]:
         """Return the position that takes at most `rows_max` rows, and how many rows that is."""
         upto, rows = self.taken, 0
@@ -112,6 +118,8 @@ class LivePartition:
             left = rows_max - rows
             if chunk.rows.num_rows <= left:
                 upto, rows = chunk.last, rows + chunk.rows.num_rows
+                if any(after == upto for after, _ in self.gaps):
+                    break  # No range goes over what is left out.
                 continue
             if left:
                 upto, rows = position_of(int(chunk.order_N[left - 1])), rows + left
@@ -141,6 +149,7 @@ class LivePartition:
                 break
             self.chunks.popleft()
         self.taken = upto
+        self.leave()
         return taken
 
 
@@ -249,7 +258,8 @@ class LiveRows:
         """Go on behind samples that are left out by name, where their partition is read: they are never given out."""
         partition = self.partitions.get(left_out.partition)
         if partition is not None:
-            partition.taken = max(partition.taken, Position(*left_out.upto))
+            partition.gaps = sorted({*partition.gaps, (Position(*left_out.after), Position(*left_out.upto))})
+            partition.leave()
 
     def _append(self, partition: LivePartition, rows: pa.RecordBatch, record: int, last: Position) -> None:
         ours = pc.is_in(rows["task"], value_set=pa.array(self._tasks))

@@ -131,14 +131,18 @@ class Source:
         self._placed.discard(number)
 
     def pass_over(self, left_out: Iterable[PassedOver]) -> None:
-        """Go on behind samples that are left out by name; a partition that is beyond them stays where it is."""
-        for each in left_out:
-            partition, upto = self._live.partitions[each.partition], Position(*each.upto)
-            if partition.taken < upto:
-                following = each.following if each.following >= 0 else partition.resume_offset
-                self._live.partitions[each.partition] = LivePartition.at(upto, following)
-                # What was read ahead of it may have been behind it: it is read again.
-                self._assigned = False
+        """Go on behind samples that are left out by name, once all before them is taken."""
+        for each in sorted(left_out, key=lambda each: each.after):
+            before, (after, upto) = self._live.partitions[each.partition], (Position(*each.after), Position(*each.upto))
+            if before.taken >= upto:
+                continue
+            following, position = before.resume_offset, before.taken
+            if after <= position:
+                following, position = (each.following if each.following >= 0 else following), upto
+            # What was read ahead may lie behind it: it is read again.
+            partition = self._live.partitions[each.partition] = LivePartition.at(position, following)
+            partition.gaps = [*before.gaps, (after, upto)]
+            self._assigned = False
 
     def poll(self, timeout_s: float) -> None:
         """Read ahead. Raises what the reader raises; the next call goes on from the same place."""

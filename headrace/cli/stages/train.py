@@ -68,6 +68,8 @@ def main(args: argparse.Namespace) -> int:
     from headrace.trainer.dependencies import Dependencies
     from headrace.trainer.run import train
 
+    if args.begin or args.reason or args.dry_run or args.yes:
+        raise ConfigRejected("--begin, --reason, --dry-run and --yes are of `headrace train repair`.")
     runtime = open_runtime(args)
     lock = lock_home(runtime.home, runtime.project.name)
     stop = stop_event()

@@ -125,6 +125,29 @@ def test_a_damaged_record_is_left_out_by_name():
     finished(world)
 
 
+def test_several_holes_far_behind_the_checkpoint_are_left_out_alone():
+    """What lies before and between them is learnt, also by a trainer that was started anew before it came there."""
+    world, records = begun(1)
+    gone = {(0, 2), (1, 1), (1, 3)}
+    for p, rest in records.items():
+        for number, (rows, after) in enumerate(rest):
+            if (p, number) not in gone:
+                send(world.log, rows, after=after)
+    found = look(world)
+    assert len(found.missing) == len(gone)
+    repair(world, found, "checkpoint")
+    trainer = start(world)
+    turns(world, trainer, 1)
+    trainer._checkpoint()
+    trainer = finished(world)
+    lost = sum(records[p][number][0].num_rows for p, number in gone)
+    ours = lineage(steps_of(world), "r9")
+    assert sum(r.rows for step in ours for r in step.ranges) == COUNT * PARTITIONS - lost
+    taken = [(r.partition, r.after, r.upto) for step in ours for r in step.ranges]
+    for hole in found.missing:
+        assert not any(p == hole.partition and after < hole.upto and upto > hole.after for p, after, upto in taken)
+
+
 @pytest.mark.parametrize("way", ["checkpoint", "lake"])
 def test_what_retention_took_while_the_trainer_was_away(way):
     """Where the lake does not have them either they are left out; a lake that has them is learnt from."""
