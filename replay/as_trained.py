@@ -1,7 +1,8 @@
 """Replay *as trained*: the recorded steps, the stored samples, the same learner, and the digest it must reach.
 
 1. The newest snapshot manifest with a digest says which run and step to reach (or the caller does).
-2. `steps` says what each step of that run took.
+2. `steps` says what each step of that run took; where it goes on from another run, that one's steps up to there come
+   before.
 3. The rows come from the lake, and from the samples topic those that the lake does not hold yet.
 4. The same learner learns them in the same order; equal digests mean equal bits. The digest is of the kind that the
    manifest names: runs that were published with another kind are compared by that one.
@@ -31,6 +32,7 @@ from headrace.contract.interfaces.log import Reader, read_range
 from headrace.contract.interfaces.progress import Progress, Silent
 from headrace.contract.project import Project
 from headrace.replay.recorded import recorded_steps
+from headrace.trainer.commit.lineage import lineage, passed_over
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.commit.steps_archive import StepsArchive
 from headrace.trainer.identity import recipe_digest
@@ -105,6 +107,10 @@ def as_trained(
     learner, learnt, from_lake = learner_for(project, config), 0, 0
     try:
         for each in steps:
+            if each.branch is not None:
+                for left_out in each.branch.passed_over:
+                    ranges.live.pass_over(left_out)
+                continue
             _read_stored(ranges.stored, each)
             batch = to_batch(ranges.take(each.ranges), project)
             learner.learn(batch)
@@ -157,12 +163,16 @@ def _is_in_lake(taken: StepRange, in_lake: Positions) -> bool:
 def read_steps(
     reader: Reader, topics: Topics, model: str, run: str, upto: int, archive: StepsArchive | None = None
 ) -> list[Step]:
-    """Return steps 1..`upto` of a run. Raises `InvariantBroken` where one is missing."""
-    steps = recorded_steps(reader, topics, archive)
-    steps = [s for s in steps if s.model == model and s.run == run and s.step <= upto]
-    if [s.step for s in steps] != list(range(1, upto + 1)):
+    """Return steps 1..`upto` of what a run consists of, the first records of runs that were asked for among them.
+
+    Raises `InvariantBroken` where one is missing.
+    """
+    every = [s for s in recorded_steps(reader, topics, archive) if s.model == model]
+    steps = [s for s in lineage(every, run) if s.step <= upto]
+    numbers = [s.step for s in steps if s.branch is None]
+    if numbers != list(range(1, upto + 1)):
         raise InvariantBroken(
-            f"topic and store hold {len(steps)} of the {upto} steps of run {run}, or in another order."
+            f"topic and store hold {len(numbers)} of the {upto} steps of run {run}, or in another order."
         )
     return steps
 
@@ -191,6 +201,9 @@ def recorded_rows(
         upto[each.partition] = Position(*each.upto)
     state = lake.state() if lake is not None and upto else None
     in_lake = Positions(topics.generation) if state is None else state.positions
+    gaps: dict[int, list[tuple[Position, Position]]] = {}
+    for left_out in passed_over(steps):
+        gaps.setdefault(left_out.partition, []).append((Position(*left_out.after), Position(*left_out.upto)))
     for step in steps:
         if not all(_is_in_lake(r, in_lake) for r in step.ranges):
             _check_samples(step, samples_id, topics.samples)
@@ -201,6 +214,7 @@ def recorded_rows(
         if in_lake.at(p) > START and following > begins[p]:
             following = read_on_at(reader, topics.samples, p, in_lake.at(p), following)
         live.partitions[p] = LivePartition.at(position, max(begins[p], following))
+        live.partitions[p].gaps = sorted(gaps.get(p, ()))
     if lake is not None and state is not None:
         lake.hold(state.version, holder)
         try:

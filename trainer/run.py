@@ -18,12 +18,14 @@ the next one redoes as well.
 A call that never returns ends the process too (`trainer.bounds`).
 
 Recovery: the newest checkpoint of this recipe; redo exactly the steps recorded after it; go on with 1. A run that has
-steps but no checkpoint yet is redone from step 1. The steps of another recipe are another run's, and are left alone.
+steps but no checkpoint yet is redone from step 1. The steps of another recipe are another run's, and are left alone. A
+run that somebody asked for goes on from a checkpoint of another one (`trainer.recovery`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -32,14 +34,14 @@ import numpy as np
 from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import Cursor, Positions
 from headrace.contract.formats.snapshot import Manifest
-from headrace.contract.formats.steps import Step, StepRange
-from headrace.contract.interfaces.log import check_topic
+from headrace.contract.formats.steps import Branch, Step, StepRange
 from headrace.process.moved import moved
 from headrace.trainer.bounds import WORK_MAX_S, Stopped, poll_until, wait, watched
 from headrace.trainer.commit.ahead import StepsAhead
-from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, Meta, newest_checkpoint, runs_of
+from headrace.trainer.commit.checkpoint import Checkpoint, CheckpointManifest, Meta, runs_of
 from headrace.trainer.commit.checkpointer import Checkpointer, Moment, made_here
-from headrace.trainer.commit.claim import read_claim, release_claim, take_claim
+from headrace.trainer.commit.claim import other_holder, release_claim, take_claim
+from headrace.trainer.commit.decisions import decision_of, ensure_decision
 from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifests
 from headrace.trainer.commit.steps import StepsLog
 from headrace.trainer.commit.steps_archive import StepsArchive, StepsMover
@@ -47,6 +49,7 @@ from headrace.trainer.dependencies import Dependencies
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.proposals import Proposals
+from headrace.trainer.recovery import find_recovery
 from headrace.trainer.source.source import Source
 from headrace.trainer.upload_watch import UploadWatch
 from headrace.trainer.validation.evaluate import known_times
@@ -57,6 +60,8 @@ logger = logging.getLogger("headrace.train")
 T = TypeVar("T")
 
 _RETRY_SNAPSHOT_S = 2.0
+LOOK_S = 2.0
+"""How often a trainer without a step to learn looks into the steps: it would not be told that it was fenced off."""
 SHOWN_EVERY = 8
 """Of so many readings of the lake one brings the values that the projector shows: it counts a few rows of each step."""
 
@@ -96,6 +101,8 @@ class Trainer:
         self.learner = learner_for(self.project, deps.config)
         self.evaluation = new_evaluation(self.project, deps.config)
         self.run_id = ""
+        self.branch: Branch | None = None
+        """How the run began, where somebody asked for it."""
         self.publisher: Publisher | None = None
         self.checkpointer: Checkpointer | None = None
         self.tasks = tasks_of(self.project)
@@ -111,7 +118,7 @@ class Trainer:
         """See `Source.taken_ms`, of the steps that were learnt."""
         self._unpublished_s = -1.0
         """When the first step was learnt that no delta holds; negative where there is none."""
-        self._published_at = self._snapshot_at = self._checkpoint_at = float("-inf")
+        self._published_at = self._snapshot_at = self._checkpoint_at = self._looked_at = float("-inf")
 
     def recover(self) -> None:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
@@ -123,32 +130,23 @@ class Trainer:
             "read which run is served",
             lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.name, self.deps.metrics),
         )
-        checkpoint = self._retrying(
-            "read checkpoints",
-            lambda: newest_checkpoint(self.deps.blobs, self.project.name, recipe=self.recipe),
-        )
-        if checkpoint is not None:
-            check_topic(checkpoint.meta.steps_id, deps.steps_id, deps.topics.steps)
-            check_topic(checkpoint.meta.samples_id, deps.samples_id, deps.topics.samples)
-        every = self.steps.recover(checkpoint.meta.steps_offset if checkpoint else 0)
-        steps = [(at, s) for at, s in every if s.recipe == self.recipe]
-        if steps:
-            check_topic(steps[-1][1].samples_id, deps.samples_id, deps.topics.samples)
-        newest = steps[-1][1].run if steps else (checkpoint.meta.run if checkpoint else "")
-        learnt = checkpoint.meta.step if checkpoint is not None and newest == checkpoint.meta.run else 0
-        redone = [s for _, s in steps if s.run == newest and s.step > learnt]
+        found = find_recovery(deps, self.steps, self.recipe, self._retrying)
+        self.branch, redone = found.branch, found.redone
         self.source.expect(redone)
-        # A checkpoint of step 0 says nothing that a fresh beginning would not find better now.
-        if checkpoint is not None and learnt:
-            self._resume(checkpoint)
+        if found.checkpoint is not None:
+            self._resume(found.checkpoint, found.run)
+            if found.branch is not None and found.checkpoint.meta.run == found.run:
+                self.source.pass_over(found.branch.passed_over)
         else:
-            self.run_id = newest or self._new_run({s.run for _, s in every} | {m.run for m in manifests})
-            self._retrying("find where to begin", lambda: self._begin(redone[0] if redone else None))
-            checkpoint = None
+            self.run_id = found.run or self._new_run(found.runs | {m.run for m in manifests})
+            first = next((step for step in redone if step.ranges), None)
+            self._retrying("find where to begin", lambda: self._begin(first))
+        checkpoint = found.checkpoint
         # Before anything is learnt: it hears of what changes from here on.
         self.checkpointer = self._new_checkpointer(checkpoint.manifest if checkpoint is not None else None)
-        del checkpoint
+        del checkpoint, found.checkpoint
         self._redo(redone)
+        self._tell_serving(found.first, manifests)
         self.proposals.begin(self.run_id, self.learner.step)
         self._steps_offset = self.steps.offset
         self.publisher = self._new_publisher(manifests)
@@ -176,6 +174,8 @@ class Trainer:
         recorded = self.ahead.next()
         if recorded is not None:
             self._learn(*recorded)
+        else:
+            self._look()
         self._publish()
         return recorded is not None
 
@@ -221,13 +221,39 @@ class Trainer:
             self.deps.progress.begin("redoing recorded steps", sum(r.rows for step in steps for r in step.ranges))
         redone = 0
         for step in steps:
+            if step.branch is not None:
+                self._follow(step, step.branch)
+                continue
             if step.step != self.learner.step + 1:
-                raise InvariantBroken(f"step {step.step} of run {self.run_id} follows step {self.learner.step}.")
+                raise InvariantBroken(
+                    f"step {step.step} of run {self.run_id} follows step {self.learner.step}: what lies between is "
+                    "recorded nowhere. `headrace train repair` begins a run without it."
+                )
             self._await_rows(step.ranges)
             self._apply(step)
             redone += sum(r.rows for r in step.ranges)
             self.deps.progress.done(redone)
         self.deps.progress.end()
+
+    def _follow(self, first: Step, branch: Branch) -> None:
+        """Go on as the run that begins with this record."""
+        if first.step != self.learner.step:
+            raise InvariantBroken(
+                f"run {first.run} goes on behind step {first.step} and the model is at step {self.learner.step}."
+            )
+        logger.info("run %s begins: %s", first.run, branch.words)
+        self.source.pass_over(branch.passed_over)
+
+    def _tell_serving(self, first: Step | None, manifests: list[Manifest]) -> None:
+        """Say in `model` that this run goes on in place of another one, unless that is said or a snapshot shows it."""
+        decision = decision_of(first) if first is not None else None
+        if decision is None or (manifests and manifests[-1].run == self.run_id):
+            return
+        deps = self.deps
+        self._retrying(
+            "tell serving which run goes on",
+            lambda: ensure_decision(deps.reader, deps.producer, deps.topics.model, decision),
+        )
 
     def _new_run(self, taken: set[str]) -> str:
         """Return a run's id that is not taken. It has the time for people to read; nothing is ordered by it."""
@@ -249,11 +275,16 @@ class Trainer:
             self.deps.clock,
             lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
             self.deps.background,
-            is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
+            is_held=self._is_behind(manifests),
             moved=self.uploads["snapshot"].moved,
             kept=named_blobs(manifests, but=self.run_id),
             rows=self.deps.config.publish_values,
         )
+
+    def _is_behind(self, manifests: list[Manifest]) -> bool:
+        """Say whether the lake is learnt while another run's model is served, which nobody wants to be left."""
+        is_wanted = self.branch is not None and bool(self.branch.run)
+        return self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id and not is_wanted
 
     def _new_checkpointer(self, before: CheckpointManifest | None) -> Checkpointer:
         """Return what writes the run's checkpoints, on from the one that the learner holds, if it holds any."""
@@ -284,12 +315,19 @@ class Trainer:
         else:
             self.source.begin(None)
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        self.run_id = checkpoint.meta.run
+    def _resume(self, checkpoint: Checkpoint, run: str) -> None:
+        self.run_id = run
         self.learner.load(checkpoint.learner, checkpoint.rows)
         self.evaluation.load(checkpoint.evaluation)
         self._retrying("go on from the checkpoint", lambda: self.source.begin(checkpoint.meta.cursor))
-        logger.info("checkpoint of run %s at step %d", self.run_id, self.learner.step)
+        logger.info("checkpoint of run %s at step %d", checkpoint.meta.run, self.learner.step)
+
+    def _look(self) -> None:
+        """Now and then while nothing is learnt, look whether another run was asked for."""
+        now = self.deps.clock.monotonic()
+        if now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            self.steps.look()
 
     def _record(self) -> None:
         """Record a step where none waits to be learnt, and begin to record the full batches behind it. Raises what must
@@ -319,15 +357,8 @@ class Trainer:
 
     def _broken(self, error: InvariantBroken) -> str:
         """Say why a step could not be recorded, and who has the model now; in the thread that records it."""
-        return f"{error}{self._other_trainer()}"
-
-    def _other_trainer(self) -> str:
-        """Name the trainer that has the model now, where it is another one."""
-        try:
-            claim = read_claim(self.deps.blobs, self.project.name)
-        except Unavailable:
-            return ""
-        return f" Trainer {claim.holder} has the model." if claim and claim.holder != self.deps.name else ""
+        other = other_holder(self.deps.blobs, self.project.name, self.deps.name)
+        return self.steps.why_fenced() or f"{error}{other}"
 
     def _apply(self, step: Step) -> None:
         is_stored, is_mixed = self.source.is_stored, self.source.is_mixed
@@ -414,14 +445,20 @@ class Trainer:
             created_ms=clock.now_ms(),
             samples_id=self.deps.samples_id,
             steps_id=self.deps.steps_id,
+            branch=self.branch,
         )
         self._checkpoint_at = began_s = clock.monotonic()
         if checkpointer.holds(meta):
             return
-        figures = {"rows": float(self.learner.rows), "held": float(self.learner.held)}
+        figures = {"rows": float(self.learner.rows), "held": float(self.learner.held), **self._shown()}
         checkpointer.begin(Moment(meta, self.positions, self.evaluation.frozen(), figures))
         self.uploads["checkpoint"].began()
         self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)
+
+    def _shown(self) -> dict[str, float]:
+        """Return the main task's figures so far, those that are known."""
+        figures, _ = self.evaluation.total(self.project.recipe.task)
+        return {name: value for name, value in figures.shown().items() if math.isfinite(value)}
 
     def _show_progress(self) -> None:
         if self.source.is_stored:

@@ -4,7 +4,8 @@
 
 1. the events log is joined once more by the same pure join: these samples *should* be, at these positions;
 2. the lake holds ids, and says up to which positions it is whole;
-3. each step names the ranges that it took, and says up to which positions the model contains everything.
+3. each step names the ranges that it took, and says up to which positions the model contains everything. A run that
+   goes on from another one has that one's steps up to there; what it left out by name is `skipped`, and not lost.
 
 What should be at or below the positions that an effect committed, and is not in it, is lost; what is in it more than
 once is twice. What lies above is on its way and neither.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -43,8 +45,9 @@ from headrace.replay.ledger.keys import (
     sample_ids,
 )
 from headrace.replay.ledger.ledger import Ledger, ModelCounts, TaskCounts
-from headrace.replay.ledger.taken import beside_lake, recipe_of_ranges, swapped, taken
+from headrace.replay.ledger.taken import beside_lake, left_out_by_name, recipe_of_ranges, swapped, taken
 from headrace.stream.join.watermark import NO_TIME
+from headrace.trainer.commit.lineage import lineages
 from headrace.trainer.model.calibration import left_out
 from headrace.trainer.source.batch import sample_hashes
 
@@ -138,7 +141,7 @@ def finish(ledger: Ledger) -> Ledger:
         setattr(ledger, name, sum(getattr(counts, name) for counts in ledger.tasks.values()))
     if ledger.models:
         newest = list(ledger.models.values())[-1]
-        for name in ("learnt", "refused", "sampled_out", "other_tasks", "in_flight", "unaccounted"):
+        for name in ("learnt", "refused", "sampled_out", "other_tasks", "skipped", "in_flight", "unaccounted"):
             setattr(ledger, name, getattr(newest, name))
         ledger.imported_due = newest.imported
         ledger.lost_where["model"] = sum(counts.lost for counts in ledger.models.values())
@@ -166,7 +169,7 @@ def count_letters(
 
 
 def _closes(ledger: Ledger) -> bool:
-    settled = ledger.learnt + ledger.refused + ledger.sampled_out + ledger.other_tasks
+    settled = ledger.learnt + ledger.refused + ledger.sampled_out + ledger.other_tasks + ledger.skipped
     return (
         ledger.read == ledger.appended + ledger.dead_lettered + ledger.repeated
         and ledger.appended == ledger.impressions + ledger.feedback + ledger.external + ledger.repeated_in_log
@@ -281,9 +284,10 @@ def _draw_model(
     learnt_N = ours_N & ~refused_N & ~_left_out(samples, recipe)
     topic_N = given_N | _is_in(ids_N, sample_ids(found.topic))
     took_N = times_N > 0
+    left_N = ours_N & ~took_N & left_out_by_name(samples, run)
     ranges = [r for step in run for r in step.ranges]
     named, unknown = sum(r.rows for r in ranges), {version for version, keys in read.items() if keys is None}
-    counts = ModelCounts(model=last.model, run=last.run, steps=len(run))
+    counts = ModelCounts(model=last.model, run=last.run, steps=sum(step.branch is None for step in run))
     counts.unaccounted = sum(r.rows for r in ranges if r.kind == "stored" and r.version in unknown)
     named -= counts.unaccounted
     counts.live = sum(r.rows for r in ranges if r.kind == "live")
@@ -292,10 +296,11 @@ def _draw_model(
     counts.refused = int((took_N & refused_N).sum())
     counts.sampled_out = int((took_N & ours_N).sum()) - counts.learnt - counts.refused
     counts.other_tasks = int(((topic_N | took_N) & ~ours_N).sum())
-    counts.in_flight = max(0, int((topic_N & ours_N & ~took_N).sum()) - counts.unaccounted)
-    counts.samples = int((took_N & ours_N).sum()) + counts.other_tasks + counts.in_flight
+    counts.skipped = int((topic_N & left_N).sum())
+    counts.in_flight = max(0, int((topic_N & ours_N & ~took_N & ~left_N).sum()) - counts.unaccounted)
+    counts.samples = int((took_N & ours_N).sum()) + counts.other_tasks + counts.in_flight + counts.skipped
     if not unknown:
-        counts.lost = int((covered_N & ours_N & ~took_N).sum()) + max(0, ours_taken - named)
+        counts.lost = int((covered_N & ours_N & ~took_N & ~left_N).sum()) + max(0, ours_taken - named)
     counts.imported = int((given_N & ours_N).sum())
     counts.twice = int(np.maximum(times_N - 1, 0).sum()) + max(0, named - ours_taken)
     # As many, and not the same: at least one is missing, and one is there that should not be.
@@ -333,10 +338,9 @@ def _left_out(samples: pa.Table, recipe: Recipe) -> npt.NDArray[np.bool_]:
 
 
 def _runs(steps: Sequence[Step]) -> list[list[Step]]:
-    """Return the steps by run, the one that was written last at the end; a step that was written again counts once."""
-    runs: dict[str, dict[int, Step]] = {}
-    for step in steps:
-        run = runs.pop(step.run, {})
-        run[step.step] = step
-        runs[step.run] = run
-    return [[run[n] for n in sorted(run)] for run in runs.values()]
+    """Return the steps by run, the one that was written last at the end; a step that was written again counts once. A
+    run that goes on from another one has that one's steps up to there too."""
+    return [
+        [step if step.run == run else msgspec.structs.replace(step, run=run) for step in found]
+        for run, found in lineages(steps).items()
+    ]

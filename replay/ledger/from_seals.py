@@ -41,6 +41,7 @@ from headrace.replay.ledger.rejoin import row_count
 from headrace.replay.ledger.runs import RunTotals, add_steps
 from headrace.replay.ledger.topic_seals import NotSealed, TopicSeals
 from headrace.stream.join.watermark import NO_TIME
+from headrace.trainer.commit.lineage import lineage
 from headrace.trainer.commit.steps_archive import StepsArchive, read_all_steps
 
 ReadLetters = Callable[[], tuple[list[DeadLetter], list[tuple[DeadLetter, Fate]]]]
@@ -132,8 +133,13 @@ class SealedStock:
     def _add_steps(self, runs: dict[str, RunTotals], begin: int) -> int:
         """Add this model's steps from `begin` on to their runs; return the offset to go on from."""
         end = self.reader.end_offsets(self.topics.steps)[0]
-        add_steps(runs, self._ours(begin, end))
+        add_steps(runs, self._ours(begin, end), lambda first: self._before(first, end))
         return end
+
+    def _before(self, first: Step, end: int) -> list[Step]:
+        """Return the steps that a run which goes on from another one begins with."""
+        found = lineage(self._ours(0, end), first.run)
+        return found[: found.index(first)]
 
     def _ours(self, begin: int, end: int) -> Iterator[Step]:
         """Yield this model's steps. Raises `InvariantBroken` for one of a `samples` topic that is no more."""
@@ -338,8 +344,9 @@ class _Run:
         ours = whole(self.due, self.heads).count
         counts.other_tasks = whole(self.due).count - ours
         counts.imported = whole(self.given, self.heads).count
-        counts.in_flight = max(0, ours + counts.imported - totals.rows)
-        counts.samples = totals.rows + counts.other_tasks + counts.in_flight
+        counts.skipped = whole(self._left_out(), self.heads).count
+        counts.in_flight = max(0, ours + counts.imported - totals.rows - counts.skipped)
+        counts.samples = totals.rows + counts.other_tasks + counts.in_flight + counts.skipped
         return counts
 
     def _due(self, upto: Mapping[int, Position]) -> dict[str, Seal]:
@@ -350,6 +357,16 @@ class _Run:
             if position > begin:
                 here = without_rows(self.topic.at(partition, position), self.topic.at(partition, begin))
                 found = with_rows(found, here)
+        return without_rows(found, self._left_out(upto)) if self.totals.passed_over else found
+
+    def _left_out(self, upto: Mapping[int, Position] | None = None) -> dict[str, Seal]:
+        """Return the seals of what the run left out by name, of what lies up to `upto`, or of all."""
+        found: dict[str, Seal] = {}
+        for each in self.totals.passed_over:
+            position = Position(*each.upto)
+            if upto is None or upto.get(each.partition, START) >= position:
+                after = self.topic.at(each.partition, Position(*each.after))
+                found = with_rows(found, without_rows(self.topic.at(each.partition, position), after))
         return found
 
     def _check_live(self) -> None:
@@ -413,11 +430,12 @@ class _Run:
     def _new_steps(self) -> list[Step]:
         begin = self.known.totals.number if self.known is not None else 0
         end = self.stock.reader.end_offsets(self.stock.topics.steps)[0]
-        ours: dict[int, Step] = {}
-        for step in self.stock.steps(0, end):
-            if step.run == self.totals.run and begin < step.step <= self.totals.number:
-                ours[step.step] = step
-        return [ours[number] for number in sorted(ours)]
+        ours = (step for step in self.stock.steps(0, end) if step.model == self.totals.model)
+        return [
+            step
+            for step in lineage(ours, self.totals.run)
+            if step.branch is None and begin < step.step <= self.totals.number
+        ]
 
     def _is_right(self, steps: list[Step], sums: list[Seal], taken: int, bias: Seal) -> bool:
         if taken == 0:

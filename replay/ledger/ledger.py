@@ -9,7 +9,7 @@ ROWS = (
     ("log", ("impressions", "feedback", "external", "repeated_in_log")),
     ("label", ("positives", "negatives", "waiting")),
     ("feedback", ("matched", "duplicate", "late", "orphans", "pending")),
-    ("model", ("samples", "learnt", "refused", "sampled_out", "other_tasks", "in_flight")),
+    ("model", ("samples", "learnt", "refused", "sampled_out", "other_tasks", "skipped", "in_flight")),
     ("lake", ("stored", "imported", "retained")),
     ("verdict", ("lost", "twice")),
 )
@@ -37,8 +37,8 @@ class TaskCounts(msgspec.Struct, kw_only=True):
 
 
 class ModelCounts(msgspec.Struct, kw_only=True):
-    """One run of one model: samples = learnt + refused + sampled_out + other_tasks + in_flight, of what can be
-    accounted for."""
+    """One run of one model: samples = learnt + refused + sampled_out + other_tasks + skipped + in_flight, of what can
+    be accounted for. A run that goes on from another one has that one's steps up to there too."""
 
     model: str = ""
     run: str = ""
@@ -50,6 +50,8 @@ class ModelCounts(msgspec.Struct, kw_only=True):
     """Negatives that the recipe's `negative_share` leaves out."""
     other_tasks: int = 0
     """Samples of tasks that it does not learn."""
+    skipped: int = 0
+    """Samples of its tasks that it left out by name: `headrace rollback --skip-until`, `headrace train repair`."""
     in_flight: int = 0
     """Samples of its tasks that it has still to learn."""
     imported: int = 0
@@ -67,7 +69,7 @@ class ModelCounts(msgspec.Struct, kw_only=True):
 
     def closes(self) -> bool:
         """Say whether the sum holds."""
-        settled = self.learnt + self.refused + self.sampled_out + self.other_tasks
+        settled = self.learnt + self.refused + self.sampled_out + self.other_tasks + self.skipped
         return self.samples == settled + self.in_flight
 
 
@@ -100,6 +102,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     refused: int = 0
     sampled_out: int = 0
     other_tasks: int = 0
+    skipped: int = 0
     in_flight: int = 0
     stored: int = 0
     lost: int = 0

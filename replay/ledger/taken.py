@@ -19,6 +19,7 @@ from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.recipe import Recipe
 from headrace.kernels.sample_ids import id_hashes
 from headrace.replay.ledger.keys import KEYS, covers, order, sample_ids
+from headrace.trainer.commit.lineage import passed_over
 from headrace.trainer.source.pieces import StoredOrder
 from headrace.trainer.source.stored import stored_order
 
@@ -70,6 +71,16 @@ def beside_lake(samples: pa.Table, steps: Sequence[Step]) -> npt.NDArray[np.bool
         first.setdefault(each.partition, Position(*each.after))
         last[each.partition] = Position(*each.upto)
     return covers(samples, Positions(0, last)) & ~covers(samples, Positions(0, first))
+
+
+def left_out_by_name(samples: pa.Table, steps: Iterable[Step]) -> npt.NDArray[np.bool_]:
+    """Say which samples a run left out by name: bool [N]."""
+    left_N = np.zeros(samples.num_rows, np.bool_)
+    partition_N, order_N = samples["partition"].to_numpy(), order(samples)
+    for each in passed_over(steps):
+        within_N = (order_N > order_of(each.after)) & (order_N <= order_of(each.upto))
+        left_N |= (partition_N == each.partition) & within_N
+    return left_N
 
 
 def recipe_of_ranges(samples: pa.Table, steps: Iterable[Step], recipe: Recipe) -> Recipe:
@@ -141,7 +152,7 @@ def stored_by_log(
         stops = [r.stop for r in step.ranges if r.kind == "stored" and r.version == version]
         if stops:
             rows = max(stops)
-        elif rows and step.positions:
+        elif rows and step.positions and step.branch is None:
             positions = Positions.from_json(0, step.positions).by_partition
             held_N = covers(samples, Positions(0, {**positions, **begins}))
             found = stored_order(samples.filter(pa.array(held_N)), tasks, by)

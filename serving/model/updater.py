@@ -13,8 +13,11 @@
    applied, once a snapshot is loaded, when a later snapshot of a version that deltas led to is announced, and when a
    region is taken over. Where they differ, `replica_digest_wrong_total` counts it, the chain is refused, and the next
    snapshot is loaded, even where it leads back.
-6. While Kafka or the store is away the served version stays, and reading goes on from where it was.
-7. Any other exception ends the stage, and so does a call that stands still for `serve.stuck_ms` (`watch`); a big blob
+6. A decision in `model` says that somebody has gone back from a run. What that run had beyond the step where it was
+   left is taken no more: no delta, no snapshot that is announced later, and none that a late server finds. What is
+   served of it stays until the run that goes on in its place announces its first snapshot.
+7. While Kafka or the store is away the served version stays, and reading goes on from where it was.
+8. Any other exception ends the stage, and so does a call that stands still for `serve.stuck_ms` (`watch`); a big blob
    that is read piece by piece does not. The next stage takes over the region with the version that is served. A write
    that failed is never written on.
 """
@@ -43,6 +46,7 @@ from headrace.kernels.row_sums import RowSum, row_sum
 from headrace.process.awake import Awake
 from headrace.process.moved import followed
 from headrace.serving.gate.admit import Refused, admit_delta, admit_snapshot, check_served
+from headrace.serving.model.refusals import Refusals
 from headrace.serving.model.row_table import split_initial
 from headrace.serving.model.scorer import recipe_of
 from headrace.serving.model.served_sum import dense_bits, dense_sha256, sum_after, sum_held
@@ -88,10 +92,12 @@ class Updater:
     """What is served is not what the trainer says: any snapshot is better."""
     _recent: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
     """Digests of versions that were served, by version and how rows travelled, oldest first."""
+    _refusals: Refusals = field(init=False)
     _begun: bool = field(default=False, init=False)
     _model_offset: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self._refusals = Refusals(self.project.name)
         self._awake = Awake(self.clock.monotonic)
         self._turned_s = self._awake.monotonic()
 
@@ -229,14 +235,22 @@ class Updater:
         return self._is_wrong or (served.step == newest.step and served.rows != newest.rows)
 
     def _note_manifest(self, record: Record) -> None:
-        if record.value is None or record.headers.get("kind", "snapshot") != "snapshot":
-            return
         try:
+            if self._refusals.note(record):
+                newest = self._newest
+                if newest is not None and self._refusals.refuses(newest.run, newest.step):
+                    self._newest = None
+                return
+            if record.value is None or record.headers.get("kind", "snapshot") != "snapshot":
+                return
             manifest = decode_manifest(record.value)
         except msgspec.MsgspecError as error:
-            self._refuse(Refused("damaged", f"record {record.offset} of {record.topic} is no manifest: {error}"))
+            self._refuse(Refused("damaged", f"record {record.offset} of {record.topic} says nothing: {error}"))
             return
         if manifest.model == self.project.name and manifest.kind == "snapshot":
+            if self._refusals.refuses(manifest.run, manifest.step):
+                logger.info("snapshot %s is of a run that was left, and is not loaded", manifest.version)
+                return
             self._newest = manifest
             self._compare(manifest)
 
@@ -312,6 +326,8 @@ class Updater:
                 refused=self._refused_chains,
                 dense_N=dense_bits(held, served.shapes),
             )
+            if self._refusals.refuses(manifest.run, manifest.step):
+                return
             if manifest.format == 1:
                 weights = split_initial(weights, recipe)
             sums = sum_after(served.held or RowSum(), held, weights), dense

@@ -20,13 +20,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
 
 from headrace.contract.formats.positions import Cursor
+from headrace.contract.formats.steps import Branch
 from headrace.contract.interfaces.blobs import Blobs
+from headrace.trainer.commit.lineage import Leg
 from headrace.trainer.commit.parts import Arrays, Part, decode_npz, decode_part
 from headrace.trainer.model.tables.columns import StoredRows
 from headrace.trainer.model.tables.row_index import Int64s
@@ -60,6 +62,8 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     """The id of the topic that `steps_offset` is of, likewise."""
     event_ms: int = 0
     """The newest event time that the model has learnt, rounded up to a second less 1 ms; 0 where it is not known."""
+    branch: Branch | None = None
+    """How the run began, where somebody asked for it."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -170,12 +174,38 @@ def encode_manifest(manifest: CheckpointManifest) -> tuple[str, bytes]:
     return f"{place}.{hashlib.sha256(data).hexdigest()[:16]}.json", data
 
 
-def newest_checkpoint(blobs: Blobs, model: str, *, recipe: str) -> Checkpoint | None:
-    """Return the readable checkpoint of this recipe that has got furthest, None without one. Raises `Unavailable`."""
+def newest_checkpoint(blobs: Blobs, model: str, *, recipe: str, path: Sequence[Leg] | None = None) -> Checkpoint | None:
+    """Return the readable checkpoint of this recipe that has got furthest, None without one. Raises `Unavailable`.
+
+    Args:
+        path: the runs that a run consists of, oldest first: the furthest along them, and no other, is returned.
+    """
+    ours = [each for each in known(blobs, model, stored_checkpoints(blobs, model)) if each.recipe == recipe]
+    for each in on_path(ours, path) if path is not None else sorted(ours, key=place_of, reverse=True):
+        try:
+            return read_checkpoint(blobs, model, each)
+        except Damaged as error:
+            logger.warning("checkpoint %s is damaged or gone: %s; trying the one before", each.name, error)
+    return None
+
+
+def on_path(stored: Sequence[Stored], path: Sequence[Leg]) -> list[Stored]:
+    """Return the checkpoints that a run can go on from, the furthest first: those of its own, then those of the runs
+    that it goes on from, up to where it left them. Those of step 0 say nothing."""
+    found: list[Stored] = []
+    for leg in reversed(path):
+        ours = [each for each in stored if each.run == leg.run and 0 < each.step <= leg.upto]
+        found += sorted(ours, key=lambda each: each.step, reverse=True)
+    return found
+
+
+def furthest_meta(blobs: Blobs, model: str, *, recipe: str) -> Meta | None:
+    """Return where the checkpoint of this recipe stands that has got furthest, None without one. Its parts are not
+    read. Raises `Unavailable`."""
     ours = [each for each in known(blobs, model, stored_checkpoints(blobs, model)) if each.recipe == recipe]
     for each in sorted(ours, key=place_of, reverse=True):
         try:
-            return read_checkpoint(blobs, model, each)
+            return read_meta(blobs, model, each)
         except Damaged as error:
             logger.warning("checkpoint %s is damaged or gone: %s; trying the one before", each.name, error)
     return None
@@ -250,6 +280,11 @@ def read_manifest(blobs: Blobs, model: str, each: Stored) -> CheckpointManifest:
         return msgspec.json.decode(data, type=CheckpointManifest)
     except msgspec.DecodeError as error:
         raise Damaged(f"its manifest: {error}") from error
+
+
+def read_meta(blobs: Blobs, model: str, each: Stored) -> Meta:
+    """Return where a stored checkpoint stands. Raises as `read_manifest`."""
+    return read_manifest(blobs, model, each).meta if each.digest else read_checkpoint(blobs, model, each).meta
 
 
 def read_checkpoint(blobs: Blobs, model: str, each: Stored) -> Checkpoint:

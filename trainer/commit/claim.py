@@ -18,7 +18,7 @@ import logging
 
 import msgspec
 
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.contract.interfaces.blobs import Blobs
 
 logger = logging.getLogger("headrace.train")
@@ -74,6 +74,15 @@ def take_claim(blobs: Blobs, model: str, holder: str, *, by_force: bool = False)
         if now.holder != holder:
             logger.warning("model %s is taken over from trainer %s", model, now.holder)
     _write(blobs, model, Claim(holder=holder, superseded=superseded))
+
+
+def other_holder(blobs: Blobs, model: str, holder: str) -> str:
+    """Say which other trainer has the model now, after a space; "" where none has, or the store does not tell."""
+    try:
+        now = read_claim(blobs, model)
+    except Unavailable:
+        return ""
+    return f" Trainer {now.holder} has the model." if now is not None and now.holder != holder else ""
 
 
 def release_claim(blobs: Blobs, model: str, holder: str) -> None:

@@ -104,6 +104,8 @@ class Publisher:
         self._is_gathering = False
         self.unstored = False
         """True after a snapshot that the store or Kafka did not take: try again soon."""
+        self._others: set[str] | None = None
+        """Other runs' snapshots that were there when this trainer stored its first one."""
         self._watch: Watch | None = None
         self._writer: threading.Thread | None = None
         self._threads = Background()
@@ -302,12 +304,17 @@ class Publisher:
             self.metrics.add("errors_total", kind="snapshots_kept")
 
     def _delete_old(self, newest: Manifest) -> None:
-        """Delete the run's snapshots of lower steps than the newest ones', and other runs' that no manifest names."""
+        """Delete the run's snapshots of lower steps than the newest ones', and other runs' that no manifest names.
+
+        What another trainer stored since this one began is that one's: it may go on where this one is to end.
+        """
         stored = self.blobs.list(f"snapshots/{newest.model}")
         ours = {name: int(step) for name in stored if (step := _step_of(name, self.run)).isascii() and step.isdigit()}
         kept = {newest.blob, *self.kept, *sorted(ours, key=lambda name: ours[name])[-SNAPSHOTS_KEPT:]}
+        if self._others is None:
+            self._others = set(stored) - set(ours)
         for name in stored:
-            if name not in kept:
+            if name not in kept and (name in ours or name in self._others):
                 self.blobs.delete(name)
 
     def _start(self, write: Callable[..., None], *what: object) -> None:

@@ -3,8 +3,9 @@
 1. Of the run that goes on stay the `KEEP` with the highest steps, and of each hour of event time the first one, for 24
    hours before the newest: what a run can be brought back to.
 2. Of the model's other runs the `OTHER_RUNS_KEPT` that have got furthest along the steps topic stay as they are.
-3. A manifest is deleted before its parts, and a part only when no manifest that stays names it.
-4. Parts that no manifest names are what crashed writes left. They are swept when a trainer begins, before it stores
+3. While a run that somebody asked for has fewer than `KEEP` of its own, the `KEEP` stay that it could go on from.
+4. A manifest is deleted before its parts, and a part only when no manifest that stays names it.
+5. Parts that no manifest names are what crashed writes left. They are swept when a trainer begins, before it stores
    anything itself.
 
 What cannot be read is left alone: another release may have written it. While such a thing lies among the manifests, no
@@ -14,7 +15,7 @@ part is deleted, for it may name any.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.trainer.commit.checkpoint import (
@@ -23,11 +24,13 @@ from headrace.trainer.commit.checkpoint import (
     Stored,
     folder_of,
     known,
+    on_path,
     parts_of,
     place_of,
     read_manifest,
     stored_checkpoints,
 )
+from headrace.trainer.commit.lineage import Leg
 
 logger = logging.getLogger("headrace.train")
 
@@ -93,8 +96,17 @@ class Retention:
                 for run, found in by_run.items()
             }
             runs = sorted((place, run) for run, place in furthest.items() if place is not None)
-            gone += [each for _, run in runs[:-OTHER_RUNS_KEPT] for each in by_run[run]]
+            needed = self._needed(own, by_run)
+            gone += [each for _, run in runs[:-OTHER_RUNS_KEPT] for each in by_run[run] if each.name not in needed]
         return gone
+
+    def _needed(self, own: list[Stored], by_run: Mapping[str, list[Stored]]) -> set[str]:
+        """Return what a run goes on from while it has few checkpoints of its own."""
+        newest = self._manifest(own[-1]) if 0 < len(own) < KEEP else None
+        branch = newest.meta.branch if newest is not None else None
+        if branch is None:
+            return set()
+        return {each.name for each in on_path(by_run.get(branch.run, []), [Leg(branch.run, branch.step)])[:KEEP]}
 
     def _hourly(self, own: list[Stored]) -> set[str]:
         """Return the first checkpoint of each hour, 24 hours back from the newest."""

@@ -34,6 +34,8 @@ logger = logging.getLogger("headrace.train")
 
 # 10 s: a commit's record shows within milliseconds; a broker that restarts is back within 20 s, so two turns cover it.
 _READ_BACK_S = 10.0
+# 1 s: who asks for another run writes its record as soon as it is the writer.
+_ASKED_S = 1.0
 # 100,000: what 4,000 models write in 1 s at 25 steps/s each. The own record lies among them, or was lost.
 _FOREIGN_MAX = 100_000
 
@@ -60,6 +62,24 @@ class StepsLog:
         moved to the store. Raises `InvariantBroken` where some of them are nowhere."""
         self._retrying("become the writer of the steps", self._writer.open)
         return self._retrying("read the steps", lambda: self._from(offset))
+
+    def again(self, offset: int) -> list[tuple[int, Step]]:
+        """Return as `recover`, from another offset on, once this is the writer."""
+        return self._retrying("read the steps", lambda: self._from(offset))
+
+    def look(self) -> None:
+        """Read what came meanwhile. Raises `InvariantBroken` where it is a step of this model, which another one wrote,
+        and `Unavailable`."""
+        for _, other in self._read():
+            raise InvariantBroken(self._foreign(other, "no step of another one"))
+
+    def why_fenced(self) -> str:
+        """Say which roll-back made another process the writer, "" where none did or the log does not tell."""
+        try:
+            found = self._read(_ASKED_S)
+        except (Unavailable, InvariantBroken):
+            return ""
+        return next((self._foreign(each, "") for _, each in found if each.branch is not None), "")
 
     def _from(self, offset: int) -> list[tuple[int, Step]]:
         while True:
@@ -119,11 +139,20 @@ class StepsLog:
             step = steps[len(found)] if len(found) < len(steps) else None
             if other != step:
                 wanted = f"step {step.step} of run {step.run}" if step else "nothing more"
-                raise InvariantBroken(
-                    f"the steps log holds step {other.step} of run {other.run} where {wanted} was written: another "
-                    "trainer is at work. This one stops; the supervisor starts it anew."
-                )
+                raise InvariantBroken(self._foreign(other, wanted))
             found.append((offset, other))
+
+    @staticmethod
+    def _foreign(other: Step, expected: str) -> str:
+        if other.branch is not None:
+            return (
+                f"somebody asked for another run, {other.run}: {other.branch.words}. This trainer stops; the "
+                f"supervisor starts it anew, and it goes on as run {other.run}."
+            )
+        return (
+            f"the steps log holds step {other.step} of run {other.run} where {expected} was expected: another "
+            "trainer is at work. This one stops; the supervisor starts it anew."
+        )
 
     def _read(self, wait_s: float = 0.0) -> list[tuple[int, Step]]:
         records = self._writer.read(self.offset, wait_s)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,7 @@ from headrace.contract.formats.positions import START, Position, order_of, order
 from headrace.contract.formats.sample import parse_position
 from headrace.contract.formats.sample_order import SampleOrder
 from headrace.contract.formats.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
-from headrace.contract.formats.steps import StepRange
+from headrace.contract.formats.steps import PassedOver, StepRange
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics
 from headrace.trainer.source.judged import Judge, with_judged
@@ -73,6 +73,8 @@ class LivePartition:
     """True until the first record comes, where the topic has lost records before it that were not read."""
     taken_ms: int = 0
     """The broker's time of the newest record of which the last row was given out."""
+    gaps: Sequence[tuple[Position, Position]] = ()
+    """What is left out by name, after which position and up to which, ascending: reading goes on behind it."""
 
     @classmethod
     def at(cls, position: Position, next_offset: int, *, is_fresh: bool = False) -> LivePartition:
@@ -97,8 +99,11 @@ class LivePartition:
 
     @property
     def spoken_for(self) -> Position:
-        """The last position that was given out or proposed: a proposal begins behind it."""
-        return max(self.taken, self.proposed)
+        """The last position that was given out, proposed or left out by name behind these: a proposal begins there."""
+        at = max(self.taken, self.proposed)
+        for after, upto in self.gaps:
+            at = upto if after <= at < upto else at
+        return at
 
     @property
     def resume_offset(self) -> int:
@@ -115,6 +120,18 @@ class LivePartition:
     def _waiting(self) -> set[Position]:
         return {held.after for held in self.order.held}
 
+    def jump(self) -> None:
+        """Go on behind what is left out by name, where reading has come to it."""
+        for after, upto in self.gaps:
+            if after <= self.order.position < upto:
+                self.order.position = upto
+
+    def leave(self) -> None:
+        """Go on behind what is left out by name, where all before it is given out."""
+        for after, upto in self.gaps:
+            if after <= self.taken < upto:
+                self.taken = upto
+
     def upto(self, rows_max: int) -> tuple[Position, int]:
         """Return the position up to which at most `rows_max` rows can be proposed, and how many rows that is."""
         after = upto = self.spoken_for
@@ -123,6 +140,8 @@ class LivePartition:
             left, first = rows_max - rows, _through(chunk, after)
             if chunk.rows.num_rows - first <= left:
                 upto, rows = chunk.last, rows + chunk.rows.num_rows - first
+                if any(gap == upto for gap, _ in self.gaps):
+                    break  # No range goes over what is left out.
                 continue
             if left:
                 upto, rows = position_of(int(chunk.order_N[first + left - 1])), rows + left
@@ -157,6 +176,7 @@ class LivePartition:
             self.taken_ms = max(self.taken_ms, chunk.time_ms)
         self.taken = upto
         self.ahead = max(0, self.ahead - sum(rows.num_rows for rows in taken))
+        self.leave()
         return taken
 
 
@@ -212,6 +232,7 @@ class LiveRows:
         if partition.is_cut:
             self._begin_late(partition, record)
         partition.is_cut = partition.is_fresh = False
+        partition.jump()
         order = partition.order
         following = order.offer(record)
         if following is None:
@@ -272,6 +293,13 @@ class LiveRows:
             )
         return pa.Table.from_batches(partition.take(after, Position(*wanted.upto)), self._schema)
 
+    def pass_over(self, left_out: PassedOver) -> None:
+        """Go on behind samples that are left out by name, where their partition is read: they are never given out."""
+        partition = self.partitions.get(left_out.partition)
+        if partition is not None:
+            partition.gaps = sorted({*partition.gaps, (Position(*left_out.after), Position(*left_out.upto))})
+            partition.leave()
+
     def _append(
         self, partition: LivePartition, rows: pa.RecordBatch, record: int, last: Position, time_ms: int
     ) -> None:
@@ -293,8 +321,8 @@ class LiveRows:
         if not partition.is_fresh or learnt < min(after, self.newest.get(record.partition, START)):
             raise InvariantBroken(
                 f"{where}; this run has learnt up to {tuple(learnt)}, and would skip what retention deleted between. "
-                "Change recipe.seed: that begins a new run, which learns what the lake holds and goes on from there. "
-                "Keep samples longer than a trainer is ever away."
+                "`headrace train repair` says what can be done about it, and does it. Keep samples longer than a "
+                "trainer is ever away."
             )
         if after > learnt:
             logger.warning("%s; what lies before, after %s, is in no lake: learning goes on", where, tuple(learnt))
@@ -323,5 +351,6 @@ class LiveRows:
         if len(order.held) > HELD_MAX:
             raise InvariantBroken(
                 f"{len(order.held)} records of {record.topic}/{record.partition} wait for samples after {read} that "
-                "never came. Keep the topic; `headrace ledger` shows what is missing."
+                "never came. Keep the topic; restart `stream`, which sends again what it has. Where it does not have "
+                "them, `headrace train repair` goes on behind them."
             )

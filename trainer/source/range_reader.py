@@ -31,7 +31,8 @@ class RangeReader:
             rows = self.stored.take(each) if each.kind == "stored" else self.live.take(each)
             if rows.num_rows != each.rows:
                 raise InvariantBroken(
-                    f"{each} took {each.rows} samples and {rows.num_rows} are stored. `headrace ledger` shows which."
+                    f"{each} took {each.rows} samples and {rows.num_rows} are stored. `headrace ledger` shows which; "
+                    "`headrace train repair --begin lake` begins a run without that step."
                 )
             tables.append(rows)
         return pa.concat_tables(tables, promote_options="default") if tables else self._schema.empty_table()

@@ -23,7 +23,7 @@ from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Cursor, Mixed, Position, Positions
 from headrace.contract.formats.sample import sample_schema
-from headrace.contract.formats.steps import Step, StepRange
+from headrace.contract.formats.steps import PassedOver, Step, StepRange
 from headrace.contract.interfaces.lake import LakeReader, LakeState
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
@@ -176,6 +176,20 @@ class Source:
         self._live.partitions[number] = LivePartition.at(position, following, is_fresh=is_new)
         self._placed.discard(number)
 
+    def pass_over(self, left_out: Iterable[PassedOver]) -> None:
+        """Go on behind samples that are left out by name, once all before them is taken."""
+        for each in sorted(left_out, key=lambda each: each.after):
+            before, (after, upto) = self._live.partitions[each.partition], (Position(*each.after), Position(*each.upto))
+            if before.taken >= upto:
+                continue
+            following, position = before.resume_offset, before.taken
+            if after <= position:
+                following, position = (each.following if each.following >= 0 else following), upto
+            # What was read ahead may lie behind it: it is read again.
+            partition = self._live.partitions[each.partition] = LivePartition.at(position, following)
+            partition.gaps = [*before.gaps, (after, upto)]
+            self._assigned = False
+
     def poll(self, timeout_s: float) -> None:
         """Read ahead. Raises what the reader raises; the next call goes on from the same place."""
         if self._lease_is_due:
@@ -236,8 +250,8 @@ class Source:
             raise InvariantBroken(
                 f"a recorded step takes the samples of {self._topic}/{wanted.partition} up to {wanted.upto}; the "
                 f"topic, read to its end at offset {end}, has them up to {have}. If it has lost its end, `stream` "
-                "sends them again and a next start finds them. If it was made anew, change recipe.seed: that begins a "
-                "new run."
+                "sends them again and a next start finds them. If they do not come, `headrace train repair` begins a "
+                "run without them."
             )
 
     def _read(self, timeout_s: float) -> Sequence[Record]:
@@ -347,7 +361,7 @@ class Source:
         """Return the positions that the model contains once these ranges, and what was proposed, are learnt."""
         if self.is_mixed:
             return self.positions()
-        moves = {p: each.proposed for p, each in self._live.partitions.items() if each.proposed > START}
+        moves = {p: each.spoken_for for p, each in self._live.partitions.items() if each.proposed > START}
         moves |= {r.partition: Position(*r.upto) for r in ranges if r.kind == "live"}
         return self.positions().advanced(moves)
 

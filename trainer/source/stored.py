@@ -117,7 +117,10 @@ class StoredRows:
         self._lake.hold(version, self._holder)
         state = self._lake.state(version)
         if state is None:
-            raise InvariantBroken(f"version {version} of the lake is gone; was the store emptied?")
+            raise InvariantBroken(
+                f"version {version} of the lake is gone; was the store emptied? If it is gone for good, "
+                "`headrace train repair` begins a new run with what the lake holds."
+            )
         from_ms, before = place
         self._pieces = Pieces(
             *(self._lake, version, self._columns, self._tasks, self._order), bytes_max=self._bytes_max, from_ms=from_ms
@@ -200,7 +203,7 @@ class StoredRows:
         if wanted.version != self.version or wanted.start != self.taken:
             raise InvariantBroken(
                 f"a recorded step takes lake rows {wanted.start}..{wanted.stop} of version {wanted.version}; this run "
-                f"is at row {self.taken} of version {self.version}."
+                f"is at row {self.taken} of version {self.version}. `headrace train repair --begin lake` begins anew."
             )
 
     def has(self, wanted: StepRange) -> bool:

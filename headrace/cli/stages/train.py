@@ -18,6 +18,12 @@ What to watch: `headrace tensorboard`, and on the metrics port /metrics, /readyz
 than its samples loses none: they wait in Kafka, lag_records and lag_seconds grow, and steps fill up to `batch_rows`,
 which is when it is fastest. `negative_share` in the recipe makes it learn fewer.
 
+    headrace train repair
+
+is no stage: it says why a trainer refuses to start or to go on for samples that are missing, what it would do about it,
+and after a question does it: a new run that begins with the lake, or goes on from the newest checkpoint and leaves out
+what is missing, by name.
+
 Settings: [train] in headrace.toml. Which model, rates, sizes: the project's Recipe.
 """
 
@@ -34,6 +40,8 @@ from typing import IO
 
 from headrace.cli.progress_bar import show_progress
 from headrace.cli.runtime import add_common, open_runtime, stop_event
+from headrace.cli.stages import train_repair
+from headrace.cli.tools.new_run import writer_id
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.validation.board import Board
 
@@ -44,6 +52,8 @@ _LOOP_HEALTHY_S = 1_800.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
     add_common(parser)
+    parser.add_argument("action", nargs="?", choices=["repair"], help="repair: get past samples that are missing")
+    train_repair.add_arguments(parser)
     parser.add_argument(
         "--take-over",
         action="store_true",
@@ -52,10 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the stage until SIGTERM."""
+    """Run the stage until SIGTERM; or repair once."""
+    if args.action == "repair":
+        args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
+        return train_repair.repair(args)
     from headrace.trainer.dependencies import Dependencies
     from headrace.trainer.run import train
 
+    if args.begin or args.reason or args.dry_run or args.yes:
+        raise ConfigRejected("--begin, --reason, --dry-run and --yes are of `headrace train repair`.")
     runtime = open_runtime(args)
     lock = lock_home(runtime.home, runtime.project.name)
     stop = stop_event()
@@ -74,9 +89,7 @@ def main(args: argparse.Namespace) -> int:
                 open_reader=runtime.reader,
                 admin=runtime.admin(),
                 producer=producer,
-                steps_writer=runtime.fenced(
-                    runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"
-                ),
+                steps_writer=runtime.fenced(runtime.topics.steps, writer_id(runtime)),
                 blobs=runtime.blobs(),
                 metrics=metrics,
                 clock=runtime.clock,

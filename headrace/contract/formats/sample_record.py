@@ -87,7 +87,7 @@ def samples_lost(topic: str, partition: int, hole: Unreadable) -> InvariantBroke
         f"{topic}/{partition} offset {hole.offset} is damaged ({hole.detail}), and the samples after "
         f"{tuple(hole.after)} up to {tuple(hole.last)} are nowhere else in the topic. Restart `stream`: it writes "
         "again what its newest state does not hold. Else keep the topic and begin a new generation; `headrace ledger` "
-        "shows what is missing."
+        "shows what is missing. The trainer goes on without them after `headrace train repair`."
     )
 
 

@@ -167,10 +167,10 @@ def test_a_manifest_before_its_parts_is_seen(undisturbed, monkeypatch):
 
 def test_an_old_checkpoint_that_is_taken_is_seen(undisturbed, monkeypatch):
     """Planted: the checkpoint that has got least far is taken, as the newest one: its steps are not those it says."""
-    from headrace.trainer import run
+    from headrace.trainer import recovery
 
-    def oldest(blobs: Any, model: str, *, recipe: str) -> Any:
-        newest = newest_checkpoint(blobs, model, recipe=recipe)
+    def oldest(blobs: Any, model: str, *, recipe: str, path: Any) -> Any:
+        newest = newest_checkpoint(blobs, model, recipe=recipe, path=path)
         if newest is None:
             return None
         stored = sorted(stored_checkpoints(blobs, model), key=lambda each: each.step)
@@ -181,7 +181,7 @@ def test_an_old_checkpoint_that_is_taken_is_seen(undisturbed, monkeypatch):
 
     world = world_of()
     live(world)
-    monkeypatch.setattr(run, "newest_checkpoint", oldest)
+    monkeypatch.setattr(recovery, "newest_checkpoint", oldest)
     again = Trainer(world.deps(project=SHORT, config=CONFIG))
     again.recover()
     assert again.learner.digest() != undisturbed

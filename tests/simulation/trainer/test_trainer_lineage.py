@@ -16,8 +16,18 @@ from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, as_one_blob
 from headrace.backends.clock import VirtualClock
 from headrace.contract.formats.positions import Cursor
 from headrace.contract.formats.snapshot import Manifest
+from headrace.contract.formats.steps import Branch
 from headrace.contract.project import Project
-from headrace.trainer.commit.checkpoint import Checkpoint, Meta, newest_checkpoint, runs_of, stored_versions
+from headrace.trainer.commit.checkpoint import (
+    Checkpoint,
+    Meta,
+    newest_checkpoint,
+    on_path,
+    runs_of,
+    stored_checkpoints,
+    stored_versions,
+)
+from headrace.trainer.commit.lineage import Leg
 from headrace.trainer.commit.publish import SNAPSHOTS_KEPT, named_blobs, read_manifests
 from headrace.trainer.commit.retention import KEEP, OTHER_RUNS_KEPT
 from headrace.trainer.run import Trainer
@@ -107,9 +117,29 @@ def test_what_many_runs_leave_behind_is_bounded():
     assert len(runs.world.blobs.list(f"snapshots/{PROJECT.name}")) <= SNAPSHOTS_KEPT + OTHER_RUNS_KEPT
 
 
-def checkpoint(run: str, step: int, offset: int, *, recipe: str, version: int = -1) -> Checkpoint:
+def checkpoint(
+    run: str, step: int, offset: int, *, recipe: str, version: int = -1, branch: Branch | None = None
+) -> Checkpoint:
     cursor = Cursor(lake_version=version)
-    return Checkpoint(Meta(run=run, step=step, steps_offset=offset, recipe=recipe, cursor=cursor), {}, {})
+    meta = Meta(run=run, step=step, steps_offset=offset, recipe=recipe, cursor=cursor, branch=branch)
+    return Checkpoint(meta, {}, {})
+
+
+def test_what_a_branch_goes_on_from_stays_until_it_has_enough_of_its_own():
+    """The run that it goes on from came before all others: by its age it would go at once."""
+    blobs = World().blobs
+    for step in (4, 5, 6):
+        store_checkpoint(blobs, "small", checkpoint("old", step, step, recipe="A"))
+    for number in range(OTHER_RUNS_KEPT):
+        store_checkpoint(blobs, "small", checkpoint(f"r{number}", 1, 10 + number, recipe="A"))
+    branch = Branch(run="old", step=5)
+    for own in range(1, KEEP + 1):
+        store_checkpoint(blobs, "small", checkpoint("new", 5 + own, 20 + own, recipe="A", branch=branch))
+        path = (Leg("old", 5), Leg("new", 2**62))
+        stored = on_path(stored_checkpoints(blobs, "small"), path)
+        old = [each.step for each in stored if each.run == "old"]
+        assert old == ([5, 4] if own < KEEP else [])
+        assert len(stored) - len(old) == own
 
 
 def test_checkpoints_of_release_0_1_are_found_and_replaced_by_their_lineage():
