@@ -53,10 +53,10 @@ from headrace.trainer.run import Trainer
 
 SIDES = {"alone": 0, "group": TrainConfig().group_steps}
 RECIPES = {"logistic": logistic, "deepfm": deepfm}
-SLICE = 4
+SLICE, IDLE_MAX = 3, 20
 ROWS = {32: 64, 512: 32, 8_192: SLICE}
 """Rows of a step, and how many steps a side has at a time."""
-RECORD, WARM_STEPS = 16_384, 12
+RECORD, WARM_STEPS = 16_384, 10
 
 
 class Timed:
@@ -136,14 +136,16 @@ def backlog(trainer: Trainer, writer: Timed, slice_steps: int, slices: int) -> l
     for number in range(slices):
         pair: dict[str, dict[str, float]] = {}
         for side in SIDES if number % 2 else reversed(SIDES):
-            trainer.ahead.steps_max = SIDES[side]
+            trainer.ahead.steps_max = 0
             while not trainer.ahead.is_empty:
                 trainer.turn()
+            trainer.ahead.steps_max = SIDES[side]
             before, learnt = trainer.learner.step, trainer.learnt
             writer.seconds, writer.cpu, writer.transactions = 0.0, 0.0, 0
             cpu, wall = time.process_time(), time.perf_counter()
-            for _ in range(slice_steps):
-                trainer.turn()
+            idle = 0
+            while trainer.learner.step < before + slice_steps and idle < IDLE_MAX:
+                idle = 0 if trainer.turn() else idle + 1
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             steps = trainer.learner.step - before
             if steps < slice_steps:
@@ -189,7 +191,7 @@ def main() -> int:
     parser.add_argument("--slices", type=int, help="how often each side has its turn")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    slices = args.slices or (6 if args.quick else 20)
+    slices = args.slices or (4 if args.quick else 20)
     if args.case:
         kind, rows, brokers, lake = args.case
         trainer, writer = trainer_of(args.recipe, int(rows), brokers, lake if kind == "lake" else "", f"{lake}-store")
@@ -212,6 +214,7 @@ def main() -> int:
                 ran = [sys.executable, __file__, *case, layout.brokers, uri]
                 out = subprocess.run(ran, check=True, stdout=subprocess.PIPE, text=True).stdout
                 found = json.loads(out.splitlines()[-1])
+                print(kind, rows, found[-1:], flush=True)
                 for name in found[0]["group"]:
                     ours, before = (
                         statistics.median(pair[side][name] for pair in found) for side in ("group", "alone")

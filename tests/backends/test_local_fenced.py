@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable
 
@@ -93,6 +94,30 @@ def test_several_records_are_committed_in_order_and_by_a_fenced_off_writer_none(
         writer.append(b"too late", b"as well")
     heir.append(b"heir", b"heir again")
     assert values(make()) == [*several, b"heir", b"heir again"]
+    for each in (writer, heir):
+        each.close()
+
+
+@pytest.mark.real
+def test_what_another_writers_open_transaction_hides_is_waited_for_and_not_taken_for_absent(stack: Layout) -> None:
+    """A process that died in its transaction holds all committed records behind it back, those of others too."""
+    topic = f"test-{uuid.uuid4().hex}"
+    KafkaAdmin(stack.brokers).ensure_topics([TopicSpec(topic, 1)])
+    config = {"bootstrap.servers": stack.brokers, "transactional.id": f"{topic}-dead", "log_level": 2}
+    dead = ck.Producer({**config, "transaction.timeout.ms": 5_000})
+    dead.init_transactions(10.0)
+    dead.begin_transaction()
+    dead.produce(topic, b"never committed", partition=0)
+    dead.flush(10.0)
+    writer = FencedKafka(stack.brokers, topic, topic)
+    writer.open()
+    writer.append(b"one", b"two")
+    heir, found = FencedKafka(stack.brokers, topic, topic, timeout_s=3.0), None
+    while found is None:
+        heir.open()
+        with contextlib.suppress(Unavailable):
+            found = values(heir)
+    assert found == [b"one", b"two"]
     for each in (writer, heir):
         each.close()
 

@@ -22,7 +22,9 @@ _FENCED = (
 class FencedKafka:
     """Writes and reads back partition 0 of `topic`; see `headrace.contract.interfaces.fenced`. For one thread.
 
-    An append is a transaction. The broker aborts what a fenced-off writer had begun.
+    An append is a transaction. The broker aborts what a fenced-off writer had begun. An open transaction of another id
+    hides all that was committed behind it until it ends: `open` notes where the log ends, hidden or not, and a reading
+    to the end goes on to there.
     """
 
     def __init__(self, brokers: str, topic: str, transactional_id: str, *, timeout_s: float = 10.0) -> None:
@@ -38,6 +40,8 @@ class FencedKafka:
         self._producer: ck.Producer | None = None
         self._consumer: ck.Consumer | None = None
         self._at = -1
+        self._end = 0
+        """The log's end when this became the writer: all that it had committed before lies below."""
 
     def open(self) -> None:
         """Become the writer. Raises `Unavailable`; call again then."""
@@ -53,6 +57,7 @@ class FencedKafka:
         )
         try:
             producer.init_transactions(self._timeout_s)
+            self._end = self._log_end()
         except ck.KafkaException as error:
             raise self._named(error, "become the writer of") from error
         self._producer = producer
@@ -103,14 +108,17 @@ class FencedKafka:
                 if wait_s:
                     return found
             elif error.code() == ck.KafkaError._PARTITION_EOF:
-                if wait_s == 0:
+                if wait_s == 0 and (message.offset() or 0) >= self._end:
                     return found
             elif error.code() == ck.KafkaError._AUTO_OFFSET_RESET and kept_only:
                 consumer.assign([ck.TopicPartition(self._topic, 0, ck.OFFSET_BEGINNING)])
             elif error.code() == ck.KafkaError._AUTO_OFFSET_RESET:
                 raise InvariantBroken(f"{self._topic}: offset {offset} is not in the log; was the topic made anew?")
         if wait_s == 0:
-            raise Unavailable(f"{self._topic}: the end was not reached within {self._timeout_s} s without a record.")
+            raise Unavailable(
+                f"{self._topic}: the end, offset {self._end} or beyond, was not reached within {self._timeout_s} s "
+                "without a record: the broker is slow, or a writer that died left a transaction open, which ends soon."
+            )
         return found
 
     def close(self) -> None:
@@ -118,6 +126,17 @@ class FencedKafka:
         if self._consumer is not None:
             self._consumer.close()
         self._producer = self._consumer = None
+
+    def _log_end(self) -> int:
+        """Return the offset behind the last record, committed or not."""
+        looking = ck.Consumer({**self._common, "group.id": "headrace-steps", "isolation.level": "read_uncommitted"})
+        try:
+            ends = looking.get_watermark_offsets(ck.TopicPartition(self._topic, 0), timeout=self._timeout_s)
+        finally:
+            looking.close()
+        if ends is None:
+            raise ck.KafkaException(ck.KafkaError(ck.KafkaError._TIMED_OUT, "the log's end was not told in time"))
+        return int(ends[1])
 
     def _reading(self) -> ck.Consumer:
         if self._consumer is None:
