@@ -47,6 +47,7 @@ from headrace.trainer.commit.steps import StepsLog
 from headrace.trainer.commit.steps_archive import StepsArchive, StepsMover
 from headrace.trainer.dependencies import Dependencies
 from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
+from headrace.trainer.lake_progress import LakeProgress
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.proposals import Proposals
 from headrace.trainer.recovery import find_recovery
@@ -108,16 +109,11 @@ class Trainer:
         self.tasks = tasks_of(self.project)
         self.report = Report(self.project, deps.config, deps.metrics, deps.board, deps.clock)
         self.uploads = {what: UploadWatch(what, deps.metrics, deps.clock) for what in ("snapshot", "checkpoint")}
+        self.lake_progress = LakeProgress(deps.progress, self.source)
         self._unlearnt = 0
         """The step that is being learnt; 0 between steps."""
         self._steps_offset = 0
         """The offset behind the record of the last step that was learnt."""
-        self._stored_rows = 0
-        """How many stored samples there were when this process began to learn them; 0 while it learns none."""
-        self._taken_ms = 0
-        """See `Source.taken_ms`, of the steps that were learnt."""
-        self._unpublished_s = -1.0
-        """When the first step was learnt that no delta holds; negative where there is none."""
         self._published_at = self._snapshot_at = self._checkpoint_at = self._looked_at = float("-inf")
 
     def recover(self) -> None:
@@ -187,7 +183,7 @@ class Trainer:
         while not self.deps.stop.is_set():
             try:
                 with self.deps.calls.named(f"learning after step {self.learner.step}", WORK_MAX_S):
-                    self._show_progress()
+                    self.lake_progress.show()
                     self.turn()
                     self._tell()
                 if self.publisher and not self.publisher.wants_snapshot and not self.publisher.is_busy:
@@ -382,19 +378,8 @@ class Trainer:
         closed = self.evaluation.after(self.learner, batch, rows, score_B, item_B, known_B)
         self.report.learnt(report, batch, rows)
         self.report.closed(closed, step=self.learner.step)
-        self._tell_hop()
+        self.report.took(self.source.taken_ms, is_redone=self.publisher is None)
         moved()
-
-    def _tell_hop(self) -> None:
-        """Tell how long ago the samples came that were just learnt; of steps that are redone nothing is told."""
-        newest_ms, before_ms = self.source.taken_ms, self._taken_ms
-        self._taken_ms = newest_ms
-        if self.publisher is None:
-            return
-        if newest_ms > before_ms:
-            self.deps.metrics.observe("hop_learnt_seconds", max(0, self.deps.clock.now_ms() - newest_ms) / 1_000)
-        if self._unpublished_s < 0:
-            self._unpublished_s = self.deps.clock.monotonic()
 
     def _publish(self) -> None:
         publisher, now, config = self.publisher, self.deps.clock.monotonic(), self.deps.config
@@ -413,9 +398,7 @@ class Trainer:
         is_due = not publisher.is_held and now - self._published_at >= config.publish_ms / 1000
         if is_due and publisher.delta(self.learner, self.positions, self.source.mixed()):
             self._published_at = now
-            if self._unpublished_s >= 0:
-                self.deps.metrics.observe("hop_published_seconds", self.deps.clock.monotonic() - self._unpublished_s)
-            self._unpublished_s = -1.0
+            self.report.published()
 
     def _snapshot(self) -> None:
         publisher = self.publisher
@@ -459,18 +442,6 @@ class Trainer:
         """Return the main task's figures so far, those that are known."""
         figures, _ = self.evaluation.total(self.project.recipe.task)
         return {name: value for name, value in figures.shown().items() if math.isfinite(value)}
-
-    def _show_progress(self) -> None:
-        if self.source.is_stored:
-            left = self.source.stored_left
-            if not self._stored_rows:
-                self._stored_rows = left
-                self.deps.progress.begin("learning the lake", left)
-            self.deps.progress.done(self._stored_rows - left)
-        elif self._stored_rows:
-            self.deps.progress.done(self._stored_rows)
-            self.deps.progress.end()
-            self._stored_rows = 0
 
     def _tell(self) -> None:
         if self.report.is_due():

@@ -67,6 +67,10 @@ class Report:
         self._told_at = self._boarded_at = self._drawn_at = self._projected_at = float("-inf")
         self._newest: StepReport | None = None
         self._learnt_until_ms = -1
+        self._taken_ms = 0
+        """The broker's time of the newest record of samples that was learnt."""
+        self._unpublished_s = -1.0
+        """When the first step was learnt that no delta holds; negative where there is none."""
 
     def learnt(self, report: StepReport, batch: Batch, rows: pa.Table) -> None:
         """Count a step."""
@@ -80,6 +84,23 @@ class Report:
         self._learnt_until_ms = max(self._learnt_until_ms, int(batch.event_time_ms_B.max(initial=-1)))
         if self._board is not None and self._projector_s:
             self._sampler.note(batch, rows)
+
+    def took(self, newest_ms: int, *, is_redone: bool) -> None:
+        """Tell how long ago, by the broker, the samples came that were just learnt; of steps that are redone nothing is
+        told."""
+        before_ms, self._taken_ms = self._taken_ms, max(self._taken_ms, newest_ms)
+        if is_redone:
+            return
+        if newest_ms > before_ms:
+            self._metrics.observe("hop_learnt_seconds", max(0, self._clock.now_ms() - newest_ms) / 1_000)
+        if self._unpublished_s < 0:
+            self._unpublished_s = self._clock.monotonic()
+
+    def published(self) -> None:
+        """Tell how long the first step waited that the delta holds which was just sent."""
+        if self._unpublished_s >= 0:
+            self._metrics.observe("hop_published_seconds", self._clock.monotonic() - self._unpublished_s)
+        self._unpublished_s = -1.0
 
     def closed(self, windows: Sequence[ClosedWindow], *, step: int) -> None:
         """Report the figures of closed windows by task and slice, and log where a label rate jumped."""
