@@ -19,6 +19,9 @@ import threading
 import time
 from pathlib import Path
 
+# One thread, as the stack starts every stage: BLAS threads that wait for each other spin.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
