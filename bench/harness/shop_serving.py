@@ -28,6 +28,7 @@ from headrace.serving.model.scorer import merge
 from headrace.serving.model.shared_region import Meta, SharedModel
 from headrace.stream.features.counters import bucket_ms, key_strings
 from headrace.stream.features.featurize import featurize
+from headrace.stream.features.few_rows import arrow_of
 from headrace.trainer.model.scoring import shapes_of
 
 VERSION = "0123456789ab-1234"
@@ -69,7 +70,7 @@ def shop_features(visits: list[Visit], random: np.random.Generator, now_ms: int)
     raw, offset = merge(PROJECT, {}, [visit.fields for visit in visits]), 0
     for counter in FEATURES.counters:
         newest = now_ms // bucket_ms(counter)
-        for key in sorted({key for key in key_strings([raw[field] for field in counter.key_fields]) if key}):
+        for key in sorted({key for key in key_strings([arrow_of(raw[field]) for field in counter.key_fields]) if key}):
             # The first entry is that of the impressions: there are more of them than of anything else.
             buckets = {
                 str(newest - int(age)): [int(n) for n in random.integers(0, 20, len(counter.counts))]
@@ -94,7 +95,8 @@ def load_weights(
 ) -> None:
     """Load a model with a row for each slot of the visits."""
     raw = merge(PROJECT, {}, [visit.fields for visit in visits])
-    keys_K = np.unique(featurize({**features_of(features, raw, len(visits)), **raw}, FEATURES)[0])
+    inputs = {name for feature in FEATURES.features for name in feature.inputs()}
+    keys_K = np.unique(featurize({**raw, **features.look_up(FEATURES, raw, len(visits)).columns(inputs)}, FEATURES)[0])
     keys_K = keys_K[keys_K != -1]
     recipe = PROJECT.recipe
     shapes = shapes_of(recipe, FEATURES)
@@ -110,20 +112,6 @@ def load_weights(
     weights = Weights(keys_K, values_KV, dense)
     shared.check_fits(weights, meta, fresh=True)
     shared.load_snapshot(weights, meta)
-
-
-def features_of(features: FeatureMemory, raw: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Return counters and crawled values as columns."""
-    import pyarrow as pa
-
-    from headrace.contract.crawl import external_columns
-    from headrace.contract.formats.events import ARROW_TYPES
-
-    served = features.columns(FEATURES, raw, rows)
-    columns = {n: pa.array([row[n] for row in served], pa.float32()) for n in FEATURES.counter_columns()}
-    for name, kind in external_columns(PROJECT.crawls).items():
-        columns[name] = pa.array([row[name] for row in served], ARROW_TYPES[kind])
-    return columns
 
 
 def bodies(visits: list[Visit], candidates: int, *, seed: int = 2) -> Iterator[bytes]:

@@ -81,6 +81,12 @@ def mix(key: np.uint64) -> np.uint64:
 
 
 @numba.njit(cache=True)
+def combine(left: np.uint64, right: np.uint64) -> np.uint64:
+    """Return one order-sensitive hash of a pair, that of `contract.hashing.combine64`."""
+    return mix(left * np.uint64(0xBF58476D1CE4E5B9) ^ mix(right))
+
+
+@numba.njit(cache=True)
 def _rotl(value: np.uint64, bits: Int) -> np.uint64:
     return (value << np.uint64(bits)) | (value >> np.uint64(64 - bits))
 

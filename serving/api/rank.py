@@ -10,12 +10,11 @@ import msgspec
 from starlette.responses import Response
 
 from headrace.contract.checks.unknown_fields import UnknownFields
-from headrace.contract.crawl import external_columns
 from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable, meant
 from headrace.contract.formats.json_record import decode_json
 from headrace.serving.api.answers import answer, problem
 from headrace.serving.api.dependencies import ServingDependencies
-from headrace.serving.features import State
+from headrace.serving.features import Served, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of, unknown_fields
 from headrace.serving.model.shared_region import View
 
@@ -97,20 +96,18 @@ class Ranker:
         raw = merge(self.deps.project, ask.context, ask.candidates, self.deps.privacy)
         warnings = self._warnings(ask)
         now_ms, counters = self.deps.clock.now_ms(), self.deps.counters()
-        external = external_columns(self.deps.project.crawls)
 
-        def use(view: View) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+        def use(view: View) -> tuple[dict[str, list[float]], Served]:
             spec = spec_of(view.meta.spec_json)
-            if counters == "reading" and (spec.counters or external):
+            if counters == "reading" and (spec.counters or self.deps.project.crawls):
                 raise Unavailable(READING)
-            served = self.deps.features.columns(spec, raw, count)
-            return rank(view, raw, served, event_time_ms=now_ms, external=external), served
+            found = self.deps.features.look_up(spec, raw, count)
+            return rank(view, raw, found, rows=count, event_time_ms=now_ms), found
 
-        (by_task, served), meta = self.deps.shared.read(use)
+        (by_task, found), meta = self.deps.shared.read(use)
         version, task = meta.manifest.version, recipe_of(meta.recipe_json).task
-        if counters == "unread":
-            # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
-            served = [{} for _ in range(count)]
+        # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
+        served = found.open() if counters != "unread" else [{} for _ in range(count)]
         if ask.log:
             self.deps.impressions.log(
                 request_id=ask.request_id,

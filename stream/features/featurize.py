@@ -12,13 +12,16 @@ from functools import lru_cache
 from typing import Any
 
 import msgspec
+import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.hashing import combine64, hash_text
+from headrace.contract.hashing import hash_text
 from headrace.contract.spec import PAD, Bucket, Categorical, Cross, Feature, FeatureSpec, Pairs, Rate
+from headrace.kernels.hashes import combine
+from headrace.stream.features.few_rows import Numbers, Same, Texts
 from headrace.stream.features.transforms import Inputs, dense_numbers, pairs_of, slot_values
 from headrace.stream.features.values import Columns, U64s
 
@@ -30,8 +33,8 @@ def featurize(columns: Columns, spec: FeatureSpec) -> tuple[npt.NDArray[np.int64
     """Return (slots int64 [N, F], numeric float32 [N, D]), features in the specification's order.
 
     Args:
-        columns: a record batch or arrays by name. Every field that a feature reads must be there, of the type that
-            the project declares (counters float32); nulls are welcome.
+        columns: a record batch, or columns by name, Arrow's or those of `few_rows`. Every field that a feature reads
+            must be there, of the type that the project declares (counters float32); nulls are welcome.
 
     A slot id holds the bits of an unsigned hash; it is never 0, and -1 (`PAD`) only where a multi-valued feature has
     fewer values than slots. A missing value has a slot of its own; as a number it is 0. NaN is missing. A number
@@ -64,11 +67,19 @@ def featurize(columns: Columns, spec: FeatureSpec) -> tuple[npt.NDArray[np.int64
                 for column_N in dense_numbers(feature, inputs):
                     numeric_ND[:, dense] = column_N
                     dense += 1
-    slots_FN = combine64(np.broadcast_to(_salts(spec)[:, None], values_FN.shape), values_FN)
-    slots_FN = np.clip(slots_FN, _LOWEST, _HIGHEST)
+    slots_NF = np.empty((rows, spec.slots), np.uint64)
+    _salted(_salts(spec), values_FN, slots_NF)
     for first, absent_WN in pads:
-        slots_FN[first : first + len(absent_WN)][absent_WN] = np.uint64(PAD % 2**64)
-    return np.ascontiguousarray(slots_FN.T).view(np.int64), numeric_ND
+        slots_NF[:, first : first + len(absent_WN)][absent_WN.T] = np.uint64(PAD % 2**64)
+    return slots_NF.view(np.int64), numeric_ND
+
+
+@numba.njit(cache=True)
+def _salted(salts_F: U64s, values_FN: U64s, slots_NF: U64s) -> None:
+    """Write the slot id of each value: its hash under its slot's salt, between the ids that tables keep to themselves."""
+    for f in range(values_FN.shape[0]):
+        for n in range(values_FN.shape[1]):
+            slots_NF[n, f] = min(max(combine(salts_F[f], values_FN[f, n]), _LOWEST), _HIGHEST)
 
 
 def split_check(columns: pa.RecordBatch, spec: FeatureSpec, *, step: int = 1) -> None:
@@ -127,4 +138,14 @@ def _rates(spec: FeatureSpec) -> tuple[Rate, ...]:
 def _rows(columns: Columns) -> int:
     if isinstance(columns, pa.RecordBatch):
         return int(columns.num_rows)
-    return len(next(iter(columns.values()))) if columns else 0
+    for column in columns.values():
+        match column:
+            case Same(rows=rows):
+                return rows
+            case Numbers(values_N=values_N):
+                return len(values_N)
+            case Texts(texts=texts):
+                return len(texts)
+            case _:
+                return len(column)
+    return 0

@@ -35,6 +35,7 @@ from headrace.contract.spec import (
     Text,
     TimePart,
 )
+from headrace.stream.features.few_rows import Numbers, Same, Texts, arrow_of
 from headrace.stream.features.values import (
     NULL_HASH,
     Columns,
@@ -68,21 +69,34 @@ class Inputs:
         self._buckets: dict[Bucket, U64s] = {}
 
     def column(self, name: str) -> pa.Array:
-        """Return a column."""
-        return column_of(self.columns, name)
+        """Return a column as Arrow's array."""
+        return arrow_of(column_of(self.columns, name))
 
     def hash_together(self, names: Iterable[str]) -> None:
         """Hash several columns ahead: integers without nulls in one call and, of a few rows, texts in one call."""
         whole: dict[str, U64s] = {}
+        same: dict[str, int] = {}
         texts: dict[str, pa.Array] = {}
         for name in names:
-            column = self.column(name)
-            if pa.types.is_int64(column.type) and not column.null_count:
+            column = column_of(self.columns, name)
+            if isinstance(column, Same):
+                if isinstance(column.one, Numbers) and column.one.values_N.dtype == np.int64 and column.one[1] is None:
+                    same[name] = column.one.values_N[0]
+            elif isinstance(column, Numbers):
+                if column.values_N.dtype == np.int64 and column.missing_N is None:
+                    whole[name] = column.values_N.view(np.uint64)
+            elif isinstance(column, Texts):
+                continue
+            elif pa.types.is_int64(column.type) and not column.null_count:
                 whole[name] = column.to_numpy().view(np.uint64)
             elif pa.types.is_string(column.type) and self.rows <= FEW_ROWS:
                 texts[name] = column
         if whole:
             self._hashes.update(zip(whole, mix64(np.stack(list(whole.values()))), strict=True))
+        if same:
+            hashed_C = mix64(np.array(list(same.values()), np.int64).view(np.uint64))
+            for name, hashed_N in zip(same, np.repeat(hashed_C[:, None], self.rows, axis=1), strict=True):
+                self._hashes[name] = hashed_N
         if texts:
             hashed_N = hash_values(pa.concat_arrays(list(texts.values())))
             self._hashes.update(zip(texts, hashed_N.reshape(len(texts), self.rows), strict=True))
@@ -106,8 +120,13 @@ class Inputs:
         """Turn counter columns without nulls into numbers in one call."""
         whole = {}
         for name in names:
-            column = self.column(name)
-            if pa.types.is_float32(column.type) and not column.null_count and name not in self._numbers:
+            column = column_of(self.columns, name)
+            if name in self._numbers or isinstance(column, Same | Texts):
+                continue
+            if isinstance(column, Numbers):
+                if column.values_N.dtype == np.float32 and column.missing_N is None:
+                    whole[name] = column.values_N
+            elif pa.types.is_float32(column.type) and not column.null_count:
                 whole[name] = column.to_numpy()
         if whole:
             values_CN = np.stack(list(whole.values())).astype(np.float64)
@@ -126,13 +145,13 @@ class Inputs:
     def hashes(self, name: str) -> U64s:
         """Return `hash_values` of a column."""
         if name not in self._hashes:
-            self._hashes[name] = hash_values(self.column(name))
+            self._hashes[name] = hash_values(column_of(self.columns, name))
         return self._hashes[name]
 
     def numbers(self, name: str) -> F64s:
         """Return `to_numbers` of a column: missing is 0."""
         if name not in self._numbers:
-            self._numbers[name] = to_numbers(self.column(name))
+            self._numbers[name] = to_numbers(column_of(self.columns, name))
         return self._numbers[name]
 
 
