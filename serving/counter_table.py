@@ -1,11 +1,11 @@
 """Every key's counter buckets in flat arrays, and their values as of a time, compiled.
 
 One thread puts and drops; others ask. Compiled calls hold the interpreter's lock, so that each sees a key's buckets
-whole. All that is asked of lies in `Arrays`, which hold no Python object: they may lie in memory that processes share.
+whole. All that is asked lies in `Arrays`, which hold no Python object: they may lie in memory that processes share.
 
-A key is 128 bits of its text under its counter's name. Its buckets lie in the arena from `spans_R2[row, 0]` on: how many
-there are, how many entries each has, then each bucket's number and entries, youngest first. An arena place that is left
-is used again by a key that needs as much.
+A key is 128 bits of its text under its counter's name. Its buckets lie in the arena from `spans_R2[row, 0]` on: how
+many there are, how many entries each has, then each bucket's number and entries, youngest first. A place of the arena
+that is left is used again by a key that needs as much.
 
 Legend: R rows, M places of the index, A words of the arena, N keys asked, E entries of a counter, C columns.
 """
@@ -114,7 +114,7 @@ class CounterTable:
         self._free_rows.append(row)
 
     def values(self, counter: Counter, keys_N2: U64s, known_N: Bools, as_of_ms: int) -> F64s:
-        """Return the values of a counter's window that ends at `as_of_ms`: float64 [N, E], zeros where nothing is known.
+        """Return the values of a counter's window that ends at `as_of_ms`: float64 [N, E], 0 where nothing is known.
 
         They are `counters.value_as_of`'s, bit for bit.
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
@@ -65,6 +66,13 @@ class Entity(NamedTuple):
     """A crawled entity: its columns by name."""
 
     columns: dict[str, Any]
+    packed: bytes
+    """The same in a token: a msgpack array, in declared order."""
+
+
+def entity_of(crawl: Crawl, columns: dict[str, Any]) -> Entity:
+    """Return an entity of these columns."""
+    return Entity(columns, msgspec.msgpack.encode([columns[name] for name in crawl.columns()]))
 
 
 class Served(NamedTuple):
@@ -92,6 +100,20 @@ class Served(NamedTuple):
 
     def _spread(self, column: Numbers | Texts | pa.Array, rows: int) -> Column:
         return column if rows == self.rows else Same(column, self.rows)
+
+    def matrix(self) -> npt.NDArray[np.float32]:
+        """Return the values of all counters: float32 [rows, columns]."""
+        values_NC = np.empty((self.rows, sum(values_NE.shape[1] for _, values_NE in self.counters)), np.float32)
+        at = 0
+        for _, values_NE in self.counters:
+            values_NC[:, at : at + values_NE.shape[1]] = values_NE
+            at += values_NE.shape[1]
+        return values_NC
+
+    def packed(self) -> list[list[bytes]]:
+        """Return what each source knows of each candidate, as a token holds it."""
+        each = ([entity.packed for entity in entities] for _, entities in self.entities)
+        return [one if len(one) == self.rows else one * self.rows for one in each]
 
     def open(self) -> list[dict[str, Any]]:
         """Return all columns of each candidate by name: counters as float64, crawled values as they are."""
@@ -185,7 +207,7 @@ class FeatureMemory:
         self._crawl_epoch = entity.epoch
         named = {f"{PREFIX}.{source}.{field}": value for field, value in values.items()}
         named[f"{PREFIX}.{source}.{CRAWL_TIME}"] = entity.crawl_time_ms
-        self._entities[source][key] = Entity(named)
+        self._entities[source][key] = entity_of(crawl, named)
 
     def look_up(self, spec: FeatureSpec, raw: Mapping[str, Column], rows: int) -> Served:
         """Return every counter and crawled value of each of `rows` candidates, as of the newest watermark.
@@ -268,7 +290,7 @@ def _keys(raw: Mapping[str, Column], fields: Sequence[str]) -> pa.Array:
 
 
 def _nothing_of(crawl: Crawl) -> Entity:
-    return Entity(dict.fromkeys(crawl.columns()) | {f"{PREFIX}.{crawl.name}.{CRAWL_TIME}": 0})
+    return entity_of(crawl, dict.fromkeys(crawl.columns()) | {f"{PREFIX}.{crawl.name}.{CRAWL_TIME}": 0})
 
 
 def _said(gone: Record) -> tuple[int, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from headrace.contract.config import ServeConfig
+from headrace.contract.formats.served_token import TokenKey, token_key
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.metrics import Metrics
 from headrace.contract.privacy import Privacy
@@ -25,10 +26,10 @@ class Impressions(Protocol):
         version: str,
         context: dict[str, Any],
         candidates: Sequence[dict[str, Any]],
-        served: Sequence[dict[str, Any]],
+        served: Sequence[str],
         event_time_ms: int,
     ) -> None:
-        """Log one impression for each candidate."""
+        """Log one impression for each candidate; `served` has its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class ServingDependencies:
     clock: Clock
     impressions: Impressions
     privacy: Privacy | None = None
+    token_key: TokenKey = field(default_factory=lambda: token_key(""))
+    """Seals what was served."""
 
     def counters(self) -> State:
         """Return how far the counters are."""

@@ -7,16 +7,19 @@ import re
 from typing import Annotated, Any
 
 import msgspec
+import numpy.typing as npt
 from starlette.responses import Response
 
 from headrace.contract.checks.unknown_fields import UnknownFields
 from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable, meant
 from headrace.contract.formats.json_record import decode_json
+from headrace.contract.formats.served_token import TokenLayout, token_head, token_layout
+from headrace.kernels.served_tokens import seal_tokens
 from headrace.serving.api.answers import answer, problem
 from headrace.serving.api.dependencies import ServingDependencies
 from headrace.serving.features import Served, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of, unknown_fields
-from headrace.serving.model.shared_region import View
+from headrace.serving.model.shared_region import Meta, View
 
 logger = logging.getLogger("headrace.serve")
 
@@ -40,6 +43,8 @@ class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
     context: dict[str, Any] = {}
     log: bool = False
     """True: serving logs one impression for each candidate. False: the service does, which knows what was shown."""
+    open: bool = False
+    """True: `served` is an object of columns for each candidate, in place of a token."""
 
 
 class Ranked(msgspec.Struct, frozen=True):
@@ -48,8 +53,8 @@ class Ranked(msgspec.Struct, frozen=True):
     version: str
     scores: dict[str, list[float]]
     """By task, those of the recipe's main task first."""
-    served: list[dict[str, Any]]
-    """Counters and crawled values of each candidate, as they were used."""
+    served: msgspec.Raw | list[dict[str, Any]]
+    """What each candidate was served: a JSON array of tokens or, where that is asked, counters and crawled values."""
     counters: State
     warnings: list[str]
 
@@ -60,6 +65,8 @@ class Ranker:
     def __init__(self, dependencies: ServingDependencies) -> None:
         self.deps = dependencies
         self._unknown = UnknownFields(dependencies.project.impression.fields)
+        self._layouts: dict[tuple[str, str, bool], TokenLayout] = {}
+        """That of the tokens that were sealed last."""
 
     def respond(self, sent: bytes) -> Response:
         """Return the answer to a body of POST /v1/rank, or what is wrong with it."""
@@ -97,28 +104,45 @@ class Ranker:
         warnings = self._warnings(ask)
         now_ms, counters = self.deps.clock.now_ms(), self.deps.counters()
 
-        def use(view: View) -> tuple[dict[str, list[float]], Served]:
+        def use(view: View) -> tuple[npt.NDArray[np.float32], Served]:
             spec = spec_of(view.meta.spec_json)
             if counters == "reading" and (spec.counters or self.deps.project.crawls):
                 raise Unavailable(READING)
             found = self.deps.features.look_up(spec, raw, count)
             return rank(view, raw, found, rows=count, event_time_ms=now_ms), found
 
-        (by_task, found), meta = self.deps.shared.read(use)
-        version, task = meta.manifest.version, recipe_of(meta.recipe_json).task
+        (scores_NT, found), meta = self.deps.shared.read(use)
+        version, recipe = meta.manifest.version, recipe_of(meta.recipe_json)
         # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
-        served = found.open() if counters != "unread" else [{} for _ in range(count)]
+        is_read = counters != "unread"
+        tokens = b"" if ask.open and not ask.log else self._tokens(meta, scores_NT, found, is_read)
         if ask.log:
             self.deps.impressions.log(
                 request_id=ask.request_id,
                 version=version,
                 context=ask.context,
                 candidates=ask.candidates,
-                served=served,
+                served=msgspec.json.decode(tokens),
                 event_time_ms=now_ms,
             )
-        scores = {task: by_task.pop(task), **by_task}
+        by_task = {task: scores_NT[:, i].tolist() for i, task in enumerate(recipe.heads)}
+        served: msgspec.Raw | list[dict[str, Any]] = msgspec.Raw(tokens)
+        if ask.open:
+            served = found.open() if is_read else [{} for _ in range(count)]
+        scores = {recipe.task: by_task.pop(recipe.task), **by_task}
         return Ranked(version=version, scores=scores, served=served, counters=counters, warnings=warnings)
+
+    def _tokens(self, meta: Meta, scores_NT: npt.NDArray[np.float32], found: Served, is_read: bool) -> bytes:
+        """Return a token for each candidate, as a JSON array."""
+        held = found if is_read else Served(found.rows, [], [])
+        of = meta.spec_json, meta.recipe_json, is_read
+        if of not in self._layouts:
+            counters, crawls = ([counter for counter, _ in held.counters], [crawl for crawl, _ in held.entities])
+            self._layouts = {of: token_layout(recipe_of(meta.recipe_json).heads, counters, crawls)}
+        head = token_head(self.deps.token_key, meta.manifest.version)
+        return seal_tokens(
+            self._layouts[of], self.deps.token_key, head, scores_NT, held.matrix(), held.packed()
+        )  # fmt: skip
 
     def _warnings(self, ask: RankRequest) -> list[str]:
         """Return what an answer says of fields that the project does not declare; count them, and log each once."""

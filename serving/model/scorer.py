@@ -19,7 +19,7 @@ from headrace.serving.features import Served
 from headrace.serving.model.shared_region import View
 from headrace.stream.features.featurize import featurize
 from headrace.stream.features.few_rows import Few, Numbers, Same, arrow_of, few_of
-from headrace.trainer.model.scoring import score
+from headrace.trainer.model.scoring import Float32s, score
 
 _TAKEN: dict[FieldType, frozenset[type]] = {
     "int64": frozenset({int, type(None)}),
@@ -119,10 +119,9 @@ def _fitted(value: Any, name: str, kind: FieldType) -> Any:
     raise EventRejected("bad_type", f"field {name!r} must be {kind} or null; got {type(value).__name__}.")
 
 
-def rank(
-    view: View, raw: Mapping[str, Column], served: Served, *, rows: int, event_time_ms: int
-) -> dict[str, list[float]]:
-    """Return the probability of each candidate from one version of the model, task by task.
+def rank(view: View, raw: Mapping[str, Column], served: Served, *, rows: int, event_time_ms: int) -> Float32s:
+    """Return the probability of each candidate from one version of the model: float32 [N, T], tasks as the recipe's
+    heads.
 
     Args:
         raw: as `merge` returns.
@@ -134,7 +133,7 @@ def rank(
     columns = {**raw, **served.columns(inputs_of(view.meta.spec_json))}
     columns[EVENT_TIME] = Same(Numbers(np.array([event_time_ms])), rows)
     slots_NF, numeric_ND = featurize(columns, spec)
-    scores_NT = score(
+    return score(
         recipe,
         spec,
         slots_NF,
@@ -142,4 +141,3 @@ def rank(
         lookup=lambda keys_K: view.lookup(keys_K, seed=recipe.seed, scale=recipe.row_scale, dim=recipe.row_dim),
         dense=view.dense(),
     )
-    return {task: scores_NT[:, i].tolist() for i, task in enumerate(recipe.heads)}

@@ -76,7 +76,7 @@ def featurize(columns: Columns, spec: FeatureSpec) -> tuple[npt.NDArray[np.int64
 
 @numba.njit(cache=True)
 def _salted(salts_F: U64s, values_FN: U64s, slots_NF: U64s) -> None:
-    """Write the slot id of each value: its hash under its slot's salt, between the ids that tables keep to themselves."""
+    """Write each value's slot id: its hash under its slot's salt, between the ids that tables keep for themselves."""
     for f in range(values_FN.shape[0]):
         for n in range(values_FN.shape[1]):
             slots_NF[n, f] = min(max(combine(salts_F[f], values_FN[f, n]), _LOWEST), _HIGHEST)
