@@ -131,10 +131,10 @@ class CounterTable:
             arrays, keys_N2, known_N, kinds_E, weights_B, bucket_ms(counter), counter.buckets, as_of_ms, out_NE, large_N
         )  # fmt: skip
         for n in np.flatnonzero(large_N):
-            out_NE[n] = value_as_of(self._buckets(keys_N2[n]), counter, as_of_ms)
+            out_NE[n] = value_as_of(self._buckets(keys_N2[n], len(kinds_E)), counter, as_of_ms)
         return out_NE
 
-    def _buckets(self, key_2: U64s) -> dict[int, list[int]]:
+    def _buckets(self, key_2: U64s, entries: int) -> dict[int, list[int]]:
         arrays = self.arrays
         row = int(open_addressing.find(arrays.index_M, arrays.keys_R2, BY_ROW, key_2[0], key_2[1]))
         if row < 0:
@@ -142,7 +142,7 @@ class CounterTable:
         at = int(arrays.spans_R2[row, 0])
         count, width = arrays.arena_A[at : at + _HEAD].tolist()
         words = arrays.arena_A[at + _HEAD : at + _HEAD + count * (1 + width)].reshape(count, 1 + width).tolist()
-        return {bucket: entries for bucket, *entries in words}
+        return {bucket: held[:entries] for bucket, *held in words}
 
     def _add(self, name: str, words_W: I64s) -> None:
         """Add a key. It is found when all of it is there: the index comes last."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.formats.nesting import LEVELS_MAX
+from headrace.contract.formats.served_token import SERVED
 from headrace.contract.project import EXTRA
 from headrace.ingest.decode.msgpack_scan import (
     ARRAY,
@@ -75,6 +76,10 @@ def layout(declared: Declared) -> Layout:
             extra = field.name == EXTRA and declared.unknown == "keep"
             kinds.append(_OTHER if extra else _KINDS.get(field.type, _OTHER))
         names.append(field.name)
+    if declared.served is not None:
+        # It is in no column: what it says is.
+        names.append(SERVED)
+        kinds.append(_TEXT)
     # No record has a key of these bytes: a field `extra` that it brings itself is unknown like any other.
     kept = declared.unknown == "keep"
     blob = [b"\xff" if kept and name == EXTRA else name.encode() for name in names]
@@ -294,6 +299,12 @@ def decode(
         missing |= short & ((lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX))
     elif key_kind != _INT:
         missing[:] = True
+    served, opened = made.declared.served, None
+    if served is not None and valid[made.at[SERVED]].any():
+        c = made.at[SERVED]
+        tokens = _text(*gather(data, ints[c], lens[c], valid[c]), valid[c], rows)
+        opened = served.open(tokens)
+        missing[list(opened.reasons)] = True
     missing |= (event_times < taken_ms.start) | (event_times >= taken_ms.stop)
     left |= missing.astype(np.uint8)
     if left.any():
@@ -301,7 +312,7 @@ def decode(
         valid[:, left == 1] = 0
         floats[:, left == 1] = 0.0
     own = valid[made.at["event_id"]] == 1
-    arrays: list[pa.Array] = []
+    columns: dict[str, pa.Array] = {}
     for field in made.declared.schema:
         c = key_at if field.name == "key" else made.at[field.name]
         kind = _TEXT if field.name == "key" else int(made.kinds[c])
@@ -310,15 +321,18 @@ def decode(
             ends = np.cumsum([0, *map(len, blob)]).astype(np.int64)
             joined = np.frombuffer(b"".join(blob) or b"\0", np.uint8)
             offsets, text = gather_ids(data, ints[c], lens[c], valid[c], joined, ends, chunk_N, nth_N)
-            arrays.append(_text(offsets, text, None, rows))
+            columns[field.name] = _text(offsets, text, None, rows)
         elif kind in (_TEXT, _ID):
             offsets, text = gather(data, ints[c], lens[c], valid[c])
-            arrays.append(_text(offsets, text, valid[c] if field.nullable else None, rows))
+            columns[field.name] = _text(offsets, text, valid[c] if field.nullable else None, rows)
         elif kind == _OTHER:
-            arrays.append(pa.nulls(rows, field.type))
+            columns[field.name] = pa.nulls(rows, field.type)
         else:
-            arrays.append(_numbers(field.type, kind, ints[c], floats[c], valid[c] if field.nullable else None))
-    batch = pa.RecordBatch.from_arrays(arrays, schema=made.declared.schema)
+            is_valid_N = valid[c] if field.nullable else None
+            columns[field.name] = _numbers(field.type, kind, ints[c], floats[c], is_valid_N)
+    if served is not None and opened is not None:
+        served.fill(columns, opened, opened.is_open_N & (left == 0))
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), schema=made.declared.schema)
     return Columns(batch, np.flatnonzero(left), own)
 
 

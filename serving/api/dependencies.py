@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from headrace.contract.config import ServeConfig
@@ -45,8 +45,11 @@ class ServingDependencies:
     clock: Clock
     impressions: Impressions
     privacy: Privacy | None = None
-    token_key: TokenKey = field(default_factory=lambda: token_key(""))
-    """Seals what was served."""
+
+    @property
+    def token_key(self) -> TokenKey:
+        """What seals the tokens of what was served."""
+        return token_key("") if self.privacy is None else self.privacy.token_key
 
     def counters(self) -> State:
         """Return how far the counters are."""

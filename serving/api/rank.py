@@ -7,6 +7,7 @@ import re
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import numpy.typing as npt
 from starlette.responses import Response
 
@@ -64,6 +65,7 @@ class Ranker:
 
     def __init__(self, dependencies: ServingDependencies) -> None:
         self.deps = dependencies
+        self._key = dependencies.token_key
         self._unknown = UnknownFields(dependencies.project.impression.fields)
         self._layouts: dict[tuple[str, str, bool], TokenLayout] = {}
         """That of the tokens that were sealed last."""
@@ -139,9 +141,9 @@ class Ranker:
         if of not in self._layouts:
             counters, crawls = ([counter for counter, _ in held.counters], [crawl for crawl, _ in held.entities])
             self._layouts = {of: token_layout(recipe_of(meta.recipe_json).heads, counters, crawls)}
-        head = token_head(self.deps.token_key, meta.manifest.version)
+        head = token_head(self._key, meta.manifest.version)
         return seal_tokens(
-            self._layouts[of], self.deps.token_key, head, scores_NT, held.matrix(), held.packed()
+            self._layouts[of], self._key, head, scores_NT, held.matrix(), held.packed()
         )  # fmt: skip
 
     def _warnings(self, ask: RankRequest) -> list[str]:

@@ -16,7 +16,6 @@ from headrace.backends.health import LOOP, LOOP_HEALTHY_S, LOOP_READY_S, Health
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
-from headrace.contract.formats.served_token import token_key
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.serving.api.app import ServingApp, make_app
 from headrace.serving.api.dependencies import ServingDependencies
@@ -93,7 +92,6 @@ def _work(
             clock=runtime.clock,
             impressions=impressions,
             privacy=Privacy(runtime.project, os.environ.get(KEY_NAME, "")),
-            token_key=token_key(os.environ.get(KEY_NAME, "")),
         )
     )
     reader = runtime.reader()
