@@ -13,6 +13,7 @@ Legend: R rows, M places of the index, A words of the arena, N keys asked, E ent
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numba
@@ -46,9 +47,18 @@ class Arrays(NamedTuple):
     arena_A: I64s
 
 
+@lru_cache(maxsize=1_024)
 def salt_of(counter: str) -> int:
     """Return the salt of a counter's keys."""
     return hash_text(counter)
+
+
+@lru_cache(maxsize=256)
+def _entries_of(counter: Counter) -> tuple[I64s, F64s]:
+    """Return the kind of each entry, and the weight of each age; no weights where all are 1."""
+    given = weights(counter)
+    kinds_E = np.array([_KINDS[entry.kind] for entry in counter.entries()], np.int64)
+    return kinds_E, _NO_WEIGHTS if given is None else np.array(given)
 
 
 class CounterTable:
@@ -122,9 +132,7 @@ class CounterTable:
             keys_N2: `hash128_texts` of the keys under `salt_of` the counter.
             known_N: which rows have a key.
         """
-        arrays, given = self.arrays, weights(counter)
-        kinds_E = np.array([_KINDS[entry.kind] for entry in counter.entries()], np.int64)
-        weights_B = _NO_WEIGHTS if given is None else np.array(given)
+        arrays, (kinds_E, weights_B) = self.arrays, _entries_of(counter)
         out_NE = np.zeros((len(keys_N2), len(kinds_E)))
         large_N = np.zeros(len(keys_N2), np.bool_)
         _values(

@@ -35,11 +35,11 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.spec import Counter, FeatureSpec
-from headrace.kernels.arrays import F64s
-from headrace.kernels.hashes import hash128_texts
+from headrace.kernels.arrays import Bools, F64s, U64s
+from headrace.kernels.hashes import hash128_integers, hash128_texts
 from headrace.process.awake import Awake
 from headrace.serving.counter_table import CounterTable, salt_of
-from headrace.stream.features.counters import key_texts
+from headrace.stream.features.counters import key_text, key_texts
 from headrace.stream.features.external_values import values_of
 from headrace.stream.features.few_rows import Few, Numbers, Same, Texts, arrow_of, few_of
 
@@ -215,22 +215,20 @@ class FeatureMemory:
         `raw` as `scorer.merge` returns.
         """
         now_ms = self.watermark_ms
-        texts: dict[tuple[str, ...], pa.Array] = {}
+        keys_of: dict[tuple[str, ...], _Keys] = {}
         counters: list[tuple[Counter, F64s]] = []
         for counter in spec.counters:
             fields = counter.key_fields
-            if fields not in texts:
-                texts[fields] = _keys(raw, fields)
-            keys = texts[fields]
-            known_N = (
-                keys.is_valid().to_numpy(zero_copy_only=False) if keys.null_count else np.ones(len(keys), np.bool_)
-            )
-            keys_N2 = hash128_texts(keys, salt_of(counter.name))
+            if fields not in keys_of:
+                keys_of[fields] = _keys(raw, fields)
+            keys_N2, known_N = keys_of[fields].hashed(salt_of(counter.name))
             counters.append((counter, self._table.values(counter, keys_N2, known_N, now_ms)))
         entities: list[tuple[Crawl, list[Entity]]] = []
         for crawl in self._crawls.values():
             known, nothing = self._entities[crawl.name], self._nothing[crawl.name]
-            found = [known.get(key, nothing) for key in _keys(raw, (crawl.joins,)).to_pylist()]
+            fields = (crawl.joins,)
+            keys = keys_of.get(fields) or _keys(raw, fields)
+            found = [known.get(key, nothing) for key in keys.texts()]
             entities.append((crawl, found))
         return Served(rows, counters, entities)
 
@@ -281,12 +279,47 @@ class FeatureMemory:
                 metrics.add("records_unreadable_total", topic="features", kind="foreign")
 
 
-def _keys(raw: Mapping[str, Column], fields: Sequence[str]) -> pa.Array:
-    """Return the key's text of each candidate; of one alone where all have the same."""
+class _Keys(NamedTuple):
+    """The key of each candidate; of one alone where all have the same."""
+
+    column: Numbers | pa.Array
+    """Integers without nulls, or texts."""
+
+    def hashed(self, salt: int) -> tuple[U64s, Bools]:
+        """Return `hash128_texts` of the keys: uint64 [N, 2], and which are there: bool [N]."""
+        if isinstance(self.column, Numbers):
+            return hash128_integers(self.column.values_N, salt), np.ones(len(self.column.values_N), np.bool_)
+        return hash128_texts(self.column, salt), self.column.is_valid().to_numpy(zero_copy_only=False)
+
+    def texts(self) -> list[str | None]:
+        """Return them as texts."""
+        if isinstance(self.column, Numbers):
+            return list(map(str, self.column.values_N.tolist()))
+        texts: list[str | None] = self.column.to_pylist()
+        return texts
+
+
+def _keys(raw: Mapping[str, Column], fields: Sequence[str]) -> _Keys:
     columns = [raw[field] for field in fields]
     if all(isinstance(column, Same) for column in columns):
-        return key_texts([arrow_of(column.one) for column in columns])
-    return key_texts([arrow_of(column) for column in columns])
+        columns = [column.one for column in columns]
+        plain = [_first(column) for column in columns]
+        if len(columns) > 1 and all(type(value) in (int, str, type(None)) for value in plain):
+            return _Keys(pa.array([key_text(plain)], pa.string()))
+    (first, *others) = columns
+    if not others and isinstance(first, Numbers) and first.values_N.dtype == np.int64 and first.missing_N is None:
+        return _Keys(first)
+    return _Keys(key_texts([arrow_of(column) for column in columns]))
+
+
+def _first(column: Numbers | Texts | pa.Array) -> Any:
+    """Return the value of a column of one row."""
+    if isinstance(column, Texts):
+        return column.texts[0]
+    if isinstance(column, Numbers):
+        is_missing = column.missing_N is not None and bool(column.missing_N[0])
+        return None if is_missing else column.values_N[0].item()
+    return column[0].as_py()
 
 
 def _nothing_of(crawl: Crawl) -> Entity:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -107,10 +107,9 @@ class Inputs:
             return
         self._numbers_together({name for rate in rates for name in rate.inputs()})
         of_RN, over_RN = (np.stack([self.numbers(getattr(r, side)) for r in rates]) for side in ("of", "over"))
-        begun_R1 = np.array([[rate.prior * rate.strength] for rate in rates])
-        rate_RN = (of_RN + begun_R1) / (over_RN + np.array([[rate.strength] for rate in rates]))
+        begun_R1, strength_R1, odds_R = _constants(tuple(rates))
+        rate_RN = (of_RN + begun_R1) / (over_RN + strength_R1)
         weight_RN = np.log1p(np.maximum(over_RN, 0.0))
-        odds_R = np.array([rate.log_odds is True for rate in rates])
         if odds_R.any():
             clipped_RN = np.clip(rate_RN[odds_R], 0.001, 0.999)
             rate_RN[odds_R], weight_RN[odds_R] = np.log(clipped_RN / (1.0 - clipped_RN)), weight_RN[odds_R] / 2
@@ -153,6 +152,14 @@ class Inputs:
         if name not in self._numbers:
             self._numbers[name] = to_numbers(column_of(self.columns, name))
         return self._numbers[name]
+
+
+@lru_cache(maxsize=64)
+def _constants(rates: tuple[Rate, ...]) -> tuple[F64s, F64s, npt.NDArray[np.bool_]]:
+    """Return prior * strength [R, 1], strength [R, 1], and which rates are log-odds [R]."""
+    begun_R1 = np.array([[rate.prior * rate.strength] for rate in rates])
+    strength_R1 = np.array([[rate.strength] for rate in rates])
+    return begun_R1, strength_R1, np.array([rate.log_odds is True for rate in rates])
 
 
 def slot_values(feature: Feature, inputs: Inputs) -> Values:
