@@ -301,8 +301,9 @@ class _Keys(NamedTuple):
 
 def _keys(raw: Mapping[str, Column], fields: Sequence[str]) -> _Keys:
     columns = [raw[field] for field in fields]
-    if all(isinstance(column, Same) for column in columns):
-        columns = [column.one for column in columns]
+    same = [column.one for column in columns if isinstance(column, Same)]
+    if len(same) == len(columns):
+        columns = same
         plain = [_first(column) for column in columns]
         if len(columns) > 1 and all(type(value) in (int, str, type(None)) for value in plain):
             return _Keys(pa.array([key_text(plain)], pa.string()))

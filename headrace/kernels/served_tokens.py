@@ -136,7 +136,8 @@ def open_tokens(layout: TokenLayout, key: TokenKey, tokens: pa.Array) -> Opened:
         for into, value in zip((*texts, *entities), found, strict=True):
             into.append(value)
     is_open_N = states_N == _GOOD
-    return Opened(reasons, is_open_N, *texts, propensity_N, scores_NT, values_NC, has_NK, entities)
+    version, arm = texts
+    return Opened(reasons, is_open_N, version, arm, propensity_N, scores_NT, values_NC, has_NK, entities)
 
 
 def _part(whole: bytes, at: int, size: int, number: int, layout: TokenLayout) -> Any:
@@ -173,7 +174,7 @@ def _put_word(raw: U8s, at: Int, word: np.uint32) -> Int:
 @numba.njit(cache=True)
 def _bits(value: np.float32, scratch_1: Float32s) -> np.uint32:
     scratch_1[0] = value
-    return scratch_1.view(np.uint32)[0]
+    return np.uint32(scratch_1.view(np.uint32)[0])
 
 
 @numba.njit(cache=True)
@@ -243,7 +244,7 @@ def _seal_all(
 def _letters(raw: U8s, size: Int, out: U8s, to: Int) -> Int:
     """Write `size` bytes as base64, and return what follows."""
     for i in range(0, size, 3):
-        bits, left = 0, min(3, size - i)
+        bits, left = np.int64(0), min(3, size - i)
         for j in range(left):
             bits |= np.int64(raw[i + j]) << (16 - 8 * j)
         for j in range(left + 1):
@@ -275,7 +276,7 @@ def _bytes(data: U8s, at: Int, end: Int, raw: U8s, to: Int) -> Int:
 @numba.njit(cache=True)
 def _number(raw: U8s, at: Int, end: Int) -> tuple[Int, Int]:
     """Return (a varint of 35 bits at most, what follows); -1 where it does not end."""
-    number, shift = 0, 0
+    number, shift = np.int64(0), 0
     while at < end and shift < 35:
         byte = np.int64(raw[at])
         number |= (byte & 127) << shift
@@ -305,7 +306,7 @@ def _place(ids: U32s, wanted: np.uint32) -> Int:
 @numba.njit(cache=True)
 def _real(word: np.uint32, scratch_1: U32s) -> np.float32:
     scratch_1[0] = word
-    return scratch_1.view(np.float32)[0]
+    return np.float32(scratch_1.view(np.float32)[0])
 
 
 @numba.njit(cache=True)

@@ -312,7 +312,7 @@ def decode(
         valid[:, left == 1] = 0
         floats[:, left == 1] = 0.0
     own = valid[made.at["event_id"]] == 1
-    columns: dict[str, pa.Array] = {}
+    found: dict[str, pa.Array] = {}
     for field in made.declared.schema:
         c = key_at if field.name == "key" else made.at[field.name]
         kind = _TEXT if field.name == "key" else int(made.kinds[c])
@@ -321,18 +321,18 @@ def decode(
             ends = np.cumsum([0, *map(len, blob)]).astype(np.int64)
             joined = np.frombuffer(b"".join(blob) or b"\0", np.uint8)
             offsets, text = gather_ids(data, ints[c], lens[c], valid[c], joined, ends, chunk_N, nth_N)
-            columns[field.name] = _text(offsets, text, None, rows)
+            found[field.name] = _text(offsets, text, None, rows)
         elif kind in (_TEXT, _ID):
             offsets, text = gather(data, ints[c], lens[c], valid[c])
-            columns[field.name] = _text(offsets, text, valid[c] if field.nullable else None, rows)
+            found[field.name] = _text(offsets, text, valid[c] if field.nullable else None, rows)
         elif kind == _OTHER:
-            columns[field.name] = pa.nulls(rows, field.type)
+            found[field.name] = pa.nulls(rows, field.type)
         else:
             is_valid_N = valid[c] if field.nullable else None
-            columns[field.name] = _numbers(field.type, kind, ints[c], floats[c], is_valid_N)
+            found[field.name] = _numbers(field.type, kind, ints[c], floats[c], is_valid_N)
     if served is not None and opened is not None:
-        served.fill(columns, opened, opened.is_open_N & (left == 0))
-    batch = pa.RecordBatch.from_arrays(list(columns.values()), schema=made.declared.schema)
+        served.fill(found, opened, opened.is_open_N & (left == 0))
+    batch = pa.RecordBatch.from_arrays(list(found.values()), schema=made.declared.schema)
     return Columns(batch, np.flatnonzero(left), own)
 
 

@@ -34,14 +34,14 @@ class ServedTokens(msgspec.Struct, frozen=True):
     def open(self, tokens: pa.Array) -> Opened:
         """Return what tokens say. One whose values no column takes is refused like one that is damaged."""
         opened = open_tokens(self.layout, self.key, tokens)
-        wrong_N = ~np.isfinite(opened.values_NC).all(axis=1)
+        wrong = set(np.flatnonzero(~np.isfinite(opened.values_NC).all(axis=1)).tolist())
         for crawl, entities in zip(self.layout.crawls, opened.entities, strict=True):
             kinds = list(crawl.columns().values())
             for row, values in enumerate(entities):
                 if values is not None and not all(map(_is_of, values, kinds)):
-                    wrong_N[row] = True
-        for row in np.flatnonzero(wrong_N):
-            opened.reasons[int(row)], opened.is_open_N[row] = UNREADABLE, False
+                    wrong.add(row)
+        for at in wrong:
+            opened.reasons[at], opened.is_open_N[at] = UNREADABLE, False
         return opened
 
     def fill(self, columns: Columns, opened: Opened, rows_N: npt.NDArray[np.bool_]) -> None:
@@ -95,6 +95,6 @@ def _is_of(value: Any, kind: str) -> bool:
         return True
     if type(value) is not _KINDS[kind]:
         return False
-    if kind == "list[string]":
+    if isinstance(value, list):
         return all(type(one) is str for one in value)
-    return kind != "int64" or -(2**63) <= value < 2**63
+    return not isinstance(value, int) or -(2**63) <= value < 2**63

@@ -86,7 +86,8 @@ class Ranker:
         except (Unavailable, Overloaded) as error:
             return problem(503, str(error), "ask again in a second")
         (_, scores), *others = ranked.scores.items()
-        body = {"request_id": ask.request_id, "version": ranked.version, "scores": scores, "served": ranked.served}
+        body: dict[str, Any] = {"request_id": ask.request_id, "version": ranked.version}
+        body |= {"scores": scores, "served": ranked.served}
         # The other tasks of a recipe that has several; of one, the answer is what it always was.
         body |= {"tasks": dict(others)} if others else {}
         body |= {"counters": ranked.counters} if ranked.counters in SAID else {}
