@@ -41,6 +41,7 @@ from headrace.ingest.decode.msgpack_scan import (
 from headrace.ingest.decode.shallow import nested
 from headrace.ingest.decode.texts import NUMBER, Flags, gather, gather_ids, valid_utf8
 from headrace.ingest.decode.validate import ENVELOPE_NAMES, ID_BYTES_MAX, PLACE_MAX, Declared
+from headrace.kernels.served_tokens import Opened
 
 _INT, _FLOAT, _FLOAT32, _TEXT, _BOOL, _ID, _PLACE, _TIME, _OTHER = range(9)
 _KINDS = {pa.int64(): _INT, pa.float64(): _FLOAT, pa.float32(): _FLOAT32, pa.string(): _TEXT, pa.bool_(): _BOOL}
@@ -299,11 +300,8 @@ def decode(
         missing |= short & ((lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX))
     elif key_kind != _INT:
         missing[:] = True
-    served, opened = made.declared.served, None
-    if served is not None and valid[made.at[SERVED]].any():
-        c = made.at[SERVED]
-        tokens = _text(*gather(data, ints[c], lens[c], valid[c]), valid[c], rows)
-        opened = served.open(tokens)
+    served, opened = made.declared.served, _opened(made, data, ints, lens, valid)
+    if opened is not None:
         missing[list(opened.reasons)] = True
     missing |= (event_times < taken_ms.start) | (event_times >= taken_ms.stop)
     left |= missing.astype(np.uint8)
@@ -334,6 +332,21 @@ def decode(
         served.fill(found, opened, opened.is_open_N & (left == 0))
     batch = pa.RecordBatch.from_arrays(list(found.values()), schema=made.declared.schema)
     return Columns(batch, np.flatnonzero(left), own)
+
+
+def _opened(
+    made: Layout,
+    data: U8s,
+    ints_CN: npt.NDArray[np.int64],
+    lens_CN: npt.NDArray[np.int32],
+    valid_CN: Flags,
+) -> Opened | None:
+    """Return what the tokens of impressions say; None where no row brings one."""
+    c = made.at.get(SERVED, -1)
+    if made.declared.served is None or not valid_CN[c].any():
+        return None
+    offsets, text = gather(data, ints_CN[c], lens_CN[c], valid_CN[c])
+    return made.declared.served.open(_text(offsets, text, valid_CN[c], len(valid_CN[c])))
 
 
 def _bitmap(valid_N: Flags | None) -> pa.Buffer | None:

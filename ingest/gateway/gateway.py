@@ -68,8 +68,7 @@ class Gateway:
         self._config, self._topics, self._partitions = config, deps.topics, partitions
         self._producer, self._metrics, self._clock, self._name = deps.producer, deps.metrics, deps.clock, name
         self._privacy = deps.privacy or Privacy(deps.project)
-        types = declared_types(deps.project, self._privacy.token_key)
-        self._types = {tag: layout(declared) for tag, declared in types.items()}
+        self._types = {tag: layout(one) for tag, one in declared_types(deps.project, self._privacy.token_key).items()}
         self._mappers = mappers_of(deps.project)
         self._letters = LetterWriter(config, self._privacy, name, [*self._types, *self._mappers])
         self.ceiling = Ceiling(config, [*self._types, *self._mappers])
