@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 
 import numpy as np
@@ -65,7 +65,6 @@ class Inputs:
         self.columns, self.rows = columns, rows
         self._hashes: dict[str, U64s] = {}
         self._numbers: dict[str, F64s] = {}
-        self._rates: dict[Rate, tuple[F64s, F64s]] = {}
         self._buckets: dict[Bucket, U64s] = {}
 
     def column(self, name: str) -> pa.Array:
@@ -101,19 +100,18 @@ class Inputs:
             hashed_N = hash_values(pa.concat_arrays(list(texts.values())))
             self._hashes.update(zip(texts, hashed_N.reshape(len(texts), self.rows), strict=True))
 
-    def rate_together(self, rates: Sequence[Rate]) -> None:
-        """Compute several rates ahead, in one call a step: for the rows of a request calls are what costs."""
-        if not rates:
-            return
+    def rate_together(self, rates: tuple[Rate, ...]) -> tuple[F64s, F64s]:
+        """Return the two numbers of each rate, float64 [R, N] each, in one call a step: for the rows of a request calls
+        are what costs."""
         self._numbers_together({name for rate in rates for name in rate.inputs()})
         of_RN, over_RN = (np.stack([self.numbers(getattr(r, side)) for r in rates]) for side in ("of", "over"))
-        begun_R1, strength_R1, odds_R = _constants(tuple(rates))
+        begun_R1, strength_R1, odds_R = _constants(rates)
         rate_RN = (of_RN + begun_R1) / (over_RN + strength_R1)
         weight_RN = np.log1p(np.maximum(over_RN, 0.0))
         if odds_R.any():
             clipped_RN = np.clip(rate_RN[odds_R], 0.001, 0.999)
             rate_RN[odds_R], weight_RN[odds_R] = np.log(clipped_RN / (1.0 - clipped_RN)), weight_RN[odds_R] / 2
-        self._rates.update(zip(rates, zip(rate_RN, weight_RN, strict=True), strict=True))
+        return rate_RN, weight_RN
 
     def _numbers_together(self, names: Iterable[str]) -> None:
         """Turn counter columns without nulls into numbers in one call."""
@@ -130,10 +128,6 @@ class Inputs:
         if whole:
             values_CN = np.stack(list(whole.values())).astype(np.float64)
             self._numbers.update(zip(whole, np.where(np.isnan(values_CN), 0.0, values_CN), strict=True))
-
-    def rate(self, rate: Rate) -> tuple[F64s, F64s]:
-        """Return the numbers of a rate that was given to `rate_together`."""
-        return self._rates[rate]
 
     def bucket(self, feature: Bucket) -> U64s:
         """Return the hash of each row's interval, once for all features that are made of it."""
@@ -202,7 +196,8 @@ def dense_numbers(feature: Feature, inputs: Inputs) -> tuple[F64s, ...]:
                 value_N = np.log1p(np.maximum(value_N, 0.0))
             return (value_N * feature.scale,)
         case Rate():
-            return inputs.rate(feature)
+            rate_RN, weight_RN = inputs.rate_together((feature,))
+            return rate_RN[0], weight_RN[0]
         case Mean():
             total_N = number(feature.of) + feature.prior * feature.strength
             return (total_N / (np.maximum(number(feature.over), 0.0) + feature.strength) * feature.scale,)
