@@ -138,7 +138,7 @@ class CounterTable:
         _values(
             arrays, keys_N2, known_N, kinds_E, weights_B, bucket_ms(counter), counter.buckets, as_of_ms, out_NE, large_N
         )  # fmt: skip
-        for n in np.flatnonzero(large_N):
+        for n in np.flatnonzero(large_N) if large_N.any() else ():
             out_NE[n] = value_as_of(self._buckets(keys_N2[n], len(kinds_E)), counter, as_of_ms)
         return out_NE
 
