@@ -26,17 +26,17 @@ class ImpressionLog:
         version: str,
         context: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
-        served: Sequence[str],
+        served: Sequence[str | Mapping[str, Any]],
         event_time_ms: int,
     ) -> None:
         """Log one impression for each candidate, with the id "<request id>#<place>".
 
         Raises `Overloaded` when the spool is full.
         """
-        for place, (candidate, token) in enumerate(zip(candidates, served, strict=True)):
+        for place, (candidate, given) in enumerate(zip(candidates, served, strict=True)):
             lead = {"event_id": f"{request_id}#{place}", "request_id": request_id, "place": place}
             fields = {name: candidate.get(name, context.get(name)) for name in self._fields}
-            record = {**fields, **lead, "event_time_ms": event_time_ms, "version": version, SERVED: token}
+            record = {**fields, **lead, "event_time_ms": event_time_ms, "version": version, SERVED: given}
             self._sender.emit(self._label, record)
 
     def close(self) -> None:

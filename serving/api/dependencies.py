@@ -26,10 +26,10 @@ class Impressions(Protocol):
         version: str,
         context: dict[str, Any],
         candidates: Sequence[dict[str, Any]],
-        served: Sequence[str],
+        served: Sequence[str | dict[str, Any]],
         event_time_ms: int,
     ) -> None:
-        """Log one impression for each candidate; `served` has its tokens."""
+        """Log one impression for each candidate; `served` has its token, or open columns."""
 
 
 @dataclass(frozen=True, kw_only=True)

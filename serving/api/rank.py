@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -54,8 +55,8 @@ class Ranked(msgspec.Struct, frozen=True):
     version: str
     scores: dict[str, list[float]]
     """By task, those of the recipe's main task first."""
-    served: msgspec.Raw | list[dict[str, Any]]
-    """What each candidate was served: a JSON array of tokens or, where that is asked, counters and crawled values."""
+    served: Sequence[str | dict[str, Any]]
+    """What each candidate was served: its token or, where that is asked, counters and crawled values by column."""
     counters: State
     warnings: list[str]
 
@@ -118,34 +119,33 @@ class Ranker:
         version, recipe = meta.manifest.version, recipe_of(meta.recipe_json)
         # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
         is_read = counters != "unread"
-        tokens = b"" if ask.open and not ask.log else self._tokens(meta, scores_NT, found, is_read)
+        tokens = [] if ask.open and not ask.log else self._tokens(meta, scores_NT, found, is_read)
         if ask.log:
             self.deps.impressions.log(
                 request_id=ask.request_id,
                 version=version,
                 context=ask.context,
                 candidates=ask.candidates,
-                served=msgspec.json.decode(tokens),
+                served=tokens,
                 event_time_ms=now_ms,
             )
         by_task = {task: scores_NT[:, i].tolist() for i, task in enumerate(recipe.heads)}
-        served: msgspec.Raw | list[dict[str, Any]] = msgspec.Raw(tokens)
+        served: Sequence[str | dict[str, Any]] = tokens
         if ask.open:
             served = found.open() if is_read else [{} for _ in range(count)]
         scores = {recipe.task: by_task.pop(recipe.task), **by_task}
         return Ranked(version=version, scores=scores, served=served, counters=counters, warnings=warnings)
 
-    def _tokens(self, meta: Meta, scores_NT: npt.NDArray[np.float32], found: Served, is_read: bool) -> bytes:
-        """Return a token for each candidate, as a JSON array."""
+    def _tokens(self, meta: Meta, scores_NT: npt.NDArray[np.float32], found: Served, is_read: bool) -> list[str]:
+        """Return a token for each candidate."""
         held = found if is_read else Served(found.rows, [], [])
         of = meta.spec_json, meta.recipe_json, is_read
         if of not in self._layouts:
             counters, crawls = ([counter for counter, _ in held.counters], [crawl for crawl, _ in held.entities])
             self._layouts = {of: token_layout(recipe_of(meta.recipe_json).heads, counters, crawls)}
         head = token_head(self._key, meta.manifest.version)
-        return seal_tokens(
-            self._layouts[of], self._key, head, scores_NT, held.matrix(), held.packed()
-        )  # fmt: skip
+        sealed = seal_tokens(self._layouts[of], self._key, head, scores_NT, held.matrix(), held.packed())
+        return msgspec.json.decode(sealed, type=list[str])
 
     def _warnings(self, ask: RankRequest) -> list[str]:
         """Return what an answer says of fields that the project does not declare; count them, and log each once."""
