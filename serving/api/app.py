@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from headrace.contract.checks.unknown_fields import UnknownFields
-from headrace.contract.config import ServeConfig
-from headrace.contract.crawl import external_columns
-from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable, meant
-from headrace.contract.formats.json_record import decode_json
+from headrace.contract.errors import BadRequest, Unavailable
 from headrace.contract.formats.snapshot import served_digest
-from headrace.contract.interfaces.clock import Clock
-from headrace.contract.metrics import Metrics
-from headrace.contract.privacy import Privacy
-from headrace.contract.project import Project
 from headrace.process.request_body import Bodies, BodyBounds
-from headrace.serving.features import FeatureMemory, State
-from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of, unknown_fields
-from headrace.serving.model.shared_region import SharedModel, Told, View
+from headrace.serving.api.answers import answer, problem
+from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.api.rank import READING, SAID, Ranker
+from headrace.serving.features import State
+from headrace.serving.model.shared_region import Told
 
-logger = logging.getLogger("headrace.serve")
-
-READING = "the counters are still being read from `features`; ask again when /readyz says so."
 BEHIND = (
     "the counters are more than {} ms (serve.counters_behind_ms) behind the end of `features`: give serving more "
     "processors, or fewer workers."
 )
-_NEXT = {
-    "bad_type": "send a value of the declared type, or null",
-    "unknown_field": "leave the field out, or declare it in the project",
-}
 BODIES = BodyBounds(
     bytes_max=4_194_304,
     together_max=64 * 4_194_304,
@@ -51,60 +32,13 @@ BODIES = BodyBounds(
     if_slow="send it at once, or smaller",
     if_many="ask again in a second",
 )
-SAID = ("unread", "stale")
-"""States of the counters that every answer names."""
-WARNINGS_MAX = 10
-"""Warnings of one answer; one a field, where it stands first."""
-Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-
-
-class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of POST /v1/rank: raw fields as declared; a candidate's field wins over the context's."""
-
-    request_id: Text
-    candidates: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
-    context: dict[str, Any] = {}
-    log: bool = False
-    """True: serving logs one impression for each candidate. False: the service does, which knows what was shown."""
-
-
-class Impressions(Protocol):
-    """What `serving.impression_log.ImpressionLog` does."""
-
-    def log(
-        self,
-        *,
-        request_id: str,
-        version: str,
-        context: dict[str, Any],
-        candidates: Sequence[dict[str, Any]],
-        served: Sequence[dict[str, Any]],
-        event_time_ms: int,
-    ) -> None:
-        """Log one impression for each candidate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServingDependencies:
-    """What the application needs of the process around it."""
-
-    project: Project
-    config: ServeConfig
-    shared: SharedModel
-    features: FeatureMemory
-    metrics: Metrics
-    metrics_text: Callable[[], bytes]
-    clock: Clock
-    impressions: Impressions
-    privacy: Privacy | None = None
 
 
 class ServingApp:
     """The answers to each route."""
 
     def __init__(self, dependencies: ServingDependencies) -> None:
-        self.deps, self._bodies = dependencies, Bodies(BODIES)
-        self._unknown = UnknownFields(dependencies.project.impression.fields)
+        self.deps, self._bodies, self._ranker = dependencies, Bodies(BODIES), Ranker(dependencies)
 
     async def rank(self, request: Request) -> Response:
         """Score all candidates of a request with exactly one version of the model."""
@@ -117,66 +51,9 @@ class ServingApp:
     async def _rank(self, request: Request) -> Response:
         try:
             sent = await self._bodies.read(request)
-            ask: RankRequest = decode_json(sent, RankRequest)
-            count, most = len(ask.candidates), self.deps.config.candidates_max
-            if count > most:
-                return problem(422, f"{count} candidates", f"send at most {most} in one request")
-            raw = merge(self.deps.project, ask.context, ask.candidates, self.deps.privacy)
-            warnings = self._warnings(ask)
-
-            now_ms = self.deps.clock.now_ms()
-            external = external_columns(self.deps.project.crawls)
-
-            counters = self._counters()
-
-            def use(view: View) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-                spec = spec_of(view.meta.spec_json)
-                if counters == "reading" and (spec.counters or external):
-                    raise Unavailable(READING)
-                served = self.deps.features.columns(spec, raw, count)
-                return rank(view, raw, served, event_time_ms=now_ms, external=external), served
-
-            (by_task, served), meta = self.deps.shared.read(use)
-            version = meta.manifest.version
-            if counters == "unread":
-                # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
-                served = [{} for _ in range(count)]
-            if ask.log:
-                self.deps.impressions.log(
-                    request_id=ask.request_id,
-                    version=version,
-                    context=ask.context,
-                    candidates=ask.candidates,
-                    served=served,
-                    event_time_ms=now_ms,
-                )
         except BadRequest as error:
             return problem(error.status, error.error, error.step)
-        except msgspec.ValidationError as error:
-            return problem(422, f"{error}{_meant(str(error))}", "see POST /v1/rank in docs/serving.md")
-        except msgspec.DecodeError as error:
-            return problem(400, f"no JSON: {error}", "send application/json")
-        except EventRejected as error:
-            return problem(422, str(error), f"{error.reason}: {_NEXT.get(error.reason, 'correct the field')}")
-        except (Unavailable, Overloaded) as error:
-            return problem(503, str(error), "ask again in a second")
-        scores = by_task.pop(recipe_of(meta.recipe_json).task)
-        body: dict[str, Any] = {"request_id": ask.request_id, "version": version, "scores": scores, "served": served}
-        # The other tasks of a recipe that has several; of one, the answer is what it always was.
-        body |= {"tasks": by_task} if by_task else {}
-        body |= {"counters": counters} if counters in SAID else {}
-        return answer(200, body | ({"warnings": warnings} if warnings else {}))
-
-    def _warnings(self, ask: RankRequest) -> list[str]:
-        """Return what an answer says of fields that the project does not declare; count them, and log each once."""
-        warnings: list[str] = []
-        for where, name in unknown_fields(self.deps.project, ask.context, ask.candidates).items():
-            if said := self._unknown.new(name):
-                logger.warning("field of a request: %s No score reads it.", said)
-            self.deps.metrics.add("unknown_fields_total", type="impression", field=self._unknown.label(name))
-            if len(warnings) < WARNINGS_MAX:
-                warnings.append(f"{where} is not declared, and no score reads it.{self._unknown.meant(name)}")
-        return warnings
+        return self._ranker.respond(sent)
 
     async def model(self, request: Request) -> Response:
         """Say which version is served; with ?version=X, which events a recent version knew."""
@@ -259,7 +136,7 @@ class ServingApp:
             self.deps.metrics.set("counters_behind_seconds", self.behind_ms(told) / 1_000, worker=worker)
 
     def _counters(self) -> State:
-        return self.deps.features.state(self.deps.clock.monotonic(), self.deps.config.counters_behind_ms / 1_000)
+        return self.deps.counters()
 
     async def readyz(self, request: Request) -> Response:
         """200 when a model is loaded that has room to grow, and the counters are read, as far as a broker answers."""
@@ -287,29 +164,3 @@ def make_app(app: ServingApp) -> Starlette:
             Route("/metrics", app.metrics_page),
         ]
     )
-
-
-def _meant(said: str) -> str:
-    """Return what a misspelt field of the request itself may mean, of a decoder's message.
-
-    >>> _meant("Object contains unknown field `candidate`"), _meant("Expected `str`")
-    (". Did you mean 'candidates'?", '')
-    """
-    found = re.search(r"unknown field `(.*)`", said)
-    near = meant(found[1], RankRequest.__struct_fields__) if found else ""
-    return f".{near}" if near else ""
-
-
-def answer(status: int, body: dict[str, Any]) -> Response:
-    """Return `body` as JSON."""
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
-
-
-def problem(status: int, error: str, step: str) -> Response:
-    """Return what is wrong and the next step."""
-    response = answer(status, {"error": error, "next": step})
-    if status == 503:
-        response.headers["Retry-After"] = "1"
-    if status in (408, 413):
-        response.headers["Connection"] = "close"
-    return response

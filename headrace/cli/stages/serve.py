@@ -17,7 +17,8 @@ from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.serving.api.app import ServingApp, ServingDependencies, make_app
+from headrace.serving.api.app import ServingApp, make_app
+from headrace.serving.api.dependencies import ServingDependencies
 from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.impression_log import ImpressionLog
