@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import Annotated, Any
 
 import msgspec
@@ -11,10 +10,11 @@ from starlette.responses import Response
 
 from headrace.contract.checks.unknown_fields import UnknownFields
 from headrace.contract.crawl import external_columns
-from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable, meant
+from headrace.contract.errors import BadRequest, Unavailable
 from headrace.contract.formats.json_record import decode_json
-from headrace.serving.api.answers import answer, problem
+from headrace.serving.api.answers import answer
 from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.api.fallback import fallback_scores
 from headrace.serving.features import State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of, unknown_fields
 from headrace.serving.model.shared_region import View
@@ -22,15 +22,12 @@ from headrace.serving.model.shared_region import View
 logger = logging.getLogger("headrace.serve")
 
 READING = "the counters are still being read from `features`; ask again when /readyz says so."
-_NEXT = {
-    "bad_type": "send a value of the declared type, or null",
-    "unknown_field": "leave the field out, or declare it in the project",
-}
 SAID = ("unread", "stale")
 """States of the counters that every answer names."""
 WARNINGS_MAX = 10
 """Warnings of one answer; one a field, where it stands first."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+TimeoutMs = Annotated[int, msgspec.Meta(ge=1, le=3_600_000)]
 
 
 class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -41,6 +38,26 @@ class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
     context: dict[str, Any] = {}
     log: bool = False
     """True: serving logs one impression for each candidate. False: the service does, which knows what was shown."""
+    timeout_ms: TimeoutMs | None = None
+    """How long the client waits for the answer, from when serving has read the request's head. One that cannot be
+    answered in that time gets 504, at once where that is known, and is not computed. None: as long as it takes."""
+
+
+class _Hurry(msgspec.Struct):
+    """Of a request, what has to be known before its turn. The rest of it is not decoded."""
+
+    timeout_ms: TimeoutMs | None = None
+
+
+def timeout_ms_of(sent: bytes) -> int | None:
+    """Return how long the client of a body of POST /v1/rank waits; None where it does not say so rightly."""
+    if b"timeout_ms" not in sent:
+        return None
+    try:
+        hurry: _Hurry = decode_json(sent, _Hurry)
+    except msgspec.DecodeError:
+        return None  # Decoding all of it says what is wrong.
+    return hurry.timeout_ms
 
 
 class Ranked(msgspec.Struct, frozen=True):
@@ -53,6 +70,10 @@ class Ranked(msgspec.Struct, frozen=True):
     """Counters and crawled values of each candidate, as they were used."""
     counters: State
     warnings: list[str]
+    created_ms: int = 0
+    """When the version was made."""
+    is_fallback: bool = False
+    """True: no model scored this."""
 
 
 class Ranker:
@@ -63,26 +84,54 @@ class Ranker:
         self._unknown = UnknownFields(dependencies.project.impression.fields)
 
     def respond(self, sent: bytes) -> Response:
-        """Return the answer to a body of POST /v1/rank, or what is wrong with it."""
-        try:
-            ask: RankRequest = decode_json(sent, RankRequest)
-            ranked = self.rank(ask)
-        except BadRequest as error:
-            return problem(error.status, error.error, error.step)
-        except msgspec.ValidationError as error:
-            return problem(422, f"{error}{_meant(str(error))}", "see POST /v1/rank in docs/serving.md")
-        except msgspec.DecodeError as error:
-            return problem(400, f"no JSON: {error}", "send application/json")
-        except EventRejected as error:
-            return problem(422, str(error), f"{error.reason}: {_NEXT.get(error.reason, 'correct the field')}")
-        except (Unavailable, Overloaded) as error:
-            return problem(503, str(error), "ask again in a second")
+        """Return the answer to a body of POST /v1/rank. Raises one of `answers.REFUSED`."""
+        ask: RankRequest = decode_json(sent, RankRequest)
+        ranked = self.ranked(ask)
         (_, scores), *others = ranked.scores.items()
         body = {"request_id": ask.request_id, "version": ranked.version, "scores": scores, "served": ranked.served}
         # The other tasks of a recipe that has several; of one, the answer is what it always was.
         body |= {"tasks": dict(others)} if others else {}
-        body |= {"counters": ranked.counters} if ranked.counters in SAID else {}
-        return answer(200, body | ({"warnings": ranked.warnings} if ranked.warnings else {}))
+        return answer(200, body | self.said(ranked))
+
+    def said(self, ranked: Ranked) -> dict[str, Any]:
+        """Return what an answer says of its version, its counters and its request, beside the scores."""
+        said: dict[str, Any] = {}
+        if ranked.is_fallback:
+            said["fallback"] = True
+        else:
+            said["age_ms"] = max(0, self.deps.clock.now_ms() - ranked.created_ms)
+            if said["age_ms"] > self.deps.config.stale_ms:
+                said["stale"] = True
+        if ranked.counters in SAID:
+            said["counters"] = ranked.counters
+        if ranked.warnings:
+            said["warnings"] = ranked.warnings
+        return said
+
+    def ranked(self, ask: RankRequest) -> Ranked:
+        """Score as `rank` does; where no model can, as `serve.fallback` says. Raises as `rank`."""
+        try:
+            return self.rank(ask)
+        except Unavailable:
+            count = len(ask.candidates)
+            scores = fallback_scores(self.deps.config, count)
+            if scores is None:
+                raise
+        self.deps.metrics.add("fallback_answers_total")
+        served: list[dict[str, Any]] = [{} for _ in range(count)]
+        if ask.log:
+            self._log(ask, "", served, self.deps.clock.now_ms())
+        by_task = dict.fromkeys(self.deps.project.recipe.heads, scores)
+        main = self.deps.project.recipe.task
+        by_task = {main: by_task.pop(main), **by_task}
+        return Ranked(
+            version="",
+            scores=by_task,
+            served=served,
+            counters=self.deps.counters(),
+            warnings=self._warnings(ask),
+            is_fallback=True,
+        )
 
     def rank(self, ask: RankRequest) -> Ranked:
         """Score all candidates with exactly one version of the model, and log them where that is asked.
@@ -95,7 +144,6 @@ class Ranker:
         if count > most:
             raise BadRequest(422, f"{count} candidates", f"send at most {most} in one request")
         raw = merge(self.deps.project, ask.context, ask.candidates, self.deps.privacy)
-        warnings = self._warnings(ask)
         now_ms, counters = self.deps.clock.now_ms(), self.deps.counters()
         external = external_columns(self.deps.project.crawls)
 
@@ -112,16 +160,25 @@ class Ranker:
             # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
             served = [{} for _ in range(count)]
         if ask.log:
-            self.deps.impressions.log(
-                request_id=ask.request_id,
-                version=version,
-                context=ask.context,
-                candidates=ask.candidates,
-                served=served,
-                event_time_ms=now_ms,
-            )
-        scores = {task: by_task.pop(task), **by_task}
-        return Ranked(version=version, scores=scores, served=served, counters=counters, warnings=warnings)
+            self._log(ask, version, served, now_ms)
+        return Ranked(
+            version=version,
+            scores={task: by_task.pop(task), **by_task},
+            served=served,
+            counters=counters,
+            warnings=self._warnings(ask),
+            created_ms=meta.manifest.created_ms,
+        )
+
+    def _log(self, ask: RankRequest, version: str, served: list[dict[str, Any]], now_ms: int) -> None:
+        self.deps.impressions.log(
+            request_id=ask.request_id,
+            version=version,
+            context=ask.context,
+            candidates=ask.candidates,
+            served=served,
+            event_time_ms=now_ms,
+        )
 
     def _warnings(self, ask: RankRequest) -> list[str]:
         """Return what an answer says of fields that the project does not declare; count them, and log each once."""
@@ -133,14 +190,3 @@ class Ranker:
             if len(warnings) < WARNINGS_MAX:
                 warnings.append(f"{where} is not declared, and no score reads it.{self._unknown.meant(name)}")
         return warnings
-
-
-def _meant(said: str) -> str:
-    """Return what a misspelt field of the request itself may mean, of a decoder's message.
-
-    >>> _meant("Object contains unknown field `candidate`"), _meant("Expected `str`")
-    (". Did you mean 'candidates'?", '')
-    """
-    found = re.search(r"unknown field `(.*)`", said)
-    near = meant(found[1], RankRequest.__struct_fields__) if found else ""
-    return f".{near}" if near else ""
