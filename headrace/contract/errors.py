@@ -32,7 +32,7 @@ class EventRejected(HeadraceError):
 class BadRequest(HeadraceError):
     """Nothing of a request was taken: HTTP's `status` answers it, `error` says why, `step` what to do next.
 
-    `reason` is a stable code for metrics; `retry_ms` after how long it may be offered again, 0 where that does not help.
+    `reason` is a stable code for metrics; `retry_ms` after how long it may come again, 0 where that does not help.
     """
 
     def __init__(self, status: int, error: str, step: str, *, reason: str = "", retry_ms: int = 0) -> None:

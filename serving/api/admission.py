@@ -3,7 +3,7 @@
 One process computes one answer after another, so what is offered beyond its capacity waits. The wait is bounded:
 
 1. *offer*: a request's cost is estimated by what requests of its size took. Its wait is the cost of what comes before
-   it. Beyond `bound_s` it is refused (429) before its body is decoded; so is one whose time would be over by then (504).
+   it. Beyond `bound_s` it is refused (429) before its body is decoded; so is one whose time would be over then (504).
 2. *take*: short bodies and long ones have a lane each, and both get half of the time while both wait. So no request
    waits for all the long ones, and no long one for all the short ones.
 3. What has waited for twice the bound all the same, or has no time left, is refused when its turn comes, and is not

@@ -17,7 +17,7 @@ from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.serving.api.app import ServingApp, make_app
+from headrace.serving.api.app import DRAINING, ServingApp, make_app
 from headrace.serving.api.dependencies import ServingDependencies
 from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
@@ -117,6 +117,11 @@ def _work(
         jobs |= {"updater": updater.run, "readiness": lambda: _tell_readiness(app, updater, signs, metrics, stop)}
     metrics.health.expect(LOOP, ready_s=LOOP_READY_S, healthy_s=LOOP_HEALTHY_S)
     turned = partial(metrics.health.seen, LOOP)
+
+    def drains() -> None:
+        app.is_draining = True
+        metrics.ready(False, DRAINING)
+
     try:
         return answer_requests(
             make_app(app),
@@ -129,6 +134,10 @@ def _work(
             refused=lambda reason: metrics.add("connections_refused_total", reason=reason),
             renewal=renewal,
             begins=(lambda: await_read(app.is_reading, stop.wait)) if waits else lambda: None,
+            drain_s=runtime.config.serve.drain_ms / 1_000,
+            drains=drains,
+            # What waits does so for twice `serve.queue_ms` at most, and then is computed.
+            answer_s=2.0 + runtime.config.serve.queue_ms / 500,
         )
     finally:
         impressions.close()

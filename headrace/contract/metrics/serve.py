@@ -18,7 +18,7 @@ SERVE: Mapping[Name, MetricDoc] = {
         "counter",
         "requests",
         ("serve",),
-        "Requests that got no scores: `queue_full` the wait was longer than `serve.queue_ms`, `too_late` their time was "
+        "Requests that got no scores: `queue_full` the wait was beyond `serve.queue_ms`, `too_late` their time was "
         "over, `unavailable` no model or counters, `bad_field` and `bad_request`, `too_large`, `too_slow`, "
         "`content_type`, `unknown_path`, `unknown_model`, `wrong_method`.",
         labels=("reason",),

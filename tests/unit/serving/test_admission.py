@@ -139,7 +139,7 @@ def test_a_request_whose_time_would_be_over_is_refused_before_it_waits() -> None
     admission.done(0.02)  # An answer takes 20 ms.
     admission.offer(LONG, 1.0, until_s=1.021)
     with pytest.raises(
-        BadRequest, match="20 ms of its time are left, and an answer takes 40.0 ms, 20.0 of them"
+        BadRequest, match=r"20 ms of its time are left, and an answer takes 40\.0 ms, 20\.0 of them"
     ) as wrong:
         admission.offer(LONG, 1.0, until_s=1.02)
     assert wrong.value.status == 504 and wrong.value.reason == "too_late"
