@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from headrace.contract.formats.snapshot import served_digest
 from headrace.process.request_body import Bodies, BodyBounds
 from headrace.serving.api.answers import REFUSED, answer, check_json, problem, refusal_of, refused
 from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.api.open_inference.over_http import OpenInferenceHttp
 from headrace.serving.api.paths import handlers
 from headrace.serving.api.rank import READING, SAID, Ranker, RankRequest, timeout_ms_of
 from headrace.serving.api.turns import Turns
@@ -25,6 +27,7 @@ BEHIND = (
     "the counters are more than {} ms (serve.counters_behind_ms) behind the end of `features`: give serving more "
     "processors, or fewer workers."
 )
+RELEASE = importlib.metadata.version("headrace")
 DRAINING = "this process was told to end: ask another one."
 BODIES = BodyBounds(
     bytes_max=4_194_304,
@@ -54,7 +57,7 @@ class ServingApp:
             return refusal_of(error, RankRequest.__struct_fields__)
 
         return await self.answered(
-            request, check=check_json, left_ms=timeout_ms_of, work=self.ranker.respond, known=known, refused=refused
+            request, check=check_json, left_ms=timeout_ms_of, work=self.ranker.respond, known=known
         )
 
     async def answered(
@@ -65,14 +68,13 @@ class ServingApp:
         left_ms: Callable[[bytes], float | None],
         work: Callable[[bytes], Response],
         known: Callable[[Exception], BadRequest],
-        refused: Callable[[BadRequest], Response],
     ) -> Response:
         """Read a body, wait for its turn, and return what `work` makes of it.
 
         Args:
             check: raises `BadRequest` where the head alone says that the body is of no use.
             left_ms: how long the client of a body waits, None where it does not say so.
-            known: what one of `REFUSED` says to this kind of client, and `refused` how that is answered.
+            known: what one of `REFUSED` says to this kind of client.
         """
         began_s = self.deps.clock.monotonic()
         try:
@@ -198,5 +200,6 @@ def make_app(app: ServingApp) -> Starlette:
         Route("/healthz", app.healthz),
         Route("/readyz", app.readyz),
         Route("/metrics", app.metrics_page),
+        *OpenInferenceHttp(app, RELEASE).routes(),
     ]
     return Starlette(routes=routes, exception_handlers=handlers(routes, app.deps.metrics))
