@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from headrace.process.request_body import Bodies, BodyBounds
 from headrace.serving.api.answers import REFUSED, answer, check_json, problem, refusal_of, refused
 from headrace.serving.api.dependencies import ServingDependencies
 from headrace.serving.api.open_inference.over_http import OpenInferenceHttp
+from headrace.serving.api.openapi import page
 from headrace.serving.api.paths import handlers
 from headrace.serving.api.rank import READING, SAID, Ranker, RankRequest, timeout_ms_of
 from headrace.serving.api.turns import Turns
@@ -47,6 +49,7 @@ class ServingApp:
     def __init__(self, dependencies: ServingDependencies) -> None:
         self.deps, self._bodies, self.ranker = dependencies, Bodies(BODIES), Ranker(dependencies)
         self.turns = Turns(dependencies.config.queue_ms / 1_000, dependencies.clock.monotonic, dependencies.metrics)
+        self._page: bytes | None = None
         self.is_draining = False
         """True: the process was told to end, and answers for `serve.drain_ms` more."""
 
@@ -187,6 +190,12 @@ class ServingApp:
         """200 while the process answers."""
         return Response("ok\n", media_type="text/plain")
 
+    async def openapi(self, request: Request) -> Response:
+        """The OpenAPI page of this project's routes."""
+        if self._page is None:
+            self._page = msgspec.json.encode(page(self.deps.project, self.deps.config, RELEASE))
+        return Response(self._page, media_type="application/json")
+
     async def metrics_page(self, request: Request) -> Response:
         """Prometheus' text format."""
         return Response(self.deps.metrics_text(), media_type="text/plain; version=0.0.4")
@@ -200,6 +209,7 @@ def make_app(app: ServingApp) -> Starlette:
         Route("/healthz", app.healthz),
         Route("/readyz", app.readyz),
         Route("/metrics", app.metrics_page),
+        Route("/openapi.json", app.openapi),
         *OpenInferenceHttp(app, RELEASE).routes(),
     ]
     return Starlette(routes=routes, exception_handlers=handlers(routes, app.deps.metrics))

@@ -27,7 +27,7 @@ SAID = ("unread", "stale")
 WARNINGS_MAX = 10
 """Warnings of one answer; one a field, where it stands first."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-TimeoutMs = Annotated[int, msgspec.Meta(ge=1, le=3_600_000)]
+TimeoutMs = Annotated[float, msgspec.Meta(gt=0, le=3_600_000)]
 
 
 class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -49,7 +49,7 @@ class _Hurry(msgspec.Struct):
     timeout_ms: TimeoutMs | None = None
 
 
-def timeout_ms_of(sent: bytes) -> int | None:
+def timeout_ms_of(sent: bytes) -> float | None:
     """Return how long the client of a body of POST /v1/rank waits; None where it does not say so rightly."""
     if b"timeout_ms" not in sent:
         return None
