@@ -99,7 +99,7 @@ def page(project: Project, config: ServeConfig, release: str) -> dict[str, Any]:
     kinds = [each for o in OPERATIONS for each in (o.answer, o.body) if each is not None]
     kinds = [*dict.fromkeys([*kinds, Problem, PositionsAnswer])]
     _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in _structs(kinds):
+    for kind in structs_of(kinds):
         for name, text in field_texts(kind).items():
             components[kind.__name__]["properties"][name].setdefault("description", text)
     rank = components["RankRequest"]["properties"]
@@ -128,12 +128,12 @@ def field_texts(struct: type[Struct]) -> dict[str, str]:
     return found
 
 
-def _structs(kinds: list[type[Struct]]) -> list[type[Struct]]:
+def structs_of(kinds: list[type[Struct]]) -> list[type[Struct]]:
     """Return structs, and those that their fields hold."""
     found: dict[type[Struct], None] = {}
     waiting = list(kinds)
     while waiting:
-        kind = waiting.pop()
+        kind = waiting.pop(0)
         if kind in found:
             continue
         found[kind] = None

@@ -34,8 +34,11 @@ class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
     """The body of POST /v1/rank: raw fields as declared; a candidate's field wins over the context's."""
 
     request_id: Text
+    """Feedback names it later, with `place`, the index of a candidate."""
     candidates: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
+    """What is ranked, `serve.candidates_max` at most."""
     context: dict[str, Any] = {}
+    """Fields that all candidates share."""
     log: bool = False
     """True: serving logs one impression for each candidate. False: the service does, which knows what was shown."""
     timeout_ms: TimeoutMs | None = None
