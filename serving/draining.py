@@ -18,13 +18,14 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
 import uvicorn
 
 from headrace.process.awake import awake_s
-from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
+from headrace.process.http_bounds import BoundedConfig
 
 LAST_S = 0.1
 """For what was accepted just before nothing is any more."""
@@ -42,24 +43,35 @@ class Beside(Protocol):
         """Answer what was begun, within a bound, and accept nothing more."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a process ends, and what ends with it."""
+
+    drain_s: float = 0.0
+    """How long SIGTERM lets it answer."""
+    drains: Callable[[], None] = lambda: None
+    """Called when that time begins."""
+    answer_s: float = 2.0
+    """Longest time that is waited for answers that were begun, at the end."""
+    beside: Beside | None = None
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, which drains before it ends."""
 
     def __init__(
         self,
         config: BoundedConfig,
-        bounds: ConnectionBounds,
+        ending: Ending,
         *,
-        drain_s: float,
         is_first: bool,
-        drains: Callable[[], None],
+        hand_on: Callable[[], None],
         drained: Callable[[], None],
-        beside: Beside | None = None,
     ) -> None:
-        """`drains` is called when draining begins, `drained` just before nothing is accepted any more."""
+        """`hand_on` is called when draining begins, `drained` just before nothing is accepted any more."""
         super().__init__(config)
-        self._bounds, self._drain_s, self._is_first = bounds, drain_s, is_first
-        self._drains, self._drained, self._beside = drains, drained, beside
+        self._bounds, self._ending, self._is_first = config.bounds, ending, is_first
+        self._hand_on, self._drained = hand_on, drained
         self._is_asked, self._until_s = False, 0.0
         self.is_drained = False
         """True: SIGTERM was obeyed, and the workers end as this process does."""
@@ -77,17 +89,18 @@ class DrainingServer(uvicorn.Server):
         """Accept on all ways in."""
         self._listening = sockets or []
         await super().startup(sockets)
-        if self._beside is not None:
-            await self._beside.begin()
+        if self._ending.beside is not None:
+            await self._ending.beside.begin()
 
     async def on_tick(self, counter: int) -> bool:
         """Go on with draining, ten times a second."""
         if self._is_asked and not self.should_exit:
             now_s = awake_s()
             if not self._until_s:
-                self._until_s = now_s + self._drain_s
+                self._until_s = now_s + self._ending.drain_s
                 self._bounds.drain()
-                self._drains()
+                self._ending.drains()
+                self._hand_on()
             if now_s >= self._until_s:
                 self.is_drained = True
                 self._drained()
@@ -97,8 +110,8 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let the last answers out."""
-        if self._beside is not None:
-            await self._beside.end()
+        if self._ending.beside is not None:
+            await self._ending.beside.end()
         await super().shutdown(sockets)
 
     async def accept_no_more(self, *, shuts: bool) -> None:

@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -32,7 +32,7 @@ from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.process.awake import awake_s
 from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
 from headrace.process.open_files import connections_within
-from headrace.serving.draining import Beside, DrainingServer
+from headrace.serving.draining import DrainingServer, Ending
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.renewal import DRAIN_S, Renewal
 
@@ -132,10 +132,7 @@ def answer_requests(
     refused: Callable[[str], None] = lambda _: None,
     renewal: Renewal | None = None,
     begins: Callable[[], None] = lambda: None,
-    drain_s: float = 0.0,
-    drains: Callable[[], None] = lambda: None,
-    answer_s: float = 2.0,
-    beside: Beside | None = None,
+    ending: Ending = Ending(),  # noqa: B008
 ) -> int:
     """Answer requests until `stop` or SIGTERM, with `jobs` in threads beside it; return the exit status.
 
@@ -147,9 +144,7 @@ def answer_requests(
         refused: gets the reason for which a connection was closed.
         renewal: whether a restart is asked for, which ends it like `stop`, but for its connections.
         begins: called when the jobs have begun, before the first connection is accepted.
-        drain_s: how long SIGTERM lets it answer; `drains` is called when that time begins.
-        answer_s: longest time that is waited for answers that were begun, at the end.
-        beside: another way in, which runs in the same loop.
+        ending: what SIGTERM does, and what else answers in the same loop.
     """
     most = connections_within(connections_max)
     bounds = ConnectionBounds(most, lambda _origin, reason, _why: refused(reason))
@@ -160,23 +155,20 @@ def answer_requests(
         if renewal is not None and renewal.is_asked:
             await _drain(server, bounds)
 
-    config = BoundedConfig(
-        app,
-        bounds,
-        log_level=None,
-        timeout_graceful_shutdown=math.ceil(answer_s),
-        callback_notify=tell,
-        timeout_notify=1,
-    )
     server = DrainingServer(
-        config,
-        bounds,
-        drain_s=drain_s,
+        BoundedConfig(
+            app,
+            bounds,
+            log_level=None,
+            timeout_graceful_shutdown=math.ceil(ending.answer_s),
+            callback_notify=tell,
+            timeout_notify=1,
+        ),
+        ending,
         is_first=workers is not None,
-        drains=lambda: _begin_draining(workers, drains),
+        hand_on=lambda: workers.ask_to_end(signal.SIGTERM) if workers else None,
         # Only then: the jobs keep the model and the counters fresh while it drains.
         drained=stop.set,
-        beside=beside,
     )
     failures: list[str] = []
 
@@ -202,16 +194,22 @@ def answer_requests(
     if not stop.is_set():
         server.run(sockets=[listener])
     stop.set()
+    is_renewed = renewal is not None and renewal.is_asked
+    # Workers that drain do so as this process did, a moment later.
+    drains = is_renewed or server.is_drained
+    _await_all(workers, threads, DRAIN_S + ending.answer_s if drains else 0.0)
+    return 1 if failures else 0
+
+
+def _await_all(workers: Workers | None, threads: Sequence[threading.Thread], patience_s: float) -> None:
+    """Wait for the workers' own end, then tell them to, and wait a second for the threads."""
     if workers:
-        # Those that drain do so as this process did, a moment later.
-        is_renewed = renewal is not None and renewal.is_asked
-        workers.wait(DRAIN_S + answer_s if is_renewed else answer_s + 1.0 if server.is_drained else 0.0)
+        workers.wait(patience_s)
         workers.ask_to_end()
     # 1 s for all: a thread that still waits for a broker ends with the process.
     until = awake_s() + 1.0
     for thread in threads:
         thread.join(max(0.0, until - awake_s()))
-    return 1 if failures else 0
 
 
 def _end_jobs(stop: threading.Event, workers: Workers | None) -> None:
@@ -219,12 +217,6 @@ def _end_jobs(stop: threading.Event, workers: Workers | None) -> None:
     stop.set()
     if workers:
         workers.ask_to_end(signal.SIGHUP)
-
-
-def _begin_draining(workers: Workers | None, drains: Callable[[], None]) -> None:
-    drains()
-    if workers:
-        workers.ask_to_end(signal.SIGTERM)
 
 
 async def _drain(server: DrainingServer, bounds: ConnectionBounds) -> None:

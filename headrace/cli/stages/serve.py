@@ -20,7 +20,7 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.serving.api.app import BODIES, DRAINING, RELEASE, ServingApp, make_app
 from headrace.serving.api.dependencies import ServingDependencies
-from headrace.serving.draining import Beside
+from headrace.serving.draining import Beside, Ending
 from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.impression_log import ImpressionLog
@@ -119,11 +119,6 @@ def _work(
         jobs |= {"updater": updater.run, "readiness": lambda: _tell_readiness(app, updater, signs, metrics, stop)}
     metrics.health.expect(LOOP, ready_s=LOOP_READY_S, healthy_s=LOOP_HEALTHY_S)
     turned = partial(metrics.health.seen, LOOP)
-
-    def drains() -> None:
-        app.is_draining = True
-        metrics.ready(False, DRAINING)
-
     try:
         return answer_requests(
             make_app(app),
@@ -136,14 +131,27 @@ def _work(
             refused=lambda reason: metrics.add("connections_refused_total", reason=reason),
             renewal=renewal,
             begins=(lambda: await_read(app.is_reading, stop.wait)) if waits else lambda: None,
-            drain_s=runtime.config.serve.drain_ms / 1_000,
-            drains=drains,
-            # What waits does so for twice `serve.queue_ms` at most, and then is computed.
-            answer_s=2.0 + runtime.config.serve.queue_ms / 500,
-            beside=_over_grpc(app, runtime) if runtime.config.serve.grpc else None,
+            ending=_ending(app, runtime, metrics),
         )
     finally:
         impressions.close()
+
+
+def _ending(app: ServingApp, runtime: Runtime, metrics: PrometheusMetrics) -> Ending:
+    """Return what SIGTERM does, and the other way in."""
+
+    def drains() -> None:
+        app.is_draining = True
+        metrics.ready(False, DRAINING)
+
+    config = runtime.config.serve
+    return Ending(
+        drain_s=config.drain_ms / 1_000,
+        drains=drains,
+        # What waits does so for twice `serve.queue_ms` at most, and then is computed.
+        answer_s=2.0 + config.queue_ms / 500,
+        beside=_over_grpc(app, runtime) if config.grpc else None,
+    )
 
 
 def _over_grpc(app: ServingApp, runtime: Runtime) -> Beside:

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from headrace.serving.draining import Ending
 from headrace.serving.model.region_file import open_region, region_path
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.processes import Workers, answer_requests, listen, run_processes
@@ -72,8 +73,7 @@ def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Wo
         jobs=jobs,
         workers=workers,
         renewal=renewal,
-        drain_s=float(os.environ.get(DRAIN_S, "0")),
-        drains=lambda: told.append(True),
+        ending=Ending(drain_s=float(os.environ.get(DRAIN_S, "0")), drains=lambda: told.append(True)),
     )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from headrace.serving.api.app import BODIES, RELEASE, ServingApp, make_app
 from headrace.serving.api.open_inference.over_grpc import OpenInferenceGrpc
+from headrace.serving.draining import Ending
 from headrace.serving.processes import answer_requests, listen
 
 
@@ -21,7 +22,12 @@ class Answering:
         self.http_port = listener.getsockname()[1]
         self.thread = threading.Thread(
             target=lambda: answer_requests(
-                make_app(app), listener, self.over, jobs={"end": self._end}, beside=self, connections_max=100
+                make_app(app),
+                listener,
+                self.over,
+                jobs={"end": self._end},
+                ending=Ending(beside=self),
+                connections_max=100,
             )
         )
 
