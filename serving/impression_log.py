@@ -36,7 +36,9 @@ class ImpressionLog:
         for place, (candidate, given) in enumerate(zip(candidates, served, strict=True)):
             lead = {"event_id": f"{request_id}#{place}", "request_id": request_id, "place": place}
             fields = {name: candidate.get(name, context.get(name)) for name in self._fields}
-            record = {**fields, **lead, "event_time_ms": event_time_ms, "version": version, SERVED: given}
+            record = {**fields, **lead, "event_time_ms": event_time_ms, SERVED: given}
+            # A fallback is of no version.
+            record |= {"version": version} if version else {}
             self._sender.emit(self._label, record)
 
     def close(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import importlib.metadata
+import math
+from collections.abc import Callable
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,9 +15,13 @@ from starlette.routing import Route
 from headrace.contract.errors import BadRequest, Unavailable
 from headrace.contract.formats.snapshot import served_digest
 from headrace.process.request_body import Bodies, BodyBounds
-from headrace.serving.api.answers import answer, problem
+from headrace.serving.api.answers import REFUSED, answer, check_json, problem, refusal_of, refused
 from headrace.serving.api.dependencies import ServingDependencies
-from headrace.serving.api.rank import READING, SAID, Ranker
+from headrace.serving.api.open_inference.over_http import OpenInferenceHttp
+from headrace.serving.api.openapi import page
+from headrace.serving.api.paths import handlers
+from headrace.serving.api.rank import READING, SAID, Ranker, RankRequest, timeout_ms_of
+from headrace.serving.api.turns import Turns
 from headrace.serving.features import State
 from headrace.serving.model.shared_region import Told
 
@@ -22,6 +29,8 @@ BEHIND = (
     "the counters are more than {} ms (serve.counters_behind_ms) behind the end of `features`: give serving more "
     "processors, or fewer workers."
 )
+RELEASE = importlib.metadata.version("headrace")
+DRAINING = "this process was told to end: ask another one."
 BODIES = BodyBounds(
     bytes_max=4_194_304,
     together_max=64 * 4_194_304,
@@ -38,22 +47,53 @@ class ServingApp:
     """The answers to each route."""
 
     def __init__(self, dependencies: ServingDependencies) -> None:
-        self.deps, self._bodies, self._ranker = dependencies, Bodies(BODIES), Ranker(dependencies)
+        self.deps, self._bodies, self.ranker = dependencies, Bodies(BODIES), Ranker(dependencies)
+        self.turns = Turns(dependencies.config.queue_ms / 1_000, dependencies.clock.monotonic, dependencies.metrics)
+        self._page: bytes | None = None
+        self.is_draining = False
+        """True: the process was told to end, and answers for `serve.drain_ms` more."""
 
     async def rank(self, request: Request) -> Response:
         """Score all candidates of a request with exactly one version of the model."""
-        started = time.perf_counter()
-        response = await self._rank(request)
-        self.deps.metrics.add("requests_total", status=str(response.status_code))
-        self.deps.metrics.observe("request_seconds", time.perf_counter() - started)
-        return response
 
-    async def _rank(self, request: Request) -> Response:
+        def known(error: Exception) -> BadRequest:
+            return refusal_of(error, RankRequest.__struct_fields__)
+
+        return await self.answered(
+            request, check=check_json, left_ms=timeout_ms_of, work=self.ranker.respond, known=known
+        )
+
+    async def answered(
+        self,
+        request: Request,
+        *,
+        check: Callable[[Request], None],
+        left_ms: Callable[[bytes], float | None],
+        work: Callable[[bytes], Response],
+        known: Callable[[Exception], BadRequest],
+    ) -> Response:
+        """Read a body, wait for its turn, and return what `work` makes of it.
+
+        Args:
+            check: raises `BadRequest` where the head alone says that the body is of no use.
+            left_ms: how long the client of a body waits, None where it does not say so.
+            known: what one of `REFUSED` says to this kind of client.
+        """
+        began_s = self.deps.clock.monotonic()
         try:
+            check(request)
             sent = await self._bodies.read(request)
-        except BadRequest as error:
-            return problem(error.status, error.error, error.step)
-        return self._ranker.respond(sent)
+            left = left_ms(sent)
+            until_s = math.inf if left is None else began_s + left / 1_000
+            async with self.turns.turn(len(sent), since_s=began_s, until_s=until_s):
+                response = work(sent)
+        except REFUSED as error:
+            found = known(error)
+            self.deps.metrics.add("requests_refused_total", reason=found.reason)
+            response = refused(found)
+        self.deps.metrics.add("requests_total", status=str(response.status_code))
+        self.deps.metrics.observe("request_seconds", self.deps.clock.monotonic() - began_s)
+        return response
 
     async def model(self, request: Request) -> Response:
         """Say which version is served; with ?version=X, which events a recent version knew."""
@@ -96,7 +136,9 @@ class ServingApp:
         )
 
     def not_ready(self) -> str:
-        """Return why requests cannot be answered well yet; empty when they can."""
+        """Return why requests cannot be answered well; empty when they can."""
+        if self.is_draining:
+            return DRAINING
         try:
             meta = self.deps.shared.meta()
         except Unavailable as error:
@@ -148,6 +190,12 @@ class ServingApp:
         """200 while the process answers."""
         return Response("ok\n", media_type="text/plain")
 
+    async def openapi(self, request: Request) -> Response:
+        """The OpenAPI page of this project's routes."""
+        if self._page is None:
+            self._page = msgspec.json.encode(page(self.deps.project, self.deps.config, RELEASE))
+        return Response(self._page, media_type="application/json")
+
     async def metrics_page(self, request: Request) -> Response:
         """Prometheus' text format."""
         return Response(self.deps.metrics_text(), media_type="text/plain; version=0.0.4")
@@ -155,12 +203,13 @@ class ServingApp:
 
 def make_app(app: ServingApp) -> Starlette:
     """Return the ASGI application."""
-    return Starlette(
-        routes=[
-            Route("/v1/rank", app.rank, methods=["POST"]),
-            Route("/v1/model", app.model),
-            Route("/healthz", app.healthz),
-            Route("/readyz", app.readyz),
-            Route("/metrics", app.metrics_page),
-        ]
-    )
+    routes = [
+        Route("/v1/rank", app.rank, methods=["POST"]),
+        Route("/v1/model", app.model),
+        Route("/healthz", app.healthz),
+        Route("/readyz", app.readyz),
+        Route("/metrics", app.metrics_page),
+        Route("/openapi.json", app.openapi),
+        *OpenInferenceHttp(app, RELEASE).routes(),
+    ]
+    return Starlette(routes=routes, exception_handlers=handlers(routes, app.deps.metrics))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -13,12 +12,13 @@ import numpy.typing as npt
 from starlette.responses import Response
 
 from headrace.contract.checks.unknown_fields import UnknownFields
-from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable, meant
+from headrace.contract.errors import BadRequest, Unavailable
 from headrace.contract.formats.json_record import decode_json
 from headrace.contract.formats.served_token import TokenLayout, token_head, token_layout
 from headrace.kernels.served_tokens import seal_tokens
-from headrace.serving.api.answers import answer, problem
+from headrace.serving.api.answers import answer
 from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.api.fallback import fallback_scores
 from headrace.serving.features import Served, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of, unknown_fields
 from headrace.serving.model.shared_region import Meta, View
@@ -26,27 +26,47 @@ from headrace.serving.model.shared_region import Meta, View
 logger = logging.getLogger("headrace.serve")
 
 READING = "the counters are still being read from `features`; ask again when /readyz says so."
-_NEXT = {
-    "bad_type": "send a value of the declared type, or null",
-    "unknown_field": "leave the field out, or declare it in the project",
-}
 SAID = ("unread", "stale")
 """States of the counters that every answer names."""
 WARNINGS_MAX = 10
 """Warnings of one answer; one a field, where it stands first."""
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+TimeoutMs = Annotated[float, msgspec.Meta(gt=0, le=3_600_000)]
 
 
 class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
     """The body of POST /v1/rank: raw fields as declared; a candidate's field wins over the context's."""
 
     request_id: Text
+    """Feedback names it later, with `place`, the index of a candidate."""
     candidates: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
+    """What is ranked, `serve.candidates_max` at most."""
     context: dict[str, Any] = {}
+    """Fields that all candidates share."""
     log: bool = False
     """True: serving logs one impression for each candidate. False: the service does, which knows what was shown."""
     open: bool = False
     """True: `served` is an object of columns for each candidate, in place of a token."""
+    timeout_ms: TimeoutMs | None = None
+    """How long the client waits for the answer, from when serving has read the request's head. One that cannot be
+    answered in that time gets 504, at once where that is known, and is not computed. None: as long as it takes."""
+
+
+class _Hurry(msgspec.Struct):
+    """Of a request, what has to be known before its turn. The rest of it is not decoded."""
+
+    timeout_ms: TimeoutMs | None = None
+
+
+def timeout_ms_of(sent: bytes) -> float | None:
+    """Return how long the client of a body of POST /v1/rank waits; None where it does not say so rightly."""
+    if b"timeout_ms" not in sent:
+        return None
+    try:
+        hurry: _Hurry = decode_json(sent, _Hurry)
+    except msgspec.DecodeError:
+        return None  # Decoding all of it says what is wrong.
+    return hurry.timeout_ms
 
 
 class Ranked(msgspec.Struct, frozen=True):
@@ -59,6 +79,10 @@ class Ranked(msgspec.Struct, frozen=True):
     """What each candidate was served: its token or, where that is asked, counters and crawled values by column."""
     counters: State
     warnings: list[str]
+    created_ms: int = 0
+    """When the version was made."""
+    is_fallback: bool = False
+    """True: no model scored this."""
 
 
 class Ranker:
@@ -72,27 +96,55 @@ class Ranker:
         """That of the tokens that were sealed last."""
 
     def respond(self, sent: bytes) -> Response:
-        """Return the answer to a body of POST /v1/rank, or what is wrong with it."""
-        try:
-            ask: RankRequest = decode_json(sent, RankRequest)
-            ranked = self.rank(ask)
-        except BadRequest as error:
-            return problem(error.status, error.error, error.step)
-        except msgspec.ValidationError as error:
-            return problem(422, f"{error}{_meant(str(error))}", "see POST /v1/rank in docs/serving.md")
-        except msgspec.DecodeError as error:
-            return problem(400, f"no JSON: {error}", "send application/json")
-        except EventRejected as error:
-            return problem(422, str(error), f"{error.reason}: {_NEXT.get(error.reason, 'correct the field')}")
-        except (Unavailable, Overloaded) as error:
-            return problem(503, str(error), "ask again in a second")
+        """Return the answer to a body of POST /v1/rank. Raises one of `answers.REFUSED`."""
+        ask: RankRequest = decode_json(sent, RankRequest)
+        ranked = self.ranked(ask)
         (_, scores), *others = ranked.scores.items()
         body: dict[str, Any] = {"request_id": ask.request_id, "version": ranked.version}
         body |= {"scores": scores, "served": ranked.served}
         # The other tasks of a recipe that has several; of one, the answer is what it always was.
         body |= {"tasks": dict(others)} if others else {}
-        body |= {"counters": ranked.counters} if ranked.counters in SAID else {}
-        return answer(200, body | ({"warnings": ranked.warnings} if ranked.warnings else {}))
+        return answer(200, body | self.said(ranked))
+
+    def said(self, ranked: Ranked) -> dict[str, Any]:
+        """Return what an answer says of its version, its counters and its request, beside the scores."""
+        said: dict[str, Any] = {}
+        if ranked.is_fallback:
+            said["fallback"] = True
+        else:
+            said["age_ms"] = max(0, self.deps.clock.now_ms() - ranked.created_ms)
+            if said["age_ms"] > self.deps.config.stale_ms:
+                said["stale"] = True
+        if ranked.counters in SAID:
+            said["counters"] = ranked.counters
+        if ranked.warnings:
+            said["warnings"] = ranked.warnings
+        return said
+
+    def ranked(self, ask: RankRequest) -> Ranked:
+        """Score as `rank` does; where no model can, as `serve.fallback` says. Raises as `rank`."""
+        try:
+            return self.rank(ask)
+        except Unavailable:
+            count = len(ask.candidates)
+            scores = fallback_scores(self.deps.config, count)
+            if scores is None:
+                raise
+        self.deps.metrics.add("fallback_answers_total")
+        served: list[dict[str, Any]] = [{} for _ in range(count)]
+        if ask.log:
+            self._log(ask, "", served, self.deps.clock.now_ms())
+        by_task = dict.fromkeys(self.deps.project.recipe.heads, scores)
+        main = self.deps.project.recipe.task
+        by_task = {main: by_task.pop(main), **by_task}
+        return Ranked(
+            version="",
+            scores=by_task,
+            served=served,
+            counters=self.deps.counters(),
+            warnings=self._warnings(ask),
+            is_fallback=True,
+        )
 
     def rank(self, ask: RankRequest) -> Ranked:
         """Score all candidates with exactly one version of the model, and log them where that is asked.
@@ -105,7 +157,6 @@ class Ranker:
         if count > most:
             raise BadRequest(422, f"{count} candidates", f"send at most {most} in one request")
         raw = merge(self.deps.project, ask.context, ask.candidates, self.deps.privacy)
-        warnings = self._warnings(ask)
         now_ms, counters = self.deps.clock.now_ms(), self.deps.counters()
 
         def use(view: View) -> tuple[npt.NDArray[np.float32], Served]:
@@ -121,20 +172,29 @@ class Ranker:
         is_read = counters != "unread"
         tokens = [] if ask.open and not ask.log else self._tokens(meta, scores_NT, found, is_read)
         if ask.log:
-            self.deps.impressions.log(
-                request_id=ask.request_id,
-                version=version,
-                context=ask.context,
-                candidates=ask.candidates,
-                served=tokens,
-                event_time_ms=now_ms,
-            )
+            self._log(ask, version, tokens, now_ms)
         by_task = {task: scores_NT[:, i].tolist() for i, task in enumerate(recipe.heads)}
         served: Sequence[str | dict[str, Any]] = tokens
         if ask.open:
             served = found.open() if is_read else [{} for _ in range(count)]
-        scores = {recipe.task: by_task.pop(recipe.task), **by_task}
-        return Ranked(version=version, scores=scores, served=served, counters=counters, warnings=warnings)
+        return Ranked(
+            version=version,
+            scores={recipe.task: by_task.pop(recipe.task), **by_task},
+            served=served,
+            counters=counters,
+            warnings=self._warnings(ask),
+            created_ms=meta.manifest.created_ms,
+        )
+
+    def _log(self, ask: RankRequest, version: str, served: Sequence[str | dict[str, Any]], now_ms: int) -> None:
+        self.deps.impressions.log(
+            request_id=ask.request_id,
+            version=version,
+            context=ask.context,
+            candidates=ask.candidates,
+            served=served,
+            event_time_ms=now_ms,
+        )
 
     def _tokens(self, meta: Meta, scores_NT: npt.NDArray[np.float32], found: Served, is_read: bool) -> list[str]:
         """Return a token for each candidate."""
@@ -157,14 +217,3 @@ class Ranker:
             if len(warnings) < WARNINGS_MAX:
                 warnings.append(f"{where} is not declared, and no score reads it.{self._unknown.meant(name)}")
         return warnings
-
-
-def _meant(said: str) -> str:
-    """Return what a misspelt field of the request itself may mean, of a decoder's message.
-
-    >>> _meant("Object contains unknown field `candidate`"), _meant("Expected `str`")
-    (". Did you mean 'candidates'?", '')
-    """
-    found = re.search(r"unknown field `(.*)`", said)
-    near = meant(found[1], RankRequest.__struct_fields__) if found else ""
-    return f".{near}" if near else ""
