@@ -19,6 +19,7 @@ from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.serving.api.app import ServingApp, make_app
 from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.compile_ranking import compile_ranking
 from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.impression_log import ImpressionLog
@@ -74,6 +75,7 @@ def _work(
 
     Where it `waits`, requests wait too until the counters are read, and are not answered that they are not.
     """
+    compile_ranking()
     # uvicorn raises the signal again when it has stopped: this handler takes it, and the exit status is 0.
     stop, features = stop_event(), FeatureMemory(runtime.project.crawls)
     # Only the first process has the stage's metrics port; another one answers /metrics with its own requests.
