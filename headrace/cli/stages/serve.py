@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
             return open_region(path, dim=dim, rows_max=rows_max, is_good=is_good)
         return SharedModel(path, dim=dim, rows_max=rows_max, reader=reader)
 
+    compile_ranking()  # Before the workers are forked, which then have it too.
     status = run_processes(
         args.workers or runtime.config.serve.workers,
         open_region=opened,
@@ -75,7 +76,6 @@ def _work(
 
     Where it `waits`, requests wait too until the counters are read, and are not answered that they are not.
     """
-    compile_ranking()
     # uvicorn raises the signal again when it has stopped: this handler takes it, and the exit status is 0.
     stop, features = stop_event(), FeatureMemory(runtime.project.crawls)
     # Only the first process has the stage's metrics port; another one answers /metrics with its own requests.
