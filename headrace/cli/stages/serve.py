@@ -20,6 +20,7 @@ from headrace.contract.errors import ConfigRejected
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.serving.api.app import BODIES, DRAINING, RELEASE, ServingApp, make_app
 from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.compile_ranking import compile_ranking
 from headrace.serving.draining import Beside, Ending
 from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
@@ -54,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
             return open_region(path, dim=dim, rows_max=rows_max, is_good=is_good)
         return SharedModel(path, dim=dim, rows_max=rows_max, reader=reader)
 
+    compile_ranking()  # Before the workers are forked, which then have it too.
     status = run_processes(
         args.workers or runtime.config.serve.workers,
         open_region=opened,
