@@ -146,8 +146,7 @@ def answer_requests(
         begins: called when the jobs have begun, before the first connection is accepted.
         ending: what SIGTERM does, and what else answers in the same loop.
     """
-    most = connections_within(connections_max)
-    bounds = ConnectionBounds(most, lambda _origin, reason, _why: refused(reason))
+    bounds = ConnectionBounds(connections_within(connections_max), lambda _origin, reason, _why: refused(reason))
 
     async def tell() -> None:
         bounds.sweep(awake_s())
@@ -188,8 +187,7 @@ def answer_requests(
     stop.set()
     is_renewed = renewal is not None and renewal.is_asked
     # Workers that drain do so as this process did, a moment later.
-    drains = is_renewed or server.is_drained
-    _await_all(workers, threads, DRAIN_S + ending.answer_s if drains else 0.0)
+    _await_all(workers, threads, DRAIN_S + ending.answer_s if is_renewed or server.is_drained else 0.0)
     return 1 if failures else 0
 
 
