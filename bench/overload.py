@@ -165,6 +165,7 @@ def figures_of(load: Load, name: str, seconds: float, peer: dict[str, float]) ->
     answered = sum(len(took) for (_, status), took in load.took.items() if status == 200)
     found["answered_per_s"] = round(answered / seconds, 1), "1/s"
     found["refused"] = round(len(refused) / total, 3), "share"
+    found["refused_p50"] = round(float(np.quantile(refused, 0.5)) * 1_000, 1), "ms"
     found["refused_p99"] = round(float(np.quantile(refused, 0.99)) * 1_000, 1), "ms"
     others = sum(len(took) for (_, status), took in load.took.items() if status not in (200, 429))
     found["lost"] = round((others + sum(load.lost.values())) / total, 4), "share"

@@ -146,8 +146,7 @@ def answer_requests(
         begins: called when the jobs have begun, before the first connection is accepted.
         ending: what SIGTERM does, and what else answers in the same loop.
     """
-    most = connections_within(connections_max)
-    bounds = ConnectionBounds(most, lambda _origin, reason, _why: refused(reason))
+    bounds = ConnectionBounds(connections_within(connections_max), lambda _origin, reason, _why: refused(reason))
 
     async def tell() -> None:
         bounds.sweep(awake_s())
@@ -172,33 +171,43 @@ def answer_requests(
     )
     failures: list[str] = []
 
-    def guarded(name: str, job: Callable[[], None]) -> None:
-        try:
-            job()
-            if not stop.is_set():
-                raise Unavailable(f"{name} has ended by itself")
-        except BaseException as error:
-            logger.exception("%s failed; the stage ends", name)
-            failures.append(f"{name}: {error}")
-            server.should_exit = True
+    def failed(what: str) -> None:
+        failures.append(what)
+        server.should_exit = True
 
     jobs = dict(jobs)
     if workers:
         jobs["workers"] = lambda: workers.watch(stop)
     if renewal is not None:
         renewal.begin(partial(_end_jobs, stop, workers))
-    threads = [threading.Thread(target=guarded, args=job, name=job[0], daemon=True) for job in jobs.items()]
-    for thread in threads:
-        thread.start()
+    threads = [_begun(name, job, stop, failed) for name, job in jobs.items()]
     begins()
     if not stop.is_set():
         server.run(sockets=[listener])
     stop.set()
     is_renewed = renewal is not None and renewal.is_asked
     # Workers that drain do so as this process did, a moment later.
-    drains = is_renewed or server.is_drained
-    _await_all(workers, threads, DRAIN_S + ending.answer_s if drains else 0.0)
+    _await_all(workers, threads, DRAIN_S + ending.answer_s if is_renewed or server.is_drained else 0.0)
     return 1 if failures else 0
+
+
+def _begun(
+    name: str, job: Callable[[], None], stop: threading.Event, failed: Callable[[str], None]
+) -> threading.Thread:
+    """Return the thread that runs a job. `failed` is told where it raises, or returns before `stop` is set."""
+
+    def guarded() -> None:
+        try:
+            job()
+            if not stop.is_set():
+                raise Unavailable(f"{name} has ended by itself")
+        except BaseException as error:
+            logger.exception("%s failed; the stage ends", name)
+            failed(f"{name}: {error}")
+
+    thread = threading.Thread(target=guarded, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def _await_all(workers: Workers | None, threads: Sequence[threading.Thread], patience_s: float) -> None:

@@ -96,8 +96,8 @@ OPERATIONS = (
 
 def page(project: Project, config: ServeConfig, release: str) -> dict[str, Any]:
     """Return the document, with the project's fields as those of contexts and candidates."""
-    kinds = [each for o in OPERATIONS for each in (o.answer, o.body) if each is not None]
-    kinds = [*dict.fromkeys([*kinds, Problem, PositionsAnswer])]
+    kinds: list[type[Struct]] = [each for o in OPERATIONS for each in (o.answer, o.body) if each is not None]
+    kinds = list(dict.fromkeys([*kinds, Problem, PositionsAnswer]))
     _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in structs_of(kinds):
         for name, text in field_texts(kind).items():
@@ -137,7 +137,8 @@ def structs_of(kinds: list[type[Struct]]) -> list[type[Struct]]:
         if kind in found:
             continue
         found[kind] = None
-        for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[union-attr]
+        declared = msgspec.inspect.type_info(kind)
+        for field in declared.fields if isinstance(declared, msgspec.inspect.StructType) else ():
             inner = getattr(field.type, "item_type", field.type)
             if isinstance(inner, msgspec.inspect.StructType):
                 waiting.append(inner.cls)

@@ -100,8 +100,12 @@ class Ranker:
         ask: RankRequest = decode_json(sent, RankRequest)
         ranked = self.ranked(ask)
         (_, scores), *others = ranked.scores.items()
-        body: dict[str, Any] = {"request_id": ask.request_id, "version": ranked.version}
-        body |= {"scores": scores, "served": ranked.served}
+        body: dict[str, Any] = {
+            "request_id": ask.request_id,
+            "version": ranked.version,
+            "scores": scores,
+            "served": ranked.served,
+        }
         # The other tasks of a recipe that has several; of one, the answer is what it always was.
         body |= {"tasks": dict(others)} if others else {}
         return answer(200, body | self.said(ranked))

@@ -120,7 +120,6 @@ def _work(
         signs = ServeSigns(metrics.health, len(workers))
         jobs |= {"updater": updater.run, "readiness": lambda: _tell_readiness(app, updater, signs, metrics, stop)}
     metrics.health.expect(LOOP, ready_s=LOOP_READY_S, healthy_s=LOOP_HEALTHY_S)
-    turned = partial(metrics.health.seen, LOOP)
     try:
         return answer_requests(
             make_app(app),
@@ -128,7 +127,7 @@ def _work(
             stop,
             jobs=jobs,
             workers=workers,
-            turned=turned,
+            turned=partial(metrics.health.seen, LOOP),
             connections_max=runtime.config.serve.connections_max,
             refused=lambda reason: metrics.add("connections_refused_total", reason=reason),
             renewal=renewal,
