@@ -1,8 +1,9 @@
 """Writes the pages of docs/ that are made from code: `make docs`, or `python docs/generate.py`.
 
-`settings.md` comes from the structs of `headrace.contract.config`: keys, types, ranges and defaults from the structs
-themselves, the unit and the text from the docstring under each field. `metrics.md` comes from `METRICS` of
-`headrace.contract.metrics`. tests/tidy compares the pages with what this program makes.
+`rank-api.md` comes from the structs that serving decodes and answers, by `headrace.serving.api.openapi`. `settings.md`
+comes from the structs of `headrace.contract.config`: keys, types, ranges and defaults from the structs themselves, the
+unit and the text from the docstring under each field. `metrics.md` comes from `METRICS` of `headrace.contract.metrics`.
+tests/tidy compares the pages with what this program makes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from msgspec import inspect as types
 from msgspec.structs import FieldInfo
 
 from headrace.contract import config, metrics
+from headrace.contract.interfaces import ranking
+from headrace.serving.api import openapi
 
 DOCS = Path(__file__).resolve().parent
 UNIT = re.compile(r"\s*Unit: ([^.]+)\.$")
@@ -200,7 +203,100 @@ def metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page}
+def rank_api_page() -> str:
+    """Return docs/rank-api.md: serving's routes, and the fields of what they take and answer."""
+    lines = [
+        "# Serving's routes",
+        "",
+        "<!-- Written by `make docs` from serving/api/ and headrace/contract/interfaces/: change it there. -->",
+        "",
+        "`GET /openapi.json` says the same of a running project, with the project's own fields.",
+        "[serving.md](serving.md) tells how it is meant. Bodies and answers are JSON. Fields are added, and none",
+        "changes its type: ignore what you do not know.",
+        "",
+        "| route | what | body | answer | refused |",
+        "|---|---|---|---|---|",
+    ]
+    kinds: dict[type[Struct], None] = {}
+    for each in openapi.OPERATIONS:
+        named = [f"[{kind.__name__}](#{kind.__name__.lower()})" if kind else "" for kind in (each.body, each.answer)]
+        kinds |= dict.fromkeys(kind for kind in (each.body, each.answer) if kind)
+        statuses = ", ".join(map(str, (*each.refused, *((503,) if each.unready else ()))))
+        lines.append(f"| `{each.method.upper()} {each.path}` | {each.summary} | {named[0]} | {named[1]} | {statuses} |")
+    kinds |= dict.fromkeys((ranking.PositionsAnswer, ranking.Problem))
+    lines += [
+        "",
+        "## What is refused",
+        "",
+        "The body is a [Problem](#problem).",
+        "",
+        "| status | meaning |",
+        "|---|---|",
+    ]
+    lines += [f"| {status} | {text} |" for status, text in openapi.REFUSED.items()]
+    for kind in openapi.structs_of(list(kinds)):
+        about = (inspect.getdoc(kind) or "").replace("\n", " ")
+        lines += ["", f"## {kind.__name__}", "", about, "", "| field | type | default | meaning |", "|---|---|---|---|"]
+        texts = openapi.field_texts(kind)
+        for field in msgspec.structs.fields(kind):
+            text = texts.get(field.name, "")
+            default = "required" if field.required else default_of(field)
+            lines.append(f"| `{field.encode_name}` | {field_type(field.type)} | {default} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def default_of(field: FieldInfo) -> str:
+    """Return a field's default, as JSON has it."""
+    default = field.default_factory() if field.default is NODEFAULT else field.default
+    return f"`{msgspec.json.encode(default).decode()}`"
+
+
+def field_type(hint: Any) -> str:
+    """Return the type of a field of a body in words.
+
+    >>> field_type(list[str]), field_type(dict[str, Any]), field_type(int | None)
+    ('list of text', 'object', 'integer or null')
+    """
+    match types.type_info(hint):
+        case types.IntType() as info:
+            return ", ".join(part for part in ("integer", range_text(info)) if part)
+        case types.FloatType() as info:
+            return ", ".join(part for part in ("number", range_text(info)) if part)
+        case types.StrType() as info:
+            return type_text(info)
+        case types.BoolType():
+            return "true or false"
+        case types.NoneType():
+            return "null"
+        case types.AnyType():
+            return "any"
+        case types.DictType():
+            return "object"
+        case types.StructType(cls):
+            return f"[{cls.__name__}](#{cls.__name__.lower()})"
+        case types.ListType(item):
+            return f"list of {_named(item)}"
+        case types.UnionType(parts):
+            return " or ".join(_named(part) for part in parts)
+        case types.Metadata(inner):
+            return _named(inner)
+    raise TypeError(f"{hint}: say in docs/generate.py how a field of this type is written")
+
+
+def _named(info: Any) -> str:
+    simple = {types.AnyType: "any", types.NoneType: "null", types.DictType: "object", types.BoolType: "true or false"}
+    if type(info) in simple:
+        return simple[type(info)]
+    if isinstance(info, types.Metadata):
+        return _named(info.type)
+    if isinstance(info, types.StructType):
+        return f"[{info.cls.__name__}](#{info.cls.__name__.lower()})"
+    if isinstance(info, types.ListType):
+        return f"list of {_named(info.item_type)}"
+    return "text" if isinstance(info, types.StrType) else "integer" if isinstance(info, types.IntType) else "number"
+
+
+PAGES = {"rank-api.md": rank_api_page, "settings.md": settings_page, "metrics.md": metrics_page}
 """Page of docs/ -> the function that returns its text."""
 
 

@@ -152,7 +152,7 @@ class Service:
         served = None
         if answer is not None:
             if visit.logs_answer:
-                record |= {**answer["served"][place], "version": answer["version"]}
+                record |= {"served": answer["served"][place], "version": answer["version"]}
             by_task = {self.project.recipe.task: answer["scores"], **answer.get("tasks", {})}
             scores = {task: values[place] for task, values in by_task.items()}
             served = Served(now_ms, scores, {task: values[place] for task, values in visit.chances.items()}, {})

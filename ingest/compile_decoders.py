@@ -32,6 +32,8 @@ def compile_decoders(deps: GatewayDependencies) -> None:
             gateway.offer(message_of(tag, [(clock.now_ms() * 1_000_000, record)], "c"), 0, Peer("compile"), None)
             gateway.drained()
             producer.poll(0.0)
+        if declared.served is not None:
+            declared.served.open(pa.array(["compile"]))
     for frame in (encode_record(["compile", [], {}]), b'["compile",[],{}]'):
         list(Decoder(deps.config.chunk_bytes_max).feed(frame))
 

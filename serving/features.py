@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.crawl import CRAWL_TIME, PREFIX, Crawl
@@ -33,9 +35,13 @@ from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.log import Reader, Record
 from headrace.contract.metrics import Metrics
 from headrace.contract.spec import Counter, FeatureSpec
+from headrace.kernels.arrays import Bools, F64s, U64s
+from headrace.kernels.hashes import hash128_integers, hash128_texts
 from headrace.process.awake import Awake
-from headrace.stream.features.counters import bucket_ms, key_strings, moves_within_bucket, value_as_of
+from headrace.serving.counter_table import CounterTable, salt_of
+from headrace.stream.features.counters import key_text, key_texts
 from headrace.stream.features.external_values import values_of
+from headrace.stream.features.few_rows import Few, Numbers, Same, Texts, arrow_of, few_of
 
 logger = logging.getLogger("headrace.serve")
 
@@ -47,6 +53,7 @@ _FOREIGN = (msgspec.MsgspecError, HeadraceError, ValueError, TypeError, LookupEr
 
 
 _NEWEST = (1 << 63, 0)
+Column: TypeAlias = pa.Array | Few
 
 
 class _Entry(msgspec.Struct):
@@ -55,14 +62,72 @@ class _Entry(msgspec.Struct):
     buckets: dict[str, list[int]]
 
 
-class _Row:
-    """One key's buckets, which never change, and the values that were computed of them last: (step of time, values)."""
+class Entity(NamedTuple):
+    """A crawled entity: its columns by name."""
 
-    __slots__ = ("buckets", "said", "value")
+    columns: dict[str, Any]
+    packed: bytes
+    """The same in a token: a msgpack array, in declared order."""
 
-    def __init__(self, buckets: dict[int, list[int]], said: tuple[int, int]) -> None:
-        self.buckets, self.said = buckets, said
-        self.value: tuple[int, list[float]] | None = None
+
+def entity_of(crawl: Crawl, columns: dict[str, Any]) -> Entity:
+    """Return an entity of these columns."""
+    return Entity(columns, msgspec.msgpack.encode([columns[name] for name in crawl.columns()]))
+
+
+class Served(NamedTuple):
+    """What a request's candidates are served: columns of one row hold for all of them."""
+
+    rows: int
+    counters: list[tuple[Counter, F64s]]
+    """Values of each counter: float64 [rows or 1, entries]."""
+    entities: list[tuple[Crawl, list[Entity]]]
+    """What each source knows: `rows` or 1."""
+
+    def columns(self, wanted: Container[str]) -> dict[str, Column]:
+        """Return those columns that are wanted, as features read them."""
+        columns: dict[str, Column] = {}
+        for counter, values_NE in self.counters:
+            for name, values_N in zip(counter.columns(), np.ascontiguousarray(values_NE.T, np.float32), strict=True):
+                if name in wanted:
+                    columns[name] = self._spread(Numbers(values_N), len(values_N))
+        for crawl, entities in self.entities:
+            for name, kind in crawl.columns().items():
+                if name in wanted:
+                    values = [entity.columns[name] for entity in entities]
+                    columns[name] = self._spread(few_of(values, kind), len(entities))
+        return columns
+
+    def _spread(self, column: Numbers | Texts | pa.Array, rows: int) -> Column:
+        return column if rows == self.rows else Same(column, self.rows)
+
+    def matrix(self) -> npt.NDArray[np.float32]:
+        """Return the values of all counters: float32 [rows, columns]."""
+        values_NC = np.empty((self.rows, sum(values_NE.shape[1] for _, values_NE in self.counters)), np.float32)
+        at = 0
+        for _, values_NE in self.counters:
+            values_NC[:, at : at + values_NE.shape[1]] = values_NE
+            at += values_NE.shape[1]
+        return values_NC
+
+    def packed(self) -> list[list[bytes]]:
+        """Return what each source knows of each candidate, as a token holds it."""
+        each = ([entity.packed for entity in entities] for _, entities in self.entities)
+        return [one if len(one) == self.rows else one * self.rows for one in each]
+
+    def open(self) -> list[dict[str, Any]]:
+        """Return all columns of each candidate by name: counters as float64, crawled values as they are."""
+        opened: list[dict[str, Any]] = [{} for _ in range(self.rows)]
+        for counter, values_NE in self.counters:
+            names = counter.columns()
+            rows = [dict(zip(names, row, strict=True)) for row in values_NE.tolist()]
+            for into, row in zip(opened, rows if len(rows) == self.rows else rows * self.rows, strict=True):
+                into.update(row)
+        for _, entities in self.entities:
+            found = entities if len(entities) == self.rows else entities * self.rows
+            for into, entity in zip(opened, found, strict=True):
+                into.update(entity.columns)
+        return opened
 
 
 class FeatureMemory:
@@ -72,11 +137,14 @@ class FeatureMemory:
     """
 
     def __init__(self, crawls: Sequence[Crawl] = ()) -> None:
-        self._rows: dict[str, _Row] = {}
+        self._table = CounterTable()
+        self._said_of: dict[str, tuple[int, int]] = {}
+        """(epoch, as of) of each key's value."""
         self._said = (0, 0)
-        """(epoch, as of) of the newest value; the rows of one time share it."""
+        """That of the newest value; the keys of one time share it."""
         self._crawls = {crawl.name: crawl for crawl in crawls}
-        self._entities: dict[tuple[str, str], dict[str, Any]] = {}
+        self._entities: dict[str, dict[str | None, Entity]] = {crawl.name: {} for crawl in crawls}
+        self._nothing = {crawl.name: _nothing_of(crawl) for crawl in crawls}
         self._crawl_epoch = 0
         self.watermark_ms = 0
         self.offset = 0
@@ -111,17 +179,18 @@ class FeatureMemory:
             self._take_entity(name, record)
             return
         if record.value is None:
-            if name in self._rows and _said(record) >= self._rows[name].said:
-                del self._rows[name]
+            if name in self._said_of and _said(record) >= self._said_of[name]:
+                self._table.drop(name)
+                del self._said_of[name]
             return
         entry: _Entry = decode_json(record.value, _Entry)
-        said, known = (entry.epoch, entry.as_of_ms), self._rows.get(name)
-        if known is not None and said < known.said:
+        said = (entry.epoch, entry.as_of_ms)
+        if name in self._said_of and said < self._said_of[name]:
             return
         self._said = self._said if said == self._said else said
-        row = _Row({int(b): counts for b, counts in entry.buckets.items()}, self._said)
+        self._table.put(name, {int(bucket): entries for bucket, entries in entry.buckets.items()})
         self.watermark_ms = max(self.watermark_ms, entry.as_of_ms)
-        self._rows[name] = row
+        self._said_of[name] = self._said
 
     def _take_entity(self, name: str, record: Record) -> None:
         _, source, key = name.split("/", 2)
@@ -129,7 +198,7 @@ class FeatureMemory:
         if crawl is None:
             return
         if record.value is None:
-            self._entities.pop((source, key), None)
+            self._entities[source].pop(key, None)
             return
         entity: ExternalValue = decode_json(record.value, ExternalValue)
         if entity.epoch < self._crawl_epoch:
@@ -137,41 +206,31 @@ class FeatureMemory:
         values = values_of(bytes(entity.values), crawl)
         self._crawl_epoch = entity.epoch
         named = {f"{PREFIX}.{source}.{field}": value for field, value in values.items()}
-        self._entities[source, key] = {**named, f"{PREFIX}.{source}.{CRAWL_TIME}": entity.crawl_time_ms}
+        named[f"{PREFIX}.{source}.{CRAWL_TIME}"] = entity.crawl_time_ms
+        self._entities[source][key] = entity_of(crawl, named)
 
-    def counts(self, counter: Counter, key: str) -> list[float]:
-        """Return one value for each of `counter.counts`, zeros where nothing is known."""
-        row = self._rows.get(f"{counter.name}/{key}")
-        if row is None:
-            return [0] * len(counter.counts)
+    def look_up(self, spec: FeatureSpec, raw: Mapping[str, Column], rows: int) -> Served:
+        """Return every counter and crawled value of each of `rows` candidates, as of the newest watermark.
+
+        `raw` as `scorer.merge` returns.
+        """
         now_ms = self.watermark_ms
-        step = now_ms if moves_within_bucket(counter) else now_ms // bucket_ms(counter)
-        if row.value is None or row.value[0] != step:
-            row.value = step, value_as_of(row.buckets, counter, now_ms)
-        return row.value[1]
-
-    def columns(self, spec: FeatureSpec, raw: Mapping[str, pa.Array], rows: int) -> list[dict[str, Any]]:
-        """Return every counter and external column of each of `rows` candidates; `raw` as `scorer.merge` returns."""
-        served: list[dict[str, Any]] = [{} for _ in range(rows)]
-        texts: dict[tuple[str, ...], list[str | None]] = {}
+        keys_of: dict[tuple[str, ...], _Keys] = {}
+        counters: list[tuple[Counter, F64s]] = []
         for counter in spec.counters:
-            names = counter.columns()
-            known: dict[str | None, dict[str, float]] = {}
             fields = counter.key_fields
-            if fields not in texts:
-                texts[fields] = key_strings([raw[field] for field in fields])
-            for row, key in zip(served, texts[fields], strict=True):
-                found = known.get(key)
-                if found is None:
-                    counts: list[float] = [0] * len(names) if key is None else self.counts(counter, key)
-                    found = known[key] = dict(zip(names, map(float, counts), strict=True))
-                row.update(found)
+            if fields not in keys_of:
+                keys_of[fields] = _keys(raw, fields)
+            keys_N2, known_N = keys_of[fields].hashed(salt_of(counter.name))
+            counters.append((counter, self._table.values(counter, keys_N2, known_N, now_ms)))
+        entities: list[tuple[Crawl, list[Entity]]] = []
         for crawl in self._crawls.values():
-            nothing: dict[str, Any] = dict.fromkeys(crawl.columns()) | {f"{PREFIX}.{crawl.name}.{CRAWL_TIME}": 0}
-            for row, key in zip(served, key_strings([raw[crawl.joins]]), strict=True):
-                entity = None if key is None else self._entities.get((crawl.name, key))
-                row.update(nothing if entity is None else entity)
-        return served
+            known, nothing = self._entities[crawl.name], self._nothing[crawl.name]
+            fields = (crawl.joins,)
+            keys = keys_of.get(fields) or _keys(raw, fields)
+            found = [known.get(key, nothing) for key in keys.texts()]
+            entities.append((crawl, found))
+        return Served(rows, counters, entities)
 
     def follow(self, reader: Reader, topic: str, stop: threading.Event, *, clock: Clock, metrics: Metrics) -> None:
         """Read the topic until `stop`. While the broker is away, the memory stays as it is."""
@@ -218,6 +277,54 @@ class FeatureMemory:
             except _FOREIGN as error:
                 logger.error("record %d of %s is left out: %s", record.offset, record.topic, error)
                 metrics.add("records_unreadable_total", topic="features", kind="foreign")
+
+
+class _Keys(NamedTuple):
+    """The key of each candidate; of one alone where all have the same."""
+
+    column: Numbers | pa.Array
+    """Integers without nulls, or texts."""
+
+    def hashed(self, salt: int) -> tuple[U64s, Bools]:
+        """Return `hash128_texts` of the keys: uint64 [N, 2], and which are there: bool [N]."""
+        if isinstance(self.column, Numbers):
+            return hash128_integers(self.column.values_N, salt), np.ones(len(self.column.values_N), np.bool_)
+        return hash128_texts(self.column, salt), self.column.is_valid().to_numpy(zero_copy_only=False)
+
+    def texts(self) -> list[str | None]:
+        """Return them as texts."""
+        if isinstance(self.column, Numbers):
+            return list(map(str, self.column.values_N.tolist()))
+        texts: list[str | None] = self.column.to_pylist()
+        return texts
+
+
+def _keys(raw: Mapping[str, Column], fields: Sequence[str]) -> _Keys:
+    columns = [raw[field] for field in fields]
+    same = [column.one for column in columns if isinstance(column, Same)]
+    if len(same) == len(columns):
+        columns = same
+        plain = [_first(column) for column in columns]
+        if len(columns) > 1 and all(type(value) in (int, str, type(None)) for value in plain):
+            return _Keys(pa.array([key_text(plain)], pa.string()))
+    (first, *others) = columns
+    if not others and isinstance(first, Numbers) and first.values_N.dtype == np.int64 and first.missing_N is None:
+        return _Keys(first)
+    return _Keys(key_texts([arrow_of(column) for column in columns]))
+
+
+def _first(column: Numbers | Texts | pa.Array) -> Any:
+    """Return the value of a column of one row."""
+    if isinstance(column, Texts):
+        return column.texts[0]
+    if isinstance(column, Numbers):
+        is_missing = column.missing_N is not None and bool(column.missing_N[0])
+        return None if is_missing else column.values_N[0].item()
+    return column[0].as_py()
+
+
+def _nothing_of(crawl: Crawl) -> Entity:
+    return entity_of(crawl, dict.fromkeys(crawl.columns()) | {f"{PREFIX}.{crawl.name}.{CRAWL_TIME}": 0})
 
 
 def _said(gone: Record) -> tuple[int, int]:

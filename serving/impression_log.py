@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headrace.contract.formats.served_token import SERVED
 from headrace.contract.project import Project
 from headrace.sender import Sender
 
@@ -25,17 +26,19 @@ class ImpressionLog:
         version: str,
         context: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
-        served: Sequence[Mapping[str, Any]],
+        served: Sequence[str | Mapping[str, Any]],
         event_time_ms: int,
     ) -> None:
         """Log one impression for each candidate, with the id "<request id>#<place>".
 
         Raises `Overloaded` when the spool is full.
         """
-        for place, (candidate, counters) in enumerate(zip(candidates, served, strict=True)):
+        for place, (candidate, given) in enumerate(zip(candidates, served, strict=True)):
             lead = {"event_id": f"{request_id}#{place}", "request_id": request_id, "place": place}
             fields = {name: candidate.get(name, context.get(name)) for name in self._fields}
-            record = {**fields, **counters, **lead, "event_time_ms": event_time_ms, "version": version}
+            record = {**fields, **lead, "event_time_ms": event_time_ms, SERVED: given}
+            # A fallback is of no version.
+            record |= {"version": version} if version else {}
             self._sender.emit(self._label, record)
 
     def close(self) -> None:

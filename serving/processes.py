@@ -4,7 +4,8 @@
    worker opens the region for itself. No thread is begun before, whose locks a worker would find held for ever.
 2. Each process answers requests in its main thread; the other jobs of a process are threads beside it.
 3. A job that fails ends its process. A worker that ends ends the stage: the supervisor starts all of it again.
-4. SIGHUP asks the first process for a restart that keeps the port (`renewal.py`).
+4. SIGHUP asks the first process for a restart that keeps the port (`renewal.py`), SIGTERM for an end without a request
+   that is dropped (`draining.py`).
 5. At the end the first process asks the workers to stop, waits for at most 3 s, and kills those that are left. The
    region stays, so that the next stage serves at once. A worker also ends when the first process dies.
 """
@@ -14,25 +15,26 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-import uvicorn
 from starlette.applications import Starlette
 
 from headrace.contract.errors import ConfigRejected, Unavailable
 from headrace.process.awake import awake_s
 from headrace.process.http_bounds import BoundedConfig, ConnectionBounds
 from headrace.process.open_files import connections_within
+from headrace.serving.draining import DrainingServer, Ending
 from headrace.serving.model.shared_region import SharedModel
-from headrace.serving.renewal import DRAIN_S, LAST_S, Renewal
+from headrace.serving.renewal import DRAIN_S, Renewal
 
 logger = logging.getLogger("headrace.serve")
 
@@ -64,8 +66,8 @@ class Workers:
                 if not stop.is_set():
                     raise Unavailable(f"worker {pid} ended with status {status}.")
 
-    def ask_to_end(self, number: int = signal.SIGTERM) -> None:
-        """Send a signal to each worker."""
+    def ask_to_end(self, number: int = signal.SIGINT) -> None:
+        """Send a signal to each worker; SIGINT ends it without draining."""
         for pid in self._pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -130,6 +132,7 @@ def answer_requests(
     refused: Callable[[str], None] = lambda _: None,
     renewal: Renewal | None = None,
     begins: Callable[[], None] = lambda: None,
+    ending: Ending = Ending(),  # noqa: B008
 ) -> int:
     """Answer requests until `stop` or SIGTERM, with `jobs` in threads beside it; return the exit status.
 
@@ -141,9 +144,9 @@ def answer_requests(
         refused: gets the reason for which a connection was closed.
         renewal: whether a restart is asked for, which ends it like `stop`, but for its connections.
         begins: called when the jobs have begun, before the first connection is accepted.
+        ending: what SIGTERM does, and what else answers in the same loop.
     """
-    most = connections_within(connections_max)
-    bounds = ConnectionBounds(most, lambda _origin, reason, _why: refused(reason))
+    bounds = ConnectionBounds(connections_within(connections_max), lambda _origin, reason, _why: refused(reason))
 
     async def tell() -> None:
         bounds.sweep(awake_s())
@@ -151,42 +154,71 @@ def answer_requests(
         if renewal is not None and renewal.is_asked:
             await _drain(server, bounds)
 
-    server = uvicorn.Server(
-        BoundedConfig(app, bounds, log_level=None, timeout_graceful_shutdown=2, callback_notify=tell, timeout_notify=1)
+    server = DrainingServer(
+        BoundedConfig(
+            app,
+            bounds,
+            log_level=None,
+            timeout_graceful_shutdown=math.ceil(ending.answer_s),
+            callback_notify=tell,
+            timeout_notify=1,
+        ),
+        ending,
+        is_first=workers is not None,
+        hand_on=lambda: workers.ask_to_end(signal.SIGTERM) if workers else None,
+        # Only then: the jobs keep the model and the counters fresh while it drains.
+        drained=stop.set,
     )
     failures: list[str] = []
 
-    def guarded(name: str, job: Callable[[], None]) -> None:
-        try:
-            job()
-            if not stop.is_set():
-                raise Unavailable(f"{name} has ended by itself")
-        except BaseException as error:
-            logger.exception("%s failed; the stage ends", name)
-            failures.append(f"{name}: {error}")
-            server.should_exit = True
+    def failed(what: str) -> None:
+        failures.append(what)
+        server.should_exit = True
 
     jobs = dict(jobs)
     if workers:
         jobs["workers"] = lambda: workers.watch(stop)
     if renewal is not None:
         renewal.begin(partial(_end_jobs, stop, workers))
-    threads = [threading.Thread(target=guarded, args=job, name=job[0], daemon=True) for job in jobs.items()]
-    for thread in threads:
-        thread.start()
+    threads = [_begun(name, job, stop, failed) for name, job in jobs.items()]
     begins()
     if not stop.is_set():
         server.run(sockets=[listener])
     stop.set()
+    is_renewed = renewal is not None and renewal.is_asked
+    # Workers that drain do so as this process did, a moment later.
+    _await_all(workers, threads, DRAIN_S + ending.answer_s if is_renewed or server.is_drained else 0.0)
+    return 1 if failures else 0
+
+
+def _begun(
+    name: str, job: Callable[[], None], stop: threading.Event, failed: Callable[[str], None]
+) -> threading.Thread:
+    """Return the thread that runs a job. `failed` is told where it raises, or returns before `stop` is set."""
+
+    def guarded() -> None:
+        try:
+            job()
+            if not stop.is_set():
+                raise Unavailable(f"{name} has ended by itself")
+        except BaseException as error:
+            logger.exception("%s failed; the stage ends", name)
+            failed(f"{name}: {error}")
+
+    thread = threading.Thread(target=guarded, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _await_all(workers: Workers | None, threads: Sequence[threading.Thread], patience_s: float) -> None:
+    """Wait for the workers' own end, then tell them to, and wait a second for the threads."""
     if workers:
-        # Those that drain do so as this process did, a moment later.
-        workers.wait(DRAIN_S + 2.0 if renewal is not None and renewal.is_asked else 0.0)
+        workers.wait(patience_s)
         workers.ask_to_end()
     # 1 s for all: a thread that still waits for a broker ends with the process.
     until = awake_s() + 1.0
     for thread in threads:
         thread.join(max(0.0, until - awake_s()))
-    return 1 if failures else 0
 
 
 def _end_jobs(stop: threading.Event, workers: Workers | None) -> None:
@@ -196,13 +228,11 @@ def _end_jobs(stop: threading.Event, workers: Workers | None) -> None:
         workers.ask_to_end(signal.SIGHUP)
 
 
-async def _drain(server: uvicorn.Server, bounds: ConnectionBounds) -> None:
-    """Send clients to new connections, stop accepting, let the last answers out, and end."""
-    bounds.is_draining = True
+async def _drain(server: DrainingServer, bounds: ConnectionBounds) -> None:
+    """Send clients to new connections, stop accepting, let the last answers out, and end. The next image accepts on."""
+    bounds.drain()
     await asyncio.sleep(DRAIN_S)
-    for each in server.servers:
-        each.close()
-    await asyncio.sleep(LAST_S)
+    await server.accept_no_more(shuts=False)
     server.should_exit = True
 
 
@@ -232,4 +262,4 @@ def _status_of(number: int, work: Callable[[], int]) -> int:
 
 def _die_with_parent() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGINT)

@@ -22,8 +22,6 @@ from functools import partial
 from headrace.process.awake import awake_s
 
 DRAIN_S = 1.0
-LAST_S = 0.1
-"""For what was accepted just before nothing is any more."""
 READY_S = 20.0
 SOCKET, RENEWALS = "HEADRACE_SERVE_SOCKET", "HEADRACE_SERVE_RENEWALS"
 """What the next image finds in its environment: the descriptor of the socket, and how often it was renewed."""

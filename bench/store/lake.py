@@ -7,7 +7,7 @@ one day is read back as columns by `DeltaLake.read` and by DuckDB from the files
 pyarrow's `write_dataset` with the same partitions, which has no commit, no positions and is half there when it is
 killed; and PyIceberg with a catalog in SQLite, in an environment of its own (bench/peers/lake.py). Sides take turns,
 each round on an empty folder; figures are medians of all commits and of the rounds. Files are in the page cache when
-they are read. What rate the sink itself follows is bench/sink.py's.
+they are read. What rate the sink itself follows is bench/store/sink.py's.
 """
 
 from __future__ import annotations

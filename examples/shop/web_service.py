@@ -3,7 +3,7 @@
 For each visit, in event-time order at `rate` a second:
 
 1. Ask serving to rank. Without an answer the page is shown all the same, and logged without a version.
-2. Log the impression, stamped now, with the answer's version and the counters as they were served.
+2. Log the impression, stamped now, with the answer's version and the token of what was served.
 3. After the visitor's delay, log the click, if there is one, and the dwell when the visitor leaves the video.
 
 Event ids come from the run's id and the row number. `progress` keeps the lowest row that is not done yet: after a
@@ -57,7 +57,7 @@ class Answer(msgspec.Struct, frozen=True):
 
     version: str = ""
     scores: list[float] = []
-    served: list[dict[str, Any]] = []
+    served: list[str] = []
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -192,7 +192,7 @@ class Shop:
             record["version"] = answer.version
             if self.freshness is not None:
                 self.freshness.answered(answer.version)
-            record |= answer.served[0] if answer.served else {}
+            record |= {"served": answer.served[0]} if answer.served else {}
         if not self.log(self.project.impression.tag, record):
             return
         self.metrics.add("events_appended_total", kind="impression")

@@ -30,11 +30,15 @@ class EventRejected(HeadraceError):
 
 
 class BadRequest(HeadraceError):
-    """Nothing of an HTTP request was taken: `status` answers it, `error` says why, `step` what to do next."""
+    """Nothing of a request was taken: HTTP's `status` answers it, `error` says why, `step` what to do next.
 
-    def __init__(self, status: int, error: str, step: str) -> None:
+    `reason` is a stable code for metrics; `retry_ms` after how long it may come again, 0 where that does not help.
+    """
+
+    def __init__(self, status: int, error: str, step: str, *, reason: str = "", retry_ms: int = 0) -> None:
         super().__init__(f"{error}; {step}")
         self.status, self.error, self.step = status, error, step
+        self.reason, self.retry_ms = reason, retry_ms
 
 
 class ConfigRejected(HeadraceError):

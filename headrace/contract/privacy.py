@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.served_token import TokenKey, token_key
 from headrace.contract.project import Project
 
 KEY_NAME = "HEADRACE_PRIVACY_KEY"
@@ -28,6 +29,8 @@ class Privacy:
 
     def __init__(self, project: Project, key: str = "") -> None:
         self._key = key.encode()
+        self.token_key: TokenKey = token_key(key)
+        """Seals what was served: see `served_token`."""
         self.fields: dict[str, dict[str, str]] = {project.impression.tag: dict(project.impression.private)}
         self.fields |= {f.tag: dict(f.private) for f in project.feedback}
         self.everywhere = {name: how for private in self.fields.values() for name, how in private.items()}

@@ -49,7 +49,7 @@ def entry_of(text: str) -> Entry:
     return Entry("count", text)
 
 
-class Counter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Counter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, cache_hash=True):
     """Windowed counts, sums and recencies of events per key, as of an impression's event time.
 
     Gives one float32 column for each entry of `counts`, named `counter.<name>.<entry>`. A counter whose key is the
@@ -148,7 +148,7 @@ class Numeric(OfField, frozen=True, tag="numeric", kw_only=True):
         return 1
 
 
-class Bucket(OfField, frozen=True, tag="bucket", kw_only=True):
+class Bucket(OfField, frozen=True, tag="bucket", kw_only=True, cache_hash=True):
     """One slot: which interval between ascending `edges` the value lies in (edge included on the left)."""
 
     edges: tuple[float, ...]
@@ -174,7 +174,7 @@ class Cross(Declared, frozen=True, tag="cross", kw_only=True):
         return self.fields
 
 
-class Rate(Declared, frozen=True, tag="rate", kw_only=True):
+class Rate(Declared, frozen=True, tag="rate", kw_only=True, cache_hash=True):
     """Two dense numbers: (of + prior * strength) / (over + strength) and log1p(over), from two counter columns."""
 
     of: str
@@ -391,7 +391,7 @@ Feature = (
 )
 
 
-class FeatureSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class FeatureSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, cache_hash=True):
     """All features in order: slots are numbered by their order here, dense numbers by theirs."""
 
     counters: tuple[Counter, ...] = ()

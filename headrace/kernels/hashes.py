@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from headrace.kernels.arrays import I32s, Int, U8s, U64s
+from headrace.kernels.arrays import I32s, I64s, Int, U8s, U64s
 
 # The primes of XXH64.
 _P1 = np.uint64(0x9E3779B185EBCA87)
@@ -54,6 +54,17 @@ def hash128_texts(column: pa.Array, salt: int) -> U64s:
     return keys_N2
 
 
+def hash128_integers(values_N: npt.NDArray[np.int64], salt: int) -> U64s:
+    """Return `hash128_texts` of the decimal forms of integers: uint64 [N, 2].
+
+    >>> bool((hash128_integers(np.array([-12, 0]), 3) == hash128_texts(pa.array(["-12", "0"]), 3)).all())
+    True
+    """
+    keys_N2 = np.empty((len(values_N), 2), np.uint64)
+    _murmur_decimals(values_N, np.uint64(salt), keys_N2)
+    return keys_N2
+
+
 def with_numbers(keys_N2: U64s, numbers_N: npt.NDArray[np.signedinteger]) -> U64s:
     """Return the keys of (text, number) pairs, given the keys of the texts: uint64 [N, 2]."""
     out_N2 = np.empty_like(keys_N2)
@@ -78,6 +89,12 @@ def mix(key: np.uint64) -> np.uint64:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+@numba.njit(cache=True)
+def combine(left: np.uint64, right: np.uint64) -> np.uint64:
+    """Return one order-sensitive hash of a pair, that of `contract.hashing.combine64`."""
+    return mix(left * np.uint64(0xBF58476D1CE4E5B9) ^ mix(right))
 
 
 @numba.njit(cache=True)
@@ -173,6 +190,28 @@ def _murmur_all(data: U8s, starts_S: I32s, salt: np.uint64, out_N2: U64s) -> Non
         a += b
         b += a
         out_N2[n, 0], out_N2[n, 1] = a, b
+
+
+@numba.njit(cache=True)
+def _murmur_decimals(values_N: I64s, salt: np.uint64, out_N2: U64s) -> None:
+    digits = np.empty(20, np.uint8)
+    starts_S = np.zeros(2, np.int32)
+    for n in range(values_N.shape[0]):
+        value = values_N[n]
+        # Wraps around for the smallest one too.
+        left = np.uint64(0) - np.uint64(value) if value < 0 else np.uint64(value)
+        at = 20
+        while True:
+            at -= 1
+            digits[at] = np.uint8(48) + np.uint8(left % np.uint64(10))
+            left //= np.uint64(10)
+            if left == np.uint64(0):
+                break
+        if value < 0:
+            at -= 1
+            digits[at] = 45
+        starts_S[0], starts_S[1] = at, 20
+        _murmur_all(digits, starts_S, salt, out_N2[n : n + 1])
 
 
 @numba.njit(cache=True)

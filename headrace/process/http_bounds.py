@@ -72,6 +72,12 @@ class ConnectionBounds:
         oldest.cut("idle", "another connection wants its place")
         return True
 
+    def drain(self) -> None:
+        """From now on let the answer to each request end its connection, those that are computed now included."""
+        self.is_draining = True
+        for protocol in self._open:
+            protocol.end_with_answer()
+
     def leave(self, protocol: BoundedProtocol) -> None:
         """Forget a connection."""
         self._open.discard(protocol)
@@ -182,8 +188,14 @@ class BoundedProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._bounds.busy(self)
             if self._bounds.is_draining:
-                # As if the client had asked for it: uvicorn's answer says so, and ends the connection.
-                self.cycle.scope["headers"] = [*self.cycle.scope["headers"], CLOSE_HEADER]
+                self.end_with_answer()
+
+    def end_with_answer(self) -> None:
+        """Let the answer to the request that is on, if any, end the connection, and say so."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_started and CLOSE_HEADER not in cycle.scope["headers"]:
+            # As if the client had asked for it: uvicorn's answer says so, and ends the connection.
+            cycle.scope["headers"] = [*cycle.scope["headers"], CLOSE_HEADER]
 
     def on_response_complete(self) -> None:
         """Be idle again."""

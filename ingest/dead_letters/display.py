@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from headrace.contract.formats.served_token import REFUSALS
 from headrace.ingest.dead_letters.letters import Letter, record_of
 
 ADVICE: dict[str, str] = {
@@ -23,6 +24,7 @@ ADVICE: dict[str, str] = {
     "`unknown` log and lake cannot tell whether it was taken: retry it with --take, or with --drop if it was.",
     "too_deep": "Log flatter records: what lies beyond 100 levels was left out. It cannot be retried.",
     "too_large": "One event is larger than ingest.batch_bytes: log less, or raise it (the broker's limit is 1 MB).",
+    **REFUSALS,
     "bad_line": "The line is not of the log format that the mapping names: correct `format`, restart the gateways, "
     "retry.",
     "bad_chunk": "The shipper's chunk cannot be unpacked at all: look at its version and compression. It cannot be "

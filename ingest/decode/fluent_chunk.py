@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.contract.formats.nesting import LEVELS_MAX
+from headrace.contract.formats.served_token import SERVED
 from headrace.contract.project import EXTRA
 from headrace.ingest.decode.msgpack_scan import (
     ARRAY,
@@ -40,6 +41,7 @@ from headrace.ingest.decode.msgpack_scan import (
 from headrace.ingest.decode.shallow import nested
 from headrace.ingest.decode.texts import NUMBER, Flags, gather, gather_ids, valid_utf8
 from headrace.ingest.decode.validate import ENVELOPE_NAMES, ID_BYTES_MAX, PLACE_MAX, Declared
+from headrace.kernels.served_tokens import Opened
 
 _INT, _FLOAT, _FLOAT32, _TEXT, _BOOL, _ID, _PLACE, _TIME, _OTHER = range(9)
 _KINDS = {pa.int64(): _INT, pa.float64(): _FLOAT, pa.float32(): _FLOAT32, pa.string(): _TEXT, pa.bool_(): _BOOL}
@@ -75,6 +77,10 @@ def layout(declared: Declared) -> Layout:
             extra = field.name == EXTRA and declared.unknown == "keep"
             kinds.append(_OTHER if extra else _KINDS.get(field.type, _OTHER))
         names.append(field.name)
+    if declared.served is not None:
+        # It is in no column: what it says is.
+        names.append(SERVED)
+        kinds.append(_TEXT)
     # No record has a key of these bytes: a field `extra` that it brings itself is unknown like any other.
     kept = declared.unknown == "keep"
     blob = [b"\xff" if kept and name == EXTRA else name.encode() for name in names]
@@ -294,6 +300,9 @@ def decode(
         missing |= short & ((lens[key_at] < 1) | (lens[key_at] > ID_BYTES_MAX))
     elif key_kind != _INT:
         missing[:] = True
+    served, opened = made.declared.served, _opened(made, data, ints, lens, valid)
+    if opened is not None:
+        missing[list(opened.reasons)] = True
     missing |= (event_times < taken_ms.start) | (event_times >= taken_ms.stop)
     left |= missing.astype(np.uint8)
     if left.any():
@@ -301,7 +310,7 @@ def decode(
         valid[:, left == 1] = 0
         floats[:, left == 1] = 0.0
     own = valid[made.at["event_id"]] == 1
-    arrays: list[pa.Array] = []
+    found: dict[str, pa.Array] = {}
     for field in made.declared.schema:
         c = key_at if field.name == "key" else made.at[field.name]
         kind = _TEXT if field.name == "key" else int(made.kinds[c])
@@ -310,16 +319,34 @@ def decode(
             ends = np.cumsum([0, *map(len, blob)]).astype(np.int64)
             joined = np.frombuffer(b"".join(blob) or b"\0", np.uint8)
             offsets, text = gather_ids(data, ints[c], lens[c], valid[c], joined, ends, chunk_N, nth_N)
-            arrays.append(_text(offsets, text, None, rows))
+            found[field.name] = _text(offsets, text, None, rows)
         elif kind in (_TEXT, _ID):
             offsets, text = gather(data, ints[c], lens[c], valid[c])
-            arrays.append(_text(offsets, text, valid[c] if field.nullable else None, rows))
+            found[field.name] = _text(offsets, text, valid[c] if field.nullable else None, rows)
         elif kind == _OTHER:
-            arrays.append(pa.nulls(rows, field.type))
+            found[field.name] = pa.nulls(rows, field.type)
         else:
-            arrays.append(_numbers(field.type, kind, ints[c], floats[c], valid[c] if field.nullable else None))
-    batch = pa.RecordBatch.from_arrays(arrays, schema=made.declared.schema)
+            is_valid_N = valid[c] if field.nullable else None
+            found[field.name] = _numbers(field.type, kind, ints[c], floats[c], is_valid_N)
+    if served is not None and opened is not None:
+        served.fill(found, opened, opened.is_open_N & (left == 0))
+    batch = pa.RecordBatch.from_arrays(list(found.values()), schema=made.declared.schema)
     return Columns(batch, np.flatnonzero(left), own)
+
+
+def _opened(
+    made: Layout,
+    data: U8s,
+    ints_CN: npt.NDArray[np.int64],
+    lens_CN: npt.NDArray[np.int32],
+    valid_CN: Flags,
+) -> Opened | None:
+    """Return what the tokens of impressions say; None where no row brings one."""
+    c = made.at.get(SERVED, -1)
+    if made.declared.served is None or not valid_CN[c].any():
+        return None
+    offsets, text = gather(data, ints_CN[c], lens_CN[c], valid_CN[c])
+    return made.declared.served.open(_text(offsets, text, valid_CN[c], len(valid_CN[c])))
 
 
 def _bitmap(valid_N: Flags | None) -> pa.Buffer | None:

@@ -10,13 +10,14 @@ What is refused is named row by row with a stable reason; it becomes a dead lett
 | `future` | the event time is further ahead of the gateway's clock than `ingest.skew_ms` |
 | `past` | the event time lies before `ingest.past` |
 | `too_deep` | the record has more than 100 levels of lists and maps |
+| `served_unreadable`, `served_key`, `served_format` | `served` is no token of ours, or of another key or release |
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -26,7 +27,9 @@ import pyarrow.compute as pc
 from headrace.contract.checks.unknown_fields import meant_field
 from headrace.contract.formats.events import FEEDBACK, IMPRESSION, feedback_schema, impression_schema, name_of
 from headrace.contract.formats.nesting import TOO_DEEP, TOO_DEEP_TEXT, is_deeper
+from headrace.contract.formats.served_token import REFUSALS, SERVED, TokenKey
 from headrace.contract.project import EXTRA, FeedbackType, ImpressionType, Project, Unknown
+from headrace.ingest.decode.served import ServedTokens, opened_record, served_tokens
 
 ID_BYTES_MAX = 512
 """Longest event id, request id and partition key, in characters."""
@@ -62,6 +65,8 @@ class Declared(msgspec.Struct, frozen=True):
     known: frozenset[str]
     hashed: frozenset[str] = frozenset()
     """Private fields that come as text or integers and are stored as hashes."""
+    served: ServedTokens | None = None
+    """Opens the tokens of impressions; None of feedback, which brings none."""
 
 
 class Checked(msgspec.Struct, frozen=True):
@@ -73,13 +78,14 @@ class Checked(msgspec.Struct, frozen=True):
     """Row to (reason, detail)."""
 
 
-def declared_types(project: Project) -> dict[str, Declared]:
-    """Return every declared type by its tag."""
+def declared_types(project: Project, key: TokenKey | None = None) -> dict[str, Declared]:
+    """Return every declared type by its tag; `key` is that of the tokens of impressions."""
     imp = project.impression
     # What one type calls private is kept by none as an unknown field.
     kinds: tuple[ImpressionType | FeedbackType, ...] = (imp, *project.feedback)
     private = {name for kind in kinds for name in kind.private}
-    found = [_declared(IMPRESSION, IMPRESSION, imp, imp.key, impression_schema(project), private)]
+    shown = _declared(IMPRESSION, IMPRESSION, imp, imp.key, impression_schema(project), private)
+    found = [msgspec.structs.replace(shown, known=shown.known | {SERVED}, served=served_tokens(project, key))]
     for fb in project.feedback:
         found.append(_declared(fb.name, FEEDBACK, fb, imp.key, feedback_schema(project, fb), private))
     return {item.tag: item for item in found}
@@ -112,6 +118,8 @@ def check(
         rejected.setdefault(row, (reason, detail))
 
     rows = _maps(records, times_ns, reject)
+    if declared.served is not None and any(SERVED in record for record in rows):
+        rows = [opened_record(record) for record in rows]
     for at, record in enumerate(rows):
         if is_deeper(record):
             reject(at, TOO_DEEP, TOO_DEEP_TEXT)
@@ -137,6 +145,8 @@ def check(
     columns["request_id"] = _ids([r.get("request_id") for r in rows], "request_id", None, reject)
     columns["place"] = _places([r.get("place") for r in rows], reject)
     columns["event_time_ms"] = _times([r.get("event_time_ms") for r in rows], times_ns, taken_ms, reject)
+    if declared.served is not None:
+        _take_tokens(declared.served, columns, [record.get(SERVED) for record in rows], reject)
     good = [at for at in range(len(rows)) if at not in rejected]
     arrays = [columns[field.name] for field in declared.schema]
     if rejected:
@@ -148,7 +158,20 @@ def check(
 _ENVELOPE = ENVELOPE_NAMES | {"key"}
 
 
-def _maps(records: Sequence[Any], times_ns: Sequence[int | None], reject: Reject) -> Sequence[dict[Any, Any]]:
+def _take_tokens(served: ServedTokens, columns: dict[str, pa.Array], tokens: list[Any], reject: Reject) -> None:
+    """Put what tokens say into the columns, and reject the rows whose token is none of ours."""
+    if tokens.count(None) == len(tokens):
+        return
+    texts = [token.decode("utf-8", "replace") if isinstance(token, bytes) else token for token in tokens]
+    # What is no text at all is refused as a text is that is no token.
+    told = [text if text is None or (isinstance(text, str) and text.isascii()) else "?" for text in texts]
+    opened = served.open(pa.array(told, pa.string()))
+    for row, reason in opened.reasons.items():
+        reject(row, reason, REFUSALS[reason])
+    served.fill(columns, opened, opened.is_open_N)
+
+
+def _maps(records: Sequence[Any], times_ns: Sequence[int | None], reject: Reject) -> Sequence[Mapping[Any, Any]]:
     if set(map(type, records)) <= {dict} and None not in times_ns:
         return records
     rows: list[dict[Any, Any]] = []
@@ -209,7 +232,7 @@ def _fit(value: Any, kind: pa.DataType, strict: bool) -> Any:
     raise ValueError(f"got {type(value).__name__}")
 
 
-def _extra(record: dict[Any, Any], known: frozenset[str]) -> str | None:
+def _extra(record: Mapping[Any, Any], known: frozenset[str]) -> str | None:
     """Return the fields that are not known as JSON, names in order; null where there are none."""
     unknown = {name: value for name, value in record.items() if name not in known}
     if not unknown:

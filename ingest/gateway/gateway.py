@@ -67,8 +67,8 @@ class Gateway:
         config, partitions = deps.config, deps.partitions
         self._config, self._topics, self._partitions = config, deps.topics, partitions
         self._producer, self._metrics, self._clock, self._name = deps.producer, deps.metrics, deps.clock, name
-        self._types = {tag: layout(declared) for tag, declared in declared_types(deps.project).items()}
         self._privacy = deps.privacy or Privacy(deps.project)
+        self._types = {tag: layout(one) for tag, one in declared_types(deps.project, self._privacy.token_key).items()}
         self._mappers = mappers_of(deps.project)
         self._letters = LetterWriter(config, self._privacy, name, [*self._types, *self._mappers])
         self.ceiling = Ceiling(config, [*self._types, *self._mappers])

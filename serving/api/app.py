@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import re
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+import importlib.metadata
+import math
+from collections.abc import Callable
 
 import msgspec
 from starlette.applications import Starlette
@@ -15,32 +12,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from headrace.contract.checks.unknown_fields import UnknownFields
-from headrace.contract.config import ServeConfig
-from headrace.contract.crawl import external_columns
-from headrace.contract.errors import BadRequest, EventRejected, Overloaded, Unavailable, meant
-from headrace.contract.formats.json_record import decode_json
+from headrace.contract.errors import BadRequest, Unavailable
 from headrace.contract.formats.snapshot import served_digest
-from headrace.contract.interfaces.clock import Clock
-from headrace.contract.metrics import Metrics
-from headrace.contract.privacy import Privacy
-from headrace.contract.project import Project
 from headrace.process.request_body import Bodies, BodyBounds
-from headrace.serving.features import FeatureMemory, State
-from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of, unknown_fields
-from headrace.serving.model.shared_region import SharedModel, Told, View
+from headrace.serving.api.answers import REFUSED, answer, check_json, problem, refusal_of, refused
+from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.api.open_inference.over_http import OpenInferenceHttp
+from headrace.serving.api.openapi import page
+from headrace.serving.api.paths import handlers
+from headrace.serving.api.rank import READING, SAID, Ranker, RankRequest, timeout_ms_of
+from headrace.serving.api.turns import Turns
+from headrace.serving.features import State
+from headrace.serving.model.shared_region import Told
 
-logger = logging.getLogger("headrace.serve")
-
-READING = "the counters are still being read from `features`; ask again when /readyz says so."
 BEHIND = (
     "the counters are more than {} ms (serve.counters_behind_ms) behind the end of `features`: give serving more "
     "processors, or fewer workers."
 )
-_NEXT = {
-    "bad_type": "send a value of the declared type, or null",
-    "unknown_field": "leave the field out, or declare it in the project",
-}
+RELEASE = importlib.metadata.version("headrace")
+DRAINING = "this process was told to end: ask another one."
 BODIES = BodyBounds(
     bytes_max=4_194_304,
     together_max=64 * 4_194_304,
@@ -51,132 +41,59 @@ BODIES = BodyBounds(
     if_slow="send it at once, or smaller",
     if_many="ask again in a second",
 )
-SAID = ("unread", "stale")
-"""States of the counters that every answer names."""
-WARNINGS_MAX = 10
-"""Warnings of one answer; one a field, where it stands first."""
-Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-
-
-class RankRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of POST /v1/rank: raw fields as declared; a candidate's field wins over the context's."""
-
-    request_id: Text
-    candidates: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
-    context: dict[str, Any] = {}
-    log: bool = False
-    """True: serving logs one impression for each candidate. False: the service does, which knows what was shown."""
-
-
-class Impressions(Protocol):
-    """What `serving.impression_log.ImpressionLog` does."""
-
-    def log(
-        self,
-        *,
-        request_id: str,
-        version: str,
-        context: dict[str, Any],
-        candidates: Sequence[dict[str, Any]],
-        served: Sequence[dict[str, Any]],
-        event_time_ms: int,
-    ) -> None:
-        """Log one impression for each candidate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServingDependencies:
-    """What the application needs of the process around it."""
-
-    project: Project
-    config: ServeConfig
-    shared: SharedModel
-    features: FeatureMemory
-    metrics: Metrics
-    metrics_text: Callable[[], bytes]
-    clock: Clock
-    impressions: Impressions
-    privacy: Privacy | None = None
 
 
 class ServingApp:
     """The answers to each route."""
 
     def __init__(self, dependencies: ServingDependencies) -> None:
-        self.deps, self._bodies = dependencies, Bodies(BODIES)
-        self._unknown = UnknownFields(dependencies.project.impression.fields)
+        self.deps, self._bodies, self.ranker = dependencies, Bodies(BODIES), Ranker(dependencies)
+        self.turns = Turns(dependencies.config.queue_ms / 1_000, dependencies.clock.monotonic, dependencies.metrics)
+        self._page: bytes | None = None
+        self.is_draining = False
+        """True: the process was told to end, and answers for `serve.drain_ms` more."""
 
     async def rank(self, request: Request) -> Response:
         """Score all candidates of a request with exactly one version of the model."""
-        started = time.perf_counter()
-        response = await self._rank(request)
-        self.deps.metrics.add("requests_total", status=str(response.status_code))
-        self.deps.metrics.observe("request_seconds", time.perf_counter() - started)
-        return response
 
-    async def _rank(self, request: Request) -> Response:
+        def known(error: Exception) -> BadRequest:
+            return refusal_of(error, RankRequest.__struct_fields__)
+
+        return await self.answered(
+            request, check=check_json, left_ms=timeout_ms_of, work=self.ranker.respond, known=known
+        )
+
+    async def answered(
+        self,
+        request: Request,
+        *,
+        check: Callable[[Request], None],
+        left_ms: Callable[[bytes], float | None],
+        work: Callable[[bytes], Response],
+        known: Callable[[Exception], BadRequest],
+    ) -> Response:
+        """Read a body, wait for its turn, and return what `work` makes of it.
+
+        Args:
+            check: raises `BadRequest` where the head alone says that the body is of no use.
+            left_ms: how long the client of a body waits, None where it does not say so.
+            known: what one of `REFUSED` says to this kind of client.
+        """
+        began_s = self.deps.clock.monotonic()
         try:
+            check(request)
             sent = await self._bodies.read(request)
-            ask: RankRequest = decode_json(sent, RankRequest)
-            count, most = len(ask.candidates), self.deps.config.candidates_max
-            if count > most:
-                return problem(422, f"{count} candidates", f"send at most {most} in one request")
-            raw = merge(self.deps.project, ask.context, ask.candidates, self.deps.privacy)
-            warnings = self._warnings(ask)
-
-            now_ms = self.deps.clock.now_ms()
-            external = external_columns(self.deps.project.crawls)
-
-            counters = self._counters()
-
-            def use(view: View) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-                spec = spec_of(view.meta.spec_json)
-                if counters == "reading" and (spec.counters or external):
-                    raise Unavailable(READING)
-                served = self.deps.features.columns(spec, raw, count)
-                return rank(view, raw, served, event_time_ms=now_ms, external=external), served
-
-            (by_task, served), meta = self.deps.shared.read(use)
-            version = meta.manifest.version
-            if counters == "unread":
-                # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
-                served = [{} for _ in range(count)]
-            if ask.log:
-                self.deps.impressions.log(
-                    request_id=ask.request_id,
-                    version=version,
-                    context=ask.context,
-                    candidates=ask.candidates,
-                    served=served,
-                    event_time_ms=now_ms,
-                )
-        except BadRequest as error:
-            return problem(error.status, error.error, error.step)
-        except msgspec.ValidationError as error:
-            return problem(422, f"{error}{_meant(str(error))}", "see POST /v1/rank in docs/serving.md")
-        except msgspec.DecodeError as error:
-            return problem(400, f"no JSON: {error}", "send application/json")
-        except EventRejected as error:
-            return problem(422, str(error), f"{error.reason}: {_NEXT.get(error.reason, 'correct the field')}")
-        except (Unavailable, Overloaded) as error:
-            return problem(503, str(error), "ask again in a second")
-        scores = by_task.pop(recipe_of(meta.recipe_json).task)
-        body: dict[str, Any] = {"request_id": ask.request_id, "version": version, "scores": scores, "served": served}
-        # The other tasks of a recipe that has several; of one, the answer is what it always was.
-        body |= {"tasks": by_task} if by_task else {}
-        body |= {"counters": counters} if counters in SAID else {}
-        return answer(200, body | ({"warnings": warnings} if warnings else {}))
-
-    def _warnings(self, ask: RankRequest) -> list[str]:
-        """Return what an answer says of fields that the project does not declare; count them, and log each once."""
-        warnings: list[str] = []
-        for where, name in unknown_fields(self.deps.project, ask.context, ask.candidates).items():
-            if said := self._unknown.new(name):
-                logger.warning("field of a request: %s No score reads it.", said)
-            self.deps.metrics.add("unknown_fields_total", type="impression", field=self._unknown.label(name))
-            if len(warnings) < WARNINGS_MAX:
-                warnings.append(f"{where} is not declared, and no score reads it.{self._unknown.meant(name)}")
-        return warnings
+            left = left_ms(sent)
+            until_s = math.inf if left is None else began_s + left / 1_000
+            async with self.turns.turn(len(sent), since_s=began_s, until_s=until_s):
+                response = work(sent)
+        except REFUSED as error:
+            found = known(error)
+            self.deps.metrics.add("requests_refused_total", reason=found.reason)
+            response = refused(found)
+        self.deps.metrics.add("requests_total", status=str(response.status_code))
+        self.deps.metrics.observe("request_seconds", self.deps.clock.monotonic() - began_s)
+        return response
 
     async def model(self, request: Request) -> Response:
         """Say which version is served; with ?version=X, which events a recent version knew."""
@@ -222,7 +139,9 @@ class ServingApp:
         )
 
     def not_ready(self) -> str:
-        """Return why requests cannot be answered well yet; empty when they can."""
+        """Return why requests cannot be answered well; empty when they can."""
+        if self.is_draining:
+            return DRAINING
         try:
             meta = self.deps.shared.meta()
         except Unavailable as error:
@@ -262,7 +181,7 @@ class ServingApp:
             self.deps.metrics.set("counters_behind_seconds", self.behind_ms(told) / 1_000, worker=worker)
 
     def _counters(self) -> State:
-        return self.deps.features.state(self.deps.clock.monotonic(), self.deps.config.counters_behind_ms / 1_000)
+        return self.deps.counters()
 
     async def readyz(self, request: Request) -> Response:
         """200 when a model is loaded that has room to grow, and the counters are read, as far as a broker answers."""
@@ -274,6 +193,12 @@ class ServingApp:
         """200 while the process answers."""
         return Response("ok\n", media_type="text/plain")
 
+    async def openapi(self, request: Request) -> Response:
+        """The OpenAPI page of this project's routes."""
+        if self._page is None:
+            self._page = msgspec.json.encode(page(self.deps.project, self.deps.config, RELEASE))
+        return Response(self._page, media_type="application/json")
+
     async def metrics_page(self, request: Request) -> Response:
         """Prometheus' text format."""
         return Response(self.deps.metrics_text(), media_type="text/plain; version=0.0.4")
@@ -281,38 +206,13 @@ class ServingApp:
 
 def make_app(app: ServingApp) -> Starlette:
     """Return the ASGI application."""
-    return Starlette(
-        routes=[
-            Route("/v1/rank", app.rank, methods=["POST"]),
-            Route("/v1/model", app.model),
-            Route("/healthz", app.healthz),
-            Route("/readyz", app.readyz),
-            Route("/metrics", app.metrics_page),
-        ]
-    )
-
-
-def _meant(said: str) -> str:
-    """Return what a misspelt field of the request itself may mean, of a decoder's message.
-
-    >>> _meant("Object contains unknown field `candidate`"), _meant("Expected `str`")
-    (". Did you mean 'candidates'?", '')
-    """
-    found = re.search(r"unknown field `(.*)`", said)
-    near = meant(found[1], RankRequest.__struct_fields__) if found else ""
-    return f".{near}" if near else ""
-
-
-def answer(status: int, body: dict[str, Any]) -> Response:
-    """Return `body` as JSON."""
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
-
-
-def problem(status: int, error: str, step: str) -> Response:
-    """Return what is wrong and the next step."""
-    response = answer(status, {"error": error, "next": step})
-    if status == 503:
-        response.headers["Retry-After"] = "1"
-    if status in (408, 413):
-        response.headers["Connection"] = "close"
-    return response
+    routes = [
+        Route("/v1/rank", app.rank, methods=["POST"]),
+        Route("/v1/model", app.model),
+        Route("/healthz", app.healthz),
+        Route("/readyz", app.readyz),
+        Route("/metrics", app.metrics_page),
+        Route("/openapi.json", app.openapi),
+        *OpenInferenceHttp(app, RELEASE).routes(),
+    ]
+    return Starlette(routes=routes, exception_handlers=handlers(routes, app.deps.metrics))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from headrace.contract.checks.unknown_fields import meant_field, shown, undeclared
 from headrace.contract.errors import EventRejected, listed
-from headrace.contract.formats.events import ARROW_TYPES
 from headrace.contract.privacy import Privacy
 from headrace.contract.project import LISTS, FieldType, Project, Recipe
 from headrace.contract.spec import EVENT_TIME, FeatureSpec
+from headrace.serving.features import Served
 from headrace.serving.model.shared_region import View
 from headrace.stream.features.featurize import featurize
-from headrace.trainer.model.scoring import score
+from headrace.stream.features.few_rows import Few, Numbers, Same, arrow_of, few_of
+from headrace.trainer.model.scoring import Float32s, score
 
 _TAKEN: dict[FieldType, frozenset[type]] = {
     "int64": frozenset({int, type(None)}),
@@ -28,13 +30,19 @@ _TAKEN: dict[FieldType, frozenset[type]] = {
     "list[int64]": frozenset({type(None)}),
 }
 _EXACT_FLOAT = 2**53
-_NOTHING: Mapping[str, FieldType] = {}
+Column: TypeAlias = pa.Array | Few
 
 
 @lru_cache(maxsize=8)
 def spec_of(spec_json: str) -> FeatureSpec:
     """Return the spec that a model was trained on."""
     return msgspec.json.decode(spec_json, type=FeatureSpec)
+
+
+@lru_cache(maxsize=8)
+def inputs_of(spec_json: str) -> frozenset[str]:
+    """Return the columns that a spec's features read."""
+    return frozenset(name for feature in spec_of(spec_json).features for name in feature.inputs())
 
 
 @lru_cache(maxsize=8)
@@ -48,7 +56,7 @@ def merge(
     context: Mapping[str, Any],
     candidates: Sequence[Mapping[str, Any]],
     privacy: Privacy | None = None,
-) -> dict[str, pa.Array]:
+) -> dict[str, Column]:
     """Return the raw columns of all candidates. A candidate's field wins over the context's; a missing one is null.
 
     Private fields are hashed as the gateway hashes them, or the model would know no feature of them.
@@ -60,20 +68,23 @@ def merge(
         for where, name in unknown_fields(project, context, candidates).items():
             meant = meant_field(name, declared)
             raise EventRejected("unknown_field", f"{where} is not declared; declared are {listed(declared)}.{meant}")
-    columns: dict[str, pa.Array] = {}
+    own = frozenset[str]().union(*candidates)
+    columns: dict[str, Column] = {}
     for name, kind in declared.items():
         common = context.get(name)
-        values = [c.get(name, common) for c in candidates]
+        varies = name in own
+        values = [c.get(name, common) for c in candidates] if varies else [common]
         if name in private:
             values = [str(v) if type(v) is int else v or None for v in values]
         if not set(map(type, values)) <= _TAKEN[kind]:
             values = [_fitted(value, name, kind) for value in values]
         try:
-            columns[name] = pa.array(values, ARROW_TYPES[kind])
+            column = few_of(values, kind)
         except (pa.ArrowException, OverflowError) as error:
             raise EventRejected("bad_type", f"field {name!r} must be {kind} or null: {error}.") from error
         if name in private and privacy is not None:
-            columns[name] = privacy.column(columns[name])
+            column = privacy.column(arrow_of(column))
+        columns[name] = column if varies else Same(column, len(candidates))
     return columns
 
 
@@ -84,6 +95,8 @@ def unknown_fields(
     as `$.context.pirce`."""
     known = project.impression.fields.keys() | project.impression.private.keys()
     found: dict[str, str] = {}
+    if known.issuperset(frozenset[str]().union(context, *candidates)):
+        return found
     for where, fields in (("context", context), *((f"candidates[{i}]", c) for i, c in enumerate(candidates))):
         if not fields.keys() <= known:
             names = undeclared(fields, known)
@@ -106,31 +119,21 @@ def _fitted(value: Any, name: str, kind: FieldType) -> Any:
     raise EventRejected("bad_type", f"field {name!r} must be {kind} or null; got {type(value).__name__}.")
 
 
-def rank(
-    view: View,
-    raw: Mapping[str, pa.Array],
-    served: Sequence[Mapping[str, Any]],
-    *,
-    event_time_ms: int,
-    external: Mapping[str, FieldType] = _NOTHING,
-) -> dict[str, list[float]]:
-    """Return the probability of each candidate from one version of the model, task by task.
+def rank(view: View, raw: Mapping[str, Column], served: Served, *, rows: int, event_time_ms: int) -> Float32s:
+    """Return the probability of each candidate from one version of the model: float32 [N, T], tasks as the recipe's
+    heads.
 
     Args:
         raw: as `merge` returns.
-        served: counter and external columns of each candidate.
-        external: the external columns and their types.
+        served: what `FeatureMemory.look_up` found.
+        rows: how many candidates there are.
         event_time_ms: when the request came: the time of the impressions that it makes.
     """
     spec, recipe = spec_of(view.meta.spec_json), recipe_of(view.meta.recipe_json)
-    columns = dict(raw)
-    columns[EVENT_TIME] = pa.array([event_time_ms] * len(served), pa.int64())
-    for name in spec.counter_columns():
-        columns[name] = pa.array([row.get(name, 0.0) for row in served], pa.float32())
-    for name, kind in external.items():
-        columns[name] = pa.array([row.get(name) for row in served], ARROW_TYPES[kind])
+    columns = {**raw, **served.columns(inputs_of(view.meta.spec_json))}
+    columns[EVENT_TIME] = Same(Numbers(np.array([event_time_ms])), rows)
     slots_NF, numeric_ND = featurize(columns, spec)
-    scores_NT = score(
+    return score(
         recipe,
         spec,
         slots_NF,
@@ -138,4 +141,3 @@ def rank(
         lookup=lambda keys_K: view.lookup(keys_K, seed=recipe.seed, scale=recipe.row_scale, dim=recipe.row_dim),
         dense=view.dense(),
     )
-    return {task: scores_NT[:, i].tolist() for i, task in enumerate(recipe.heads)}

@@ -483,7 +483,7 @@ class View:
         found: dict[str, Float32s] = {}
         at = 0
         for name, shape in self.meta.shapes.items():
-            count = int(np.prod(shape, dtype=np.int64))
+            count = math.prod(shape)
             found[name] = self._flat[at : at + count].reshape(shape)
             at += count
         return found

@@ -180,6 +180,22 @@ def key_texts(parts: Sequence[pa.Array]) -> pa.Array:
     return pc.binary_join_element_wise(*safe, ":")
 
 
+def key_text(parts: Sequence[Any]) -> str | None:
+    """Return what `key_texts` does, of one row's values.
+
+    >>> key_text([7, "a:b"]), key_text([None]), key_text([True])
+    ('7:a\\:b', None, 'true')
+    """
+    if any(part is None for part in parts):
+        return None
+    # As Arrow writes them.
+    texts = [str(part).lower() if isinstance(part, bool) else str(part) for part in parts]
+    if len(texts) == 1:
+        return texts[0]
+    pairs = zip(parts, texts, strict=True)
+    return ":".join(t.replace("\\", "\\\\").replace(":", "\\:") if isinstance(part, str) else t for part, t in pairs)
+
+
 def _escaped(texts: pa.Array) -> pa.Array:
     return pc.replace_substring(pc.replace_substring(texts, "\\", "\\\\"), ":", "\\:")
 

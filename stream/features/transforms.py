@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from headrace.contract.spec import (
     Text,
     TimePart,
 )
+from headrace.stream.features.few_rows import Numbers, Same, Texts, arrow_of
 from headrace.stream.features.values import (
     NULL_HASH,
     Columns,
@@ -64,58 +65,69 @@ class Inputs:
         self.columns, self.rows = columns, rows
         self._hashes: dict[str, U64s] = {}
         self._numbers: dict[str, F64s] = {}
-        self._rates: dict[Rate, tuple[F64s, F64s]] = {}
         self._buckets: dict[Bucket, U64s] = {}
 
     def column(self, name: str) -> pa.Array:
-        """Return a column."""
-        return column_of(self.columns, name)
+        """Return a column as Arrow's array."""
+        return arrow_of(column_of(self.columns, name))
 
     def hash_together(self, names: Iterable[str]) -> None:
         """Hash several columns ahead: integers without nulls in one call and, of a few rows, texts in one call."""
         whole: dict[str, U64s] = {}
+        same: dict[str, int] = {}
         texts: dict[str, pa.Array] = {}
         for name in names:
-            column = self.column(name)
-            if pa.types.is_int64(column.type) and not column.null_count:
+            column = column_of(self.columns, name)
+            if isinstance(column, Same):
+                if isinstance(column.one, Numbers) and column.one.values_N.dtype == np.int64 and column.one[1] is None:
+                    same[name] = column.one.values_N[0]
+            elif isinstance(column, Numbers):
+                if column.values_N.dtype == np.int64 and column.missing_N is None:
+                    whole[name] = column.values_N.view(np.uint64)
+            elif isinstance(column, Texts):
+                continue
+            elif pa.types.is_int64(column.type) and not column.null_count:
                 whole[name] = column.to_numpy().view(np.uint64)
             elif pa.types.is_string(column.type) and self.rows <= FEW_ROWS:
                 texts[name] = column
         if whole:
             self._hashes.update(zip(whole, mix64(np.stack(list(whole.values()))), strict=True))
+        if same:
+            hashed_C = mix64(np.array(list(same.values()), np.int64).view(np.uint64))
+            for name, hashed_N in zip(same, np.repeat(hashed_C[:, None], self.rows, axis=1), strict=True):
+                self._hashes[name] = hashed_N
         if texts:
             hashed_N = hash_values(pa.concat_arrays(list(texts.values())))
             self._hashes.update(zip(texts, hashed_N.reshape(len(texts), self.rows), strict=True))
 
-    def rate_together(self, rates: Sequence[Rate]) -> None:
-        """Compute several rates ahead, in one call a step: for the rows of a request calls are what costs."""
-        if not rates:
-            return
+    def rate_together(self, rates: tuple[Rate, ...]) -> tuple[F64s, F64s]:
+        """Return the two numbers of each rate, float64 [R, N] each, in one call a step: for the rows of a request calls
+        are what costs."""
         self._numbers_together({name for rate in rates for name in rate.inputs()})
         of_RN, over_RN = (np.stack([self.numbers(getattr(r, side)) for r in rates]) for side in ("of", "over"))
-        begun_R1 = np.array([[rate.prior * rate.strength] for rate in rates])
-        rate_RN = (of_RN + begun_R1) / (over_RN + np.array([[rate.strength] for rate in rates]))
+        begun_R1, strength_R1, odds_R = _constants(rates)
+        rate_RN = (of_RN + begun_R1) / (over_RN + strength_R1)
         weight_RN = np.log1p(np.maximum(over_RN, 0.0))
-        odds_R = np.array([rate.log_odds is True for rate in rates])
         if odds_R.any():
             clipped_RN = np.clip(rate_RN[odds_R], 0.001, 0.999)
             rate_RN[odds_R], weight_RN[odds_R] = np.log(clipped_RN / (1.0 - clipped_RN)), weight_RN[odds_R] / 2
-        self._rates.update(zip(rates, zip(rate_RN, weight_RN, strict=True), strict=True))
+        return rate_RN, weight_RN
 
     def _numbers_together(self, names: Iterable[str]) -> None:
         """Turn counter columns without nulls into numbers in one call."""
         whole = {}
         for name in names:
-            column = self.column(name)
-            if pa.types.is_float32(column.type) and not column.null_count and name not in self._numbers:
+            column = column_of(self.columns, name)
+            if name in self._numbers or isinstance(column, Same | Texts):
+                continue
+            if isinstance(column, Numbers):
+                if column.values_N.dtype == np.float32 and column.missing_N is None:
+                    whole[name] = column.values_N
+            elif pa.types.is_float32(column.type) and not column.null_count:
                 whole[name] = column.to_numpy()
         if whole:
             values_CN = np.stack(list(whole.values())).astype(np.float64)
             self._numbers.update(zip(whole, np.where(np.isnan(values_CN), 0.0, values_CN), strict=True))
-
-    def rate(self, rate: Rate) -> tuple[F64s, F64s]:
-        """Return the numbers of a rate that was given to `rate_together`."""
-        return self._rates[rate]
 
     def bucket(self, feature: Bucket) -> U64s:
         """Return the hash of each row's interval, once for all features that are made of it."""
@@ -126,14 +138,22 @@ class Inputs:
     def hashes(self, name: str) -> U64s:
         """Return `hash_values` of a column."""
         if name not in self._hashes:
-            self._hashes[name] = hash_values(self.column(name))
+            self._hashes[name] = hash_values(column_of(self.columns, name))
         return self._hashes[name]
 
     def numbers(self, name: str) -> F64s:
         """Return `to_numbers` of a column: missing is 0."""
         if name not in self._numbers:
-            self._numbers[name] = to_numbers(self.column(name))
+            self._numbers[name] = to_numbers(column_of(self.columns, name))
         return self._numbers[name]
+
+
+@lru_cache(maxsize=64)
+def _constants(rates: tuple[Rate, ...]) -> tuple[F64s, F64s, npt.NDArray[np.bool_]]:
+    """Return prior * strength [R, 1], strength [R, 1], and which rates are log-odds [R]."""
+    begun_R1 = np.array([[rate.prior * rate.strength] for rate in rates])
+    strength_R1 = np.array([[rate.strength] for rate in rates])
+    return begun_R1, strength_R1, np.array([rate.log_odds is True for rate in rates])
 
 
 def slot_values(feature: Feature, inputs: Inputs) -> Values:
@@ -176,7 +196,8 @@ def dense_numbers(feature: Feature, inputs: Inputs) -> tuple[F64s, ...]:
                 value_N = np.log1p(np.maximum(value_N, 0.0))
             return (value_N * feature.scale,)
         case Rate():
-            return inputs.rate(feature)
+            rate_RN, weight_RN = inputs.rate_together((feature,))
+            return rate_RN[0], weight_RN[0]
         case Mean():
             total_N = number(feature.of) + feature.prior * feature.strength
             return (total_N / (np.maximum(number(feature.over), 0.0) + feature.strength) * feature.scale,)

@@ -17,13 +17,15 @@ import pyarrow.compute as pc
 import xxhash
 
 from headrace.contract.hashing import hash_text, mix64
+from headrace.stream.features.few_rows import Few, Numbers, Same, Texts, arrow_of, hash_of_text
 
-Columns: TypeAlias = Mapping[str, pa.Array] | pa.RecordBatch
+Columns: TypeAlias = Mapping[str, pa.Array | Few] | pa.RecordBatch
 U64s = npt.NDArray[np.uint64]
 F64s = npt.NDArray[np.float64]
 
 NULL_HASH = np.uint64(hash_text("headrace:null"))
 """What a missing value hashes to, whatever the type."""
+_NULL = int(NULL_HASH)
 
 
 class Values(NamedTuple):
@@ -33,14 +35,24 @@ class Values(NamedTuple):
     present_WN: npt.NDArray[np.bool_] | None
 
 
-def column_of(columns: Columns, name: str) -> pa.Array:
+def column_of(columns: Columns, name: str) -> pa.Array | Few:
     """Return one column as one array."""
     column = columns.column(name) if isinstance(columns, pa.RecordBatch) else columns[name]
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
-def hash_values(column: pa.Array) -> U64s:
+def hash_values(column: pa.Array | Few) -> U64s:
     """Return one 64-bit hash a value: integers and floats by splitmix64 of their bits, text by XXH64."""
+    if isinstance(column, Same):
+        return np.full(column.rows, hash_values(column.one)[0])
+    if isinstance(column, Texts):
+        return np.array([_NULL if text is None else hash_of_text(text) for text in column.texts], np.uint64)
+    if isinstance(column, Numbers):
+        values_N, missing_N = column
+        if values_N.dtype == np.int64:
+            hashed_N = mix64(values_N.view(np.uint64))
+            return hashed_N if missing_N is None else np.where(missing_N, NULL_HASH, hashed_N)
+        column = arrow_of(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return _hash_texts(column)
     if pa.types.is_boolean(column.type):
@@ -58,8 +70,16 @@ def hash_values(column: pa.Array) -> U64s:
     return np.where(missing_N, NULL_HASH, hashed_N)
 
 
-def to_numbers(column: pa.Array, *, missing: float = 0.0) -> F64s:
+def to_numbers(column: pa.Array | Few, *, missing: float = 0.0) -> F64s:
     """Return the values as float64 [N], `missing` for null and (when it is not NaN itself) for NaN."""
+    if isinstance(column, Same):
+        return np.full(column.rows, to_numbers(column.one, missing=missing)[0])
+    if isinstance(column, Numbers):
+        numbers_N: F64s = column.values_N.astype(np.float64)
+        if column.missing_N is not None:
+            numbers_N[column.missing_N] = missing
+        return numbers_N if np.isnan(missing) else np.where(np.isnan(numbers_N), missing, numbers_N)
+    column = arrow_of(column)
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int64())
     column = column.cast(pa.float64(), safe=False)

@@ -68,7 +68,7 @@ class Rows:
     def __init__(self, project: Project, privacy: Privacy, bounds: Bounds, *, past_ms: int, skew_ms: int) -> None:
         self._project, self._privacy, self._bounds = project, privacy, bounds
         self._taken_ms = range(past_ms, bounds.now_ms + skew_ms + 1)
-        self._declared = {each.name: each for each in declared_types(project).values()}
+        self._declared = {each.name: each for each in declared_types(project, privacy.token_key).values()}
         self._longest_ms = max((t.window_ms for t in project.tasks), default=0)
         self._last_ms = bounds.until_ms + max((t.window_ms + t.correct_ms for t in project.tasks), default=0)
 

@@ -35,7 +35,8 @@ from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
 from headrace.contract.spec import Categorical, FeatureSpec, Numeric
 from headrace.replay.as_trained import as_trained
-from headrace.serving.api.app import ServingApp, ServingDependencies, make_app
+from headrace.serving.api.app import ServingApp, make_app
+from headrace.serving.api.dependencies import ServingDependencies
 from headrace.serving.features import FeatureMemory
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater

@@ -13,6 +13,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 ROOMS = ("headrace", "ingest", "stream", "trainer", "serving", "replay", "examples", "deploy")
 SHOWN = "prints how long something took"
 SENDER = "in a web service's own process, where it starts no thread: what it sends twice has one id"
+CLIENT = (
+    "in a web service's own process: a request's time, and which connections idled; what is sent twice does no harm"
+)
 READS_THE_CLOCK = {
     "deploy/local/status_line.py": "a rate since the line before",
     "deploy/local/supervisord.py": "when to start a process again: later is fine",
@@ -21,6 +24,8 @@ READS_THE_CLOCK = {
     "headrace/backends/clock.py": "is the clock that stages give their `Awake`",
     "headrace/backends/log/group_kafka.py": "when positions are committed next; and prints how long a broker was away",
     "headrace/backends/log/kafka.py": SHOWN,
+    "headrace/client/async_client.py": CLIENT,
+    "headrace/client/client.py": CLIENT,
     "headrace/cli/progress_bar.py": SHOWN,
     "headrace/cli/stack/flags.py": SHOWN,
     "headrace/cli/stack/restart.py": SHOWN,

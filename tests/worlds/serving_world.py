@@ -35,7 +35,8 @@ from headrace.contract.interfaces.blobs import Pieces, whole
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
 from headrace.kernels.row_sums import row_sum
-from headrace.serving.api.app import ServingApp, ServingDependencies
+from headrace.serving.api.app import ServingApp
+from headrace.serving.api.dependencies import ServingDependencies
 from headrace.serving.features import FeatureMemory
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater

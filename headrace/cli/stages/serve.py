@@ -16,8 +16,12 @@ from headrace.backends.health import LOOP, LOOP_HEALTHY_S, LOOP_READY_S, Health
 from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import HOST
 from headrace.cli.runtime import Runtime, add_common, open_runtime, stop_event
+from headrace.contract.errors import ConfigRejected
 from headrace.contract.privacy import KEY_NAME, Privacy
-from headrace.serving.api.app import ServingApp, ServingDependencies, make_app
+from headrace.serving.api.app import BODIES, DRAINING, RELEASE, ServingApp, make_app
+from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.compile_ranking import compile_ranking
+from headrace.serving.draining import Beside, Ending
 from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.impression_log import ImpressionLog
@@ -51,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
             return open_region(path, dim=dim, rows_max=rows_max, is_good=is_good)
         return SharedModel(path, dim=dim, rows_max=rows_max, reader=reader)
 
+    compile_ranking()  # Before the workers are forked, which then have it too.
     status = run_processes(
         args.workers or runtime.config.serve.workers,
         open_region=opened,
@@ -115,7 +120,6 @@ def _work(
         signs = ServeSigns(metrics.health, len(workers))
         jobs |= {"updater": updater.run, "readiness": lambda: _tell_readiness(app, updater, signs, metrics, stop)}
     metrics.health.expect(LOOP, ready_s=LOOP_READY_S, healthy_s=LOOP_HEALTHY_S)
-    turned = partial(metrics.health.seen, LOOP)
     try:
         return answer_requests(
             make_app(app),
@@ -123,14 +127,51 @@ def _work(
             stop,
             jobs=jobs,
             workers=workers,
-            turned=turned,
+            turned=partial(metrics.health.seen, LOOP),
             connections_max=runtime.config.serve.connections_max,
             refused=lambda reason: metrics.add("connections_refused_total", reason=reason),
             renewal=renewal,
             begins=(lambda: await_read(app.is_reading, stop.wait)) if waits else lambda: None,
+            ending=_ending(app, runtime, metrics),
         )
     finally:
         impressions.close()
+
+
+def _ending(app: ServingApp, runtime: Runtime, metrics: PrometheusMetrics) -> Ending:
+    """Return what SIGTERM does, and the other way in."""
+
+    def drains() -> None:
+        app.is_draining = True
+        metrics.ready(False, DRAINING)
+
+    config = runtime.config.serve
+    return Ending(
+        drain_s=config.drain_ms / 1_000,
+        drains=drains,
+        # What waits does so for twice `serve.queue_ms` at most, and then is computed.
+        answer_s=2.0 + config.queue_ms / 500,
+        beside=_over_grpc(app, runtime) if config.grpc else None,
+    )
+
+
+def _over_grpc(app: ServingApp, runtime: Runtime) -> Beside:
+    """Return the other way in. Not before the fork: what gRPC begins does not outlive one.
+
+    Raises `ConfigRejected` where gRPC is not installed.
+    """
+    try:
+        from headrace.serving.api.open_inference.over_grpc import OpenInferenceGrpc
+    except ImportError as error:
+        raise ConfigRejected(f"serve.grpc is on, and {error}: pip install 'headrace[grpc]', or turn it off.") from error
+    return OpenInferenceGrpc(
+        app,
+        RELEASE,
+        host=HOST,
+        port=runtime.port("serving_grpc"),
+        bytes_max=BODIES.bytes_max,
+        calls_max=runtime.config.serve.connections_max,
+    )
 
 
 def _tell(app: ServingApp, stop: threading.Event) -> None:

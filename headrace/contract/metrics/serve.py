@@ -14,6 +14,24 @@ SERVE: Mapping[Name, MetricDoc] = {
         ("train", "serve"),
         "Rows of the model's table; serving: of one copy, `serve.rows_max` at most.",
     ),
+    "requests_refused_total": MetricDoc(
+        "counter",
+        "requests",
+        ("serve",),
+        "Requests that got no scores: `queue_full` the wait was beyond `serve.queue_ms`, `too_late` their time was "
+        "over, `unavailable` no model or counters, `bad_field` and `bad_request`, `too_large`, `too_slow`, "
+        "`content_type`, `unknown_path`, `unknown_model`, `wrong_method`.",
+        labels=("reason",),
+    ),
+    "queue_seconds": MetricDoc(
+        "histogram", "seconds", ("serve",), "Time from a request to its turn; `serve.queue_ms` bounds it."
+    ),
+    "fallback_answers_total": MetricDoc(
+        "counter",
+        "requests",
+        ("serve",),
+        "Requests that `serve.fallback` answered: no model, or no counters yet.",
+    ),
     "swaps_total": MetricDoc(
         "counter", "swaps", ("serve",), "Versions that serving took: snapshots loaded and deltas applied."
     ),

@@ -184,7 +184,7 @@ def test_serving_reads_the_same_values_at_its_watermark():
     for as_of_ms in (450, 451, 499, 500, 900):
         # Another key's record moves the time at which all are read.
         memory.take(taken("d/z", as_of_ms, {}))
-        served = memory.columns(FeatureSpec(counters=(DECAYED,)), raw, 3)
+        served = memory.look_up(FeatureSpec(counters=(DECAYED,)), raw, 3).open()
         assert list(served[0].values()) == [float(v) for v in state.value("a", as_of_ms)]
         assert list(served[0]) == list(DECAYED.columns())
         assert set(served[1].values()) == set(served[2].values()) == {0.0}

@@ -37,6 +37,7 @@ from headrace.contract.spec import (
     TimePart,
 )
 from headrace.stream.features.featurize import featurize, split_check
+from headrace.stream.features.few_rows import Numbers, Same, arrow_of, few_of
 from headrace.stream.features.transforms import char_ngrams, word_ngrams
 
 COUNTER = Counter(name="u", key="user", counts=("impression", "click", "sum:buy.value", "last:click"))
@@ -160,6 +161,29 @@ def test_forms_of_the_same_columns_give_the_same_bits(rows):
         featurize(table.combine_chunks().to_batches()[0], SPEC) if rows else wanted,
     ):
         assert found[0].tobytes() == wanted[0].tobytes() and found[1].tobytes() == wanted[1].tobytes()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(ROW, min_size=1, max_size=25), st.sets(st.sampled_from(SCHEMA.names)), st.booleans())
+def test_columns_of_few_rows_give_the_bits_of_arrows(rows, same, is_arrow):
+    """Serving's columns: NumPy's, Python's, and those where all rows have one value, as training has them in Arrow."""
+    rows = [row | {name: rows[0][name] for name in same} for row in rows]
+    wanted, columns = featurize(batch_of(rows), SPEC), {}
+    for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True):
+        values = [row[name] for row in rows][: 1 if name in same else None]
+        if kind == pa.float32():
+            missing_N = np.array([value is None for value in values])
+            numbers_N = np.array([value or 0 for value in values], np.float32)
+            column = Numbers(numbers_N, missing_N if missing_N.any() else None)
+        else:
+            column = few_of(values, KINDS.get(kind, "list[int64]" if name == "topics" else "list[string]"))
+        column = Same(column, len(rows)) if name in same else column
+        columns[name] = arrow_of(column) if is_arrow else column
+    found = featurize(columns, SPEC)
+    assert found[0].tobytes() == wanted[0].tobytes() and found[1].tobytes() == wanted[1].tobytes()
+
+
+KINDS = {pa.int64(): "int64", pa.float64(): "float64", pa.string(): "string"}
 
 
 def slots_of(feature, rows: list[dict]) -> list[list[int]]:

@@ -49,7 +49,8 @@ from headrace.process import waits
 from headrace.replay.as_trained import Result, as_trained
 from headrace.replay.ledger.ledger import Ledger
 from headrace.replay.ledger.take_stock import Mode, take_stock
-from headrace.serving.api.app import ServingApp, ServingDependencies
+from headrace.serving.api.app import ServingApp
+from headrace.serving.api.dependencies import ServingDependencies
 from headrace.serving.features import FeatureMemory
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from loop_world import START_MS, Loop, opened, quiet
 from option_draft import SHOWN_TAG, Draft
+from served_world import opened_columns
 
 from headrace.contract.config import AggregateConfig, Config
 from headrace.contract.crawl import external_columns
@@ -166,7 +167,7 @@ def _request(out: Outcome, number: int, coming: list[tuple[int, str, dict[str, A
         record = {**candidate, "event_id": event_id, "request_id": request_id, "place": place}
         record["event_time_ms"] = loop.clock.now_ms()
         if answer is not None:
-            record |= {**answer["served"][place], "version": answer["version"]}
+            record |= {"served": answer["served"][place], "version": answer["version"]}
         records.append(record)
         out.shown[event_id] = record
         out.answered[event_id] = list(FATES[(number * SHOWN + place) % len(FATES)])
@@ -271,7 +272,7 @@ def _check_features(out: Outcome) -> None:
     rows = {row["event_id"]: row for row in out.rows()}
     assert len(out.asked) > 5
     for request_id, asked in out.asked.items():
-        served = asked.answer["served"]
+        served = opened_columns(out.project, asked.answer["served"], out.loop.privacy)
         columns = {**asked.raw, EVENT_TIME: pa.array([asked.at_ms] * len(served), pa.int64())}
         for name in spec.counter_columns():
             columns[name] = pa.array([each[name] for each in served], pa.float32())

@@ -47,6 +47,6 @@ def test_servings_memory_takes_no_such_counter(name: str, number: int) -> None:
     with pytest.raises(msgspec.DecodeError):
         memory.take(record(msgspec.json.encode({**said, name: number, "buckets": {"0": [1]}})))
     memory.take(record(msgspec.json.encode({**said, "buckets": {"0": [1]}})))
-    assert memory.watermark_ms == 5 and "c/k" in memory._rows
+    assert memory.watermark_ms == 5 and "c/k" in memory._table
     with pytest.raises(msgspec.DecodeError):
         msgspec.json.decode(b'{"crawl_time_ms": 5, "epoch": %d, "values": {}}' % number, type=ExternalValue)

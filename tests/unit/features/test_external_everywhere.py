@@ -137,7 +137,7 @@ def test_the_sample_holds_what_was_known_and_serving_says_the_same(world: World)
     for record in world.records("features"):
         memory.take(record)
     raw = {"user": pa.array([1, 1, 1]), "item": pa.array([7, 8, None], pa.int64())}
-    served = memory.columns(PROJECT.features, raw, 3)
+    served = memory.look_up(PROJECT.features, raw, 3).open()
     assert [[row[name] for name in NAMES] for row in served] == [second, nothing, nothing]
     # What serving gets of them is what the sample holds, bit for bit.
     kinds = impression_schema(PROJECT)

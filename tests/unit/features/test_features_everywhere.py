@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from served_world import served_of
 
 from headrace.backends.lake.delta import DeltaLake
 from headrace.contract.config import JoinConfig
@@ -156,7 +157,9 @@ def test_a_counter_over_two_fields_is_the_same_in_join_aggregator_and_serving(sa
         key = f"{settled.counter}/{settled.key}".encode()
         memory.take(Record("features", 0, 0, key, msgspec.json.encode(body), {}, 0))
     raw = merge(PROJECT, FIELDS, [{}, {"title": None}, {"title": "Red"}])
-    found = [(row["counter.ut.buy"], row["counter.ut.impression"]) for row in memory.columns(PROJECT.features, raw, 3)]
+    found = [
+        (row["counter.ut.buy"], row["counter.ut.impression"]) for row in memory.look_up(PROJECT.features, raw, 3).open()
+    ]
     assert found == [(1, 2), (0, 0), (0, 0)]
 
 
@@ -207,10 +210,10 @@ def test_serving_scores_as_the_trainer_does(samples, tmp_path):
     model.load_snapshot(weights, meta)
     for n, candidate in enumerate(({}, {}, {"tags": None, "topics": [], "title": None})):
         raw = merge(PROJECT, FIELDS, [candidate])
-        served = [{name: samples[name][n].as_py() for name in PROJECT.features.counter_columns()}]
+        served = served_of(PROJECT, {name: samples[name][n].as_py() for name in samples.schema.names})
         at_ms = samples["event_time_ms"][n].as_py()
-        found, _ = model.read(lambda view, s=served, t=at_ms, r=raw: rank(view, r, s, event_time_ms=t))
-        assert found == {"click": [float(learner.predict(batch)[n])]}
+        found, _ = model.read(lambda view, s=served, t=at_ms, r=raw: rank(view, r, s, rows=1, event_time_ms=t))
+        assert found.tolist() == [[float(learner.predict(batch)[n])]]
 
 
 @pytest.mark.parametrize("bad", [{"tags": "a"}, {"tags": [1]}, {"topics": ["1"]}, {"topics": [1.5]}, {"user": [1]}])

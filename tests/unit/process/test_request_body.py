@@ -28,7 +28,8 @@ from headrace.contract.errors import BadRequest
 from headrace.ingest.http import collector
 from headrace.process import http_bounds, request_body
 from headrace.process.request_body import Bodies
-from headrace.serving.api.app import BODIES, problem
+from headrace.serving.api.answers import problem
+from headrace.serving.api.app import BODIES
 from headrace.serving.processes import answer_requests, listen
 
 BYTES, DISCARDED, BODY_S = 100_000, 300_000, 60.0

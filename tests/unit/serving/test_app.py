@@ -14,6 +14,8 @@ import pytest
 from serving_world import PROJECT, RECIPE, SPEC, TOPICS, Client, Trainer, World
 
 from headrace.contract.interfaces.log import Record
+from headrace.ingest.decode.served import served_tokens
+from headrace.kernels.served_tokens import Opened
 from headrace.serving.api.app import ServingApp, make_app
 from headrace.serving.features import FeatureMemory
 from headrace.serving.impression_log import ImpressionLog
@@ -53,7 +55,12 @@ def counter(world: World, key: str, as_of_ms: int, buckets: dict[str, list[int]]
 
 def ask(client: Client, **changes: Any) -> Any:
     body = {"request_id": "r1", "context": {"user": 3, "price": 2.0}, "candidates": [{"item": 1}, {"item": 2}]}
-    return client.post("/v1/rank", json=body | changes)
+    return client.post("/v1/rank", json=body | {"open": True} | changes)
+
+
+def opened(tokens: list[str]) -> Opened:
+    """Open tokens as the gateway does."""
+    return served_tokens(PROJECT).open(pa.array(tokens, pa.string()))
 
 
 def expected(world: World, version: str, rows: list[dict[str, Any]]) -> np.ndarray:
@@ -216,7 +223,20 @@ def test_log_true_logs_one_impression_a_candidate(world: World, client: Client, 
     assert not world.logged.calls
     answer = ask(client, log=True).json()
     (call,) = world.logged.calls
-    assert call["version"] == answer["version"] and list(call["served"]) == answer["served"]
+    assert call["version"] == answer["version"] and len(call["served"]) == len(answer["served"]) == 2
+    told = ask(client, log=True, open=False).json()
+    assert told["served"] == world.logged.calls[1]["served"] == call["served"]
+
+
+def test_a_token_says_what_the_open_form_does_and_who_scored_it(world: World, client: Client, served: Trainer):
+    counter(world, "2", 9_000, {"8": [5, 2], "7": [1, 0]})
+    open_form, told = ask(client).json(), ask(client, open=False).json()
+    assert told | {"served": []} == open_form | {"served": []} and all(isinstance(t, str) for t in told["served"])
+    found = opened(told["served"])
+    assert found.reasons == {} and found.version == [served.version] * 2 and found.has_NK.all()
+    rows = [dict(zip(SPEC.counter_columns(), row, strict=True)) for row in found.values_NC.tolist()]
+    assert rows == open_form["served"]
+    assert found.scores_NT[:, 0].tolist() == told["scores"], "the score to the bit"
 
 
 def test_impressions_carry_declared_fields_counters_and_version(tmp_path: Path):
@@ -228,12 +248,12 @@ def test_impressions_carry_declared_fields_counters_and_version(tmp_path: Path):
         version="a-1",
         context={"user": 3, "secret": 1},
         candidates=[{"item": 1}, {"item": 2, "user": 4}],
-        served=[{"counter.item.click": 1.0}, {"counter.item.click": 0.0}],
+        served=["one", "two"],
         event_time_ms=77,
     )
     assert [label for label, _ in sent] == ["impression", "impression"]
     assert sent[1][1] == {
-        "user": 4, "item": 2, "price": None, "counter.item.click": 0.0, "event_id": "r#1", "request_id": "r",
+        "user": 4, "item": 2, "price": None, "served": "two", "event_id": "r#1", "request_id": "r",
         "place": 1, "event_time_ms": 77, "version": "a-1",
     }  # fmt: skip
     log.close()
@@ -269,7 +289,7 @@ def test_a_process_that_began_without_a_broker_serves_after_the_bound_and_logs_n
     world.clock.advance(2.0)
     said = ask(client, log=True).json()
     assert said["counters"] == "unread" and said["served"] == [{}, {}] and len(said["scores"]) == 2
-    assert world.logged.calls[0]["served"] == [{}, {}], "the join takes its own counters"
+    assert not opened(world.logged.calls[0]["served"]).has_NK.any(), "the join takes its own counters"
     ready = client.get("/readyz")
     assert (
         ready.status_code == 200 and "unread" in ready.text and client.get("/v1/model").json()["counters"] == "unread"

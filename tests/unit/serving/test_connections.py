@@ -28,7 +28,8 @@ from starlette.routing import Route
 from headrace.contract.errors import BadRequest
 from headrace.process import http_bounds
 from headrace.process.request_body import Bodies, BodyBounds
-from headrace.serving.api.app import BODIES, problem
+from headrace.serving.api.answers import problem
+from headrace.serving.api.app import BODIES
 from headrace.serving.processes import answer_requests, listen
 
 HEAD = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"

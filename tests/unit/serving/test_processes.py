@@ -14,89 +14,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
-import serving_process
 from local_world import free_base
+from serving_stage import WORKERS, is_alive, running, until
 
 from headrace.contract.errors import ConfigRejected
 from headrace.serving.model.region_file import region_in_memory, region_path
 from headrace.serving.model.shared_region import region_bytes
 from headrace.serving.processes import listen
-
-WORKERS = 3
-
-
-class Stage:
-    """The stage as its supervisor sees it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, serving_process.__file__, str(folder), str(WORKERS)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
-        self.pids = set[int]()
-        until(lambda: self.asked() and len(self.pids) == WORKERS, "all processes answer")
-
-    def get(self, path: str) -> str:
-        """Ask on a connection of its own, so that any process may take it."""
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=5.0, trust_env=False).text
-
-    def asked(self) -> bool:
-        """Ask once and remember who answered."""
-        try:
-            self.pids.add(int(self.get("/")))
-        except httpx.HTTPError:
-            return False
-        return True
-
-    @property
-    def workers(self) -> set[int]:
-        return self.pids - {self.process.pid}
-
-    def region(self) -> list[Path]:
-        return list((self.folder / "run").glob("headrace-model-*"))
-
-    def ended(self) -> tuple[int, str]:
-        """Wait for the end of all processes; return the exit status and the log."""
-        _, log = self.process.communicate(timeout=15.0)
-        until(lambda: not any(map(is_alive, self.pids)), "no process is left")
-        return self.process.returncode, log
-
-
-def until(holds: Callable[[], object], what: str, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@contextmanager
-def running(folder: Path) -> Iterator[Stage]:
-    stage = Stage(folder)
-    with stage.process:
-        try:
-            yield stage
-        finally:
-            for pid in {stage.process.pid, *stage.pids}:
-                if is_alive(pid):
-                    os.kill(pid, signal.SIGKILL)
 
 
 def test_all_processes_answer_on_one_port_and_stop_together(tmp_path: Path):
@@ -231,7 +158,7 @@ from headrace.serving.processes import Workers
 workers, (told, tell) = Workers(), os.pipe()
 
 def deaf():
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.write(tell, b"x")
     signal.pause()
     return 0

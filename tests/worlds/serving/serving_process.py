@@ -2,13 +2,14 @@
 
     python serving_process.py FOLDER WORKERS [JOB]
 
-Prints the port. GET / answers the process id, GET /renewals how often its first process was renewed, GET /region what
-the shared region of that process is. JOB "fails" makes a job of the first process fail as soon as the file FOLDER/fail
-is there.
+Prints the port. GET / answers the process id, GET /slow too, after 0.3 s, GET /draining whether it was told to end,
+GET /renewals how often its first process was renewed, GET /region what the shared region of that process is. JOB
+"fails" makes a job of the first process fail as soon as the file FOLDER/fail is there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from headrace.serving.draining import Ending
 from headrace.serving.model.region_file import open_region, region_path
 from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.processes import Workers, answer_requests, listen, run_processes
@@ -29,16 +31,24 @@ from headrace.serving.renewal import RENEWALS, Renewal, inherited, run_anew
 DIM, ROWS_MAX = 2, 100
 
 
-PORT = "SERVING_PROCESS_PORT"
+PORT, DRAIN_S = "SERVING_PROCESS_PORT", "SERVING_PROCESS_DRAIN_S"
 
 
 def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Workers | None, renewal: Renewal) -> int:
     """Answer until SIGTERM, which uvicorn raises again when it has stopped, or SIGHUP."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stop, told = threading.Event(), list[bool]()
+    for number_of_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number_of_signal, lambda *_: stop.set())
 
     async def number(request: Request) -> PlainTextResponse:
         return PlainTextResponse(str(os.getpid()))
+
+    async def slow(request: Request) -> PlainTextResponse:
+        await asyncio.sleep(0.3)
+        return PlainTextResponse(str(os.getpid()))
+
+    async def draining(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(bool(told)))
 
     async def region(request: Request) -> PlainTextResponse:
         return PlainTextResponse(shared.refused())
@@ -53,9 +63,18 @@ def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Wo
 
     if workers is not None:
         shared.note_refusal("seen by all")
-    app = Starlette(routes=[Route("/", number), Route("/region", region), Route("/renewals", renewals)])
+    routes = [Route("/", number), Route("/region", region), Route("/renewals", renewals)]
+    routes += [Route("/slow", slow), Route("/draining", draining)]
     jobs = {"job": fail} if workers is not None else {}
-    return answer_requests(app, listener, stop, jobs=jobs, workers=workers, renewal=renewal)
+    return answer_requests(
+        Starlette(routes=routes),
+        listener,
+        stop,
+        jobs=jobs,
+        workers=workers,
+        renewal=renewal,
+        ending=Ending(drain_s=float(os.environ.get(DRAIN_S, "0")), drains=lambda: told.append(True)),
+    )
 
 
 def opened(path: Path, reader: int) -> SharedModel:

@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.figures import Figure, show
 
