@@ -30,8 +30,8 @@ MEMORY_BYTES = 3_000_000_000
 """Three JVMs of 512 MB heap and eight Python processes, the trainer with torch."""
 FILES = 4_096
 
-OUTSIDE_ONLY = ("collector", "console", "lighthouse", "metrics_crawl")
-"""Ports that no process of the local stack opens."""
+OUTSIDE_ONLY = ("collector", "console", "lighthouse", "metrics_crawl", "serving_grpc")
+"""Ports that no process of the local stack opens where nobody asks for it."""
 
 
 class Finding(msgspec.Struct, frozen=True):

@@ -178,7 +178,7 @@ def test_the_loop_that_answers_requests_gives_signs(tmp_path: Path) -> None:
 
 def test_serving_says_that_its_own_loop_is_watched() -> None:
     text = inspect.getsource(serve)
-    assert "expect(LOOP" in text and "turned=turned" in text
+    assert "expect(LOOP" in text and "turned=partial(metrics.health.seen, LOOP)" in text
 
 
 def test_a_store_that_answers_says_that_the_name_of_the_question_is_not_there(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_labels_are_named_for_what_they_hold():
     assert {name for name, doc in METRICS.items() if "reason" in doc.labels} == {
         "events_dead_lettered_total",
         "connections_refused_total",
+        "requests_refused_total",
         "left_out_total",
         "versions_refused_total",
     }
