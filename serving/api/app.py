@@ -136,7 +136,7 @@ class ServingApp:
                 served = self.deps.features.columns(spec, raw, count)
                 return rank(view, raw, served, event_time_ms=now_ms, external=external), served
 
-            (by_task, served), meta = self.deps.shared.read(use)
+            (by_task, served), meta = self.deps.shared.read(use, is_request=True)
             version = meta.manifest.version
             if counters == "unread":
                 # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.

@@ -12,7 +12,6 @@
 | `recipe`, `spec` | the recipe is unknown here, or the spec needs a field that the project does not declare |
 | `spec` | it is a delta of another spec than the one that is served |
 | `dim`, `dense` | rows or dense weights have another shape than recipe and spec (a delta: than what is served) |
-| `dim` | rows are wider than the shared region, which is as wide as the project's recipe |
 | `key_zero`, `key_twice` | a row has the key 0, which marks an empty place, or a key has two rows, or one and none |
 | `not_finite` | a weight is NaN or infinite |
 | `digest` | what would be served is not what the trainer says: a replica that went wrong, or a delta that lacks rows |
@@ -93,13 +92,6 @@ def servable(version: str, spec_json: str, recipe_json: str, project: Project) -
         msgspec.structs.replace(project, features=spec).checked()
     except (msgspec.MsgspecError, ConfigRejected) as error:
         raise Refused("spec", f"{version} cannot be served by this project: {error}") from error
-    room = project.recipe.row_dim
-    if recipe.row_dim > room:
-        raise Refused(
-            "dim",
-            f"{version} has rows of {1 + recipe.row_dim} values and this process has room for {1 + room}: "
-            "restart `serve` with the project that declares the wider recipe.",
-        )
     try:
         return recipe, shapes_of(recipe.checked(spec), spec)
     except ConfigRejected as error:
