@@ -6,7 +6,8 @@
    complete and can be served by this project. It is served at once, whether or not the store answers. How many rows it
    has room for, and how wide it is, it says itself: it may have grown.
 3. The other copy is written anew from the active one: a writer may have died while it wrote.
-4. What a writer filled aside when it died (`growth.py`) is deleted. Everything else is deleted and begun anew. A region whose lock stays taken is left to its owners, without a name.
+4. What a writer filled aside when it died (`growth.py`) is deleted. Everything else is deleted and begun anew. A region
+   whose lock stays taken is left to its owners, without a name.
 
 A region stays when its stage ends. It goes with `headrace clean`, and memory goes with the machine.
 """

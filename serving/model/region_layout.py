@@ -67,11 +67,11 @@ def room_in(path: Path) -> tuple[int, int] | None:
     """Return (dim, rows_max) of the region in a file, or None where there is none of this layout and boot."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            head = np.frombuffer(file.read(_HEAD * 8), np.int64)
+            head = np.frombuffer(file.read(_HEAD * 8).ljust(_HEAD * 8, b"\0"), np.int64)
             size = os.fstat(file.fileno()).st_size
     except OSError:
         return None
-    if len(head) < _HEAD or head[_LAYOUT] != LAYOUT or head[_BOOT] != boot_number():
+    if head[_LAYOUT] != LAYOUT or head[_BOOT] != boot_number():
         return None
     dim, rows_max = int(head[_DIM]), int(head[_ROWS_MAX])
     # A wrong number in a head could ask for a table of any size.

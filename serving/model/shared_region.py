@@ -51,7 +51,6 @@ from headrace.serving.model.process_times import began_at, boot_number
 from headrace.serving.model.region_layout import (
     _ACTIVE,
     _BEGAN,
-    _BOOT,
     _IS_FULL,
     _LAYOUT,
     _META_SIZE,
@@ -61,6 +60,7 @@ from headrace.serving.model.region_layout import (
     _READERS,
     _RING_NEXT,
     _ROWS,
+    _ROWS_MAX,
     _SEQ,
     _WARMED,
     _WORDS,
@@ -146,8 +146,8 @@ class SharedModel(SharedReader):
         """Make this region, which an earlier writer left, whole again; False where it cannot be served."""
         head = self._region.head
         active = int(head[_ACTIVE])
-        # Of its own size it is, or it could not have been mapped.
-        if head[_LAYOUT] != LAYOUT or head[_BOOT] != boot_number() or not boot_number() or active not in (0, 1):
+        mine = LAYOUT, boot_number(), self.dim, self.rows_max
+        if tuple(head[_LAYOUT : _ROWS_MAX + 1]) != mine or not boot_number() or active not in (0, 1):
             return False
         seq, rows, size = (int(head[word + active]) for word in (_SEQ, _ROWS, _META_SIZE))
         if seq <= 0 or seq % 2 or not 0 <= rows <= self.rows_max or not 0 < size <= META_BYTES:
@@ -261,7 +261,7 @@ class SharedModel(SharedReader):
         self._write_copy(active, write_again)
 
     def _prepare(self, kind: int = 0, wait_s: float = _WARM_S) -> list[int]:
-        """Wait, at most `wait_s`, until each process that looks has warmed what is prepared; return those that failed."""
+        """Wait until each process has warmed what is prepared, at most `wait_s`; return the readers that failed."""
         head = self._region.head
         pids, began, warmed = (head[word : word + READERS_MAX] for word in (_PIDS, _BEGAN, _WARMED))
         # One that has never looked is not waited for.

@@ -127,13 +127,18 @@ def test_a_writer_that_dies_while_it_grows_leaves_a_whole_region(
     model = writer(tmp_path / "m")
     reader = SharedModel(tmp_path / "m", dim=DIM, rows_max=100, reader=1)
     assert (rows_of(reader, 90) == 1).all()
-    rename = shared_region.take_name
+    rename, lock, locks = shared_region.take_name, shared_region.locked, list[int]()
 
     def dies(*given: Path) -> None:
         if at == "after":
             rename(*given)
         raise Died
 
+    def locks_it(path: Path) -> int:
+        locks.append(lock(path))
+        return locks[-1]
+
+    monkeypatch.setattr(shared_region, "locked", locks_it)
     if at == "check":
         monkeypatch.setattr(growth, "apply", dies)
     else:
@@ -141,7 +146,8 @@ def test_a_writer_that_dies_while_it_grows_leaves_a_whole_region(
     with pytest.raises(Died):
         take(model, 2, 500)
     monkeypatch.undo()
-    os.close(model.lock)
+    for each in (model.lock, *locks):  # As the end of the process does.
+        os.close(each)
     after = open_region(
         tmp_path / "m", dim=DIM, rows_max=100, is_good=lambda meta: True, wait_s=0.0, room=Room(left=lambda: PLENTY)
     )
