@@ -194,7 +194,7 @@ class Stage:
 
     def memory(self) -> dict[str, float]:
         """Return the memory of all processes without what they share, and that of the region: MB."""
-        first, _ = (versions.snapshot(run) for run in "ab")
+        first = psutil.Process(self.process.pid)
         infos = [each.memory_info() for each in (first, *first.children())]
         own = sum(info.rss - info.shared for info in infos) / 1e6
         return {"own": own, "region": self.region.stat().st_blocks * 512 / 1e6}
