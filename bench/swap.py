@@ -30,6 +30,7 @@ from random import Random
 
 import msgspec
 import numpy as np
+import psutil
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent / "harness"))
