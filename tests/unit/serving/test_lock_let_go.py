@@ -53,6 +53,15 @@ def test_what_keeps_the_lock_is_seen():
     assert turns_while(lambda: numbers.sort(key=None)) < LEAST or sys.getswitchinterval() < 0.001
 
 
+def test_keys_are_counted_without_the_lock(weights: Weights, monkeypatch: pytest.MonkeyPatch):
+    """`np.unique` keeps the lock for whole seconds of two million keys, though not all the time: no turns tell it."""
+    monkeypatch.setattr(np, "unique", None)
+    admit._check(weights, "a-1", RECIPE.dim, {"w": [5]})
+    twice = Weights(np.append(weights.keys_K[1:], weights.keys_K[5]), weights.values_KV, weights.dense)
+    with pytest.raises(admit.Refused, match=f"of {ROWS - 1} keys"):
+        admit._check(twice, "a-1", RECIPE.dim, {"w": [5]})
+
+
 @pytest.mark.parametrize("step", ["keys", "sum", "load"])
 def test_each_step_of_a_big_snapshot_lets_others_run(tmp_path: Path, weights: Weights, step: str):
     shared = SharedModel(tmp_path / "m", dim=RECIPE.dim, rows_max=ROWS, create=True)
