@@ -33,10 +33,11 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-sys.path.insert(0, str(Path(__file__).parent / "harness"))
-import swap_stage
-from figures import Figure, show
-from swap_stage import DIM, PROJECT
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import swap_stage
+from harness.figures import Figure, show
+from harness.swap_stage import DIM, PROJECT
 
 from headrace.contract.formats.snapshot import FORMAT, Manifest, Weights, encode_manifest, encode_weights
 from headrace.stream.features.featurize import featurize

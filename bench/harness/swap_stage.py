@@ -1,8 +1,8 @@
 """The serving stage of bench/swap.py in processes of its own: real workers, socket and updater; the log is a memory.
 
-    python -m swap_stage FOLDER WORKERS
+    python swap_stage.py FOLDER WORKERS PORT
 
-Prints the port. Each line of its standard input is a file of FOLDER: the record that the updater gets then, headers
+Prints the port and the region. Each line of its standard input is a file of FOLDER: the record that the updater gets then, headers
 first. For each it prints when it came and when the version was served, in seconds of the monotonic clock.
 """
 

@@ -352,12 +352,10 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     candidates_max: Count = 1_000
     """Most candidates in one request to `POST /v1/rank`. Unit: candidates."""
     rows_max: Count = 1_048_576
-    """Rows that one copy of the model's tables has room for at first. It grows beyond, while it answers, within
-    `memory_bytes`. Unit: rows."""
+    """Rows that one copy of the model's tables has room for at first; it grows within `memory_bytes`. Unit: rows."""
     memory_bytes: Annotated[int, Meta(ge=0)] = 0
-    """Most memory that the model may take while it grows: two copies, and two larger ones beside them. What needs more
-    is refused, and the served version stays. 0: what the machine, or the memory limit of the control group, has left.
-    Unit: bytes."""
+    """Most memory of the model while it grows: two copies, and two larger ones beside them. What needs more is refused.
+    0: what the machine, or the memory limit of its control group, has left. Unit: bytes."""
     counters_behind_ms: Annotated[int, Meta(ge=2_000)] = 10_000
     """How far the counters of a process may be behind the end of `features` before it is not ready. While no broker
     answers for longer than that, serving goes on from what it knows and says so in each answer. Unit: ms."""

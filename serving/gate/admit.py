@@ -45,7 +45,7 @@ from headrace.contract.formats.snapshot import (
 )
 from headrace.contract.project import Project, Recipe
 from headrace.contract.spec import FeatureSpec
-from headrace.serving.model.shared_region import Meta
+from headrace.serving.model.shared_reader import Meta
 from headrace.trainer.model.scoring import shapes_of
 
 logger = logging.getLogger("headrace.serve")

@@ -125,10 +125,10 @@ def fill_larger(old: Region, path: Path, *, dim: int, rows_max: int, rows: int, 
         raise InvariantBroken(f"{held} rows do not fit into {path}, which has room for {rows_max}.")
     larger.dense[0][:] = old.dense[active]
     larger.meta[0][:size] = old.meta[active][:size]
-    for part in (larger.index, larger.dense):
-        part[1][:] = part[0]
-    for part, used in ((larger.keys, held), (larger.values, held), (larger.meta, size)):
-        part[1][:used] = part[0][:used]
+    larger.index[1][:] = larger.index[0]
+    larger.dense[1][:] = larger.dense[0]
+    larger.keys[1][:held], larger.values[1][:held] = larger.keys[0][:held], larger.values[0][:held]
+    larger.meta[1][:size] = larger.meta[0][:size]
     for copy in range(2):
         larger.head[_SEQ + copy], larger.head[_ROWS + copy] = old.head[_SEQ + active], held
         larger.head[_META_SIZE + copy] = size

@@ -100,8 +100,7 @@ def _work(
             reader, runtime.topics.features, stop, clock=runtime.clock, metrics=metrics
         ),
     }
-    jobs["what is told"] = lambda: _tell(app, stop)
-    jobs["what is prepared"] = lambda: _warm(shared, stop)
+    jobs |= {"what is told": lambda: _tell(app, stop), "what is prepared": lambda: _warm(shared, stop)}
     if workers is not None:
         updater = Updater(
             project=runtime.project,
