@@ -2,8 +2,8 @@
 
     python swap_stage.py FOLDER WORKERS PORT
 
-Prints the port and the region. Each line of its standard input is a file of FOLDER: the record that the updater gets then, headers
-first. For each it prints when it came and when the version was served, in seconds of the monotonic clock.
+Prints the port and the region. Each line of its standard input is a file of FOLDER: the record that the updater gets
+then, headers first. For each it prints when it came and when the version was served, in seconds of the monotonic clock.
 """
 
 from __future__ import annotations
