@@ -3,7 +3,7 @@
     python swap_kills.py FOLDER SEED KILLS
 
 One process without threads forks a writer and readers, so that each costs milliseconds. The writer swaps without end:
-deltas, whole models, models of more rows and of wider ones; all values of a version are its step. Every now and then
+deltas, whole models, models of more rows and of wider ones; each value is the step that wrote it. Every now and then
 the writer or a reader is killed with SIGKILL, and another one takes its place. Prints JSON: what readers answered.
 """
 
@@ -33,14 +33,32 @@ FIRST = 40
 KEYS = np.arange(1, 4_001, dtype=np.int64) * 7919
 
 
-def model_of(step: int) -> tuple[Weights, Meta, bool]:
-    """Return a version, a function of its step alone, and whether it is a whole model: rows and width grow with it."""
-    count, width = min(len(KEYS), FIRST + step), 1 + DIM + step // 60
-    weights = Weights(
-        KEYS[:count], np.full((count, width), step, np.float32), {"w": np.full((30, 20), step, np.float32)}
+def is_whole(step: int) -> bool:
+    """Say whether a version comes as a whole model: rows get wider with it, or it is one of another run."""
+    return step % 60 == 0 or step % 7 == 0
+
+
+def values_at(step: int) -> np.ndarray:
+    """Return the step at which each row was written last, as of a version: float32 [K]."""
+    whole = next(at for at in range(step, -1, -1) if is_whole(at))
+    i_K = np.arange(min(len(KEYS), FIRST + step))
+    by_turn_K = step - (step - i_K) % 3
+    new_K = i_K - FIRST + 1
+    return np.maximum.reduce([np.full(len(i_K), whole), by_turn_K, np.where(new_K <= step, new_K, 0)]).astype(
+        np.float32
     )
-    manifest = Manifest(kind="delta", model="m", run="r", step=step, version=f"r-{step}", dim=width - 1)
-    return weights, Meta(manifest, "r-0", "{}", "{}", {"w": [30, 20]}), step % 60 == 0 or step % 7 == 0
+
+
+def model_of(step: int, fresh: bool) -> tuple[Weights, Meta]:
+    """Return a version, a function of its step alone: whole, or the third of all rows whose turn it is and new ones.
+    Rows and width grow with it."""
+    wide, now_K = 1 + DIM + step // 60, values_at(step)
+    keys_K = KEYS[: len(now_K)]
+    some_K = np.ones(len(now_K), bool) if fresh else now_K == step
+    values_KV = np.repeat(now_K[some_K, None], wide, axis=1)
+    weights = Weights(keys_K[some_K], values_KV, {"w": np.full((30, 20), step, np.float32)})
+    manifest = Manifest(kind="delta", model="m", run="r", step=step, version=f"r-{step}", dim=wide - 1)
+    return weights, Meta(manifest, "r-0", "{}", "{}", {"w": [30, 20]})
 
 
 def write(path: Path) -> None:
@@ -50,8 +68,8 @@ def write(path: Path) -> None:
     step = shared.meta().manifest.step if shared.holds_model else -1
     while True:
         step += 1
-        weights, meta, is_whole = model_of(step)
-        fresh = is_whole or not shared.holds_model
+        fresh = is_whole(step) or not shared.holds_model
+        weights, meta = model_of(step, fresh)
         shared.check_fits(weights, meta, fresh=fresh)
         if fresh:
             shared.load_snapshot(weights, meta)
@@ -61,10 +79,12 @@ def write(path: Path) -> None:
 
 
 def seen_in(view: View) -> set[float]:
-    """Return all that a version holds, as one number if it is whole."""
+    """Return the step of a version that is whole, and more than that where anything of it is of another one."""
     step, dim = view.meta.manifest.step, view.meta.manifest.dim
-    rows_KV = view.lookup(KEYS[: FIRST + step], seed=1, scale=0.0, dim=dim)
-    return {float(step), *np.unique(rows_KV).tolist(), *np.unique(view.dense()["w"]).tolist()}
+    wanted_K = values_at(step)
+    rows_KV = view.lookup(KEYS[: len(wanted_K)], seed=1, scale=0.0, dim=dim)
+    wrong = rows_KV[rows_KV != wanted_K[:, None]]
+    return {float(step), *(-1 - wrong).tolist(), *np.unique(view.dense()["w"]).tolist()}
 
 
 def read(path: Path, number: int, said: Path, is_told: threading.Event) -> None:
@@ -114,9 +134,9 @@ def load_kernels(path: Path) -> None:
     room = Room(left=lambda: 2**40)
     shared = open_region(path, dim=DIM, rows_max=FIRST, is_good=lambda meta: True, wait_s=0.0, room=room)
     for step in range(3):
-        weights, meta, is_whole = model_of(step)
-        shared.check_fits(weights, meta, fresh=is_whole)
-        shared.load_snapshot(weights, meta) if is_whole else shared.apply_delta(weights, meta)
+        weights, meta = model_of(step, is_whole(step))
+        shared.check_fits(weights, meta, fresh=is_whole(step))
+        shared.load_snapshot(weights, meta) if is_whole(step) else shared.apply_delta(weights, meta)
         shared.read(seen_in, is_request=True)
     shared._warmed(shared._region, 2)
     path.unlink()
