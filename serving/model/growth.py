@@ -31,6 +31,7 @@ from headrace.serving.model.region_layout import (
     _ROWS,
     _ROWS_MAX,
     _SEQ,
+    _WARMED,
     READERS_MAX,
     Region,
     region_bytes,
@@ -115,6 +116,7 @@ def fill_larger(old: Region, path: Path, *, dim: int, rows_max: int, rows: int, 
     larger.head[_LAYOUT : _ROWS_MAX + 1] = mine
     # Readers name themselves there.
     larger.head[_READERS : _READERS + 3 * READERS_MAX] = 0
+    larger.head[_WARMED : _WARMED + READERS_MAX] = 0
     larger.note[:], larger.ring[:] = old.note, old.ring
     active = int(old.head[_ACTIVE])
     held, size = int(old.head[_ROWS + active]), int(old.head[_META_SIZE + active])

@@ -100,6 +100,12 @@ class Held(NamedTuple):
     """The bits of all dense weights that the copy has room for."""
 
 
+def _who_looks(region: Region) -> list[int]:
+    """Return the living readers that look whether something is to be warmed; others are not waited for."""
+    pids, began, warmed = (region.head[word : word + READERS_MAX] for word in (_PIDS, _BEGAN, _WARMED))
+    return [int(r) for r in np.flatnonzero(warmed) if began_at(int(pids[r])) == began[r]]
+
+
 def _takes_all(held: Held, failed: list[int]) -> None:
     """The check that lets every model pass."""
 
@@ -264,8 +270,7 @@ class SharedModel(SharedReader):
         """Wait until each process has warmed what is prepared, at most `wait_s`; return the readers that failed."""
         head = self._region.head
         pids, began, warmed = (head[word : word + READERS_MAX] for word in (_PIDS, _BEGAN, _WARMED))
-        # One that has never looked is not waited for.
-        waits = [r for r in np.flatnonzero(warmed) if began_at(int(pids[r])) == began[r]]
+        waits = _who_looks(self._region)
         if not waits:
             return []
         number = (time.monotonic_ns() | IN_A_LARGER_REGION) ^ (IN_A_LARGER_REGION ^ kind)
@@ -349,6 +354,10 @@ class SharedModel(SharedReader):
             if self.lock >= 0:
                 os.close(self.lock)
             self.lock = lock
+        # Without a model nobody goes over before one is loaded.
+        until = time.monotonic() + (_WARM_S if self.holds_model else 0.0)
+        while any(larger.head[_WARMED + r] == 0 for r in _who_looks(old)) and time.monotonic() < until:
+            time.sleep(0.005)
         logger.info("the region has room for %d rows of %d values now", rows_max, 1 + dim)
 
     def _rows_of(self, keys_K: Int64s) -> Int64s:
