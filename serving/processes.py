@@ -1,7 +1,8 @@
 """The processes of serving: all of them answer on one port, the first one also updates the model that they share.
 
 1. The first process makes the shared region, or takes over the one of an earlier stage, and forks the workers. Each
-   worker opens the region for itself. No thread is begun before, whose locks a worker would find held for ever.
+   worker reads it by the mapping that it was born with, and lets go of it when the region grows. No thread is begun
+   before, whose locks a worker would find held for ever.
 2. Each process answers requests in its main thread; the other jobs of a process are threads beside it.
 3. A job that fails ends its process. A worker that ends ends the stage: the supervisor starts all of it again.
 4. SIGHUP asks the first process for a restart that keeps the port (`renewal.py`), SIGTERM for an end without a request
@@ -103,18 +104,23 @@ class Workers:
 
 
 def run_processes(
-    count: int, *, open_region: Callable[[int], SharedModel], work: Callable[[SharedModel, Workers | None], int]
+    count: int, *, open_region: Callable[[], SharedModel], work: Callable[[SharedModel, Workers | None], int]
 ) -> int:
     """Run `count` processes until they end, and return the exit status of the first, which is this one.
 
     Args:
-        open_region: opens the shared model as reader `number`; number 0 makes it or takes it over.
+        open_region: makes the shared model or takes it over.
         work: what a process does, with the workers in the first process and with None in a worker.
     """
-    shared, workers = open_region(0), Workers()
+    shared, workers = open_region(), Workers()
+
+    def as_reader(number: int) -> int:
+        shared.become(number)
+        return work(shared, None)
+
     try:
         for number in range(1, count):
-            workers.start(number, lambda reader=number: work(open_region(reader), None))  # type: ignore[misc]
+            workers.start(number, partial(as_reader, number))
         return work(shared, workers)
     finally:
         workers.end()

@@ -15,7 +15,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.deploy.local import stack as local_stack
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.servers import cephfs as local_cephfs
-from headrace.serving.model.region_file import region_in_memory
+from headrace.serving.model.region_file import forget_region
 
 # No example has a deadline: the first one of a compiled function waits for the compiler, and machines are busy.
 hypothesis.settings.register_profile("headrace", deadline=None)
@@ -60,7 +60,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
         yield layout
     finally:
         local_stack.stop(layout, print)
-        region_in_memory(layout.home).unlink(missing_ok=True)
+        forget_region(layout.home)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ from headrace.examples.shop.shop import PROJECT
 from headrace.examples.shop.traffic import Given, Traffic, Visit, find_data, load_traffic
 from headrace.examples.shop.web_service import CANDIDATE, feedback_record
 from headrace.sender import Sender
-from headrace.serving.model.region_file import region_in_memory
+from headrace.serving.model.region_file import forget_region
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHOP = CHECKOUT / "examples" / "shop"
@@ -89,7 +89,7 @@ class Stack:
         finally:
             if own:
                 stack.headrace("down", timeout_s=60, check=False)
-                region_in_memory(scratch / "home").unlink(missing_ok=True)
+                forget_region(scratch / "home")
             shutil.rmtree(scratch, ignore_errors=True)
 
     def headrace(self, *words: str, timeout_s: float = 120, check: bool = True) -> str:

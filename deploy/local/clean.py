@@ -20,7 +20,11 @@ def deletable(layout: Layout) -> list[Path]:
     if Supervisor(layout).running() or orphans(layout.home) or (layout.own_cephfs and own_cephfs(layout).is_mounted()):
         raise ConfigRejected(f"the stack of {layout.home} runs; `headrace down` first.")
     model = region_in_memory(layout.home)
-    return [*sorted(p for p in layout.home.glob("*") if p.name not in KEPT), *([model] if model.exists() else [])]
+    # With a larger one that was filled aside when its writer died.
+    return [
+        *sorted(p for p in layout.home.glob("*") if p.name not in KEPT),
+        *sorted(model.parent.glob(model.name + "*")),
+    ]
 
 
 def delete(layout: Layout) -> None:

@@ -38,7 +38,7 @@ from headrace.deploy.local.servers.jars import ensure_jars
 from headrace.deploy.local.servers.java import find_java
 from headrace.deploy.local.supervise import RENEWING, Program, Supervisor, end_orphans, orphans
 from headrace.process.awake import awake_s
-from headrace.serving.model.region_file import region_in_memory
+from headrace.serving.model.region_file import forget_region
 
 INFRASTRUCTURE = ("kafka", "namenode", "datanode", *cephfs.SUPERVISED)
 STAGES = ("ingest", "stream", "aggregate", "sink", "train", "serve", "shop")
@@ -143,7 +143,7 @@ def stop(layout: Layout, say: Say) -> None:
     if layout.own_cephfs:
         own_cephfs(layout).stop()
     # A stage that dies leaves its model to the next one; a stack that is put down gives the memory back.
-    region_in_memory(layout.home).unlink(missing_ok=True)
+    forget_region(layout.home)
 
 
 def restart(layout: Layout, names: Sequence[str], say: Say) -> None:

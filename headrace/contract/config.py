@@ -374,7 +374,10 @@ class ServeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     grpc: bool = False
     """Answer the Open Inference Protocol over gRPC too, on the port `serving_grpc`. It takes `headrace[grpc]`."""
     rows_max: Count = 1_048_576
-    """Most rows that one copy of the model's tables can hold. Unit: rows."""
+    """Rows that one copy of the model's tables has room for at first; it grows within `memory_bytes`. Unit: rows."""
+    memory_bytes: Annotated[int, Meta(ge=0)] = 0
+    """Most memory of the model while it grows: two copies, and two larger ones beside them. What needs more is refused.
+    0: what the machine, or the memory limit of its control group, has left. Unit: bytes."""
     counters_behind_ms: Annotated[int, Meta(ge=2_000)] = 10_000
     """How far the counters of a process may be behind the end of `features` before it is not ready. While no broker
     answers for longer than that, serving goes on from what it knows and says so in each answer. Unit: ms."""

@@ -123,13 +123,13 @@ def _round(a: np.uint64, b: np.uint64, word: np.uint64) -> tuple[np.uint64, np.u
     return _rotl(a ^ mixed, 27) * _P1 + _P4, _rotl(b ^ mixed, 41) * _C1 + _C3
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _begin(keys_R: I64s, hashes_R2: U64s) -> None:
     for i in range(keys_R.shape[0]):
         hashes_R2[i, 0], hashes_R2[i, 1] = _round(_SEED_A, _SEED_B, np.uint64(keys_R[i]))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _fold(words_RW: U32s, hashes_R2: U64s) -> None:
     # Rows within words: the rounds of different rows do not wait for each other, and run side by side.
     width = words_RW.shape[1]
@@ -143,7 +143,7 @@ def _fold(words_RW: U32s, hashes_R2: U64s) -> None:
             hashes_R2[i, 0], hashes_R2[i, 1] = _round(hashes_R2[i, 0], hashes_R2[i, 1], word)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _finish(hashes_R2: U64s) -> None:
     for i in range(hashes_R2.shape[0]):
         a, b = hashes_R2[i, 0], hashes_R2[i, 1]
@@ -154,7 +154,7 @@ def _finish(hashes_R2: U64s) -> None:
         hashes_R2[i, 0], hashes_R2[i, 1] = a ^ (a >> np.uint64(32)), b ^ (b >> np.uint64(33))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _added(hashes_R2: U64s) -> tuple[np.uint64, np.uint64]:
     low = high = np.uint64(0)
     for i in range(hashes_R2.shape[0]):

@@ -21,7 +21,7 @@ from headrace.serving.api.dependencies import ServingDependencies
 from headrace.serving.api.fallback import fallback_scores
 from headrace.serving.features import Served, State
 from headrace.serving.model.scorer import merge, rank, recipe_of, spec_of, unknown_fields
-from headrace.serving.model.shared_region import Meta, View
+from headrace.serving.model.shared_reader import Meta, View
 
 logger = logging.getLogger("headrace.serve")
 
@@ -86,7 +86,8 @@ class Ranked(msgspec.Struct, frozen=True):
 
 
 class Ranker:
-    """Answers requests for scores. One an application; it keeps nothing of a request."""
+    """Answers requests for scores. One an application. It keeps nothing of a request; the shared model
+    keeps the last few, to warm the next version with them."""
 
     def __init__(self, dependencies: ServingDependencies) -> None:
         self.deps = dependencies
@@ -170,7 +171,7 @@ class Ranker:
             found = self.deps.features.look_up(spec, raw, count)
             return rank(view, raw, found, rows=count, event_time_ms=now_ms), found
 
-        (scores_NT, found), meta = self.deps.shared.read(use)
+        (scores_NT, found), meta = self.deps.shared.read(use, is_request=True)
         version, recipe = meta.manifest.version, recipe_of(meta.recipe_json)
         # Zeros that nobody counted would be learnt for ever: without them the join takes its own counters.
         is_read = counters != "unread"

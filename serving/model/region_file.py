@@ -1,10 +1,13 @@
 """The file of the shared region: where it lies, and how a restarted stage takes over the model in it.
 
 1. The writer holds a lock on the file. So do its workers, which it forked: the lock is free when all have ended.
-2. A region is taken over when it is of this layout and size, of this user, of this boot of the machine, and its active
-   copy is complete and can be served by this project. It is served at once, whether or not the store answers.
+   Once a region has grown, the writer alone holds it: the workers only read, and the sequence keeps them right.
+2. A region is taken over when it is of this layout, of this user, of this boot of the machine, and its active copy is
+   complete and can be served by this project. It is served at once, whether or not the store answers. How many rows it
+   has room for, and how wide it is, it says itself: it may have grown.
 3. The other copy is written anew from the active one: a writer may have died while it wrote.
-4. Everything else is deleted and begun anew. A region whose lock stays taken is left to its owners, without a name.
+4. What a writer filled aside when it died (`growth.py`) is deleted. Everything else is deleted and begun anew. A region
+   whose lock stays taken is left to its owners, without a name.
 
 A region stays when its stage ends. It goes with `headrace clean`, and memory goes with the machine.
 """
@@ -23,7 +26,10 @@ from pathlib import Path
 
 from headrace.contract.errors import HeadraceError
 from headrace.process.awake import Awake
-from headrace.serving.model.shared_region import Meta, SharedModel, region_bytes
+from headrace.serving.model.growth import Room
+from headrace.serving.model.region_layout import region_bytes, room_in
+from headrace.serving.model.shared_reader import LARGER, Meta
+from headrace.serving.model.shared_region import SharedModel
 
 logger = logging.getLogger("headrace.serve")
 
@@ -33,11 +39,11 @@ MEMORY = Path("/dev/shm")
 def region_path(home: Path, *, dim: int, rows_max: int, memory: Path = MEMORY) -> Path:
     """Return where the shared region of this local state lies: in memory where there is room, else under `home`.
 
-    A region of another size that an earlier run left in memory is deleted.
+    A file there that an earlier run left and that is no region is deleted.
     """
     name, size = _name(home), region_bytes(dim, rows_max)
     if os.access(memory, os.W_OK):
-        if (memory / name).is_file() and (memory / name).lstat().st_size == size:
+        if (memory / name).is_file() and room_in(memory / name) is not None:
             return memory / name
         (memory / name).unlink(missing_ok=True)
         if shutil.disk_usage(memory).free > size:
@@ -53,19 +59,36 @@ def region_in_memory(home: Path, memory: Path = MEMORY) -> Path:
     return memory / _name(home)
 
 
+def forget_region(home: Path, memory: Path = MEMORY) -> None:
+    """Delete this local state's region where it lies in memory, and a larger one that was filled aside."""
+    path = region_in_memory(home, memory)
+    for each in (path, path.with_name(path.name + LARGER)):
+        each.unlink(missing_ok=True)
+
+
 def open_region(
-    path: Path, *, dim: int, rows_max: int, is_good: Callable[[Meta], bool], wait_s: float = 5.0
+    path: Path,
+    *,
+    dim: int,
+    rows_max: int,
+    is_good: Callable[[Meta], bool],
+    wait_s: float = 5.0,
+    room: Room | None = None,
 ) -> SharedModel:
     """Return the region for its writer: the intact one that lies there, or a new one.
 
     Args:
+        dim: the widest `Recipe.row_dim` that a new one has room for.
+        rows_max: how many rows a copy of a new one has room for.
         is_good: whether this project can serve what a region says that it holds.
         wait_s: how long to wait for processes of an earlier stage that still end.
+        room: what it may grow to; None: it does not grow.
     """
     lock = _locked(path, wait_s)
     if lock >= 0:
         try:
-            shared = SharedModel(path, dim=dim, rows_max=rows_max)
+            path.with_name(path.name + LARGER).unlink(missing_ok=True)
+            shared = SharedModel(path, dim=dim, rows_max=rows_max, room=room)
             if shared.take_over(is_good):
                 shared.lock = lock
                 logger.info("took over %s from %s", shared.meta().manifest.version, path)
@@ -73,7 +96,7 @@ def open_region(
         except (HeadraceError, OSError) as error:
             logger.warning("the region of an earlier run is left: %s", error)
         os.close(lock)
-    shared = SharedModel(path, dim=dim, rows_max=rows_max, create=True)
+    shared = SharedModel(path, dim=dim, rows_max=rows_max, create=True, room=room)
     shared.lock = _locked(path, 0.0)
     return shared
 

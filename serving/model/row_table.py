@@ -110,6 +110,15 @@ def remove(index_2C: Int64s, keys_R: Int64s, values_RV: Float32s, rows: int, gon
     return rows
 
 
+@numba.njit(cache=True, nogil=True)
+def touch(bytes_N: npt.NDArray[np.uint8]) -> int:
+    """Read a byte of each page, so that this process has it mapped; return their sum."""
+    total = 0
+    for at in range(0, bytes_N.shape[0], 4096):
+        total += bytes_N[at]
+    return total
+
+
 def split_initial(weights: Weights, recipe: Recipe) -> Weights:
     """Return these with only the rows that need a place; the keys of the others, which hold the values that they began
     with, are among those that have no row. Format 2 comes like that already."""

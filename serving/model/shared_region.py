@@ -19,346 +19,281 @@ for lives (by its id and its beginning, for ids are used again), and frees the w
 Cost: two copies of rows and dense weights, every delta applied twice, 1 us a read, and a writer that waits for the
 slowest reader of the copy that it left, at most `wait_s`; a reader that is slower still reads again.
 
-Layout of the file (an mmap, in `/dev/shm` by default; `serving/model/region_file.py` makes it or takes it over): head
-int64 [2048], what was refused, ring of recent versions, then for each copy: meta, dense float32, index int64 [2, C]
-(key, row), keys int64 [R], values float32 [R, V]; `serving/model/row_table.py` has what happens in the last three.
+A model that outgrows the region moves to a larger one (`serving/model/growth.py`): the head of the old one then says
+that there is another, and each reader goes over before its next read. What reads the old one ends there, for nothing is
+written to it any more; its memory is freed when the last process has gone over. `serving/model/region_layout.py` has
+what lies where, `serving/model/row_table.py` what happens among rows, and `serving/model/region_file.py` the name.
 
-Legend: C entries of the index, R rows at most, V values a row (linear, then embedding), K keys asked or changed.
+Before a whole model is switched to it is warmed (`warm`, `_prepare`): each process scores its recent requests against
+it once, so that its pages are mapped and the codes of its features and recipe are made, and says so.
+
+Legend: R rows at most, V values a row (linear, then embedding), K keys asked or changed.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import mmap
 import os
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.contract.errors import InvariantBroken, Overloaded, Unavailable
-from headrace.contract.formats.snapshot import Manifest, Weights
-from headrace.kernels.row_sums import RowSum
-from headrace.serving.model.known import Known, decode_known, encode_known
+from headrace.contract.errors import HeadraceError, InvariantBroken, Overloaded
+from headrace.contract.formats.snapshot import Weights
+from headrace.serving.model.growth import Room, fill_larger, locked, rows_for, take_name
+from headrace.serving.model.known import encode_known
 from headrace.serving.model.process_times import began_at, boot_number
-from headrace.serving.model.region_text import fence, put_text, text_in
-from headrace.serving.model.row_table import Float32s, Int64s, apply, find, remove
-from headrace.trainer.model.tables.table import initial_values
-
-T = TypeVar("T")
-
-READERS_MAX = 256
-_ACTIVE, _SEQ, _ROWS, _META_SIZE, _RING_NEXT, _IS_FULL, _LAYOUT, _BOOT, _DIM, _ROWS_MAX = (
-    0,
-    1,
-    3,
-    5,
-    7,
-    8,
-    9,
-    10,
-    11,
-    12,
+from headrace.serving.model.region_layout import (
+    _ACTIVE,
+    _BEGAN,
+    _IS_FULL,
+    _LAYOUT,
+    _META_SIZE,
+    _MOVED,
+    _PIDS,
+    _PREPARED,
+    _READERS,
+    _RING_NEXT,
+    _ROWS,
+    _ROWS_MAX,
+    _SEQ,
+    _WARMED,
+    _WORDS,
+    DENSE_MAX,
+    LAYOUT,
+    META_BYTES,
+    NOTE_BYTES,
+    READERS_MAX,
+    RING,
+    RING_BYTES,
+    Region,
+    room_in,
 )
-LAYOUT = 3
-"""Raise it with every change of what lies where, so that no other version takes the region over."""
-# Words of each reader: the copy that it is in (plus 1), its process, when that began; then how far its counters are.
-_READERS, _PIDS, _BEGAN, _OFFSETS, _CURRENT_MS, _TOLD_MS = (16 + i * READERS_MAX for i in range(6))
-_WORDS = 6
-_HEAD = 2048
-RING, RING_BYTES = 2048, 8192
-NOTE_BYTES = 4096
-META_BYTES = 1_048_576
-DENSE_MAX = 4_194_304
-"""Most dense weights: 16 MiB a copy."""
-ASK_AGAIN_MAX = 1_000
+from headrace.serving.model.region_layout import region_bytes as region_bytes
+from headrace.serving.model.region_text import fence, put_text
+from headrace.serving.model.row_table import Float32s, Int64s, apply, find, remove
+from headrace.serving.model.shared_reader import IN_A_LARGER_REGION, LARGER, Meta, SharedReader
+from headrace.serving.model.shared_reader import Told as Told
+from headrace.serving.model.shared_reader import View as View
+
+logger = logging.getLogger("headrace.serve")
+
 _LOOK_S = 0.005
 """How often the writer looks whether a reader that it waits for lives. 5 ms: a request takes less."""
+_WARM_S = 2.0
+"""Longest wait until each process has warmed a model."""
 _NO_KEYS = np.empty(0, np.int64)
 
 
-class Meta(msgspec.Struct, frozen=True):
-    """What a copy says about the version that it holds."""
+class Held(NamedTuple):
+    """What a copy holds, as views. For the writer alone, between its writes."""
 
-    manifest: Manifest
-    """That of the snapshot or delta that made this version."""
-    snapshot: str
-    """The snapshot's version that this copy began with."""
-    spec_json: str
-    recipe_json: str
-    shapes: dict[str, list[int]]
-    applied_ms: int = 0
-    next_delta: int = -1
-    """Offset in `deltas` behind what made this version: where whoever takes the region over reads on. -1: unknown."""
-    held: RowSum | None = None
-    """Of the rows that this version has; None in regions of earlier releases."""
-    dense_sha256: str = ""
-    """Of its dense weights, likewise."""
+    index_2C: Int64s
+    keys_R: Int64s
+    values_RV: Float32s
+    dense_N: npt.NDArray[np.uint32]
+    """The bits of all dense weights that the copy has room for."""
 
 
-class Told(NamedTuple):
-    """How far the counters of one process are, as it said itself. Times are of the machine's monotonic clock."""
-
-    worker: int
-    offset: int
-    """Of the next record of `features` that it reads."""
-    current_ms: int
-    """When it was known to have read all that there was."""
-    told_ms: int
+def _who_looks(region: Region) -> list[int]:
+    """Return the living readers that look whether something is to be warmed; others are not waited for."""
+    pids, began, warmed = (region.head[word : word + READERS_MAX] for word in (_PIDS, _BEGAN, _WARMED))
+    return [int(r) for r in np.flatnonzero(warmed) if began_at(int(pids[r])) == began[r]]
 
 
-def region_bytes(dim: int, rows_max: int) -> int:
-    """Return the size of the region. Pages take memory when they are first written."""
-    sizes = [META_BYTES, DENSE_MAX * 4, _entries(rows_max) * 16, rows_max * 8, rows_max * (1 + dim) * 4]
-    return _HEAD * 8 + NOTE_BYTES + RING * RING_BYTES + 2 * sum(-(-s // 4096) * 4096 for s in sizes)
+def _takes_all(held: Held, failed: list[int]) -> None:
+    """The check that lets every model pass."""
 
 
-def _entries(rows_max: int) -> int:
-    return 1 << (2 * rows_max - 1).bit_length()
-
-
-class SharedModel:
+class SharedModel(SharedReader):
     """The region, opened by the writer (`create=True`) and by every reader. One writer; readers have numbers."""
 
-    def __init__(self, path: Path, *, dim: int, rows_max: int, reader: int = 0, create: bool = False) -> None:
-        if not 0 <= reader < READERS_MAX:
-            raise Overloaded(f"reader {reader}: at most {READERS_MAX} processes read one model.")
-        self.path, self.rows_max, self._reader = path, rows_max, reader
-        entries, width, size = _entries(rows_max), 1 + dim, region_bytes(dim, rows_max)
-        if create:
-            path.unlink(missing_ok=True)
-            with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-                file.truncate(size)  # Sparse: only pages that are written take memory.
-        with open(path, "r+b") as file:
-            if os.fstat(file.fileno()).st_size != size:
-                raise InvariantBroken(f"{path} has another size; the updater must make it anew: restart `serve`.")
-            self._map = mmap.mmap(file.fileno(), size)
-            self._file = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._file)
-        self._reserved_rows = -1
-        raw = np.frombuffer(self._map, np.uint8)
-        self._head = raw[: _HEAD * 8].view(np.int64)
-        at = _HEAD * 8
-        self._note = raw[at : at + NOTE_BYTES]
-        at += NOTE_BYTES
-        self._ring = raw[at : at + RING * RING_BYTES].reshape(RING, RING_BYTES)
-        at += RING * RING_BYTES
-        self._meta: list[npt.NDArray[np.uint8]] = []
-        self._dense: list[Float32s] = []
-        self._index: list[Int64s] = []
-        self._keys: list[Int64s] = []
-        self._values: list[Float32s] = []
-        for _ in range(2):
-            self._meta.append(raw[at : at + META_BYTES])
-            at += META_BYTES
-            self._dense.append(raw[at : at + DENSE_MAX * 4].view(np.float32))
-            at += DENSE_MAX * 4
-            self._index.append(raw[at : at + entries * 16].view(np.int64).reshape(2, entries))
-            at += -(-entries * 16 // 4096) * 4096
-            self._keys.append(raw[at : at + rows_max * 8].view(np.int64))
-            at += -(-rows_max * 8 // 4096) * 4096
-            self._values.append(raw[at : at + rows_max * width * 4].view(np.float32).reshape(rows_max, width))
-            at += -(-rows_max * width * 4 // 4096) * 4096
-        self._known: tuple[int, int, Meta] | None = None
-        self._pid, self._identity = 0, (LAYOUT, boot_number(), dim, rows_max)
-        self.lock = -1
-        """The writer's lock on the file, see `serving/model/region_file.py`."""
-        if create:
-            self._head[_LAYOUT : _ROWS_MAX + 1] = self._identity
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dim: int,
+        rows_max: int,
+        reader: int = 0,
+        create: bool = False,
+        room: Room | None = None,
+    ) -> None:
+        """Open the region, or make one.
 
-    # Reading.
-
-    def read(self, use: Callable[[View], T]) -> tuple[T, Meta]:
-        """Return `use(view)` and the meta of the one version that it saw. `use` may run again: it changes nothing.
-
-        Raises `Unavailable` while no model was loaded, or when a version could not be held for long enough.
+        Args:
+            dim: with `create`, the widest `Recipe.row_dim` that there is room for; without, what the file says counts.
+            rows_max: likewise the rows of a copy.
+            room: what it may grow to; None: it does not grow.
         """
-        if self._pid != os.getpid():  # Opened here, or before a fork.
-            self._name_reader()
-        for _ in range(ASK_AGAIN_MAX):
-            copy = int(self._head[_ACTIVE])
-            self._head[_READERS + self._reader] = copy + 1
-            try:
-                before = int(self._head[_SEQ + copy])
-                if before == 0:
-                    raise Unavailable("no model is loaded yet; ask again when /readyz says so.")
-                if before % 2 or int(self._head[_ACTIVE]) != copy:
-                    continue
-                fence()
-                try:
-                    meta = self._meta_of(copy, before)
-                    result = use(View(self, copy, meta))
-                except Exception:
-                    # An error of `use` in a copy that is being written says nothing about the model.
-                    if int(self._head[_SEQ + copy]) == before:
-                        raise
-                    continue
-                fence()
-                if int(self._head[_SEQ + copy]) == before:
-                    return result, meta
-            finally:
-                self._head[_READERS + self._reader] = 0
-        raise Unavailable(f"the model changed {ASK_AGAIN_MAX} times while one request read it.")
-
-    def _name_reader(self) -> None:
-        self._pid = os.getpid()
-        self._head[_READERS + self._reader] = 0
-        self._head[_BEGAN + self._reader] = began_at(self._pid)
-        self._head[_PIDS + self._reader] = self._pid
-
-    def _meta_of(self, copy: int, seq: int) -> Meta:
-        if self._known is not None and self._known[:2] == (copy, seq):
-            return self._known[2]
-        size = int(self._head[_META_SIZE + copy])
-        meta = msgspec.json.decode(self._meta[copy][:size].tobytes(), type=Meta)
-        fence()
-        if int(self._head[_SEQ + copy]) == seq:
-            self._known = (copy, seq, meta)
-        return meta
-
-    def meta(self) -> Meta:
-        """Return what the active copy says about its version."""
-        return self.read(lambda view: None)[1]
-
-    def known_by(self, version: str) -> Known | None:
-        """Return what a recent version (one of the last 2,000 or so) contains, or None."""
-        newest = int(self._head[_RING_NEXT])
-        for number in range(newest, max(-1, newest - RING + 1), -1):
-            # One more than the newest: a version that readers see already may not be counted yet.
-            found = text_in(self._ring[number % RING])
-            try:
-                known = decode_known(found)
-            except msgspec.DecodeError:
-                continue
-            fence()
-            if known.version == version and int(self._head[_RING_NEXT]) < number + RING:
-                return known
-        return None
-
-    def refused(self) -> str:
-        """Return why the newest snapshot or delta was refused; empty when it was taken."""
-        return text_in(self._note).decode(errors="replace")
-
-    def tell(self, *, offset: int, current_ms: int, now_ms: int) -> None:
-        """Tell all processes how far the counters of this one are: see `Told`."""
-        if self._pid != os.getpid():
-            self._name_reader()
-        words = {_OFFSETS: offset, _CURRENT_MS: current_ms, _TOLD_MS: max(1, now_ms)}
-        for word, value in words.items():
-            self._head[word + self._reader] = value
-
-    def told(self) -> list[Told]:
-        """Return what each process told last, by its number."""
-        tables = (self._head[word : word + READERS_MAX] for word in (_OFFSETS, _CURRENT_MS, _TOLD_MS))
-        offsets, current, told = (table.copy() for table in tables)
-        return [Told(int(i), int(offsets[i]), int(current[i]), int(told[i])) for i in np.flatnonzero(told)]
-
-    @property
-    def holds_model(self) -> bool:
-        """True once a model was loaded or taken over."""
-        return int(self._head[_SEQ + int(self._head[_ACTIVE])]) > 0
-
-    @property
-    def is_full(self) -> bool:
-        """True while what came last was refused because it does not fit."""
-        return bool(self._head[_IS_FULL])
-
-    @property
-    def rows(self) -> int:
-        """Return how many rows the active copy has."""
-        return int(self._head[_ROWS + int(self._head[_ACTIVE])])
+        if create:
+            region = Region.create(path, dim=dim, rows_max=rows_max)
+        else:
+            region = Region(path, **dict(zip(("dim", "rows_max"), room_in(path) or (dim, rows_max), strict=True)))
+        super().__init__(region, path, reader)
+        self.room = room
 
     # Writing: one process only.
 
     def held(self) -> Held:
         """Return the active copy, rows in use alone."""
-        active, rows = int(self._head[_ACTIVE]), self.rows
-        arrays = self._keys[active][:rows], self._values[active][:rows], self._dense[active].view(np.uint32)
-        return Held(self._index[active], *arrays)
+        return self._held_in(int(self._region.head[_ACTIVE]))
+
+    def _held_in(self, copy: int) -> Held:
+        region, rows = self._region, int(self._region.head[_ROWS + copy])
+        arrays = region.keys[copy][:rows], region.values[copy][:rows], region.dense[copy].view(np.uint32)
+        return Held(region.index[copy], *arrays)
 
     def take_over(self, is_good: Callable[[Meta], bool]) -> bool:
         """Make this region, which an earlier writer left, whole again; False where it cannot be served."""
-        active = int(self._head[_ACTIVE])
-        if tuple(self._head[_LAYOUT : _ROWS_MAX + 1]) != self._identity or not boot_number() or active not in (0, 1):
+        head = self._region.head
+        active = int(head[_ACTIVE])
+        mine = LAYOUT, boot_number(), self.dim, self.rows_max
+        if tuple(head[_LAYOUT : _ROWS_MAX + 1]) != mine or not boot_number() or active not in (0, 1):
             return False
-        seq, rows, size = (int(self._head[word + active]) for word in (_SEQ, _ROWS, _META_SIZE))
+        seq, rows, size = (int(head[word + active]) for word in (_SEQ, _ROWS, _META_SIZE))
         if seq <= 0 or seq % 2 or not 0 <= rows <= self.rows_max or not 0 < size <= META_BYTES:
             return False
         try:
-            meta = msgspec.json.decode(self._meta[active][:size].tobytes(), type=Meta)
+            meta = msgspec.json.decode(self._region.meta[active][:size].tobytes(), type=Meta)
             if not is_good(meta):
                 return False
         except msgspec.MsgspecError:
             return False
-        self._head[_READERS : _READERS + _WORDS * READERS_MAX] = 0
-        idle = 1 - active
-        self._head[_SEQ + idle] |= 1  # A writer may have died while it wrote there.
-        for word in (_ROWS, _META_SIZE):
-            self._head[word + idle] = self._head[word + active]
-        # No more than is in use: every page that is written takes memory.
-        dense = sum(math.prod(shape) for shape in meta.shapes.values())
-        for part, used in ((self._meta, size), (self._dense, dense), (self._keys, rows), (self._values, rows)):
-            part[idle][:used] = part[active][:used]
-        self._index[idle][:] = self._index[active]
-        self._head[_SEQ + idle] += 1
+        head[_READERS : _READERS + _WORDS * READERS_MAX] = 0
+        head[_MOVED] = head[_PREPARED] = 0
+        self._level(1 - active)  # A writer may have died while it wrote there.
         self.note_refusal("")
         return True
 
-    def load_snapshot(self, weights: Weights, meta: Meta, *, wait_s: float = 1.0) -> None:
-        """Put a whole model into both copies, in place of what they hold."""
+    def _level(self, copy: int) -> None:
+        """Make a copy what the other one is."""
+        region, other = self._region, 1 - copy
+        region.head[_SEQ + copy] |= 1
+        fence()
+        self._copy_over(copy, other)
+        fence()
+        region.head[_SEQ + copy] += 1
+
+    def _copy_over(self, copy: int, other: int) -> None:
+        region = self._region
+        for word in (_ROWS, _META_SIZE):
+            region.head[word + copy] = region.head[word + other]
+        rows, size = int(region.head[_ROWS + other]), int(region.head[_META_SIZE + other])
+        shapes = msgspec.json.decode(region.meta[other][:size].tobytes(), type=Meta).shapes
+        # No more than is in use: every page that is written takes memory.
+        dense = sum(math.prod(shape) for shape in shapes.values())
+        region.meta[copy][:size] = region.meta[other][:size]
+        region.dense[copy][:dense] = region.dense[other][:dense]
+        region.keys[copy][:rows] = region.keys[other][:rows]
+        region.values[copy][:rows] = region.values[other][:rows]
+        region.index[copy][:] = region.index[other]
+
+    def load_snapshot(
+        self,
+        weights: Weights,
+        meta: Meta,
+        *,
+        wait_s: float = 1.0,
+        check: Callable[[Held, list[int]], None] = _takes_all,
+    ) -> None:
+        """Put a whole model into both copies, in place of what they hold.
+
+        Args:
+            check: gets what lies in the idle copy, before it is switched to, and the readers that cannot score recent
+                requests with it. Where it raises, the served version stays, in both copies.
+        """
 
         def load(copy: int) -> None:
-            self._index[copy][0] = 0
-            self._head[_ROWS + copy] = 0
+            self._region.index[copy][0] = 0
+            self._region.head[_ROWS + copy] = 0
             self._put(copy, weights, meta)
 
-        self._write_both(load, meta, wait_s)
+        def prepared(copy: int) -> None:
+            failed = self._prepare()
+            check(self._held_in(copy), failed)
+
+        self._write_both(load, meta, wait_s, lambda copy: self._copy_over(copy, 1 - copy), prepared)
 
     def apply_delta(self, weights: Weights, meta: Meta, gone_K: Int64s = _NO_KEYS, *, wait_s: float = 1.0) -> None:
         """Apply a delta to both copies; `check_fits` has said that its rows fit. Rows of `gone_K` leave."""
+        gone_K = np.ascontiguousarray(gone_K)
 
         def put(copy: int) -> None:
-            rows = int(self._head[_ROWS + copy])
-            self._head[_ROWS + copy] = remove(
-                self._index[copy], self._keys[copy], self._values[copy], rows, np.ascontiguousarray(gone_K)
-            )
+            region, rows = self._region, int(self._region.head[_ROWS + copy])
+            rows = remove(region.index[copy], region.keys[copy], region.values[copy], rows, gone_K)
+            region.head[_ROWS + copy] = rows
             self._put(copy, weights, meta)
 
-        self._write_both(put, meta, wait_s)
+        self._write_both(put, meta, wait_s, put)
 
     def note_refusal(self, why: str, *, is_full: bool = False) -> None:
         """Tell all processes why a snapshot or delta was refused; "" takes it back.
 
         `is_full` says that the region has no room: nothing is served anew until a person makes room.
         """
-        put_text(self._note, why.encode()[: NOTE_BYTES - 8])
-        self._head[_IS_FULL] = is_full
+        put_text(self._region.note, why.encode()[: NOTE_BYTES - 8])
+        self._region.head[_IS_FULL] = is_full
 
-    def _write_both(self, write: Callable[[int], None], meta: Meta, wait_s: float) -> None:
-        active = int(self._head[_ACTIVE])
-        if (self._head[_SEQ : _SEQ + 2] % 2).any():
+    def _write_both(
+        self,
+        write: Callable[[int], None],
+        meta: Meta,
+        wait_s: float,
+        write_again: Callable[[int], None],
+        prepared: Callable[[int], None] = lambda copy: None,
+    ) -> None:
+        head = self._region.head
+        active = int(head[_ACTIVE])
+        if (head[_SEQ : _SEQ + 2] % 2).any():
             raise InvariantBroken("a write of the model broke off half-way; restart `serve` to load it anew.")
-        number = int(self._head[_RING_NEXT])
-        put_text(self._ring[number % RING], encode_known(meta.manifest))
+        number = int(head[_RING_NEXT])
         self._write_copy(1 - active, write)
-        self._head[_ACTIVE] = 1 - active
-        self._head[_RING_NEXT] = number + 1
+        try:
+            prepared(1 - active)
+        except HeadraceError:
+            if head[_SEQ + active] > 0:
+                self._level(1 - active)
+            raise
+        told = encode_known(meta.manifest)
+        put_text(self._region.ring[number % RING], told)
+        head[_ACTIVE] = 1 - active
+        head[_RING_NEXT] = number + 1
         self._await_readers(active, wait_s)
-        self._write_copy(active, write)
+        self._write_copy(active, write_again)
+
+    def _prepare(self, kind: int = 0, wait_s: float = _WARM_S) -> list[int]:
+        """Wait until each process has warmed what is prepared, at most `wait_s`; return the readers that failed."""
+        head = self._region.head
+        pids, began, warmed = (head[word : word + READERS_MAX] for word in (_PIDS, _BEGAN, _WARMED))
+        waits = _who_looks(self._region)
+        if not waits:
+            return []
+        number = (time.monotonic_ns() | IN_A_LARGER_REGION) ^ (IN_A_LARGER_REGION ^ kind)
+        head[_PREPARED] = number
+        until, look_at = time.monotonic() + wait_s, time.monotonic() + 0.1
+        while any(abs(int(warmed[r])) != number for r in waits) and time.monotonic() < until:
+            if time.monotonic() >= look_at:
+                waits = [r for r in waits if began_at(int(pids[r])) == began[r]]
+                look_at = time.monotonic() + 0.1
+            time.sleep(0.005)
+        failed = [int(r) for r in waits if warmed[r] == -number]
+        head[_PREPARED] = 0
+        return failed
 
     def _await_readers(self, copy: int, wait_s: float) -> None:
         """Wait until no living reader is in a copy, at most `wait_s`."""
-        words = self._head[_READERS : _READERS + READERS_MAX]
+        words = self._region.head[_READERS : _READERS + READERS_MAX]
         until, look_at = time.monotonic() + wait_s, time.monotonic() + _LOOK_S
         while (words == copy + 1).any() and time.monotonic() < until:
             if time.monotonic() >= look_at:
                 for reader in np.flatnonzero(words == copy + 1):
-                    pid, began = int(self._head[_PIDS + reader]), int(self._head[_BEGAN + reader])
+                    pid, began = int(self._region.head[_PIDS + reader]), int(self._region.head[_BEGAN + reader])
                     if began_at(pid) != began:
                         words[reader] = 0
                 look_at = time.monotonic() + _LOOK_S
@@ -366,21 +301,23 @@ class SharedModel:
 
     def _write_copy(self, copy: int, write: Callable[[int], None]) -> None:
         """Write while the sequence number is odd. An exception leaves it odd: the copy is never used again."""
-        self._head[_SEQ + copy] += 1
+        self._region.head[_SEQ + copy] += 1
         fence()
         write(copy)
         fence()
-        self._head[_SEQ + copy] += 1
+        self._region.head[_SEQ + copy] += 1
 
     def check_fits(self, weights: Weights, meta: Meta, gone_K: Int64s = _NO_KEYS, *, fresh: bool) -> None:
-        """Raise `Overloaded` when a model or delta does not fit; call before it is written.
+        """Raise `Overloaded` when a model or delta does not fit; call before it is written. The region grows for it
+        where it may.
 
         Raises `InvariantBroken` for rows that the gate never lets pass.
         """
         rows = 0 if fresh else self.rows
         new = len(weights.keys_K)
-        shape, width = weights.values_KV.shape, self._values[0].shape[1]
-        if shape[0] != new or shape[1] > width or (weights.keys_K == 0).any():
+        shape, width = weights.values_KV.shape, 1 + self.dim
+        is_wide = self.room is None and shape[1] > width
+        if shape[0] != new or is_wide or (weights.keys_K == 0).any():
             raise InvariantBroken(
                 f"{meta.manifest.version} has rows of shape {shape} for {new} keys, 0 must not be among them; the "
                 f"region is {width} wide. The gate must refuse it: see `serving/gate/admit.py`."
@@ -391,7 +328,7 @@ class SharedModel:
         positions = len(encode_known(meta.manifest))
         if positions > RING_BYTES - 8:
             raise Overloaded(f"positions of {positions} bytes do not fit into {RING_BYTES}.")
-        if rows + new > self.rows_max:
+        if rows + new > self.rows_max and self.room is None:
             raise Overloaded(
                 f"{rows + new} rows do not fit; serve.rows_max is {self.rows_max}: raise it and restart `serve`, or "
                 "let the recipe expire rows sooner (Recipe.expire_after_ms)."
@@ -400,90 +337,46 @@ class SharedModel:
             raise Overloaded(f"more than {DENSE_MAX} dense weights do not fit.")
         if len(msgspec.json.encode(meta)) > META_BYTES:
             raise Overloaded(f"a feature spec of more than {META_BYTES} bytes does not fit.")
-        self._reserve(min(self.rows_max, rows + new))
+        if self.room is not None and (shape[1] > width or rows + new > self.rows_max):
+            why = f"{meta.manifest.version} has {rows + new:,} rows of {shape[1]} values, and there is room for "
+            self._grow(max(shape[1], width) - 1, rows + new, self.room, f"{why}{self.rows_max:,} of {width}")
+        self._region.reserve(min(self.rows_max, rows + new), self.path.parent)
 
-    def _reserve(self, rows: int) -> None:
-        """Take the memory that `rows` rows need in both copies, or raise `Overloaded` and leave both as they are.
-
-        A page that is first written when the filesystem is full ends the process with SIGBUS, and the next one too.
-        """
-        if rows <= self._reserved_rows:
-            return
-        parts: list[npt.NDArray[Any]] = [self._head, self._note, self._ring]
-        for copy in range(2):
-            parts += [self._meta[copy], self._dense[copy], self._index[copy]]
-            parts += [self._keys[copy][:rows], self._values[copy][:rows]]
-        origin = self._head.__array_interface__["data"][0]
-        try:
-            for part in parts:
-                os.posix_fallocate(self._file, part.__array_interface__["data"][0] - origin, max(1, part.nbytes))
-        except OSError as error:
-            raise Overloaded(
-                f"{self.path.parent} has no room for {rows} rows ({error.strerror}); make room: the next snapshot is "
-                "tried again."
-            ) from error
-        self._reserved_rows = rows
+    def _grow(self, dim: int, rows: int, room: Room, why: str) -> None:
+        """Go over to a larger region with all processes: steps 1 to 5 of `serving/model/growth.py`."""
+        old, aside, rows_max = self._region, self.path.with_name(self.path.name + LARGER), rows_for(rows, self.rows_max)
+        larger = fill_larger(old, aside, dim=dim, rows_max=rows_max, rows=max(rows, self.rows), room=room, why=why)
+        lock = locked(aside)
+        self._prepare(IN_A_LARGER_REGION)
+        with self._going_over:
+            take_name(aside, self.path)
+            self._region = larger
+            old.head[_MOVED] = 1
+            if self.lock >= 0:
+                os.close(self.lock)
+            self.lock = lock
+        # Without a model nobody goes over before one is loaded.
+        until = time.monotonic() + (_WARM_S if self.holds_model else 0.0)
+        while any(larger.head[_WARMED + r] == 0 for r in _who_looks(old)) and time.monotonic() < until:
+            time.sleep(0.005)
+        logger.info("the region has room for %d rows of %d values now", rows_max, 1 + dim)
 
     def _rows_of(self, keys_K: Int64s) -> Int64s:
         rows_K = np.empty(len(keys_K), np.int64)
-        find(self._index[int(self._head[_ACTIVE])], keys_K, rows_K)
+        find(self._region.index[int(self._region.head[_ACTIVE])], keys_K, rows_K)
         return rows_K
 
     def _put(self, copy: int, weights: Weights, meta: Meta) -> None:
         at = 0
         for array in weights.dense.values():
-            self._dense[copy][at : at + array.size] = array.reshape(-1)
+            self._region.dense[copy][at : at + array.size] = array.reshape(-1)
             at += array.size
-        rows = int(self._head[_ROWS + copy])
+        region, rows = self._region, int(self._region.head[_ROWS + copy])
         keys_K, values_KV = np.ascontiguousarray(weights.keys_K), np.ascontiguousarray(weights.values_KV)
-        rows = int(apply(self._index[copy], self._keys[copy], self._values[copy], rows, keys_K, values_KV))
+        rows = int(apply(region.index[copy], region.keys[copy], region.values[copy], rows, keys_K, values_KV))
         if rows < 0:
             raise InvariantBroken(f"{meta.manifest.version} does not fit; it was written without `check_fits`.")
-        self._head[_ROWS + copy] = rows
+        self._region.head[_ROWS + copy] = rows
         data = msgspec.json.encode(meta)
-        self._meta[copy][: len(data)] = np.frombuffer(data, np.uint8)
-        self._head[_META_SIZE + copy] = len(data)
-
-
-class Held(NamedTuple):
-    """What the active copy holds, as views. For the writer alone, between its writes."""
-
-    index_2C: Int64s
-    keys_R: Int64s
-    values_RV: Float32s
-    dense_N: npt.NDArray[np.uint32]
-    """The bits of all dense weights that the copy has room for."""
-
-
-class View:
-    """One copy during one `read`; not to be kept."""
-
-    def __init__(self, model: SharedModel, copy: int, meta: Meta) -> None:
-        self.meta = meta
-        self._index = model._index[copy]
-        self._values = model._values[copy]
-        self._flat = model._dense[copy]
-
-    def lookup(self, keys_K: Int64s, *, seed: int, scale: float, dim: int | None = None) -> Float32s:
-        """Return the values of keys, float32 [K, V]; a key that was never learnt has its initial values.
-
-        `dim` is the model's, where it is narrower than the region's.
-        """
-        dim = self._values.shape[1] - 1 if dim is None else dim
-        rows_K = np.empty(len(keys_K), np.int64)
-        find(self._index, keys_K, rows_K)
-        values_KV: Float32s = self._values[rows_K, : 1 + dim]
-        missing_K = rows_K < 0
-        if missing_K.any():
-            values_KV[missing_K] = initial_values(keys_K[missing_K], dim=dim, seed=seed, scale=scale)
-        return values_KV
-
-    def dense(self) -> dict[str, Float32s]:
-        """Return the dense weights by name, as views."""
-        found: dict[str, Float32s] = {}
-        at = 0
-        for name, shape in self.meta.shapes.items():
-            count = math.prod(shape)
-            found[name] = self._flat[at : at + count].reshape(shape)
-            at += count
-        return found
+        self._region.meta[copy][: len(data)] = np.frombuffer(data, np.uint8)
+        self._region.head[_META_SIZE + copy] = len(data)

@@ -30,6 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -50,7 +51,8 @@ from headrace.serving.model.refusals import Refusals
 from headrace.serving.model.row_table import split_initial
 from headrace.serving.model.scorer import recipe_of
 from headrace.serving.model.served_sum import dense_bits, dense_sha256, sum_after, sum_held
-from headrace.serving.model.shared_region import Meta, SharedModel
+from headrace.serving.model.shared_reader import Meta
+from headrace.serving.model.shared_region import Held, SharedModel
 
 logger = logging.getLogger("headrace.serve")
 
@@ -298,11 +300,27 @@ class Updater:
             self._refuse(error)
             self._refused_chains.append(manifest.version)
             return
-        self._swap(meta, lambda: self.shared.load_snapshot(weights, meta), digest)
+        check = partial(self._check_prepared, meta)
+        try:
+            self._swap(meta, lambda: self.shared.load_snapshot(weights, meta, check=check), digest)
+        except Refused as error:
+            self._refuse(error)
+            self._refused_chains.append(manifest.version)
+            return
         self._is_broken = self._is_wrong = False
         if manifest.version in self._refused_chains:  # Of a replica that went wrong: from here on it may be right.
             self._refused_chains.remove(manifest.version)
         logger.info("serving snapshot %s, %d rows", manifest.version, len(weights.keys_K))
+
+    def _check_prepared(self, meta: Meta, held: Held, failed: list[int]) -> None:
+        """Raise `Refused` where what lies in the idle copy is not what came, or where it cannot be scored."""
+        version = meta.manifest.version
+        if failed:
+            said = ", ".join(map(str, failed))
+            raise Refused("not_scored", f"{version} cannot score recent requests in processes {said}: see their log.")
+        found = sum_held(held, width=1 + recipe_of(meta.recipe_json).row_dim), dense_sha256(held, meta.shapes)
+        if found != (meta.held, meta.dense_sha256):
+            raise Refused("digest", f"{version} was written and reads as rows {found[0].text}: this memory is wrong.")
 
     def _apply_delta(self, record: Record) -> None:
         served = self._meta

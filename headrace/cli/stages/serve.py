@@ -25,8 +25,10 @@ from headrace.serving.draining import Beside, Ending
 from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.impression_log import ImpressionLog
+from headrace.serving.model.growth import Room
 from headrace.serving.model.region_file import open_region, region_path
-from headrace.serving.model.shared_region import SharedModel, Told
+from headrace.serving.model.shared_reader import WARM_EVERY_S, Told
+from headrace.serving.model.shared_region import SharedModel
 from headrace.serving.model.updater import Updater
 from headrace.serving.processes import Workers, answer_requests, listen, run_processes
 from headrace.serving.renewal import Renewal, await_read, inherited, run_anew
@@ -49,11 +51,10 @@ def main(args: argparse.Namespace) -> int:
     kept = os.dup(listener.fileno())
     path = region_path(runtime.home, dim=dim, rows_max=rows_max)
 
-    def opened(reader: int) -> SharedModel:
-        if reader == 0:
-            is_good = partial(can_serve, project=runtime.project)
-            return open_region(path, dim=dim, rows_max=rows_max, is_good=is_good)
-        return SharedModel(path, dim=dim, rows_max=rows_max, reader=reader)
+    def opened() -> SharedModel:
+        is_good = partial(can_serve, project=runtime.project)
+        room = Room(runtime.config.serve.memory_bytes)
+        return open_region(path, dim=dim, rows_max=rows_max, is_good=is_good, room=room)
 
     compile_ranking()  # Before the workers are forked, which then have it too.
     status = run_processes(
@@ -104,7 +105,7 @@ def _work(
             reader, runtime.topics.features, stop, clock=runtime.clock, metrics=metrics
         ),
     }
-    jobs["what is told"] = lambda: _tell(app, stop)
+    jobs |= {"what is told": lambda: _tell(app, stop), "what is prepared": lambda: _warm(shared, stop)}
     if workers is not None:
         updater = Updater(
             project=runtime.project,
@@ -178,6 +179,11 @@ def _tell(app: ServingApp, stop: threading.Event) -> None:
     while not stop.is_set():
         app.tell()
         stop.wait(0.5)
+
+
+def _warm(shared: SharedModel, stop: threading.Event) -> None:
+    while not stop.wait(WARM_EVERY_S):
+        shared.warm()
 
 
 class ServeSigns:

@@ -192,6 +192,7 @@ def _takes(project: Project, config: Config, rate: float) -> dict[str, Any]:
     waiting = rate * _longest_ms(project) / 1_000
     in_memory = min(waiting * row.waiting, config.log.partitions * config.join.payload_bytes)
     serving = region_bytes(project.recipe.row_dim, config.serve.rows_max)
+    grown = serving + region_bytes(project.recipe.row_dim, 2 * config.serve.rows_max)
     return {
         f"at {rate:g} impressions/s, {FEEDBACK_SHARE:.0%} of them answered by each feedback": {
             "events": f"{_size(events)}/s to Kafka ({row.event:.0f} bytes an impression)",
@@ -199,7 +200,8 @@ def _takes(project: Project, config: Config, rate: float) -> dict[str, Any]:
             "lake": f"{_size(samples * row.stored * DAY_S)} a day before compaction ({row.stored:.0f} bytes a sample)",
             "archive": _archive(config, rate * (1 + FEEDBACK_SHARE * len(project.feedback)) * row.archived),
             "join": f"{waiting:,.0f} impressions wait for {_time(_longest_ms(project))}, {_size(in_memory)} of memory",
-            "serving": f"up to {_size(serving)} for {config.serve.rows_max:,} rows in two copies, taken as rows come",
+            "serving": f"{_size(serving)} for {config.serve.rows_max:,} rows in two copies, taken as rows come; more "
+            f"rows grow beside it: {_size(grown)} together for twice as many",
         },
         "first figure, after the first sample": {
             task.name: f"provisional within {_time(_provisional_ms(task))}, settled within {_time(_settled_ms(task))}"

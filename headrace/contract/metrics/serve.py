@@ -12,7 +12,7 @@ SERVE: Mapping[Name, MetricDoc] = {
         "gauge",
         "rows",
         ("train", "serve"),
-        "Rows of the model's table; serving: of one copy, `serve.rows_max` at most.",
+        "Rows of the model's table; serving: of one copy.",
     ),
     "requests_refused_total": MetricDoc(
         "counter",

@@ -16,7 +16,8 @@ from headrace.contract.errors import Overloaded, Unavailable
 from headrace.contract.formats.snapshot import Manifest, Weights
 from headrace.serving.model.known import decode_known, encode_known
 from headrace.serving.model.process_times import began_at
-from headrace.serving.model.shared_region import _BEGAN, _READERS, Meta, SharedModel, View
+from headrace.serving.model.region_layout import _BEGAN, _READERS
+from headrace.serving.model.shared_region import Meta, SharedModel, View
 
 KEYS = np.arange(1, 401, dtype=np.int64) * 7919
 DIM = 3
@@ -71,16 +72,16 @@ class WritesTheActiveCopy(SharedModel):
     """The planted bug: no turns and no sequence."""
 
     def apply_delta(self, weights: Weights, meta: Meta, gone_K: np.ndarray = NO_KEYS, *, wait_s: float = 1.0) -> None:
-        self._put(int(self._head[0]), weights, meta)
+        self._put(int(self._region.head[0]), weights, meta)
 
 
 class NeverAsksAgain(NeverWaits):
     """Another planted bug: the reader does not look at the sequence afterwards, and nobody waits for it."""
 
     def read(self, use):
-        copy = int(self._head[0])
-        meta = self._meta_of(copy, int(self._head[1 + copy]))
-        return use(View(self, copy, meta)), meta
+        copy = int(self._region.head[0])
+        meta = self._meta_of(copy, int(self._region.head[1 + copy]))
+        return use(View(self._region, copy, meta)), meta
 
 
 @pytest.mark.parametrize(
@@ -125,17 +126,17 @@ def test_a_reader_that_died_costs_the_writer_nothing_and_a_living_one_is_waited_
     dead.start()
     dead.join(30)
     assert dead.exitcode == 9
-    assert model._head[_READERS + 1] != 0, "its word is still there"
+    assert model._region.head[_READERS + 1] != 0, "its word is still there"
     began = time.monotonic()
     model.apply_delta(weights(2), meta(2), wait_s=20.0)
-    assert time.monotonic() - began < 5.0 and model._head[_READERS + 1] == 0
+    assert time.monotonic() - began < 5.0 and model._region.head[_READERS + 1] == 0
     inside, leave = SPAWN.Event(), SPAWN.Event()
     slow = SPAWN.Process(target=reads_until_told, args=(model.path, inside, leave))
     slow.start()
     assert inside.wait(30)
     began = time.monotonic()
     model.apply_delta(weights(3), meta(3), wait_s=0.3)
-    assert time.monotonic() - began >= 0.3 and model._head[_READERS + 2] != 0
+    assert time.monotonic() - began >= 0.3 and model._region.head[_READERS + 2] != 0
     leave.set()
     slow.join(30)
 
@@ -146,8 +147,8 @@ def test_the_word_of_a_process_whose_id_is_used_again_is_freed(tmp_path: Path):
     model.meta()
     reader = opened(tmp_path / "model", reader=5)
     reader.meta()
-    model._head[_READERS + 5] = 1 + int(model._head[0])
-    model._head[_BEGAN + 5] -= 1  # Another process had this id, and began earlier.
+    model._region.head[_READERS + 5] = 1 + int(model._region.head[0])
+    model._region.head[_BEGAN + 5] -= 1  # Another process had this id, and began earlier.
     began = time.monotonic()
     model.apply_delta(weights(1), meta(1), wait_s=20.0)
     assert time.monotonic() - began < 5.0

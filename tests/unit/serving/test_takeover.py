@@ -18,7 +18,7 @@ from serving_world import PROJECT, RECIPE, TOPICS, Trainer, World
 from headrace.contract.formats.snapshot import Weights
 from headrace.contract.spec import Categorical, FeatureSpec
 from headrace.serving.gate.admit import can_serve
-from headrace.serving.model import shared_region
+from headrace.serving.model import region_layout
 from headrace.serving.model.region_file import open_region
 from headrace.serving.model.shared_region import Meta, SharedModel
 
@@ -91,9 +91,9 @@ def test_a_writer_that_died_within_a_write_leaves_one_whole_version(world: World
 
         def _put(self, copy: int, weights: Weights, meta: Meta) -> None:
             if self.left == 0:
-                self._values[copy][:] = np.nan
-                self._index[copy][:] = 7
-                self._meta[copy][:99] = 0
+                self._region.values[copy][:] = np.nan
+                self._region.index[copy][:] = 7
+                self._region.meta[copy][:99] = 0
                 raise KeyboardInterrupt
             self.left -= 1
             super()._put(copy, weights, meta)
@@ -116,7 +116,7 @@ def test_a_writer_that_died_within_a_write_leaves_one_whole_version(world: World
 
 def spoilt(word: int, value: int) -> Callable[[SharedModel], None]:
     def spoil(shared: SharedModel) -> None:
-        shared._head[word] = value
+        shared._region.head[word] = value
 
     return spoil
 
@@ -129,15 +129,15 @@ def other_file(shared: SharedModel) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        spoilt(shared_region._LAYOUT, 1), spoilt(shared_region._BOOT, 5), spoilt(shared_region._DIM, 9),
-        spoilt(shared_region._ROWS_MAX, 9), spoilt(shared_region._ACTIVE, 7), spoilt(shared_region._META_SIZE, 3),
-        spoilt(shared_region._SEQ + 0, 7), spoilt(shared_region._SEQ + 0, 0), spoilt(shared_region._ROWS + 0, 2_000),
+        spoilt(region_layout._LAYOUT, 1), spoilt(region_layout._BOOT, 5), spoilt(region_layout._DIM, 9),
+        spoilt(region_layout._ROWS_MAX, 9), spoilt(region_layout._ACTIVE, 7), spoilt(region_layout._META_SIZE, 3),
+        spoilt(region_layout._SEQ + 0, 7), spoilt(region_layout._SEQ + 0, 0), spoilt(region_layout._ROWS + 0, 2_000),
         other_file, lambda shared: shared.path.chmod(0o666), lambda shared: shared.path.unlink(),
     ],
 )  # fmt: skip
 def test_what_is_not_whole_or_not_ours_is_begun_anew(world: World, spoil: Callable[[SharedModel], None]):
     trainer, _ = begun(world)
-    world.shared._head[shared_region._ACTIVE] = 0
+    world.shared._region.head[region_layout._ACTIVE] = 0
     spoil(world.shared)
     assert not restarted(world).holds_model
     world.follow()
@@ -148,7 +148,6 @@ def test_what_is_not_whole_or_not_ours_is_begun_anew(world: World, spoil: Callab
     "changes",
     [
         {"name": "another"},
-        {"recipe": msgspec.structs.replace(RECIPE, dim=2)},
         {"impression": msgspec.structs.replace(PROJECT.impression, fields={"user": "int64"})},
     ],
 )

@@ -77,11 +77,9 @@ def work(shared: SharedModel, listener: socket.socket, folder: Path, workers: Wo
     )
 
 
-def opened(path: Path, reader: int) -> SharedModel:
-    """Open the region as reader `reader`; number 0 is its writer."""
-    if reader == 0:
-        return open_region(path, dim=DIM, rows_max=ROWS_MAX, is_good=lambda meta: True)
-    return SharedModel(path, dim=DIM, rows_max=ROWS_MAX, reader=reader)
+def opened(path: Path) -> SharedModel:
+    """Open the region as its writer."""
+    return open_region(path, dim=DIM, rows_max=ROWS_MAX, is_good=lambda meta: True)
 
 
 def main() -> int:
@@ -95,7 +93,7 @@ def main() -> int:
     print(listener.getsockname()[1], flush=True)
     status = run_processes(
         count,
-        open_region=lambda reader: opened(path, reader),
+        open_region=lambda: opened(path),
         work=lambda shared, workers: work(shared, listener, folder, workers, renewal),
     )
     if renewal.is_asked and status == 0:
