@@ -316,8 +316,7 @@ class SharedModel(SharedReader):
         rows = 0 if fresh else self.rows
         new = len(weights.keys_K)
         shape, width = weights.values_KV.shape, 1 + self.dim
-        is_wide = self.room is None and shape[1] > width
-        if shape[0] != new or is_wide or (weights.keys_K == 0).any():
+        if shape[0] != new or (weights.keys_K == 0).any():
             raise InvariantBroken(
                 f"{meta.manifest.version} has rows of shape {shape} for {new} keys, 0 must not be among them; the "
                 f"region is {width} wide. The gate must refuse it: see `serving/gate/admit.py`."
@@ -328,6 +327,8 @@ class SharedModel(SharedReader):
         positions = len(encode_known(meta.manifest))
         if positions > RING_BYTES - 8:
             raise Overloaded(f"positions of {positions} bytes do not fit into {RING_BYTES}.")
+        if shape[1] > width and self.room is None:
+            raise Overloaded(f"rows of {shape[1]} values do not fit; there is room for {width}: restart `serve`.")
         if rows + new > self.rows_max and self.room is None:
             raise Overloaded(
                 f"{rows + new} rows do not fit; serve.rows_max is {self.rows_max}: raise it and restart `serve`, or "

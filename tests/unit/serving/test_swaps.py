@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -25,11 +26,15 @@ from headrace.serving.model.shared_region import SharedModel
 
 
 def held_by_this_process(folder: Path) -> tuple[int, int, int]:
-    """Return open files, regions that are mapped, and resident bytes without what is shared."""
+    """Return open files of regions, regions that are mapped, and resident bytes without what is shared."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     regions = {line.split()[4] for line in maps if str(folder / "swapped") in line}
     memory = psutil.Process().memory_info()
-    return len(os.listdir("/proc/self/fd")), len(regions), memory.rss - memory.shared
+    files = 0
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            files += str(folder / "swapped") in os.readlink(f"/proc/self/fd/{number}")
+    return files, len(regions), memory.rss - memory.shared
 
 
 @pytest.mark.parametrize("swaps", [1_000, pytest.param(10_000, marks=pytest.mark.long)])
