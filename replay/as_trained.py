@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 
 from headrace.contract.config import TrainConfig
 from headrace.contract.errors import ConfigRejected, InvariantBroken
-from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Position, Positions, orders
 from headrace.contract.formats.sample import conform, sample_schema
+from headrace.contract.formats.samples_topic.kept_samples import read_on_at
 from headrace.contract.formats.snapshot import Manifest
 from headrace.contract.formats.steps import Step, StepRange
 from headrace.contract.formats.topics import Topics

@@ -1,4 +1,4 @@
-"""The serving stage of bench/swap.py in processes of its own: real workers, socket and updater; the log is a memory.
+"""The serving stage of bench/serving/swap.py in processes of its own: real workers, updater; the log is a memory.
 
     python swap_stage.py FOLDER WORKERS PORT
 

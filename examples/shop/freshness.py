@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.positions import START, Position
-from headrace.contract.formats.sample_record import Unreadable, read_samples
+from headrace.contract.formats.samples_topic.sample_record import Unreadable, read_samples
 from headrace.contract.formats.steps import decode_step
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock

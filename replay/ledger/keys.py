@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position, Positions, imported, order_of, orders, position_of
-from headrace.contract.formats.sample_order import SampleOrder
-from headrace.contract.formats.sample_record import Unreadable, read_samples
+from headrace.contract.formats.samples_topic.sample_order import SampleOrder
+from headrace.contract.formats.samples_topic.sample_record import Unreadable, read_samples
 from headrace.contract.interfaces.log import Record
 
 KEYS = pa.schema(

@@ -15,7 +15,7 @@ import pyarrow as pa
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position, order_of, orders
 from headrace.contract.formats.sample import parse_position
-from headrace.contract.formats.sample_record import Unreadable, read_samples
+from headrace.contract.formats.samples_topic.sample_record import Unreadable, read_samples
 from headrace.contract.formats.seals import HEADER, RecordSeal, Seal, decode_seal, without_rows
 from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.kernels.sample_ids import seal_of

@@ -29,9 +29,9 @@ import msgspec
 import pyarrow.compute as pc
 
 from headrace.contract.formats.events import FEEDBACK, encode_batch
-from headrace.contract.formats.kept_samples import SENDER, Sent
 from headrace.contract.formats.positions import Position
 from headrace.contract.formats.sample import format_position
+from headrace.contract.formats.samples_topic.kept_samples import SENDER, Sent
 from headrace.contract.formats.seals import HEADER
 from headrace.contract.interfaces.log import Record, check_topic
 from headrace.contract.metrics import Name

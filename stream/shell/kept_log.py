@@ -6,7 +6,7 @@ beside its offset, the record that lies there (`mark_of`):
 1. *made of*: where another record lies at the offset, or none, nothing can go on from the state, and from no older one
    either: what was made of the lost records has been read. A person decides.
 2. *led to*: where records are gone that were sent before the state was stored, an older state that the topic still
-   holds sends them again (`headrace.contract.formats.kept_samples`).
+   holds sends them again (`headrace.contract.formats.samples_topic.kept_samples`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from headrace.contract.errors import InvariantBroken
-from headrace.contract.formats.kept_samples import Sent, is_kept
 from headrace.contract.formats.positions import Position
+from headrace.contract.formats.samples_topic.kept_samples import Sent, is_kept
 from headrace.contract.interfaces.log import Reader, Record, read_range
 from headrace.process.waits import Waits
 from headrace.stream.shell.dependencies import StageDependencies

@@ -4,8 +4,8 @@
    topic has lost its end since, read it from its first record.
 2. Drop rows that are not beyond the partition's position. A record that begins after a position not reached yet was
    written out of turn: it is left out, counted (`gap_total`) and comes again from the partition's owner. A record that
-   is not ours, or damaged, is counted and skipped (`headrace.contract.formats.sample_record`); where samples were in it
-   that have not come again by the topic's end, the stage stops and names it.
+   is not ours, or damaged, is counted and skipped (`headrace.contract.formats.samples_topic.sample_record`); where
+   samples were in it that have not come again by the topic's end, the stage stops and names it.
 3. Every `sink.commit_ms`, or `sink.commit_rows`, commit rows, offsets and positions in one Delta commit.
 4. Then let Faust commit. Whatever fails, in a commit or after it, the stage stops and commits no more: everything since
    the last commit is read again after a restart, and no later commit moves the positions past it.
@@ -27,10 +27,10 @@ import pyarrow as pa
 from headrace.contract.config import Config
 from headrace.contract.errors import Unavailable
 from headrace.contract.formats.events import fit
-from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Position
-from headrace.contract.formats.sample_order import SampleOrder
-from headrace.contract.formats.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
+from headrace.contract.formats.samples_topic.kept_samples import read_on_at
+from headrace.contract.formats.samples_topic.sample_order import SampleOrder
+from headrace.contract.formats.samples_topic.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
 from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.clock import Clock
 from headrace.contract.interfaces.lake import LakeState, LakeWriter

@@ -42,7 +42,7 @@ def test_a_call_of_a_stage_fails_in_every_way(call: Call, ways: set[str]) -> Non
 
 @pytest.mark.parametrize(
     ("file", "ways"),
-    [("simulation/trainer/test_trainer_faults.py", TRAINER), ("unit/serving/test_updater_faults.py", UPDATER)],
+    [("simulation/trainer/test_trainer_faults.py", TRAINER), ("unit/serving/model/test_updater_faults.py", UPDATER)],
     ids=["trainer", "updater"],
 )
 def test_a_call_of_trainer_and_updater_fails_in_every_way(file: str, ways: set[str]) -> None:

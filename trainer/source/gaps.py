@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from headrace.contract.formats.positions import START, Cursor, Position, Positions
 from headrace.contract.formats.sample import parse_position
-from headrace.contract.formats.sample_record import Unreadable, read_samples
+from headrace.contract.formats.samples_topic.sample_record import Unreadable, read_samples
 from headrace.contract.formats.steps import PassedOver
 from headrace.contract.interfaces.log import Reader, Record, read_range
 

@@ -25,8 +25,8 @@ from headrace.contract.errors import InvariantBroken
 from headrace.contract.formats.events import decode_batch
 from headrace.contract.formats.positions import START, Position, order_of, orders, position_of
 from headrace.contract.formats.sample import parse_position
-from headrace.contract.formats.sample_order import SampleOrder
-from headrace.contract.formats.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
+from headrace.contract.formats.samples_topic.sample_order import SampleOrder
+from headrace.contract.formats.samples_topic.sample_record import DamagedRecords, Unreadable, read_samples, samples_lost
 from headrace.contract.formats.steps import PassedOver, StepRange
 from headrace.contract.interfaces.log import Record
 from headrace.contract.metrics import Metrics

@@ -20,9 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyarrow as pa
 
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Cursor, Mixed, Position, Positions
 from headrace.contract.formats.sample import sample_schema
+from headrace.contract.formats.samples_topic.kept_samples import read_on_at
 from headrace.contract.formats.steps import PassedOver, Step, StepRange
 from headrace.contract.interfaces.lake import LakeReader, LakeState
 from headrace.contract.interfaces.log import Reader, Record

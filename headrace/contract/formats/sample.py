@@ -11,8 +11,8 @@ A `samples` record holds one Arrow batch of the samples that one `events` record
 
 Across a change of rules one batch may hold rows of two: it has the columns of both, null where a row has none.
 
-`headrace.contract.formats.sample_order` is the rule by which readers use `after` and `last`: a worker that was declared
-dead may have written out of turn.
+`headrace.contract.formats.samples_topic.sample_order` is the rule by which readers use `after` and `last`: a worker
+that was declared dead may have written out of turn.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import format_position
-from headrace.contract.formats.sample_order import SampleOrder
+from headrace.contract.formats.samples_topic.sample_order import SampleOrder
 from headrace.contract.interfaces.log import Record
 
 SAMPLES = [Position(offset, rank) for offset in range(2, 12) for rank in range(1 + offset % 3)]

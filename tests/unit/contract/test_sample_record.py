@@ -15,7 +15,7 @@ from trainer_world import PROJECT, samples
 from headrace.contract.formats.events import encode_batch
 from headrace.contract.formats.positions import START, Position
 from headrace.contract.formats.sample import sample_schema
-from headrace.contract.formats.sample_record import SampleRecord, Unreadable, read_samples
+from headrace.contract.formats.samples_topic.sample_record import SampleRecord, Unreadable, read_samples
 from headrace.contract.interfaces.log import Record
 
 ROWS = samples(5, 0, 40)

@@ -19,8 +19,8 @@ from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.config import Config, LogConfig
 from headrace.contract.errors import InvariantBroken, Unavailable
-from headrace.contract.formats.kept_samples import read_on_at
 from headrace.contract.formats.positions import START, Position, Positions
+from headrace.contract.formats.samples_topic.kept_samples import read_on_at
 from headrace.contract.formats.topics import Topics
 from headrace.process.waits import Waits
 from headrace.stream.aggregate.stage import AggregateStage

@@ -5,8 +5,8 @@ A console producer, a mirror tool or another team may write into an internal top
 1. **foreign**: it has not our headers. Nobody misses it; a reader counts it (`records_unreadable_total`) and goes on.
 2. **damaged**: it has our headers, and its rows can't be read, or are not those that the headers promise. A reader
    counts it, leaves its position where it is, and goes on: where the samples were ours, the next record begins `after`
-   them, which is a gap (`headrace.contract.formats.sample_order`); where they were not, or come again, nothing is
-   missing.
+   them, which is a gap (`headrace.contract.formats.samples_topic.sample_order`); where they were not, or
+   come again, nothing is missing.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ phases take turns, so that whatever else this machine does falls on both.
 All candidates of a version score alike, by its step: an answer whose scores differ, or are not its version's, is mixed.
 A request overlaps a swap when any of its time lies between the record's arrival and the end of the second copy's write.
 
-    python bench/swap.py --quick
-    python bench/swap.py --swaps 1000 --rate 300 --workers 2
-    python bench/swap.py --rows 14000000      # 17 values: a snapshot of 1 GB, two copies of 1.5 GB with their index
+    python bench/serving/swap.py --quick
+    python bench/serving/swap.py --swaps 1000 --rate 300 --workers 2
+    python bench/serving/swap.py --rows 14000000  # 17 values: a snapshot of 1 GB, two copies of 1.5 GB with their index
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness import swap_stage
 from harness.figures import Figure, show
