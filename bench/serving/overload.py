@@ -1,7 +1,8 @@
 """What serving does with three times the requests that it can answer: those that it answers, and those that it refuses.
 
 Method: one process serves the demo shop's spec and recipe as `bench/serving/rank.py` does. A load generator in a
-process of its own, on the other core where there are two, finds the capacity with a few connections that ask without pause.
+process of its own, on the other core where there are two, first finds the capacity with a few connections that ask
+without pause.
 Then it sends requests at set times, `--times` the capacity, whether or not the ones before are answered (an open
 loop), over as many kept connections as it takes; time is from the moment that a request was due. One in ten has one
 candidate, the others have 100. The same again with a bound that is never reached shows what it prevents.
