@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from headrace.serving.api.app import BODIES, RELEASE, ServingApp, make_app
 from headrace.serving.api.open_inference.over_grpc import OpenInferenceGrpc
+from headrace.serving.compile_ranking import compile_ranking
 from headrace.serving.draining import Ending
 from headrace.serving.processes import answer_requests, listen
 
@@ -47,6 +48,7 @@ class Answering:
         return f"http://127.0.0.1:{self.http_port}"
 
     def start(self) -> None:
+        compile_ranking()  # As `serve` does: a client that waits for seconds alone would not wait for it.
         self.thread.start()
         assert self._begun.wait(10.0)
 

@@ -58,10 +58,10 @@ INPUTS = [
 
 
 def ranked(world: World, **changes: Any) -> dict[str, Any]:
-    """The same request over POST /v1/rank."""
+    """The same request over POST /v1/rank, of an application of its own: turns are those of one event loop."""
     body = {"request_id": "r", "context": {"user": 3}}
     body["candidates"] = [{"item": 1, "price": 2.5}, {"item": 2, "price": None}, {"item": 7, "price": 0.125}]
-    answer = Client(make_app(world.app)).post("/v1/rank", json=body | changes)
+    answer = Client(make_app(ServingApp(world.app.deps))).post("/v1/rank", json=body | changes)
     assert answer.status_code == 200
     return answer.json()
 
