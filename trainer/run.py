@@ -441,7 +441,7 @@ class Trainer:
     def _shown(self) -> dict[str, float]:
         """Return the main task's figures so far, those that are known."""
         figures, _ = self.evaluation.total(self.project.recipe.task)
-        return {name: value for name, value in figures.shown().items() if math.isfinite(value)}
+        return {name: float(value) for name, value in figures.shown().items() if math.isfinite(value)}
 
     def _tell(self) -> None:
         if self.report.is_due():
