@@ -28,7 +28,9 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.log import Record
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Recipe, Task
 from headrace.contract.spec import Categorical, Counter, FeatureSpec, Numeric, Rate
-from headrace.serving.api.app import ServingApp, ServingDependencies, make_app
+from headrace.serving.api.app import ServingApp, make_app
+from headrace.serving.api.dependencies import ServingDependencies
+from headrace.serving.compile_ranking import compile_ranking
 from headrace.serving.features import FeatureMemory
 from headrace.serving.gate.admit import can_serve
 from headrace.serving.model.growth import Room
@@ -171,6 +173,7 @@ def main() -> int:
     listener = listen("127.0.0.1", int(sys.argv[3]))
     path = region_path(folder, dim=DIM, rows_max=1_024)
     print(listener.getsockname()[1], path, flush=True)
+    compile_ranking()  # As `serve` does, before the fork.
     try:
         return run_processes(
             count,
