@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_world import TOPICS, Trainer, World
 
-from headrace.contract.errors import InvariantBroken
+from headrace.contract.errors import InvariantBroken, Overloaded
 from headrace.contract.formats.snapshot import FORMAT, Manifest, Weights, decode_weights, encode_weights
 from headrace.serving.gate.admit import Refused, admit_delta
 from headrace.serving.model.shared_region import Meta, SharedModel
@@ -172,9 +172,11 @@ def test_the_region_takes_no_row_that_would_be_written_elsewhere():
         model = SharedModel(Path(folder) / "m", dim=DIM, rows_max=4, create=True)
         meta = Meta(NEXT, "r-3", "{}", "{}", SHAPES)
         model.load_snapshot(rows([1, 2]), meta)
-        for bad in (rows([0]), rows([3], width=9), Weights(np.array([3, 4]), rows([3]).values_KV, rows([]).dense)):
+        for bad in (rows([0]), Weights(np.array([3, 4]), rows([3]).values_KV, rows([]).dense)):
             with pytest.raises(InvariantBroken, match="gate must refuse"):
                 model.check_fits(bad, meta, fresh=False)
+        with pytest.raises(Overloaded, match="rows of 9 values do not fit"):
+            model.check_fits(rows([3], width=9), meta, fresh=False)
         rows_of_zero, _ = model.read(lambda view: view.lookup(np.array([0]), seed=1, scale=0.1))
         np.testing.assert_array_equal(rows_of_zero, initial_values(np.array([0]), dim=DIM, seed=1, scale=0.1))
         with pytest.raises(InvariantBroken, match="check_fits"):
