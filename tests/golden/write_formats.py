@@ -1,4 +1,5 @@
-"""Writes every stored format once, small: `python tests/golden/write_formats.py FOLDER`.
+"""Writes every stored format once, small: `python tests/golden/write_formats.py FOLDER`; with `archives` before the
+folder the archives alone, of events and of steps, which came later.
 
 The folder of a release (`data/formats-0.1`) was written by that release's code and is never made anew: a later build
 opens it (`test_formats.py`), or refuses it by name with the remedy. Run this only to write the folder of a new release.
@@ -23,6 +24,7 @@ sys.path.insert(0, str(CHECKOUT / "tests" / "worlds"))
 import join_world  # noqa: E402
 import trainer_world  # noqa: E402
 
+from headrace.backends.archive.delta import DeltaArchive  # noqa: E402
 from headrace.backends.blobs_file import FileBlobs  # noqa: E402
 from headrace.backends.clock import VirtualClock  # noqa: E402
 from headrace.backends.delta.leases import Leases  # noqa: E402
@@ -41,7 +43,9 @@ from headrace.contract.formats.dead_letters import (  # noqa: E402
 from headrace.contract.formats.events import decode_batch, fit  # noqa: E402
 from headrace.contract.formats.sample import parse_position, sample_schema  # noqa: E402
 from headrace.contract.formats.topics import Topics  # noqa: E402
+from headrace.contract.interfaces.archive import Offsets  # noqa: E402
 from headrace.contract.interfaces.frontier import Body, Found, Settled  # noqa: E402
+from headrace.contract.interfaces.log import VerbatimRecord  # noqa: E402
 from headrace.contract.project import Recipe  # noqa: E402
 from headrace.process.call_watch import CallWatch  # noqa: E402
 from headrace.sender import Sender  # noqa: E402
@@ -50,6 +54,7 @@ from headrace.stream.join import state  # noqa: E402
 from headrace.stream.rule_changes import apply, ensure_first  # noqa: E402
 from headrace.stream.shell.dependencies import StageDependencies  # noqa: E402
 from headrace.stream.shell.join_stage import StreamStage  # noqa: E402
+from headrace.trainer.commit.steps_archive import StepsArchive  # noqa: E402
 from headrace.trainer.dependencies import Dependencies  # noqa: E402
 from headrace.trainer.run import Trainer  # noqa: E402
 
@@ -199,5 +204,38 @@ def write(folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
+ARCHIVED = [
+    VerbatimRecord(
+        topic=TOPICS.events,
+        partition=0,
+        offset=offset,
+        key=b"k" if offset else None,
+        value=f"record {offset}".encode() if offset != 2 else None,
+        headers={"kind": "impression"} if offset != 3 else {"kind": "", "n": ""},
+        timestamp_ms=NOW_MS + offset * 3_600_000,
+        time_kind=2,
+        raw_headers=(("kind", b"impression"),) if offset != 3 else (("kind", b"x"), ("n", None), ("kind", b"")),
+    )
+    for offset in range(5)
+]
+"""Records of `events`: without key, without value, with headers that come again."""
+
+
+def write_archives(folder: Path) -> None:
+    """Write the archives of events and of steps below `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    archive = DeltaArchive(str(folder / "events"), TOPICS.events, partitions=1, events_id="golden")
+    archive.append(ARCHIVED[:3], {0: Offsets(0, 3)}, {})
+    archive.append(ARCHIVED[4:], {0: Offsets(4, 5)}, {0: Offsets(3, 4)})
+    steps = StepsArchive(FileBlobs(folder / "blobs"), TOPICS.steps, "golden")
+    release = Path(__file__).parent / "data" / "formats-0.1" / "records.jsonl"
+    told = [json.loads(line) for line in release.read_text().splitlines()]
+    records = [(t["offset"], base64.b64decode(t["value"])) for t in told if t["topic"] == TOPICS.steps]
+    steps.put(0, 1 + records[-1][0], records)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    if sys.argv[1] == "archives":
+        write_archives(Path(sys.argv[2]))
+    else:
+        write(Path(sys.argv[1]))
