@@ -41,7 +41,7 @@ from headrace.trainer.model.learner import learner_for
 from headrace.trainer.source.source import Source
 from headrace.trainer.upload_watch import UploadWatch
 from headrace.trainer.validation.evaluate import known_times
-from headrace.trainer.validation.report import Report
+from headrace.trainer.validation.report import Report, figures_of
 
 logger = logging.getLogger("headrace.train")
 
@@ -76,7 +76,7 @@ class Trainer:
         )
         self._archive = StepsArchive(deps.blobs, deps.topics.steps, deps.steps_id)
         self.steps = StepsLog(
-            deps.steps_writer, self.project.name, deps.metrics, pause=self._pause, archive=self._archive
+            deps.steps_writer, self.project.model, deps.metrics, pause=self._pause, archive=self._archive
         )
         self.recipe = recipe_digest(self.project)
         self.learner = learner_for(self.project, deps.config)
@@ -98,15 +98,15 @@ class Trainer:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
         run's model is served. Waits while Kafka or the store is away. Raises as `take_claim`, and `InvariantBroken`
         where the run is of a topic that was made anew."""
-        deps, model = self.deps, self.project.name
+        deps, model = self.deps, self.project.model
         self._retrying("claim the model", lambda: take_claim(deps.blobs, model, deps.name, by_force=deps.take_over))
         manifests = self._retrying(
             "read which run is served",
-            lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.name, self.deps.metrics),
+            lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.model, self.deps.metrics),
         )
         checkpoint = self._retrying(
             "read checkpoints",
-            lambda: newest_checkpoint(self.deps.blobs, self.project.name, recipe=self.recipe),
+            lambda: newest_checkpoint(self.deps.blobs, self.project.model, recipe=self.recipe),
         )
         if checkpoint is not None:
             check_topic(checkpoint.meta.steps_id, deps.steps_id, deps.topics.steps)
@@ -132,7 +132,7 @@ class Trainer:
         self._redo(redone)
         self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
-            logger.info("run %s is served until the lake is learnt", manifests[-1].run)
+            logger.info("run %s is published when the lake is learnt", self.run_id)
         self._snapshot()
         self._checkpoint()
         logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
@@ -186,7 +186,7 @@ class Trainer:
             for writer in (self.checkpointer, self.publisher):
                 writer.close(3.0)
             try:
-                release_claim(self.deps.blobs, self.project.name, self.deps.name)
+                release_claim(self.deps.blobs, self.project.model, self.deps.name)
             except Unavailable as error:
                 logger.warning("the model stays claimed by this trainer: %s", error)
         if self.deps.board is not None:
@@ -208,15 +208,17 @@ class Trainer:
         self.deps.progress.end()
 
     def _new_run(self, taken: set[str]) -> str:
-        """Return a run's id that is not taken. It has the time for people to read; nothing is ordered by it."""
-        taken |= self._retrying("list checkpoints", lambda: runs_of(self.deps.blobs, self.project.name))
-        at_ms = self.deps.clock.now_ms()
-        while f"r{at_ms:013x}" in taken:
+        """Return a run's id that is not taken, a variant's with its name, so that no two models have one run. It has the
+        time for people to read; nothing is ordered by it."""
+        taken |= self._retrying("list checkpoints", lambda: runs_of(self.deps.blobs, self.project.model))
+        at_ms, end = self.deps.clock.now_ms(), f"-{self.project.variant}" if self.project.variant else ""
+        while f"r{at_ms:013x}{end}" in taken:
             at_ms += 1
-        return f"r{at_ms:013x}"
+        return f"r{at_ms:013x}{end}"
 
     def _new_publisher(self, manifests: list[Manifest]) -> Publisher:
-        """Return the run's publisher; it holds back while the lake is learnt and another run's model is served."""
+        """Return the run's publisher; it holds back while the lake is learnt and another model is served: another run's,
+        or, of a variant, the one beside which it learns."""
         return Publisher(
             self.project,
             self.run_id,
@@ -227,11 +229,14 @@ class Trainer:
             self.deps.clock,
             lambda: self.deps.reader.end_offsets(self.deps.topics.deltas)[0],
             self.deps.background,
-            is_held=self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id,
+            is_held=self.source.is_stored and self._is_behind_another(manifests),
             moved=self.uploads["snapshot"].moved,
             kept=named_blobs(manifests, but=self.run_id),
             rows=self.deps.config.publish_values,
         )
+
+    def _is_behind_another(self, manifests: list[Manifest]) -> bool:
+        return manifests[-1].run != self.run_id if manifests else bool(self.project.variant)
 
     def _new_checkpointer(self, before: CheckpointManifest | None) -> Checkpointer:
         """Return what writes the run's checkpoints, on from the one that the learner holds, if it holds any."""
@@ -287,7 +292,7 @@ class Trainer:
         if not ranges:
             return None
         return Step(
-            model=self.project.name,
+            model=self.project.model,
             run=self.run_id,
             step=self.learner.step + 1,
             ranges=ranges,
@@ -318,7 +323,7 @@ class Trainer:
     def _other_trainer(self) -> str:
         """Name the trainer that has the model now, where it is another one."""
         try:
-            claim = read_claim(self.deps.blobs, self.project.name)
+            claim = read_claim(self.deps.blobs, self.project.model)
         except Unavailable:
             return ""
         return f" Trainer {claim.holder} has the model." if claim and claim.holder != self.deps.name else ""
@@ -395,6 +400,7 @@ class Trainer:
         if checkpointer.holds(meta):
             return
         figures = {"rows": float(self.learner.rows), "held": float(self.learner.held)}
+        figures |= figures_of(self.evaluation, self.project.recipe.task)
         checkpointer.begin(Moment(meta, self.positions, self.evaluation.state(), figures))
         self.uploads["checkpoint"].began()
         self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)

@@ -139,7 +139,7 @@ class SealedStock:
         """Yield this model's steps. Raises `InvariantBroken` for one of a `samples` topic that is no more."""
         samples = self.topics.samples
         for step in self.steps(begin, end):
-            if step.model == self.project.name:
+            if step.model == self.project.model:
                 check_topic(step.samples_id, self.topic_ids.get(samples, ""), samples)
                 yield step
 

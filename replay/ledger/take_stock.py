@@ -86,7 +86,7 @@ def take_stock(
         reader.close()
         return ledger
     stock = SealedStock(project, config, topics, reader, lake, blobs, dict(topic_ids))
-    recipes = _recipes(project, [], read_manifests(reader, topics, project.name))
+    recipes = _recipes(project, [], read_manifests(reader, topics, project.model))
 
     def letters() -> tuple[list[DeadLetter], list[tuple[DeadLetter, Fate]]]:
         marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
@@ -139,7 +139,7 @@ def _from_log(
     state = lake.state()
     stored, imported = _in_lake(lake, state)
     topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
-    manifests = read_manifests(reader, topics, project.name)
+    manifests = read_manifests(reader, topics, project.model)
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
     trimmed = {str(p): offset for p, offset in sorted(reader.begin_offsets(topics.events).items()) if offset > 0}
     joined = read_joined(blobs, topics.generation, reader.end_offsets(topics.events)) if blobs is not None else {}
@@ -201,7 +201,7 @@ def _steps(
     project: Project, topics: Topics, reader: Reader, blobs: Blobs | None, topic_ids: Mapping[str, str]
 ) -> list[Step]:
     archive = StepsArchive(blobs, topics.steps, topic_ids.get(topics.steps, "")) if blobs is not None else None
-    steps = [step for step in recorded_steps(reader, topics, archive) if step.model == project.name]
+    steps = [step for step in recorded_steps(reader, topics, archive) if step.model == project.model]
     for step in steps:
         check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
     return steps

@@ -209,6 +209,7 @@ class ServingApp:
                 "chain": manifest.chain or manifest.version,
                 "seq": manifest.seq,
                 "served_digest": served_digest(meta.held.text, meta.dense_sha256) if meta.held is not None else "",
+                "room": {"rows_max": self.deps.shared.rows_max, "row_values": 1 + self.deps.shared.dim},
                 "refused": self.deps.shared.refused(),
                 "counters": self._counters(),
                 "workers": [

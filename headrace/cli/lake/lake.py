@@ -102,7 +102,7 @@ def pinned_versions(runtime: Runtime) -> set[int]:
     """Return the versions that the project's checkpoints are in the middle of. Raises `Unavailable`."""
     from headrace.trainer.commit.checkpoint import stored_versions
 
-    return stored_versions(runtime.blobs(), runtime.project.name)
+    return stored_versions(runtime.blobs(), runtime.project.model)
 
 
 def _keep(runtime: Runtime, args: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     from headrace.trainer.run import train
 
     runtime = open_runtime(args)
-    lock = lock_home(runtime.home, runtime.project.name)
+    lock = lock_home(runtime.home, runtime.project.model)
     stop = stop_event()
     metrics = runtime.metrics("train")
     ids = runtime.open_topics(ids_of=(runtime.topics.samples, runtime.topics.steps)).ids
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
                 admin=runtime.admin(),
                 producer=producer,
                 steps_writer=runtime.fenced(
-                    runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.name}"
+                    runtime.topics.steps, f"headrace-{runtime.topics.steps}-{runtime.project.model}"
                 ),
                 blobs=runtime.blobs(),
                 metrics=metrics,

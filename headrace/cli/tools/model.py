@@ -79,7 +79,7 @@ def _snapshot(runtime: Runtime, version: str | None) -> tuple[Manifest, Weights]
     from headrace.trainer.commit.publish import read_manifests
 
     project = runtime.project
-    manifest = _chosen(read_manifests(runtime.reader(), runtime.topics, project.name), version, project)
+    manifest = _chosen(read_manifests(runtime.reader(), runtime.topics, project.model), version, project)
     blobs = runtime.blobs()
     data = blobs.get(manifest.blob)
     if data is None:
@@ -97,7 +97,7 @@ def _snapshot(runtime: Runtime, version: str | None) -> tuple[Manifest, Weights]
 def _chosen(manifests: Sequence[Manifest], version: str | None, project: Project) -> Manifest:
     if not manifests:
         raise ConfigRejected(
-            f"no snapshot of {project.name!r} is announced: start `train`, and wait until /v1/model names a version."
+            f"no snapshot of {project.model!r} is announced: start `train`, and wait until /v1/model names a version."
         )
     if version is None:
         return manifests[-1]
