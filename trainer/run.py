@@ -208,8 +208,10 @@ class Trainer:
         self.deps.progress.end()
 
     def _new_run(self, taken: set[str]) -> str:
-        """Return a run's id that is not taken, a variant's with its name, so that no two models have one run. It has the
-        time for people to read; nothing is ordered by it."""
+        """Return a run's id that is not taken. It has the time for people to read; nothing is ordered by it.
+
+        A variant's has its name too: no two models have one run.
+        """
         taken |= self._retrying("list checkpoints", lambda: runs_of(self.deps.blobs, self.project.model))
         at_ms, end = self.deps.clock.now_ms(), f"-{self.project.variant}" if self.project.variant else ""
         while f"r{at_ms:013x}{end}" in taken:
@@ -217,8 +219,8 @@ class Trainer:
         return f"r{at_ms:013x}{end}"
 
     def _new_publisher(self, manifests: list[Manifest]) -> Publisher:
-        """Return the run's publisher; it holds back while the lake is learnt and another model is served: another run's,
-        or, of a variant, the one beside which it learns."""
+        """Return the run's publisher; it holds back while the lake is learnt and another model is served: that of
+        another run, or that beside which a variant learns."""
         return Publisher(
             self.project,
             self.run_id,

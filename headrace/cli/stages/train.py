@@ -10,6 +10,10 @@ One worker. Its state is in the store (checkpoints) and in the `steps` topic: ki
 there with the same bits. SIGTERM leaves a checkpoint and stops within 5 s. Changing the recipe or the feature spec
 begins a new run from the lake; the old one's checkpoints stay.
 
+--variant NAME learns a recipe of `Project(..., variants={...})` beside the project's own, as a model of its own; what
+it publishes is served after `headrace model promote NAME`. A variant that was promoted and moved to recipe= goes on
+with its run, without --variant.
+
 One trainer a model. A second one takes the model over; the first one stops, and refuses to come back until the second
 one has ended in good order. Of two in one HEADRACE_HOME the second one refuses.
 
@@ -32,7 +36,7 @@ from pathlib import Path
 from typing import IO
 
 from headrace.cli.progress_bar import show_progress
-from headrace.cli.runtime import add_common, open_runtime, stop_event
+from headrace.cli.runtime import add_common, add_variant, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.validation.board import Board
 
@@ -43,6 +47,7 @@ _LOOP_HEALTHY_S = 1_800.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the stage's flags."""
     add_common(parser)
+    add_variant(parser, "learn")
     parser.add_argument(
         "--take-over",
         action="store_true",
@@ -55,10 +60,12 @@ def main(args: argparse.Namespace) -> int:
     from headrace.trainer.dependencies import Dependencies
     from headrace.trainer.run import train
 
-    runtime = open_runtime(args)
+    of_project = open_runtime(args)
+    of_project.open_topics()
+    runtime, name = of_project.of_variant(args.variant), args.variant or ""
     lock = lock_home(runtime.home, runtime.project.model)
     stop = stop_event()
-    metrics = runtime.metrics("train")
+    metrics = of_project.metrics("train", variant=name)
     ids = runtime.open_topics(ids_of=(runtime.topics.samples, runtime.topics.steps)).ids
     samples_id = ids[runtime.topics.samples]
     producer = runtime.producer(metrics)
@@ -84,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
                 lake=runtime.lake(samples_id=samples_id),
                 samples_id=samples_id,
                 steps_id=ids[runtime.topics.steps],
-                board=Board(runtime.tensorboard_dir / "train"),
+                board=Board(runtime.tensorboard_dir / (f"train@{name}" if name else "train")),
                 progress=show_progress(logging.getLogger("headrace.train")),
                 name=f"{socket.gethostname()}:{runtime.home.resolve()}",
                 take_over=args.take_over,

@@ -18,6 +18,7 @@ import msgspec
 from headrace.cli.runtime import add_common, open_runtime
 from headrace.replay.ledger.ledger import is_sound, table
 from headrace.replay.ledger.take_stock import take_stock
+from headrace.trainer.commit.claim import models_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +33,13 @@ def main(args: argparse.Namespace) -> int:
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
     runtime.require_kafka()
+    home, models = runtime.of_variant(None), models_of(runtime.blobs(), runtime.project.name)
     topics, admin = runtime.topics, runtime.admin()
-    ids = {topic: admin.topic_id(topic) for topic in (topics.events, topics.samples, topics.steps)}
+    steps = {topics.of(model).steps for model in (home.project.model, *models)}
+    ids = {topic: admin.topic_id(topic) for topic in (topics.events, topics.samples, *sorted(steps))}
     lake = runtime.lake(samples_id=ids[topics.samples], with_leases=False)
     ledger = take_stock(
-        runtime.project,
+        home.project,
         runtime.config,
         topics,
         runtime.event_reader(f"ledger-{socket.gethostname()}-{os.getpid()}"),
@@ -44,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
         blobs=runtime.blobs(),
         mode="full" if args.full else "auto",
         topic_ids=ids,
+        beside=[model for model in models if model != home.project.model],
     )
     if args.json:
         print(msgspec.json.encode(ledger).decode())

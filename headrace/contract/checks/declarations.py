@@ -127,8 +127,8 @@ def _of_recipes(project: Project) -> Iterator[ConfigRejected]:
         at = f"variants[{name!r}]"
         if recipe == project.recipe:
             yield ConfigRejected(
-                f"{at} is the project's own recipe, which is learnt already: drop it from `variants`. A variant that was "
-                "promoted and moved to recipe= goes on with the run that it has.",
+                f"{at} is the project's own recipe, which is learnt already: drop it from `variants`. A variant that "
+                "was promoted and moved to recipe= goes on with the run that it has.",
                 at=at,
             )
         for fault in _recipe_faults(project, recipe, at):
