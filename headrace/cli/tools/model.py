@@ -11,7 +11,8 @@
     headrace model export --to DIR
 
 docs/models.md has the way from a declared variant to the project's own recipe. DIR is there whole afterwards, or not at
-all. The models take what featurizing gives (ids and numbers), not raw events; docs/export.md shows both halves. Needs: pip install 'headrace[export]'.
+all. The models take what featurizing gives (ids and numbers), not raw events; docs/export.md shows both halves.
+Needs: pip install 'headrace[export]'.
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ def lacking(models: Models, name: str) -> Iterator[str]:
         elif standing.other_recipe:
             yield (
                 f"its newest snapshot, {standing.other_recipe}, is of another recipe or spec than the declared one, "
-                f"whose run has published nothing yet: see that `{process}` runs (`headrace status`), and wait until it has "
-                "learnt the lake."
+                f"whose run has published nothing yet: see that `{process}` runs (`headrace status`), and wait until "
+                "it has learnt the lake."
             )
         else:
             yield f"it has no snapshot: `headrace start {process}`, and wait until it has learnt the lake."

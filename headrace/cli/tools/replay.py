@@ -58,8 +58,8 @@ def main(args: argparse.Namespace) -> int:
     else:
         verdict = {True: "equal to the live model's", False: "NOT the live model's", None: "no live digest to compare"}
         print(
-            f"model {result.model}, run {result.run} step {result.step}: {result.rows} samples, {result.from_lake} from the lake, "
-            f"{result.from_topic} from the topic, {result.seconds} s"
+            f"model {result.model}, run {result.run} step {result.step}: {result.rows} samples, "
+            f"{result.from_lake} from the lake, {result.from_topic} from the topic, {result.seconds} s"
         )
         print(f"digest {result.digest}: {verdict[result.equal]}")
         if result.equal is False:
