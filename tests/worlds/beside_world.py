@@ -22,9 +22,7 @@ DEEP = msgspec.structs.replace(PROJECT.recipe, hidden=(12,), dim=6)
 BESIDE = msgspec.structs.replace(PROJECT, variants={"deep": DEEP}).checked()
 VIEWS = {"": BESIDE, "deep": BESIDE.of_variant("deep")}
 """By variant, "" for the project's own recipe."""
-CONFIG = TrainConfig(
-    wait_ms=20, publish_ms=100, snapshot_ms=300, checkpoint_ms=300, steps_moved=5, lake_bytes=30_000
-)
+CONFIG = TrainConfig(wait_ms=20, publish_ms=100, snapshot_ms=300, checkpoint_ms=300, steps_moved=5, lake_bytes=30_000)
 OUTSIDE = {
     "steps_writer": ("open", "append"),
     "blobs": ("put", "delete"),

@@ -38,6 +38,7 @@ from typing import IO
 from headrace.cli.progress_bar import show_progress
 from headrace.cli.runtime import add_common, add_variant, open_runtime, stop_event
 from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local.layout import trainer_of
 from headrace.trainer.validation.board import Board
 
 _LOOP_HEALTHY_S = 1_800.0
@@ -113,9 +114,12 @@ def lock_home(home: Path, model: str) -> IO[str]:
     except OSError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
+        variant = model.partition(".")[2]
+        beside = f" (`headrace stop {trainer_of(variant)}` where it is the one beside)" if variant else ""
         file.close()
         raise ConfigRejected(
-            f"process {holder} trains model {model!r} from {home} already; stop it, or give this one another --home."
+            f"process {holder} trains model {model!r} from {home} already; stop it{beside}, or give this one another "
+            "--home."
         ) from None
     # The name is for people; the lock holds without it, on a full disk too.
     with contextlib.suppress(OSError):
