@@ -191,8 +191,8 @@ class Runtime:
     def lake(self, *, samples_id: str = "", with_leases: bool = True) -> DeltaLake:
         """Return the store's lake, with the leases of its readers beside it; see `DeltaLake` for `samples_id`."""
         # Here, since most verbs have no lake and the library takes half a second to load.
+        from headrace.backends.delta.leases import Leases
         from headrace.backends.lake.delta import DeltaLake
-        from headrace.backends.lake.leases import Leases
         from headrace.kernels.sample_ids import id_hashes
 
         lake = DeltaLake(
@@ -209,7 +209,7 @@ class Runtime:
     def archive(self, *, events_id: str = "", with_leases: bool = True) -> DeltaArchive:
         """Return the store's archive of events; see `DeltaArchive` for `events_id`."""
         from headrace.backends.archive.delta import DeltaArchive
-        from headrace.backends.lake.leases import Leases
+        from headrace.backends.delta.leases import Leases
 
         config = msgspec.structs.replace(self.config.lake, retention_ms=self.config.archive.retention_ms)
         leases = Leases(self.blobs(), self.clock, lease_ms=config.lease_ms, table="events") if with_leases else None

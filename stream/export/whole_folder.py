@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headrace.backends.lake.fsync import sync
+from headrace.backends.delta.fsync import sync
 from headrace.contract.errors import ConfigRejected, Overloaded, Unavailable
 
 

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract.config import Config
-from headrace.contract.errors import ConfigRejected, InvariantBroken
+from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import orders
 from headrace.contract.formats.sample import sample_schema
 from headrace.contract.formats.seals import Seal, whole
@@ -116,6 +116,8 @@ class Imported(msgspec.Struct, kw_only=True):
     version: int | None = None
     is_sample: bool = False
     """Whether only the first rows of each input were looked at."""
+    live_ms: int | None = None
+    """The first live event, where the import was told to end after it; None where it ends before, or it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +217,7 @@ class Importer:
         mine = begun if begun is not None and begun.id == self.id else None
         bounds = self._bounds(mine)
         found = Imported(id=f"{self.id:016x}", from_ms=bounds.from_ms, until_ms=bounds.until_ms)
+        found.live_ms = self._live_before(bounds)
         with self._alone():
             return self._import(mine, bounds, found)
 
@@ -266,6 +269,16 @@ class Importer:
         if from_ms >= until_ms:
             raise ConfigRejected(f"--from {from_ms} ms is not before --until {until_ms} ms: nothing lies between.")
         return Bounds(from_ms, until_ms, now_ms)
+
+    def _live_before(self, bounds: Bounds) -> int | None:
+        """Return the first live event's time where a stated end lies after it; nobody need be there to say it."""
+        if self._request.until_ms is None:
+            return None
+        try:
+            live_ms = self._parts.first_live_ms()
+        except Unavailable:
+            return None
+        return live_ms if live_ms is not None and live_ms < bounds.until_ms else None
 
     def _sorted(self, bounds: Bounds, found: Imported) -> SortedEvents:
         """Return the checked events in order, from the disk where an earlier run left them whole."""

@@ -19,9 +19,9 @@ from write_formats import NOW_MS, PROJECT, TOPICS, stage_dependencies, trainer_d
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
+from headrace.backends.delta.leases import Leases
 from headrace.backends.frontier_sqlite import SqliteFrontier
 from headrace.backends.lake.delta import DeltaLake
-from headrace.backends.lake.leases import Leases
 from headrace.backends.log.memory import MemoryLog
 from headrace.backends.metrics_memory import MemoryMetrics
 from headrace.contract.formats.dead_letters import decode_dead_letter, decode_retry_mark

@@ -25,9 +25,9 @@ import trainer_world  # noqa: E402
 
 from headrace.backends.blobs_file import FileBlobs  # noqa: E402
 from headrace.backends.clock import VirtualClock  # noqa: E402
+from headrace.backends.delta.leases import Leases  # noqa: E402
 from headrace.backends.frontier_sqlite import SqliteFrontier  # noqa: E402
 from headrace.backends.lake.delta import DeltaLake  # noqa: E402
-from headrace.backends.lake.leases import Leases  # noqa: E402
 from headrace.backends.log.fenced_memory import FencedMemory, WriterEpochs  # noqa: E402
 from headrace.backends.log.memory import MemoryLog  # noqa: E402
 from headrace.backends.metrics_memory import MemoryMetrics  # noqa: E402

@@ -13,8 +13,8 @@ from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, World, cut, lake_o
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
+from headrace.backends.delta.leases import Leases
 from headrace.backends.lake.delta import DeltaLake
-from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import InvariantBroken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -39,6 +40,15 @@ def test_a_module_is_small_named_and_finished(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= FUNCTION_LINES_MAX, f"{node.name} has {length} lines; move a loop into a leaf"
+
+
+def test_a_wheel_holds_every_package() -> None:
+    """An editable install finds a folder that is not named; a wheel leaves it out."""
+    setuptools = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tops = {place: name for name, place in setuptools["package-dir"].items()}
+    folders = {path.parent.relative_to(CHECKOUT) for path in SOURCES}
+    names = {".".join((tops[each.parts[0]], *each.parts[1:])) for each in folders if each.parts[0] in tops}
+    assert set(setuptools["packages"]) == names
 
 
 def test_no_file_names_this_machine_or_a_registry() -> None:

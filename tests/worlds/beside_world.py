@@ -12,7 +12,6 @@ from trainer_world import COUNT, PARTITIONS, PROJECT, TOPICS, Killed, World, cut
 from headrace.contract.config import TrainConfig
 from headrace.contract.formats.decision import KIND, Decision, encode_decision, key_of
 from headrace.contract.formats.topics import Topics
-from headrace.contract.project import Project
 from headrace.replay.as_trained import Result, as_trained
 from headrace.replay.recorded import recorded_steps
 from headrace.trainer.commit.steps_archive import StepsArchive

@@ -3,7 +3,8 @@
 1. Every process says that it is ready, and goes on to run, without a hand.
 2. Samples, lake and steps stand still: all that was acked is joined, stored and learnt. A wait ends when nothing has
    moved for `STALLED_S`, and says every few seconds what it waits for.
-3. The newest snapshot holds the newest step, and serving answers with it.
+3. The newest snapshot holds the newest step, and serving answers with it: what lies in its memory has the snapshot's
+   digest, and no replica ever found another.
 4. Replay as trained reaches the digest of that snapshot.
 """
 
@@ -66,6 +67,12 @@ class ModelAccount(msgspec.Struct, kw_only=True):
     """Version of the newest snapshot."""
     served: str = ""
     """What `/v1/model` answers."""
+    published_digest: str = ""
+    """Of the values that the newest snapshot serves."""
+    served_digest: str = ""
+    """Of the values that lie in serving's memory."""
+    replicas_wrong: int | None = None
+    """How often a replica found another digest than the trainer's, since serving began; None where it does not tell."""
     trouble: str = ""
     """Why there was no replay."""
 
@@ -78,6 +85,12 @@ class ModelAccount(msgspec.Struct, kw_only=True):
             found.append(f"replay reached {self.replayed_digest or 'no digest'}, live is {self.live_digest or 'none'}")
         if self.served != self.published:
             found.append(f"serving answers with {self.served or 'nothing'}, published is {self.published or 'nothing'}")
+        elif not self.served_digest or self.served_digest != self.published_digest:
+            found.append(
+                f"served is digest {self.served_digest or 'none'}, published {self.published_digest or 'none'}"
+            )
+        if self.replicas_wrong != 0:
+            found.append(f"serving found its model wrong, times: {self.replicas_wrong}")
         return found
 
 
@@ -196,11 +209,12 @@ def model_account(layout: Layout, project: Project, config: Config, say: Say) ->
         return "" if account.step == account.newest_step else f"a snapshot of step {account.newest_step}"
 
     def served() -> str:
-        account.served = served_version(layout)
+        account.served, account.served_digest = served_version(layout)
         return "" if account.served == account.published else f"serving to answer with {account.published}"
 
     for ask in (published, served):
         _await(ask, say)
+    account.replicas_wrong = _replicas_wrong(layout)
     say(f"replaying {account.newest_step:,} steps of run {account.run}")
     _replay(layout, account)
     return account
@@ -221,16 +235,23 @@ def _read_published(layout: Layout, project: Project, config: Config, account: M
     if manifests:
         newest = manifests[-1]
         account.run, account.step, account.published = newest.run, newest.step, newest.version
-        account.live_digest = newest.digest
+        account.live_digest, account.published_digest = newest.digest, newest.served
     steps = [s.step for s in recorded_steps(reader, topics) if s.model == project.model and s.run == account.run]
     account.newest_step = max(steps, default=0)
     reader.close()
 
 
-def served_version(layout: Layout) -> str:
-    """Return the version that serving answers with, "" where it does not answer."""
+def served_version(layout: Layout) -> tuple[str, str]:
+    """Return the version that serving answers with and the digest of what lies there, "" where it does not answer."""
     status, body = http_get(f"http://{HOST}:{layout.port('serving')}/v1/model")
-    return str(msgspec.json.decode(body).get("version") or "") if status == 200 else ""
+    told = msgspec.json.decode(body) if status == 200 else {}
+    return str(told.get("version") or ""), str(told.get("served_digest") or "")
+
+
+def _replicas_wrong(layout: Layout) -> int | None:
+    status, body = http_get(f"http://{HOST}:{layout.port('metrics_serve')}/metrics")
+    found = parse(body.decode()).get("headrace_serve_replica_digest_wrong_total") if status == 200 else None
+    return None if found is None else int(found)
 
 
 def _replay(layout: Layout, account: ModelAccount) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction
 
 from headrace.backends.archive.files import (
@@ -40,23 +40,22 @@ from headrace.backends.archive.files import (
     to_rows,
     write_file,
 )
-from headrace.backends.lake.fsync import OnDisk
+from headrace.backends.delta.leases import Leases
+from headrace.backends.delta.properties import properties
+from headrace.backends.delta.table import STEPS_MAX, TopicTable
 from headrace.backends.lake.hour_files import WRITERS
-from headrace.backends.lake.leases import Leases
-from headrace.backends.lake.properties import number_of, properties
 from headrace.contract.config import LakeConfig
-from headrace.contract.errors import InvariantBroken, Unavailable, disk_remedy
+from headrace.contract.errors import Unavailable
 from headrace.contract.interfaces.archive import ArchiveState, Offsets
 from headrace.contract.interfaces.log import Record, VerbatimRecord
 
 logger = logging.getLogger("headrace.archive")
 
-STEPS_MAX = 15
-"""Others' commits that one commit steps over: those of an upkeep."""
 
-
-class DeltaArchive:
+class DeltaArchive(TopicTable):
     """One table of records. Safe for several writers: the second of two that move one partition is refused."""
+
+    what, topic_kind = "archive", "events"
 
     def __init__(
         self,
@@ -77,33 +76,12 @@ class DeltaArchive:
             config: settings of the table; its retention is the archive's own.
             events_id: the id of the `events` topic that is read; "" asks nothing of it.
         """
-        self.uri, self.topic = uri, topic
-        self.generation, self.partitions = generation, partitions
-        self.config, self.leases = config or LakeConfig(), leases
-        self._events_id = events_id
-        self._writer: Any = None
-        self._disk = OnDisk()
+        super().__init__(uri, generation=generation, partitions=partitions, config=config, leases=leases, of=events_id)
+        self.topic = topic
         self._reading: tuple[int, list[ArchiveFile], Any] | None = None
         """The version that was read last, its files, and the file system below them."""
 
     # -- what is there
-
-    def open(self, version: int | None = None) -> Any:
-        """Return the Delta table, at a version or the newest; None while there is none. Raises `Unavailable`."""
-        try:
-            return DeltaTable(self.uri, version=version)
-        except TableNotFoundError:
-            return None
-        except (DeltaError, OSError) as error:
-            at = "" if version is None else f" at {version}"
-            raise Unavailable(f"the archive at {self.uri} can't be opened{at}: {error}") from error
-
-    def opened(self, version: int | None = None) -> Any:
-        """Return the Delta table as `open`. Raises `Unavailable`, also while there is none."""
-        table = self.open(version)
-        if table is None:
-            raise Unavailable(f"there is no archive at {self.uri} yet; the sink makes it with its first commit.")
-        return table
 
     def state(self, version: int | None = None) -> ArchiveState | None:
         """Return how far the archive has got, as `ArchiveWriter.state`."""
@@ -161,29 +139,19 @@ class DeltaArchive:
         rows = sum(file.rows for file in found)
         self.leases.take(holder, version, generation=self.generation, rows=rows, positions={}, next_offsets=ends)
 
-    def let_go(self, holder: str) -> None:
-        """Give the holder's lease back; where the store is away, it ends by itself."""
-        if self.leases is None:
-            return
-        try:
-            self.leases.give_back(holder)
-        except Unavailable as error:
-            logger.warning("the archive's lease of %s was not given back and ends by itself: %s", holder, error)
-
     # -- what is written
 
     def append(
         self, records: Sequence[VerbatimRecord], taken: Mapping[int, Offsets], lost: Mapping[int, Offsets]
     ) -> int:
         """Commit all or nothing, as `ArchiveWriter.append`."""
-        try:
+        with self._committing():
             table = self._newest_for_writing()
             before = int(table.version())
             self._disk.settle(self.uri, before)
             self._check_topic(table)
             marks = [mark for p, span in sorted(taken.items()) for mark in self._moved(table, p, span, lost.get(p))]
-            if self._events_id:
-                marks.append(Transaction(f"topic-g{self.generation}", number_of(self._events_id)))
+            marks += self._topic_mark()
             table.create_write_transaction(
                 self._written(table, records),
                 mode="append",
@@ -193,25 +161,10 @@ class DeltaArchive:
             )
             table.update_incremental()
             self.put_on_disk(before, int(table.version()))
-        except (DeltaError, CommitFailedError, OSError) as error:
-            self._writer = None
-            told = f"the archive at {self.uri} did not take a commit: {error}; {disk_remedy(error)}."
-            raise Unavailable(told) from error
-        except BaseException:
-            self._writer = None
-            raise
         return int(table.version())
 
-    def put_on_disk(self, before: int, version: int) -> None:
-        """Return when the versions behind `before` up to this one are on the disk. Raises `OSError`."""
-        self._disk.put(self.uri, before, version)
-
     def _newest_for_writing(self) -> Any:
-        if self._writer is not None:
-            self._writer.update_incremental()
-            return self._writer
-        self._writer = self.open()
-        if self._writer is None:
+        if super()._newest_for_writing() is None:
             if "://" not in self.uri:
                 Path(self.uri).mkdir(parents=True, exist_ok=True)
             self._writer = DeltaTable.create(
@@ -273,15 +226,6 @@ class DeltaArchive:
                 f"the archive at {self.uri} can't be read, partition {partition}: {error}. See whether the store "
                 "answers; a file that is gone was vacuumed: read again, with a lease."
             ) from error
-
-    def _check_topic(self, table: Any) -> None:
-        stored = table.transaction_version(f"topic-g{self.generation}") if self._events_id else None
-        if stored is not None and stored != number_of(self._events_id):
-            raise InvariantBroken(
-                f"the archive at {self.uri} is of another `events` topic than the one that is there, of id "
-                f"{self._events_id}: it was deleted and made anew, and its offsets begin at 0 again. What is archived "
-                "stays as it is. Raise log.generation to begin anew beside it."
-            )
 
     def _mark(self, table: Any, name: str, partition: int) -> int | None:
         found: int | None = table.transaction_version(self._id(name, partition))

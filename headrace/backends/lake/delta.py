@@ -41,20 +41,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake import CommitProperties, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError
 
-from headrace.backends.lake.fsync import OnDisk
+from headrace.backends.delta.leases import Leases
+from headrace.backends.delta.properties import properties
+from headrace.backends.delta.table import STEPS_MAX, TopicTable
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, hours_in, with_hours, write_hours
 from headrace.backends.lake.lake_seals import HashIds, next_seals, stored_seals, transactions
 from headrace.backends.lake.lake_state import LakeState, imported_seals, imported_upto, state_of_lease
-from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import count_rows, least_positions, partition_columns, span_of
-from headrace.backends.lake.properties import number_of, properties
 from headrace.backends.lake.spans import cut_hours
 from headrace.backends.lake.version_files import PLACE, VersionFiles
 from headrace.contract.config import LakeConfig
-from headrace.contract.errors import InvariantBroken, Unavailable, disk_remedy
+from headrace.contract.errors import InvariantBroken, Unavailable
 from headrace.contract.formats.positions import START, Position, Positions, order_of, position_of
 from headrace.contract.formats.seals import PartitionSeal, Seal
 from headrace.contract.interfaces.lake import LakeLayout, SpanMs, StoredSpan
@@ -69,12 +69,12 @@ RETAINED_ID = "retained"
 # delta-rs holds half a megabyte for each hour of a commit until its end: 32 MB for so many. Of more, few files are
 # written at a time; the samples of a minute are of two hours, those of a back-fill or of wrong clocks of thousands.
 HOURS_AT_ONCE = 64
-# Others' commits that one commit steps over: a compaction makes one an hour of event time, so far fewer come between.
-STEPS_MAX = 15
 
 
-class DeltaLake:
+class DeltaLake(TopicTable):
     """One table of samples. Safe for several writers: the second of two that move one partition is refused."""
+
+    what, topic_kind = "lake", "samples"
 
     def __init__(
         self,
@@ -93,21 +93,14 @@ class DeltaLake:
             samples_id: the id of the `samples` topic that is read; "" asks nothing of it.
             hash_ids: by which commits are sealed; without it they are not.
         """
-        self.uri = uri
-        self.generation = generation
-        self.partitions = partitions
-        """How many partitions `state` asks for: each question reads the Delta log again, slow on HDFS."""
-        self.config = config or LakeConfig()
-        self.leases = leases
-        self._samples_id, self._hash_ids = samples_id, hash_ids
-        self._writer: Any = None
+        super().__init__(uri, generation=generation, partitions=partitions, config=config, leases=leases, of=samples_id)
+        self._hash_ids = hash_ids
         self._reading: VersionFiles | None = None
         """The version that was read last."""
         self._instead: tuple[int, VersionFiles] | None = None
         """A version whose files are gone, and what is read in its place."""
         self._sealed: dict[int, PartitionSeal] = {}
         """What this writer stored last."""
-        self._disk = OnDisk()
 
     def append(
         self, batches: Sequence[pa.RecordBatch], next_offsets: Mapping[int, int], positions: Mapping[int, Position]
@@ -132,7 +125,7 @@ class DeltaLake:
     def commit(self, rows: pa.Table, marks_of: Callable[[Any], list[Transaction]]) -> int:
         """Commit rows, and with them what `marks_of` says of the newest table (None: there is none), all or nothing;
         return the new version. Raises as `append`, and what `marks_of` raises: nothing is committed then."""
-        try:
+        with self._committing():
             if "://" not in self.uri:
                 Path(self.uri).mkdir(parents=True, exist_ok=True)
             table = self._newest_for_writing()
@@ -148,20 +141,9 @@ class DeltaLake:
                 table = self._newest_for_writing() if table is None else table
             if table is not None:
                 self.put_on_disk(before, int(table.version()))
-        except (DeltaError, CommitFailedError, OSError) as error:
-            self._writer = None
-            told = f"the lake at {self.uri} did not take a commit: {error}; {disk_remedy(error)}."
-            raise Unavailable(told) from error
-        except BaseException:
-            self._writer = None
-            raise
         if table is None:
             raise InvariantBroken(f"the lake at {self.uri} is gone right after a commit; nothing may delete it.")
         return int(table.version())
-
-    def put_on_disk(self, before: int, version: int) -> None:
-        """Return when the versions behind `before` up to this one are on the disk. Raises `OSError`."""
-        self._disk.put(self.uri, before, version)
 
     def state(self, version: int | None = None) -> LakeState | None:
         """Return the newest version's state (or that version's); None while there is no lake.
@@ -245,28 +227,6 @@ class DeltaLake:
             self._reading = found
         return found
 
-    def opened(self, version: int | datetime | None = None) -> Any:
-        """Return the Delta table as `open`. Raises `Unavailable`, also while there is none."""
-        table = self.open(version)
-        if table is None:
-            raise Unavailable(f"there is no lake at {self.uri} yet; the sink makes it with its first commit.")
-        return table
-
-    def open(self, version: int | datetime | None = None) -> Any:
-        """Return the Delta table, at a version or at a time; None while there is none. Raises `Unavailable`."""
-        try:
-            if isinstance(version, datetime):
-                table = DeltaTable(self.uri)
-                table.load_as_version(version)
-                return table
-            return DeltaTable(self.uri, version=version)
-        except TableNotFoundError:
-            return None
-        except (DeltaError, OSError) as error:
-            at = "" if version is None else f" at {version}"
-            told = f"the lake at {self.uri} can't be opened{at}: {error}. Is the store up? `headrace status` says so."
-            raise Unavailable(told) from error
-
     def hold(self, version: int, holder: str) -> None:
         """Lease a version, before it is read: vacuum leaves its files in place. Raises `Unavailable`."""
         if self.leases is None:
@@ -283,15 +243,6 @@ class DeltaLake:
             next_offsets={str(p): offset for p, offset in state.next_offsets.items()},
             imported_upto=state.imported_upto,
         )
-
-    def let_go(self, holder: str) -> None:
-        """Give the holder's lease back; where the store is away, it ends by itself."""
-        if self.leases is None:
-            return
-        try:
-            self.leases.give_back(holder)
-        except Unavailable as error:
-            logger.warning("the lease of %s was not given back and ends by itself: %s", holder, error)
 
     @contextmanager
     def leased(self, version: int, holder: str) -> Iterator[None]:
@@ -349,14 +300,6 @@ class DeltaLake:
         table.update_incremental()
         return table
 
-    def _newest_for_writing(self) -> Any:
-        """Return the table at its newest version; one that is open reads on in the log instead of all of it again."""
-        if self._writer is None:
-            self._writer = self.open()
-        else:
-            self._writer.update_incremental()
-        return self._writer
-
     def _refuse_repeats(
         self, table: Any, rows: pa.Table, next_offsets: Mapping[int, int], positions: Mapping[int, Position]
     ) -> None:
@@ -382,19 +325,7 @@ class DeltaLake:
         for partition, position in sorted(positions.items()):
             if position.offset >= 0:
                 found.append(Transaction(self._position_id(partition), order_of(position)))
-        if self._samples_id:
-            found.append(Transaction(self._topic_app_id(), number_of(self._samples_id)))
-        return found
-
-    def _check_topic(self, table: Any) -> None:
-        """Raise `InvariantBroken` where the table's offsets are of a topic that is no more."""
-        stored = table.transaction_version(self._topic_app_id()) if self._samples_id else None
-        if stored is not None and stored != number_of(self._samples_id):
-            raise InvariantBroken(
-                f"the lake at {self.uri} goes on from offsets of another `samples` topic than the one that is "
-                f"there, of id {self._samples_id}: it was deleted and made anew. What comes would be "
-                "taken for what is stored already. Raise log.generation to begin anew beside what is stored."
-            )
+        return [*found, *self._topic_mark()]
 
     def _state_of(self, table: Any) -> LakeState:
         offsets: dict[int, int] = {}
@@ -465,9 +396,6 @@ class DeltaLake:
             if lease is None:
                 raise
             return lease.rows
-
-    def _topic_app_id(self) -> str:
-        return f"topic-g{self.generation}"
 
     def _offset_id(self, partition: int) -> str:
         return f"samples-g{self.generation}-p{partition}"

@@ -29,6 +29,7 @@ from typing import Any
 import pyarrow as pa
 from deltalake import Transaction
 
+from headrace.backends.delta.leases import NOTHING_IMPORTED
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.lake_state import (
     FIRST_IMPORTED,
@@ -39,7 +40,6 @@ from headrace.backends.lake.lake_state import (
     task_ids,
     upto_id,
 )
-from headrace.backends.lake.leases import NOTHING_IMPORTED
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable
 from headrace.contract.formats.positions import IMPORTED_TO, Position, order_of, orders, position_of
 from headrace.contract.formats.seals import SUM_MASK, Seal

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.backends.lake.leases import NOTHING_IMPORTED, Lease
+from headrace.backends.delta.leases import NOTHING_IMPORTED, Lease
 from headrace.contract.formats.positions import IMPORTED_FROM, Position, Positions, order_of
 from headrace.contract.formats.seals import SUM_MASK, Seal
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.backends.delta.leases import NOTHING_IMPORTED
 from headrace.backends.lake.hour_files import DATE, HOUR, hour_ms
-from headrace.backends.lake.leases import NOTHING_IMPORTED
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.positions import Position, Positions, imported, order_of, orders, position_of
 from headrace.contract.interfaces.lake import SpanMs

@@ -31,9 +31,10 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import parquet
 
-from headrace.backends.lake.delta import RETAINED_ID, STEPS_MAX
+from headrace.backends.delta.leases import Leases
+from headrace.backends.delta.table import STEPS_MAX
+from headrace.backends.lake.delta import RETAINED_ID
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, ORDER, EventHour, hour_ms, store_of, write_file
-from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import files, partition_columns
 from headrace.contract.config import LakeConfig
 from headrace.contract.errors import Unavailable, disk_remedy

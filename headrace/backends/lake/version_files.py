@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from headrace.backends.delta.leases import NOTHING_IMPORTED
 from headrace.backends.lake.hour_files import DATE, HOUR, HOUR_MS, ROW_GROUP_ROWS, hours_of_files, local_store, store_of
-from headrace.backends.lake.leases import NOTHING_IMPORTED
 from headrace.backends.lake.listing import columns_of, contained, files, partition_columns, refuse_unknown
 from headrace.contract.formats.positions import Positions
 from headrace.contract.interfaces.lake import SpanMs, StoredHour

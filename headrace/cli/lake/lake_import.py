@@ -176,6 +176,12 @@ def _show(found: Imported, refused_file: Path, seconds: float, *, dry_run: bool)
     events = ", ".join(f"{name} {count:,}" for name, count in found.events.items())
     print(f"events: {events}; impressions from {_iso(found.first_ms)} to {_iso(found.last_ms)}")
     print(f"the import ends before {_iso(found.until_ms)}")
+    if found.live_ms is not None:
+        print(
+            f"warning: live events begin at {_iso(found.live_ms)}, before that end. An impression that is in both is "
+            "learnt twice, unless it has the same event_id in both and was in the lake already. Without --until the "
+            "import ends where they begin."
+        )
     for reason, count in found.refused.items():
         print(f"refused, {reason}: {count:,}")
         for example in found.examples.get(reason, []):

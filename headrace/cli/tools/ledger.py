@@ -12,10 +12,12 @@ import argparse
 import os
 import socket
 import sys
+from contextlib import suppress
 
 import msgspec
 
 from headrace.cli.runtime import add_common, open_runtime
+from headrace.contract.errors import Unavailable
 from headrace.replay.ledger.ledger import is_sound, table
 from headrace.replay.ledger.take_stock import take_stock
 from headrace.trainer.commit.claim import models_of
@@ -35,8 +37,13 @@ def main(args: argparse.Namespace) -> int:
     runtime.require_kafka()
     home, models = runtime.of_variant(None), models_of(runtime.blobs(), runtime.project.name)
     topics, admin = runtime.topics, runtime.admin()
-    steps = {topics.of(model).steps for model in (home.project.model, *models)}
-    ids = {topic: admin.topic_id(topic) for topic in (topics.events, topics.samples, *sorted(steps))}
+    ids = {topic: admin.topic_id(topic) for topic in (topics.events, topics.samples, home.topics.steps)}
+    beside = []
+    for model in (one for one in models if one != home.project.model):
+        # Of one that was trained in an earlier generation alone there is no topic.
+        with suppress(Unavailable):
+            ids[topics.of(model).steps] = admin.topic_id(topics.of(model).steps)
+            beside.append(model)
     lake = runtime.lake(samples_id=ids[topics.samples], with_leases=False)
     ledger = take_stock(
         home.project,
@@ -47,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         blobs=runtime.blobs(),
         mode="full" if args.full else "auto",
         topic_ids=ids,
-        beside=[model for model in models if model != home.project.model],
+        beside=beside,
     )
     if args.json:
         print(msgspec.json.encode(ledger).decode())

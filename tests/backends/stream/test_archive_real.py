@@ -25,7 +25,7 @@ from join_world import records, traffic
 from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
-from headrace.backends.lake.leases import Leases
+from headrace.backends.delta.leases import Leases
 from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.backends.log.archived import ArchivedReader
 from headrace.backends.log.kafka import KafkaReader

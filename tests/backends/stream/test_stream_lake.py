@@ -21,9 +21,9 @@ from lake_world import DAY_MS, HOUR_MS, hours, samples
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import VirtualClock
+from headrace.backends.delta.leases import Leases
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.export import parse_at
-from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import files, partition_columns
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.contract.config import LakeConfig

@@ -27,7 +27,7 @@ from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.archive.files import listed
 from headrace.backends.archive.upkeep import ArchiveUpkeep
 from headrace.backends.clock import VirtualClock
-from headrace.backends.lake import fsync
+from headrace.backends.delta import fsync
 from headrace.backends.lake.upkeep import Done
 from headrace.backends.log.archived import ArchivedReader
 from headrace.backends.metrics_memory import MemoryMetrics

@@ -25,11 +25,11 @@ from lake_world import DAY_MS, HOUR_MS, bring, link_tree, steps
 from trainer_world import TOPICS, FaultyBlobs, Killed, samples, send
 
 from headrace.backends.clock import VirtualClock
+from headrace.backends.delta.leases import Leases
 from headrace.backends.lake import delta as lake_delta
 from headrace.backends.lake import upkeep as lake_upkeep
 from headrace.backends.lake.delta import DeltaLake
 from headrace.backends.lake.hour_files import hour_ms
-from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import count_rows, files
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.backends.lake.version_files import VersionFiles

@@ -175,6 +175,14 @@ def test_the_border_is_the_first_live_event(tmp_path: Path) -> None:
     assert max(row["feedback_time_ms"] or 0 for row in whole(history.lake)) >= until_ms
 
 
+def test_an_end_behind_the_first_live_event_is_told(tmp_path: Path) -> None:
+    history = History(tmp_path, first_live_ms=START_MS + 5_000)
+    write_files(traffic(9, 10), history.folder)
+    assert history.run(dry_run=True, until_ms=START_MS + 10_000).live_ms == START_MS + 5_000
+    assert history.run(dry_run=True, until_ms=START_MS + 5_000).live_ms is None
+    assert history.run(dry_run=True).live_ms is None
+
+
 def test_windows_that_are_open_and_rows_beyond_retention_are_not_imported(tmp_path: Path) -> None:
     write_files(traffic(10, 60), tmp_path)
     history = History(tmp_path, now_ms=START_MS + 60 * TURN_MS)

@@ -17,8 +17,8 @@ from pyarrow import csv, parquet
 from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock, VirtualClock
+from headrace.backends.delta.leases import Leases
 from headrace.backends.lake.delta import DeltaLake
-from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.upkeep import Done
 from headrace.backends.lake.upkeep_schedule import UpkeepSchedule
 from headrace.backends.metrics_memory import MemoryMetrics

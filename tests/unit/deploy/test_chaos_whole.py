@@ -36,7 +36,17 @@ from headrace.deploy.local.supervise import Process, Supervisor
 from headrace.replay.ledger.ledger import Ledger
 
 MODEL = ModelAccount(
-    run="r", step=9, newest_step=9, live_digest="d", replayed_digest="d", replayed_rows=1, published="r-9", served="r-9"
+    run="r",
+    step=9,
+    newest_step=9,
+    live_digest="d",
+    replayed_digest="d",
+    replayed_rows=1,
+    published="r-9",
+    served="r-9",
+    published_digest="s",
+    served_digest="s",
+    replicas_wrong=0,
 )
 
 
@@ -122,6 +132,10 @@ def test_the_account_of_a_whole_stack_closes() -> None:
         ({"live_digest": "", "replayed_digest": ""}, "live is none"),
         ({"step": 8}, "the newest snapshot is of step 8 and the newest step is 9"),
         ({"served": "r-8"}, "serving answers with r-8, published is r-9"),
+        ({"served_digest": "other"}, "served is digest other, published s"),
+        ({"served_digest": "", "published_digest": ""}, "served is digest none"),
+        ({"replicas_wrong": 1}, "serving found its model wrong, times: 1"),
+        ({"replicas_wrong": None}, "times: None"),
         ({"trouble": "replay ended with 1: a step is missing"}, "a step is missing"),
     ],
 )

@@ -21,8 +21,8 @@ from export_world import DAY_MS, HOUR_MS, OLDER, PROJECT, impression_rows, oracl
 
 from headrace.backends.blobs_file import FileBlobs
 from headrace.backends.clock import SystemClock
+from headrace.backends.delta.leases import Leases
 from headrace.backends.lake.delta import DeltaLake
-from headrace.backends.lake.leases import Leases
 from headrace.backends.lake.listing import files as lake_files
 from headrace.backends.lake.upkeep import Done, Upkeep
 from headrace.cli.main import main

@@ -16,6 +16,7 @@ import pytest
 from loop_world import START_MS
 
 from headrace.backends.lake.delta import DeltaLake
+from headrace.backends.lake.imports import Begun, Imports
 from headrace.cli.main import main
 from headrace.cli.runtime import Runtime
 from headrace.cli.tools.init import make_project
@@ -136,3 +137,43 @@ def test_the_second_mapping_runs(store: Path, capsys: pytest.CaptureFixture[str]
     Path("labelled.toml").write_text(MAPPINGS[1])
     assert main(["lake", "import", "labelled.toml", "--until", "2023-11-16T00:00Z", "--dry-run"]) == 0
     assert "samples that would be stored: 90: click 90 (10 positive)" in capsys.readouterr().out
+
+
+def test_ctrl_c_goes_on_later_and_a_half_done_import_can_be_let_go(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append, calls = Imports.append, 0
+
+    def interrupted(self: Imports, begun: Begun, rows: pa.Table) -> Begun:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return append(self, begun, rows)
+
+    monkeypatch.setattr("headrace.trainer.commit.publish.read_manifests", lambda *_: [])
+    monkeypatch.setattr(Imports, "append", interrupted)
+    command = ["lake", "import", "history.toml", "--until", "2023-11-15T00:00Z", "--commit-rows", "20"]
+    assert main(command) == 130
+    assert "stopped; the same command goes on." in capsys.readouterr().err
+    lake = DeltaLake(f"{store}/blobs/lake/samples")
+    assert lake.read().num_rows == 20
+    # Another one is refused, with what to do.
+    assert main([*command[:4], "2023-11-14T23:00Z"]) == 2
+    assert "is half done" in (said := capsys.readouterr().err) and "--abandon" in said
+    # The same one goes on.
+    calls = 2
+    assert main(command) == 0
+    assert "20 of them stored before" in capsys.readouterr().out
+    whole = lake.read().num_rows
+    # Another one that is half done is let go: what it stored stays, and the next one knows these rows.
+    calls = 0
+    Path("clicks.csv").write_text(Path("clicks.csv").read_text() + "\n")
+    again = ["lake", "import", "history.toml", "--until", "2023-11-16T00:00Z", "--commit-rows", "20"]
+    assert main(again) == 130
+    assert main(["lake", "import", "--abandon"]) == 0
+    assert "the 20 samples that it stored stay in the lake" in capsys.readouterr().out
+    calls = 2
+    assert main([*again[:4], "2023-11-17T00:00Z"]) == 0
+    ids = lake.read()["event_id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 200 > whole

@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.backends.archive.delta import DeltaArchive
 from headrace.backends.blobs_file import FileBlobs
-from headrace.backends.lake.leases import Leases
+from headrace.backends.delta.leases import Leases
 from headrace.backends.log.memory import MemoryLog
 from headrace.contract.config import LakeConfig
 from headrace.contract.formats.topics import Topics
