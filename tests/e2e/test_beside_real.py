@@ -1,6 +1,6 @@
 """Goal: on the real stack a variant learns beside, is promoted under traffic without a failed request, is moved to the
-project's own recipe, and both models are accounted for and replay. Method: the verbs, as a user gives them, while clients
-ask all the time."""
+project's own recipe, and both models are accounted for and replay. Method: the verbs, as a user gives them, while a
+client asks all the time."""
 
 from __future__ import annotations
 
@@ -75,14 +75,15 @@ def test_a_variant_learns_beside_is_promoted_and_moved(tmp_path: Path) -> None:
         )
         playing.start()
         deadline = time.monotonic() + 120
-        while not stack.json("model", "show", "deep", "--json")["models"]["store.deep"]["version"]:
+        while not stack.json("model", "show", "deep")["models"]["store.deep"]["version"]:
             assert time.monotonic() < deadline, "the variant published nothing"
             time.sleep(1.0)
         # Its rows are wider than all before: serving is told so, makes room, and no request fails.
-        assert "headrace restart serve" in stack.headrace("model", "promote", "deep", "--yes", check=False)
+        stack.headrace("model", "promote", "deep", "--yes", check=False)
+        assert stack.json("model", "list")["decided"] == "store"
         stack.headrace("restart", "serve", timeout_s=120)
         for variant, name in (("deep", "store.deep"), ("--main", "store"), ("deep", "store.deep")):
-            told = stack.json("model", "promote", variant, "--yes", "--json")
+            told = stack.json("model", "promote", variant, "--yes")
             assert told["served"]["model"] == name, told
             time.sleep(2.0)
         playing.join(120)
@@ -93,11 +94,11 @@ def test_a_variant_learns_beside_is_promoted_and_moved(tmp_path: Path) -> None:
         assert ledger["closes"] and (ledger["lost"], ledger["twice"]) == (0, 0), ledger
         assert {run["model"] for run in ledger["models"].values()} == {"store", "store.deep"}
         for words in ((), ("--variant", "deep")):
-            assert stack.json("replay", *words, "--json", timeout_s=300)["equal"] is True
+            assert stack.json("replay", *words, timeout_s=300)["equal"] is True
         (folder / "project.py").write_text(text.replace(OWN, f"recipe={DEEP},"))
-        run = stack.json("model", "list", "--json")["models"]["store.deep"]["run"]
+        run = stack.json("model", "list")["models"]["store.deep"]["run"]
         stack.headrace("stop", "train@deep")
         stack.headrace("restart", "train", timeout_s=300)
-        now = stack.json("model", "list", "--json")
+        now = stack.json("model", "list")
         assert now["home"] == now["decided"] == "store.deep" and now["models"]["store.deep"]["run"] == run
         assert stack.json("ledger")["closes"]

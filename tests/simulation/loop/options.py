@@ -30,7 +30,7 @@ EXEMPT = {
     **{f"Follow.{name}": _FETCHING for name in ("url", "at")},
     **{f"Project.{name}": _BESIDE for name in ("variants", "variant")},
 }
-"""Options of how pages are fetched, which the loop in memory has no part in, and of what learns beside it, and the tests
+"""Options of how pages are fetched, which the loop in memory has no part in, and of what learns beside; and the tests
 that hold them."""
 
 
