@@ -77,11 +77,12 @@ class SealedStock:
         after = msgspec.structs.replace(before, topic_ids=self.topic_ids, runs={}, lake={})
         runs: dict[str, RunTotals] = {}
         for model in (*self.beside, self.project.model):
-            begin = before.steps_offsets.get(model, before.steps_offset if model == self.project.name else 0)
-            some, end = self._runs_of(model, before, begin)
+            some, end = self._runs_of(model, before, before.offsets().get(model, 0))
             runs |= some
-            after.steps_offsets = after.steps_offsets | {model: end}
-            after.steps_offset = end if model == self.project.name else after.steps_offset
+            if model == self.project.name:
+                after.steps_offset = end
+            else:
+                after.steps_offsets = after.steps_offsets | {model: end}
         sealed, stored, retained_ms = self._lake()
         imported = self._imported(None)
         # Before the topic's ends are asked: a state that is stored meanwhile has samples beyond them.
