@@ -65,6 +65,7 @@ def test_a_variant_learns_beside_is_promoted_and_moved(tmp_path: Path) -> None:
     assert OWN in text
     base = 24_100 + os.getpid() % 300 * 30
     with Stack.open(own=True, shop_rate=0, port_base=base, project=folder) as stack:
+        folder = Path(stack.env["HEADRACE_PROJECT"])
         stack.headrace("traffic", "--rate", "40", "--seconds", "25", timeout_s=90)
         (folder / "project.py").write_text(text.replace(OWN, f'{OWN}\n    variants={{"deep": {DEEP}}},'))
         stack.headrace("start", "train@deep", timeout_s=300)

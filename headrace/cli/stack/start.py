@@ -26,8 +26,10 @@ def main(args: argparse.Namespace) -> int:
     layout = present_layout(args)
     if asked := [name.removeprefix("train@") for name in args.names if name.startswith("train@")]:
         # A variant that was declared after `up` is new to the stack.
-        declared = load_project(layout.project)[1].variants
-        added = [name for name in asked if name in declared and name not in layout.variants]
+        project = load_project(layout.project)[1]
+        added = [name for name in asked if name not in layout.variants]
+        for name in added:
+            project.of_variant(name)
         layout = replace(layout, variants=(*layout.variants, *added))
     start_named(layout, args.names, timed_printer(time.monotonic()))
     return 0
