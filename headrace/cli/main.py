@@ -34,7 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "dead-letters": ("tools.dead_letters", "what was refused and why: list, show, retry after a fix"),
     "chaos": ("tools.chaos", "kill processes at random under load, then account for every event"),
     "quantiles": ("tools.quantiles", "learn the quantiles of a field from the lake, to pin in the feature spec"),
-    "model": ("tools.model", "export the model: ONNX, torch.export, Parquet"),
+    "model": ("tools.model", "the models side by side; promote a variant; export: ONNX, torch.export, Parquet"),
     "rollback": ("tools.rollback", "bring trainer and serving back to an earlier model, together"),
     "replay": ("tools.replay", "run stored samples through the same learner again"),
     "ingest": ("stages.ingest", "gateway: Fluent forward in, batches to Kafka out"),

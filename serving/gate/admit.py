@@ -12,7 +12,7 @@
 | `recipe`, `spec` | the recipe is unknown here, or the spec needs a field that the project does not declare |
 | `spec` | it is a delta of another spec than the one that is served |
 | `dim`, `dense` | rows or dense weights have another shape than recipe and spec (a delta: than what is served) |
-| `dim` | rows are wider than the shared region, which is as wide as the project's recipe |
+| `dim` | rows are wider than the shared region, which is as wide as the project's widest recipe |
 | `key_zero`, `key_twice` | a row has the key 0, which marks an empty place, or a key has two rows, or one and none |
 | `not_finite` | a weight is NaN or infinite |
 | `digest` | what would be served is not what the trainer says: a replica that went wrong, or a delta that lacks rows |
@@ -90,15 +90,15 @@ def servable(version: str, spec_json: str, recipe_json: str, project: Project) -
         raise Refused("recipe", f"{version} was trained by a recipe that is not known here: {error}") from error
     try:
         spec: FeatureSpec = decode_json(spec_json, FeatureSpec)
-        msgspec.structs.replace(project, features=spec).checked()
+        msgspec.structs.replace(project, features=spec, variants={}).checked()
     except (msgspec.MsgspecError, ConfigRejected) as error:
         raise Refused("spec", f"{version} cannot be served by this project: {error}") from error
-    room = project.recipe.row_dim
+    room = project.row_dim
     if recipe.row_dim > room:
         raise Refused(
             "dim",
             f"{version} has rows of {1 + recipe.row_dim} values and this process has room for {1 + room}: "
-            "restart `serve` with the project that declares the wider recipe.",
+            "restart `serve` with the project that declares the wider recipe, as recipe or among its variants.",
         )
     try:
         return recipe, shapes_of(recipe.checked(spec), spec)
@@ -107,13 +107,13 @@ def servable(version: str, spec_json: str, recipe_json: str, project: Project) -
 
 
 def can_serve(meta: Meta, project: Project) -> bool:
-    """Say whether a region that an earlier stage left holds this project's model, as this process would load it."""
+    """Say whether a region that an earlier stage left holds a model of this project, as this process would load it."""
     try:
         _, shapes = servable(meta.manifest.version, meta.spec_json, meta.recipe_json, project)
     except Refused as refused:
         logger.warning("the model of an earlier stage is not served: %s", refused)
         return False
-    return meta.manifest.model == project.name and meta.shapes == dict(shapes)
+    return meta.manifest.model.partition(".")[0] == project.name and meta.shapes == dict(shapes)
 
 
 def admit_delta(
@@ -130,7 +130,7 @@ def admit_delta(
     next one of the chain, or nothing.
 
     Args:
-        model: the project's name.
+        model: the name of the model that is served.
         served: the manifest of the version that is served now, of a snapshot or of a delta.
         shapes: of its dense weights.
         refused: snapshot versions that were refused; nothing of their chains is taken.

@@ -264,6 +264,11 @@ class SharedModel:
         return int(self._head[_SEQ + int(self._head[_ACTIVE])]) > 0
 
     @property
+    def dim(self) -> int:
+        """Return the widest `Recipe.row_dim` that the region has room for."""
+        return int(self._values[0].shape[1]) - 1
+
+    @property
     def is_full(self) -> bool:
         """True while what came last was refused because it does not fit."""
         return bool(self._head[_IS_FULL])
