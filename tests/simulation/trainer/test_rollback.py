@@ -89,7 +89,7 @@ def test_a_run_goes_back_and_learns_what_came_since_once(tmp_path):
     assert server.version().startswith(left.run_id)
     first = go_back(world, place, "r9")
     with pytest.raises(InvariantBroken, match=r"somebody asked for another run, r9: it goes on from run .* a test"):
-        turns(world, left, 3)
+        turns(world, left, 20)  # It learns what it had recorded ahead, first.
     before = server.version()
     assert before.startswith(left.run_id)
     trainer = finish(world)
@@ -385,7 +385,7 @@ def test_planted_steps_that_the_old_run_had_beyond_are_redone_is_seen(monkeypatc
     left, place = gone_on(world)
     go_back(world, place, "r9")
     trainer = start(world)
-    assert trainer.learner.step == left.learner.step
+    assert trainer.learner.step >= left.learner.step > place.stored.step
     assert trainer.learner.digest() != undisturbed(world, "r9")
 
 

@@ -78,7 +78,7 @@ def test_a_group_that_another_trainer_began_differently_is_refused():
         plain()
 
     writer.open = open_later  # type: ignore[method-assign]
-    with pytest.raises(InvariantBroken, match=r"holds step 3 of run r where step 3 of run r was written"):
+    with pytest.raises(InvariantBroken, match=r"holds step 3 of run r where step 3 of run r was expected"):
         log.commit(*GROUP)
     assert [step for _, step in recorded(world)] == [*GROUP[:2], theirs]
 
@@ -93,5 +93,5 @@ def test_a_step_behind_the_group_is_another_trainers():
         plain()
 
     writer.open = open_later  # type: ignore[method-assign]
-    with pytest.raises(InvariantBroken, match="where nothing more was written"):
+    with pytest.raises(InvariantBroken, match="where nothing more was expected"):
         log.commit(*GROUP)

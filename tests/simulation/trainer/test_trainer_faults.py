@@ -279,8 +279,8 @@ def test_no_step_is_applied_before_its_record_was_read_back():
     class Watched(FencedMemory):
         def read(self, offset: int, wait_s: float = 0.0) -> list[tuple[int, bytes]]:
             found = super().read(offset, wait_s)
-            if found and trainer is not None:
-                seen.append((decode_step(found[-1][1]).step, trainer.learner.step))
+            if trainer is not None:
+                seen.extend((decode_step(value).step, trainer.learner.step) for _, value in found)
             return found
 
     trainer: Trainer | None = None
@@ -289,7 +289,7 @@ def test_no_step_is_applied_before_its_record_was_read_back():
     trainer.recover()
     world.drain(trainer)
     assert [step for step, _ in seen] == [s.step for s in recorded(world)] and len(seen) > 5
-    assert all(applied == step - 1 for step, applied in seen)
+    assert all(applied < step for step, applied in seen)
 
 
 def test_a_step_that_was_not_learnt_is_followed_by_none():
@@ -304,11 +304,11 @@ def test_a_step_that_was_not_learnt_is_followed_by_none():
     trainer.source.take = fail  # type: ignore[method-assign, assignment]
     with pytest.raises(InvariantBroken, match="is recorded and was not learnt"):
         trainer.turn()
-    before = sorted(world.blobs.objects)
+    before, steps = sorted(world.blobs.objects), recorded(world)
     with pytest.raises(InvariantBroken, match="this process must end"):
         world.drain(trainer)
     trainer.close()
-    assert len(recorded(world)) == 1 and sorted(world.blobs.objects) == before
+    assert recorded(world) == steps and sorted(world.blobs.objects) == before and trainer.learner.step == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, InvariantBroken])

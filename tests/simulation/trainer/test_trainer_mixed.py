@@ -294,7 +294,7 @@ def test_a_lake_alone_fills_every_step():
 def test_the_share_may_change_in_the_midst(first: float, has_checkpoint: bool):
     """A restart turns it on, or off: live samples then wait for the lake's end, and go on where they stood."""
     world, later = begun()
-    trainer = process(world, config=msgspec.structs.replace(CONFIG, live_share=first))
+    trainer = process(world, config=msgspec.structs.replace(CONFIG, live_share=first, group_steps=0))
     trainer.recover()
     while trainer.learner.step < 4:
         trainer.turn()
@@ -320,7 +320,7 @@ def test_what_is_stored_meanwhile_is_not_learnt_twice(tmp_path: Path):
     fake = world.lake
     lake = world.lake = DeltaLake(str(tmp_path / "lake"))
     lake.append(fake.rows.to_batches(), fake.next_offsets, fake.positions.by_partition)
-    trainer = process(world)
+    trainer = process(world, config=msgspec.structs.replace(CONFIG, group_steps=0))
     trainer.recover()
     while trainer.learner.step < 5:
         trainer.turn()

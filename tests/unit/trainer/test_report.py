@@ -64,7 +64,7 @@ def trained(folder, *, stored: int = ROWS, jump: bool = False) -> tuple[World, M
             last[p] = Position(batch["offset"][-1].as_py(), batch["rank"][-1].as_py())
     idle = 0
     while idle < 4:
-        trainer._show_progress()
+        trainer.lake_progress.show()
         idle = 0 if trainer.turn() else idle + 1
         trainer._tell()
         world.clock.advance(0.03)
