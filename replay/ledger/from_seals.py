@@ -141,11 +141,8 @@ class SealedStock:
 
     def _runs_of(self, model: str, before: KeptAccount, begin: int) -> tuple[dict[str, RunTotals], int]:
         """Return a model's runs with its steps from `begin` on, and the offset to go on from."""
-        runs = {
-            name: msgspec.convert(msgspec.to_builtins(kept.totals), RunTotals)
-            for name, kept in before.runs.items()
-            if kept.totals.model == model
-        }
+        ours = {name: kept.totals for name, kept in before.runs.items() if kept.totals.model == model}
+        runs = {name: msgspec.convert(msgspec.to_builtins(totals), RunTotals) for name, totals in ours.items()}
         end = self.reader.end_offsets(self.topics.of(model).steps)[0]
         add_steps(runs, self._ours(model, begin, end), lambda first: self._before(first, end))
         return runs, end

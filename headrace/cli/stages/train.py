@@ -45,7 +45,7 @@ from typing import IO
 from headrace.cli.progress_bar import show_progress
 from headrace.cli.runtime import add_common, add_variant, open_runtime, stop_event
 from headrace.cli.stages import train_repair
-from headrace.cli.tools.new_run import writer_id
+from headrace.cli.tools.models.new_run import writer_id
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local.layout import trainer_of
 from headrace.trainer.validation.board import Board

@@ -7,7 +7,7 @@ import logging
 
 from headrace.cli.runtime import open_runtime
 from headrace.cli.tools.asked import agreed, shown_time
-from headrace.cli.tools.new_run import Training, open_training
+from headrace.cli.tools.models.new_run import Training, open_training
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local.layout import trainer_of
 from headrace.trainer.commit.rollback import Place

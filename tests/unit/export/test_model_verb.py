@@ -16,7 +16,7 @@ from headrace.backends.clock import SystemClock
 from headrace.backends.log.memory import MemoryLog
 from headrace.cli.main import main
 from headrace.cli.runtime import Runtime
-from headrace.cli.tools import model as verb
+from headrace.cli.tools.models import model as verb
 from headrace.contract.formats.snapshot import Manifest, Weights, encode_manifest, encode_weights
 from headrace.contract.formats.topics import Topics
 from headrace.trainer import recipes

@@ -15,7 +15,7 @@ from trainer_world import PROJECT, TOPICS, World
 
 from headrace.cli.main import main
 from headrace.cli.runtime import Runtime
-from headrace.cli.tools import promote as verb
+from headrace.cli.tools.models import promote as verb
 from headrace.contract.config import Config
 from headrace.contract.project import Project
 from headrace.trainer.commit.decisions import promoted, read_decisions

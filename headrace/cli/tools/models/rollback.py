@@ -17,7 +17,7 @@ import argparse
 
 from headrace.cli.runtime import add_common, add_variant, open_runtime
 from headrace.cli.tools.asked import agreed, parse_time_ms, shown_time
-from headrace.cli.tools.new_run import Training, open_training
+from headrace.cli.tools.models.new_run import Training, open_training
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.steps import PassedOver
 from headrace.deploy.local.layout import trainer_of

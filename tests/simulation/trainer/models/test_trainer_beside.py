@@ -170,7 +170,10 @@ def test_how_both_stand_is_read_from_store_and_log():
 
 
 def test_a_variant_that_is_announced_while_it_learns_is_seen(monkeypatch):
-    monkeypatch.setattr(Trainer, "_is_behind_another", lambda self, m: bool(m) and m[-1].run != self.run_id)
+    def behind(self, m):
+        return self.source.is_stored and bool(m) and m[-1].run != self.run_id
+
+    monkeypatch.setattr(Trainer, "_is_behind", behind)
     world = new_world(6)
     with pytest.raises(AssertionError, match="is announced"):
         learn_beside(world, 6, {}, Announced(world))

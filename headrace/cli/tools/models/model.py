@@ -26,8 +26,8 @@ import msgspec
 
 from headrace.cli.progress_bar import duration
 from headrace.cli.runtime import Runtime, add_common, add_variant, open_runtime
-from headrace.cli.tools.promote import add_models
-from headrace.cli.tools.promote import main as models
+from headrace.cli.tools.models.promote import add_models
+from headrace.cli.tools.models.promote import main as models
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable, listed
 from headrace.contract.formats.json_record import decode_json
 from headrace.contract.formats.snapshot import Manifest, Weights
