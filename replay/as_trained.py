@@ -87,15 +87,15 @@ def as_trained(
     `InvariantBroken` where recorded samples are found nowhere, or were in a topic that was made anew since.
     """
     began = time.monotonic()
-    manifests = read_manifests(reader, topics, project.name)
+    manifests = read_manifests(reader, topics, project.model)
     if not manifests:
         raise ConfigRejected(
-            f"no snapshot of model {project.name!r} is published; `headrace status` shows the trainer."
+            f"no snapshot of model {project.model!r} is published; `headrace status` shows the trainer."
         )
     run = manifests[-1].run
     target = manifests[-1].step if step is None else step
     live = next((m for m in reversed(manifests) if m.run == run and m.step == target), None)
-    steps = read_steps(reader, topics, project.name, run, target, archive)
+    steps = read_steps(reader, topics, project.model, run, target, archive)
     if any(s.recipe != recipe_digest(project) for s in steps):
         raise ConfigRejected(f"run {run} was trained by another recipe or feature spec than this project's.")
     shown = progress or Silent()
@@ -121,7 +121,7 @@ def as_trained(
         ranges.stored.release()
     shown.end()
     return Result(
-        model=project.name,
+        model=project.model,
         run=run,
         step=target,
         rows=learnt,

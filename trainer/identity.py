@@ -1,8 +1,10 @@
-"""A run of a project, in training and in replay: the digest of what makes its bits, its tasks, its evaluation."""
+"""A run of a project, in training and in replay: the digest of what makes its bits, its id,
+its tasks, its evaluation."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 
 import msgspec
 
@@ -26,6 +28,18 @@ def recipe_digest(project: Project) -> str:
     for name, data in sorted(parts.items()):
         sha.update(f"{name} {len(data)}\n".encode() + data)
     return sha.hexdigest()[:16]
+
+
+def new_run_id(project: Project, at_ms: int, taken: Container[str]) -> str:
+    """Return the id of a run that begins now and is none of `taken`. It has the time for people to read; nothing is
+    ordered by it.
+
+    A variant's has its name too: no two models have one run.
+    """
+    end = f"-{project.variant}" if project.variant else ""
+    while f"r{at_ms:013x}{end}" in taken:
+        at_ms += 1
+    return f"r{at_ms:013x}{end}"
 
 
 def tasks_of(project: Project) -> list[Task]:

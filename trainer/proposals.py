@@ -63,7 +63,7 @@ class Proposals:
             return None
         self._step += 1
         return Step(
-            model=project.name,
+            model=project.model,
             run=self._run,
             step=self._step,
             ranges=ranges,

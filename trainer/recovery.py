@@ -54,7 +54,7 @@ def find_recovery(deps: Dependencies, steps: StepsLog, recipe: str, retrying: Re
 
     Raises `InvariantBroken` where the run is of a topic that was made anew, and as `StepsLog.recover`.
     """
-    model, blobs = deps.project.name, deps.blobs
+    model, blobs = deps.project.model, deps.blobs
     meta = retrying("read checkpoints", lambda: furthest_meta(blobs, model, recipe=recipe))
     if meta is not None:
         check_topic(meta.steps_id, deps.steps_id, deps.topics.steps)

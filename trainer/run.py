@@ -25,7 +25,6 @@ run that somebody asked for goes on from a checkpoint of another one (`trainer.r
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -46,7 +45,7 @@ from headrace.trainer.commit.publish import Publisher, named_blobs, read_manifes
 from headrace.trainer.commit.steps import StepsLog
 from headrace.trainer.commit.steps_archive import StepsArchive, StepsMover
 from headrace.trainer.dependencies import Dependencies
-from headrace.trainer.identity import new_evaluation, recipe_digest, tasks_of
+from headrace.trainer.identity import new_evaluation, new_run_id, recipe_digest, tasks_of
 from headrace.trainer.lake_progress import LakeProgress
 from headrace.trainer.model.learner import learner_for
 from headrace.trainer.proposals import Proposals
@@ -54,7 +53,7 @@ from headrace.trainer.recovery import find_recovery
 from headrace.trainer.source.source import Source
 from headrace.trainer.upload_watch import UploadWatch
 from headrace.trainer.validation.evaluate import known_times
-from headrace.trainer.validation.report import Report
+from headrace.trainer.validation.report import Report, figures_of
 
 logger = logging.getLogger("headrace.train")
 
@@ -88,7 +87,7 @@ class Trainer:
         )
         self._archive = StepsArchive(deps.blobs, deps.topics.steps, deps.steps_id)
         self.steps = StepsLog(
-            deps.steps_writer, self.project.name, deps.metrics, pause=lambda s: wait(deps, s), archive=self._archive
+            deps.steps_writer, self.project.model, deps.metrics, pause=lambda s: wait(deps, s), archive=self._archive
         )
         self.ahead = StepsAhead(
             self.steps,
@@ -120,11 +119,11 @@ class Trainer:
         """Bring the learner to the last recorded step, and publish it unless it still learns the lake while another
         run's model is served. Waits while Kafka or the store is away. Raises as `take_claim`, and `InvariantBroken`
         where the run is of a topic that was made anew."""
-        deps, model = self.deps, self.project.name
+        deps, model = self.deps, self.project.model
         self._retrying("claim the model", lambda: take_claim(deps.blobs, model, deps.name, by_force=deps.take_over))
         manifests = self._retrying(
             "read which run is served",
-            lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.name, self.deps.metrics),
+            lambda: read_manifests(self.deps.reader, self.deps.topics, self.project.model, self.deps.metrics),
         )
         found = find_recovery(deps, self.steps, self.recipe, self._retrying)
         self.branch, redone = found.branch, found.redone
@@ -147,7 +146,7 @@ class Trainer:
         self._steps_offset = self.steps.offset
         self.publisher = self._new_publisher(manifests)
         if self.publisher.is_held:
-            logger.info("run %s is served until the lake is learnt", manifests[-1].run)
+            logger.info("run %s is published when the lake is learnt", self.run_id)
         self._snapshot()
         self._checkpoint()
         logger.info("run %s stands at step %d, positions %s", self.run_id, self.learner.step, self.positions.to_json())
@@ -204,7 +203,7 @@ class Trainer:
             for writer in (self.checkpointer, self.publisher):
                 writer.close(3.0)
             try:
-                release_claim(self.deps.blobs, self.project.name, self.deps.name)
+                release_claim(self.deps.blobs, self.project.model, self.deps.name)
             except Unavailable as error:
                 logger.warning("the model stays claimed by this trainer: %s", error)
         if self.deps.board is not None:
@@ -252,15 +251,12 @@ class Trainer:
         )
 
     def _new_run(self, taken: set[str]) -> str:
-        """Return a run's id that is not taken. It has the time for people to read; nothing is ordered by it."""
-        taken |= self._retrying("list checkpoints", lambda: runs_of(self.deps.blobs, self.project.name))
-        at_ms = self.deps.clock.now_ms()
-        while f"r{at_ms:013x}" in taken:
-            at_ms += 1
-        return f"r{at_ms:013x}"
+        taken |= self._retrying("list checkpoints", lambda: runs_of(self.deps.blobs, self.project.model))
+        return new_run_id(self.project, self.deps.clock.now_ms(), taken)
 
     def _new_publisher(self, manifests: list[Manifest]) -> Publisher:
-        """Return the run's publisher; it holds back while the lake is learnt and another run's model is served."""
+        """Return the run's publisher; it holds back while the lake is learnt and another model is served: that of
+        another run, or that beside which a variant learns."""
         return Publisher(
             self.project,
             self.run_id,
@@ -278,9 +274,10 @@ class Trainer:
         )
 
     def _is_behind(self, manifests: list[Manifest]) -> bool:
-        """Say whether the lake is learnt while another run's model is served, which nobody wants to be left."""
+        """Say whether the lake is learnt while another model is served, which nobody wants to be left."""
         is_wanted = self.branch is not None and bool(self.branch.run)
-        return self.source.is_stored and bool(manifests) and manifests[-1].run != self.run_id and not is_wanted
+        is_other = manifests[-1].run != self.run_id if manifests else bool(self.project.variant)
+        return self.source.is_stored and is_other and not is_wanted
 
     def _new_checkpointer(self, before: CheckpointManifest | None) -> Checkpointer:
         """Return what writes the run's checkpoints, on from the one that the learner holds, if it holds any."""
@@ -353,7 +350,7 @@ class Trainer:
 
     def _broken(self, error: InvariantBroken) -> str:
         """Say why a step could not be recorded, and who has the model now; in the thread that records it."""
-        other = other_holder(self.deps.blobs, self.project.name, self.deps.name)
+        other = other_holder(self.deps.blobs, self.project.model, self.deps.name)
         return self.steps.why_fenced() or f"{error}{other}"
 
     def _apply(self, step: Step) -> None:
@@ -433,15 +430,11 @@ class Trainer:
         self._checkpoint_at = began_s = clock.monotonic()
         if checkpointer.holds(meta):
             return
-        figures = {"rows": float(self.learner.rows), "held": float(self.learner.held), **self._shown()}
+        figures = {"rows": float(self.learner.rows), "held": float(self.learner.held)}
+        figures |= figures_of(self.evaluation, self.project.recipe.task)
         checkpointer.begin(Moment(meta, self.positions, self.evaluation.frozen(), figures))
         self.uploads["checkpoint"].began()
         self.deps.metrics.set("checkpoint_stall_seconds", clock.monotonic() - began_s)
-
-    def _shown(self) -> dict[str, float]:
-        """Return the main task's figures so far, those that are known."""
-        figures, _ = self.evaluation.total(self.project.recipe.task)
-        return {name: float(value) for name, value in figures.shown().items() if math.isfinite(value)}
 
     def _tell(self) -> None:
         if self.report.is_due():

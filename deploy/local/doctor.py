@@ -19,7 +19,7 @@ import psutil
 from headrace.contract.config import PORTS, port
 from headrace.contract.errors import ConfigRejected
 from headrace.deploy.local import readiness
-from headrace.deploy.local.layout import HOST, MARK, STATE_VERSION, Layout
+from headrace.deploy.local.layout import HOST, MARK, STATE_VERSION, Layout, variant_port
 from headrace.deploy.local.servers import cephfs
 from headrace.deploy.local.servers.java import OLDEST, find_java
 from headrace.deploy.local.supervise import Supervisor, orphans
@@ -142,6 +142,8 @@ def _ports(layout: Layout) -> Iterator[Finding]:
     skipped = set(OUTSIDE_ONLY)
     skipped |= set() if layout.own_kafka else {"kafka", "kafka_controller"}
     skipped |= set() if layout.own_hdfs else {n for n in PORTS if n.startswith(("namenode", "datanode"))}
+    used = {variant_port(name, layout.variants) for name in layout.variants}
+    skipped |= {name for name in PORTS if name.startswith("metrics_train_")} - used
     more = [("ceph-mon", layout.ceph_port)] if layout.own_cephfs else []
     mine = {p.pid for p in orphans(layout.home)}
     yield from port_findings(layout.port_base, skipped=skipped, more=more, mine=mine)

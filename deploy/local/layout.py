@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
+from headrace.contract.checks.names import VARIANTS_MAX
 from headrace.contract.config import port
 from headrace.contract.errors import ConfigRejected
 
@@ -33,6 +35,8 @@ class Addresses(msgspec.Struct, frozen=True, kw_only=True):
     webhdfs: str | None = None
     port_base: int | None = None
     project: str = ""
+    variants: tuple[str, ...] = ()
+    """Variants whose trainers the stack runs, in the order of their metrics ports."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,8 @@ class Layout:
     """`fluentd` or `fluent-bit` between shop and gateway; "" for none."""
     own_cephfs: bool = False
     """The store is a CephFS of this stack, mounted below `home`."""
+    variants: tuple[str, ...] = ()
+    """As in `Addresses`."""
 
     @classmethod
     def saved(cls, home: Path) -> Self | None:
@@ -69,11 +75,17 @@ class Layout:
             own_kafka=at.brokers.startswith(loopback) and (home / "kafka").is_dir(),
             own_hdfs=at.store.startswith(f"hdfs://{loopback}") and (home / "hdfs").is_dir(),
             own_cephfs=at.store == cephfs_store(home),
+            variants=at.variants,
         )
 
     def port(self, name: str) -> int:
         """Return the port of `name`."""
         return port(name, self.port_base)
+
+    def metrics_port(self, process: str) -> int:
+        """Return the metrics port of a stage, or of a variant's trainer, `train@NAME`."""
+        stage, _, variant = process.partition("@")
+        return self.port(variant_port(variant, self.variants) if variant else f"metrics_{stage}")
 
     @property
     def logs(self) -> Path:
@@ -138,10 +150,27 @@ class Layout:
             webhdfs=self.webhdfs,
             port_base=self.port_base,
             project=str(self.project),
+            variants=self.variants,
         )
         part = self.home / "stack.json.part"
         part.write_bytes(msgspec.json.format(msgspec.json.encode(addresses)))
         part.replace(self.home / "stack.json")
+
+
+def variant_port(variant: str, known: Sequence[str], declared: Iterable[str] = ()) -> str:
+    """Return the name of a variant's metrics port: by its place among those that a stack knows, and behind them among
+    the declared ones.
+
+    >>> variant_port("wide", ["deep"], ["wide", "deep"]), variant_port("deep", [], ["wide", "deep"])
+    ('metrics_train_2', 'metrics_train_2')
+    """
+    names = [*known, *(name for name in declared if name not in known), variant]
+    return f"metrics_train_{min(names.index(variant) + 1, VARIANTS_MAX)}"
+
+
+def trainer_of(variant: str) -> str:
+    """Return the name of the process that trains a variant."""
+    return f"train@{variant}"
 
 
 def is_ours(variable: str) -> bool:

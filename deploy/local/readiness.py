@@ -14,7 +14,7 @@ import msgspec
 from headrace.backends.blobs_hdfs import HdfsBlobs
 from headrace.backends.log.admin_kafka import KafkaAdmin
 from headrace.contract.errors import Unavailable
-from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.layout import HOST, Layout, trainer_of
 
 # Loopback is asked directly, whatever proxy the environment names.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -72,18 +72,18 @@ def safe_mode(webhdfs: str) -> str:
 def stage_probes(layout: Layout) -> dict[str, Callable[[], str]]:
     """Return, a stage, the function that tells why it is not ready, "" when it is."""
 
-    def ready(name: str, path: str = "/readyz") -> Callable[[], str]:
+    def ready(port: int, path: str = "/readyz") -> Callable[[], str]:
         def ask() -> str:
-            status, body = http_get(f"http://{HOST}:{layout.port(name)}{path}")
+            status, body = http_get(f"http://{HOST}:{port}{path}")
             return "" if status == 200 else body.decode(errors="replace").strip()[:200] or f"HTTP {status}"
 
         return ask
 
     stages = ("ingest", "stream", "sink", "aggregate", "crawl", "train", "shop", "watch")
     return {
-        **{stage: ready(f"metrics_{stage}") for stage in stages},
-        "serve": ready("serving"),
-        "tensorboard": ready("tensorboard", "/"),
+        **{name: ready(layout.metrics_port(name)) for name in (*stages, *map(trainer_of, layout.variants))},
+        "serve": ready(layout.port("serving")),
+        "tensorboard": ready(layout.port("tensorboard"), "/"),
     }
 
 

@@ -25,13 +25,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 from headrace.backends.log.admin_kafka import KafkaAdmin
+from headrace.contract.checks.names import VARIANTS_MAX
 from headrace.contract.config import LogConfig
 from headrace.contract.errors import ConfigRejected, Unavailable, meant
 from headrace.contract.interfaces.log import TopicSpec
 from headrace.deploy.local import readiness
-from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder
+from headrace.deploy.local.layout import CHECKOUT, Layout, jar_folder, trainer_of
 from headrace.deploy.local.restarts import MAX_S, Crashes
 from headrace.deploy.local.servers import cephfs, hdfs, kafka
 from headrace.deploy.local.servers.jars import ensure_jars
@@ -80,6 +82,7 @@ def start(
         if supervisor.running():
             say("taking over what runs already")
             take_environment(supervisor, say)
+            layout = with_variants(layout, supervisor)
         else:
             if orphans(layout.home):
                 say(f"ended {end_orphans(layout.home)} processes that a killed supervisor had left")
@@ -129,7 +132,7 @@ def stop(layout: Layout, say: Say) -> None:
         # It would take a stage that ends for one that does not answer.
         supervisor.end((WATCH,))
         supervisor.end(("shop",))
-        supervisor.end((*STAGES, *ALSO))
+        supervisor.end((*STAGES, *ALSO, *(p.name for p in supervisor.processes() if p.name.startswith("train@"))))
         for name in reversed(cephfs.SUPERVISED if layout.own_cephfs else ()):
             supervisor.end((name,))
         supervisor.end(INFRASTRUCTURE)
@@ -166,7 +169,11 @@ def restart(layout: Layout, names: Sequence[str], say: Say) -> None:
 
 
 def start_named(layout: Layout, names: Sequence[str], say: Say) -> None:
-    """Start these processes, those that do not run; returns and raises as `restart` does."""
+    """Start these processes, those that do not run; the trainer of a variant that `layout` names is new to the stack at
+    its first start. Returns and raises as `restart` does."""
+    if any(trainer_of(name) in names for name in layout.variants) and Supervisor(layout).running():
+        with _only_one(layout):
+            layout = with_variants(layout, Supervisor(layout))
     supervisor = _with_these(layout, names)
     with _only_one(layout):
         _begin(layout, supervisor, names, say)
@@ -179,6 +186,33 @@ def stop_named(layout: Layout, names: Sequence[str], say: Say) -> None:
         supervisor.end(names)
     for name in names:
         say(f"{name} is stopped; `headrace start {name}` starts it")
+
+
+def with_variants(layout: Layout, supervisor: Supervisor) -> Layout:
+    """Let a running supervisor know the trainers of variants that it does not know yet; return the layout with all that
+    it knows. Each keeps its metrics port. None is started yet; `watch`, which asks them too, is started anew."""
+    saved = Layout.saved(layout.home)
+    before = saved.variants if saved is not None else ()
+    known = {p.name for p in supervisor.processes()}
+    new = [name for name in layout.variants if trainer_of(name) not in known]
+    # The place of one that the supervisor does not know any more is free.
+    kept = [name for name in before if trainer_of(name) in known]
+    layout = replace(layout, variants=(*kept, *(name for name in layout.variants if name not in kept)))
+    if len(layout.variants) > VARIANTS_MAX:
+        raise ConfigRejected(
+            f"the stack knows trainers of {len(layout.variants)} variants ({', '.join(layout.variants)}), and "
+            f"{VARIANTS_MAX} have metrics ports: `headrace down`, then `headrace up` forgets what is not declared."
+        )
+    if new:
+        layout.save()
+        supervisor.add([_trainer(name) for name in new])
+        supervisor.end((WATCH,))
+        supervisor.begin((WATCH,))
+    return layout
+
+
+def _trainer(variant: str) -> Program:
+    return Program(trainer_of(variant), [sys.executable, "-m", "headrace.cli.main", "train", "--variant", variant])
 
 
 def take_environment(supervisor: Supervisor, say: Say) -> None:
@@ -246,6 +280,7 @@ def programs(
     command = [sys.executable, "-m", "headrace.cli.main"]
     verbs = [*STAGES, "tensorboard", WATCH] if stages is True else [*stages, WATCH]
     found += [Program(v, [*command, v]) for v in verbs if importlib.util.find_spec(f"headrace.cli.stages.{v}")]
+    found += [_trainer(name) for name in layout.variants if "train" in verbs]
     return [*(p for p in found if p.name not in {m.name for m in more}), *more]
 
 

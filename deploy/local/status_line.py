@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from headrace.contract.metrics import Name, Stage
-from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.layout import HOST, Layout, trainer_of
 from headrace.deploy.local.metrics_text import by_label, median, parse, risen
 from headrace.deploy.local.readiness import http_get
 
@@ -58,17 +58,24 @@ class StatusLine:
             f"{time.strftime('%H:%M:%S')}  {_number(rate, 0)} events/s  "
             f"lag {_number(_value(now, 'stream', 'lag_records'), 0)}"
             f"+{_number(_value(now, 'train', 'lag_records'), 0)} records  {_freshness(now, before)}"
-            f"{by_task(texts['train'], texts['ingest'], rate, self._main)}  version {self._version()}"
+            f"{by_task(texts['train'], texts['ingest'], rate, self._main)}{self._beside(texts, rate)}"
+            f"  version {self._version()}"
         )
         self._before, self._at = texts, at
         return line
 
-    def _reading(self) -> dict[str, str]:
-        with ThreadPoolExecutor(len(STAGES)) as pool:
-            return dict(zip(STAGES, pool.map(self._text, STAGES), strict=True))
+    def _beside(self, texts: Mapping[str, str], rate: float) -> str:
+        """Return what the trainers of variants say, each behind its name."""
+        told = {name: by_task(texts[trainer_of(name)], texts["ingest"], rate) for name in self._layout.variants}
+        return "".join(f"  | {name}: {said}" for name, said in told.items())
 
-    def _text(self, stage: Stage) -> str:
-        status, body = self._read(f"http://{HOST}:{self._layout.port(f'metrics_{stage}')}/metrics")
+    def _reading(self) -> dict[str, str]:
+        processes = (*STAGES, *map(trainer_of, self._layout.variants))
+        with ThreadPoolExecutor(len(processes)) as pool:
+            return dict(zip(processes, pool.map(self._text, processes), strict=True))
+
+    def _text(self, process: str) -> str:
+        status, body = self._read(f"http://{HOST}:{self._layout.metrics_port(process)}/metrics")
         return body.decode(errors="replace") if status == 200 else ""
 
     def _version(self) -> str:

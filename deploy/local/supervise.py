@@ -118,6 +118,15 @@ class Supervisor:
                 f"{self.layout.port('supervisor')} taken? `headrace doctor` says by whom."
             )
 
+    def add(self, programs: Sequence[Program]) -> None:
+        """Let the running supervisord know further programs; none of them is started yet."""
+        conf = self.layout.home / "run" / "supervisord.conf"
+        with conf.open("a") as file:
+            file.write(f"\n{_text(_of_programs(self.layout, programs))}")
+        self._ask("reloadConfig")
+        for program in programs:
+            self._ask("addProcessGroup", program.name)
+
     def take_environment(self) -> list[str]:
         """Give the caller's environment to what is started from now on; returns the names of Headrace's variables that
         changed. What is set is taken, what is not set stays; what runs keeps what it was started with."""
@@ -283,8 +292,12 @@ def configuration(layout: Layout, programs: Sequence[Program], secret: str, rest
             "restart_max_s": restart_max_s,
         },
     }
-    for program in programs:
-        sections[f"program:{program.name}"] = {
+    return _text(sections | _of_programs(layout, programs))
+
+
+def _of_programs(layout: Layout, programs: Sequence[Program]) -> dict[str, Mapping[str, object]]:
+    return {
+        f"program:{program.name}": {
             "command": shlex.join(program.command),
             "autostart": "false",
             "autorestart": "true",
@@ -298,6 +311,11 @@ def configuration(layout: Layout, programs: Sequence[Program], secret: str, rest
             "stdout_logfile_maxbytes": "20MB",
             "stdout_logfile_backups": 2,
         }
+        for program in programs
+    }
+
+
+def _text(sections: Mapping[str, Mapping[str, object]]) -> str:
     lines = []
     for title, values in sections.items():
         lines += [f"[{title}]", *(f"{name} = {str(value).replace('%', '%%')}" for name, value in values.items()), ""]
@@ -308,6 +326,8 @@ def port_of(layout: Layout, name: str) -> int:
     """Return the port that people look for at process `name`, 0 where it has none."""
     table = {"kafka": "kafka", "namenode": "namenode_http", "datanode": "datanode_http", "ingest": "forward"}
     table |= {"serve": "serving", "tensorboard": "tensorboard"}
+    if name.startswith("train@"):
+        return layout.metrics_port(name)
     table |= {stage: f"metrics_{stage}" for stage in ("stream", "sink", "aggregate", "crawl", "train", "shop", "watch")}
     if name == "shipper":
         return layout.shipper_port

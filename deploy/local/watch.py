@@ -39,8 +39,11 @@ SILENT_S = 60.0
 by SIGSTOP may go on where it was."""
 
 WATCHED = tuple(
-    name.removeprefix("metrics_") for name in PORTS if name.startswith("metrics_") and name != "metrics_watch"
+    name.removeprefix("metrics_")
+    for name in PORTS
+    if name.startswith("metrics_") and name != "metrics_watch" and not name.startswith("metrics_train_")
 )
+"""And the trainers of variants, which a stack has by name."""
 
 Ask = Callable[[str], tuple[int, bytes]]
 """From an address to the status and the body; status 0 where nobody answers."""

@@ -87,6 +87,9 @@ def look_at(folder: Path) -> tuple[Config | None, Project | None, list[str]]:
     except ConfigRejected as error:
         return config, None, [*wrong, str(error), *map(str, error.others)]
     module_file = folder / settings.module
+    if project.variant:
+        fault = ConfigRejected(f"variant {project.variant!r}: nobody declares it. Recipes beside go into `variants`.")
+        wrong.append(_placed(fault, module_file, settings.object))
     wrong += [_placed(fault, module_file, settings.object) for fault in project.faults()]
     return config, project, wrong
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,7 +41,7 @@ from headrace.contract.formats.topics import Topics
 from headrace.contract.interfaces.blobs import Blobs
 from headrace.contract.metrics import Stage
 from headrace.contract.project import Project
-from headrace.deploy.local.layout import cephfs_store
+from headrace.deploy.local.layout import cephfs_store, read_addresses, variant_port
 from headrace.process.call_watch import LAKE_CALLS, LAKE_MAX_S, CallWatch
 
 if TYPE_CHECKING:
@@ -78,9 +78,36 @@ class Runtime:
         """Return the port of `name` from the table of `headrace.contract.config`."""
         return port(name, self.port_base)
 
-    def metrics(self, stage: Stage) -> PrometheusMetrics:
-        """Start the stage's /metrics, /readyz and /healthz."""
-        metrics = PrometheusMetrics(stage, self.port(f"metrics_{stage}"))
+    def of_model(self, project: Project) -> Runtime:
+        """Return the runtime of one of the project's models: with its name and recipe, and with its own topics."""
+        return replace(self, project=project, topics=self.topics.of(project.model))
+
+    def of_variant(self, name: str | None) -> Runtime:
+        """Return the runtime of a declared variant's model; without a name that of the project's own recipe, which is a
+        variant's that was promoted and moved, see `headrace.trainer.commit.decisions`.
+
+        Raises `ConfigRejected` for a variant that is not declared, or whose model is the project's own; `Unavailable`.
+        """
+        from headrace.trainer.commit.decisions import home_of, knows_by, read_decisions
+
+        reader = self.reader()
+        decisions = read_decisions(reader, self.topics, self.project.name)
+        home = home_of(self.project, decisions, knows_by(self.blobs(), reader, self.topics))
+        reader.close()
+        if name and name == home.variant:
+            raise ConfigRejected(
+                f"variant {name!r} was promoted and is the project's own recipe now: leave --variant out. Its trainer "
+                f"beside is not needed any more: `headrace stop train@{name}`, then `headrace restart train`."
+            )
+        return self.of_model(self.project.of_variant(name) if name else home)
+
+    def metrics(self, stage: Stage, *, variant: str = "") -> PrometheusMetrics:
+        """Start the stage's /metrics, /readyz and /healthz; of the trainer of a variant on that one's own port."""
+        at = self.port(f"metrics_{stage}")
+        if variant:
+            saved = read_addresses(self.home)
+            at = self.port(variant_port(variant, saved.variants if saved is not None else (), self.project.variants))
+        metrics = PrometheusMetrics(stage, at)
         self.calls.tell = partial(metrics.set, "call_age_seconds")
         return metrics
 
@@ -231,6 +258,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home", metavar="DIR", help="local state (HEADRACE_HOME; .headrace)")
     parser.add_argument("--port-base", type=int, help="moves all ports together (PORT_BASE)")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+
+
+def add_variant(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the flag that names one of the project's variants."""
+    parser.add_argument("--variant", metavar="NAME", help=f"{what} this declared variant, not the project's own recipe")
 
 
 def open_runtime(args: argparse.Namespace) -> Runtime:

@@ -47,9 +47,10 @@ PORTS: dict[str, int] = {
     "catalogue": 8091,
     "metrics_watch": 9109,
     "serving_grpc": 8081,
+    **{f"metrics_train_{n}": 9109 + n for n in range(1, 5)},
 }
 """Every port, loopback by default. With PORT_BASE=n the i-th of this table moves to n + i; so a new one comes last.
-`console` and `lighthouse` are reserved: nothing listens on them yet."""
+`console` and `lighthouse` are reserved: nothing listens on them yet. `metrics_train_1` to 4: variants' trainers."""
 
 
 def port(name: str, base: int | None = None) -> int:

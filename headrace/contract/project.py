@@ -21,7 +21,7 @@ from headrace.contract.checks.declarations import LANES_MAX as LANES_MAX
 from headrace.contract.checks.declarations import contradictions
 from headrace.contract.checks.types import type_faults
 from headrace.contract.crawl import Crawl
-from headrace.contract.errors import ConfigRejected
+from headrace.contract.errors import ConfigRejected, listed, meant
 from headrace.contract.mapping import AccessLog
 from headrace.contract.recipe import Recipe as Recipe
 from headrace.contract.spec import LISTS as LISTS
@@ -92,10 +92,41 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
     recipe: Recipe = Recipe()
     name: str = "default"
     """Of the model: a-z, 0-9, `_` and `-`. It is part of the names of its blobs, and of its records' keys."""
+    variants: dict[str, Recipe] = {}
+    """Other recipes, by name (a-z, 0-9 and `-`, 4 at most), that learn beside `recipe` from the same samples, each as a
+    model of its own: `headrace train --variant NAME`. `headrace model promote NAME` lets one be served."""
+    variant: str = ""
+    """Which variant's this is, see `of_variant`; nobody declares it."""
     mappings: tuple[AccessLog, ...] = ()
     """Access logs whose lines are events; see `headrace.contract.mapping`."""
     crawls: tuple[Crawl, ...] = ()
     """What the crawler brings from the web; see `headrace.contract.crawl`."""
+
+    @property
+    def model(self) -> str:
+        """Return the name of the model that `recipe` makes: the project's, and the variant's behind a dot.
+
+        The names of blobs, the keys of records and the writer of steps have it. No name has a dot of its own.
+        """
+        return f"{self.name}.{self.variant}" if self.variant else self.name
+
+    @property
+    def row_dim(self) -> int:
+        """Return the `Recipe.row_dim` of the widest recipe that is declared: what serving makes room for."""
+        return max(recipe.row_dim for recipe in (self.recipe, *self.variants.values()))
+
+    def of_variant(self, name: str) -> Project:
+        """Return the project as a variant learns it: with its recipe, under its model's name.
+
+        Raises `ConfigRejected` for one that is not declared.
+        """
+        if name not in self.variants:
+            there = f"there are: {listed(self.variants)}.{meant(name, self.variants)}" if self.variants else "none is."
+            raise ConfigRejected(
+                f"variant {name!r} is not declared; {there} Declare it where the project is made: "
+                f"Project(..., variants={{{name!r}: deepfm(...)}})."
+            )
+        return msgspec.structs.replace(self, recipe=self.variants[name], variants={}, variant=name)
 
     def faults(self) -> list[ConfigRejected]:
         """Return all that is wrong in what is declared, each with its place; what follows from another one may be
@@ -130,4 +161,4 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
 
 def _follows(at: str, wrong: tuple[str, ...]) -> bool:
     """Say whether a fault of a whole declaration may come from a value in it that has the wrong type."""
-    return at.startswith(("recipe", "features.", "tasks[")) and any(path.startswith(at) for path in wrong)
+    return at.startswith(("recipe", "variants", "features.", "tasks[")) and any(path.startswith(at) for path in wrong)

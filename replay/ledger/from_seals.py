@@ -63,6 +63,8 @@ class SealedStock:
     lake: LakeReader
     blobs: Blobs
     topic_ids: dict[str, str] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    """Names of the project's other models."""
 
     def draw(self, heads: Mapping[str, tuple[str, ...]], letters: ReadLetters) -> tuple[Ledger, KeptAccount]:
         """Return the ledger, and what the next drawing may begin with if this one is sound (`keep`).
@@ -74,10 +76,14 @@ class SealedStock:
         ledger = Ledger(drawn_from="seals", behind_max_ms=self.config.ledger.behind_max_ms)
         before = self._kept(ledger)
         after = msgspec.structs.replace(before, topic_ids=self.topic_ids, runs={}, lake={})
-        runs = {
-            name: msgspec.convert(msgspec.to_builtins(kept.totals), RunTotals) for name, kept in before.runs.items()
-        }
-        after.steps_offset = self._add_steps(runs, before.steps_offset)
+        runs: dict[str, RunTotals] = {}
+        for model in (*self.beside, self.project.model):
+            some, end = self._runs_of(model, before, before.offsets().get(model, 0))
+            runs |= some
+            if model == self.project.name:
+                after.steps_offset = end
+            else:
+                after.steps_offsets = after.steps_offsets | {model: end}
         sealed, stored, retained_ms = self._lake()
         imported = self._imported(None)
         # Before the topic's ends are asked: a state that is stored meanwhile has samples beyond them.
@@ -122,36 +128,41 @@ class SealedStock:
         project, generation = self.project.name, self.topics.generation
         try:
             account = get_account(self.blobs, project, generation, self.topic_ids)
-            end = self.reader.end_offsets(self.topics.steps)[0]
-            if account is not None and account.steps_offset > end:
-                raise NotSealed(f"the kept account has steps up to {account.steps_offset}, the topic ends at {end}")
+            ours = {*self.beside, self.project.model}
+            told = account.offsets() if account is not None else {}
+            for model, offset in ((model, told[model]) for model in told.keys() & ours):
+                end = self.reader.end_offsets(self.topics.of(model).steps)[0]
+                if offset > end:
+                    raise NotSealed(f"the kept account has steps up to {offset}, the topic ends at {end}")
         except NotSealed as error:
             ledger.reread.append(f"all steps, since {error}")
             account = None
         return account or KeptAccount(project=project, generation=generation)
 
-    def _add_steps(self, runs: dict[str, RunTotals], begin: int) -> int:
-        """Add this model's steps from `begin` on to their runs; return the offset to go on from."""
-        end = self.reader.end_offsets(self.topics.steps)[0]
-        add_steps(runs, self._ours(begin, end), lambda first: self._before(first, end))
-        return end
+    def _runs_of(self, model: str, before: KeptAccount, begin: int) -> tuple[dict[str, RunTotals], int]:
+        """Return a model's runs with its steps from `begin` on, and the offset to go on from."""
+        ours = {name: kept.totals for name, kept in before.runs.items() if kept.totals.model == model}
+        runs = {name: msgspec.convert(msgspec.to_builtins(totals), RunTotals) for name, totals in ours.items()}
+        end = self.reader.end_offsets(self.topics.of(model).steps)[0]
+        add_steps(runs, self._ours(model, begin, end), lambda first: self._before(first, end))
+        return runs, end
 
     def _before(self, first: Step, end: int) -> list[Step]:
         """Return the steps that a run which goes on from another one begins with."""
-        found = lineage(self._ours(0, end), first.run)
+        found = lineage(self._ours(first.model, 0, end), first.run)
         return found[: found.index(first)]
 
-    def _ours(self, begin: int, end: int) -> Iterator[Step]:
-        """Yield this model's steps. Raises `InvariantBroken` for one of a `samples` topic that is no more."""
+    def _ours(self, model: str, begin: int, end: int) -> Iterator[Step]:
+        """Yield a model's steps. Raises `InvariantBroken` for one of a `samples` topic that is no more."""
         samples = self.topics.samples
-        for step in self.steps(begin, end):
-            if step.model == self.project.name:
+        for step in self.steps(model, begin, end):
+            if step.model == model:
                 check_topic(step.samples_id, self.topic_ids.get(samples, ""), samples)
                 yield step
 
-    def steps(self, begin: int, end: int) -> Iterator[Step]:
-        """Yield the steps of all models from `begin` to below `end`; what is none is passed over."""
-        topic = self.topics.steps
+    def steps(self, model: str, begin: int, end: int) -> Iterator[Step]:
+        """Yield the steps in a model's topic from `begin` to below `end`; what is none is passed over."""
+        topic = self.topics.of(model).steps
         archive = StepsArchive(self.blobs, topic, self.topic_ids.get(topic, ""))
         yield from (step for _, step in read_all_steps(self.reader, topic, archive, begin=begin, end=end))
 
@@ -429,8 +440,9 @@ class _Run:
 
     def _new_steps(self) -> list[Step]:
         begin = self.known.totals.number if self.known is not None else 0
-        end = self.stock.reader.end_offsets(self.stock.topics.steps)[0]
-        ours = (step for step in self.stock.steps(0, end) if step.model == self.totals.model)
+        model = self.totals.model
+        end = self.stock.reader.end_offsets(self.stock.topics.of(model).steps)[0]
+        ours = (step for step in self.stock.steps(model, 0, end) if step.model == model)
         return [
             step
             for step in lineage(ours, self.totals.run)

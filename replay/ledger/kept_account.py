@@ -46,10 +46,16 @@ class KeptAccount(msgspec.Struct, kw_only=True):
     topic_ids: dict[str, str] = {}
     """By topic; "" or absent where the broker tells none."""
     steps_offset: int = 0
-    """The next record of `steps` to read."""
+    """The next record of `steps` to read, of the model under the project's own name."""
+    steps_offsets: dict[str, int] = {}
+    """Of each variant's model, likewise."""
     runs: dict[str, KeptRun] = {}
     """The run of the newest step last."""
     lake: dict[int, LakeTill] = {}
+
+    def offsets(self) -> dict[str, int]:
+        """Return the next record of its steps to read, by model."""
+        return {**self.steps_offsets, self.project: self.steps_offset}
 
 
 def name_of(project: str, generation: int) -> str:

@@ -76,7 +76,8 @@ class ModelCounts(msgspec.Struct, kw_only=True):
 class Ledger(msgspec.Struct, kw_only=True):
     """All totals, integers. `read` counts events that have their outcome; what a gateway still holds is in none.
 
-    `samples` to `in_flight` are those of the newest run; `lost` and `twice` are of all.
+    `samples` to `in_flight` are those of the newest run of the model that the project's own recipe makes; `lost` and
+    `twice` are of all models, those of variants too.
     """
 
     read: int = 0
@@ -205,7 +206,8 @@ def _behind_line(ledger: Ledger, where: str, behind_ms: int) -> str:
 
 
 def _run_line(counts: ModelCounts) -> str:
-    line = f"run {counts.run}: {counts.steps:,} steps, {counts.learnt:,} learnt"
+    of = f" of {counts.model}" if "." in counts.model else ""
+    line = f"run {counts.run}{of}: {counts.steps:,} steps, {counts.learnt:,} learnt"
     if counts.stored and counts.live:
         line += f" ({counts.stored:,} rows taken of the lake, {counts.live:,} live)"
     wrong = [f"{name} {getattr(counts, name):,}" for name in ("lost", "twice") if getattr(counts, name)]

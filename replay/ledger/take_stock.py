@@ -63,14 +63,17 @@ def take_stock(
     blobs: Blobs | None = None,
     mode: Mode = "auto",
     topic_ids: Mapping[str, str] = MappingProxyType({}),
+    beside: Sequence[str] = (),
 ) -> Ledger:
     """Return the ledger: from seals, or from the log where these do not tell.
 
     Args:
+        project: with the model that its own recipe makes, whose newest run has the totals.
+        beside: names of the project's other models, whose runs are accounted for as well.
         blobs: the store; without it there are no seals.
         mode: `full` reads everything and compares it with the seals; `auto` does where `events` is whole and has at
             most `ledger.full_records_max` records.
-        topic_ids: of `events`, `samples` and `steps`, where the broker tells them.
+        topic_ids: of `events`, `samples` and each model's `steps`, where the broker tells them.
 
     Raises:
         InvariantBroken: where what is stored or was learnt is of a topic `events` or `samples` that is no more, as
@@ -82,11 +85,13 @@ def take_stock(
     begin = reader.begin_offsets(topics.rules)[0]
     began = first_rules(project, list(read_range(reader, topics.rules)), made, begin=begin)
     if blobs is None or mode == "full" or (mode == "auto" and _is_small(reader, topics, config)):
-        ledger = _from_log(project, config, topics, reader, lake, blobs, began=began, topic_ids=topic_ids)
+        ledger = _from_log(
+            project, config, topics, reader, lake, blobs, began=began, topic_ids=topic_ids, beside=beside
+        )
         reader.close()
         return ledger
-    stock = SealedStock(project, config, topics, reader, lake, blobs, dict(topic_ids))
-    recipes = _recipes(project, [], read_manifests(reader, topics, project.name))
+    stock = SealedStock(project, config, topics, reader, lake, blobs, dict(topic_ids), tuple(beside))
+    recipes = _recipes(project, [], _manifests(project, topics, reader, beside))
 
     def letters() -> tuple[list[DeadLetter], list[tuple[DeadLetter, Fate]]]:
         marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
@@ -98,7 +103,9 @@ def take_stock(
         if ledger.closes:
             _keep(stock, account)
     except NotSealed as error:
-        ledger = _from_log(project, config, topics, reader, lake, blobs, began=began, topic_ids=topic_ids)
+        ledger = _from_log(
+            project, config, topics, reader, lake, blobs, began=began, topic_ids=topic_ids, beside=beside
+        )
         ledger.not_sealed = str(error)
     reader.close()
     return ledger
@@ -130,16 +137,17 @@ def _from_log(
     *,
     began: Project,
     topic_ids: Mapping[str, str],
+    beside: Sequence[str],
 ) -> Ledger:
     """Read effects before causes (steps, lake, samples, events), so that what an effect contains is found in the log.
 
     Dead letters come last: the gateways' totals, which lie among the events, must not be ahead of them.
     """
-    steps = _steps(project, topics, reader, blobs, topic_ids)
+    steps = _steps(project, topics, reader, blobs, topic_ids, beside)
     state = lake.state()
     stored, imported = _in_lake(lake, state)
     topic, begins = sample_keys(read_range(reader, topics.samples), JUDGED)
-    manifests = read_manifests(reader, topics, project.name)
+    manifests = _manifests(project, topics, reader, beside)
     marks = [mark for _, mark in recorded(reader, topics.retries, decode_retry_mark)]
     trimmed = {str(p): offset for p, offset in sorted(reader.begin_offsets(topics.events).items()) if offset > 0}
     joined = read_joined(blobs, topics.generation, reader.end_offsets(topics.events)) if blobs is not None else {}
@@ -198,13 +206,26 @@ def _in_lake(lake: LakeReader, state: LakeState | None) -> tuple[pa.Table, pa.Ta
 
 
 def _steps(
-    project: Project, topics: Topics, reader: Reader, blobs: Blobs | None, topic_ids: Mapping[str, str]
+    project: Project,
+    topics: Topics,
+    reader: Reader,
+    blobs: Blobs | None,
+    topic_ids: Mapping[str, str],
+    beside: Sequence[str],
 ) -> list[Step]:
-    archive = StepsArchive(blobs, topics.steps, topic_ids.get(topics.steps, "")) if blobs is not None else None
-    steps = [step for step in recorded_steps(reader, topics, archive) if step.model == project.name]
+    """Return the steps of all models, those of the project's own recipe last."""
+    steps: list[Step] = []
+    for model in (*beside, project.model):
+        own = topics.of(model)
+        archive = StepsArchive(blobs, own.steps, topic_ids.get(own.steps, "")) if blobs is not None else None
+        steps += [step for step in recorded_steps(reader, own, archive) if step.model == model]
     for step in steps:
         check_topic(step.samples_id, topic_ids.get(topics.samples, ""), topics.samples)
     return steps
+
+
+def _manifests(project: Project, topics: Topics, reader: Reader, beside: Sequence[str]) -> list[Manifest]:
+    return [m for model in (*beside, project.model) for m in read_manifests(reader, topics, model)]
 
 
 def _wrong_lake(lake: LakeReader, state: LakeState, stored: pa.Table) -> list[str]:
@@ -257,11 +278,12 @@ def _stored_by_log(
 
 
 def _recipes(project: Project, steps: Sequence[Step], manifests: Sequence[Manifest]) -> dict[str, Recipe]:
-    """Return by which recipe each run was trained, where it is the project's or a snapshot tells."""
+    """Return by which recipe each run was trained, where it is the project's or a variant's, or a snapshot tells."""
     told: dict[str, Recipe] = {}
     for manifest in manifests:
         # One that another release wrote with other fields tells nothing: the run's ranges do.
         with contextlib.suppress(msgspec.ValidationError, msgspec.DecodeError):
             told[manifest.run] = msgspec.json.decode(manifest.recipe_json, type=Recipe)
-    ours = recipe_digest(project)
-    return told | {step.run: project.recipe for step in steps if step.recipe == ours}
+    variants = [project.of_variant(name) for name in project.variants]
+    ours = {recipe_digest(one): one.recipe for one in (*variants, project)}
+    return told | {step.run: ours[step.recipe] for step in steps if step.recipe in ours}

@@ -129,6 +129,7 @@ class ServingApp:
                 "chain": manifest.chain or manifest.version,
                 "seq": manifest.seq,
                 "served_digest": served_digest(meta.held.text, meta.dense_sha256) if meta.held is not None else "",
+                "room": {"rows_max": self.deps.shared.rows_max, "row_values": 1 + self.deps.shared.dim},
                 "refused": self.deps.shared.refused(),
                 "counters": self._counters(),
                 "workers": [
@@ -160,8 +161,9 @@ class ServingApp:
         return f"worker {', '.join(late)}: {BEHIND.format(bound_ms)}" if late and not is_away else ""
 
     def is_reading(self) -> bool:
-        """Say whether the counters are still being read that there were at the beginning."""
-        return self._counters() == "reading"
+        """Say whether what there was at the beginning is still being read: the counters, and a model where a region was
+        begun anew, as for wider rows."""
+        return self._counters() == "reading" or not self.deps.shared.holds_model
 
     def behind_ms(self, told: Told) -> int:
         """Return how far behind the counters of a process are, by what it told; one that is silent falls behind too."""

@@ -91,7 +91,7 @@ def servable(version: str, spec_json: str, recipe_json: str, project: Project) -
         raise Refused("recipe", f"{version} was trained by a recipe that is not known here: {error}") from error
     try:
         spec: FeatureSpec = decode_json(spec_json, FeatureSpec)
-        msgspec.structs.replace(project, features=spec).checked()
+        msgspec.structs.replace(project, features=spec, variants={}).checked()
     except (msgspec.MsgspecError, ConfigRejected) as error:
         raise Refused("spec", f"{version} cannot be served by this project: {error}") from error
     try:
@@ -101,13 +101,13 @@ def servable(version: str, spec_json: str, recipe_json: str, project: Project) -
 
 
 def can_serve(meta: Meta, project: Project) -> bool:
-    """Say whether a region that an earlier stage left holds this project's model, as this process would load it."""
+    """Say whether a region that an earlier stage left holds a model of this project, as this process would load it."""
     try:
         _, shapes = servable(meta.manifest.version, meta.spec_json, meta.recipe_json, project)
     except Refused as refused:
         logger.warning("the model of an earlier stage is not served: %s", refused)
         return False
-    return meta.manifest.model == project.name and meta.shapes == dict(shapes)
+    return meta.manifest.model.partition(".")[0] == project.name and meta.shapes == dict(shapes)
 
 
 def admit_delta(
@@ -124,7 +124,7 @@ def admit_delta(
     next one of the chain, or nothing.
 
     Args:
-        model: the project's name.
+        model: the name of the model that is served.
         served: the manifest of the version that is served now, of a snapshot or of a delta.
         shapes: of its dense weights.
         refused: snapshot versions that were refused; nothing of their chains is taken.

@@ -1,12 +1,13 @@
 """The updater: loads snapshots and applies deltas, so that the shared model is the newest version. One thread.
 
 0. A model that was taken over from an earlier stage is served as it is: deltas are read on behind it, before any blob.
-1. Read `model` to its end; load the blob of the newest manifest of this model.
-2. Read `deltas` from the offset that the manifest names, and go on reading `model`. Apply each delta whose base is the
-   version that is served, and leave out every other.
+1. Read `model` to its end: the last decision says which of the project's models is to be served, without one it is that
+   under the project's own name. Load the blob of that model's newest manifest.
+2. Read the model's deltas from the offset that the manifest names, and go on reading `model`. Apply each delta whose
+   base is the version that is served, and leave out every other.
 3. While deltas come, a newer snapshot is only noted: the deltas lead to its version and beyond. It is loaded when
-   nothing is served, when it is of another run, when a delta with another base showed that the chain is broken, or when
-   no delta comes.
+   nothing is served, when it is of another run, such as that of a variant which was promoted, when a delta with another
+   base showed that the chain is broken, or when no delta comes.
 4. What the gate refuses (`serving/gate/admit.py`) changes nothing: the version that is served stays until a good
    snapshot comes. Where it was refused because it does not fit, serving is not ready: a person must make room.
 5. Each version's digest is computed from what lies in shared memory and compared with the trainer's: before a delta is
@@ -35,6 +36,8 @@ from functools import partial
 import msgspec
 
 from headrace.contract.errors import HeadraceError, InvariantBroken, Overloaded, Unavailable
+from headrace.contract.formats.decision import KIND as DECISION
+from headrace.contract.formats.decision import Decision, decode_decision
 from headrace.contract.formats.dense_change import bits_of, sha256_of
 from headrace.contract.formats.snapshot import Manifest, Weights, decode_manifest
 from headrace.contract.formats.topics import Topics
@@ -63,7 +66,7 @@ _RECENT_MAX = 4_096
 
 @dataclass(kw_only=True)
 class Updater:
-    """Follows one model. `reader` belongs to this thread alone."""
+    """Follows one project's model, the decided one. `reader` belongs to this thread alone."""
 
     project: Project
     topics: Topics
@@ -83,7 +86,10 @@ class Updater:
     _meta: Meta | None = field(default=None, init=False)
     _taken_s: float = field(default=0.0, init=False)
     """When it was taken, by the monotonic clock."""
-    _newest: Manifest | None = field(default=None, init=False)
+    _decided: str = field(default="", init=False)
+    """The model that is to be served; "" is that under the project's own name."""
+    _announced: dict[str, Manifest] = field(default_factory=dict, init=False)
+    """The newest manifest of each of the project's models."""
     _tried: str = field(default="", init=False)
     """The snapshot that was loaded or refused last."""
     _is_broken: bool = field(default=False, init=False)
@@ -99,9 +105,13 @@ class Updater:
     _model_offset: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._refusals = Refusals(self.project.name)
+        self._refusals = Refusals()
         self._awake = Awake(self.clock.monotonic)
         self._turned_s = self._awake.monotonic()
+
+    @property
+    def _newest(self) -> Manifest | None:
+        return self._announced.get(self._decided or self.project.name)
 
     def watch(self) -> None:
         """Check once that the updater's thread goes on; another thread calls it every second or so.
@@ -164,7 +174,7 @@ class Updater:
         ends = self.reader.end_offsets(topic)
         # 3 s: a stage that is asked to stop does so within 5 s. What is Unavailable is read again.
         for record in read_range(self.reader, topic, ends=ends, silent_s=3.0):
-            self._note_manifest(record)
+            self._note(record)
         self._model_offset = ends[0]
         if self._meta is None and self.shared.holds_model:
             meta = self.shared.meta()
@@ -194,7 +204,7 @@ class Updater:
 
     def _reads_on(self, meta: Meta) -> bool:
         """Read deltas on behind a model that was taken over; False where they are gone."""
-        deltas = self.topics.deltas
+        deltas = self.topics.of(meta.manifest.model).deltas
         if meta.manifest.generation != self.topics.generation or meta.next_delta < 0:
             return False
         if not self.reader.begin_offsets(deltas)[0] <= meta.next_delta <= self.reader.end_offsets(deltas)[0]:
@@ -203,11 +213,19 @@ class Updater:
         return True
 
     def _follow(self) -> None:
-        """Load the newest snapshot where it leads further, and read deltas from where its chain begins."""
-        deltas = self.topics.deltas
+        """Load the newest snapshot where it leads further, and read deltas from where its chain begins.
+
+        Where the decided model has none that can be served, the deltas of the served one are read on.
+        """
         self._load_snapshot()
         self._begun = False  # Until deltas are read from the new place: what fails on the way there is begun again.
-        start = self.reader.end_offsets(deltas)[0] if self._newest is None else self._newest.deltas_offset
+        newest, model, start = self._newest, self._decided or self.project.name, -1
+        if self._meta is not None and self._meta.manifest.model != model:
+            model, start = self._meta.manifest.model, self._meta.next_delta
+        elif newest is not None:
+            start = newest.deltas_offset
+        deltas = self.topics.of(model).deltas
+        start = start if start >= 0 else self.reader.end_offsets(deltas)[0]
         start = max(start, self.reader.begin_offsets(deltas)[0])
         self.reader.assign({(self.topics.model, 0): self._model_offset, (deltas, 0): start})
         self._begun = True
@@ -218,7 +236,7 @@ class Updater:
             self._begins(f"record {record.offset} of {record.topic} to be taken")
             if record.topic == self.topics.model:
                 self._model_offset = record.offset + 1
-                self._note_manifest(record)
+                self._note(record)
             else:
                 self._apply_delta(record)
         served, newest = self._meta.manifest if self._meta else None, self._newest
@@ -236,25 +254,40 @@ class Updater:
             return True
         return self._is_wrong or (served.step == newest.step and served.rows != newest.rows)
 
-    def _note_manifest(self, record: Record) -> None:
-        try:
-            if self._refusals.note(record):
-                newest = self._newest
-                if newest is not None and self._refusals.refuses(newest.run, newest.step):
-                    self._newest = None
-                return
-            if record.value is None or record.headers.get("kind", "snapshot") != "snapshot":
-                return
-            manifest = decode_manifest(record.value)
-        except msgspec.MsgspecError as error:
-            self._refuse(Refused("damaged", f"record {record.offset} of {record.topic} says nothing: {error}"))
+    def _note(self, record: Record) -> None:
+        """Take a record of `model`: a manifest, a decision, or what is neither."""
+        if record.value is None:
             return
-        if manifest.model == self.project.name and manifest.kind == "snapshot":
+        kind = record.headers.get("kind", "snapshot")
+        try:
+            if kind == "snapshot":
+                self._note_manifest(decode_manifest(record.value))
+            elif kind == DECISION:
+                self._note_decision(decode_decision(record.value))
+        except msgspec.MsgspecError as error:
+            what = "manifest" if kind == "snapshot" else kind
+            self._refuse(Refused("damaged", f"record {record.offset} of {record.topic} is no {what}: {error}"))
+
+    def _note_manifest(self, manifest: Manifest) -> None:
+        if manifest.model.partition(".")[0] == self.project.name and manifest.kind == "snapshot":
             if self._refusals.refuses(manifest.run, manifest.step):
                 logger.info("snapshot %s is of a run that was left, and is not loaded", manifest.version)
                 return
-            self._newest = manifest
+            self._announced[manifest.model] = manifest
             self._compare(manifest)
+
+    def _note_decision(self, decision: Decision) -> None:
+        if decision.model != self.project.name:
+            return
+        if decision.what == "rollback":
+            self._refusals.note(decision)
+            refuses = self._refusals.refuses
+            self._announced = {m: each for m, each in self._announced.items() if not refuses(each.run, each.step)}
+            return
+        decided = msgspec.structs.replace(self.project, variant=decision.variant).model
+        if decided != (self._decided or self.project.name):
+            logger.info("model %s is to be served: %s (%s)", decided, decision.reason or "promoted", decision.by)
+        self._decided = decided
 
     def _compare(self, manifest: Manifest) -> None:
         """Compare the digest of a snapshot with that of the same version as deltas led to it here."""
@@ -324,7 +357,7 @@ class Updater:
 
     def _apply_delta(self, record: Record) -> None:
         served = self._meta
-        if served is None or record.value is None or record.key != self.project.name.encode():
+        if served is None or record.value is None or record.key != served.manifest.model.encode():
             return
         if self._is_wrong:
             return
@@ -337,7 +370,7 @@ class Updater:
             recipe, held = recipe_of(served.recipe_json), self.shared.held()
             weights, manifest, dense = admit_delta(
                 record.value,
-                model=self.project.name,
+                model=served.manifest.model,
                 served=served.manifest,
                 dim=recipe.row_dim,
                 shapes=served.shapes,

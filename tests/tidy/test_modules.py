@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from headrace.contract import config, metrics
+from headrace.contract.checks.names import VARIANTS_MAX
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ROOMS = ("headrace", "ingest", "stream", "trainer", "serving", "replay", "examples", "deploy", "bench", "docs")
@@ -87,7 +88,8 @@ def test_pins_are_versions_and_nothing_else() -> None:
 def test_every_stage_has_a_metrics_port_of_its_own() -> None:
     assert len(set(config.PORTS.values())) == len(config.PORTS)
     stages = {name.removeprefix("metrics_") for name in config.PORTS if name.startswith("metrics_")}
-    assert stages == set(get_args(metrics.Stage))
+    beside = {f"train_{number}" for number in range(1, VARIANTS_MAX + 1)}
+    assert stages == set(get_args(metrics.Stage)) | beside
 
 
 def test_every_setting_has_a_default() -> None:

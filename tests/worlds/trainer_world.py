@@ -219,15 +219,16 @@ class World:
         """Return a new process's dependencies."""
         project = changes.get("project", PROJECT)
         assert isinstance(project, Project)
+        topics = TOPICS.of(project.model)
         values: dict[str, object] = {
             "project": project,
             "config": TrainConfig(
                 wait_ms=20, publish_ms=100, snapshot_ms=2_000, checkpoint_ms=2_000, lake_bytes=30_000
             ),
-            "topics": TOPICS,
+            "topics": topics,
             "reader": self.log.reader(),
             "producer": self.log.producer(),
-            "steps_writer": FencedMemory(self.log, TOPICS.steps, f"steps-{project.name}", self.epochs),
+            "steps_writer": FencedMemory(self.log, topics.steps, f"steps-{project.model}", self.epochs),
             "blobs": self.blobs,
             "metrics": MemoryMetrics(),
             "clock": self.clock,

@@ -79,7 +79,7 @@ class Checkpointer:
 
     def __post_init__(self) -> None:
         self._watch = Watch(self.learner, between=True)
-        self._retention = Retention(self.blobs, self.project.name)
+        self._retention = Retention(self.blobs, self.project.model)
         self._unwritten: dict[str, Int64s] = {}
         """Rows that changed and that no checkpoint holds yet, by table."""
         self._leftovers: set[str] = set()
@@ -184,7 +184,7 @@ class Checkpointer:
             metrics=moment.metrics,
         )
         name, data = encode_manifest(manifest)
-        self.blobs.put(f"{folder_of(self.project.name)}/{name}", data)
+        self.blobs.put(f"{folder_of(self.project.model)}/{name}", data)
         self.metrics.add("checkpoint_bytes_total", len(data))
         self.metrics.add("checkpoints_written_total")
         self.before = manifest
@@ -214,7 +214,7 @@ class Checkpointer:
 
     def _put_part(self, encoded: Encoded) -> None:
         self._leftovers.add(encoded.part.name)
-        self.blobs.put(f"{parts_of(self.project.name)}/{encoded.part.name}", encoded.pieces)
+        self.blobs.put(f"{parts_of(self.project.model)}/{encoded.part.name}", encoded.pieces)
         self.metrics.add("checkpoint_bytes_total", encoded.part.bytes)
 
 

@@ -27,6 +27,9 @@ SUPERSEDED_MAX = 16
 """How many names are remembered: of more trainers of one model the first ones may come back once more."""
 
 
+_FOLDER = "trainers"
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """Which trainer has a model."""
 
@@ -92,8 +95,14 @@ def release_claim(blobs: Blobs, model: str, holder: str) -> None:
         _write(blobs, model, msgspec.structs.replace(now, is_released=True))
 
 
+def models_of(blobs: Blobs, project: str) -> list[str]:
+    """Return the names of the project's models that were ever trained, its own first. Raises `Unavailable`."""
+    claimed = {name.rpartition("/")[2] for name in blobs.list(_FOLDER)}
+    return [project, *sorted(model for model in claimed if model.startswith(f"{project}."))]
+
+
 def _name(model: str) -> str:
-    return f"trainers/{model}"
+    return f"{_FOLDER}/{model}"
 
 
 def _write(blobs: Blobs, model: str, claim: Claim) -> None:

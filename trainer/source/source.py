@@ -73,7 +73,7 @@ class Source:
         self._generation = generation
         schema, tasks = sample_schema(project), project.recipe.heads
         judge, columns = judge_of(project), stored_columns(project, fields=fields, shown_every=shown_every)
-        holder, order = f"train-{project.name}", project.recipe.stored_order
+        holder, order = f"train-{project.model}", project.recipe.stored_order
         self._stored = StoredRows(
             *(lake, columns, tasks, holder), order=order, judge=judge, bytes_max=lake_bytes, background=background
         )

@@ -53,6 +53,20 @@ _SLICES: dict[str, Name] = {
 }
 
 
+def figures_of(evaluation: Evaluation, task: str) -> dict[str, float]:
+    """Return what is known of a task's quality, by name, for people: no figure that is not finite.
+
+    `samples` of them are of closed windows; where `provisional` is 1, of what is resolved so far.
+    """
+    standing = evaluation.standing(task)
+    figures = standing.figures
+    found = {"samples": float(figures.samples), "provisional": float(standing.is_provisional)}
+    found |= {"recent_calibration": standing.recent_calibration}
+    if figures.samples:
+        found |= {**figures.shown(), **figures.beside()}
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+
 class Report:
     """Reports what one trainer does. For its thread alone."""
 

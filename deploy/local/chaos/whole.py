@@ -231,12 +231,12 @@ def _await(ask: Callable[[], str], say: Say) -> None:
 
 def _read_published(layout: Layout, project: Project, config: Config, account: ModelAccount) -> None:
     topics, reader = Topics(config.log.generation), KafkaReader(layout.brokers)
-    manifests = read_manifests(reader, topics, project.name)
+    manifests = read_manifests(reader, topics, project.model)
     if manifests:
         newest = manifests[-1]
         account.run, account.step, account.published = newest.run, newest.step, newest.version
         account.live_digest, account.published_digest = newest.digest, newest.served
-    steps = [s.step for s in recorded_steps(reader, topics) if s.model == project.name and s.run == account.run]
+    steps = [s.step for s in recorded_steps(reader, topics) if s.model == project.model and s.run == account.run]
     account.newest_step = max(steps, default=0)
     reader.close()
 

@@ -99,10 +99,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def pinned_versions(runtime: Runtime) -> set[int]:
-    """Return the versions that the project's checkpoints are in the middle of. Raises `Unavailable`."""
-    from headrace.trainer.commit.checkpoint import stored_versions
+    """Return the versions that checkpoints of the project's models, its variants' too, are in the middle of.
 
-    return stored_versions(runtime.blobs(), runtime.project.name)
+    Raises `Unavailable`.
+    """
+    from headrace.trainer.commit.checkpoint import stored_versions
+    from headrace.trainer.commit.claim import models_of
+
+    blobs = runtime.blobs()
+    return {v for model in models_of(blobs, runtime.project.name) for v in stored_versions(blobs, model)}
 
 
 def _keep(runtime: Runtime, args: argparse.Namespace) -> int:

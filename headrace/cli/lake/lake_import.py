@@ -207,7 +207,9 @@ def _tell_trainer(runtime: Runtime) -> None:
 
     try:
         runtime.require_kafka()
-        manifests = read_manifests(runtime.reader(), runtime.topics, runtime.project.name)
+        runtime = runtime.of_variant(None)
+        manifests = read_manifests(runtime.reader(), runtime.topics, runtime.project.model)
+        model = runtime.project.model
     except Unavailable:
         print("Kafka did not answer: whether a run of the model has begun is not known.", file=sys.stderr)
         return
@@ -217,12 +219,12 @@ def _tell_trainer(runtime: Runtime) -> None:
     newest = manifests[-1]
     if newest.step == 0:
         print(
-            f"run {newest.run} of model {runtime.project.name!r} had learnt nothing yet: `headrace restart train` lets "
+            f"run {newest.run} of model {model!r} had learnt nothing yet: `headrace restart train` lets "
             "it begin with the lake."
         )
         return
     print(
-        f"run {newest.run} of model {runtime.project.name!r} began before this import and does not know its rows. To "
+        f"run {newest.run} of model {model!r} began before this import and does not know its rows. To "
         "learn them, change recipe.seed in the project's file and start `train` anew (`headrace restart train`): that "
         f"begins a run which learns the lake first, and {newest.run} is served meanwhile."
     )

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
     # Only a project that declares sources has something to crawl.
     more = [Program("crawl", [sys.executable, "-m", "headrace.cli.main", "crawl"])] if project.crawls else []
     _same_as_running(args, layout)
+    layout = replace(layout, variants=tuple(project.variants))
     trouble = [f for f in examine(layout) if f.level != "ok"]
     for finding in trouble:
         print(f"{finding.level}: {finding.what}: {finding.found}\n  remedy: {finding.remedy}", file=sys.stderr)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the stage until SIGTERM. The first process updates the model; all of them answer."""
     runtime = open_runtime(args)
-    dim, rows_max = runtime.project.recipe.row_dim, runtime.config.serve.rows_max
+    dim, rows_max = runtime.project.row_dim, runtime.config.serve.rows_max
     renewal, renewed = Renewal(), inherited(HOST, runtime.port("serving"))
     listener = renewed or listen(HOST, runtime.port("serving"))
     kept = os.dup(listener.fileno())

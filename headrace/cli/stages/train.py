@@ -11,6 +11,10 @@ there with the same bits. SIGTERM leaves a checkpoint and stops within 5 s; step
 under a backlog, are learnt by the next start. Changing the recipe or the feature spec begins a new run from the lake;
 the old one's checkpoints stay.
 
+--variant NAME learns a recipe of `Project(..., variants={...})` beside the project's own, as a model of its own; what
+it publishes is served after `headrace model promote NAME`. A variant that was promoted and moved to recipe= goes on
+with its run, without --variant.
+
 One trainer a model. A second one takes the model over; the first one stops, and refuses to come back until the second
 one has ended in good order. Of two in one HEADRACE_HOME the second one refuses.
 
@@ -39,10 +43,11 @@ from pathlib import Path
 from typing import IO
 
 from headrace.cli.progress_bar import show_progress
-from headrace.cli.runtime import add_common, open_runtime, stop_event
+from headrace.cli.runtime import add_common, add_variant, open_runtime, stop_event
 from headrace.cli.stages import train_repair
-from headrace.cli.tools.new_run import writer_id
+from headrace.cli.tools.models.new_run import writer_id
 from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local.layout import trainer_of
 from headrace.trainer.validation.board import Board
 
 _LOOP_HEALTHY_S = 1_800.0
@@ -54,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.add_argument("action", nargs="?", choices=["repair"], help="repair: get past samples that are missing")
     train_repair.add_arguments(parser)
+    add_variant(parser, "learn")
     parser.add_argument(
         "--take-over",
         action="store_true",
@@ -71,10 +77,12 @@ def main(args: argparse.Namespace) -> int:
 
     if args.begin or args.reason or args.dry_run or args.yes:
         raise ConfigRejected("--begin, --reason, --dry-run and --yes are of `headrace train repair`.")
-    runtime = open_runtime(args)
-    lock = lock_home(runtime.home, runtime.project.name)
+    of_project = open_runtime(args)
+    of_project.open_topics()
+    runtime, name = of_project.of_variant(args.variant), args.variant or ""
+    lock = lock_home(runtime.home, runtime.project.model)
     stop = stop_event()
-    metrics = runtime.metrics("train")
+    metrics = of_project.metrics("train", variant=name)
     ids = runtime.open_topics(ids_of=(runtime.topics.samples, runtime.topics.steps)).ids
     samples_id = ids[runtime.topics.samples]
     producer = runtime.producer(metrics)
@@ -98,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
                 lake=runtime.lake(samples_id=samples_id),
                 samples_id=samples_id,
                 steps_id=ids[runtime.topics.steps],
-                board=Board(runtime.tensorboard_dir / "train"),
+                board=Board(runtime.tensorboard_dir / (f"train@{name}" if name else "train")),
                 progress=show_progress(logging.getLogger("headrace.train")),
                 name=f"{socket.gethostname()}:{runtime.home.resolve()}",
                 take_over=args.take_over,
@@ -120,9 +128,12 @@ def lock_home(home: Path, model: str) -> IO[str]:
     except OSError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
+        variant = model.partition(".")[2]
+        beside = f" (`headrace stop {trainer_of(variant)}` where it is the one beside)" if variant else ""
         file.close()
         raise ConfigRejected(
-            f"process {holder} trains model {model!r} from {home} already; stop it, or give this one another --home."
+            f"process {holder} trains model {model!r} from {home} already; stop it{beside}, or give this one another "
+            "--home."
         ) from None
     # The name is for people; the lock holds without it, on a full disk too.
     with contextlib.suppress(OSError):

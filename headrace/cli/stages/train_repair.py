@@ -7,8 +7,9 @@ import logging
 
 from headrace.cli.runtime import open_runtime
 from headrace.cli.tools.asked import agreed, shown_time
-from headrace.cli.tools.new_run import Training, open_training
+from headrace.cli.tools.models.new_run import Training, open_training
 from headrace.contract.errors import ConfigRejected
+from headrace.deploy.local.layout import trainer_of
 from headrace.trainer.commit.rollback import Place
 from headrace.trainer.repair import Diagnosis, diagnose
 
@@ -28,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def repair(args: argparse.Namespace) -> int:
     """Look, say what is wrong and what is done about it, ask, do it."""
-    runtime = open_runtime(args)
-    training = open_training(runtime)
+    training = open_training(open_runtime(args), args.variant)
+    runtime = training.runtime
     places = training.standing.on_path()
     place = places[0] if places else None
     lake = runtime.lake(samples_id=training.samples_id, with_leases=False)
@@ -49,7 +50,8 @@ def repair(args: argparse.Namespace) -> int:
         return 1
     begins = place if way == "checkpoint" else None
     first = training.begin(begins, left_out=found.missing if begins is not None else (), reason=args.reason or REASON)
-    print(f"run {first.run} begins as soon as the trainer starts: `headrace restart train` does not wait for it")
+    process = trainer_of(args.variant) if args.variant else "train"
+    print(f"run {first.run} begins as soon as the trainer starts: `headrace restart {process}` does not wait for it")
     return 0
 
 

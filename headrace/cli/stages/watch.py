@@ -12,7 +12,7 @@ from headrace.backends.metrics_prometheus import PrometheusMetrics
 from headrace.cli.addresses import find_home
 from headrace.cli.runtime import set_logging, stop_event
 from headrace.contract.errors import ConfigRejected
-from headrace.deploy.local.layout import HOST, Layout
+from headrace.deploy.local.layout import HOST, Layout, trainer_of
 from headrace.deploy.local.readiness import http_get
 from headrace.deploy.local.supervise import Supervisor
 from headrace.deploy.local.watch import ANSWER_S, WATCHED, Watch, run, tell_room
@@ -31,7 +31,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigRejected("no stack was started here; `headrace up` starts one, and this verb with it.")
     stop = stop_event()
     metrics = PrometheusMetrics("watch", layout.port("metrics_watch"))
-    urls = {stage: f"http://{HOST}:{layout.port(f'metrics_{stage}')}" for stage in WATCHED}
+    watched = (*WATCHED, *map(trainer_of, layout.variants))
+    urls = {name: f"http://{HOST}:{layout.metrics_port(name)}" for name in watched}
     watch = Watch(Supervisor(layout), urls, lambda url: http_get(url, ANSWER_S), metrics)
     metrics.ready(True)
     try:

@@ -25,7 +25,7 @@ from headrace.contract.config import PORTS, Config, port
 from headrace.contract.errors import ConfigRejected, HeadraceError
 from headrace.contract.privacy import KEY_NAME, Privacy
 from headrace.contract.project import FeedbackType, ImpressionType, Project, Task
-from headrace.contract.recipe import label_of
+from headrace.contract.recipe import Recipe, label_of
 from headrace.deploy.local.doctor import ephemeral_finding, port_findings
 from headrace.deploy.local.layout import Layout
 from headrace.deploy.local.supervise import Supervisor
@@ -175,9 +175,14 @@ def _declares(project: Project, config: Config) -> dict[str, Any]:
         "private": private or "none",
         "crawl": {each.name: f"{each.kind}, joins {each.joins}; {', '.join(each.fields)}" for each in project.crawls}
         or "none",
-        "recipe": f"{project.recipe.model}, learns {', '.join(project.recipe.heads)}",
+        "recipe": _learns(project.recipe),
+        **({"variants": {name: _learns(one) for name, one in project.variants.items()}} if project.variants else {}),
         "settings": ", ".join(_changed(config)) or "all default",
     }
+
+
+def _learns(recipe: Recipe) -> str:
+    return f"{recipe.model}, learns {', '.join(recipe.heads)}"
 
 
 def _takes(project: Project, config: Config, rate: float) -> dict[str, Any]:
@@ -191,8 +196,8 @@ def _takes(project: Project, config: Config, rate: float) -> dict[str, Any]:
     events = rate * (row.event + FEEDBACK_SHARE * len(project.feedback) * row.feedback)
     waiting = rate * _longest_ms(project) / 1_000
     in_memory = min(waiting * row.waiting, config.log.partitions * config.join.payload_bytes)
-    serving = region_bytes(project.recipe.row_dim, config.serve.rows_max)
-    grown = serving + region_bytes(project.recipe.row_dim, 2 * config.serve.rows_max)
+    serving = region_bytes(project.row_dim, config.serve.rows_max)
+    grown = serving + region_bytes(project.row_dim, 2 * config.serve.rows_max)
     return {
         f"at {rate:g} impressions/s, {FEEDBACK_SHARE:.0%} of them answered by each feedback": {
             "events": f"{_size(events)}/s to Kafka ({row.event:.0f} bytes an impression)",
@@ -246,15 +251,16 @@ def _own_functions(project: Project, config: Config, file: Path) -> Iterator[str
         line = line_of(file, config.object, at, "")
         own = list(own_lines(error.__cause__, file.parent)) if error.__cause__ else []
         yield "\n    ".join([f"{file}, line {line}: {error}", *own])
-    if project.recipe.module:
-        yield from _own_module(project, config, file)
+    for at, recipe in (("recipe", project.recipe), *((f"variants[{n!r}]", r) for n, r in project.variants.items())):
+        if recipe.module:
+            yield from _own_module(msgspec.structs.replace(project, recipe=recipe), config, file, at)
 
 
-def _own_module(project: Project, config: Config, file: Path) -> Iterator[str]:
+def _own_module(project: Project, config: Config, file: Path, at: str) -> Iterator[str]:
     # torch takes seconds to load, and only a module of the user's own needs it here.
     from headrace.trainer.model.layers.user_module import module_shapes
 
-    what = f"{file}, line {line_of(file, config.object, 'recipe', '')}: model function {project.recipe.module!r}"
+    what = f"{file}, line {line_of(file, config.object, at, '')}: model function {project.recipe.module!r}"
     try:
         module_shapes(project.recipe, project.features)
     except HeadraceError as error:

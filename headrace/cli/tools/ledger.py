@@ -12,12 +12,15 @@ import argparse
 import os
 import socket
 import sys
+from contextlib import suppress
 
 import msgspec
 
 from headrace.cli.runtime import add_common, open_runtime
+from headrace.contract.errors import Unavailable
 from headrace.replay.ledger.ledger import is_sound, table
 from headrace.replay.ledger.take_stock import take_stock
+from headrace.trainer.commit.claim import models_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +35,18 @@ def main(args: argparse.Namespace) -> int:
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     runtime = open_runtime(args)
     runtime.require_kafka()
+    home, models = runtime.of_variant(None), models_of(runtime.blobs(), runtime.project.name)
     topics, admin = runtime.topics, runtime.admin()
-    ids = {topic: admin.topic_id(topic) for topic in (topics.events, topics.samples, topics.steps)}
+    ids = {topic: admin.topic_id(topic) for topic in (topics.events, topics.samples, home.topics.steps)}
+    beside = []
+    for model in (one for one in models if one != home.project.model):
+        # Of one that was trained in an earlier generation alone there is no topic.
+        with suppress(Unavailable):
+            ids[topics.of(model).steps] = admin.topic_id(topics.of(model).steps)
+            beside.append(model)
     lake = runtime.lake(samples_id=ids[topics.samples], with_leases=False)
     ledger = take_stock(
-        runtime.project,
+        home.project,
         runtime.config,
         topics,
         runtime.event_reader(f"ledger-{socket.gethostname()}-{os.getpid()}"),
@@ -44,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
         blobs=runtime.blobs(),
         mode="full" if args.full else "auto",
         topic_ids=ids,
+        beside=beside,
     )
     if args.json:
         print(msgspec.json.encode(ledger).decode())

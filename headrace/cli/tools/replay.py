@@ -13,7 +13,7 @@ import socket
 import msgspec
 
 from headrace.cli.progress_bar import show_progress
-from headrace.cli.runtime import add_common, open_runtime
+from headrace.cli.runtime import add_common, add_variant, open_runtime
 
 logger = logging.getLogger("headrace.replay")
 
@@ -21,6 +21,7 @@ logger = logging.getLogger("headrace.replay")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     add_common(parser)
+    add_variant(parser, "replay")
     parser.add_argument("--step", type=int, metavar="N", help="replay up to step N; the newest snapshot's by default")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(log_level="WARNING")
@@ -35,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
 
     runtime = open_runtime(args)
     runtime.require_kafka()
+    runtime = runtime.of_variant(args.variant)
     # Whatever else is silent: a replay takes as long as the training did.
     logger.setLevel(logging.INFO)
     torch.set_num_threads(runtime.config.train.threads)
@@ -56,8 +58,8 @@ def main(args: argparse.Namespace) -> int:
     else:
         verdict = {True: "equal to the live model's", False: "NOT the live model's", None: "no live digest to compare"}
         print(
-            f"run {result.run} step {result.step}: {result.rows} samples, {result.from_lake} from the lake, "
-            f"{result.from_topic} from the topic, {result.seconds} s"
+            f"model {result.model}, run {result.run} step {result.step}: {result.rows} samples, "
+            f"{result.from_lake} from the lake, {result.from_topic} from the topic, {result.seconds} s"
         )
         print(f"digest {result.digest}: {verdict[result.equal]}")
         if result.equal is False:

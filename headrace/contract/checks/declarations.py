@@ -33,6 +33,7 @@ from headrace.contract.spec import (
 
 if TYPE_CHECKING:
     from headrace.contract.project import FeedbackType, ImpressionType, Project
+    from headrace.contract.recipe import Recipe
 
 EXTRA = "extra"
 """Field that keeps what is not declared, where a type says `unknown="keep"`."""
@@ -52,7 +53,7 @@ def contradictions(project: Project) -> Iterator[ConfigRejected]:
         name_faults,
         _of_events,
         _of_tasks,
-        _of_recipe,
+        _of_recipes,
         _of_counters,
         _of_features,
     )
@@ -120,12 +121,26 @@ def _of_tasks(project: Project) -> Iterator[ConfigRejected]:
         )
 
 
-def _of_recipe(project: Project) -> Iterator[ConfigRejected]:
-    recipe, declared = project.recipe, {task.name: task for task in project.tasks}
+def _of_recipes(project: Project) -> Iterator[ConfigRejected]:
+    yield from _recipe_faults(project, project.recipe, "recipe")
+    for name, recipe in project.variants.items():
+        at = f"variants[{name!r}]"
+        if recipe == project.recipe:
+            yield ConfigRejected(
+                f"{at} is the project's own recipe, which is learnt already: drop it from `variants`. A variant that "
+                "was promoted and moved to recipe= goes on with the run that it has.",
+                at=at,
+            )
+        for fault in _recipe_faults(project, recipe, at):
+            yield ConfigRejected(f"variant {name!r}: {fault}", at=at)
+
+
+def _recipe_faults(project: Project, recipe: Recipe, at: str) -> Iterator[ConfigRejected]:
+    declared = {task.name: task for task in project.tasks}
     try:
         recipe.checked(project.features)
     except ConfigRejected as error:
-        yield ConfigRejected(str(error), at="recipe")
+        yield ConfigRejected(str(error), at=at)
     if unknown := [name for name in recipe.heads if name not in declared]:
         named = next(iter(declared), "click")
         way = f"multitask({tuple(declared)!r})" if len(recipe.heads) > 1 < len(declared) else f"deepfm(task={named!r})"
@@ -133,7 +148,7 @@ def _of_recipe(project: Project) -> Iterator[ConfigRejected]:
         yield ConfigRejected(
             f"recipe.task {', '.join(map(repr, unknown))} {verb}; there are: {listed(declared)}. Name what the model "
             f"learns where the project is made: Project(..., recipe={way}).",
-            at="recipe",
+            at=at,
         )
     for name in set(recipe.heads) & set(declared):
         task = declared[name]
@@ -141,7 +156,7 @@ def _of_recipe(project: Project) -> Iterator[ConfigRejected]:
             yield ConfigRejected(
                 f"recipe.delayed is {recipe.delayed!r} and task {name!r} has policy {task.policy!r} and "
                 f"correction_weight {task.correction_weight}: it takes eager tasks whose corrections weigh 1.",
-                at="recipe",
+                at=at,
             )
 
 

@@ -29,6 +29,10 @@ PROJECT_MAX, NAME_MAX, SHOWN_MAX = 64, 200, 40
 """Letters of a project's name, of any other, and of one that a message shows. Files of 255 letters hold the first."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Of a project: it stands in names of blobs."""
+VARIANT_MAX, VARIANTS_MAX = 32, 4
+"""Letters of a variant's name; most variants, each of which is a process with a metrics port of its own."""
+_VARIANT = re.compile(r"[a-z0-9][a-z0-9-]*")
+"""Of a variant: it stands in names of topics too, where `_` and `.` are one."""
 _SENT = frozenset(column.name for column in (*ENVELOPE, VERSION, VALUE))
 """What an event brings beside its own fields."""
 
@@ -41,6 +45,7 @@ def name_faults(project: Project) -> Iterator[ConfigRejected]:
             "at most.",
             at="name",
         )
+    yield from _variant_faults(project)
     yield from _word_faults(project)
     kinds: tuple[ImpressionType | FeedbackType, ...] = (project.impression, *project.feedback)
     for number, kind in enumerate(kinds):
@@ -65,6 +70,20 @@ def name_faults(project: Project) -> Iterator[ConfigRejected]:
     yield from _apart([counter.name for counter in project.features.counters], "counters")
     if len({counter.name.lower() for counter in project.features.counters}) == len(project.features.counters):
         yield from _apart(project.features.counter_columns(), "columns of counters")
+
+
+def _variant_faults(project: Project) -> Iterator[ConfigRejected]:
+    for name in (*project.variants, *((project.variant,) if project.variant else ())):
+        if not _VARIANT.fullmatch(name) or len(name) > VARIANT_MAX:
+            yield ConfigRejected(
+                f"variant {_shown(name)}: begin with a-z or 0-9, and go on with these and `-`, {VARIANT_MAX} at most.",
+                at=f"variants[{name!r}]",
+            )
+    if len(project.variants) > VARIANTS_MAX:
+        yield ConfigRejected(
+            f"{len(project.variants)} variants: {VARIANTS_MAX} at most learn beside the project's recipe. Drop some.",
+            at="variants",
+        )
 
 
 def _word_faults(project: Project) -> Iterator[ConfigRejected]:

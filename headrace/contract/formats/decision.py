@@ -22,7 +22,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """The project's name."""
     what: Literal["promote", "rollback"]
     variant: str = ""
-    """The variant that is served from here on; "" is the project's own recipe."""
+    """`promote`: the variant that is served from here on. `rollback`: the variant whose run is left. "" is the model
+    under the project's own name."""
     run: str = ""
     """`rollback`: the run that goes on."""
     refused_run: str = ""

@@ -16,9 +16,19 @@ class Topics(msgspec.Struct, frozen=True):
     """The topics of one generation."""
 
     generation: int = 1
+    owner: str = ""
+    """The model whose `steps` and `deltas` these are: a variant's model has topics of its own, see `of`."""
+
+    def of(self, model: str) -> Topics:
+        """Return the topics of a model: those of a variant, which has a dot in its name, are `steps-<model>` and
+        `deltas-<model>`."""
+        return Topics(self.generation, model if "." in model else "")
 
     def _name(self, base: str) -> str:
         return base if self.generation == 1 else f"{base}.g{self.generation}"
+
+    def _of_model(self, base: str) -> str:
+        return f"{base}-{self.owner}" if self.owner else base
 
     @property
     def events(self) -> str:
@@ -38,17 +48,17 @@ class Topics(msgspec.Struct, frozen=True):
     @property
     def steps(self) -> str:
         """The commit of training."""
-        return self._name("steps")
+        return self._name(self._of_model("steps"))
 
     @property
     def model(self) -> str:
-        """Manifests of snapshots; compacted."""
+        """Manifests of snapshots, and decisions about which model is served; compacted."""
         return self._name("model")
 
     @property
     def deltas(self) -> str:
         """Deltas of the model."""
-        return self._name("deltas")
+        return self._name(self._of_model("deltas"))
 
     @property
     def dead_letters(self) -> str:

@@ -23,12 +23,15 @@ KINDS: tuple[type[msgspec.Struct], ...] = (
 """Every struct that a project is made of."""
 
 _FETCHING = "tests/unit/ingest/crawl/test_crawl_sources.py"
+_BESIDE = "tests/simulation/loop/test_variants.py"
 EXEMPT = {
     **{f"Crawl.{name}": _FETCHING for name in ("sitemaps", "follow", "hosts", "every_ms", "pages_max", "keys_max")},
     **{f"Crawl.{name}": _FETCHING for name in ("depth_max", "bytes_max", "timeout_ms", "delay_ms", "parallel")},
     **{f"Follow.{name}": _FETCHING for name in ("url", "at")},
+    **{f"Project.{name}": _BESIDE for name in ("variants", "variant")},
 }
-"""Options of how pages are fetched, which the loop in memory has no part in, and the tests that hold them."""
+"""Options of how pages are fetched, which the loop in memory has no part in, and of what learns beside; and the tests
+that hold them."""
 
 
 def declared_options() -> set[str]:

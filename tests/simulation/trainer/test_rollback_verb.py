@@ -6,7 +6,7 @@ import pytest
 from rollback_world import fed, go_back, gone_on, stands
 
 from headrace.cli.tools.asked import parse_time_ms, shown_time
-from headrace.cli.tools.rollback import _line, _time_or_version
+from headrace.cli.tools.models.rollback import _line, _time_or_version
 from headrace.contract.errors import ConfigRejected
 from headrace.trainer.commit.rollback import Standing, chosen
 

@@ -12,11 +12,11 @@ import pytest
 from model_world import PROJECT, learnt, manifest_of
 
 from headrace.backends.blobs_file import FileBlobs
-from headrace.backends.clock import SystemClock
 from headrace.backends.log.memory import MemoryLog
 from headrace.cli.main import main
 from headrace.cli.runtime import Runtime
-from headrace.cli.tools import model as verb
+from headrace.cli.tools.models import model as verb
+from headrace.contract.config import Config
 from headrace.contract.formats.snapshot import Manifest, Weights, encode_manifest, encode_weights
 from headrace.contract.formats.topics import Topics
 from headrace.trainer import recipes
@@ -46,9 +46,10 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     world = World(tmp_path / "blobs")
-    runtime = Runtime.__new__(Runtime)
-    for name, value in {"project": PROJECT, "topics": Topics(), "clock": SystemClock()}.items():
-        object.__setattr__(runtime, name, value)
+    runtime = Runtime(
+        project=PROJECT, topics=Topics(), config=Config(), port_base=None, home=tmp_path, brokers="", store="",
+        webhdfs=None, project_dir=tmp_path,
+    )  # fmt: skip
     monkeypatch.setattr(Runtime, "require_kafka", lambda self: None)
     monkeypatch.setattr(Runtime, "reader", lambda self: world.log.reader())
     monkeypatch.setattr(Runtime, "blobs", lambda self: world.blobs)

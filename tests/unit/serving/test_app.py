@@ -190,6 +190,16 @@ def test_a_misspelt_field_of_the_request_itself_names_the_one_that_is_meant(clie
     assert said["error"] == "Object contains unknown field `candidate`. Did you mean 'candidates'?"
 
 
+def test_a_stage_that_begins_anew_waits_for_a_model_too(world: World):
+    """As with wider rows: the region of before is not taken over, and its port has connections that wait."""
+    assert world.app.is_reading() and world.features.is_caught_up
+    trainer = Trainer(world)
+    trainer.learn(Random(1))
+    trainer.snapshot()
+    world.follow()
+    assert not world.app.is_reading()
+
+
 def test_without_a_model_it_is_not_ready(world: World, client: Client):
     assert ask(client).status_code == 503 and client.get("/v1/model").status_code == 503
     assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200

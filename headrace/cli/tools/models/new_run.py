@@ -13,7 +13,7 @@ from headrace.trainer.commit.lineage import behind, lineage
 from headrace.trainer.commit.publish import read_manifests
 from headrace.trainer.commit.rollback import Place, Standing, begin_run, first_record, standing
 from headrace.trainer.commit.steps_archive import StepsArchive, read_all_steps
-from headrace.trainer.identity import recipe_digest
+from headrace.trainer.identity import new_run_id, recipe_digest
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Training:
     def begin(self, place: Place | None, *, left_out: Sequence[PassedOver] = (), reason: str = "") -> Step:
         """Begin a new run, and tell serving; return its first record. Raises `Unavailable`."""
         runtime, topics = self.runtime, self.runtime.topics
-        model, created_ms = runtime.project.name, runtime.clock.now_ms()
+        model, created_ms = runtime.project.model, runtime.clock.now_ms()
         first = first_record(
             place,
             model=model,
@@ -71,12 +71,10 @@ class Training:
         return first
 
     def _free(self, at_ms: int) -> str:
-        model = self.runtime.project.name
+        model = self.runtime.project.model
         taken = {*runs_of(self.runtime.blobs(), model), *(step.run for step in self.steps)}
         taken |= {manifest.run for manifest in read_manifests(self.reader, self.runtime.topics, model)}
-        while f"r{at_ms:013x}" in taken:
-            at_ms += 1
-        return f"r{at_ms:013x}"
+        return new_run_id(self.runtime.project, at_ms, taken)
 
     def _read(self, begin: int) -> list[Step]:
         return _steps(self.runtime, self.reader, self.steps_id, self.recipe, begin)
@@ -84,15 +82,19 @@ class Training:
 
 def writer_id(runtime: Runtime) -> str:
     """Return the name under which the steps of this model are written: of those with one name, the newest writes."""
-    return f"headrace-{runtime.topics.steps}-{runtime.project.name}"
+    return f"headrace-{runtime.topics.steps}-{runtime.project.model}"
 
 
-def open_training(runtime: Runtime) -> Training:
-    """Return where this model's training stands. Raises `Unavailable`, and `InvariantBroken` as `check_topic`."""
-    runtime.require_kafka()
+def open_training(of_project: Runtime, variant: str | None) -> Training:
+    """Return where a model's training stands, that of a declared variant or that of the project's own recipe.
+
+    Raises `Unavailable`, `InvariantBroken` as `check_topic`, `ConfigRejected` as `Runtime.of_variant`.
+    """
+    of_project.require_kafka()
+    runtime = of_project.of_variant(variant)
     admin, reader, topics = runtime.admin(), runtime.reader(), runtime.topics
     samples_id, steps_id = admin.topic_id(topics.samples), admin.topic_id(topics.steps)
-    recipe, blobs, model = recipe_digest(runtime.project), runtime.blobs(), runtime.project.name
+    recipe, blobs, model = recipe_digest(runtime.project), runtime.blobs(), runtime.project.model
     meta = furthest_meta(blobs, model, recipe=recipe)
     if meta is not None:
         check_topic(meta.steps_id, steps_id, topics.steps)
@@ -103,7 +105,7 @@ def open_training(runtime: Runtime) -> Training:
 
 
 def _steps(runtime: Runtime, reader: Reader, steps_id: str, recipe: str, begin: int) -> list[Step]:
-    topics, model = runtime.topics, runtime.project.name
+    topics, model = runtime.topics, runtime.project.model
     archive = StepsArchive(runtime.blobs(), topics.steps, steps_id)
     every = read_all_steps(reader, topics.steps, archive, begin=begin or None)
     return [step for _, step in every if step.model == model and step.recipe == recipe]

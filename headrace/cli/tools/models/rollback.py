@@ -7,17 +7,20 @@ It takes the newest checkpoint that knows no event later than that, and begins a
 anew by its supervisor and goes on from there, and serving takes nothing more of the run that was left. What came after
 the checkpoint is learnt again, each sample once, unless --skip-until leaves it out: then the ledger counts it as
 `skipped`. Nothing is deleted; --to RUN-STEP brings any kept checkpoint back, one of the run that was left too.
+
+--variant NAME brings a variant's model back, not the one of the project's own recipe; each has runs of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from headrace.cli.runtime import add_common, open_runtime
+from headrace.cli.runtime import add_common, add_variant, open_runtime
 from headrace.cli.tools.asked import agreed, parse_time_ms, shown_time
-from headrace.cli.tools.new_run import Training, open_training
+from headrace.cli.tools.models.new_run import Training, open_training
 from headrace.contract.errors import ConfigRejected
 from headrace.contract.formats.steps import PassedOver
+from headrace.deploy.local.layout import trainer_of
 from headrace.trainer.commit.rollback import Place, chosen
 from headrace.trainer.source.gaps import cut_off, until
 
@@ -25,6 +28,7 @@ from headrace.trainer.source.gaps import cut_off, until
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     add_common(parser)
+    add_variant(parser, "bring back")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--to", metavar="TIME", help="a time of events, 2026-11-25T01:00Z; or a version of --list")
     what.add_argument("--list", action="store_true", help="show what one can go back to")
@@ -45,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     args.log_level = "WARNING" if args.log_level == "INFO" else args.log_level
     at_ms, version = (None, "") if args.list else _time_or_version(args.to)
     skip_ms = None if args.skip_until in ("", "now") else parse_time_ms(args.skip_until)
-    training = open_training(open_runtime(args))
+    training = open_training(open_runtime(args), args.variant)
     if args.list:
         _show(training, args.model_run)
         return 0
@@ -58,9 +62,10 @@ def main(args: argparse.Namespace) -> int:
         print("nothing was changed")
         return 1
     first = training.begin(place, left_out=left_out, reason=args.reason)
+    process = trainer_of(args.variant) if args.variant else "train"
     print(
         f"run {first.run} goes on from {place.version}. The trainer ends and is started anew; serving goes back as "
-        "soon as it is up (`headrace status`). `headrace restart train` does not wait for it."
+        f"soon as it is up (`headrace status`). `headrace restart {process}` does not wait for it."
     )
     return 0
 

@@ -1,11 +1,18 @@
-"""Take the model elsewhere.
+"""The project's models: which one is served, a variant beside the project's own, and out to elsewhere.
 
+  list      each model, and which is served; the decisions so far
+  show      the figures of a variant beside those of the project's own recipe, and how far behind it is
+  promote   let a variant be served from now on, or with --main the project's own recipe again. It looks first whether
+            serving can; requests go on, each is answered by one model or the other
   export    the newest snapshot as ONNX, as a `torch.export` program and as Parquet, with what the inputs are
 
+    headrace model show deep
+    headrace model promote deep --reason "log loss 0.591, was 0.604"
     headrace model export --to DIR
 
-DIR is there whole afterwards, or not at all. The models take what featurizing gives (ids and numbers), not raw events;
-docs/export.md shows both halves. Needs: pip install 'headrace[export]'.
+docs/models.md has the way from a declared variant to the project's own recipe. DIR is there whole afterwards, or not at
+all. The models take what featurizing gives (ids and numbers), not raw events; docs/export.md shows both halves.
+Needs: pip install 'headrace[export]'.
 """
 
 from __future__ import annotations
@@ -18,7 +25,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headrace.cli.progress_bar import duration
-from headrace.cli.runtime import Runtime, add_common, open_runtime
+from headrace.cli.runtime import Runtime, add_common, add_variant, open_runtime
+from headrace.cli.tools.models.promote import add_models
+from headrace.cli.tools.models.promote import main as models
 from headrace.contract.errors import ConfigRejected, InvariantBroken, Unavailable, listed
 from headrace.contract.formats.json_record import decode_json
 from headrace.contract.formats.snapshot import Manifest, Weights
@@ -32,7 +41,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
-    actions = parser.add_subparsers(dest="action", metavar="export", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    add_models(actions, add_common)
     export = actions.add_parser("export", help="a snapshot as ONNX, torch.export and Parquet")
     export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to make")
     export.add_argument("--version", metavar="RUN-STEP", help="this snapshot; the newest one by default")
@@ -43,10 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of more bytes than this get a file of their own, rows.safetensors (67,108,864)",
     )
     export.add_argument("--json", action="store_true", help="print one JSON object")
+    add_variant(export, "export")
     add_common(export)
 
 
 def main(args: argparse.Namespace) -> int:
+    """Do one of the four."""
+    return export(args) if args.action == "export" else models(args)
+
+
+def export(args: argparse.Namespace) -> int:
     """Export once."""
     from headrace.trainer.export.export import INLINE_BYTES, export_model, refuse_there
     from headrace.trainer.export.inputs import declared_types
@@ -57,6 +73,7 @@ def main(args: argparse.Namespace) -> int:
     refuse_there(args.to.resolve())
     runtime = open_runtime(args)
     runtime.require_kafka()
+    runtime = runtime.of_variant(args.variant)
     began_s = runtime.clock.monotonic()
     manifest, weights = _snapshot(runtime, args.version)
     done = export_model(
@@ -79,7 +96,7 @@ def _snapshot(runtime: Runtime, version: str | None) -> tuple[Manifest, Weights]
     from headrace.trainer.commit.publish import read_manifests
 
     project = runtime.project
-    manifest = _chosen(read_manifests(runtime.reader(), runtime.topics, project.name), version, project)
+    manifest = _chosen(read_manifests(runtime.reader(), runtime.topics, project.model), version, project)
     blobs = runtime.blobs()
     data = blobs.get(manifest.blob)
     if data is None:
@@ -97,7 +114,7 @@ def _snapshot(runtime: Runtime, version: str | None) -> tuple[Manifest, Weights]
 def _chosen(manifests: Sequence[Manifest], version: str | None, project: Project) -> Manifest:
     if not manifests:
         raise ConfigRejected(
-            f"no snapshot of {project.name!r} is announced: start `train`, and wait until /v1/model names a version."
+            f"no snapshot of {project.model!r} is announced: start `train`, and wait until /v1/model names a version."
         )
     if version is None:
         return manifests[-1]

@@ -1,0 +1,1 @@
+"""Verbs about the models: which is served, export, going back to an earlier one."""
