@@ -59,7 +59,7 @@ class Asking:
 
 
 def test_a_variant_learns_beside_is_promoted_and_moved(tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
+    folder = tmp_path / "store"  # `init` names the project after its folder.
     make_project(folder, "store")
     text = (folder / "project.py").read_text()
     assert OWN in text
