@@ -184,7 +184,7 @@ def key_text(parts: Sequence[Any]) -> str | None:
     """Return what `key_texts` does, of one row's values.
 
     >>> key_text([7, "a:b"]), key_text([None]), key_text([True])
-    ('7:a\\:b', None, 'true')
+    ('7:a\\\\:b', None, 'true')
     """
     if any(part is None for part in parts):
         return None

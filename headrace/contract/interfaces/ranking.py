@@ -60,6 +60,13 @@ class WorkerAnswer(msgspec.Struct, kw_only=True):
     """Time since it was known to have read all of them."""
 
 
+class RegionRoom(msgspec.Struct, frozen=True, kw_only=True):
+    """What the shared model has room for now; it grows within `serve.memory_bytes`."""
+
+    rows_max: int
+    row_values: int
+
+
 class ModelAnswer(msgspec.Struct, kw_only=True):
     """The answer of GET /v1/model."""
 
@@ -88,6 +95,7 @@ class ModelAnswer(msgspec.Struct, kw_only=True):
     seq: int
     served_digest: str
     """Of what this replica holds now."""
+    room: RegionRoom
     refused: str
     """What the gate refused last, and why; empty where nothing was."""
     counters: str

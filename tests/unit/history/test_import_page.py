@@ -39,6 +39,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(Runtime, "require_kafka", lambda self: None)
     monkeypatch.setattr(Runtime, "reader", lambda self: None)
+    monkeypatch.setattr(Runtime, "of_variant", lambda self, name: self)
     monkeypatch.setattr(border, "first_in_log", lambda reader, topics: None)
     rows = [
         {"event_id": f"i{n}", "request_id": f"r{n}", "user_id": n % 7, "item_id": n % 5, "price_eur": n / 4}

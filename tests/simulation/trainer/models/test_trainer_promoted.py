@@ -46,7 +46,7 @@ class Server:
         def write_copy(copy: int, act: object) -> None:
             self.dies_in -= 1
             if self.dies_in == 0:
-                self.shared._head[1 + copy] += 1  # Left odd, as by a writer that was killed.
+                self.shared._region.head[1 + copy] += 1  # Left odd, as by a writer that was killed.
                 raise Killed
             write(copy, act)  # type: ignore[arg-type]
 
