@@ -157,7 +157,7 @@ def test_a_page_that_goes_away_hands_over_by_beacon_and_its_next_visit_repeats_n
         pages.show(snippet_of(made), flush_ms=10_000_000)
         page = context.new_page()
         page.goto(pages.url)
-        # Fewer than a full batch, which would be sent at once, and be gone from the store where its answer comes in time.
+        # Fewer than a full batch: that is sent at once, and gone from the store where its answer comes in time.
         ids = track(page, 90)
         page.goto("about:blank")
         each_once(made, ids)
