@@ -100,10 +100,7 @@ class LivePartition:
     @property
     def spoken_for(self) -> Position:
         """The last position that was given out, proposed or left out by name behind these: a proposal begins there."""
-        at = max(self.taken, self.proposed)
-        for after, upto in self.gaps:
-            at = upto if after <= at < upto else at
-        return at
+        return self._behind_gaps(max(self.taken, self.proposed))
 
     @property
     def resume_offset(self) -> int:
@@ -122,15 +119,18 @@ class LivePartition:
 
     def jump(self) -> None:
         """Go on behind what is left out by name, where reading has come to it."""
-        for after, upto in self.gaps:
-            if after <= self.order.position < upto:
-                self.order.position = upto
+        self.order.position = self._behind_gaps(self.order.position)
 
     def leave(self) -> None:
         """Go on behind what is left out by name, where all before it is given out."""
+        self.taken = self._behind_gaps(self.taken)
+
+    def _behind_gaps(self, at: Position) -> Position:
+        """Return the end of what is left out by name there, and right behind it; `at` where nothing is."""
         for after, upto in self.gaps:
-            if after <= self.taken < upto:
-                self.taken = upto
+            if after <= at < upto:
+                at = upto
+        return at
 
     def upto(self, rows_max: int) -> tuple[Position, int]:
         """Return the position up to which at most `rows_max` rows can be proposed, and how many rows that is."""
