@@ -22,7 +22,9 @@ branch, so that twice is once.
 
 from __future__ import annotations
 
+import getpass
 import logging
+import socket
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -149,16 +151,26 @@ def ensure_decision(reader: Reader, producer: Producer, topic: str, decision: De
     key = key_of(decision).encode()
     if any(record.key == key and record.value is not None for record in read_range(reader, topic)):
         return False
+    write_decision(producer, topic, decision)
+    return True
+
+
+def write_decision(producer: Producer, topic: str, decision: Decision) -> None:
+    """Write a decision, and return when the log has it. Raises `Unavailable` where that is not known."""
     receipts: list[Exception | None] = []
     producer.send(
         topic,
         0,
         encode_decision(decision),
-        key=key,
+        key=key_of(decision).encode(),
         headers={"kind": KIND},
         delivered=lambda error, _: receipts.append(error),
     )
     producer.flush(10.0)
     if not receipts or receipts[0] is not None:
-        raise Unavailable(f"the decision about run {decision.run} got no receipt: {receipts}")
-    return True
+        raise Unavailable(f"the decision got no receipt ({receipts}): `headrace model list` tells whether it counts.")
+
+
+def who_decides() -> str:
+    """Return who gives this command: user and host."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"

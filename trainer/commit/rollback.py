@@ -12,8 +12,6 @@ A crash before 2 changes nothing. After it, nothing is missing that the trainer 
 
 from __future__ import annotations
 
-import getpass
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +33,7 @@ from headrace.trainer.commit.checkpoint import (
     read_manifest,
     stored_checkpoints,
 )
-from headrace.trainer.commit.decisions import decision_of, ensure_decision
+from headrace.trainer.commit.decisions import decision_of, ensure_decision, who_decides
 from headrace.trainer.commit.lineage import NO_END, Leg, path_of
 
 TRIES = 20
@@ -166,7 +164,7 @@ def first_record(
             instead_of=instead_of,
             passed_over=tuple(left_out),
             reason=reason,
-            by=f"{getpass.getuser()}@{socket.gethostname()}",
+            by=who_decides(),
             created_ms=created_ms,
         ),
     )

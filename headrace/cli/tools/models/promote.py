@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import getpass
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,14 +13,14 @@ import msgspec
 from headrace.cli.addresses import HOST
 from headrace.cli.progress_bar import duration
 from headrace.cli.runtime import Runtime, open_runtime
-from headrace.contract.errors import ConfigRejected, Unavailable
-from headrace.contract.formats.decision import KIND, Decision, encode_decision, key_of
+from headrace.contract.errors import ConfigRejected
+from headrace.contract.formats.decision import Decision
 from headrace.contract.project import Project
 from headrace.deploy.local.layout import trainer_of
 from headrace.deploy.local.readiness import http_get
 from headrace.process.awake import awake_s
 from headrace.serving.gate.admit import Refused, servable
-from headrace.trainer.commit.decisions import home_of, knows_by, promoted, read_decisions
+from headrace.trainer.commit.decisions import home_of, knows_by, promoted, read_decisions, who_decides, write_decision
 from headrace.trainer.commit.standing import Standing, behind_records, standing_of
 
 SERVED_S = 5.0
@@ -211,21 +209,10 @@ def decide(runtime: Runtime, before: Sequence[Decision], view: Project, *, reaso
         what="promote",
         variant=view.variant,
         reason=reason,
-        by=f"{getpass.getuser()}@{socket.gethostname()}",
+        by=who_decides(),
         created_ms=max(runtime.clock.now_ms(), newest_ms + 1),
     )
-    producer, receipts = runtime.producer(), list[Exception | None]()
-    producer.send(
-        runtime.topics.model,
-        0,
-        encode_decision(decision),
-        key=key_of(decision).encode(),
-        headers={"kind": KIND},
-        delivered=lambda error, _: receipts.append(error),
-    )
-    producer.flush(10.0)
-    if not receipts or receipts[0] is not None:
-        raise Unavailable(f"the decision got no receipt ({receipts}): `headrace model list` tells whether it counts.")
+    write_decision(runtime.producer(), runtime.topics.model, decision)
     return decision
 
 
